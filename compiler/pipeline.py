@@ -1,0 +1,89 @@
+"""Passes and the one loop that runs them: the dialect is checked after every pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from moec.compiler.dialect import check_dialect
+from moec.compiler.program import Program, Stage
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate that a rule did not rewrite: why, and the node that stood in the way."""
+
+    rule: str
+    reason: str
+    node: str
+    where: str = ""  # module path of the block, for people
+
+    @staticmethod
+    def at(rule: str, node: Node, reason: str) -> Refusal:
+        from moec.compiler.program import module_path
+
+        return Refusal(rule=rule, reason=reason, node=f"{node.name} ({node.target})", where=module_path(node))
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """`program` is a new Program (or the same object when `changed` is 0); `changed` counts rewrites."""
+
+    program: Program
+    changed: int
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite. `needs` is the stage it starts from, `gives` the stage it leaves; a pass never lowers the stage."""
+
+    name: str
+    run: Callable[[Program], PassResult]
+    needs: Stage
+    gives: Stage
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    name: str
+    changed: int
+    seconds: float
+    refusals: tuple[Refusal, ...] = ()
+    digest: str = ""
+
+
+@dataclass
+class PipelineLog:
+    """What ran, in order; the manifest stores it."""
+
+    records: list[PassRecord] = field(default_factory=list)
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    log: PipelineLog | None = None,
+    after: Callable[[Pass, PassResult], None] | None = None,
+) -> Program:
+    """Run `passes` in order. `after` sees every result (dumps, progress, per-pass equivalence)."""
+    for p in passes:
+        if program.stage < p.needs:
+            raise AssertionError(f"pass {p.name} needs stage {p.needs.name}, the program is at {program.stage.name}")
+        started = time.perf_counter()
+        result = p.run(program)
+        if result.program.stage < program.stage or result.program.stage < p.gives:
+            raise AssertionError(f"pass {p.name} left stage {result.program.stage.name}, declared {p.gives.name}")
+        check_dialect(result.program, after=p.name)
+        if log is not None:
+            log.records.append(
+                PassRecord(p.name, result.changed, time.perf_counter() - started, result.refusals, result.program.digest())
+            )
+        program = result.program
+        if after is not None:
+            after(p, result)
+    return program

@@ -1,0 +1,288 @@
+"""The Program: one exported graph, its weights owned once and loaded lazily, and the role of each.
+
+The graph is a `torch.export.ExportedProgram` made from fake tensors, so no weight is in memory until a target asks for
+it. `weights[name].load()` reads (maps, computes) one tensor; nothing here keeps it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntEnum
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+from moec.compiler.quant import QuantizedTensor
+
+
+class Stage(IntEnum):
+    """How far a program has been lowered. What is legal at each stage is written in `dialect.py`."""
+
+    EXPORTED = 0
+    CANONICAL = 1
+    FUSED = 2
+    QUANTIZED = 3
+    LEGAL = 4
+
+
+class Role(str, Enum):
+    """What a weight is for. Decides its quantization; set at export or by the pass that recognised the block."""
+
+    ROUTER = "router"
+    EXPERT = "expert"
+    SHARED = "shared"
+    ATTENTION = "attention"
+    FFN = "ffn"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    CACHE = "cache"
+    CONSTANT = "constant"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class LazyWeight:
+    """One tensor of the program, loaded on demand. `stored` gives the codes a checkpoint holds, when it holds codes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    stored: Callable[[], QuantizedTensor] | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a runtime must know beside the graph. Lengths in tokens."""
+
+    name: str
+    vocab_size: int
+    context: int
+    max_tokens: int  # upper bound of the dynamic token count of one call
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    moe_layers: tuple[str, ...] = ()  # module paths, in execution order
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph with its weights. Passes return a new Program; `edit()` copies the graph, never the weights."""
+
+    exported: ExportedProgram
+    weights: Mapping[str, LazyWeight]
+    roles: Mapping[str, Role]
+    info: ModelInfo
+    stage: Stage = Stage.EXPORTED
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.exported.graph_module.graph
+
+    def edit(self) -> Editor:
+        return Editor(self)
+
+    def weight_of(self, node: Node) -> str | None:
+        """The weight's name if `node` is the placeholder of a parameter, buffer or constant; None otherwise."""
+        if node.op != "placeholder":
+            return None
+        return weight_names(self.exported).get(node.name)
+
+    def text(self) -> str:
+        return program_text(self)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.text().encode()).hexdigest()[:16]
+
+
+class Editor:
+    """A private copy of a program's graph to rewrite, and `done()` to make it a Program again."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        old = program.exported.graph_module
+        module = torch.fx.GraphModule(torch.nn.Module(), copy_graph(old.graph))
+        module.meta.update(old.meta)
+        self.module = module
+        self.graph = module.graph
+        self.input_specs: list[InputSpec] = list(program.exported.graph_signature.input_specs)
+        self.output_specs = list(program.exported.graph_signature.output_specs)
+        self.weights: dict[str, LazyWeight] = dict(program.weights)
+        self.roles: dict[str, Role] = dict(program.roles)
+
+    def weight_of(self, node: Node) -> str | None:
+        if node.op != "placeholder":
+            return None
+        for spec in self.input_specs:
+            if isinstance(spec.arg, TensorArgument) and spec.arg.name == node.name:
+                return spec.target
+        return None
+
+    def placeholder_of(self, name: str) -> Node | None:
+        """The placeholder node of weight `name`."""
+        wanted = next((s.arg.name for s in self.input_specs if s.target == name and isinstance(s.arg, TensorArgument)), None)
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == wanted), None)
+
+    def add_weight(self, name: str, weight: LazyWeight, role: Role, *, mutable: bool = False) -> Node:
+        """A new placeholder for `weight`, before the user inputs. `mutable`: a buffer that operators write (a cache)."""
+        if name in self.weights:
+            raise AssertionError(f"weight {name} exists")
+        kind = InputKind.BUFFER if mutable else InputKind.PARAMETER
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
+        place = next(i for i, s in enumerate(self.input_specs) if s.kind == InputKind.USER_INPUT)
+        if not mutable:  # parameters first, then buffers, then inputs: the order torch.export itself keeps
+            place = next((i for i, s in enumerate(self.input_specs) if s.kind != InputKind.PARAMETER), place)
+        prefix = "b_" if mutable else "p_"
+        fake_mode = next(n.meta["val"].fake_mode for n in nodes if hasattr(n.meta.get("val"), "fake_mode"))
+        with self.graph.inserting_before(nodes[place]):
+            node = self.graph.placeholder(prefix + name.replace(".", "_"))
+        with fake_mode:
+            node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
+        self.input_specs.insert(
+            place,
+            InputSpec(kind=kind, arg=TensorArgument(node.name), target=name, persistent=True if mutable else None),
+        )
+        self.weights[name] = weight
+        self.roles[name] = role
+        return node
+
+    def drop_unused_weights(self) -> None:
+        """Remove placeholders of weights that no node reads any more, and their weights."""
+        for node in [n for n in self.graph.nodes if n.op == "placeholder" and not n.users]:
+            name = self.weight_of(node)
+            if name is None:
+                continue
+            self.input_specs = [s for s in self.input_specs if getattr(s.arg, "name", None) != node.name]
+            self.graph.erase_node(node)
+            if not any(s.target == name for s in self.input_specs):
+                self.weights.pop(name, None)
+                self.roles.pop(name, None)
+
+    def done(self, *, stage: Stage | None = None) -> Program:
+        """Eliminate dead code, rebuild the exported program and return it."""
+        self.graph.eliminate_dead_code(is_impure_node=_writes)
+        self.drop_unused_weights()
+        self.graph.lint()
+        self.module.recompile()
+        old = self._program.exported
+        signature = copy.copy(old.graph_signature)
+        signature.input_specs = self.input_specs
+        signature.output_specs = self.output_specs
+        exported = ExportedProgram(
+            root=self.module,
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict=self._fake_state(),
+            range_constraints=old.range_constraints,
+            module_call_graph=old.module_call_graph,
+            example_inputs=old.example_inputs,
+            constants={},
+        )
+        return replace(
+            self._program,
+            exported=exported,
+            weights=self.weights,
+            roles=self.roles,
+            stage=self._program.stage if stage is None else stage,
+        )
+
+
+    def _fake_state(self) -> dict[str, torch.Tensor]:
+        """torch wants a state: the fake tensors of the weights' placeholders, parameters wrapped as such."""
+        values = {n.name: n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"}
+        return {
+            str(s.target): torch.nn.Parameter(values[s.arg.name], requires_grad=False)
+            if s.kind == InputKind.PARAMETER
+            else values[s.arg.name]
+            for s in self.input_specs
+            if s.kind in (InputKind.PARAMETER, InputKind.BUFFER) and isinstance(s.arg, TensorArgument)
+        }
+
+
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy with the same node names; metadata dictionaries are copied one level deep."""
+    new = torch.fx.Graph()
+    values: dict[Node, Node] = {}
+    for node in graph.nodes:
+        values[node] = new.node_copy(node, lambda n: values[n])
+        values[node].name = node.name
+        values[node].meta = dict(node.meta)
+    return new
+
+
+def weight_names(exported: ExportedProgram) -> dict[str, str]:
+    """Placeholder name -> weight name, for parameters, buffers and constants."""
+    return {
+        s.arg.name: s.target
+        for s in exported.graph_signature.input_specs
+        if s.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+        and isinstance(s.arg, TensorArgument)
+        and s.target is not None
+    }
+
+
+def module_path(node: Node) -> str:
+    """Where in the source model a node came from, e.g. `model.layers.3.feed_forward`; for people and names only."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _writes(node: Node) -> bool:
+    """Placeholders, outputs, and operators that write an argument (caches), must survive dead-code elimination."""
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _format(value: object, names: Mapping[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_format(v, names) for v in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return str(value)
+
+
+def _type_text(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}[{', '.join(str(d) for d in value.shape)}]"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_type_text(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def program_text(program: Program) -> str:
+    """Stable text: no addresses; values are numbered in order and symbols renamed, so equal graphs print equally."""
+    names: dict[Node, str] = {}
+    weights = weight_names(program.exported)
+    lines = [f"program {program.info.name} stage={program.stage.name}"]
+    counter = 0
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            weight = weights.get(node.name)
+            names[node] = f"@{weight}" if weight else f"%{node.name}"
+            role = f" role={program.roles[weight].value}" if weight in program.roles else ""
+            lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))}{role}")
+            continue
+        args = [_format(a, names) for a in node.args] + [f"{k}={_format(v, names)}" for k, v in node.kwargs.items()]
+        if node.op == "output":
+            lines.append(f"  return {', '.join(args)}")
+            continue
+        names[node] = f"%{counter}"
+        counter += 1
+        target = node.target.__name__ if callable(node.target) and not hasattr(node.target, "_schema") else str(node.target)
+        lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))} = {target}({', '.join(args)})")
+    return _rename_symbols("\n".join(lines)) + "\n"
+
+
+def _rename_symbols(text: str) -> str:
+    seen: dict[str, str] = {}
+    return re.sub(r"\bs\d+\b", lambda m: seen.setdefault(m.group(), f"s{len(seen)}"), text)

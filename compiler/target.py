@@ -1,0 +1,74 @@
+"""What a target is. A new target is a new folder under `targets/` that calls `register`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from moec.compiler.pipeline import Pass
+from moec.compiler.program import Program
+
+if TYPE_CHECKING:
+    from moec.compiler.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class MoeTrace:
+    """What one MoE layer did in one call of a session: inputs, routing and output, as the artifact computed them."""
+
+    layer: int
+    x_TD: np.ndarray  # float32: the expert input
+    indices_TK: np.ndarray  # int32: the experts selected
+    weights_TK: np.ndarray  # float32: combine weights, after normalisation and scaling
+    y_TD: np.ndarray  # float32: the block's output
+
+
+class Session(Protocol):
+    """A loaded artifact with a KV cache. Ids are checked; faults are RunError."""
+
+    vocab_size: int
+    context: int
+    position: int
+
+    def prefill(self, ids: list[int] | np.ndarray, logits: str = "last") -> np.ndarray: ...
+    def decode(self, token: int) -> np.ndarray: ...
+    def reset(self) -> None: ...
+    def trace(self, enabled: bool) -> None: ...
+    def take_traces(self) -> list[MoeTrace]: ...
+    def close(self) -> None: ...
+
+
+class Target(Protocol):
+    """`legalize` lists the passes from QUANTIZED (or FUSED, unquantized) to LEGAL; `lower` writes the program file(s)."""
+
+    name: str
+
+    def legalize(self, options: Any) -> list[Pass]: ...
+    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles: ...
+    def load(self, artifact: Artifact) -> Session: ...
+
+
+@dataclass(frozen=True)
+class LoweredFiles:
+    """What `lower` wrote, relative to the artifact folder, and what the manifest should say of it."""
+
+    files: tuple[str, ...]
+    sizes_by_role: Mapping[str, int] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+_TARGETS: dict[str, Callable[[], Target]] = {}
+
+
+def register(name: str, make: Callable[[], Target]) -> None:
+    if name in _TARGETS:
+        raise AssertionError(f"target {name} is registered twice")
+    _TARGETS[name] = make
+
+
+def registered() -> dict[str, Callable[[], Target]]:
+    return dict(_TARGETS)
