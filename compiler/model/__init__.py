@@ -1,0 +1,23 @@
+"""The decoder that specs of `architecture: mobilemoe` and `mobilellm` describe."""
+
+from moec.compiler.model.decoder import Decoder
+from moec.compiler.model.layout import (
+    WeightInfo,
+    cache_names,
+    constant_tensors,
+    is_windowed,
+    moe_layers,
+    roles,
+    weight_layout,
+)
+
+__all__ = [
+    "Decoder",
+    "WeightInfo",
+    "cache_names",
+    "constant_tensors",
+    "is_windowed",
+    "moe_layers",
+    "roles",
+    "weight_layout",
+]
