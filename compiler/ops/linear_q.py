@@ -1,0 +1,58 @@
+"""moec::linear_q: y = x W^T + bias with W held as codes and scales, groups along the input.
+
+x [..., K] float32; codes [N, K/2] uint8 (bits 4) or [N, K] int8 (bits 8); scales [N, K/group_size]; y [..., N] float32.
+int8_activations: y = s_x * sum_g s_w[g] * (integer dot product of the group), x rounded per row by `quant.quantize_rows`.
+Otherwise fp32 arithmetic on the dequantized weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.compiler.ops.define import define, require
+from moec.compiler.quant import QuantizedTensor, quantize_rows
+
+
+def linear_in_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool) -> Tensor:
+    """x [..., K] times a weight [N, K] grouped along K. The integers are the kernel's; only the fp32 summation order of
+    the scaled group products is torch's own."""
+    w = weight.dequantize()
+    if not int8_activations:
+        return torch.nn.functional.linear(x.to(torch.float32), w)
+    q, scale = quantize_rows(x)
+    return torch.nn.functional.linear(q, w) * scale
+
+
+def check_codes(op: str, name: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, group_size: int) -> None:
+    """Codes and scales of a weight of logical `shape`, grouped along its last dimension."""
+    require(bits in (4, 8), op, f"bits must be 4 or 8, not {bits}")
+    require(group_size > 0 and shape[-1] % group_size == 0, op, f"{name}: {shape[-1]} is not a multiple of group size {group_size}")
+    require(codes.dtype == (torch.uint8 if bits == 4 else torch.int8), op, f"{name} codes have dtype {codes.dtype}")
+    packed = (*shape[:-1], shape[-1] // 2) if bits == 4 else shape
+    require(tuple(codes.shape) == packed, op, f"{name} codes must be {list(packed)}, not {list(codes.shape)}")
+    grouped = (*shape[:-1], shape[-1] // group_size)
+    require(tuple(scales.shape) == grouped, op, f"{name} scales must be {list(grouped)}, not {list(scales.shape)}")
+    require(scales.dtype in (torch.float16, torch.float32), op, f"{name} scales have dtype {scales.dtype}")
+
+
+def _eager(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
+) -> Tensor:
+    y = linear_in_groups(x, QuantizedTensor(codes, scales, bits, group_size), int8_activations)
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+def _fake(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
+) -> Tensor:
+    n = codes.shape[0]
+    check_codes("linear_q", "weight", codes, scales, (n, int(x.shape[-1])), bits, group_size)
+    return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
+
+
+linear_q = define(
+    "linear_q(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits, int group_size, bool int8_activations) -> Tensor",
+    _eager,
+    _fake,
+)
