@@ -1,0 +1,5 @@
+"""Specs: what a user asks for, read strictly and with the place of every fault."""
+
+from moec.compiler.spec.model import DecoderConfig, MoeConfig, Quantization, Spec, WeightScheme, parameter_counts
+
+__all__ = ["DecoderConfig", "MoeConfig", "Quantization", "Spec", "WeightScheme", "parameter_counts"]

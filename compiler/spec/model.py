@@ -1,0 +1,308 @@
+"""What a spec says, as frozen typed values: `Spec` and its `model:` section.
+
+Lengths are in tokens, widths in features. Sections of their own: `quantization.py`, `targets.py`, `training.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializeAsAny,
+    Tag,
+    WithJsonSchema,
+)
+
+from moec.compiler.spec.quantization import Quantization, RoleQuantization, WeightScheme
+from moec.compiler.spec.strict import Fault, Section, shown
+from moec.compiler.spec.targets import TargetOptions, parse_targets
+from moec.compiler.spec.training import Training
+
+__all__ = [
+    "AttentionWindow",
+    "DecoderConfig",
+    "ExportedProgramSource",
+    "MoeConfig",
+    "PythonSource",
+    "Quantization",
+    "RoleQuantization",
+    "RopeConfig",
+    "RopeScaling",
+    "Spec",
+    "TransformersSource",
+    "WeightScheme",
+    "parameter_counts",
+]
+
+# Bounds that keep every derived size far from 64-bit overflow and catch a slipped digit.
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+Count = Annotated[int, Field(ge=1, le=1 << 16)]
+Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# YAML gives lists and strings; these two conversions are the only ones that a spec makes.
+LoosePath = Annotated[Path, Field(strict=False)]
+
+
+class RopeScaling(Section):
+    """Llama-3 frequency scaling: pairs of wavelength above original_context / low_freq_factor are divided by factor."""
+
+    factor: Positive
+    original_context: Tokens
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 1.0
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        low, high = cls.value(raw, "low_freq_factor", int, float), cls.value(raw, "high_freq_factor", int, float)
+        if low is not None and high is not None and low > high:
+            yield Fault(("low_freq_factor",), f"must be at most high_freq_factor ({shown(high)}), got {shown(low)}")
+
+
+class RopeConfig(Section):
+    """Rotary position embedding over all of head_dim; `interleaved` rotates pairs (2i, 2i+1), else (i, i + d/2)."""
+
+    theta: Positive
+    interleaved: bool
+    scaling: RopeScaling | None = None
+
+
+class AttentionWindow(Section):
+    """Local attention over the last `size` positions, in all layers but every n-th one, which stays global."""
+
+    size: Tokens
+    every_nth_global: Count
+
+
+class MoeConfig(Section):
+    """Routed experts and one optional shared expert, all SwiGLU. `shared_width: 0` means no shared expert.
+
+    score -> (+ selection bias, for the choice only) -> top_k -> weights normalised to sum 1 -> times `scale`.
+    """
+
+    experts: Annotated[int, Field(ge=1, le=4096)]
+    top_k: Annotated[int, Field(ge=1, le=256)]
+    expert_width: Width
+    shared_width: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    score: Literal["sigmoid"] = "sigmoid"
+    selection_bias: bool = True
+    normalize: bool = True
+    scale: Positive = 1.0
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        top_k, experts = (raw.get(key) for key in ("top_k", "experts"))
+        if type(top_k) is int and type(experts) is int and 1 <= experts < top_k:
+            yield Fault(("top_k",), f"must be at most model.moe.experts ({shown(experts)}), got {shown(top_k)}")
+
+
+class DecoderConfig(Section):
+    """A decoder of our own: `mobilemoe` (every layer is MoE) or `mobilellm` (dense SwiGLU of `ffn_width`)."""
+
+    architecture: Literal["mobilemoe", "mobilellm"]
+    layers: Annotated[int, Field(ge=1, le=1024)]
+    d_model: Width
+    heads: Count
+    kv_heads: Count
+    head_dim: Annotated[int, Field(ge=2, le=1024)]
+    vocab_size: Annotated[int, Field(ge=2, le=1 << 24)]
+    context: Tokens
+    norm_eps: Positive = 1e-5
+    qk_norm: bool = False
+    tied_embeddings: bool = True
+    rope: RopeConfig
+    attention_window: AttentionWindow | None = None
+    moe: MoeConfig | None = None
+    ffn_width: Width | None = None
+    bos_id: Annotated[int, Field(ge=0)] | None = None
+    eos_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        heads, kv_heads, head_dim = (raw.get(key) for key in ("heads", "kv_heads", "head_dim"))
+        if type(heads) is int and type(kv_heads) is int and kv_heads >= 1 and heads >= 1 and heads % kv_heads:
+            yield Fault(("kv_heads",), f"heads ({shown(heads)}) must be a multiple of kv_heads, got {shown(kv_heads)}")
+        if type(head_dim) is int and head_dim % 2:
+            yield Fault(("head_dim",), f"must be even, RoPE rotates pairs of features; got {shown(head_dim)}")
+        yield from cls._feed_forward_faults(raw)
+        yield from cls._token_faults(raw)
+
+    @classmethod
+    def _feed_forward_faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        sparse = raw.get("architecture") == "mobilemoe"
+        if raw.get("architecture") not in ("mobilemoe", "mobilellm"):
+            return
+        needed, other = ("moe", "ffn_width") if sparse else ("ffn_width", "moe")
+        if raw.get(needed) is None:
+            yield Fault((needed,), f"architecture {raw['architecture']} needs this key")
+        if raw.get(other) is not None:
+            yield Fault((other,), f"architecture {raw['architecture']} has no {other}; write {needed} instead")
+
+    @classmethod
+    def _token_faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        vocab = raw.get("vocab_size")
+        if type(vocab) is not int:
+            return
+        named: list[tuple[tuple[str | int, ...], Any]] = [(("bos_id",), raw.get("bos_id"))]
+        eos_ids = raw.get("eos_ids")
+        if isinstance(eos_ids, (list, tuple)):
+            named += [(("eos_ids", i), token) for i, token in enumerate(eos_ids)]
+        for loc, token in named:
+            if type(token) is int and token >= vocab:
+                yield Fault(loc, f"token {shown(token)} is outside the vocabulary of {shown(vocab)}")
+
+    def window(self, layer: int) -> int:
+        """Positions that layer `layer` (from 0) attends to, itself included; 0 means all."""
+        if self.attention_window is None or (layer + 1) % self.attention_window.every_nth_global == 0:
+            return 0
+        return self.attention_window.size
+
+
+class TransformersSource(Section):
+    """A model of the transformers library: a folder with config.json (and weights), or a config.json alone."""
+
+    transformers: LoosePath
+
+
+class ExportedProgramSource(Section):
+    """A program that `torch.export.save` wrote."""
+
+    exported_program: LoosePath
+
+
+def _reference(value: str) -> str:
+    module, colon, function = value.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), function]):
+        raise ValueError(f"expected 'module:function', got {shown(value)}")
+    return value
+
+
+class PythonSource(Section):
+    """A function `module:function` of no arguments that returns the torch module to compile."""
+
+    python: Annotated[str, AfterValidator(_reference)]
+
+
+_FORMS = {"transformers": TransformersSource, "exported_program": ExportedProgramSource, "python": PythonSource}
+
+
+def _form(raw: Any) -> str:
+    """Which form of the `model:` section `raw` is; ours unless a key of another form is there."""
+    if isinstance(raw, Section):
+        return next((name for name, kind in _FORMS.items() if isinstance(raw, kind)), "decoder")
+    if isinstance(raw, Mapping) and "architecture" not in raw:
+        return next((name for name in _FORMS if name in raw), "decoder")
+    return "decoder"
+
+
+ModelSource = Annotated[
+    Annotated[DecoderConfig, Tag("decoder")]
+    | Annotated[TransformersSource, Tag("transformers")]
+    | Annotated[ExportedProgramSource, Tag("exported_program")]
+    | Annotated[PythonSource, Tag("python")],
+    Discriminator(_form),
+]
+
+
+def _none(value: Any) -> Any:
+    """`quantization: none` is a word in YAML; a bare null is more likely a forgotten value."""
+    if value == "none":
+        return None
+    if value is None:
+        raise ValueError("write `none` for an fp32 artifact, or a mapping such as {weights: int4, group_size: 32}")
+    if isinstance(value, str):
+        raise ValueError(f"expected `none` or a mapping such as {{weights: int4}}, got {value!r}")
+    return value
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise ValueError(f"use letters, digits, '.', '_' and '-' (it names files), got {shown(value)}")
+    return value
+
+
+class Spec(Section):
+    """One YAML file: what to compile, from which weights, how small, for what."""
+
+    name: Annotated[str, AfterValidator(_name)]
+    model: ModelSource
+    checkpoint: LoosePath | None = None
+    quantization: Annotated[
+        Quantization | None, BeforeValidator(_none), PlainSerializer(lambda q: "none" if q is None else q)
+    ] = Field(json_schema_extra={"anyOf": [{"const": "none"}, {"$ref": "#/$defs/Quantization"}]})
+    targets: Annotated[
+        Mapping[str, SerializeAsAny[TargetOptions]],
+        PlainValidator(parse_targets),
+        WithJsonSchema({"description": "a list of targets, or a mapping of target to options"}),
+    ] = Field(default_factory=lambda: parse_targets(["xnnpack"]))
+    device: Annotated[str, Field(min_length=1)] | None = None
+    training: Training | None = None
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        yield from _group_faults(raw)
+
+
+def _group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
+    """Every width along which weights are grouped must be a multiple of the group size of its role."""
+    try:
+        model = DecoderConfig.model_validate(raw.get("model"))
+        scheme = Quantization.model_validate(raw.get("quantization"))
+    except ValueError:  # these faults are reported where they are
+        return
+    for role, section, width, loc in _grouped_widths(model, scheme):
+        override = getattr(scheme, section, None) if section else None
+        kind = override.weights if override else scheme.weights
+        size = (override.group_size if override else None) or scheme.group_size
+        if kind != "fp32" and width % size:
+            yield Fault(
+                ("model", *loc),
+                f"{role} is grouped along this width: it must be a multiple of group_size ({size}), got {width}",
+            )
+
+
+def _grouped_widths(model: DecoderConfig, scheme: Quantization) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
+    """(what, override key, width, its place) of every dimension along which some weight is grouped."""
+    yield "the embedding", "embedding", model.d_model, ("d_model",)
+    yield "attention", "attention", model.d_model, ("d_model",)
+    yield "the attention output", "attention", model.heads * model.head_dim, ("head_dim",)
+    if model.ffn_width is not None:
+        yield "the feed-forward block", "ffn", model.ffn_width, ("ffn_width",)
+    if model.moe is None:
+        return
+    yield "experts", "experts", model.d_model, ("d_model",)
+    if scheme.expert_group_axis == "in":
+        yield "the experts' down projection", "experts", model.moe.expert_width, ("moe", "expert_width")
+    else:  # gate and up lie side by side: twice the width is grouped
+        yield "gate and up of the experts", "experts", 2 * model.moe.expert_width, ("moe", "expert_width")
+    if model.moe.shared_width:
+        yield "the shared expert", "shared", model.moe.shared_width, ("moe", "shared_width")
+
+
+def parameter_counts(config: DecoderConfig) -> dict[str, int]:
+    """`total` and `active` (per token) parameters of a model, a tied embedding counted once.
+
+    The selection bias is a balancing state, not a parameter, and is left out as in the published figures.
+    """
+    width, head_dim = config.d_model, config.head_dim
+    attention = 2 * width * config.heads * head_dim + 2 * width * config.kv_heads * head_dim
+    norms = 2 * width
+    if config.moe is not None:
+        moe = config.moe
+        expert = 3 * width * moe.expert_width
+        always = moe.experts * width + 3 * width * moe.shared_width
+        total_ffn, active_ffn = always + moe.experts * expert, always + moe.top_k * expert
+    else:
+        assert config.ffn_width is not None
+        total_ffn = active_ffn = 3 * width * config.ffn_width
+    tables = config.vocab_size * width * (1 if config.tied_embeddings else 2) + width
+    fixed = tables + config.layers * (attention + norms)
+    return {"total": fixed + config.layers * total_ffn, "active": fixed + config.layers * active_ffn}

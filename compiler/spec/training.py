@@ -1,0 +1,124 @@
+"""The `training:` section: the stages that turn a fresh model into the checkpoint that the same spec compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from moec.compiler.spec.strict import Fault, Section, shown
+
+StageName = Literal["pretrain", "midtrain", "sft", "qat"]
+Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ORDER: tuple[StageName, ...] = ("pretrain", "midtrain", "sft", "qat")
+
+
+class Schedule(Section):
+    """The learning rate: linear warm-up over `warmup` tokens to `peak`, then `shape` down to `final * peak`."""
+
+    peak: Rate
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Optimizer(Section):
+    """AdamW (Loshchilov and Hutter 2019) with decoupled weight decay and clipping of the global gradient norm."""
+
+    name: Literal["adamw"] = "adamw"
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class Dispatch(Section):
+    """`dropless` computes every selected pair; `drop_and_pad` gives each expert capacity_factor * T * k / E rows."""
+
+    kind: Literal["dropless", "drop_and_pad"] = "dropless"
+    capacity_factor: Annotated[float, Field(gt=0, le=64)] | None = None
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        kind, factor = raw.get("kind", "dropless"), raw.get("capacity_factor")
+        if kind == "drop_and_pad" and factor is None:
+            yield Fault(("capacity_factor",), "drop_and_pad needs a capacity factor, such as 1.5")
+        if kind == "dropless" and factor is not None:
+            yield Fault(
+                ("capacity_factor",), "dropless dispatch has no capacity; remove it or write kind: drop_and_pad"
+            )
+
+
+class Balancing(Section):
+    """Auxiliary-loss-free balancing (Wang et al. 2024): the selection bias moves by `update_rate` per step."""
+
+    kind: Literal["bias", "none"] = "bias"
+    update_rate: Rate = 1e-3
+
+
+class TrainingStage(Section):
+    """One stage; `tokens` in all, sequences of `context` tokens, `batch_tokens` per optimizer step.
+
+    `mixture` gives domains their share of the tokens; it is normalised to sum 1.
+    """
+
+    name: StageName
+    tokens: Annotated[int, Field(ge=1)]
+    context: Annotated[int, Field(ge=1, le=1 << 24)]
+    batch_tokens: Annotated[int, Field(ge=1)]
+    learning_rate: Schedule
+    optimizer: Optimizer = Optimizer()
+    dispatch: Dispatch = Dispatch()
+    balancing: Balancing = Balancing()
+    z_loss: Annotated[float, Field(ge=0, lt=1)] = 1e-4
+    precision: Literal["fp32", "bf16"] = "bf16"
+    mixture: Mapping[str, Share] = Field(min_length=1)
+    quantization: Literal["none", "from_spec"] = Field(
+        default="none", description="from_spec trains with the rounding of the spec's quantization section"
+    )
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        context, batch = raw.get("context"), raw.get("batch_tokens")
+        if type(context) is int and type(batch) is int and 1 <= batch < context:
+            yield Fault(
+                ("batch_tokens",), f"must hold at least one sequence of {shown(context)} tokens, got {shown(batch)}"
+            )
+        mixture = raw.get("mixture")
+        if isinstance(mixture, Mapping) and mixture and all(value == 0 for value in mixture.values()):
+            yield Fault(("mixture",), "every domain has share 0")
+        quantization = raw.get("quantization", "none")
+        if raw.get("name") == "qat" and quantization == "none":
+            yield Fault(("quantization",), "stage qat trains with rounding: write quantization: from_spec")
+
+    def shares(self) -> dict[str, float]:
+        """The mixture, normalised to sum 1."""
+        total = sum(self.mixture.values())
+        return {domain: share / total for domain, share in self.mixture.items()}
+
+
+class Training(Section):
+    """The stages in order, each at most once. `seed` decides initial weights and the order of the data."""
+
+    stages: Annotated[tuple[TrainingStage, ...], Field(strict=False, min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        stages = raw.get("stages")
+        if not isinstance(stages, (list, tuple)):
+            return
+        last = -1
+        for index, stage in enumerate(stages):
+            name = stage.get("name") if isinstance(stage, Mapping) else getattr(stage, "name", None)
+            if name not in ORDER:
+                continue
+            place = ORDER.index(name)
+            if place <= last:
+                yield Fault(
+                    ("stages", index, "name"), f"{name} cannot come here: the order is {', '.join(ORDER)}, each once"
+                )
+            last = max(last, place)

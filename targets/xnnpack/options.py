@@ -1,0 +1,29 @@
+"""Options of the XNNPACK CPU target."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moec.compiler.spec.strict import Section
+from moec.compiler.spec.targets import TargetOptions
+
+Kernel = Literal["auto", "moec", "xnnpack"]
+
+
+class Kernels(Section):
+    """Which kernel serves the dense weights of a role: ours, the XNNPACK delegate, or the target's own choice."""
+
+    attention: Kernel = "auto"
+    ffn: Kernel = "auto"
+    head: Kernel = "auto"
+    embedding: Kernel = "auto"
+
+
+class Options(TargetOptions):
+    """`max_tokens` is the longest chunk of one call; longer prompts are split. `threads`: the session's default."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
+    kernels: Kernels = Kernels()
