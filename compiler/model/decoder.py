@@ -12,17 +12,14 @@ heads, d head_dim, P rotary pairs, E experts, K selected experts, F expert width
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moec.compiler.model.layout import is_windowed
 from moec.compiler.model.rope import rope_tables
-
-if TYPE_CHECKING:
-    from moec.compiler.spec.model import DecoderConfig, MoE
+from moec.compiler.spec.model import DecoderConfig, MoeConfig
 
 Dispatch = Literal["gathered", "loop"]
 
@@ -127,14 +124,13 @@ class GatedMlp(nn.Module):
 class Router(nn.Module):
     """Expert scores in FP32, whatever the type of the input."""
 
-    def __init__(self, d_model: int, moe: MoE) -> None:
+    def __init__(self, d_model: int, moe: MoeConfig) -> None:
         super().__init__()
         self.weight = _parameter(moe.experts, d_model)
-        self.score = moe.score
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits_TE = F.linear(x_TD.to(torch.float32), self.weight)
-        return logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
+        return logits_TE.sigmoid()
 
 
 class Experts(nn.Module):
@@ -144,7 +140,7 @@ class Experts(nn.Module):
     for tiny models. `loop` visits every expert that was hit once, and is how the model runs eagerly.
     """
 
-    def __init__(self, d_model: int, moe: MoE, dispatch: Dispatch) -> None:
+    def __init__(self, d_model: int, moe: MoeConfig, dispatch: Dispatch) -> None:
         super().__init__()
         self.gate_up_proj = _parameter(moe.experts, d_model, 2 * moe.expert_width)
         self.down_proj = _parameter(moe.experts, moe.expert_width, d_model)
@@ -171,7 +167,7 @@ class MoeBlock(nn.Module):
 
     expert_bias: Tensor | None
 
-    def __init__(self, d_model: int, moe: MoE, dispatch: Dispatch) -> None:
+    def __init__(self, d_model: int, moe: MoeConfig, dispatch: Dispatch) -> None:
         super().__init__()
         self.top_k, self.normalize, self.scale = moe.top_k, moe.normalize, moe.scale
         self.router = Router(d_model, moe)
@@ -201,7 +197,7 @@ class MoeBlock(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, dispatch: Dispatch) -> None:
         super().__init__()
-        self.windowed = is_windowed(config, layer)
+        self.windowed = config.window(layer) > 0
         self.input_layernorm = RmsNorm(config.d_model, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RmsNorm(config.d_model, config.norm_eps)

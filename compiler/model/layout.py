@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from moec.compiler.model.rope import rope_tables
 from moec.compiler.program import LazyWeight, Role
-
-if TYPE_CHECKING:
-    from moec.compiler.spec.model import DecoderConfig
+from moec.compiler.spec.model import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,3 @@ def roles(config: DecoderConfig) -> dict[str, Role]:
 def moe_layers(config: DecoderConfig) -> tuple[str, ...]:
     """Module paths of the MoE blocks in execution order; empty for a dense model."""
     return () if config.moe is None else tuple(f"model.layers.{n}.feed_forward" for n in range(config.layers))
-
-
-def is_windowed(config: DecoderConfig, layer: int) -> bool:
-    """Whether `layer` attends to a sliding window only: all but every n-th layer, counting from one."""
-    window = config.attention_window
-    return window is not None and (layer + 1) % window.every_nth_global != 0

@@ -6,15 +6,13 @@ Shape suffixes: S positions (the context), P pairs (head_dim / 2).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from moec.compiler.spec.model import Rope, RopeScaling
+from moec.compiler.spec.model import RopeConfig, RopeScaling
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """Angular frequency of each rotary pair, radians per token, float32 [head_dim / 2]."""
     exponents_P = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     frequencies_P = 1.0 / (rope.theta**exponents_P)
@@ -38,7 +36,7 @@ def _scale_llama3(frequencies_P: torch.Tensor, scaling: RopeScaling) -> torch.Te
     return torch.where(wavelengths_P < original / high, frequencies_P, scaled_P)
 
 
-def rope_tables(rope: Rope, context: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(rope: RopeConfig, context: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), each float32 [context, head_dim / 2]."""
     positions_S = torch.arange(context, dtype=torch.int64).to(torch.float32)
     angles_SP = torch.outer(positions_S, rope_frequencies(rope, head_dim))
