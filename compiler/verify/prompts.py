@@ -1,0 +1,56 @@
+"""Real text to verify, profile and train on: four domains, written for this project, shipped with it.
+
+Real text matters: repeated or random tokens reach few experts, or all of them evenly, and understate both the memory
+and the routing of a Mixture of Experts.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from importlib.resources import files
+from typing import Protocol
+
+DOMAINS = ("code", "knowledge", "math", "prose")
+
+
+class TextEncoder(Protocol):
+    """Anything that turns text into token ids, without special tokens."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def prompts() -> dict[str, str]:
+    """The shipped texts by domain (code, knowledge, math, prose), each of several hundred to two thousand tokens."""
+    folder = files("moec") / "specs" / "prompts"
+    return {name: (folder / f"{name}.txt").read_text(encoding="utf-8") for name in DOMAINS}
+
+
+class WordHashEncoder:
+    """Ids for a model without a tokenizer: each word, number and mark is hashed into the vocabulary.
+
+    Not a tokenizer (it cannot decode), but it keeps what matters to routing: equal words are equal ids, and the ids are
+    distributed as words are in the text. `vocab_size` is the number of ids; id 0 is never used when there is another.
+    """
+
+    _pieces = re.compile(r"\s*(?:[^\W\d_]+|\d|_|[^\w\s])|\s+$")
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise ValueError(f"vocabulary of {vocab_size}")
+        self._vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        usable = max(1, self._vocab_size - 1)
+        first = self._vocab_size - usable
+        return [first + zlib.crc32(piece.encode()) % usable for piece in self._pieces.findall(text)]
+
+
+def prompt_ids(encoder: TextEncoder, *, tokens: int, text: str | None = None) -> dict[str, list[int]]:
+    """About `tokens` ids in total, shared evenly between the domains; or of `text` alone when it is given.
+
+    Each domain gives at most what its text holds. At least one token each.
+    """
+    texts = {"text": text} if text is not None else prompts()
+    share = max(1, tokens // len(texts))
+    return {name: encoder.encode(body)[:share] for name, body in texts.items()}
