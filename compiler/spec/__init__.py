@@ -1,5 +1,15 @@
 """Specs: what a user asks for, read strictly and with the place of every fault."""
 
+from moec.compiler.spec.loader import load_spec, parse_spec
 from moec.compiler.spec.model import DecoderConfig, MoeConfig, Quantization, Spec, WeightScheme, parameter_counts
 
-__all__ = ["DecoderConfig", "MoeConfig", "Quantization", "Spec", "WeightScheme", "parameter_counts"]
+__all__ = [
+    "DecoderConfig",
+    "MoeConfig",
+    "Quantization",
+    "Spec",
+    "WeightScheme",
+    "load_spec",
+    "parameter_counts",
+    "parse_spec",
+]

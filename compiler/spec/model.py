@@ -250,6 +250,13 @@ class Spec(Section):
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _group_faults(raw)
 
+    @classmethod
+    def _translate(cls, detail: Any) -> Fault:
+        fault = super()._translate(detail)
+        is_tagged = len(fault.loc) > 1 and fault.loc[0] == "model" and fault.loc[1] in ("decoder", *_FORMS)
+        # pydantic puts the form of the union after `model`; an author never wrote it
+        return fault._replace(loc=(fault.loc[0], *fault.loc[2:])) if is_tagged else fault
+
 
 def _group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
     """Every width along which weights are grouped must be a multiple of the group size of its role."""

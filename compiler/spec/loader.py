@@ -1,0 +1,123 @@
+"""From a YAML file to a `Spec`: every fault at once, each as `file:line:column: path: message`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moec.compiler.errors import SpecError
+from moec.compiler.spec.model import ExportedProgramSource, Spec, TransformersSource
+from moec.compiler.spec.yaml_tree import MAX_BYTES, Mark, Tree, YamlError, read_tree
+
+Path_ = tuple[str | int, ...]
+
+
+def load_spec(file: str | Path) -> Spec:
+    """Read and check a spec. Relative paths in it are resolved against its folder.
+
+    Errors: SpecError with one line per fault.
+    """
+    file = Path(file)
+    return parse_spec(_read(file), file=str(file), folder=file.parent)
+
+
+def parse_spec(text: str, *, file: str = "<spec>", folder: Path | None = None) -> Spec:
+    """A spec from text; `file` is the name in messages, `folder` the base of relative paths (default: as written)."""
+    try:
+        tree, yaml_faults = read_tree(text)
+    except YamlError as error:
+        raise SpecError(f"{file}:{error.mark.line}:{error.mark.column}: {error.message}") from None
+    if not isinstance(tree.data, dict):
+        raise SpecError(f"{file}:{tree.mark.line}:{tree.mark.column}: a spec is a mapping that starts with `name:`")
+    found = {fault.path: (fault.mark, fault.message) for fault in reversed(yaml_faults)}
+    spec: Spec | None = None
+    try:
+        spec = Spec.model_validate(tree.data)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path, mark = locate(tree, tuple(detail["loc"]), is_key=detail["type"] == "unknown_key")
+            found.setdefault(path, (mark, detail["msg"].removeprefix("Value error, ")))
+    if found:
+        lines = sorted((mark, path_text(path), message) for path, (mark, message) in found.items())
+        raise SpecError(
+            "\n".join(f"{file}:{mark.line}:{mark.column}: {path + ': ' if path else ''}{m}" for mark, path, m in lines)
+        )
+    assert spec is not None
+    return spec if folder is None else _resolved(spec, folder)
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.is_dir():
+            raise SpecError("is a folder, expected a YAML spec", place=str(file))
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise SpecError("no such spec", place=str(file)) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise SpecError(f"cannot be read: {getattr(error, 'strerror', None) or error}", place=str(file)) from None
+    if len(content) > MAX_BYTES:
+        raise SpecError(f"larger than {MAX_BYTES // 1024} KiB, expected a YAML spec", place=str(file))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SpecError("not UTF-8 text, expected a YAML spec", place=f"{file}:{line}:1") from None
+
+
+def locate(tree: Tree, loc: Path_, *, is_key: bool = False) -> tuple[Path_, Mark]:
+    """The path and place of a fault. A missing key is placed at the section that lacks it."""
+    mark = tree.mark
+    path: list[str | int] = []
+    for element in loc:
+        step = _step(tree, element)
+        path.append(element)
+        if step is None:
+            break
+        key_mark, tree = step
+        is_last = len(path) == len(loc)
+        mark = key_mark if (is_key and is_last) or isinstance(tree.data, (dict, list)) else tree.mark
+    return tuple(path) if len(path) == len(loc) else loc, mark
+
+
+def _step(tree: Tree, element: str | int) -> tuple[Mark, Tree] | None:
+    if element in tree.values:
+        return tree.keys[element], tree.values[element]
+    if not isinstance(tree.data, list):
+        return None
+    # a list of targets is read as a mapping: find the item of that name
+    for item in tree.values.values():
+        if item.data == element:
+            return item.mark, item
+        if isinstance(item.data, dict) and element in item.values:
+            return item.keys[element], item.values[element]
+    return None
+
+
+def path_text(path: Path_) -> str:
+    """`("training", "stages", 0, "name")` -> `training.stages[0].name`."""
+    text = ""
+    for element in path:
+        text += f"[{element}]" if isinstance(element, int) else f".{element}" if text else str(element)
+    return text.encode("utf-8", "replace").decode().replace("\n", "\\n")
+
+
+def _resolved(spec: Spec, folder: Path) -> Spec:
+    changes: dict[str, Any] = {}
+    if spec.checkpoint is not None:
+        changes["checkpoint"] = _absolute(spec.checkpoint, folder)
+    if isinstance(spec.model, TransformersSource):
+        changes["model"] = TransformersSource(transformers=_absolute(spec.model.transformers, folder))
+    if isinstance(spec.model, ExportedProgramSource):
+        changes["model"] = ExportedProgramSource(exported_program=_absolute(spec.model.exported_program, folder))
+    return spec.model_copy(update=changes) if changes else spec
+
+
+def _absolute(path: Path, folder: Path) -> Path:
+    try:
+        path = path.expanduser()
+    except RuntimeError:  # an unknown user: keep the name, whoever opens it will say that it is missing
+        pass
+    return path if path.is_absolute() else (folder / path).absolute()
