@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
+from typing import Any
 
 import torch
+from torch._export.verifier import TrainingIRVerifier
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
 from torch.fx import Node
 
 from moec.compiler.quant import QuantizedTensor
@@ -114,34 +116,31 @@ class Editor:
         self.output_specs = list(program.exported.graph_signature.output_specs)
         self.weights: dict[str, LazyWeight] = dict(program.weights)
         self.roles: dict[str, Role] = dict(program.roles)
+        self._names = weight_names(program.exported)  # placeholder -> weight
+        by_name = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        self._placeholders = {weight: by_name[name] for name, weight in self._names.items()}
+        self.fake_mode = fake_mode_of(self.graph)
 
     def weight_of(self, node: Node) -> str | None:
-        if node.op != "placeholder":
-            return None
-        for spec in self.input_specs:
-            if isinstance(spec.arg, TensorArgument) and spec.arg.name == node.name:
-                return spec.target
-        return None
+        return self._names.get(node.name) if node.op == "placeholder" else None
 
     def placeholder_of(self, name: str) -> Node | None:
         """The placeholder node of weight `name`."""
-        wanted = next((s.arg.name for s in self.input_specs if s.target == name and isinstance(s.arg, TensorArgument)), None)
-        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == wanted), None)
+        return self._placeholders.get(name)
 
     def add_weight(self, name: str, weight: LazyWeight, role: Role, *, mutable: bool = False) -> Node:
         """A new placeholder for `weight`, before the user inputs. `mutable`: a buffer that operators write (a cache)."""
         if name in self.weights:
             raise AssertionError(f"weight {name} exists")
         kind = InputKind.BUFFER if mutable else InputKind.PARAMETER
-        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
         place = next(i for i, s in enumerate(self.input_specs) if s.kind == InputKind.USER_INPUT)
         if not mutable:  # parameters first, then buffers, then inputs: the order torch.export itself keeps
             place = next((i for i, s in enumerate(self.input_specs) if s.kind != InputKind.PARAMETER), place)
+        before = self._input_node(place)
         prefix = "b_" if mutable else "p_"
-        fake_mode = next(n.meta["val"].fake_mode for n in nodes if hasattr(n.meta.get("val"), "fake_mode"))
-        with self.graph.inserting_before(nodes[place]):
-            node = self.graph.placeholder(prefix + name.replace(".", "_"))
-        with fake_mode:
+        with self.graph.inserting_before(before):
+            node = self.graph.placeholder(prefix + re.sub(r"\W", "_", name))
+        with self.fake_mode:
             node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
         self.input_specs.insert(
             place,
@@ -149,25 +148,65 @@ class Editor:
         )
         self.weights[name] = weight
         self.roles[name] = role
+        self._names[node.name] = name
+        self._placeholders[name] = node
         return node
+
+    def retype_weight(self, name: str, weight: LazyWeight) -> Node:
+        """Give weight `name` another shape or type in place; its placeholder keeps name and position."""
+        node = self._placeholders[name]
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
+        self.weights[name] = weight
+        return node
+
+    def call(self, target: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+        """A new call at the current insertion point, its fake value computed; `like` lends the source location."""
+        node = self.graph.call_function(target, args, kwargs)
+        values, options = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake_mode:
+            node.meta["val"] = target(*values, **options)
+        if like is not None:
+            node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
+        return node
+
+    def drop_mutation(self, value: Node) -> None:
+        """`value` is no longer returned as the new content of a buffer: an operator now writes the buffer itself."""
+        output = next(reversed(self.graph.nodes))
+        results = list(output.args[0])
+        keep = [
+            i
+            for i, s in enumerate(self.output_specs)
+            if not (s.kind == OutputKind.BUFFER_MUTATION and results[i] is value)
+        ]
+        self.output_specs = [self.output_specs[i] for i in keep]
+        output.args = (tuple(results[i] for i in keep),)
+        output.meta.pop("val", None)
+
+    def _input_node(self, index: int) -> Node:
+        """The placeholder of input spec `index`."""
+        spec = self.input_specs[index]
+        weight = self._names.get(spec.arg.name)
+        if weight is not None:
+            return self._placeholders[weight]
+        return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == spec.arg.name)
 
     def drop_unused_weights(self) -> None:
         """Remove placeholders of weights that no node reads any more, and their weights."""
-        for node in [n for n in self.graph.nodes if n.op == "placeholder" and not n.users]:
-            name = self.weight_of(node)
-            if name is None:
-                continue
-            self.input_specs = [s for s in self.input_specs if getattr(s.arg, "name", None) != node.name]
+        dead = [n for n in self.graph.nodes if n.op == "placeholder" and not n.users and n.name in self._names]
+        gone = {n.name for n in dead}
+        self.input_specs = [s for s in self.input_specs if getattr(s.arg, "name", None) not in gone]
+        for node in dead:
             self.graph.erase_node(node)
-            if not any(s.target == name for s in self.input_specs):
-                self.weights.pop(name, None)
-                self.roles.pop(name, None)
+            name = self._names.pop(node.name)
+            del self._placeholders[name]
+            self.weights.pop(name, None)
+            self.roles.pop(name, None)
 
     def done(self, *, stage: Stage | None = None) -> Program:
         """Eliminate dead code, rebuild the exported program and return it."""
         self.graph.eliminate_dead_code(is_impure_node=_writes)
         self.drop_unused_weights()
-        self.graph.lint()
         self.module.recompile()
         old = self._program.exported
         signature = copy.copy(old.graph_signature)
@@ -182,6 +221,7 @@ class Editor:
             module_call_graph=old.module_call_graph,
             example_inputs=old.example_inputs,
             constants={},
+            verifiers=[TrainingIRVerifier],  # the dialect that allows operators which write their caches
         )
         return replace(
             self._program,
@@ -190,7 +230,6 @@ class Editor:
             roles=self.roles,
             stage=self._program.stage if stage is None else stage,
         )
-
 
     def _fake_state(self) -> dict[str, torch.Tensor]:
         """torch wants a state: the fake tensors of the weights' placeholders, parameters wrapped as such."""
@@ -202,6 +241,15 @@ class Editor:
             for s in self.input_specs
             if s.kind in (InputKind.PARAMETER, InputKind.BUFFER) and isinstance(s.arg, TensorArgument)
         }
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> Any:
+    """The FakeTensorMode, with the shape environment, that a graph's values belong to."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    raise AssertionError("the graph holds no fake value")
 
 
 def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:

@@ -1,0 +1,88 @@
+"""From a model to a Program: torch.export over fake tensors, with a dynamic token count and a KV cache.
+
+`forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]`; T is dynamic in [1, max_tokens]. No weight
+is allocated: the graph comes from shapes alone, and the weights stay lazy in the Program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from moec.compiler.errors import CheckpointError, CompileError
+from moec.compiler.model import Decoder, cache_names, constant_tensors, moe_layers, roles
+from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
+from moec.compiler.spec.model import DecoderConfig
+
+if TYPE_CHECKING:
+    from moec.compiler.spec.model import Spec
+
+MAX_TOKENS = 128  # tokens of one call: bounds the planned memory; a session splits longer prompts
+EXAMPLE_TOKENS = 7  # any count that is not special (0, 1) and no model dimension
+
+
+def export_program(spec: Spec, weights: Mapping[str, LazyWeight], *, max_tokens: int = MAX_TOKENS) -> Program:
+    """The Program of `spec.model` at stage EXPORTED. `weights` by checkpoint name; CheckpointError names what is missing."""
+    if not isinstance(spec.model, DecoderConfig):
+        raise CompileError(f"models of the form {type(spec.model).__name__} are exported by their frontend", place=spec.name)
+    config = spec.model
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = Decoder(config)
+    exported = export_module(module, context=config.context, max_tokens=max_tokens)
+    info = ModelInfo(
+        name=spec.name,
+        vocab_size=config.vocab_size,
+        context=config.context,
+        max_tokens=min(max_tokens, config.context),
+        bos_id=config.bos_id,
+        eos_ids=config.eos_ids,
+        moe_layers=moe_layers(config),
+    )
+    caches = {name: zeros(tuple(exported.state_dict[name].shape)) for name in cache_names(config)}
+    return assemble(exported, {**weights, **constant_tensors(config), **caches}, roles(config), info)
+
+
+def export_module(module: nn.Module, *, context: int, max_tokens: int) -> ExportedProgram:
+    """Export a module of fake tensors with signature `forward(tokens [1, T], start_pos [1])`, at ATen training level."""
+    limit = min(max_tokens, context)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        example = (torch.zeros(1, min(EXAMPLE_TOKENS, limit), dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    # with a limit of one token there is nothing dynamic
+    dynamic = {1: torch.export.Dim("T", min=1, max=limit)} if limit > 1 else None
+    with torch.no_grad():
+        return torch.export.export(module.eval(), example, dynamic_shapes=(dynamic, None), strict=False)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWeight:
+    """A buffer that starts at zero: a cache."""
+    return LazyWeight(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
+def assemble(
+    exported: ExportedProgram, weights: Mapping[str, LazyWeight], role_of: Mapping[str, Role], info: ModelInfo
+) -> Program:
+    """Attach lazy weights to an exported graph and check that each one the graph reads is there in its shape."""
+    used: dict[str, LazyWeight] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or spec.target is None:
+            continue
+        wanted = tuple(exported.state_dict[spec.target].shape)
+        weight = weights.get(spec.target)
+        if weight is None:
+            raise CheckpointError(f"the model needs tensor {spec.target} {list(wanted)}", remedy="use a checkpoint that has it")
+        if tuple(weight.shape) != wanted:
+            raise CheckpointError(f"tensor {spec.target} has shape {list(weight.shape)}, the model needs {list(wanted)}")
+        used[spec.target] = weight
+    return Program(
+        exported=exported,
+        weights=used,
+        roles={name: role_of.get(name, Role.OTHER) for name in used},
+        info=info,
+        stage=Stage.EXPORTED,
+    )
