@@ -9,20 +9,32 @@ A linear [N, K] is thus grouped along its input; experts stored [E, K, N] are gr
 Activations are symmetric INT8, one scale per token, rounded half to even:
     a = max|x|,   s = a / 127,   q = clamp(rint(x * (127 / a)), -127, 127)   (q = 0 when a = 0).
 The C++ kernels compute exactly this in fp32, so a reference built on `fake_quantize_rows` sees the same integers.
+Linears that XNNPACK serves use `asymmetric_rows`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+from moec.compiler.errors import CompileError
+
+if TYPE_CHECKING:
+    from moec.compiler.program import LazyWeight
+    from moec.compiler.spec.quantization import WeightScheme
+
+# Work on pieces of about this many elements: whole expert stacks need several times their size in temporaries.
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """Codes and scales of one weight. Groups of `group_size` lie along the last dimension of the logical shape.
 
-    codes: uint8 [..., L/2] when bits == 4 (element 2i in the low nibble, two's complement), int8 [..., L] when bits == 8.
+    codes: bits == 4: uint8 [..., L/2], element 2i in the low nibble, two's complement; bits == 8: int8 [..., L].
     scales: float16 or float32 [..., L/group_size].
     """
 
@@ -41,9 +53,25 @@ class QuantizedTensor:
         return unpack_int4(self.codes) if self.bits == 4 else self.codes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        q = self.unpacked().to(torch.float32)
-        grouped = q.view(*q.shape[:-1], -1, self.group_size) * self.scales.to(torch.float32).unsqueeze(-1)
-        return grouped.view(q.shape).to(dtype)
+        """scale * code, computed in float32, in a new tensor of the logical shape."""
+        out = torch.empty(self.shape, dtype=dtype)
+        rows_NL, codes, scales = _rows(out), _rows(self.codes), _rows(self.scales)
+        for piece in _pieces(rows_NL):
+            q = unpack_int4(codes[piece]) if self.bits == 4 else codes[piece]
+            grouped = q.to(torch.float32).unflatten(-1, (-1, self.group_size))
+            grouped *= scales[piece].to(torch.float32).unsqueeze(-1)
+            rows_NL[piece] = grouped.flatten(-2)
+        return out
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """All leading dimensions as one: [N, L]."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _pieces(rows_NL: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(1, rows_NL.shape[-1]))
+    return (slice(i, i + step) for i in range(0, rows_NL.shape[0], step))
 
 
 def pack_int4(q: torch.Tensor) -> torch.Tensor:
@@ -54,23 +82,90 @@ def pack_int4(q: torch.Tensor) -> torch.Tensor:
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_int4`: int8 [..., L]."""
-    low = (packed & 0xF).to(torch.int8)
-    high = (packed >> 4).to(torch.int8)
-    both = torch.stack((low, high), dim=-1).flatten(-2)
-    return torch.where(both > 7, both - 16, both)
+    signed = packed.view(torch.int8)
+    # shifts of int8 wrap to the left and keep the sign to the right: that sign-extends each nibble
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
 
 
-def quantize_weight(w: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16) -> QuantizedTensor:
-    """Eq. 6, per group along the last dimension. The codes are rounded against the scale as it is stored."""
+def quantize_weight(
+    w: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
+    """Eq. 6, per group along the last dimension. The codes are rounded against the scale as it is stored.
+
+    A group whose scale is too small for `scale_dtype` gets scale 0 and codes 0 (float16: below 2e-7 in magnitude).
+    Raises CompileError for values that are not finite or whose scale `scale_dtype` cannot hold.
+    """
     if w.shape[-1] % group_size:
         raise ValueError(f"last dimension {w.shape[-1]} is not a multiple of the group size {group_size}")
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    grouped = w.to(torch.float32).view(*w.shape[:-1], -1, group_size)
-    scales = (2.0 * grouped.abs().amax(-1) / (2**bits - 1)).to(scale_dtype)
-    divisor = scales.to(torch.float32).unsqueeze(-1)
-    # a group of zeros (or one below the smallest scale) has scale 0: its codes are 0
-    q = torch.where(divisor > 0, grouped / divisor, 0.0).round_().clamp_(qmin, qmax).to(torch.int8).view(w.shape)
-    return QuantizedTensor(pack_int4(q) if bits == 4 else q, scales, bits, group_size)
+    width = w.shape[-1]
+    codes = torch.empty(
+        (*w.shape[:-1], width // 2 if bits == 4 else width), dtype=torch.uint8 if bits == 4 else torch.int8
+    )
+    scales = torch.empty((*w.shape[:-1], width // group_size), dtype=scale_dtype)
+    rows_NL, rows_codes, rows_scales = _rows(w), _rows(codes), _rows(scales)
+    for piece in _pieces(rows_NL):
+        grouped = rows_NL[piece].to(torch.float32).unflatten(-1, (-1, group_size))
+        magnitude = grouped.abs().amax(-1)
+        scale = (2.0 * magnitude / (2**bits - 1)).to(scale_dtype)
+        _check_scales(magnitude, scale)
+        divisor = scale.to(torch.float32).unsqueeze(-1)
+        q = torch.where(divisor > 0, grouped / divisor, 0.0).round_().clamp_(qmin, qmax).to(torch.int8).flatten(-2)
+        rows_scales[piece] = scale
+        rows_codes[piece] = pack_int4(q) if bits == 4 else q
+    return QuantizedTensor(codes, scales, bits, group_size)
+
+
+def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:
+    if not scale.numel() or torch.isfinite(scale).all():
+        return
+    worst = float(magnitude.max())  # NaN wins in max
+    kind = str(scale.dtype).removeprefix("torch.")
+    what = (
+        f"magnitude {worst:.3g}, whose scale does not fit {kind}" if 0 < worst < float("inf") else "values not finite"
+    )
+    raise CompileError(f"cannot quantize a weight with {what}", remedy="check the checkpoint for a diverged tensor")
+
+
+Layout = Literal["out_in", "in_out"]
+
+
+def quantize_for(
+    weight: LazyWeight, scheme: WeightScheme, *, layout: Layout = "out_in", name: str | None = None
+) -> QuantizedTensor:
+    """The codes and scales of `weight` under `scheme`: those that the checkpoint stores, or new ones where it has none.
+
+    layout: whether the last dimension of `weight` is the reduction (`out_in`, a linear [N, K]) or the output features
+    (`in_out`, stacked experts [E, K, N]). Groups always lie along the last dimension of the result, so the result is
+    transposed in its last two dimensions when `scheme.axis` is the other one ([E, N, K] for experts grouped along in).
+
+    Stored codes are returned as they are, or refused with CompileError when the scheme differs: quantizing a quantized
+    weight again loses what its training was for, and is never done silently.
+    """
+    last_axis = "in" if layout == "out_in" else "out"
+    if weight.stored is not None:
+        stored = weight.stored()
+        if (stored.bits, stored.group_size, last_axis) == (scheme.bits, scheme.group_size, scheme.axis):
+            return stored
+        raise CompileError(
+            f"the checkpoint holds INT{stored.bits} codes in groups of {stored.group_size} along {last_axis}, "
+            f"the spec asks for INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
+            place=name,
+            remedy="make the spec's quantization the checkpoint's, or compile from the Base or SFT checkpoint",
+        )
+    w = weight.load()
+    if last_axis != scheme.axis:
+        w = w.transpose(-1, -2)
+    if w.shape[-1] % scheme.group_size:
+        raise CompileError(
+            f"{w.shape[-1]} features along {scheme.axis} are not a multiple of the group size {scheme.group_size}",
+            place=name,
+            remedy="choose another group_size for this role",
+        )
+    try:
+        return quantize_weight(w, bits=scheme.bits, group_size=scheme.group_size)
+    except CompileError as error:
+        raise CompileError(error.message, place=name, remedy=error.remedy) from None
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,3 +180,23 @@ def fake_quantize_rows(x: torch.Tensor) -> torch.Tensor:
     """What an INT8 kernel sees of `x`."""
     q, scale = quantize_rows(x)
     return q * scale
+
+
+def asymmetric_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """INT8 with a zero point along the last dimension, as XNNPACK's qd8 operators quantize their input.
+
+    Returns (q as float32 integers [..., K], scale [..., 1], zero point [..., 1]); x ~ scale * (q - zero). The range
+    always contains 0, which is exact. The zero point is derived from the end of the range that has the larger error.
+    """
+    x = x.to(torch.float32)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
+    inverse = torch.where(low == high, 1.0, 255.0 / (high - low))
+    low, high = low * inverse, high * inverse
+    zero = torch.where((-128.0 + low) + (127.0 + high) > 0, -128.0 - low, 127.0 - high).clamp(-128, 127).round()
+    return ((x * inverse).round() + zero).clamp(-128, 127), 1.0 / inverse, zero
+
+
+def fake_quantize_rows_asymmetric(x: torch.Tensor) -> torch.Tensor:
+    """What an XNNPACK qd8 operator sees of `x`."""
+    q, scale, zero = asymmetric_rows(x)
+    return (q - zero) * scale

@@ -52,9 +52,7 @@ def run(decoder: Decoder, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
 
 
 def test_published_parameter_counts() -> None:
-    shared = {
-        "architecture": "mobilemoe", "kv_heads": 4, "head_dim": 64, "vocab_size": 128256, "context": 8192, "qk_norm": True,
-    }  # fmt: skip
+    shared = {"kv_heads": 4, "head_dim": 64, "vocab_size": 128256, "context": 8192}
     published = {
         (20, 768, 12, 384): 1_263_373_056,
         (26, 1024, 16, 512): 2_818_388_992,
