@@ -65,8 +65,8 @@ TOP1 = Tolerance(
 
 ROUTER_SETS = Tolerance(
     ">", 0.995, "of tokens clear of ties",
-    f"ties (gap below {TIE_GAP:g}) are left out and counted; upstream flips of INT8 steps move scores by more than a tie, "
-    "but rarely past a rank: a bf16 router, the mistake this must catch, changes 2.6% of the selections",
+    f"ties (gap below {TIE_GAP:g}) are left out and counted; flips of INT8 steps upstream move scores by more than "
+    "a tie, but rarely past a rank: a bf16 router, the mistake this must catch, changes 2.6% of the selections",
 )  # fmt: skip
 
 ROUTER_SAME_INPUT = Tolerance(
