@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,6 @@ def _resolved(spec: Spec, folder: Path) -> Spec:
 
 
 def _absolute(path: Path, folder: Path) -> Path:
-    try:
+    with contextlib.suppress(RuntimeError):  # an unknown user: whoever opens the path will say that it is missing
         path = path.expanduser()
-    except RuntimeError:  # an unknown user: keep the name, whoever opens it will say that it is missing
-        pass
     return path if path.is_absolute() else (folder / path).absolute()

@@ -237,7 +237,7 @@ class Spec(Section):
     checkpoint: LoosePath | None = None
     quantization: Annotated[
         Quantization | None, BeforeValidator(_none), PlainSerializer(lambda q: "none" if q is None else q)
-    ] = Field(json_schema_extra={"anyOf": [{"const": "none"}, {"$ref": "#/$defs/Quantization"}]})
+    ]
     targets: Annotated[
         Mapping[str, SerializeAsAny[TargetOptions]],
         PlainValidator(parse_targets),

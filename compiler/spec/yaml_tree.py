@@ -143,9 +143,9 @@ class _Builder:
         return Tree(mark, value)
 
     def _sequence(self, node: SequenceNode, path: tuple[str | int, ...], depth: int) -> Tree:
-        items = {i: self.build(item, (*path, i), depth + 1) for i, item in enumerate(node.value)}
-        marks: dict[str | int, Mark] = {i: tree.mark for i, tree in items.items()}
-        return Tree(_mark(node.start_mark), [tree.data for tree in items.values()], marks, dict(items))
+        items: dict[str | int, Tree] = {i: self.build(item, (*path, i), depth + 1) for i, item in enumerate(node.value)}
+        marks = {i: tree.mark for i, tree in items.items()}
+        return Tree(_mark(node.start_mark), [tree.data for tree in items.values()], marks, items)
 
     def _mapping(self, node: Node, path: tuple[str | int, ...], depth: int) -> Tree:
         tree = Tree(_mark(node.start_mark), {})

@@ -1,0 +1,92 @@
+# Everything here works in a fresh clone: each target sets up what it needs, once.
+#   make demo         synthesize, compile, verify and run a small model
+#   make test         the tests that take seconds;  make test-slow  the others
+#   make lint         ruff and mypy
+# Variables: PYTHON (3.11 to 3.13), TORCH_INDEX (an extra index for torch's CPU wheel), EXTRAS, PYTEST_ARGS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+  && echo $$p && break; done)
+EXTRAS ?= dev
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+MOEC := $(BIN)/moec
+INSTALLED := $(VENV)/.moec-installed
+KERNEL := $(VENV)/.moec-kernel
+KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
+  -o -name '*.cmake' -o -name native.py)
+BUILD := build
+
+.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-peers clean distclean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(INSTALLED) $(KERNEL)
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "moec needs Python 3.11, 3.12 or 3.13; install one, or give PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "cannot make a virtual environment: install the venv package of $(PYTHON)" >&2; exit 2; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
+	touch $@
+
+$(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
+	$(BIN)/python -m moec.targets.xnnpack.native build
+	touch $@
+
+DEMO := $(BUILD)/demo
+demo: setup
+	$(MOEC) checkpoint synthesize specs/models/mobilemoe-tiny.yaml --out $(DEMO)/checkpoint --seed 1 --qat
+	$(MOEC) compile specs/models/mobilemoe-tiny.yaml --checkpoint $(DEMO)/checkpoint --out $(DEMO)/artifact
+	$(MOEC) inspect $(DEMO)/artifact
+	$(MOEC) verify $(DEMO)/artifact --json $(DEMO)/verify.json
+	$(MOEC) run $(DEMO)/artifact --prompt "The capital of France is" --max-new-tokens 32
+	$(MOEC) run $(DEMO)/artifact --prompt "def fibonacci(n):" --max-new-tokens 32 --temperature 0.8 --top-p 0.95 --seed 7
+
+test: setup
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# the kernel library under AddressSanitizer and UndefinedBehaviorSanitizer, driven by its own tests
+test-sanitize: $(INSTALLED)
+	$(BIN)/python -m moec.targets.xnnpack.native sanitize
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+
+# the versions that this checkout's environment holds, as constraints; no index, no hashes
+lock: $(INSTALLED)
+	{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip list --format freeze --exclude-editable \
+	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(pip|setuptools)=' | LC_ALL=C sort -f; } > $(BUILD)-lock
+	mv $(BUILD)-lock requirements.lock
+	touch $(INSTALLED)
+
+bench-kernel: setup
+	$(MOEC) bench kernel
+
+bench-peers: setup
+	$(MOEC) bench peers
+
+clean:
+	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,84 @@
+"""`moec checkpoint`: make, look into, and describe folders of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moec.compiler.spec import Spec
+
+_commands = typer.Typer(no_args_is_help=True, help="Make, look into, and describe checkpoint folders.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(_commands, name="checkpoint")
+
+
+@_commands.command("synthesize")
+def synthesize(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec whose model to make weights for.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    qat: Annotated[bool, typer.Option("--qat", help="Packed INT4, as QAT checkpoints are released.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Write a random checkpoint in the released layout: for CI, and where the gated weights are not at hand.
+
+    Example: [bold]moec checkpoint synthesize specs/models/mobilemoe-tiny.yaml --out build/tiny --seed 1 --qat[/bold]
+    """
+    from moec.compiler import checkpoints
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec import load_spec
+
+    checkpoints.synthesize(load_spec(spec), out, seed=seed, qat=qat, progress=Progress(quiet=quiet))
+    print(out)
+
+
+@_commands.command("inspect")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
+    spec: Annotated[Path | None, typer.Option(help="Also say what does not fit this spec.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint holds. Exit status 1 if it does not fit the spec given.
+
+    Example: [bold]moec checkpoint inspect MobileMoE-S-QAT --spec specs/models/mobilemoe-s.yaml[/bold]
+    """
+    from moec.compiler.spec import load_spec
+
+    inspect_checkpoint(folder, spec=load_spec(spec) if spec else None, as_json=as_json)
+
+
+def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> None:
+    """Print the findings about `folder`; typer.Exit(1) if it contradicts `spec`."""
+    from moec.compiler import checkpoints
+    from moec.compiler.cli.output import emit_json
+
+    found = checkpoints.inspect(folder, spec)
+    if as_json:
+        emit_json(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@_commands.command("spec")
+def write_spec(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder with its config.json.")],
+    out: Annotated[Path | None, typer.Option(help="Write the spec to this file instead of stdout.")] = None,
+) -> None:
+    """Write the spec that a checkpoint's config.json implies.
+
+    Example: [bold]moec checkpoint spec MobileMoE-S-QAT --out my-model.yaml[/bold]
+    """
+    from moec.compiler import checkpoints
+    from moec.compiler.cli.output import write_text
+
+    text = checkpoints.spec_from_config(folder)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        print(out)

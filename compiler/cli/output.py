@@ -1,0 +1,82 @@
+"""What commands print: data to stdout (`--json` for machines), everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.errors import UserError
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it: paths as text, tuples as lists, a non-finite number as null (JSON has none)."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if hasattr(value, "model_dump"):
+        return plain(value.model_dump(mode="json"))
+    return str(value)
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(plain(value), indent=2, ensure_ascii=False)
+
+
+def emit_json(value: Any) -> None:
+    print(json_text(value))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text`; UserError naming the file when it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", place=str(file), remedy="choose another file") from None
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
+    """A table on stdout; plain text where stdout is no terminal. `right` lists the columns of numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shape = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        shape.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        shape.add_row(*[Text(str(cell)) for cell in row])
+    # no wrapping where a program reads: a width that no row reaches, and no padding at the end of a line
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with console.capture() as captured:
+        console.print(shape)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def words(value: Any) -> str:
+    """A value for people: `{"a": 1, "b": {"c": true}}` becomes `a 1, b (c true)`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} ({words(v)})" if isinstance(v, dict) else f"{k} {words(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(words(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as file managers and data sheets use them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
