@@ -84,3 +84,8 @@ COMPARED = Tolerance(
     ">", 0.5, "of tokens",
     "tokens after an explained flip of a tied selection are left out of the element-wise comparison; most must remain",
 )  # fmt: skip
+
+NO_FAULTS = Tolerance(
+    "<=", 0.0, "faults",
+    "structure is counted, not measured: a weight is read or it is not, a declared shape is right or it is not",
+)  # fmt: skip

@@ -1,0 +1,455 @@
+"""Does a rewrite keep the meaning of a graph? Two programs compared, structure and numbers.
+
+    end to end      the same tokens through both, in chunks and single steps, over one KV cache each
+    each rewrite    every region that the pass replaced runs alone, fed with the values of the graph *before* (so with
+                    its routing): an error is found where it is made, and cannot hide behind a later one
+    structure       the digest changes exactly when the pass says so, weights are neither lost nor orphaned, every
+                    value has the type and shape that the graph declares
+
+A pass that rounds (quantization) is compared with the graph before it, given the dequantized weights, with the rounding
+of activations and cache switched off; what that rounding costs is reported beside it.
+
+T tokens, V vocabulary, E experts, K selected experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from moec.compiler import ops
+from moec.compiler.ops.attributes import Routing
+from moec.compiler.ops.cached_attention import cached_attention
+from moec.compiler.ops.moe_math import choices, router_logits
+from moec.compiler.program import LazyWeight, Program, Role, Stage, module_path
+from moec.compiler.quant import QuantizedTensor
+from moec.compiler.verify import metrics, tolerances
+from moec.compiler.verify.interpret import GraphRunner, Override
+from moec.compiler.verify.report import Check
+
+MOE_OPS = (ops.fused_moe, ops.fused_moe_q)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids to run, split in calls: a prefill, a second chunk and single steps."""
+
+    name: str
+    ids: tuple[int, ...]
+
+    def calls(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(start position, ids) of each call."""
+        n = len(self.ids)
+        cuts = sorted({0, (2 * n) // 3, max(n - 2, 0), max(n - 1, 0), n})
+        return [(a, self.ids[a:b]) for a, b in pairwise(cuts)]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One replaced region: the first new node, the block it belongs to, and how far its results are off."""
+
+    node: str
+    where: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing two programs found. `ratio` is at most 1 within tolerance; `explained` tokens were set apart by a
+    tie.
+    """
+
+    sample: str
+    ratio: float
+    explained: int
+    tokens: int
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Run:
+    logits_TV: np.ndarray
+    tied_T: np.ndarray  # whether rounding could have changed a selection of this token
+    faults: tuple[str, ...] = field(default=())
+
+
+def compare_programs(before: Program, after: Program, samples: Sequence[Sample]) -> list[Comparison]:
+    """Run both on every sample. The reference is `before`, with the dequantized weights of `after`."""
+    reference = with_weights_of(before, after)
+    first = GraphRunner(reference)
+    second = GraphRunner(after, overrides=unrounded_operators())
+    results = []
+    for sample in samples:
+        a, b = _run(first, sample), _run(second, sample)
+        ratio, explained = close_rows(a.logits_TV, b.logits_TV, a.tied_T)
+        results.append(Comparison(sample.name, ratio, explained, len(sample.ids), b.faults))
+    return results
+
+
+def close_rows(reference_TV: np.ndarray, actual_TV: np.ndarray, tied_T: np.ndarray) -> tuple[float, int]:
+    """(worst tolerance ratio, rows left out): a row out of tolerance is left out if a tie at or before it explains."""
+    explained, worst = 0, 0.0
+    after_tie_T = np.logical_or.accumulate(tied_T)
+    for row in range(len(reference_TV)):
+        ratio = metrics.tolerance_ratio(
+            reference_TV[row], actual_TV[row], atol=tolerances.FLOAT_ATOL, rtol=tolerances.FLOAT_RTOL
+        )
+        if ratio > 1.0 and after_tie_T[row] and np.isfinite(actual_TV[row]).all():
+            explained += 1
+        else:
+            worst = max(worst, ratio)
+    return worst, explained
+
+
+def _run(runner: GraphRunner, sample: Sample) -> _Run:
+    runner.reset()
+    logits, tied = [], []
+    faults: list[str] = []
+    for start, ids in sample.calls():
+        tied_T = np.zeros(len(ids), dtype=bool)
+
+        def observe(node: Node, args: tuple[Any, ...], value: Any, tied_T: np.ndarray = tied_T) -> None:
+            gaps_T = selection_gaps_of(node, args)
+            if gaps_T is not None and len(gaps_T) == len(tied_T):
+                tied_T |= gaps_T < tolerances.TIE_GAP
+            faults.extend(_meta_faults(node, value))
+
+        logits.append(runner(ids, start, observe).numpy())
+        tied.append(tied_T)
+    return _Run(np.concatenate(logits), np.concatenate(tied), tuple(dict.fromkeys(faults)))
+
+
+def selection_gaps_of(node: Node, args: tuple[Any, ...]) -> np.ndarray | None:
+    """Gap between rank k and k + 1 per token, if `node` selects experts (or groups of them); None otherwise."""
+    if node.target is torch.ops.aten.topk.default:
+        scores, k = args[0], int(args[1])
+        if not isinstance(scores, torch.Tensor) or k >= scores.shape[-1]:
+            return None
+        gaps = metrics.selection_gaps(scores.reshape(-1, scores.shape[-1]).double().numpy(), k)
+        tokens = int(np.prod(scores.shape[:-1]))
+        return gaps if tokens == len(gaps) else None
+    if node.target in MOE_OPS:
+        scores, k = moe_selection_scores(node, args)
+        return metrics.selection_gaps(scores.double().numpy(), k)
+    return None
+
+
+def moe_selection_scores(node: Node, args: tuple[Any, ...]) -> tuple[torch.Tensor, int]:
+    """What topk sees inside a fused node, float32 [T, E], and k."""
+    named = named_arguments(node, args)
+    logits = router_logits(named["router_input"], named["router_weight"], named["router_bias"])
+    routing = Routing.parse(named["routing"])
+    return choices(logits, named["selection_bias"], routing)[0], int(named["top_k"])
+
+
+def named_arguments(node: Node, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional values by the names of the operator's schema; absent optional ones are None."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
+    values.update(zip((a.name for a in schema.arguments), args, strict=False))
+    values.update({k: v for k, v in node.kwargs.items() if not isinstance(v, Node)})
+    return values
+
+
+def _meta_faults(node: Node, value: Any) -> Iterable[str]:
+    """A value that is not what the graph declares: another dtype, rank or fixed size."""
+    declared = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(declared, torch.Tensor):
+        return
+    sizes = [d if isinstance(d, int) else None for d in declared.shape]
+    same = len(sizes) == value.dim() and all(d is None or d == s for d, s in zip(sizes, value.shape, strict=True))
+    if not same or declared.dtype != value.dtype:
+        yield (
+            f"{node.name}: the graph declares {declared.dtype} {list(declared.shape)}, "
+            f"it computes {value.dtype} {list(value.shape)}"
+        )
+
+
+# --- each rewrite alone ---------------------------------------------------------------------------------------------
+
+
+def compare_regions(before: Program, after: Program, sample: Sample) -> list[Region]:
+    """Every new region of `after`, run on the values of `before`, compared where its results enter surviving nodes.
+
+    Nodes survive by name and operator: a pass that edits a graph keeps them. When the graph was traced anew nothing can
+    be matched, and the list is empty.
+    """
+    if after.stage == Stage.CANONICAL and before.stage == Stage.EXPORTED:
+        return []  # functionalization traces the graph anew: equal names mean nothing
+    old = {n.name: n for n in before.graph.nodes if n.op != "placeholder"}
+    survivors = {
+        n: old[n.name]
+        for n in after.graph.nodes
+        if n.name in old and n.op == old[n.name].op and n.target == old[n.name].target
+    }
+    frontier = _frontier(before, after, survivors)
+    new = _needed(after, [pair[1] for pair in frontier], survivors)
+    if not new:
+        return []
+    wanted = {b for b, _ in frontier if b.op != "placeholder"}
+    wanted |= {survivors[i] for n in new for i in n.all_input_nodes if i in survivors}
+    values = _observed(with_weights_of(before, after), wanted, sample)
+    computed = _computed(after, new, survivors, values, sample)
+    return _region_rows(frontier, new, values, computed)
+
+
+def _frontier(before: Program, after: Program, survivors: Mapping[Node, Node]) -> list[tuple[Node, Node]]:
+    """(value before, new value) wherever a surviving node, or the output, reads something else than it used to."""
+    pairs: dict[tuple[Node, Node], None] = {}
+    for node, twin in survivors.items():
+        mine = _flat_inputs(node) if node.op != "output" else _user_outputs(after, node)
+        theirs = _flat_inputs(twin) if twin.op != "output" else _user_outputs(before, twin)
+        if len(mine) != len(theirs):
+            continue
+        for a, b in zip(mine, theirs, strict=True):
+            if a is None or b is None or a.op == "placeholder" or survivors.get(a) is b:
+                continue
+            pairs[(b, a)] = None
+    return list(pairs)
+
+
+def _flat_inputs(node: Node) -> list[Node | None]:
+    flat, _ = torch.utils._pytree.tree_flatten((node.args, dict(node.kwargs)))
+    return [v if isinstance(v, Node) else None for v in flat]
+
+
+def _user_outputs(program: Program, output: Node) -> list[Node | None]:
+    results = output.args[0]
+    assert isinstance(results, (tuple, list))
+    specs = program.exported.graph_signature.output_specs
+    return [
+        r if isinstance(r, Node) else None for s, r in zip(specs, results, strict=True) if s.kind.name == "USER_OUTPUT"
+    ]
+
+
+def _needed(after: Program, results: Sequence[Node], survivors: Mapping[Node, Node]) -> list[Node]:
+    """The new nodes that `results` depend on, in graph order; the walk stops at survivors and placeholders."""
+    found: set[Node] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node in found or node in survivors or node.op == "placeholder":
+            continue
+        found.add(node)
+        stack.extend(node.all_input_nodes)
+    return [n for n in after.graph.nodes if n in found]
+
+
+def _observed(program: Program, wanted: set[Node], sample: Sample) -> dict[str, Any]:
+    names = {n.name for n in wanted}
+    values: dict[str, Any] = {}
+
+    def observe(node: Node, args: tuple[Any, ...], value: Any) -> None:
+        if node.name in names:
+            values[node.name] = value.clone() if isinstance(value, torch.Tensor) else value
+
+    GraphRunner(program)(sample.ids, 0, observe)
+    return values
+
+
+def _computed(
+    after: Program, new: Sequence[Node], survivors: Mapping[Node, Node], values: Mapping[str, Any], sample: Sample
+) -> dict[Node, Any]:
+    """The new nodes, computed from the values of the graph before."""
+    runner = GraphRunner(after)
+    overrides = unrounded_operators()
+    inputs = [torch.tensor([list(sample.ids)]), torch.tensor([0])]
+    computed: dict[Node, Any] = {}
+
+    def resolve(n: Node) -> Any:
+        if n.op == "placeholder":
+            return runner.value_of(n, inputs)
+        return values[survivors[n].name] if n in survivors else computed[n]
+
+    with torch.no_grad():
+        for node in new:
+            target: Any = overrides.get(node.target, node.target)
+            computed[node] = target(*torch.fx.map_arg(node.args, resolve), **torch.fx.map_arg(node.kwargs, resolve))
+    return computed
+
+
+def _region_rows(
+    frontier: Sequence[tuple[Node, Node]], new: Sequence[Node], values: Mapping[str, Any], computed: Mapping[Node, Any]
+) -> list[Region]:
+    rows = []
+    for b, a in frontier:
+        expected, actual = values.get(b.name), computed.get(a, values.get(a.name))
+        ratio = _value_ratio(expected, actual)
+        if ratio is not None:
+            rows.append(Region(a.name, module_path(a) or module_path(b), ratio))
+    return rows
+
+
+def _value_ratio(expected: Any, actual: Any) -> float | None:
+    """Tolerance ratio of two values of a graph; integers (selections) must be equal as sets; None if not comparable."""
+    if isinstance(expected, (tuple, list)) and isinstance(actual, (tuple, list)):
+        if len(expected) != len(actual):
+            return float("inf")
+        ratios = [_value_ratio(e, a) for e, a in zip(expected, actual, strict=True)]
+        return max((r for r in ratios if r is not None), default=None)
+    if not isinstance(expected, torch.Tensor) or not isinstance(actual, torch.Tensor):
+        return None
+    if expected.shape != actual.shape or expected.is_floating_point() != actual.is_floating_point():
+        return float("inf")
+    if not expected.is_floating_point():
+        if expected.dim():
+            expected, actual = expected.sort(-1).values, actual.sort(-1).values
+        return 0.0 if torch.equal(expected.long(), actual.long()) else float("inf")
+    reference, other = expected.double().numpy(), actual.double().numpy()
+    return metrics.tolerance_ratio(reference, other, atol=tolerances.FLOAT_ATOL, rtol=tolerances.FLOAT_RTOL)
+
+
+# --- quantization: the same weights, and no rounding of activations -------------------------------------------------
+
+_CODES = re.compile(r"^(?P<stem>.*?)[._]?qweight$")
+
+
+def quantized_weights(program: Program) -> dict[str, tuple[str, str]]:
+    """Name of the float weight -> (codes, scales) names, by the naming of released checkpoints."""
+    found = {}
+    for name in program.weights:
+        match = _CODES.match(name)
+        if match is None:
+            continue
+        stem, dotted = match["stem"], name.endswith(".qweight")
+        scales = f"{stem}.weight_scale" if dotted else f"{stem}_scale"
+        float_names = (f"{stem}.weight",) if dotted else (f"{stem}_proj", stem)
+        for float_name in float_names:
+            if scales in program.weights:
+                found[float_name] = (name, scales)
+    return found
+
+
+def with_weights_of(before: Program, after: Program) -> Program:
+    """`before` with the dequantized codes of `after` in the place of each weight that `after` quantized."""
+    pairs = quantized_weights(after)
+    replaced = dict(before.weights)
+    for name, weight in before.weights.items():
+        if name in after.weights or name not in pairs:
+            continue
+        codes, scales = (after.weights[n] for n in pairs[name])
+        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(codes, scales, weight))
+    return replace(before, weights=replaced)
+
+
+def _dequantizer(codes: LazyWeight, scales: LazyWeight, weight: LazyWeight) -> Any:
+    def load() -> torch.Tensor:
+        q, s = codes.load(), scales.load()
+        bits = 4 if q.dtype == torch.uint8 else 8
+        width = q.shape[-1] * (2 if bits == 4 else 1)
+        return QuantizedTensor(q, s, bits, width // s.shape[-1]).dequantize(weight.dtype).reshape(weight.shape)
+
+    return load
+
+
+def unrounded_operators() -> dict[Any, Override]:
+    """The quantized operators with the same codes, in fp32 arithmetic: no rounding of activations or of the cache."""
+    caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+        k_scale: torch.Tensor, v_scale: torch.Tensor, start_pos: torch.Tensor, scale: float, window: int,
+    ) -> torch.Tensor:  # fmt: skip
+        def empty(cache: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(cache.shape, dtype=torch.float32)
+
+        if int(start_pos) == 0 or id(k_cache) not in caches:
+            caches[id(k_cache)] = (empty(k_cache), empty(v_cache))
+        keys, values = caches[id(k_cache)]
+        return cached_attention(q, k, v, keys, values, start_pos, scale, window)
+
+    def moe(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return ops.fused_moe_q(*args[:-1], False, **kwargs)
+
+    def linear(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return ops.linear_q(*args[:-1], False, **kwargs)
+
+    return {ops.cached_attention_q8: attention, ops.fused_moe_q: moe, ops.linear_q: linear}
+
+
+# --- structure ------------------------------------------------------------------------------------------------------
+
+
+def structure_faults(before: Program, after: Program, changed: int) -> list[str]:
+    """What is wrong with a rewrite by its form alone: one line per fault."""
+    faults = []
+    same = before.digest() == after.digest()
+    if changed and same:
+        faults.append(f"it reports {changed} changes, but the graph is the same")
+    if not changed and not same:
+        faults.append("it reports no change, but the graph differs")
+    faults += _weight_faults(after)
+    faults += _lost_weights(before, after)
+    return faults
+
+
+def _weight_faults(program: Program) -> Iterable[str]:
+    readers: dict[str, int] = {}
+    for node in program.graph.nodes:
+        name = program.weight_of(node) if node.op == "placeholder" else None
+        if name is None:
+            continue
+        readers[name] = readers.get(name, 0) + len(node.users)
+        if name not in program.weights:
+            yield f"the graph reads {name}, which the program does not hold"
+    for name in program.weights:
+        if not readers.get(name):
+            yield f"the program holds {name}, which no node reads"
+        elif program.roles.get(name) in (Role.EXPERT, Role.ROUTER, Role.SHARED) and readers[name] != 1:
+            yield f"{name} is read by {readers[name]} nodes, not by one"
+
+
+def logical_elements(program: Program) -> dict[Role, int]:
+    """Weight elements by role: codes count as the elements they stand for, scales and caches do not count."""
+    counts: dict[Role, int] = {}
+    scales = {s for _, s in quantized_weights(program).values()}
+    for name, weight in program.weights.items():
+        role = program.roles.get(name, Role.OTHER)
+        if name in scales or role in (Role.CACHE, Role.CONSTANT, Role.OTHER):
+            continue
+        packed = 2 if weight.dtype == torch.uint8 else 1
+        counts[role] = counts.get(role, 0) + packed * int(np.prod(weight.shape))
+    return counts
+
+
+def _lost_weights(before: Program, after: Program) -> Iterable[str]:
+    """Weights may be joined and quantized, but every element of every role stays. Packed weights no longer show it."""
+    if after.stage == Stage.LEGAL:
+        return
+    a, b = logical_elements(before), logical_elements(after)
+    for role in sorted(set(a) | set(b)):
+        if a.get(role, 0) != b.get(role, 0):
+            yield f"{role.value} weights: {a.get(role, 0)} elements before, {b.get(role, 0)} after"
+
+
+# --- the checks of one pass -----------------------------------------------------------------------------------------
+
+
+def pass_checks(name: str, before: Program, after: Program, changed: int, samples: Sequence[Sample]) -> list[Check]:
+    """All checks of one rewrite, named `pass: check`."""
+    faults = structure_faults(before, after, changed)
+    checks = []
+    if changed or before.digest() != after.digest():
+        comparisons = compare_programs(before, after, samples)
+        for c in comparisons:
+            faults += c.faults
+        worst = max(comparisons, key=lambda c: c.ratio)
+        explained = sum(c.explained for c in comparisons)
+        total = sum(c.tokens for c in comparisons)
+        detail = f"{explained} of {total} tokens left out after a tie" if explained else ""
+        checks.append(Check(f"{name}: end to end", worst.ratio, tolerances.FLOAT_CLOSE, worst.sample, detail))
+        checks.append(Check(f"{name}: tokens compared", 1 - explained / total, tolerances.COMPARED))
+        regions = compare_regions(before, after, samples[0])
+        if regions:
+            region = max(regions, key=lambda r: r.ratio)
+            where = f"{region.where} {region.node}".strip() + f", {len(regions)} compared"
+            checks.append(Check(f"{name}: each rewrite alone", region.ratio, tolerances.FLOAT_CLOSE, where))
+    checks.append(Check(f"{name}: structure", float(len(faults)), tolerances.NO_FAULTS, detail="; ".join(faults[:3])))
+    return checks
