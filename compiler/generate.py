@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; `top_p` keeps the fewest tokens whose probabilities reach it; a seed repeats the draw."""
+    """temperature 0 is greedy; `top_p` keeps the fewest tokens whose probabilities reach it; a seed repeats them."""
 
     temperature: float = 0.0
     top_p: float = 1.0

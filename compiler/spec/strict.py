@@ -146,7 +146,8 @@ def describe(kind: str, detail: Any) -> str:
         return f"expected {_KINDS[kind]}, got {given}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return f"must be {words} {context[name]}, got {given}"
+        bound = context[name]
+        return f"must be {words} {int(bound) if bound == int(bound) else bound}, got {given}"
     if kind == "literal_error":
         return f"expected {context['expected']}, got {given}"
     if kind == "multiple_of":

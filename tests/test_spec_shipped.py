@@ -1,0 +1,92 @@
+"""The specs that ship: published parameter counts, the schema's freshness, and what quantization gives each role."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moec.compiler.cli.output import json_text
+from moec.compiler.program import Role
+from moec.compiler.spec import DecoderConfig, WeightScheme, load_spec, parameter_counts, parse_spec
+from moec.compiler.spec.schema import spec_schema
+
+SPECS = Path(__file__).parent.parent / "specs"
+MODELS = sorted((SPECS / "models").glob("*.yaml"))
+
+# Published: the MobileMoE paper's Table of sizes, exact from the released shapes; MobileLLM-Pro's model card.
+PUBLISHED = {
+    "mobilemoe-s": (1_263_373_056, 272_468_736),
+    "mobilemoe-m": (2_818_388_992, 528_299_008),
+    "mobilemoe-l": (5_325_702_400, 921_683_200),
+    "mobilellm-pro": (1_084_453_120, 1_084_453_120),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name: str) -> None:
+    config = load_spec(SPECS / "models" / f"{name}.yaml").model
+    assert isinstance(config, DecoderConfig)
+    assert tuple(parameter_counts(config).values()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["mobilemoe-tiny", "mobilellm-pro"])
+def test_counts_equal_the_model(name: str) -> None:
+    """The formula against the parameters of the module itself, built without memory."""
+    import torch
+
+    from moec.compiler.model import Decoder
+
+    spec = load_spec(SPECS / "models" / f"{name}.yaml")
+    assert isinstance(spec.model, DecoderConfig)
+    with torch.device("meta"):
+        module = Decoder(spec.model)
+    seen = {id(p): p.numel() for p_name, p in module.named_parameters() if not p_name.endswith("expert_bias")}
+    assert sum(seen.values()) == parameter_counts(spec.model)["total"]
+
+
+def test_window_in_three_of_four_layers() -> None:
+    config = load_spec(SPECS / "models" / "mobilellm-pro.yaml").model
+    assert isinstance(config, DecoderConfig)
+    assert [config.window(layer) for layer in range(8)] == [512, 512, 512, 0, 512, 512, 512, 0]
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda f: f.stem)
+def test_every_spec_round_trips_and_names_its_schema(file: Path) -> None:
+    spec = load_spec(file)
+    again = parse_spec(yaml.safe_dump(spec.model_dump(mode="json")))
+    assert again == spec
+    assert spec.name == file.stem
+    assert file.read_text().startswith("# yaml-language-server: $schema=../schema.json\n")
+
+
+def test_schema_is_fresh() -> None:
+    """`moec schema --out specs/schema.json` after a change of the spec's classes."""
+    targets = sorted(f.parent.name for f in (SPECS.parent / "targets").glob("*/options.py"))
+    assert (SPECS / "schema.json").read_text() == json_text(spec_schema(targets)) + "\n"
+
+
+def test_schema_accepts_the_shipped_specs() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="the jsonschema package is not installed")
+    schema = json.loads((SPECS / "schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    for file in MODELS:
+        assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
+    broken = yaml.safe_load(MODELS[0].read_text())
+    broken["quantization"]["routr"] = "fp32"
+    assert list(validator.iter_errors(broken))
+
+
+def test_scheme_by_role() -> None:
+    text = (SPECS / "models" / "mobilemoe-tiny.yaml").read_text()
+    text = text.replace("embedding: int4", "embedding: {weights: int8, group_size: 64}\n  attention: fp32")
+    quantization = parse_spec(text).quantization
+    assert quantization is not None
+    found = {role: quantization.scheme(role) for role in Role}
+    assert found[Role.EXPERT] == WeightScheme(4, 32, "out")
+    assert found[Role.SHARED] == found[Role.FFN] == WeightScheme(4, 32, "in")
+    assert found[Role.EMBEDDING] == found[Role.HEAD] == WeightScheme(8, 64, "in")
+    for role in (Role.ATTENTION, Role.ROUTER, Role.NORM, Role.CACHE, Role.CONSTANT, Role.OTHER):
+        assert found[role] is None, role
