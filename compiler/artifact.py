@@ -199,12 +199,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, *, marker: str = MANIFEST, kind: str = "an artifact") -> Iterator[Path]:
     """A temporary sibling folder that takes the place of `out` when the block ends well, and vanishes when it does not.
 
-    UserError, before anything is done, if `out` cannot be written or holds something that is not an artifact.
+    UserError, before anything is done, if `out` cannot be written or holds something that is not `kind`, which is known
+    by its file `marker`.
     """
-    _check_replaceable(out)
+    _check_replaceable(out, marker, kind)
     temporary = out.parent / f".{out.name}{_TEMPORARY}{os.getpid()}"
     with _disk_faults(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -219,11 +220,11 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(out: Path, marker: str, kind: str) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError("exists and is not a folder", place=str(out), remedy="choose another --out")
-    if out.is_dir() and not (out / MANIFEST).exists() and any(out.iterdir()):
-        raise UserError("holds files that are not an artifact's", place=str(out), remedy="choose another --out")
+    if out.is_dir() and not (out / marker).exists() and any(out.iterdir()):
+        raise UserError(f"holds files and is not {kind}", place=str(out), remedy="choose another --out")
 
 
 @contextmanager

@@ -1,0 +1,192 @@
+"""Random checkpoints in the released layout: real ones are gated, and CI needs some.
+
+The weights are Gaussian with scales chosen so that signals stay of order one at any depth (RMS norms do most of it):
+- the embedding has rows of unit-free standard deviation e = 2.5 / sqrt(d_model), so that logits have a spread of about
+  2.5; rows differ in norm (lognormal), as those of frequent and rare tokens do;
+- the blocks together add about as much variance to the residual stream as the embedding put there;
+- tokens fall into clusters that share a direction, and each expert prefers a few of these directions, so that routing
+  has structure: it differs between kinds of tokens, and no expert is idle;
+- the last norm has random signs. With a tied head, a stream that still contains its token's embedding would predict
+  that same token for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moec.compiler.artifact import replacing
+from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
+from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
+from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, packed_names
+from moec.compiler.checkpoints.tokenizer import train_tokenizer
+from moec.compiler.errors import CheckpointError, SpecError
+from moec.compiler.model.layout import WeightInfo, weight_layout
+from moec.compiler.program import Role
+from moec.compiler.progress import Progress
+from moec.compiler.quant import quantize_weight
+from moec.compiler.spec.model import DecoderConfig
+
+if TYPE_CHECKING:
+    from moec.compiler.spec.model import Spec
+
+_PIECE = 1 << 24  # elements generated at a time
+_CLUSTERS = 64
+_CLUSTER_SHARE = 0.6  # of an embedding row's norm
+_ROW_SPREAD = 0.3  # of the logarithm of the rows' norms
+_LOGIT_SPREAD = 2.5
+_ROUTER_PREFERENCE, _ROUTER_SPREAD = 1.5, 1.0  # in router logits: for a preferred cluster, and at random
+_PREFERRED = 3  # clusters per expert
+_BIAS_SPREAD = 0.05
+
+
+def synthesize(
+    spec: Spec, out: str | Path, *, seed: int = 0, qat: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write a random checkpoint for `spec` to the folder `out` and return it. The same seed gives the same bytes.
+
+    qat: INT4 codes and float16 scales instead of BF16; equal seeds give the same model in both, up to rounding.
+    Memory: one piece of one tensor. Errors: SpecError if the spec's model is not ours, CheckpointError if a width cannot
+    be packed, UserError if `out` cannot be written or holds something else.
+    """
+    config = spec.model
+    if not isinstance(config, DecoderConfig):
+        raise SpecError("has no `model: {architecture: ...}` section to synthesize weights for", place=spec.name)
+    layout = list(weight_layout(config).values())
+    for info in layout:
+        if qat and info.role in PACKED_ROLES and info.shape[-1] % GROUP_SIZE:
+            raise CheckpointError(
+                f"{info.name} has {info.shape[-1]} columns, packed weights need a multiple of {GROUP_SIZE}",
+                place=spec.name,
+                remedy="synthesize without --qat",
+            )
+    progress = progress or Progress(quiet=True)
+    out = Path(out)
+    with replacing(out, marker=CONFIG, kind="a checkpoint") as folder:
+        (folder / CONFIG).write_text(json.dumps(config_to_json(config, packed=qat), indent=2) + "\n", "utf-8")
+        tokenizer = train_tokenizer(config.vocab_size, bos_id=config.bos_id, eos_ids=config.eos_ids)
+        if tokenizer is not None:
+            (folder / TOKENIZER).write_text(tokenizer, "utf-8")
+        _write_weights(folder / "model.safetensors", config, layout, seed, qat=qat, progress=progress)
+    return out
+
+
+def _stored(info: WeightInfo, *, qat: bool) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """The tensors of a weight in the file: (name, type, shape)."""
+    if qat and info.role in PACKED_ROLES:
+        codes, scales = packed_names(info.name)
+        lead, width = info.shape[:-1], info.shape[-1]
+        return [
+            (codes, torch.uint8, (*lead, width // 2)),
+            (scales, torch.float16, (*lead, width // GROUP_SIZE)),
+        ]
+    is_router_matrix = info.role is Role.ROUTER and len(info.shape) == 2
+    return [(info.name, torch.float32 if is_router_matrix else torch.bfloat16, info.shape)]
+
+
+def _write_weights(
+    file: Path, config: DecoderConfig, layout: list[WeightInfo], seed: int, *, qat: bool, progress: Progress
+) -> None:
+    source = _Weights(config, seed)
+    names = [stored for info in layout for stored in _stored(info, qat=qat)]
+    with SafetensorsWriter(file, names) as writer, progress.stage("synthesize", len(layout)) as step:
+        for info in layout:
+            tensors = _stored(info, qat=qat)
+            if len(tensors) == 1:
+                name, dtype, _ = tensors[0]
+                writer.write(name, (piece.to(dtype) for piece in source.pieces(info)))
+            else:
+                scales: list[torch.Tensor] = []
+                writer.write(tensors[0][0], _codes(source.pieces(info), scales))
+                writer.write(tensors[1][0], scales)
+            step(info.name)
+
+
+def _codes(pieces: Iterator[torch.Tensor], scales: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The codes of `pieces`; the scales are kept for later, being one value in 32."""
+    for piece in pieces:
+        quantized = quantize_weight(piece, bits=4, group_size=GROUP_SIZE)
+        scales.append(quantized.scales)
+        yield quantized.codes
+
+
+class _Weights:
+    """The random values of each weight, as consecutive float32 pieces of rows [n, last dimension]."""
+
+    def __init__(self, config: DecoderConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._embedding_std = _LOGIT_SPREAD / math.sqrt(config.d_model)
+        # 2 blocks a layer share, in variance, as much as the embedding has
+        self._block_std = self._embedding_std / math.sqrt(2 * config.layers)
+        centers_CD = torch.randn(_CLUSTERS, config.d_model, generator=self._generator("clusters"))
+        self._centers_CD = torch.nn.functional.normalize(centers_CD, dim=-1)
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed((self._seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+
+    def pieces(self, info: WeightInfo) -> Iterator[torch.Tensor]:
+        generator = self._generator(info.name)
+        if info.role is Role.NORM:
+            yield self._norm(info, generator)
+        elif info.role is Role.ROUTER:
+            yield self._router(info, generator)
+        else:
+            fill = self._embedding if info.role is Role.EMBEDDING else self._matrix
+            width = info.shape[-1]
+            rows, step = info.numel // width, max(1, _PIECE // width)
+            for first in range(0, rows, step):
+                yield fill(info, min(step, rows - first), width, generator)
+
+    def _norm(self, info: WeightInfo, generator: torch.Generator) -> torch.Tensor:
+        weight = 1 + 0.1 * torch.randn(info.shape, generator=generator)
+        if info.layer is None and self._config.tied_embeddings:
+            weight *= torch.randint(0, 2, info.shape, generator=generator) * 2 - 1
+        return weight
+
+    def _router(self, info: WeightInfo, generator: torch.Generator) -> torch.Tensor:
+        if len(info.shape) == 1:
+            return _BIAS_SPREAD * torch.randn(info.shape, generator=generator)
+        experts, d_model = info.shape
+        preferred = torch.rand(experts, _CLUSTERS, generator=generator).topk(_PREFERRED).indices
+        directions_ED = self._centers_CD[preferred].sum(1)
+        # a token's normalised stream has norm sqrt(D), half of its variance from the embedding
+        along = _CLUSTER_SHARE * math.sqrt(d_model / 2)
+        noise_ED = torch.randn(info.shape, generator=generator) * (_ROUTER_SPREAD / math.sqrt(d_model))
+        return directions_ED * (_ROUTER_PREFERENCE / along) + noise_ED
+
+    def _embedding(self, info: WeightInfo, rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(rows, width, generator=generator)
+        noise *= math.sqrt(1 - _CLUSTER_SHARE**2)
+        cluster = torch.randint(0, _CLUSTERS, (rows,), generator=generator)
+        noise += self._centers_CD[cluster] * (_CLUSTER_SHARE * math.sqrt(width))
+        norm = torch.exp(_ROW_SPREAD * torch.randn(rows, 1, generator=generator))
+        return noise.mul_(norm * self._embedding_std)
+
+    def _matrix(self, info: WeightInfo, rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(rows, width, generator=generator).mul_(self._std(info))
+
+    def _std(self, info: WeightInfo) -> float:
+        """Standard deviation of a matrix from what its outputs should have; inputs have spread one."""
+        width_in = info.shape[-2] if info.role is Role.EXPERT else info.shape[-1]
+        target = 1.0
+        if info.role is Role.HEAD:
+            target = _LOGIT_SPREAD
+        elif info.name.endswith(".o_proj.weight"):
+            target = self._block_std / 0.3  # attention averages values of spread one over about ten tokens
+        elif ".down_proj" in info.name:
+            target = self._down_target(info)
+        return target / math.sqrt(width_in)
+
+    def _down_target(self, info: WeightInfo) -> float:
+        hidden = 0.6  # spread of silu(a) * b for normal a and b
+        moe = self._config.moe
+        if moe is None or info.role is Role.SHARED:
+            return self._block_std * (1.0 if moe is None else 0.6) / hidden
+        combine = moe.scale / math.sqrt(moe.top_k)  # top_k independent outputs, each weighted by about scale / top_k
+        return self._block_std * (0.8 if moe.shared_width else 1.0) / (hidden * combine)
