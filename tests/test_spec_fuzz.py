@@ -27,8 +27,7 @@ def survives(text: str) -> None:
 
 
 # one value a line: booleans, numbers and syntax that readers of YAML stumble over, then words that a spec knows
-VALUES = (
-    r"""
+TRAPS = r"""
 ~
 -1
 0
@@ -68,9 +67,8 @@ none
 int4
 xnnpack
 {xnnpack: 5}
-""".strip().split("\n")
-    + ["", "\t", "\u2028", "\ud7ff"]
-)
+"""
+VALUES = [*TRAPS.strip().split("\n"), "", "\t", "\u2028", "\ud7ff"]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,157 @@
+"""The house rules that a machine can check: direction of imports, file sizes, folders, registries, a light import."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("compiler", "passes", "targets", "training")
+# A room may import from itself and from the rooms named. `training` yields checkpoints; nothing imports it.
+ALLOWED = {
+    "compiler": {"compiler"},
+    "passes": {"compiler", "passes"},
+    "targets": {"compiler", "passes", "targets"},
+    "training": {"compiler", "training"},
+}
+# Where the registries are looked up: the line itself, the commands, and the options of a spec's targets.
+LOOKS_UP = re.compile(r"compiler/(build\.py|cli/.*|spec/targets\.py)")
+MAX_LINES = 600
+
+
+def sources(*patterns: str) -> Iterator[Path]:
+    for room in ROOMS:
+        for pattern in patterns:
+            yield from sorted((ROOT / room).rglob(pattern))
+
+
+def imported(file: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(file.read_text("utf-8"), str(file))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for file in sources("*.py"):
+        path = file.relative_to(ROOT)
+        for line, name in imported(file):
+            parts = name.split(".")
+            if parts[0] != "moec" or len(parts) < 2 or parts[1] not in ROOMS:
+                continue
+            if parts[1] not in ALLOWED[path.parts[0]] and not LOOKS_UP.fullmatch(path.as_posix()):
+                wrong.append(f"{path}:{line}: {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_outside_imports_a_room_by_its_bare_name() -> None:
+    files = [*sources("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    wrong = [f"{f.relative_to(ROOT)}:{n}" for f in files for n, name in imported(f) if name.split(".")[0] in ROOMS]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_have_one_subject() -> None:
+    files = [*sources("*.py", "*.cpp", "*.h", "*.cc"), *(ROOT / "tests").rglob("*.py")]
+    long = {str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text("utf-8").splitlines())) > MAX_LINES}
+    assert not long, f"over {MAX_LINES} lines: {long}"
+
+
+def test_modules_say_what_they_are() -> None:
+    silent = [
+        str(f.relative_to(ROOT))
+        for f in sources("*.py")
+        if f.read_text("utf-8").strip() and not ast.get_docstring(ast.parse(f.read_text("utf-8")))
+    ]
+    assert not silent, f"no docstring: {silent}"
+
+
+def test_no_unfinished_work() -> None:
+    marks = re.compile(r"\b(TODO|FIXME|XXX)\b")
+    files = [*sources("*.py", "*.cpp", "*.h", "*.cc", "*.yaml"), ROOT / "Makefile"]
+    found = [str(f.relative_to(ROOT)) for f in files if marks.search(f.read_text("utf-8"))]
+    assert not found
+
+
+def test_no_init_in_folders_of_cpp() -> None:
+    """A C++ folder with an __init__.py becomes a package whose Python files are shadowed by the build's copies."""
+    folders = {f.parent for f in sources("*.cpp", "*.cc")}
+    assert not [str(f) for f in folders if (f / "__init__.py").exists()]
+
+
+def test_rooms_are_where_the_package_looks() -> None:
+    package = ROOT / "src" / "moec"
+    links = sorted(p for p in package.iterdir() if p.is_symlink())
+    assert {"compiler", "passes", "targets", "specs"} <= {p.name for p in links}
+    for link in links:
+        assert link.resolve() == (ROOT / link.name).resolve()
+
+
+def test_every_target_folder_brings_options() -> None:
+    from moec.compiler.spec.targets import TargetOptions, options_class, target_packages
+
+    folders = {f.name for f in (ROOT / "targets").iterdir() if any(f.glob("*.py"))}
+    assert folders <= set(target_packages())
+    for name in folders:
+        assert issubclass(options_class(name), TargetOptions)
+        assert options_class(name)() == options_class(name).model_validate({})  # every option has a default
+
+
+def test_a_registry_refuses_a_second_entry() -> None:
+    from moec.compiler.target import register, registered
+
+    name = "test_house-twice"
+    register(name, lambda: pytest.fail("made"))
+    with pytest.raises(AssertionError, match="twice"):
+        register(name, lambda: pytest.fail("made"))
+    assert name in registered()
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_import_is_light() -> None:
+    """`import moec`, reading a spec and `moec --help` must not pay for torch."""
+    assert python("import moec, sys; print([m for m in ('torch', 'pydantic', 'typer') if m in sys.modules])") == "[]"
+    spec = str(ROOT / "specs/models/mobilemoe-s.yaml")
+    assert python(f"import moec, sys; moec.load_spec({spec!r}); print('torch' in sys.modules)") == "False"
+    assert python("import moec.compiler.cli.main, sys; print('torch' in sys.modules)") == "False"
+
+
+def test_public_names_exist() -> None:
+    import moec
+
+    assert set(moec.__all__) <= set(dir(moec))
+    for name in moec.__all__:
+        assert getattr(moec, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = moec.nothing  # type: ignore[attr-defined]
+
+
+def test_one_version() -> None:
+    import tomllib
+
+    import moec
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == moec.__version__
+
+
+def test_lock_covers_the_dependencies() -> None:
+    """Every dependency has an exact version, and no line names an index, a hash or a file."""
+    import tomllib
+
+    lines = [x for x in (ROOT / "requirements.lock").read_text().splitlines() if x and not x.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in lines)
+    locked = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [re.split(r"[\[<>=;! ]", n)[0] for n in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= locked
