@@ -121,12 +121,19 @@ def _find_or_build(progress: Progress) -> NativeFiles:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock", progress):
             if not files.complete():
-                _build_into(files, cache / ("tree-" + (re.sub(r"\W", "-", sanitize) or "plain")), sources, compiler,
-                            sanitize, progress)
+                _build_into(
+                    files,
+                    cache / ("tree-" + (re.sub(r"\W", "-", sanitize) or "plain")),
+                    sources,
+                    compiler,
+                    sanitize,
+                    progress,
+                )
                 _forget_old_builds(cache, keep=files.folder)
     except OSError as error:
         raise UserError(
-            f"cannot build the kernels: {error.strerror or error}", place=str(error.filename or cache),
+            f"cannot build the kernels: {error.strerror or error}",
+            place=str(error.filename or cache),
             remedy="free some space or set MOEC_NATIVE_DIR to a writable folder",
         ) from error
     return files
@@ -149,7 +156,14 @@ def _digest(sources: dict[str, bytes], sanitize: str) -> str:
         wheel = "none"
     h = hashlib.sha256()
     # the wheel's folder is in the libraries' run path: another environment needs its own build
-    for part in (wheel, str(executorch_folder()), platform.machine(), sys.platform, sanitize, os.environ.get("CXX", "")):
+    for part in (
+        wheel,
+        str(executorch_folder()),
+        platform.machine(),
+        sys.platform,
+        sanitize,
+        os.environ.get("CXX", ""),
+    ):
         h.update(part.encode() + b"\0")
     for name, data in sources.items():
         h.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
@@ -208,8 +222,17 @@ def _build_into(
     work = tree / "build"
     _drop_stale_tree(work, cmake, compiler, wheel)
     configure = [
-        cmake, "-S", str(tree / "src/runner"), "-B", str(work), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release", f"-DMOEC_SANITIZE={sanitize}",
+        cmake,
+        "-S",
+        str(tree / "src/runner"),
+        "-B",
+        str(work),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DMOEC_SANITIZE={sanitize}",
         f"-Dexecutorch_DIR={wheel / 'share/cmake'}",
     ]
     with progress.stage("build kernels", total=None) as step:
@@ -246,7 +269,9 @@ def _sync(folder: Path, sources: dict[str, bytes]) -> None:
 def _drop_stale_tree(work: Path, cmake: str, compiler: str, wheel: Path) -> None:
     """CMake caches absolute paths of tools: a tree of another environment is started afresh."""
     stamp = work / "moec-tools.txt"
-    wanted = "\n".join((cmake, compiler, str(wheel), version("executorch"), str(Path(compiler).resolve().stat().st_mtime)))
+    wanted = "\n".join(
+        (cmake, compiler, str(wheel), version("executorch"), str(Path(compiler).resolve().stat().st_mtime))
+    )
     if work.is_dir() and not (stamp.is_file() and stamp.read_text() == wanted):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
@@ -256,7 +281,9 @@ def _drop_stale_tree(work: Path, cmake: str, compiler: str, wheel: Path) -> None
 def _run(command: list[str], step: object) -> None:
     """Run a build command; its output is shown only when it fails."""
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())

@@ -1,0 +1,102 @@
+#include "bench.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+class Run {
+ public:
+  Run(moec_model* model, const BenchOptions& options) : model_(model), options_(options) {
+    moec_model_get_info(model, &info_);
+    logits_.resize(static_cast<size_t>(info_.vocab_size));
+    chunk_ = options.chunk > 0 ? std::min(options.chunk, info_.max_tokens) : info_.max_tokens;
+    stops_.resize(static_cast<size_t>(moec_model_eos_ids(model, nullptr, 0)));
+    moec_model_eos_ids(model, stops_.data(), static_cast<int64_t>(stops_.size()));
+  }
+
+  // Ends with the logits of the last token.
+  bool prefill(const std::vector<int64_t>& ids, int64_t start) {
+    const int64_t count = static_cast<int64_t>(ids.size());
+    for (int64_t done = 0; done < count; done += chunk_) {
+      const int64_t n = std::min(chunk_, count - done);
+      if (!forward(ids.data() + done, n, start + done)) return false;
+    }
+    return true;
+  }
+
+  int64_t best() const { return std::max_element(logits_.begin(), logits_.end()) - logits_.begin(); }
+
+  bool decode(int64_t start, bool first, BenchResult* result) {
+    const double begin = now();
+    for (int64_t i = 0; i < options_.decode; ++i) {
+      const int64_t id = best();
+      if (first) result->generated.push_back(id);
+      if (options_.stop && std::find(stops_.begin(), stops_.end(), id) != stops_.end()) break;
+      const double before = now();
+      if (!forward(&id, 1, start + i)) return false;
+      result->decode_token_s.push_back(now() - before);
+    }
+    result->decode_s.push_back(now() - begin);
+    return true;
+  }
+
+  const moec_model_info& info() const { return info_; }
+
+ private:
+  bool forward(const int64_t* ids, int64_t n, int64_t start) {
+    return moec_model_forward(model_, ids, n, start, 0, logits_.data(), info_.vocab_size) == 0;
+  }
+
+  moec_model* model_;
+  const BenchOptions& options_;
+  moec_model_info info_ = {};
+  std::vector<float> logits_;
+  std::vector<int64_t> stops_;
+  int64_t chunk_ = 1;
+};
+
+}  // namespace
+
+std::string run_bench(moec_model* model, const BenchOptions& options, BenchResult* result) {
+  Run run(model, options);
+  const int64_t prompt = static_cast<int64_t>(options.prompt.size());
+  const int64_t start = std::max(prompt, options.context);
+  result->decode_start = start;
+  if (prompt < 1) return "the prompt is empty";
+  if (start + options.decode > run.info().context)
+    return "prompt, context and decoded tokens exceed the model's context of " + std::to_string(run.info().context);
+  const std::vector<int64_t> filler = spread_tokens(start - prompt, run.info().vocab_size, 2);
+  for (int64_t repeat = 0; repeat < options.repeats; ++repeat) {
+    const double begin = now();
+    if (!run.prefill(options.prompt, 0)) return moec_model_error(model);
+    result->prefill_s.push_back(now() - begin);
+    // what a repeat wrote behind the prompt is overwritten or, being later than every query, not seen by the next one
+    if (repeat == 0 && !filler.empty() && !run.prefill(filler, prompt)) return moec_model_error(model);
+    if (options.decode > 0 && !run.decode(start, repeat == 0, result)) return moec_model_error(model);
+  }
+  return "";
+}
+
+std::vector<int64_t> spread_tokens(int64_t count, int64_t vocab_size, uint64_t seed) {
+  std::vector<int64_t> ids(static_cast<size_t>(std::max<int64_t>(count, 0)));
+  uint64_t state = seed;
+  for (int64_t& id : ids) {  // splitmix64
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    id = static_cast<int64_t>((z ^ (z >> 31)) % static_cast<uint64_t>(vocab_size));
+  }
+  return ids;
+}
+
+double median(std::vector<double> values) {
+  if (values.empty()) return 0.0;
+  std::sort(values.begin(), values.end());
+  const size_t half = values.size() / 2;
+  return values.size() % 2 ? values[half] : (values[half - 1] + values[half]) / 2;
+}

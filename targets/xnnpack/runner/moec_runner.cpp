@@ -1,0 +1,215 @@
+// moec_runner MODEL.pte: runs a compiled model without Python or torch, and says how fast and how large it was.
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bench.h"
+#include "moec_runtime.h"
+
+namespace {
+
+constexpr int kUserError = 2;
+
+const char kUsage[] =
+    "usage: moec_runner MODEL.pte (--tokens FILE | --prompt-length N) [options]\n"
+    "  --tokens FILE      token ids of the prompt, separated by spaces, commas or newlines; - reads standard input\n"
+    "  --prompt-length N  a prompt of N ids spread over the vocabulary instead\n"
+    "  --decode N         generate N tokens, greedily (default 0)\n"
+    "  --context N        start decoding at position N; the cache is filled up to it first, untimed\n"
+    "  --chunk N          most tokens of one prefill call (default: what the program takes)\n"
+    "  --repeats N        repeat prefill and decode, report medians (default 1)\n"
+    "  --stop             end at a stop token\n"
+    "  --threads N        threads (default: one per core)\n"
+    "  --seed N           of --prompt-length (default 1)\n"
+    "  --json             one JSON object instead of text\n";
+
+struct Options {
+  std::string model, tokens;
+  int64_t prompt_length = 0, threads = 0, seed = 1;
+  bool json = false;
+  BenchOptions bench;
+};
+
+bool fail(const std::string& message) {
+  std::fprintf(stderr, "error: %s\n", message.c_str());
+  return false;
+}
+
+bool number(const char* name, const char* text, int64_t low, int64_t* value) {
+  char* end = nullptr;
+  errno = 0;
+  const long long parsed = text ? std::strtoll(text, &end, 10) : 0;
+  if (!text || end == text || *end != '\0' || errno != 0 || parsed < low || parsed > INT32_MAX)
+    return fail(std::string(name) + ": not a number from " + std::to_string(low) + " up: " + (text ? text : "nothing"));
+  *value = parsed;
+  return true;
+}
+
+bool parse(int argc, char** argv, Options* o) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    const char* next = i + 1 < argc ? argv[i + 1] : nullptr;
+    const struct {
+      const char* name;
+      int64_t low;
+      int64_t* value;
+    } numbers[] = {{"--prompt-length", 1, &o->prompt_length}, {"--decode", 0, &o->bench.decode},
+                   {"--context", 0, &o->bench.context},       {"--chunk", 1, &o->bench.chunk},
+                   {"--repeats", 1, &o->bench.repeats},       {"--threads", 1, &o->threads},
+                   {"--seed", 0, &o->seed}};
+    bool known = false;
+    for (const auto& option : numbers) {
+      if (name != option.name) continue;
+      if (!number(option.name, next, option.low, option.value)) return false;
+      known = true;
+      ++i;
+    }
+    if (known) continue;
+    if (name == "--json") {
+      o->json = true;
+    } else if (name == "--stop") {
+      o->bench.stop = true;
+    } else if (name == "--tokens") {
+      if (!next) return fail("--tokens: a file is missing");
+      o->tokens = next;
+      ++i;
+    } else if (name.rfind("--", 0) == 0 || !o->model.empty()) {
+      return fail("unknown argument " + name);
+    } else {
+      o->model = name;
+    }
+  }
+  if (o->model.empty()) return fail("no model given");
+  if (o->tokens.empty() == (o->prompt_length == 0)) return fail("give one of --tokens and --prompt-length");
+  return true;
+}
+
+bool read_tokens(const std::string& file, std::vector<int64_t>* ids) {
+  std::string text;
+  if (file == "-") {
+    char buffer[4096];
+    for (size_t got; (got = std::fread(buffer, 1, sizeof buffer, stdin)) > 0;) text.append(buffer, got);
+  } else {
+    std::ifstream stream(file);
+    if (!stream) return fail(file + ": " + std::strerror(errno));
+    text.assign(std::istreambuf_iterator<char>(stream), {});
+  }
+  for (char& c : text)
+    if (c == ',' || c == '[' || c == ']') c = ' ';
+  const char* p = text.c_str();
+  for (;;) {
+    while (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t') ++p;
+    if (*p == '\0') return true;
+    char* end = nullptr;
+    errno = 0;
+    const long long id = std::strtoll(p, &end, 10);
+    if (end == p || errno != 0) return fail(file + ": not a token id: " + std::string(p).substr(0, 20));
+    ids->push_back(id);
+    p = end;
+  }
+}
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double rate(double tokens, double time) { return time > 0 ? tokens / time : 0.0; }
+
+std::string quoted(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    if (static_cast<unsigned char>(c) < 0x20) {
+      char code[8];
+      std::snprintf(code, sizeof code, "\\u%04x", c);
+      out += code;
+    } else {
+      out += c;
+    }
+  }
+  return out + "\"";
+}
+
+std::string list(const std::vector<double>& values) {
+  std::string out = "[";
+  for (const double v : values) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%s%.6g", out.size() > 1 ? ", " : "", v);
+    out += text;
+  }
+  return out + "]";
+}
+
+std::string list(const std::vector<int64_t>& values) {
+  std::string out = "[";
+  for (const int64_t v : values) out += (out.size() > 1 ? ", " : "") + std::to_string(v);
+  return out + "]";
+}
+
+void report(const Options& o, const moec_model_info& info, double load_s, const BenchResult& r) {
+  const double prefill_s = median(r.prefill_s);
+  const double token_s = median(r.decode_token_s);
+  const double prompt = static_cast<double>(o.bench.prompt.size());
+  const double decoded = r.decode_s.empty() ? 0.0 : static_cast<double>(r.decode_token_s.size()) / static_cast<double>(r.decode_s.size());
+  const double decode_s = median(r.decode_s);
+  const double mb = 1e6;
+  const double peak = static_cast<double>(moec_peak_rss()) / mb, anonymous = static_cast<double>(moec_anonymous_rss()) / mb;
+  if (o.json) {
+    std::printf(
+        "{\"model\": %s, \"file_bytes\": %lld, \"isa\": \"%s\", \"threads\": %lld, \"load_s\": %.4f, \"prefill_tokens\": %zu, "
+        "\"prefill_s\": %s, \"prefill_tokens_per_s\": %.3f, \"decode_start\": %lld, \"decode_tokens\": %lld, \"decode_s\": %s, "
+        "\"decode_tokens_per_s\": %.3f, \"decode_median_token_s\": %.6g, \"repeats\": %lld, \"peak_rss_mb\": %.1f, "
+        "\"anonymous_mb\": %.1f, \"generated\": %s}\n",
+        quoted(o.model).c_str(), static_cast<long long>(info.file_bytes), moec_model_isa(),
+        static_cast<long long>(info.threads), load_s, o.bench.prompt.size(), list(r.prefill_s).c_str(), rate(prompt, prefill_s),
+        static_cast<long long>(r.decode_start), static_cast<long long>(decoded), list(r.decode_s).c_str(),
+        rate(decoded, decode_s), token_s, static_cast<long long>(o.bench.repeats), peak, anonymous, list(r.generated).c_str());
+    return;
+  }
+  for (const int64_t id : r.generated) std::printf("%lld ", static_cast<long long>(id));
+  if (!r.generated.empty()) std::printf("\n");
+  std::printf("load %.3f s; prefill %zu tokens, %.1f tokens/s", load_s, o.bench.prompt.size(), rate(prompt, prefill_s));
+  if (decoded > 0)
+    std::printf("; decode %.0f tokens from position %lld, %.1f tokens/s", decoded, static_cast<long long>(r.decode_start),
+                rate(decoded, decode_s));
+  std::printf("; %lld threads, %s; peak RSS %.0f MB (%.0f MB anonymous)\n", static_cast<long long>(info.threads),
+              moec_model_isa(), peak, anonymous);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options o;
+  if (!parse(argc, argv, &o)) {
+    std::fputs(kUsage, stderr);
+    return kUserError;
+  }
+  if (!o.tokens.empty() && !read_tokens(o.tokens, &o.bench.prompt)) return kUserError;
+  const double begin = seconds();
+  const std::unique_ptr<moec_model, void (*)(moec_model*)> model(
+      moec_model_open(o.model.c_str(), static_cast<int32_t>(o.threads)), moec_model_close);
+  const double load_s = seconds() - begin;
+  const std::string error = moec_model_error(model.get());
+  if (!error.empty()) {
+    fail(o.model + ": " + error);
+    return kUserError;
+  }
+  moec_model_info info = {};
+  moec_model_get_info(model.get(), &info);
+  if (o.prompt_length > 0) o.bench.prompt = spread_tokens(o.prompt_length, info.vocab_size, static_cast<uint64_t>(o.seed));
+  BenchResult result;
+  const std::string fault = run_bench(model.get(), o.bench, &result);
+  if (!fault.empty()) {
+    fail(fault);
+    return kUserError;
+  }
+  report(o, info, load_s, result);
+  return 0;
+}

@@ -1,0 +1,64 @@
+// C API of a loaded model: a `.pte` opened through ExecuTorch's Module (mapped, its pages faulted in when first touched).
+// Python reaches it through ctypes, the runner binary links it; neither needs torch.
+//
+// A model has the method forward(tokens int64 [1, T], start_pos int64 [1]) -> float32 [1, V] or [1, 1, V], the logits of the
+// last token, and forward_all -> float32 [1, T, V]; both share weights and the KV cache. One call runs at a time per model.
+// Functions return 0, or -1 with the reason in moec_model_error(): one line, valid until the next call on that handle.
+#ifndef MOEC_RUNTIME_H_
+#define MOEC_RUNTIME_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MOEC_RUNTIME_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct moec_model moec_model;
+
+typedef struct moec_model_info {
+  int64_t vocab_size;
+  int64_t context;     // positions of the KV cache
+  int64_t max_tokens;  // most tokens of one call
+  int64_t bos_id;      // -1: none
+  int64_t has_all;     // 1 if forward_all exists
+  int64_t file_bytes;
+  int64_t arena_bytes;  // activations and caches, reserved; pages count once they are touched
+  int64_t threads;
+} moec_model_info;
+
+// Never NULL, except when memory is out: a handle whose moec_model_error() is empty is open. threads <= 0: one per core.
+// The number of threads is the process's, not the model's: the latest call wins.
+MOEC_RUNTIME_API moec_model* moec_model_open(const char* path, int32_t threads);
+MOEC_RUNTIME_API void moec_model_close(moec_model* model);
+MOEC_RUNTIME_API const char* moec_model_error(const moec_model* model);
+
+MOEC_RUNTIME_API int32_t moec_model_get_info(const moec_model* model, moec_model_info* info);
+// Number of stop tokens; copies at most `capacity` of them.
+MOEC_RUNTIME_API int64_t moec_model_eos_ids(const moec_model* model, int64_t* ids, int64_t capacity);
+
+// Runs tokens ids[0..n) at positions start .. start+n-1; writes the logits of the last one (V floats), or with all != 0 of
+// every one (n * V floats). logits may be NULL when `capacity` is 0: the tokens only enter the cache.
+MOEC_RUNTIME_API int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int64_t start, int32_t all,
+                                            float* logits, int64_t capacity);
+
+// As moec_set_trace of moec_kernel.h, for callers that only loaded this library.
+typedef void (*moec_model_trace_fn)(void* user, int64_t tokens, int64_t d, int64_t top_k, const float* x,
+                                    const int32_t* indices, const float* weights, const float* y);
+MOEC_RUNTIME_API void moec_model_trace(moec_model_trace_fn callback, void* user);
+
+// The instruction set of the kernels, as moec_set_isa: 0, or -1 if this machine lacks it.
+MOEC_RUNTIME_API int32_t moec_model_set_isa(const char* name);
+MOEC_RUNTIME_API const char* moec_model_isa(void);
+
+// Largest resident set of the process so far, bytes; anonymous memory now, bytes (0 where the system does not tell).
+MOEC_RUNTIME_API int64_t moec_peak_rss(void);
+MOEC_RUNTIME_API int64_t moec_anonymous_rss(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // MOEC_RUNTIME_H_
