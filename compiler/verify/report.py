@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -144,6 +145,12 @@ class Report:
         root = ElementTree.Element("testsuites")
         root.append(suite)
         ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+    def text(self, *, width: int = 160) -> str:
+        """What `print` shows, without colours."""
+        stream = io.StringIO()
+        self.print(Console(file=stream, width=width, no_color=True))
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def print(self, console: Console) -> None:
         """The table for people: checks, figures, and the worst layers (all of them when any failed)."""

@@ -89,3 +89,8 @@ NO_FAULTS = Tolerance(
     "<=", 0.0, "faults",
     "structure is counted, not measured: a weight is read or it is not, a declared shape is right or it is not",
 )  # fmt: skip
+
+IDENTICAL = Tolerance(
+    "<=", 0.0, "absolute difference",
+    "the same program on the same tokens does the same operations in the same order, whatever the threads do",
+)  # fmt: skip
