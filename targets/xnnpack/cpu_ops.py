@@ -2,8 +2,8 @@
 `.pte` names.
 
 T tokens, N output features, K input features, D model width, E experts. The eager form of a packed operator calls the
-kernel library itself: the layout of a packed weight is known to it alone. `kernel/ops_executorch.cpp` registers the same
-names with ExecuTorch. Importing this module registers everything.
+kernel library itself: the layout of a packed weight is known to it alone. `kernel/ops_executorch.cpp` registers the
+same names with ExecuTorch. Importing this module registers everything.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def check(status: int) -> None:
         raise ValueError(kernels().moec_last_error().decode())
 
 
-# ------------------------------------------------------------------------------------------------------- packed operators
+# ---- packed operators
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, n: int, k: int, format: int) -> Tensor:
@@ -186,15 +186,15 @@ def _moe_fake(
 
 
 fused_moe_packed = define(
-    "fused_moe_packed(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, "
-    "Tensor w13, Tensor? b13, Tensor w2, Tensor? b2, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_gate, "
+    "fused_moe_packed(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, "
+    "Tensor? selection_bias, Tensor w13, Tensor? b13, Tensor w2, Tensor? b2, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_gate, "
     "int[] config, float[] params) -> Tensor",
     _moe,
     _moe_fake,
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- .out forms
+# ---- .out forms
 
 
 def _define_out(name: str) -> Any:

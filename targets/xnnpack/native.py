@@ -1,8 +1,8 @@
 """Builds the native part (kernels, runtime, runner) on the user's machine, against the executorch wheel, and finds it.
 
-The three files live in one folder of a cache, named by a digest of the sources, the executorch version, the compiler and
-the flags. A build happens at first use, or by `python -m moec.targets.xnnpack.native build`; it is done in a work tree and
-renamed into place, under a lock, so that concurrent processes and a Ctrl-C leave no half-built library behind.
+The three files live in one folder of a cache, named by a digest of the sources, the executorch wheel and the flags. A
+build happens at first use, or by `python -m moec.targets.xnnpack.native build`; it is done in a work tree and renamed
+into place, under a lock, so that concurrent processes and a Ctrl-C leave no half-built library behind.
 
 Environment: MOEC_NATIVE_DIR (the cache folder, default ~/.cache/moec/native), CXX (the compiler),
 MOEC_SANITIZE (-fsanitize= value; an own build beside the usual one).

@@ -1,0 +1,271 @@
+"""A loaded `.pte` with its KV cache, through the native runtime (`runner/moec_runtime.h`).
+
+T tokens, V vocabulary, D model width, K experts per token. One session runs one sequence: `position` tokens are in the
+cache. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.target import MoeTrace
+from moec.targets.xnnpack.native import runtime_library
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+_INT32S = ctypes.POINTER(ctypes.c_int32)
+_INT64S = ctypes.POINTER(ctypes.c_int64)
+_TRACE = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _FLOATS, _INT32S, _FLOATS, _FLOATS
+)
+
+
+class _Info(ctypes.Structure):
+    """moec_model_info."""
+
+    vocab_size: int
+    context: int
+    max_tokens: int
+    bos_id: int
+    has_all: int
+    file_bytes: int
+    arena_bytes: int
+    threads: int
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("vocab_size", "context", "max_tokens", "bos_id", "has_all", "file_bytes", "arena_bytes", "threads")
+    ]
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(runtime_library()))
+    i64, i32, handle = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "moec_model_open": (handle, [ctypes.c_char_p, i32]),
+        "moec_model_close": (None, [handle]),
+        "moec_model_error": (ctypes.c_char_p, [handle]),
+        "moec_model_get_info": (i32, [handle, ctypes.POINTER(_Info)]),
+        "moec_model_eos_ids": (i64, [handle, _INT64S, i64]),
+        "moec_model_forward": (i32, [handle, _INT64S, i64, i64, i32, _FLOATS, i64]),
+        "moec_model_trace": (None, [_TRACE, ctypes.c_void_p]),
+        "moec_model_set_isa": (i32, [ctypes.c_char_p]),
+        "moec_model_isa": (ctypes.c_char_p, []),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class CpuSession:
+    """The `Session` protocol over a `.pte`. Faults of the caller are RunError, a bad file is ArtifactError."""
+
+    def __init__(self, model: Path, *, threads: int | None = None) -> None:
+        """Open `model`. `threads` None: one per core this process may use. The thread pool is the process's: the
+        session opened last decides its size."""
+        self._handle: int | None = None
+        path = Path(model)
+        if not path.is_file():
+            raise ArtifactError("the file does not exist", place=str(path), remedy="compile the artifact again")
+        wanted = threads if threads is not None else _usable_cores()
+        if not 1 <= wanted <= 256:
+            raise RunError(f"{wanted} threads asked for", remedy="give a number from 1 to 256")
+        runtime = _runtime()
+        self._handle = runtime.moec_model_open(os.fsencode(path), wanted)
+        error = runtime.moec_model_error(self._handle).decode(errors="replace")
+        if error:
+            self.close()
+            raise ArtifactError(error, place=str(path), remedy="compile the artifact again")
+        info = _Info()
+        runtime.moec_model_get_info(self._handle, ctypes.byref(info))
+        self.vocab_size = int(info.vocab_size)
+        self.context = int(info.context)
+        self.max_tokens = int(info.max_tokens)
+        self.threads = int(info.threads)
+        self.bos_id = None if info.bos_id < 0 else int(info.bos_id)
+        self.eos_ids = self._eos_ids()
+        self.position = 0
+        self._has_all = bool(info.has_all)
+        self._path = path
+        self._tracing = False
+        self._traces: list[MoeTrace] = []
+        self._callback = _TRACE(self._on_moe)
+        self._call: list[MoeTrace] = []  # the layers of the native call that is running
+        self._trace_fault: BaseException | None = None
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
+        """Append tokens to the sequence. Returns float32 [T, V] for logits="all", [1, V] for "last".
+
+        RunError: no tokens, an id that is not in the vocabulary, or more tokens than the context has room for. Nothing
+        has been appended then.
+        """
+        if logits not in ("all", "last"):
+            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
+        if logits == "all" and not self._has_all:
+            raise RunError(
+                "the artifact gives the logits of the last token only",
+                place=str(self._path),
+                remedy='use logits="last"',
+            )
+        tokens = self._checked(ids)
+        every = logits == "all"
+        out = np.empty((len(tokens) if every else 1, self.vocab_size), np.float32)
+        chunks: list[list[MoeTrace]] = []
+        for begin in range(0, len(tokens), self.max_tokens):
+            chunk = tokens[begin : begin + self.max_tokens]
+            wanted = every or begin + len(chunk) == len(tokens)
+            self._forward(chunk, self.position + begin, out[begin if every else 0 :] if wanted else None, every)
+            chunks.append(self._call)
+        self.position += len(tokens)
+        if self._tracing:
+            self._traces += [_joined(layer) for layer in zip(*chunks, strict=True)]
+        return out
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
+        return self.prefill([token])[0]
+
+    def reset(self) -> None:
+        """Forget the sequence. What the cache holds is never seen again: attention ends at the current position."""
+        self.position = 0
+        self._traces.clear()
+
+    def trace(self, enabled: bool) -> None:
+        """Record every MoE layer of the calls that follow; `take_traces` collects them."""
+        self._tracing = enabled
+        if not enabled:
+            self._traces.clear()
+
+    def take_traces(self) -> list[MoeTrace]:
+        """The traces since the last call of this, in order of execution: layer by layer for each prefill or decode."""
+        taken, self._traces = self._traces, []
+        return taken
+
+    def close(self) -> None:
+        """Release the model. Calls after this raise RunError; closing twice is fine."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            _runtime().moec_model_close(handle)
+
+    def __enter__(self) -> CpuSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._handle is None:
+            raise RunError("the session is closed", place=str(self._path), remedy="load the artifact again")
+        given = np.asarray(ids)
+        if given.size == 0:
+            raise RunError("the prompt is empty", remedy="give at least one token")
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
+        wrong = given[(given < 0) | (given >= self.vocab_size)]
+        if wrong.size:
+            raise RunError(
+                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
+            )
+        room = self.context - self.position
+        if given.size > room:
+            state = f", {self.position} of which are used" if self.position else ""
+            raise RunError(
+                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
+                remedy="shorten the prompt" if not self.position else "reset() the session or shorten the prompt",
+            )
+        return np.ascontiguousarray(given, np.int64)
+
+    def _forward(self, tokens: np.ndarray, start: int, out: np.ndarray | None, every: bool) -> None:
+        runtime = _runtime()
+        self._call = []
+        if self._tracing:
+            runtime.moec_model_trace(self._callback, None)
+        try:
+            status = runtime.moec_model_forward(
+                self._handle,
+                tokens.ctypes.data_as(_INT64S),
+                len(tokens),
+                start,
+                int(every),
+                out.ctypes.data_as(_FLOATS) if out is not None else None,
+                out.size if out is not None else 0,
+            )
+        finally:
+            if self._tracing:
+                runtime.moec_model_trace(_TRACE(), None)
+        if status:
+            raise RunError(runtime.moec_model_error(self._handle).decode(errors="replace"), place=str(self._path))
+        fault, self._trace_fault = self._trace_fault, None
+        if fault is not None:
+            raise fault
+
+    def _on_moe(self, user: Any, t: int, d: int, k: int, x: Any, indices: Any, weights: Any, y: Any) -> None:
+        try:
+            self._call.append(
+                MoeTrace(
+                    layer=len(self._call),
+                    x_TD=_copied(x, t, d, np.float32),
+                    indices_TK=_copied(indices, t, k, np.int32),
+                    weights_TK=_copied(weights, t, k, np.float32),
+                    y_TD=_copied(y, t, d, np.float32),
+                )
+            )
+        except BaseException as error:  # ctypes would print it and go on
+            self._trace_fault = error
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        runtime = _runtime()
+        count = runtime.moec_model_eos_ids(self._handle, None, 0)
+        ids = (ctypes.c_int64 * max(count, 1))()
+        runtime.moec_model_eos_ids(self._handle, ids, count)
+        return tuple(ids[:count])
+
+
+def set_isa(name: str | None) -> None:
+    """Choose the kernels' instruction set for this process; None: the best there is. RunError if the machine lacks it."""
+    if _runtime().moec_model_set_isa(name.encode() if name else None):
+        raise RunError(f"this machine cannot run the instruction set {name}")
+
+
+def isa() -> str:
+    """The kernels' instruction set in use."""
+    return str(_runtime().moec_model_isa().decode())
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _copied(pointer: Any, rows: int, columns: int, dtype: type) -> np.ndarray:
+    if rows == 0 or columns == 0:
+        return np.empty((rows, columns), dtype)
+    return np.ctypeslib.as_array(pointer, (rows, columns)).copy()
+
+
+def _joined(parts: tuple[MoeTrace, ...]) -> MoeTrace:
+    """One layer's traces of consecutive chunks as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return MoeTrace(
+        layer=parts[0].layer,
+        x_TD=np.concatenate([p.x_TD for p in parts]),
+        indices_TK=np.concatenate([p.indices_TK for p in parts]),
+        weights_TK=np.concatenate([p.weights_TK for p in parts]),
+        y_TD=np.concatenate([p.y_TD for p in parts]),
+    )
