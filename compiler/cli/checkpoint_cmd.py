@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from moec.compiler.checkpoints import Inspection
     from moec.compiler.spec import Spec
 
 _commands = typer.Typer(no_args_is_help=True, help="Make, look into, and describe checkpoint folders.")
@@ -53,15 +55,38 @@ def inspect(
 
 
 def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> None:
-    """Print the findings about `folder`; typer.Exit(1) if it contradicts `spec`."""
+    """Print the findings about `folder`; typer.Exit(1) if it is damaged or contradicts `spec`."""
     from moec.compiler import checkpoints
     from moec.compiler.cli.output import emit_json
 
     found = checkpoints.inspect(folder, spec)
     if as_json:
         emit_json(found)
+    else:
+        _show(found)
+    for problem in found.problems:
+        print(problem, file=sys.stderr)
     if found.problems:
         raise typer.Exit(1)
+
+
+def _show(found: Inspection) -> None:
+    from moec.compiler.cli.output import size, table, words
+
+    tokenizer = found.tokenizer
+    rows = [
+        ("architecture", found.architecture or "unknown"),
+        ("layout", found.layout),
+        ("files", words(found.files)),
+        ("tensors", f"{found.tensors}, {size(found.bytes)}"),
+        ("types", ", ".join(f"{dtype} {size(count)}" for dtype, count in found.dtypes.items())),
+        *[(f"{kind} parameters", f"{count:,}") for kind, count in found.parameters.items()],
+        ("tokenizer", "none" if tokenizer is None else f"{tokenizer.vocab_size or 'unreadable'} tokens"),
+    ]
+    table(found.folder, ["", ""], rows)
+    roles = [(r.role, r.tensors, f"{r.parameters:,}", size(r.bytes)) for r in found.roles]
+    if roles:
+        table("\nWeights by role", ["role", "tensors", "parameters", "size"], roles, right=[1, 2, 3])
 
 
 @_commands.command("spec")

@@ -100,6 +100,8 @@ def _invoke(arguments: list[str] | None) -> int:
         name = context.command_path if context is not None else "moec"
         _say(" ".join(error.format_message().split()) + f"; see `{name} --help`")  # type: ignore[attr-defined]
         return USER_ERROR
+    if result == INTERRUPTED:  # typer's own reading of Ctrl-C, in some versions
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 

@@ -40,12 +40,11 @@ def run_artifact(
     if (prompt is None) == (ids is None):
         raise UserError("give either --prompt TEXT or --ids 1,2,3")
     sampling = Sampling(temperature, top_p, seed)
+    prompt_ids = [] if ids is None else _parse_ids(ids)
     opened = Artifact.open(artifact)
     model = opened.manifest.model
     stream = None
-    if ids is not None:
-        prompt_ids = _parse_ids(ids)
-    else:
+    if ids is None:
         words = load_tokenizer(tokenizer or opened.folder / "tokenizer.json")
         text = sys.stdin.read() if prompt == "-" else prompt
         assert text is not None
