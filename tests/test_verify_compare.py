@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from moec.compiler.errors import ArtifactError
+from moec.compiler.model.simulate import Reference
+from moec.compiler.program import LazyWeight
 from moec.compiler.progress import Progress
 from moec.compiler.verify.compare import Comparison, compare
 from moec.compiler.verify.prompts import WordHashEncoder, prompt_ids
@@ -151,3 +153,11 @@ def test_missing_traces_are_an_error_not_a_pass():
     session.take_traces = list  # type: ignore[method-assign]
     with pytest.raises(ArtifactError, match="traced MoE layers"):
         _compare(session)
+
+
+def test_the_streamed_reference_agrees_with_the_model():
+    model = decoder()
+    layout = {name: parameter.data for name, parameter in model.named_parameters()}
+    weights = {n: LazyWeight(tuple(w.shape), torch.float32, lambda w=w: w) for n, w in layout.items()}
+    found = _compare(FakeSession(model), Reference(model.config, weights, None))
+    assert _failed(found) == set(), [c.line() for c in found.checks]

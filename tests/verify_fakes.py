@@ -9,9 +9,10 @@ import torch
 
 from moec.compiler.model import Decoder, weight_layout
 from moec.compiler.model.decoder import MoeBlock
+from moec.compiler.model.simulate import Routed
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.target import MoeTrace
-from moec.compiler.verify.compare import OnLayer, Routed
+from moec.compiler.verify.compare import OnLayer
 from moec.compiler.verify.weights import unkind_weights
 
 CONFIG = {

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moec.compiler.model.simulate import Routed
 from moec.compiler.progress import Progress
 from moec.compiler.target import MoeTrace, Session
 from moec.compiler.verify import metrics, tolerances
@@ -34,16 +35,6 @@ from moec.compiler.verify.report import Check, LayerRow
 from moec.compiler.verify.tolerances import Tolerance
 
 DECODE_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Routed:
-    """A router's answer for T tokens: the scores that topk saw [T, E], the selection [T, K], and combine weights of the
-    selection that was asked for [T, K]."""
-
-    scores_TE: np.ndarray
-    indices_TK: np.ndarray
-    weights_TK: np.ndarray
 
 
 class ReferenceBlock(Protocol):

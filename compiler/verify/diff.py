@@ -79,8 +79,7 @@ def _flat(value: Any, path: str) -> Iterable[tuple[str, Any]]:
 
 
 def logits_figures(a: Session, b: Session, prompts: Mapping[str, list[int]]) -> dict[str, float]:
-    """The same ids through both: how far the logits of B are from those of A.
-    """
+    """The same ids through both: how far the logits of B are from those of A."""
     if a.vocab_size != b.vocab_size:
         raise UserError(f"vocabularies of {a.vocab_size} and {b.vocab_size} tokens: logits cannot be compared")
     rows: list[tuple[float, np.ndarray, np.ndarray, float]] = []

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -121,10 +119,7 @@ class Report:
             "about": _json_tree(self.about),
         }
 
-    def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def write_junit(self, path: Path) -> None:
+    def junit(self) -> str:
         """JUnit XML: one test case per check and one per layer, the failure message says by how much."""
         cases = [(c.name, c.passed, c.line(), c.tolerance.reason) for c in self.checks]
         cases += [(f"layer {r.layer} {r.name}".strip(), r.passed, _layer_line(r), "") for r in self.layers]
@@ -144,7 +139,8 @@ class Report:
                 ElementTree.SubElement(case, "system-out").text = _xml_text(line)
         root = ElementTree.Element("testsuites")
         root.append(suite)
-        ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+        ElementTree.indent(root)
+        return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
     def text(self, *, width: int = 160) -> str:
         """What `print` shows, without colours."""

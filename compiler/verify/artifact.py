@@ -1,0 +1,162 @@
+"""`moec verify ARTIFACT`: the compiled program against the eager model with the same codes and scales."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from moec.compiler import build
+from moec.compiler.artifact import Artifact, Manifest
+from moec.compiler.checkpoints import WeightStore, open_store
+from moec.compiler.errors import ArtifactError, CheckpointError, UserError
+from moec.compiler.model.simulate import Reference
+from moec.compiler.program import Role
+from moec.compiler.progress import Progress
+from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.verify.compare import Comparison, compare
+from moec.compiler.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
+from moec.compiler.verify.report import Report
+
+DEFAULT_TOKENS = 512
+
+
+def verify_artifact(
+    path: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    text: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Run real text through the artifact and through the eager reference, and compare them.
+
+    checkpoint: the folder that the artifact was compiled from, if it has moved since. tokens: in total, shared between
+    the four domains of the shipped prompts (or of `text` alone). ArtifactError for a damaged artifact, CheckpointError
+    for a missing or different checkpoint; a computed difference is not an error but a failed check of the Report.
+    """
+    started = time.perf_counter()
+    progress = progress or Progress(quiet=True)
+    artifact = Artifact.open(path)
+    with progress.stage("check digests", len(artifact.manifest.files)):
+        artifact.check_contents()
+    spec = _spec_of(artifact)
+    config = spec.model
+    if not isinstance(config, DecoderConfig):
+        raise UserError("models of other frontends are verified with `moec verify SPEC`", place=str(artifact.folder))
+    store = _open_checkpoint(artifact, config, checkpoint)
+    session = build.load(artifact)
+    try:
+        prompts = prompt_ids(_encoder(artifact), tokens=tokens, text=text)
+        if not any(prompts.values()):
+            raise UserError("there is no token in the text to verify with", remedy="give a longer text")
+        prompts = {name: ids[: config.context] for name, ids in prompts.items() if ids}
+        roles = _asymmetric_roles(artifact.manifest)
+        found = compare(
+            session,
+            Reference(config, store, spec.quantization, xnnpack_roles=roles),
+            prompts,
+            layer_names=artifact.manifest.model.moe_layers,
+            quantized=spec.quantization is not None,
+            float_reference=None if spec.quantization is None else _float_reference(config, store, spec, roles),
+            progress=progress,
+        )
+    finally:
+        session.close()
+    return _report(artifact, store, prompts, found, time.perf_counter() - started)
+
+
+def _spec_of(artifact: Artifact) -> Spec:
+    try:
+        return Spec.model_validate(artifact.manifest.spec)
+    except ValueError as error:
+        raise ArtifactError(
+            f"the spec in its manifest is damaged: {str(error).splitlines()[0]}",
+            place=str(artifact.folder),
+            remedy="compile it again with `moec compile`",
+        ) from error
+
+
+def _open_checkpoint(artifact: Artifact, config: DecoderConfig, given: str | Path | None) -> WeightStore:
+    """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says."""
+    folder = Path(given) if given is not None else Path(artifact.manifest.checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"the checkpoint of {artifact.folder} is not there",
+            place=str(folder),
+            remedy="name the folder where it is now with --checkpoint",
+        )
+    store = open_store(folder, config)
+    if store.digest() != artifact.manifest.digests.checkpoint:
+        raise CheckpointError(
+            f"is not the checkpoint that {artifact.folder} was compiled from (their tensors differ)",
+            place=str(folder),
+            remedy="name the right folder with --checkpoint, or compile again",
+        )
+    return store
+
+
+def _encoder(artifact: Artifact) -> TextEncoder:
+    """The artifact's tokenizer, or hashed words for an artifact without one."""
+    if all(f.name != "tokenizer.json" for f in artifact.manifest.files):
+        return WordHashEncoder(artifact.manifest.model.vocab_size)
+    from moec.compiler.generate import load_tokenizer
+
+    tokenizer = load_tokenizer(artifact.path("tokenizer.json"))
+    return _TokenizerEncoder(tokenizer)
+
+
+class _TokenizerEncoder:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _asymmetric_roles(manifest: Manifest) -> Collection[Role]:
+    """Roles whose linears the target runs with asymmetric activation rounding, as its lowering noted them."""
+    return [Role(name) for name in manifest.details.get("asymmetric_roles", ())]
+
+
+def _float_reference(
+    config: DecoderConfig, store: WeightStore, spec: Spec, roles: Collection[Role]
+) -> Reference | None:
+    """The same codes without rounding of activations or cache; None when the scheme rounds neither."""
+    scheme = spec.quantization
+    if scheme is None or (scheme.activations == "fp32" and scheme.kv_cache == "fp32"):
+        return None
+    return Reference(config, store, scheme, activations=False, xnnpack_roles=roles)
+
+
+def _report(
+    artifact: Artifact, store: WeightStore, prompts: dict[str, list[int]], found: Comparison, seconds: float
+) -> Report:
+    manifest = artifact.manifest
+    counts = ", ".join(f"{name} {len(ids)}" for name, ids in prompts.items())
+    figures = {
+        "tokens": f"{sum(map(len, prompts.values()))} ({counts})",
+        **found.figures,
+        "seconds": round(seconds, 1),
+        "peak RSS MB": round(_peak_rss_mb()),
+    }
+    about = {
+        "artifact": str(artifact.folder),
+        "name": manifest.name,
+        "target": manifest.target,
+        "moec": manifest.moec,
+        "quantization": manifest.quantization,
+        "checkpoint": str(store.folder),
+        "digests": manifest.digests.model_dump(mode="json"),
+        "versions": manifest.versions,
+    }
+    return Report("artifact", str(artifact.folder), tuple(found.checks), tuple(found.layers), figures, about)
+
+
+def _peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, mapped files included, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,153 @@
+"""A check that cannot fail is worthless: artifacts that are wrong in one place each, and `moec verify` must say so.
+
+Each mutant is compiled from a checkpoint that was altered, or with a piece of the compiler altered, and is verified
+against the true checkpoint. The small model has few and narrow layers, so that one compile takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.compiler import build
+from moec.compiler.checkpoints import synthesize
+from moec.compiler.checkpoints.safetensors_file import read_header
+from moec.compiler.spec import Spec
+from moec.compiler.verify.artifact import verify_artifact
+from moec.compiler.verify.report import Report
+
+MODEL = {
+    "architecture": "mobilemoe", "layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 32,
+    "vocab_size": 512, "context": 256, "qk_norm": True,
+    "rope": {
+        "theta": 10000.0, "interleaved": True,
+        "scaling": {"factor": 16.0, "original_context": 64, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
+    },
+    "moe": {"experts": 8, "top_k": 2, "expert_width": 32, "shared_width": 64, "scale": 2.5},
+}  # fmt: skip
+INT4 = {"weights": "int4", "group_size": 32, "activations": "int8", "kv_cache": "int8", "embedding": "int4"}
+EXPERTS = "model.layers.{}.feed_forward.experts.{}"
+
+
+def spec(model: dict | None = None, quantization: object = INT4) -> Spec:
+    return Spec.model_validate({"name": "mutant", "model": model or MODEL, "quantization": quantization})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(spec(), tmp_path_factory.mktemp("true") / "checkpoint", seed=3, qat=True)
+
+
+def altered(checkpoint: Path, folder: Path, name: str, change: Callable[[np.ndarray], None]) -> Path:
+    """A copy of the checkpoint in which `change` has edited tensor `name` in place."""
+    shutil.copytree(checkpoint, folder)
+    entry = read_header(folder / "model.safetensors")[name]
+    dtype = {"U8": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32}[entry.dtype]
+    values = np.memmap(entry.file, dtype=dtype, mode="r+", offset=entry.begin, shape=entry.shape)
+    before = values.copy()
+    change(values)
+    values.flush()
+    assert (before != values).any(), "a mutant that equals the original proves nothing"
+    return folder
+
+
+def verdict(wrong: Path, true: Path, tmp_path: Path, **options: object) -> Report:
+    artifact = build.compile(spec(), checkpoint=wrong, out=tmp_path / "artifact")
+    return verify_artifact(artifact.folder, checkpoint=true, tokens=200, **options)
+
+
+def failed(report: Report) -> set[str]:
+    return {c.name for c in report.failures}
+
+
+def test_the_true_artifact_passes(checkpoint, tmp_path):
+    report = verdict(checkpoint, checkpoint, tmp_path)
+    assert report.exit_status == 0, [c.line() for c in report.failures]
+    assert len(report.layers) == 2
+    assert all(row.experts_used == 8 for row in report.layers), "the prompts must reach every expert"
+
+
+def _swap_gate_and_up(codes: np.ndarray) -> None:
+    half = codes.shape[-1] // 2
+    codes[5] = np.concatenate((codes[5][:, half:], codes[5][:, :half]), -1)
+
+
+def _swap_experts(values: np.ndarray) -> None:
+    values[[1, 2]] = values[[2, 1]]
+
+
+def _double_one_scale(scales: np.ndarray) -> None:
+    scales[3, 7, 0] *= 2
+
+
+def _zero(values: np.ndarray) -> None:
+    values[...] = 0
+
+
+def _to_bf16(weight: np.ndarray) -> None:
+    weight.view(np.uint32)[...] &= 0xFFFF0000
+
+
+def _nibbles_swapped(codes: np.ndarray) -> None:
+    codes[6] = codes[6] >> 4 | codes[6] << 4
+
+
+MUTANTS = [
+    (EXPERTS.format(1, "gate_up_qweight"), _swap_gate_and_up, "layer outputs"),
+    (EXPERTS.format(0, "down_qweight"), _swap_experts, "layer outputs"),
+    (EXPERTS.format(1, "gate_up_scale"), _double_one_scale, "layer outputs"),
+    (EXPERTS.format(0, "gate_up_qweight"), _nibbles_swapped, "layer outputs"),
+    ("model.layers.1.feed_forward.shared_expert.up_proj.weight_scale", _zero, "layer outputs"),
+    ("model.layers.0.feed_forward.expert_bias", _zero, "router: expert sets equal, same input"),
+    ("model.layers.1.feed_forward.router.weight", _to_bf16, "router: combine weights"),
+    ("model.layers.0.self_attn.k_proj.weight_scale", lambda s: s.__setitem__(slice(0, 8), s[0:8] * 2), "logits"),
+    ("model.layers.1.input_layernorm.weight", lambda w: w.__setitem__(slice(None), 0x3F80), "logits"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "check"), MUTANTS, ids=[f"{n}:{f.__name__.strip('_<>')}" for n, f, _ in MUTANTS]
+)
+def test_altered_weights_fail(checkpoint, tmp_path, name, change, check):
+    report = verdict(altered(checkpoint, tmp_path / "wrong", name, change), checkpoint, tmp_path)
+    assert report.exit_status == 1
+    assert any(c.startswith(check) for c in failed(report)), failed(report)
+    if check != "logits":
+        layer = int(name.split(".")[2])
+        assert [row.layer for row in report.layers if not row.passed] == [layer], "the wrong layer must be named"
+
+
+def _claim(artifact: Path, **changes: object) -> None:
+    """Make the manifest claim another model than the one that was compiled."""
+    file = artifact / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["spec"]["model"] = {**manifest["spec"]["model"], **changes}
+    file.write_text(json.dumps(manifest))
+
+
+COMPILERS = [
+    ({"rope": {"theta": 10000.0, "interleaved": True, "scaling": None}}, "logits"),
+    ({"rope": {**MODEL["rope"], "interleaved": False}}, "logits"),  # type: ignore[dict-item]
+    ({"qk_norm": False}, "logits"),
+    ({"moe": {**MODEL["moe"], "scale": 1.0}}, "router: combine weights"),  # type: ignore[dict-item]
+    ({"moe": {**MODEL["moe"], "normalize": False}}, "router: combine weights"),  # type: ignore[dict-item]
+    ({"norm_eps": 1e-2}, "logits"),
+]
+
+
+NAMES = ["rope-scaling", "rope-pairs", "qk-norm", "scale", "sum", "eps"]
+
+
+@pytest.mark.parametrize(("changes", "check"), COMPILERS, ids=NAMES)
+def test_another_model_than_claimed_fails(checkpoint, tmp_path, changes, check):
+    wrong = synthesize(spec({**MODEL, **changes}), tmp_path / "wrong", seed=3, qat=True)
+    artifact = build.compile(spec({**MODEL, **changes}), checkpoint=wrong, out=tmp_path / "artifact").folder
+    _claim(artifact, **{key: spec().model_dump(mode="json")["model"][key] for key in changes})
+    report = verify_artifact(artifact, checkpoint=checkpoint, tokens=200)
+    assert report.exit_status == 1
+    assert any(c.startswith(check) for c in failed(report)), failed(report)
