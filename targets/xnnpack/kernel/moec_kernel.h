@@ -3,8 +3,9 @@
 // Rules that hold for every function here
 // - Returns MOEC_OK (0) or an error code; the message of the last error on the calling thread is moec_last_error().
 //   Nothing aborts, throws or prints. Every size, index and buffer length is checked before a byte is touched.
-// - A buffer is a pointer and its length in bytes. {NULL, 0} stands for an optional buffer that is absent. No alignment is
-//   asked of any buffer (64 bytes is fastest).
+// - A buffer is a pointer and its length in bytes. {NULL, 0} stands for an optional buffer that is absent. Buffers of
+//   floats and integers must be aligned to their element, which is checked; packed weights need no alignment (64 bytes is
+//   fastest), except that packed f32 is floats.
 // - Tensors are contiguous and row-major. Sizes are elements unless the name ends in `bytes`.
 // - Results do not depend on the number of threads, on how tokens are batched, or on the instruction set: integer and
 //   float sums are taken in one fixed order everywhere.

@@ -1,0 +1,66 @@
+// Sixteen lanes as one 512-bit register (AVX-512 F, BW, DQ, VL). simd_scalar.h says what each function means.
+#ifndef MOEC_SIMD_AVX512_H_
+#define MOEC_SIMD_AVX512_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace moec {
+namespace {
+
+struct F16 {
+  __m512 a;
+};
+struct I16 {
+  __m512i a;
+};
+
+inline __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+
+inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline void store(float* p, F16 x) { _mm512_storeu_ps(p, x.a); }
+inline void store_n(float* p, F16 x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.a); }
+inline F16 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F16 add(F16 x, F16 y) { return {_mm512_add_ps(x.a, y.a)}; }
+inline F16 sub(F16 x, F16 y) { return {_mm512_sub_ps(x.a, y.a)}; }
+inline F16 mul(F16 x, F16 y) { return {_mm512_mul_ps(x.a, y.a)}; }
+inline F16 div(F16 x, F16 y) { return {_mm512_div_ps(x.a, y.a)}; }
+inline F16 fma(F16 x, F16 y, F16 z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
+inline F16 minimum(F16 x, F16 y) { return {_mm512_min_ps(x.a, y.a)}; }
+inline F16 maximum(F16 x, F16 y) { return {_mm512_max_ps(x.a, y.a)}; }
+inline I16 bits(F16 x) { return {_mm512_castps_si512(x.a)}; }
+inline F16 from_bits(I16 x) { return {_mm512_castsi512_ps(x.a)}; }
+inline I16 iset1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I16 iadd(I16 x, I16 y) { return {_mm512_add_epi32(x.a, y.a)}; }
+inline I16 iand(I16 x, I16 y) { return {_mm512_and_si512(x.a, y.a)}; }
+inline I16 imax(I16 x, I16 y) { return {_mm512_max_epi32(x.a, y.a)}; }
+template <int kShift>
+inline I16 shift_left(I16 x) {
+  return {_mm512_slli_epi32(x.a, kShift)};
+}
+template <int kShift>
+inline I16 shift_right(I16 x) {
+  return {_mm512_srai_epi32(x.a, kShift)};
+}
+inline I16 round_to_int(F16 x) { return {_mm512_cvtps_epi32(x.a)}; }
+inline F16 to_float(I16 x) { return {_mm512_cvtepi32_ps(x.a)}; }
+inline float reduce_add(F16 x) {
+  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(x.a), _mm512_extractf32x8_ps(x.a, 1));
+  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
+}
+inline int32_t reduce_iadd(I16 x) { return _mm512_reduce_add_epi32(x.a); }
+inline int32_t reduce_imax(I16 x) { return _mm512_reduce_max_epi32(x.a); }
+inline void store_int8(int8_t* p, I16 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.a)); }
+inline I16 load_int32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline F16 load_half(const uint8_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+}  // namespace
+}  // namespace moec
+
+#endif  // MOEC_SIMD_AVX512_H_
