@@ -2,6 +2,11 @@
 #ifndef MOEC_SIMD_AVX512_H_
 #define MOEC_SIMD_AVX512_H_
 
+// GCC 12 takes the deliberately undefined operands inside its own AVX-512 header for mistakes.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>

@@ -27,6 +27,9 @@ int32_t check_buffer(const char* name, const void* data, uint64_t bytes, int64_t
                 name, bytes, wanted, rows, columns, size);
   }
   if (wanted && !data) return fail(MOEC_INVALID_ARGUMENT, "%s: the pointer is null", name);
+  if (reinterpret_cast<uintptr_t>(data) % uint64_t(size)) {
+    return fail(MOEC_INVALID_ARGUMENT, "%s: the pointer is not aligned to %" PRId64 " bytes", name, size);
+  }
   return MOEC_OK;
 }
 
