@@ -7,7 +7,7 @@ namespace moec {
 namespace {
 
 using V = __m512;
-constexpr int64_t kLanes = 16, kRows = 6, kCols = 4, kDecodeRows = 5;
+constexpr int64_t kLanes = 16, kRows = 6, kCols = 4, kDecodeRows = 5, kKeysTogether = 4;
 
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load(const int8_t* p) {

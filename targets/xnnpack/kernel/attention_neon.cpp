@@ -7,7 +7,7 @@ namespace moec {
 namespace {
 
 using V = float32x4_t;
-constexpr int64_t kLanes = 4, kRows = 6, kCols = 4, kDecodeRows = 5;
+constexpr int64_t kLanes = 4, kRows = 6, kCols = 4, kDecodeRows = 5, kKeysTogether = 4;
 
 inline V load(const float* p) { return vld1q_f32(p); }
 inline V load(const int8_t* p) {

@@ -1,7 +1,7 @@
 // Attention, norms and RoPE over a vector type. Included once by each attention_<isa>.cpp, after it has defined, in its own
 // anonymous namespace, the type `V` (one register of floats) and its operations:
 //   constexpr int64_t kLanes, kRows = 6 (rows of a register tile), kCols (vectors of a register tile), kDecodeRows (rows of
-//   a tile that is used with kCols converted vectors beside it)
+//   a tile that is used with kCols converted vectors beside it), kKeysTogether (keys scored side by side)
 //   load(const float*), load(const int8_t*) (widened), store, set1, zero, add, sub, mul, fma(a, b, c) = a*b + c, max, div
 //   exp2i(V) = 2^n of an integral-valued n in [-126, 127], round, hsum, hmax, less_equal_select(a, b, x, y) = a <= b ? x : y
 //   reduce(const V part[kLanes]) -> V whose lane i is the sum of part[i]
@@ -205,24 +205,38 @@ void tile_of(const AttentionCall& call, const AttentionItem& item, float* scratc
 // Bound by reading the cache, whose rows of all KV heads lie side by side: one pass over the keys, then one over the
 // values, each for all heads. A head's vectors are widened once for the query heads that share them.
 
-// scores[j][i] = q_j . key_i of Queries query heads, i < count
+// Asks for `bytes` bytes from `p` on, one cache line at a time. Touches no memory: p may lie beyond the cache.
+inline void prefetch(const void* p, int64_t bytes) {
+  const char* c = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(c + i);
+}
+
+// scores[j][i] = q_j . key_i of Queries query heads, i < count. kKeysTogether keys share one load of the queries.
 template <int Queries, typename C>
 inline void dot_keys(const float* q, int64_t d, const C* keys, int64_t key_stride, int64_t count, float* scores,
                      int64_t score_stride) {
-  int64_t i = 0;
-  for (; i < count; i += kLanes) {
+  static_assert(kLanes % kKeysTogether == 0, "whole steps");
+  for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t lanes = count - i < kLanes ? count - i : kLanes;
     V part[Queries][kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t lane = 0; lane < kLanes; lane += kKeysTogether) {
+      const C* key[kKeysTogether];
       // past the end: the last key again, its scores are not stored
-      const C* key = keys + (lane < lanes ? i + lane : count - 1) * key_stride;
-      V sum[Queries];
-      for (int j = 0; j < Queries; ++j) sum[j] = zero();
+      for (int64_t m = 0; m < kKeysTogether; ++m)
+        key[m] = keys + (lane + m < lanes ? i + lane + m : count - 1) * key_stride;
+      V sum[Queries][kKeysTogether];
+      for (int j = 0; j < Queries; ++j)
+        for (int64_t m = 0; m < kKeysTogether; ++m) sum[j][m] = zero();
       for (int64_t c = 0; c < d; c += kLanes) {
-        const V k = load(key + c);
-        for (int j = 0; j < Queries; ++j) sum[j] = fma(k, load(q + j * d + c), sum[j]);
+        V k[kKeysTogether];
+        for (int64_t m = 0; m < kKeysTogether; ++m) k[m] = load(key[m] + c);
+        for (int j = 0; j < Queries; ++j) {
+          const V query = load(q + j * d + c);
+          for (int64_t m = 0; m < kKeysTogether; ++m) sum[j][m] = fma(k[m], query, sum[j][m]);
+        }
       }
-      for (int j = 0; j < Queries; ++j) part[j][lane] = sum[j];
+      for (int j = 0; j < Queries; ++j)
+        for (int64_t m = 0; m < kKeysTogether; ++m) part[j][lane + m] = sum[j][m];
     }
     for (int j = 0; j < Queries; ++j) {
       const V total = reduce(part[j]);
@@ -264,9 +278,16 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
   float* scores = scratch;  // [H][stride]
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    for (int64_t g = 0; g < kv; ++g)
+    for (int64_t g = 0; g < kv; ++g) {
+      // heads visit the block one after the other, in strides: each asks for its share of the next block, so that the
+      // memory sees one steady stream. After the last block come the first values.
+      if (begin + kKeyBlock < count)
+        prefetch(k_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * d, kKeyBlock * d * int64_t{sizeof(C)});
+      else
+        prefetch(v_cache + g * kKeyBlock * e, kKeyBlock * e * int64_t{sizeof(C)});
       dot_keys_of(per, call.q + g * per * d, d, k_cache + (begin * kv + g) * d, kv * d, n, scores + g * per * stride + begin,
                   stride);
+    }
   }
   for (int64_t h = 0; h < call.heads; ++h) {
     float* s = scores + h * stride;
@@ -295,6 +316,8 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
     for (int64_t h = 0; h < call.heads;) {
       const int64_t g = h / per, left = (g + 1) * per - h, rows = left < kDecodeRows ? left : kDecodeRows;
+      if (h == g * per && begin + kKeyBlock < count)
+        prefetch(v_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * e, kKeyBlock * e * int64_t{sizeof(C)});
       multiply_all<C>(rows, e, n, scores + h * stride + begin, stride, 1, v_cache + (begin * kv + g) * e, kv * e,
                       item.partial_acc + h * e, e, begin ? keep : nullptr);
       h += rows;
