@@ -1,0 +1,203 @@
+"""Packing, linear and embedding of the kernel library, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.quant import quantize_rows
+from moec.targets.xnnpack import kernel_api, packing
+from moec.targets.xnnpack.moe_config import Kind, WeightFormat
+from tests.targets.kernel_cases import Weight, random_weight
+
+FORMATS = [
+    WeightFormat(kind, group, axis_out, int8, f32_scales)
+    for kind in (Kind.INT4, Kind.INT8)
+    for group in (32, 64, 128)
+    for axis_out in (False, True)
+    for int8 in (True, False)
+    for f32_scales in (False, True)
+] + [WeightFormat()]
+
+
+@pytest.fixture(autouse=True)
+def _best_isa_afterwards() -> Iterator[None]:
+    yield
+    kernel_api.set_isa("auto")
+    kernel_api.set_threads(1)
+
+
+def _random(rng: np.random.Generator, fmt: WeightFormat) -> Weight:
+    """Odd sizes wherever the format allows them."""
+    if fmt.kind == Kind.F32:
+        return random_weight(rng, fmt, int(rng.integers(1, 70)), int(rng.integers(1, 150)))
+    groups = fmt.group_size * int(rng.integers(1, 4))
+    free = int(rng.integers(1, 90))
+    return random_weight(rng, fmt, *((groups, free) if fmt.axis_out else (free, groups)))
+
+
+def _exact(w: Weight, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(y, bound): the product in float64 with the activations rounded as the definition says, and sum |terms|."""
+    rows = torch.from_numpy(x)
+    if not w.format.int8_activations:
+        m = w.matrix()
+        return (rows.double() @ m.t()).numpy(), (rows.double().abs() @ m.abs().t()).numpy()
+    assert w.quantized is not None
+    if not w.format.axis_out:
+        q, scale = quantize_rows(rows)
+        seen, m = q.double() * scale.double(), w.matrix()
+        return (seen @ m.t()).numpy(), (seen.abs() @ m.abs().t()).numpy()
+    codes = w.quantized.unpacked()[0].double().unflatten(-1, (-1, w.format.group_size))  # [k, G, g]
+    scales = w.quantized.scales[0].to(torch.float32)
+    outputs, bounds = [], []
+    for g in range(scales.shape[1]):
+        q, scale = quantize_rows(rows * scales[:, g])
+        seen = q.double() * scale.double()
+        outputs.append(seen @ codes[:, g])
+        bounds.append(seen.abs() @ codes[:, g].abs())
+    return torch.cat(outputs, 1).numpy(), torch.cat(bounds, 1).numpy()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_linear_against_float64_and_bit_equal_everywhere(fmt: WeightFormat) -> None:
+    rng = np.random.default_rng(fmt.encode())
+    for tokens in (1, 2, 3, 5, 13, 50):
+        w = _random(rng, fmt)
+        x = rng.standard_normal((tokens, w.k), dtype=np.float32) * np.float32(10 ** rng.uniform(-3, 3))
+        bias = rng.standard_normal(w.n, dtype=np.float32)
+        exact, bound = _exact(w, x)
+        results = []
+        for isa in kernel_api.available_isas():
+            kernel_api.set_isa(isa)
+            for threads in (1, 2):
+                kernel_api.set_threads(threads)
+                results.append(kernel_api.linear(x, w.packed, w.n, fmt, bias))
+        # Integer sums are exact; what remains is fp32 rounding of at most one product and one sum per group (per input
+        # for float activations): terms + 4 roundings of 2^-24 relative to the sum of magnitudes.
+        terms = w.k if not fmt.int8_activations else w.k // fmt.group_size if not fmt.axis_out else 1
+        tolerance = (terms + 4) * 2.0**-24 * (bound + np.abs(bias)) + 1e-30
+        assert (np.abs(results[0] - (exact + bias)) <= tolerance).all()
+        for other in results[1:]:
+            assert np.array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_pack_carries_codes_and_scales_and_rows_can_be_read_back(fmt: WeightFormat) -> None:
+    rng = np.random.default_rng(1 + fmt.encode())
+    w = _random(rng, fmt)
+    assert kernel_api.packed_bytes(w.n, w.k, fmt) == packing.packed_bytes(w.n, w.k, fmt) == w.packed.size
+    codes, scales = packing.unpack(torch.from_numpy(w.packed), fmt, 1, w.n, w.k)
+    if w.quantized is None:
+        assert w.dense is not None
+        assert torch.equal(codes, w.dense)
+    else:
+        assert torch.equal(codes, w.quantized.codes)
+        assert scales is not None
+        assert torch.equal(scales, w.quantized.scales)
+    ids = rng.integers(0, w.n, size=9)
+    # a code times an f16 scale is exact in fp32; times an f32 scale it is rounded once
+    expected = w.matrix()[torch.from_numpy(ids)].to(torch.float32).numpy()
+    assert np.array_equal(kernel_api.embedding(ids, w.packed, w.n, w.k, fmt), expected)
+
+
+def test_float_weights_can_be_transposed_while_packing() -> None:
+    rng = np.random.default_rng(5)
+    stored = rng.standard_normal((3, 37, 50), dtype=np.float32)  # [count, K, N]
+    packed = packing.pack(torch.from_numpy(stored), None, WeightFormat(), 3, 50, 37, transposed=True)
+    codes, _ = packing.unpack(packed, WeightFormat(), 3, 50, 37)
+    assert np.array_equal(codes.numpy(), stored.transpose(0, 2, 1))
+
+
+def test_int4_weights_take_four_and_a_half_bits() -> None:
+    fmt = WeightFormat(Kind.INT4, 32)
+    assert packing.packed_bytes(768, 768, fmt) * 8 == 4.5 * 768 * 768
+    assert packing.packed_bytes(768, 384, WeightFormat(Kind.INT4, 32, axis_out=True)) * 8 == 4.5 * 768 * 384
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.group_size in (0, 32) and not f.f32_scales], ids=str)
+def test_rows_that_are_not_finite_stay_visible_and_do_not_spread(fmt: WeightFormat) -> None:
+    rng = np.random.default_rng(7)
+    w = random_weight(rng, fmt, 64, 64)
+    x = rng.standard_normal((6, 64), dtype=np.float32)
+    clean = [0, 3, 5]
+    x[1, 5], x[2, 63], x[4, 0] = np.nan, np.inf, -np.inf
+    for isa in kernel_api.available_isas():
+        kernel_api.set_isa(isa)
+        y = kernel_api.linear(x, w.packed, w.n, fmt)
+        assert np.isfinite(y[clean]).all()
+        assert not np.isfinite(y[[1, 2, 4]]).any()
+        assert np.array_equal(y[clean], kernel_api.linear(x[clean], w.packed, w.n, fmt))
+
+
+def test_extremes_of_codes_and_activations_do_not_overflow() -> None:
+    """The worst case of the 16-bit sums of AVX2: every code at an end of its range, every activation at +-127."""
+    for kind, low, high in ((Kind.INT4, -8, 7), (Kind.INT8, -128, 127)):
+        for axis_out in (False, True):
+            for code in (low, high):
+                fmt = WeightFormat(kind, 128, axis_out, int8_activations=True)
+                q = np.full((128, 128), code, np.int8)
+                codes = ((q[:, ::2] & 15) | (q[:, 1::2] << 4)).astype(np.uint8) if kind == Kind.INT4 else q
+                packed = kernel_api.pack(codes, np.ones((128, 1), np.float16), 128, 128, fmt)
+                for sign in (1, -1):
+                    x = np.full((1, 128), sign * 127.0, np.float32)
+                    for isa in kernel_api.available_isas():
+                        kernel_api.set_isa(isa)
+                        assert (kernel_api.linear(x, packed, 128, fmt) == code * sign * 127 * 128).all()
+
+
+def test_rows_of_zeros_and_tiny_rows() -> None:
+    fmt = WeightFormat(Kind.INT4, 32, int8_activations=True)
+    w = random_weight(np.random.default_rng(3), fmt, 20, 64)
+    x = np.zeros((3, 64), np.float32)
+    x[1, 7] = 1e-44  # 127 / max overflows: the row rounds to zero
+    x[2, 7] = 1e-30
+    y = kernel_api.linear(x, w.packed, w.n, fmt)
+    assert (y[:2] == 0).all()
+    assert np.isfinite(y[2]).all()
+    assert (y[2] != 0).any()
+
+
+def test_packed_bytes_may_lie_anywhere() -> None:
+    rng = np.random.default_rng(4)
+    for fmt in (f for f in FORMATS if f.kind != Kind.F32):
+        w = _random(rng, fmt)
+        x = rng.standard_normal((3, w.k), dtype=np.float32)
+        expected = kernel_api.linear(x, w.packed, w.n, fmt)
+        moved = np.empty(w.packed.size + 1, np.uint8)[1:]
+        moved[:] = w.packed
+        for isa in kernel_api.available_isas():
+            kernel_api.set_isa(isa)
+            assert np.array_equal(kernel_api.linear(x, moved, w.n, fmt), expected)
+
+
+def test_no_tokens() -> None:
+    fmt = WeightFormat(Kind.INT4, 32, int8_activations=True)
+    w = random_weight(np.random.default_rng(3), fmt, 20, 64)
+    assert kernel_api.linear(np.empty((0, 64), np.float32), w.packed, w.n, fmt).shape == (0, 20)
+    assert kernel_api.embedding(np.empty(0, np.int64), w.packed, w.n, w.k, fmt).shape == (0, 64)
+
+
+def test_wrong_sizes_are_refused_with_the_argument_named() -> None:
+    fmt = WeightFormat(Kind.INT4, 32, int8_activations=True)
+    w = random_weight(np.random.default_rng(3), fmt, 20, 64)
+    x = np.zeros((2, 64), np.float32)
+    with pytest.raises(kernel_api.KernelError, match=r"w: .* needed"):
+        kernel_api.linear(x, w.packed[:-1], w.n, fmt)
+    with pytest.raises(kernel_api.KernelError, match="bias"):
+        kernel_api.linear(x, w.packed, w.n, fmt, np.zeros(19, np.float32))
+    with pytest.raises(kernel_api.KernelError, match="y: "):
+        kernel_api.linear(x, w.packed, w.n, fmt, out=np.zeros((2, 19), np.float32))
+    with pytest.raises(kernel_api.KernelError, match="groups of 32 along 65"):
+        kernel_api.linear(np.zeros((2, 65), np.float32), w.packed, w.n, fmt)
+    with pytest.raises(kernel_api.KernelError, match=r"ids\[1\] = 20"):
+        kernel_api.embedding(np.array([0, 20]), w.packed, w.n, w.k, fmt)
+    with pytest.raises(kernel_api.KernelError, match=r"ids\[0\] = -1"):
+        kernel_api.embedding(np.array([-1]), w.packed, w.n, w.k, fmt)
+    with pytest.raises(kernel_api.KernelError, match="this machine offers"):
+        kernel_api.set_isa("sse9")
+    with pytest.raises(kernel_api.KernelError, match="not aligned"):
+        crooked = np.empty(2 * 64 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 64)
+        kernel_api.linear(crooked, w.packed, w.n, fmt)
