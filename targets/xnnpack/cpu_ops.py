@@ -8,93 +8,34 @@ same names with ExecuTorch. Importing this module registers everything.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import moec.compiler.ops  # noqa: F401  (registers the functional forms whose .out forms are defined below)
 from moec.compiler.ops.define import NAMESPACE, define, require
-from moec.targets.xnnpack.native import kernels_library
+from moec.targets.xnnpack import kernel_api
+from moec.targets.xnnpack.moe_config import WeightFormat
 
 
-class KernelBuffer(ctypes.Structure):
-    """moec_in and moec_out of moec_kernel.h: a pointer and its length in bytes; absent is (NULL, 0)."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_uint64)]
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
 
 
-class _MoeArguments(ctypes.Structure):
-    _fields_ = [
-        ("tokens", ctypes.c_int64),
-        ("config", ctypes.POINTER(ctypes.c_int64)),
-        ("config_length", ctypes.c_uint64),
-        ("params", ctypes.POINTER(ctypes.c_double)),
-        ("params_length", ctypes.c_uint64),
-        *(
-            (name, KernelBuffer)
-            for name in [
-                "x",
-                "router_input",
-                "router_weight",
-                "router_bias",
-                "selection_bias",
-                "w13",
-                "b13",
-                "w2",
-                "b2",
-                "shared_w13",
-                "shared_w2",
-                "shared_gate",
-                "y",
-                "indices",
-                "weights",
-            ]
-        ),
-    ]
-
-
-def buffer(tensor: Tensor | None) -> KernelBuffer:
-    """A view of a contiguous CPU tensor, which must outlive it."""
-    if tensor is None:
-        return KernelBuffer(None, 0)
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError("kernels take contiguous CPU tensors")
-    return KernelBuffer(tensor.data_ptr() or None, tensor.numel() * tensor.element_size())
-
-
-@cache
-def kernels() -> ctypes.CDLL:
-    """The kernel library, built if it has to be. UserError when that is impossible."""
-    library = ctypes.CDLL(str(kernels_library()))
-    library.moec_last_error.restype = ctypes.c_char_p
-    i64, i32 = ctypes.c_int64, ctypes.c_int32
-    library.moec_linear.argtypes = [i64, i64, i64, i32, *[KernelBuffer] * 4]
-    library.moec_embedding.argtypes = [i64, i64, i64, i32, *[KernelBuffer] * 3]
-    library.moec_moe.argtypes = [ctypes.POINTER(_MoeArguments)]
-    for name in ("moec_linear", "moec_embedding", "moec_moe"):
-        getattr(library, name).restype = i32
-    return library
-
-
-def check(status: int) -> None:
-    """ValueError with the library's reason for a status that is not 0."""
-    if status:
-        raise ValueError(kernels().moec_last_error().decode())
+def _optional(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else _array(tensor)
 
 
 # ---- packed operators
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, n: int, k: int, format: int) -> Tensor:
-    require(x.dtype == torch.float32, "linear_packed", "x must be float32")
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], n))
-    check(kernels().moec_linear(y.numel() // n, n, k, format, buffer(x), buffer(w), buffer(bias), buffer(y)))
-    return y
+    require(x.dtype == torch.float32 and x.shape[-1] == k, "linear_packed", f"x must be float32 with {k} features")
+    y = kernel_api.linear(_array(x).reshape(-1, k), _array(w), n, WeightFormat.decode(format), _optional(bias))
+    return torch.from_numpy(y).view(*x.shape[:-1], n)
 
 
 def _linear_fake(x: Tensor, w: Tensor, bias: Tensor | None, n: int, k: int, format: int) -> Tensor:
@@ -113,10 +54,8 @@ linear_packed = define(
 
 def _embedding(ids: Tensor, w: Tensor, n: int, k: int, format: int) -> Tensor:
     require(ids.dtype == torch.int64, "embedding_packed", "ids must be int64")
-    ids = ids.contiguous()
-    y = torch.empty((*ids.shape, k), dtype=torch.float32)
-    check(kernels().moec_embedding(ids.numel(), n, k, format, buffer(ids), buffer(w), buffer(y)))
-    return y
+    y = kernel_api.embedding(_array(ids).reshape(-1), _array(w), n, k, WeightFormat.decode(format))
+    return torch.from_numpy(y).view(*ids.shape, k)
 
 
 def _embedding_fake(ids: Tensor, w: Tensor, n: int, k: int, format: int) -> Tensor:
@@ -146,19 +85,19 @@ def _moe(
     config: Sequence[int],
     params: Sequence[float],
 ) -> Tensor:
-    x, router_input = x.contiguous(), router_input.contiguous()
-    y = torch.empty_like(x)
-    arguments = _MoeArguments(
-        x.numel() // x.shape[-1],
-        (ctypes.c_int64 * len(config))(*config),
-        len(config),
-        (ctypes.c_double * len(params))(*params),
-        len(params),
-        *map(buffer, (x, router_input, router_weight, router_bias, selection_bias, w13, b13, w2, b2)),
-        *map(buffer, (shared_w13, shared_w2, shared_gate, y, None, None)),
+    tensors = kernel_api.MoeTensors(
+        _array(router_weight),
+        _array(w13),
+        _array(w2),
+        router_bias=_optional(router_bias),
+        selection_bias=_optional(selection_bias),
+        b13=_optional(b13),
+        b2=_optional(b2),
+        shared_w13=_optional(shared_w13),
+        shared_w2=_optional(shared_w2),
+        shared_gate=_optional(shared_gate),
     )
-    check(kernels().moec_moe(ctypes.byref(arguments)))
-    return y
+    return torch.from_numpy(kernel_api.moe(config, params, tensors, _array(x), _array(router_input)))
 
 
 def _moe_fake(
@@ -187,8 +126,8 @@ def _moe_fake(
 
 fused_moe_packed = define(
     "fused_moe_packed(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, "
-    "Tensor? selection_bias, Tensor w13, Tensor? b13, Tensor w2, Tensor? b2, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_gate, "
-    "int[] config, float[] params) -> Tensor",
+    "Tensor? selection_bias, Tensor w13, Tensor? b13, Tensor w2, Tensor? b2, Tensor? shared_w13, "
+    "Tensor? shared_w2, Tensor? shared_gate, int[] config, float[] params) -> Tensor",
     _moe,
     _moe_fake,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -229,6 +229,18 @@ class PreparedMoe:
         args.x, args.router_input, args.y = _buffer(x), _buffer(router_input), _buffer(y)
         args.indices, args.weights = _buffer(indices), _buffer(weights)
         _check(library().moec_moe(ctypes.byref(args)))
+
+
+def moe(config: Sequence[int], params: Sequence[float], tensors: MoeTensors, x: F32, router_input: F32) -> F32:
+    """y [..., D] of one block whose configuration is encoded already, as a graph holds it."""
+    x, y = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
+    router_input = np.ascontiguousarray(router_input)
+    encoded, numbers = np.array(config, np.int64), np.array(params, np.float64)
+    args = _MoeArgs(x.size // x.shape[-1], encoded.ctypes.data, encoded.size, numbers.ctypes.data, numbers.size)
+    for name, value in (*vars(tensors).items(), ("x", x), ("router_input", router_input), ("y", y)):
+        setattr(args, name, _buffer(value))
+    _check(library().moec_moe(ctypes.byref(args)))
+    return y
 
 
 def set_isa(name: str) -> None:

@@ -306,14 +306,71 @@ def _forget_old_builds(cache: Path, *, keep: Path, most: int = 6) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+# ---- checks of the kernel core, for people who work on it
+
+SANITIZERS = ("address,undefined", "thread")
+
+
+def checks_folder() -> Path:
+    """The C++ check programs of the checkout. UserError from an installed wheel, which has none."""
+    folder = _HERE.parents[1] / "tests" / "native"
+    if not folder.is_dir():
+        raise UserError("the native checks are not installed", remedy="run this in a checkout of the repository")
+    return folder
+
+
+def build_checks(
+    *, sanitize: str = "", cross_compiler: str | None = None, processor: str = "", progress: Progress | None = None
+) -> list[Path]:
+    """Build every tests/native/*_check.cpp with the kernel core, for another `processor` with `cross_compiler`.
+
+    Returns the programs.
+    """
+    progress = progress or Progress()
+    sources = checks_folder()
+    variant = re.sub(r"\W", "-", "-".join(filter(None, (processor, sanitize)))) or "plain"
+    compiler = cross_compiler or _compiler()
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"checks-{variant}.lock", progress):
+        work = cache / f"checks-{variant}"
+        _drop_stale_tree(work, _tool("cmake"), compiler, _HERE)
+        configure = [_tool("cmake"), "-S", str(sources), "-B", str(work), "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        configure += [f"-DMOEC_KERNEL_DIR={_HERE / 'kernel'}", f"-DMOEC_SANITIZE={sanitize}"]
+        configure += ["-DCMAKE_BUILD_TYPE=Release"]
+        if cross_compiler:
+            configure += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}"]
+        with progress.stage(f"build native checks ({variant})") as step:
+            _run(configure, step)
+            _run([_tool("cmake"), "--build", str(work)], step)
+    return sorted(work / path.stem for path in sources.glob("*_check.cpp"))
+
+
+def run_sanitized() -> int:
+    """Run every check under ASan with UBSan, and under TSan. 0 when all are clean."""
+    failed = 0
+    for sanitizer in SANITIZERS:
+        for program in build_checks(sanitize=sanitizer):
+            status = subprocess.run([str(program)], check=False).returncode
+            print(
+                f"{program.name} ({sanitizer}): {'clean' if status == 0 else f'failed with status {status}'}",
+                flush=True,
+            )
+            failed += status != 0
+    return 1 if failed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moec.targets.xnnpack.native", description=__doc__)
-    parser.add_argument("action", choices=["build", "path", "clean"])
+    parser.add_argument("action", choices=["build", "path", "sanitize", "clean"])
     action = parser.parse_args(arguments).action
     try:
         if action == "clean":
             shutil.rmtree(cache_folder(), ignore_errors=True)
             return 0
+        if action == "sanitize":
+            return run_sanitized()
         print(native_files().folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -238,7 +238,7 @@ class CpuSession:
 
 
 def set_isa(name: str | None) -> None:
-    """Choose the kernels' instruction set for this process; None: the best there is. RunError if the machine lacks it."""
+    """Choose the kernels' instruction set for this process; None: the best. RunError if the machine lacks it."""
     if _runtime().moec_model_set_isa(name.encode() if name else None):
         raise RunError(f"this machine cannot run the instruction set {name}")
 
