@@ -17,8 +17,10 @@ from moec.compiler.verify.report import Check, LayerRow, Report
 
 def _row(layer: int, *, sqnr: float, passed: bool = True) -> LayerRow:
     return LayerRow(
-        layer, "model.layers.0.feed_forward", 100, 2, 1.0, 0.1, sqnr, 0.99999, 0.9999, 1e-4, 3.0, 17, passed
-    )
+        layer=layer, name="model.layers.0.feed_forward", tokens=100, ties=2, experts_used=17, router=0.999,
+        router_same_input=1.0, weights_ratio=0.1, input_median_cosine=0.99999, input_min_cosine=0.9999, input_ratio=2.0,
+        median_cosine=0.99999, min_cosine=0.9999, sqnr_db=sqnr, max_abs_error=1e-4, output_ratio=3.0, passed=passed,
+    )  # fmt: skip
 
 
 def _report(*, value: float = 0.99999, rows: tuple[LayerRow, ...] = ()) -> Report:

@@ -1,18 +1,18 @@
-"""A session and a reference made of the eager decoder, for tests of the comparison itself."""
+"""A session made of the eager decoder, and a reference with its weights, for tests of the comparison itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from moec.compiler.model import Decoder, weight_layout
 from moec.compiler.model.decoder import MoeBlock
-from moec.compiler.model.simulate import Routed
+from moec.compiler.program import LazyWeight
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.target import MoeTrace
-from moec.compiler.verify.compare import OnLayer
+from moec.compiler.verify.reference import VerifyingReference
 from moec.compiler.verify.weights import unkind_weights
 
 CONFIG = {
@@ -84,40 +84,8 @@ class FakeSession:
         pass
 
 
-class FakeBlock:
-    def __init__(self, block: MoeBlock) -> None:
-        self.block = block
-
-    def route(self, x_TD: np.ndarray, forced_TK: np.ndarray | None = None) -> Routed:
-        scores = self.block.router(torch.from_numpy(x_TD))
-        choice = scores + self.block.expert_bias
-        free = choice.topk(self.block.top_k).indices
-        used = free if forced_TK is None else torch.from_numpy(forced_TK.astype(np.int64))
-        weights = scores.gather(-1, used)
-        weights = weights / weights.sum(-1, keepdim=True) * self.block.scale
-        return Routed(choice.numpy(), free.numpy(), weights.numpy())
-
-    def output(self, x_TD: np.ndarray, indices_TK: np.ndarray) -> np.ndarray:
-        x, indices = torch.from_numpy(x_TD), torch.from_numpy(indices_TK.astype(np.int64))
-        weights = torch.from_numpy(self.route(x_TD, indices_TK).weights_TK)
-        y = self.block.experts(x, indices, weights)
-        return (y + self.block.shared_expert(x)).numpy()
-
-
-class FakeReference:
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
-
-    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
-        session = FakeSession(self.model)
-        logits: dict[str, np.ndarray] = {}
-        traces: dict[str, list[MoeTrace]] = {}
-        for name, ids in prompts.items():
-            session.reset()
-            session.trace(True)
-            logits[name] = session.prefill(ids, "all")
-            traces[name] = session.take_traces()
-        for layer, block in enumerate(map(FakeBlock, blocks(self.model))):
-            if on_layer is not None:
-                on_layer(layer, block, {name: block.route(t[layer].x_TD) for name, t in traces.items()})
-        return logits
+def reference(model: Decoder) -> VerifyingReference:
+    """The streamed reference with the weights of `model`, unrounded."""
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
+    weights = {n: LazyWeight(tuple(w.shape), torch.float32, lambda w=w: w) for n, w in tensors.items()}
+    return VerifyingReference(model.config, weights, None)

@@ -19,6 +19,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.compiler.verify.compare import Comparison, compare
 from moec.compiler.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
+from moec.compiler.verify.reference import VerifyingReference
 from moec.compiler.verify.report import Report
 
 DEFAULT_TOKENS = 512
@@ -57,7 +58,7 @@ def verify_artifact(
         roles = _asymmetric_roles(artifact.manifest)
         found = compare(
             session,
-            Reference(config, store, spec.quantization, xnnpack_roles=roles),
+            VerifyingReference(config, store, spec.quantization, xnnpack_roles=roles),
             prompts,
             layer_names=artifact.manifest.model.moe_layers,
             quantized=spec.quantization is not None,

@@ -1,9 +1,11 @@
 """A session against the eager reference: the checks of `moec verify ARTIFACT`, whatever target made the session.
 
-    end to end      logits of whole prompts, each side with its own routing and its own errors accumulated
-    router          the reference's own selections against the artifact's, at the same token and layer
-    layers          the reference block fed with the artifact's own input and routing: arithmetic alone, no history;
-                    and the reference router on that input: routing alone
+    layers          each layer started from the artifact's own values: the inputs of its MoE block (attention, norms),
+    the
+                    output with the routing forced (experts, shared expert), the router on the same input, and the
+                    selections that the reference arrives at by itself
+    logits          of the last layer, norm and head, started likewise
+    free run        whole prompts from token ids on, each side with its own routing and its own errors accumulated
     consistency     decoding and odd chunks against one prefill; a second run against the first
 
 T tokens, V vocabulary, D model width, E experts, K experts per token.
@@ -13,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from moec.compiler.model.simulate import Routed
+from moec.compiler.model.simulate import MoeReference, Reference, Routed
 from moec.compiler.progress import Progress
 from moec.compiler.target import MoeTrace, Session
 from moec.compiler.verify import metrics, tolerances
 from moec.compiler.verify.graphs import close_rows
 from moec.compiler.verify.metrics import RouterAgreement
+from moec.compiler.verify.reference import Followed, VerifyingReference
 from moec.compiler.verify.replay import (
     Replay,
     decode_tail,
@@ -35,35 +38,12 @@ from moec.compiler.verify.report import Check, LayerRow
 from moec.compiler.verify.tolerances import Tolerance
 
 DECODE_STEPS = 8
-
-
-class ReferenceBlock(Protocol):
-    """One MoE layer of the eager model."""
-
-    def route(self, x_TD: np.ndarray, forced_TK: np.ndarray | None = None) -> Routed:
-        """Select freely; `weights_TK` belong to `forced_TK` when it is given, else to the free selection."""
-        ...
-
-    def output(self, x_TD: np.ndarray, indices_TK: np.ndarray) -> np.ndarray:
-        """The block's output with the routing forced to `indices_TK`, float32 [T, D]."""
-        ...
-
-
-# called once per MoE layer while its weights are in memory: (layer, block, prompt name -> the free selection)
-OnLayer = Callable[[int, ReferenceBlock, Mapping[str, Routed]], None]
-
-
-class Reference(Protocol):
-    """The eager model with the artifact's codes, run layer by layer over all prompts at once."""
-
-    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> Mapping[str, np.ndarray]:
-        """Logits float32 [T, V] by prompt."""
-        ...
+_CLOSE = {"atol": tolerances.FLOAT_ATOL, "rtol": tolerances.FLOAT_RTOL}
 
 
 @dataclass
 class Comparison:
-    """What `compare` collects on its way; `checks()` judges it."""
+    """What `compare` finds."""
 
     quantized: bool
     checks: list[Check] = field(default_factory=list)
@@ -73,7 +53,7 @@ class Comparison:
 
 def compare(
     session: Session,
-    reference: Reference,
+    reference: VerifyingReference,
     prompts: Mapping[str, Sequence[int]],
     *,
     layer_names: Sequence[str],
@@ -81,43 +61,23 @@ def compare(
     float_reference: Reference | None = None,
     progress: Progress,
 ) -> Comparison:
-    """Run everything. `layer_names` are the MoE layers in order; `float_reference` has the same codes and rounds no
-    activations."""
+    """Run everything. `layer_names` are the MoE layers in order. `quantized` chooses the tolerances. `float_reference`
+    has the same codes and rounds no activations: the distance from it is reported."""
     found = Comparison(quantized)
     replays = {}
     with progress.stage("run the artifact", len(prompts)) as step:
         for name, ids in prompts.items():
             replays[name] = replay_prompt(session, ids, len(layer_names))
             step(name)
-    routers: dict[int, RouterAgreement] = {}
-    tied = {name: np.zeros(len(ids), dtype=bool) for name, ids in prompts.items()}
-    with progress.stage("run the reference", max(len(layer_names), 1)) as step:
-
-        def on_layer(layer: int, block: ReferenceBlock, free: Mapping[str, Routed]) -> None:
-            found.layers.append(_layer_row(layer, layer_names[layer], block, replays, quantized=quantized))
-            for name, routed in free.items():
-                actual = replays[name].layers[layer].indices_TK
-                agreement = _agreement(routed, actual)
-                routers[layer] = routers.get(layer, RouterAgreement(0, 0, 0)) + agreement
-                gaps = metrics.selection_gaps(routed.scores_TE, actual.shape[-1])
-                tied[name] |= gaps < tolerances.TIE_GAP
-            step(layer_names[layer])
-
-        logits = reference.run(prompts, on_layer)
-    _end_to_end(found, replays, logits, tied)
-    _consistency(found, session, replays, tied, progress)
     if layer_names:
-        _routing(found, routers, layer_names)
-        _layers(found)
+        _layer_by_layer(found, reference, replays, layer_names, progress)
+    tied = _free_run(found, reference, replays, len(layer_names), progress)
+    _consistency(found, session, replays, tied, progress)
     if float_reference is not None:
         with progress.stage("run the reference with float activations"):
             float_logits = float_reference.run(prompts)
         found.figures.update(_logits_figures("against float activations: ", replays, float_logits))
     return found
-
-
-def _agreement(reference: Routed, actual_TK: np.ndarray) -> RouterAgreement:
-    return metrics.router_agreement(reference.indices_TK, actual_TK, reference.scores_TE, tie_gap=tolerances.TIE_GAP)
 
 
 def _worst(values: Mapping[str, float], *, low: bool = True) -> tuple[float, str]:
@@ -126,105 +86,122 @@ def _worst(values: Mapping[str, float], *, low: bool = True) -> tuple[float, str
     return values[where], where
 
 
-# --- end to end -----------------------------------------------------------------------------------------------------
-
-
-def _end_to_end(
-    found: Comparison, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray], tied: Mapping[str, np.ndarray]
-) -> None:
-    figures = _logits_figures("", replays, logits)
-    found.figures.update(figures)
-    if found.quantized:
-        found.checks.append(Check("logits: median cosine", figures["median cosine"], tolerances.MEDIAN_COSINE))
-    else:
-        ratios, explained, tokens = {}, 0, 0
-        for name, replay in replays.items():
-            ratios[name], left_out = close_rows(logits[name], replay.logits_TV, tied[name])
-            explained, tokens = explained + left_out, tokens + len(replay.ids)
-        worst, where = _worst(ratios, low=False)
-        detail = f"{explained} of {tokens} tokens left out after a tie" if explained else ""
-        found.checks.append(Check("logits: every element", worst, tolerances.FLOAT_CLOSE, where, detail))
-        found.checks.append(Check("logits: tokens compared", 1 - explained / tokens, tolerances.COMPARED))
-    found.checks.append(Check("logits: top-1 agreement", figures["top-1 agreement"], tolerances.TOP1))
-
-
 def _logits_figures(prefix: str, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Pooled over the tokens of all prompts; SQNR is the worst prompt's."""
-    cosines, matches, ratios = [], [], []
-    for name, replay in replays.items():
-        cosines.append(metrics.row_cosines(logits[name], replay.logits_TV))
-        matches.append(metrics.top1_matches(logits[name], replay.logits_TV))
-        ratios.append(metrics.sqnr_db(logits[name], replay.logits_TV))
-    all_cosines = np.concatenate(cosines)
+    return _figures(prefix, {name: (logits[name], replay.logits_TV) for name, replay in replays.items()})
+
+
+def _figures(prefix: str, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    cosines = np.concatenate([metrics.row_cosines(r, a) for r, a in pairs.values()])
     return {
-        f"{prefix}SQNR dB (worst prompt)": min(ratios),
-        f"{prefix}median cosine": float(np.median(all_cosines)),
-        f"{prefix}min cosine": float(all_cosines.min()),
-        f"{prefix}top-1 agreement": float(np.concatenate(matches).mean()),
+        f"{prefix}SQNR dB (worst prompt)": min(metrics.sqnr_db(r, a) for r, a in pairs.values()),
+        f"{prefix}median cosine": float(np.median(cosines)),
+        f"{prefix}min cosine": float(cosines.min()),
+        f"{prefix}top-1 agreement": float(
+            np.concatenate([metrics.top1_matches(r, a) for r, a in pairs.values()]).mean()
+        ),
     }
 
 
-def _routing(found: Comparison, routers: Mapping[int, RouterAgreement], layer_names: Sequence[str]) -> None:
-    total = sum(routers.values(), RouterAgreement(0, 0, 0))
-    by_layer = {layer_names[n]: r.fraction for n, r in routers.items()}
-    worst, where = _worst(by_layer)
-    found.checks.append(
-        Check(
-            "router: expert sets equal end to end",
-            total.fraction,
-            tolerances.ROUTER_SETS,
-            detail=f"{total.ties} ties of {total.tokens} left out; lowest {worst:.4%} in {where}",
-        )
-    )
-    found.figures["router ties left out"] = f"{total.ties} of {total.tokens}"
+# --- layer by layer -------------------------------------------------------------------------------------------------
 
 
-# --- per layer, routing forced --------------------------------------------------------------------------------------
+def _layer_by_layer(
+    found: Comparison,
+    reference: VerifyingReference,
+    replays: Mapping[str, Replay],
+    layer_names: Sequence[str],
+    progress: Progress,
+) -> None:
+    own = RouterAgreement(0, 0, 0)
+    with progress.stage("compare layer by layer", len(layer_names)) as step:
+
+        def on_layer(layer: int, block: MoeReference, followed: Mapping[str, Followed]) -> None:
+            nonlocal own
+            row, agreement = _layer_row(layer, layer_names[layer], block, replays, followed, quantized=found.quantized)
+            found.layers.append(row)
+            own = own + agreement
+            step(layer_names[layer])
+
+        logits = reference.follow(replays, on_layer)
+    figures = _logits_figures("", replays, logits)
+    found.figures.update(figures)
+    found.figures["router: ties left out"] = f"{own.ties} of {own.tokens}"
+    if found.quantized:
+        found.checks.append(Check("logits: median cosine", figures["median cosine"], tolerances.MEDIAN_COSINE))
+    else:
+        ratios = {n: metrics.tolerance_ratio(logits[n], r.logits_TV, **_CLOSE) for n, r in replays.items()}
+        worst, where = _worst(ratios, low=False)
+        found.checks.append(Check("logits: every element", worst, tolerances.FLOAT_CLOSE, where))
+    found.checks.append(Check("logits: top-1 agreement", figures["top-1 agreement"], tolerances.TOP1))
+    detail = f"{own.ties} ties of {own.tokens} left out"
+    found.checks.append(Check("router: expert sets equal", own.fraction, tolerances.ROUTER_SETS, detail=detail))
+    _judge_layers(found)
 
 
 def _layer_row(
-    layer: int, name: str, block: ReferenceBlock, replays: Mapping[str, Replay], *, quantized: bool
-) -> LayerRow:
+    layer: int,
+    name: str,
+    block: MoeReference,
+    replays: Mapping[str, Replay],
+    followed: Mapping[str, Followed],
+    *,
+    quantized: bool,
+) -> tuple[LayerRow, RouterAgreement]:
+    """The row, and the agreement of the selections that the reference makes on its own input."""
     trace = _pooled([r.layers[layer] for r in replays.values()])
-    routed = block.route(trace.x_TD, forced_TK=trace.indices_TK)
-    agreement = _agreement(routed, trace.indices_TK)
-    reference_TD = block.output(trace.x_TD, trace.indices_TK)
-    close = {"atol": tolerances.FLOAT_ATOL, "rtol": tolerances.FLOAT_RTOL}
-    cosine = metrics.Cosine.of(reference_TD, trace.y_TD)
+    x_TD = np.concatenate([followed[prompt].x_TD for prompt in replays])
+    y_TD = np.concatenate([followed[prompt].y_TD for prompt in replays])
+    same = block.route(trace.x_TD, forced_TK=trace.indices_TK)
+    on_same = _agreement(same, trace.indices_TK)
+    own = _agreement(block.route(x_TD), trace.indices_TK)
+    inputs, outputs = metrics.Cosine.of(x_TD, trace.x_TD), metrics.Cosine.of(y_TD, trace.y_TD)
     row = LayerRow(
         layer=layer,
         name=name,
-        tokens=agreement.tokens,
-        ties=agreement.ties,
-        router=agreement.fraction,
-        weights_ratio=metrics.tolerance_ratio(routed.weights_TK, trace.weights_TK, **close),
-        sqnr_db=metrics.sqnr_db(reference_TD, trace.y_TD),
-        median_cosine=cosine.median,
-        min_cosine=cosine.minimum,
-        max_abs_error=metrics.max_abs_error(reference_TD, trace.y_TD),
-        float_ratio=metrics.tolerance_ratio(reference_TD, trace.y_TD, **close),
+        tokens=on_same.tokens,
+        ties=on_same.ties,
         experts_used=experts_used(replays, layer),
+        router=own.fraction,
+        router_same_input=on_same.fraction,
+        weights_ratio=metrics.tolerance_ratio(same.weights_TK, trace.weights_TK, **_CLOSE),
+        input_median_cosine=inputs.median,
+        input_min_cosine=inputs.minimum,
+        input_ratio=metrics.tolerance_ratio(x_TD, trace.x_TD, **_CLOSE),
+        median_cosine=outputs.median,
+        min_cosine=outputs.minimum,
+        sqnr_db=metrics.sqnr_db(y_TD, trace.y_TD),
+        max_abs_error=metrics.max_abs_error(y_TD, trace.y_TD),
+        output_ratio=metrics.tolerance_ratio(y_TD, trace.y_TD, **_CLOSE),
         passed=False,
     )
-    return LayerRow(**{**vars(row), "passed": all(t.holds(v) for _, v, t in _row_limits(row, quantized))})
+    passed = all(tolerance.holds(value) for _, value, tolerance in _row_limits(row, quantized))
+    return LayerRow(**{**vars(row), "passed": passed}), own
+
+
+def _agreement(reference: Routed, actual_TK: np.ndarray) -> RouterAgreement:
+    return metrics.router_agreement(reference.indices_TK, actual_TK, reference.scores_TE, tie_gap=tolerances.TIE_GAP)
 
 
 def _row_limits(row: LayerRow, quantized: bool) -> list[tuple[str, float, Tolerance]]:
     """What one layer must satisfy."""
     limits = [
-        ("router: expert sets equal, same input", row.router, tolerances.ROUTER_SAME_INPUT),
+        ("router: expert sets equal, same input", row.router_same_input, tolerances.ROUTER_SAME_INPUT),
         ("router: combine weights", row.weights_ratio, tolerances.COMBINE_WEIGHTS),
     ]
-    if quantized:
-        limits.append(("layer outputs: median cosine", row.median_cosine, tolerances.MEDIAN_COSINE))
-        limits.append(("layer outputs: min cosine", row.min_cosine, tolerances.LAYER_MIN_COSINE))
-    else:
-        limits.append(("layer outputs: every element", row.float_ratio, tolerances.FLOAT_CLOSE))
+    if not quantized:
+        limits.append(("block inputs: every element", row.input_ratio, tolerances.FLOAT_CLOSE))
+        limits.append(("block outputs: every element", row.output_ratio, tolerances.FLOAT_CLOSE))
+        return limits
+    limits.append(("block inputs: median cosine", row.input_median_cosine, tolerances.MEDIAN_COSINE))
+    limits.append(("block inputs: min cosine", row.input_min_cosine, tolerances.LAYER_MIN_COSINE))
+    limits.append(("block outputs: median cosine", row.median_cosine, tolerances.MEDIAN_COSINE))
+    limits.append(("block outputs: min cosine", row.min_cosine, tolerances.LAYER_MIN_COSINE))
     return limits
 
 
-def _layers(found: Comparison) -> None:
-    """One check per limit, with the value of the worst layer and how many layers miss it."""
+def _judge_layers(found: Comparison) -> None:
+    """One check per limit, with the value of the worst layer and the layers that miss it."""
     by_limit: dict[str, list[tuple[float, Tolerance, LayerRow]]] = {}
     for row in found.layers:
         for name, value, tolerance in _row_limits(row, found.quantized):
@@ -246,6 +223,77 @@ def _pooled(traces: Sequence[MoeTrace]) -> MoeTrace:
         weights_TK=np.concatenate([t.weights_TK for t in traces]),
         y_TD=np.concatenate([t.y_TD for t in traces]),
     )
+
+
+# --- free run -------------------------------------------------------------------------------------------------------
+
+
+def _free_run(
+    found: Comparison,
+    reference: VerifyingReference,
+    replays: Mapping[str, Replay],
+    moe_layers: int,
+    progress: Progress,
+) -> dict[str, np.ndarray]:
+    """End to end from token ids on. Returns, by prompt, the tokens with a tie in any layer, bool [T]."""
+    prompts = {name: replay.ids for name, replay in replays.items()}
+    routed: dict[int, Mapping[str, Routed]] = {}
+    with progress.stage("run the reference", max(moe_layers, 1)) as step:
+        logits = reference.run(prompts, _keeping(routed, step))
+    tied = {name: np.zeros(len(ids), dtype=bool) for name, ids in prompts.items()}
+    for by_prompt in routed.values():
+        for name, r in by_prompt.items():
+            tied[name] |= metrics.selection_gaps(r.scores_TE, r.indices_TK.shape[-1]) < tolerances.TIE_GAP
+    figures = _logits_figures("free run: ", replays, logits)
+    found.figures.update(figures)
+    sets = _sets(routed, lambda name, layer: replays[name].layers[layer].indices_TK)
+    if not found.quantized:
+        _free_run_float(found, replays, logits, tied)
+        return tied
+    shaken_routed: dict[int, Mapping[str, Routed]] = {}
+    with progress.stage("run the reference shaken", max(moe_layers, 1)) as step:
+        shaken = reference.shaken(prompts, _keeping(shaken_routed, step))
+    drift = _figures("", {name: (logits[name], shaken[name]) for name in prompts})
+    drift_sets = _sets(routed, lambda name, layer: shaken_routed[layer][name].indices_TK)
+    pairs = [
+        ("median cosine", figures["free run: median cosine"], tolerances.MEDIAN_COSINE, drift["median cosine"]),
+        ("top-1 agreement", figures["free run: top-1 agreement"], tolerances.TOP1, drift["top-1 agreement"]),
+    ]
+    if moe_layers:
+        pairs.append(("expert sets equal", sets.fraction, tolerances.ROUTER_SETS, drift_sets.fraction))
+    for name, value, tolerance, itself in pairs:
+        limit = tolerances.beyond_drift(tolerance, 1 - itself)
+        detail = f"the reference with itself, shaken: {itself:.7g}"
+        found.checks.append(Check(f"free run: {name}", value, limit, detail=detail))
+    return tied
+
+
+def _free_run_float(
+    found: Comparison, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray], tied: Mapping[str, np.ndarray]
+) -> None:
+    ratios, explained, tokens = {}, 0, 0
+    for name, replay in replays.items():
+        ratios[name], left_out = close_rows(logits[name], replay.logits_TV, tied[name])
+        explained, tokens = explained + left_out, tokens + len(replay.ids)
+    worst, where = _worst(ratios, low=False)
+    detail = f"{explained} of {tokens} tokens left out after a tie" if explained else ""
+    found.checks.append(Check("free run: every element", worst, tolerances.FLOAT_CLOSE, where, detail))
+    found.checks.append(Check("free run: tokens compared", 1 - explained / tokens, tolerances.COMPARED))
+    top1 = float(found.figures["free run: top-1 agreement"])
+    found.checks.append(Check("free run: top-1 agreement", top1, tolerances.TOP1))
+
+
+def _keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]
+    def on_layer(layer: int, block: MoeReference, routed: Mapping[str, Routed]) -> None:
+        kept[layer] = dict(routed)
+        step(f"layer {layer}")
+
+    return on_layer
+
+
+def _sets(routed: Mapping[int, Mapping[str, Routed]], actual: Callable[[str, int], np.ndarray]) -> RouterAgreement:
+    agreements = (_agreement(r, actual(name, n)) for n, by_prompt in routed.items() for name, r in by_prompt.items())
+    return sum(agreements, RouterAgreement(0, 0, 0))
 
 
 # --- the artifact against itself ------------------------------------------------------------------------------------

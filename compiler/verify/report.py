@@ -54,25 +54,30 @@ class Check:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One MoE layer of the artifact against the reference block that was given the artifact's own input.
+    """One MoE layer of the artifact against the reference, which started from the artifact's previous layer.
 
-    `median_cosine`, `min_cosine`, `sqnr_db`, `max_abs_error` compare block outputs with routing forced to the
-    artifact's. `router` counts selections by the reference's router on the same input; `weights_ratio` compares the
-    combine weights of the selected experts (at most 1 within tolerance).
+    `router`: share of tokens (clear of ties) whose selection the reference arrives at by itself; `router_same_input`:
+    given the artifact's input. `weights_ratio`: combine weights of the artifact's selection. `input_*`: the block's
+    input, that is attention and norms. The others: the block's output for the artifact's input and routing, that is its
+    experts. A ratio is in units of the float tolerance: at most 1 is within.
     """
 
     layer: int
     name: str
     tokens: int
     ties: int
+    experts_used: int
     router: float
+    router_same_input: float
     weights_ratio: float
-    sqnr_db: float
+    input_median_cosine: float
+    input_min_cosine: float
+    input_ratio: float
     median_cosine: float
     min_cosine: float
+    sqnr_db: float
     max_abs_error: float
-    float_ratio: float
-    experts_used: int
+    output_ratio: float
     passed: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -177,21 +182,34 @@ def _checks_table(checks: Iterable[Check]) -> Table:
 
 
 def _layers_table(rows: Iterable[LayerRow], title: str) -> Table:
-    columns = ("layer", "tokens", "ties", "router", "SQNR dB", "cosine median", "min", "max error", "experts", "")
-    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    columns = (
+        "layer",
+        "ties",
+        "router",
+        "input cosine",
+        "min",
+        "output cosine",
+        "min",
+        "SQNR dB",
+        "max error",
+        "experts",
+    )
+    table = Table(*columns, "", title=title, title_justify="left", box=None, pad_edge=False)
     for r in rows:
         table.add_row(
-            f"{r.layer} {r.name}".strip(), str(r.tokens), str(r.ties), f"{r.router:.4%}", f"{r.sqnr_db:.1f}",
-            f"{r.median_cosine:.7f}", f"{r.min_cosine:.7f}", f"{r.max_abs_error:.2e}", str(r.experts_used),
-            "[green]ok[/]" if r.passed else "[red]FAILED[/]",
+            f"{r.layer} {r.name}".strip(), str(r.ties), f"{r.router:.3%}",
+            f"{r.input_median_cosine:.7f}", f"{r.input_min_cosine:.6f}",
+            f"{r.median_cosine:.7f}", f"{r.min_cosine:.6f}", f"{r.sqnr_db:.1f}", f"{r.max_abs_error:.1e}",
+            str(r.experts_used), "[green]ok[/]" if r.passed else "[red]FAILED[/]",
         )  # fmt: skip
     return table
 
 
 def _layer_line(r: LayerRow) -> str:
     return (
-        f"layer {r.layer}: router {r.router:.4%} of {r.tokens - r.ties} tokens ({r.ties} ties left out), "
-        f"SQNR {r.sqnr_db:.1f} dB, cosine median {r.median_cosine:.7f} min {r.min_cosine:.7f}, "
+        f"layer {r.layer}: router {r.router:.4%}, same input {r.router_same_input:.4%} ({r.ties} ties left out), "
+        f"input cosine median {r.input_median_cosine:.7f} min {r.input_min_cosine:.7f}, "
+        f"output cosine median {r.median_cosine:.7f} min {r.min_cosine:.7f}, SQNR {r.sqnr_db:.1f} dB, "
         f"max error {r.max_abs_error:.3e}"
     )
 
