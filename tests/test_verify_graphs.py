@@ -13,7 +13,8 @@ from moec.compiler.export import export_program
 from moec.compiler.model import Decoder
 from moec.compiler.program import Editor, LazyWeight, Program
 from moec.compiler.spec.model import DecoderConfig, Spec
-from moec.compiler.verify.graphs import Sample, compare_programs, compare_regions, pass_checks, structure_faults
+from moec.compiler.verify.graphs import Sample, compare_programs, compare_regions, pass_checks
+from moec.compiler.verify.structure import structure_faults
 from moec.passes.canonicalize import canonicalize
 
 aten = torch.ops.aten

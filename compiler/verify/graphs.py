@@ -6,17 +6,17 @@
     structure       the digest changes exactly when the pass says so, weights are neither lost nor orphaned, every
                     value has the type and shape that the graph declares
 
-A pass that rounds (quantization) is compared with the graph before it, given the dequantized weights, with the rounding
-of activations and cache switched off; what that rounding costs is reported beside it.
+The pass that quantizes is compared with the graph before it, given the dequantized weights, with the rounding of
+activations and cache switched off. Legalized graphs run kernels that always round: there both sides round,
+and are held to the limits of quantized artifacts (see `tolerances.py`).
 
 T tokens, V vocabulary, E experts, K selected experts.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -26,13 +26,14 @@ from torch.fx import Node
 
 from moec.compiler import ops
 from moec.compiler.ops.attributes import Routing
-from moec.compiler.ops.cached_attention import cached_attention
 from moec.compiler.ops.moe_math import choices, router_logits
-from moec.compiler.program import LazyWeight, Program, Role, Stage, module_path
-from moec.compiler.quant import QuantizedTensor
+from moec.compiler.program import Program, Stage, module_path
 from moec.compiler.verify import metrics, tolerances
 from moec.compiler.verify.interpret import GraphRunner, Override
 from moec.compiler.verify.report import Check
+from moec.compiler.verify.rounding import shaken_operators, unrounded_operators, with_weights_of
+from moec.compiler.verify.structure import structure_faults
+from moec.compiler.verify.tolerances import Tolerance
 
 MOE_OPS = (ops.fused_moe, ops.fused_moe_q)
 
@@ -53,21 +54,41 @@ class Sample:
 
 @dataclass(frozen=True)
 class Region:
-    """One replaced region: the first new node, the block it belongs to, and how far its results are off."""
+    """One replaced region: the first new node, the block it belongs to, and how far its results are off.
+
+    `ratio` is in units of the float tolerance, `cosine` the lowest of any row. `rounded`: judged by the cosine.
+    """
 
     node: str
     where: str
     ratio: float
+    cosine: float
+    rounded: bool
+
+    @property
+    def failed(self) -> bool:
+        return not self.tolerance.holds(self.value)
+
+    @property
+    def value(self) -> float:
+        return self.cosine if self.rounded else self.ratio
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return tolerances.LAYER_MIN_COSINE if self.rounded else tolerances.FLOAT_CLOSE
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What comparing two programs found. `ratio` is at most 1 within tolerance; `explained` tokens were set apart by a
-    tie.
+    """One sample through both programs. A tie excuses `explained` tokens of being out of the float tolerance.
+
+    `drift`: 1 - median cosine of the program before with itself, shaken; 0 when nothing is rounded.
     """
 
     sample: str
     ratio: float
+    median_cosine: float
+    drift: float
     explained: int
     tokens: int
     faults: tuple[str, ...] = ()
@@ -82,15 +103,31 @@ class _Run:
 
 def compare_programs(before: Program, after: Program, samples: Sequence[Sample]) -> list[Comparison]:
     """Run both on every sample. The reference is `before`, with the dequantized weights of `after`."""
-    reference = with_weights_of(before, after)
-    first = GraphRunner(reference)
-    second = GraphRunner(after, overrides=unrounded_operators())
+    rounded = rounds(before, after)
+    first = GraphRunner(with_weights_of(before, after), overrides=None if rounded else unrounded_operators())
+    second = GraphRunner(after, overrides=None if rounded else unrounded_operators())
+    shaken = GraphRunner(before, overrides=shaken_operators()) if rounded else None
     results = []
     for sample in samples:
         a, b = _run(first, sample), _run(second, sample)
         ratio, explained = close_rows(a.logits_TV, b.logits_TV, a.tied_T)
-        results.append(Comparison(sample.name, ratio, explained, len(sample.ids), b.faults))
+        cosine = metrics.Cosine.of(a.logits_TV, b.logits_TV).median
+        drift = 0.0
+        if shaken is not None:
+            drift = 1 - metrics.Cosine.of(a.logits_TV, _run(shaken, sample).logits_TV).median
+        results.append(Comparison(sample.name, ratio, cosine, drift, explained, len(sample.ids), b.faults))
     return results
+
+
+def rounds(before: Program, after: Program) -> bool:
+    """Whether `after` runs kernels that round activations or cache, so that `before` must round as well."""
+    if after.stage < Stage.LEGAL:
+        return False
+    return any(
+        node.target == ops.cached_attention_q8 or (node.target in (ops.fused_moe_q, ops.linear_q) and node.args[-1])
+        for program in (before, after)
+        for node in program.graph.nodes
+    )
 
 
 def close_rows(reference_TV: np.ndarray, actual_TV: np.ndarray, tied_T: np.ndarray) -> tuple[float, int]:
@@ -189,15 +226,17 @@ def compare_regions(before: Program, after: Program, sample: Sample) -> list[Reg
         for n in after.graph.nodes
         if n.name in old and n.op == old[n.name].op and n.target == old[n.name].target
     }
+    rounded = rounds(before, after)
     frontier = _frontier(before, after, survivors)
     new = _needed(after, [pair[1] for pair in frontier], survivors)
     if not new:
         return []
     wanted = {b for b, _ in frontier if b.op != "placeholder"}
     wanted |= {survivors[i] for n in new for i in n.all_input_nodes if i in survivors}
-    values = _observed(with_weights_of(before, after), wanted, sample)
-    computed = _computed(after, new, survivors, values, sample)
-    return _region_rows(frontier, new, values, computed)
+    overrides = {} if rounded else unrounded_operators()
+    values = _observed(with_weights_of(before, after), wanted, sample, overrides)
+    computed = _computed(after, new, survivors, values, sample, overrides)
+    return _region_rows(frontier, values, computed, rounded)
 
 
 def _frontier(before: Program, after: Program, survivors: Mapping[Node, Node]) -> list[tuple[Node, Node]]:
@@ -242,7 +281,7 @@ def _needed(after: Program, results: Sequence[Node], survivors: Mapping[Node, No
     return [n for n in after.graph.nodes if n in found]
 
 
-def _observed(program: Program, wanted: set[Node], sample: Sample) -> dict[str, Any]:
+def _observed(program: Program, wanted: set[Node], sample: Sample, overrides: Mapping[Any, Override]) -> dict[str, Any]:
     names = {n.name for n in wanted}
     values: dict[str, Any] = {}
 
@@ -250,16 +289,20 @@ def _observed(program: Program, wanted: set[Node], sample: Sample) -> dict[str, 
         if node.name in names:
             values[node.name] = value.clone() if isinstance(value, torch.Tensor) else value
 
-    GraphRunner(program)(sample.ids, 0, observe)
+    GraphRunner(program, overrides=overrides)(sample.ids, 0, observe)
     return values
 
 
 def _computed(
-    after: Program, new: Sequence[Node], survivors: Mapping[Node, Node], values: Mapping[str, Any], sample: Sample
+    after: Program,
+    new: Sequence[Node],
+    survivors: Mapping[Node, Node],
+    values: Mapping[str, Any],
+    sample: Sample,
+    overrides: Mapping[Any, Override],
 ) -> dict[Node, Any]:
     """The new nodes, computed from the values of the graph before."""
     runner = GraphRunner(after)
-    overrides = unrounded_operators()
     inputs = [torch.tensor([list(sample.ids)]), torch.tensor([0])]
     computed: dict[Node, Any] = {}
 
@@ -276,15 +319,26 @@ def _computed(
 
 
 def _region_rows(
-    frontier: Sequence[tuple[Node, Node]], new: Sequence[Node], values: Mapping[str, Any], computed: Mapping[Node, Any]
+    frontier: Sequence[tuple[Node, Node]], values: Mapping[str, Any], computed: Mapping[Node, Any], rounded: bool
 ) -> list[Region]:
     rows = []
     for b, a in frontier:
         expected, actual = values.get(b.name), computed.get(a, values.get(a.name))
         ratio = _value_ratio(expected, actual)
-        if ratio is not None:
-            rows.append(Region(a.name, module_path(a) or module_path(b), ratio))
+        if ratio is None:
+            continue
+        cosine = _min_cosine(expected, actual) if np.isfinite(ratio) else -1.0
+        rows.append(Region(a.name, module_path(a) or module_path(b), ratio, cosine, rounded))
     return rows
+
+
+def _min_cosine(expected: Any, actual: Any) -> float:
+    """Lowest cosine of any row; selections and scalars have none, and are equal here."""
+    if not isinstance(expected, torch.Tensor) or not expected.is_floating_point() or not expected.dim():
+        return 1.0
+    width = expected.shape[-1]
+    pair = (t.double().reshape(-1, width).numpy() for t in (expected, actual))
+    return float(metrics.row_cosines(*pair).min(initial=1.0))
 
 
 def _value_ratio(expected: Any, actual: Any) -> float | None:
@@ -306,129 +360,6 @@ def _value_ratio(expected: Any, actual: Any) -> float | None:
     return metrics.tolerance_ratio(reference, other, atol=tolerances.FLOAT_ATOL, rtol=tolerances.FLOAT_RTOL)
 
 
-# --- quantization: the same weights, and no rounding of activations -------------------------------------------------
-
-_CODES = re.compile(r"^(?P<stem>.*?)[._]?qweight$")
-
-
-def quantized_weights(program: Program) -> dict[str, tuple[str, str]]:
-    """Name of the float weight -> (codes, scales) names, by the naming of released checkpoints."""
-    found = {}
-    for name in program.weights:
-        match = _CODES.match(name)
-        if match is None:
-            continue
-        stem, dotted = match["stem"], name.endswith(".qweight")
-        scales = f"{stem}.weight_scale" if dotted else f"{stem}_scale"
-        float_names = (f"{stem}.weight",) if dotted else (f"{stem}_proj", stem)
-        for float_name in float_names:
-            if scales in program.weights:
-                found[float_name] = (name, scales)
-    return found
-
-
-def with_weights_of(before: Program, after: Program) -> Program:
-    """`before` with the dequantized codes of `after` in the place of each weight that `after` quantized."""
-    pairs = quantized_weights(after)
-    replaced = dict(before.weights)
-    for name, weight in before.weights.items():
-        if name in after.weights or name not in pairs:
-            continue
-        codes, scales = (after.weights[n] for n in pairs[name])
-        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(codes, scales, weight))
-    return replace(before, weights=replaced)
-
-
-def _dequantizer(codes: LazyWeight, scales: LazyWeight, weight: LazyWeight) -> Any:
-    def load() -> torch.Tensor:
-        q, s = codes.load(), scales.load()
-        bits = 4 if q.dtype == torch.uint8 else 8
-        width = q.shape[-1] * (2 if bits == 4 else 1)
-        return QuantizedTensor(q, s, bits, width // s.shape[-1]).dequantize(weight.dtype).reshape(weight.shape)
-
-    return load
-
-
-def unrounded_operators() -> dict[Any, Override]:
-    """The quantized operators with the same codes, in fp32 arithmetic: no rounding of activations or of the cache."""
-    caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-        k_scale: torch.Tensor, v_scale: torch.Tensor, start_pos: torch.Tensor, scale: float, window: int,
-    ) -> torch.Tensor:  # fmt: skip
-        def empty(cache: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(cache.shape, dtype=torch.float32)
-
-        if int(start_pos) == 0 or id(k_cache) not in caches:
-            caches[id(k_cache)] = (empty(k_cache), empty(v_cache))
-        keys, values = caches[id(k_cache)]
-        return cached_attention(q, k, v, keys, values, start_pos, scale, window)
-
-    def moe(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return ops.fused_moe_q(*args[:-1], False, **kwargs)
-
-    def linear(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return ops.linear_q(*args[:-1], False, **kwargs)
-
-    return {ops.cached_attention_q8: attention, ops.fused_moe_q: moe, ops.linear_q: linear}
-
-
-# --- structure ------------------------------------------------------------------------------------------------------
-
-
-def structure_faults(before: Program, after: Program, changed: int) -> list[str]:
-    """What is wrong with a rewrite by its form alone: one line per fault."""
-    faults = []
-    same = before.digest() == after.digest()
-    if changed and same:
-        faults.append(f"it reports {changed} changes, but the graph is the same")
-    if not changed and not same:
-        faults.append("it reports no change, but the graph differs")
-    faults += _weight_faults(after)
-    faults += _lost_weights(before, after)
-    return faults
-
-
-def _weight_faults(program: Program) -> Iterable[str]:
-    readers: dict[str, int] = {}
-    for node in program.graph.nodes:
-        name = program.weight_of(node) if node.op == "placeholder" else None
-        if name is None:
-            continue
-        readers[name] = readers.get(name, 0) + len(node.users)
-        if name not in program.weights:
-            yield f"the graph reads {name}, which the program does not hold"
-    for name in program.weights:
-        if not readers.get(name):
-            yield f"the program holds {name}, which no node reads"
-        elif program.roles.get(name) in (Role.EXPERT, Role.ROUTER, Role.SHARED) and readers[name] != 1:
-            yield f"{name} is read by {readers[name]} nodes, not by one"
-
-
-def logical_elements(program: Program) -> dict[Role, int]:
-    """Weight elements by role: codes count as the elements they stand for, scales and caches do not count."""
-    counts: dict[Role, int] = {}
-    scales = {s for _, s in quantized_weights(program).values()}
-    for name, weight in program.weights.items():
-        role = program.roles.get(name, Role.OTHER)
-        if name in scales or role in (Role.CACHE, Role.CONSTANT, Role.OTHER):
-            continue
-        packed = 2 if weight.dtype == torch.uint8 else 1
-        counts[role] = counts.get(role, 0) + packed * int(np.prod(weight.shape))
-    return counts
-
-
-def _lost_weights(before: Program, after: Program) -> Iterable[str]:
-    """Weights may be joined and quantized, but every element of every role stays. Packed weights no longer show it."""
-    if after.stage == Stage.LEGAL:
-        return
-    a, b = logical_elements(before), logical_elements(after)
-    for role in sorted(set(a) | set(b)):
-        if a.get(role, 0) != b.get(role, 0):
-            yield f"{role.value} weights: {a.get(role, 0)} elements before, {b.get(role, 0)} after"
-
-
 # --- the checks of one pass -----------------------------------------------------------------------------------------
 
 
@@ -440,16 +371,27 @@ def pass_checks(name: str, before: Program, after: Program, changed: int, sample
         comparisons = compare_programs(before, after, samples)
         for c in comparisons:
             faults += c.faults
-        worst = max(comparisons, key=lambda c: c.ratio)
-        explained = sum(c.explained for c in comparisons)
-        total = sum(c.tokens for c in comparisons)
-        detail = f"{explained} of {total} tokens left out after a tie" if explained else ""
-        checks.append(Check(f"{name}: end to end", worst.ratio, tolerances.FLOAT_CLOSE, worst.sample, detail))
-        checks.append(Check(f"{name}: tokens compared", 1 - explained / total, tolerances.COMPARED))
+        checks += _end_to_end(name, comparisons, rounds(before, after))
         regions = compare_regions(before, after, samples[0])
         if regions:
-            region = max(regions, key=lambda r: r.ratio)
-            where = f"{region.where} {region.node}".strip() + f", {len(regions)} compared"
-            checks.append(Check(f"{name}: each rewrite alone", region.ratio, tolerances.FLOAT_CLOSE, where))
+            worst = max(regions, key=lambda r: (r.failed, r.ratio))
+            where = f"{worst.where} {worst.node}".strip()
+            wrong = sum(r.failed for r in regions)
+            detail = f"{wrong} of {len(regions)} regions wrong" if wrong else f"{len(regions)} regions"
+            checks.append(Check(f"{name}: each rewrite alone", worst.value, worst.tolerance, where, detail))
     checks.append(Check(f"{name}: structure", float(len(faults)), tolerances.NO_FAULTS, detail="; ".join(faults[:3])))
     return checks
+
+
+def _end_to_end(name: str, comparisons: Sequence[Comparison], rounded: bool) -> list[Check]:
+    if rounded:
+        lowest = min(comparisons, key=lambda c: c.median_cosine + c.drift)
+        limit = tolerances.beyond_drift(tolerances.MEDIAN_COSINE, lowest.drift)
+        return [Check(f"{name}: end to end", lowest.median_cosine, limit, lowest.sample)]
+    worst = max(comparisons, key=lambda c: c.ratio)
+    explained, total = sum(c.explained for c in comparisons), sum(c.tokens for c in comparisons)
+    detail = f"{explained} of {total} tokens left out after a tie" if explained else ""
+    return [
+        Check(f"{name}: end to end", worst.ratio, tolerances.FLOAT_CLOSE, worst.sample, detail),
+        Check(f"{name}: tokens compared", 1 - explained / total, tolerances.COMPARED),
+    ]

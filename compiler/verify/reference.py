@@ -27,7 +27,7 @@ from moec.compiler.model.simulate import LayerRecord, MoeReference, OnLayer, Ref
 from moec.compiler.verify.replay import Replay
 
 # Relative, per element: what an fp32 sum of about a thousand terms (a norm, a dot product) loses by its order.
-_SHAKE = 5e-7
+SHAKE = 5e-7
 # Elements whose norm weight is this much smaller than the median say nothing of the stream they came from.
 _BLIND = 1e-2
 
@@ -87,7 +87,7 @@ class VerifyingReference(Reference):
         streams, inputs = super()._block_inputs(layer, streams)
         noise = self._noise
         if noise is not None:
-            shaken = {n: x * (1 + _SHAKE * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
+            shaken = {n: x * (1 + SHAKE * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
             return streams, shaken
         if self._replays is None:
             return streams, inputs

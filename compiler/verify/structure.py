@@ -1,0 +1,63 @@
+"""What is wrong with a rewrite by its form alone: no number is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from moec.compiler.program import Program, Role, Stage
+from moec.compiler.verify.rounding import quantized_weights
+
+
+def structure_faults(before: Program, after: Program, changed: int) -> list[str]:
+    """What is wrong with a rewrite by its form alone: one line per fault."""
+    faults = []
+    same = before.digest() == after.digest()
+    if changed and same:
+        faults.append(f"it reports {changed} changes, but the graph is the same")
+    if not changed and not same:
+        faults.append("it reports no change, but the graph differs")
+    faults += _weight_faults(after)
+    faults += _lost_weights(before, after)
+    return faults
+
+
+def _weight_faults(program: Program) -> Iterable[str]:
+    readers: dict[str, int] = {}
+    for node in program.graph.nodes:
+        name = program.weight_of(node) if node.op == "placeholder" else None
+        if name is None:
+            continue
+        readers[name] = readers.get(name, 0) + len(node.users)
+        if name not in program.weights:
+            yield f"the graph reads {name}, which the program does not hold"
+    for name in program.weights:
+        if not readers.get(name):
+            yield f"the program holds {name}, which no node reads"
+        elif program.roles.get(name) in (Role.EXPERT, Role.ROUTER, Role.SHARED) and readers[name] != 1:
+            yield f"{name} is read by {readers[name]} nodes, not by one"
+
+
+def logical_elements(program: Program) -> dict[Role, int]:
+    """Weight elements by role: codes count as the elements they stand for, scales and caches do not count."""
+    counts: dict[Role, int] = {}
+    scales = {s for _, s in quantized_weights(program).values()}
+    for name, weight in program.weights.items():
+        role = program.roles.get(name, Role.OTHER)
+        if name in scales or role in (Role.CACHE, Role.CONSTANT, Role.OTHER):
+            continue
+        packed = 2 if weight.dtype == torch.uint8 else 1
+        counts[role] = counts.get(role, 0) + packed * int(np.prod(weight.shape))
+    return counts
+
+
+def _lost_weights(before: Program, after: Program) -> Iterable[str]:
+    """Weights may be joined and quantized, but every element of every role stays. Packed weights no longer show it."""
+    if after.stage == Stage.LEGAL:
+        return
+    a, b = logical_elements(before), logical_elements(after)
+    for role in sorted(set(a) | set(b)):
+        if a.get(role, 0) != b.get(role, 0):
+            yield f"{role.value} weights: {a.get(role, 0)} elements before, {b.get(role, 0)} after"
