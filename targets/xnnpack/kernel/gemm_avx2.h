@@ -105,7 +105,7 @@ void gemm_half_block(const GemmTask& a, const uint8_t* codes, const uint8_t* sca
     for (int t = 0; t < kM; ++t) total[t] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; ++g) {
       __m256i sum[kM];
-      for (int t = 0; t < kM; ++t) sum[t] = _mm256_set1_epi32(rows.correction[t * rows.correction_stride + g]);
+      for (int t = 0; t < kM; ++t) sum[t] = _mm256_set1_epi32(rows.correction[g * rows.correction_stride + t]);
       for (int64_t i = 0; i < a.group; i += 32, codes += 4 * kUnitBytes, q += 32) {
         add_units<kKind, kVnni, kM>(codes, 4, q, rows.stride, sum);
       }

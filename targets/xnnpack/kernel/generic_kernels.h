@@ -144,60 +144,87 @@ void add_rows(const float* x, int64_t n, float* y) {
 
 // ------------------------------------------------------------------------------------------------- activation rounding
 
-// One row, q from x[k] * (127 / max|x|); see QuantizeTask.
-inline void quantize_row(const float* x, int64_t k, int64_t group, int32_t offset, int8_t* q, int64_t stride, float* scale,
-                         int32_t* correction) {
-  const int64_t groups = (k + group - 1) / group;
-  // The bit patterns of non-negative floats are ordered as the floats are, with infinity and NaN on top.
+// max|x| as the bits of a float: the patterns of non-negative floats are ordered as the floats are, with infinity and NaN
+// on top. With a factor, x * factor goes to `product`.
+template <bool kFactor>
+inline int32_t largest_bits(const float* x, const float* factor, int64_t k, float* product) {
   const I16 magnitude = iset1(0x7FFFFFFF);
-  I16 most = iset1(0);
+  I16 even = iset1(0), odd = iset1(0);
+  const auto at = [&](int64_t i, int n) {
+    F16 v = n == 16 ? load(x + i) : load_n(x + i, n);
+    if (kFactor) {
+      v = mul(v, n == 16 ? load(factor + i) : load_n(factor + i, n));
+      store(product + i, v);
+    }
+    return iand(bits(v), magnitude);
+  };
   int64_t i = 0;
-  for (; i + 16 <= k; i += 16) most = imax(most, iand(bits(load(x + i)), magnitude));
-  if (i < k) most = imax(most, iand(bits(load_n(x + i, int(k - i))), magnitude));
-  const int32_t most_bits = reduce_imax(most);
-  float largest;
-  std::memcpy(&largest, &most_bits, 4);
-  const bool finite = most_bits < 0x7F800000;
-  const float inverse = finite && most_bits ? 127.0f / largest : 0.0f;
-  const bool rounds_to_zero = inverse == 0.0f || inverse > 3.4028234e38f;  // all zero, or too small for 127 / max
-  *scale = finite ? (rounds_to_zero ? 0.0f : largest / 127.0f) : __builtin_nanf("");
-  if (rounds_to_zero) {
-    std::memset(q, 0, size_t(stride));
-    std::memset(correction, 0, size_t(groups) * 4);
-    return;
+  for (; i + 32 <= k; i += 32) {
+    even = imax(even, at(i, 16));
+    odd = imax(odd, at(i + 16, 16));
   }
-  const F16 factor = set1(inverse);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = g * group, end = begin + group < k ? begin + group : k;
-    I16 sum = iset1(0);
-    for (i = begin; i + 16 <= end; i += 16) {
-      const I16 r = round_to_int(mul(load(x + i), factor));
-      sum = iadd(sum, r);
-      store_int8(q + i, r);
-    }
-    if (i < end) {
-      const I16 r = round_to_int(mul(load_n(x + i, int(end - i)), factor));
-      sum = iadd(sum, r);
-      int8_t t[16];
-      store_int8(t, r);
-      std::memcpy(q + i, t, size_t(end - i));
-    }
-    correction[g] = -offset * reduce_iadd(sum);
-  }
-  if (stride > k) std::memset(q + k, 0, size_t(stride - k));
+  for (; i < k; i += 16) even = imax(even, at(i, k - i < 16 ? int(k - i) : 16));
+  return reduce_imax(imax(even, odd));
 }
 
+// Rounds x[begin..end) times `inverse` to q; returns the sum of what it wrote.
+inline int32_t round_part(const float* x, int64_t begin, int64_t end, F16 inverse, int8_t* q) {
+  const auto at = [&](int64_t i) { return round_to_int(mul(load(x + i), inverse)); };
+  I16 sum = iset1(0);
+  int64_t i = begin;
+  for (; i + 64 <= end; i += 64) {
+    const I16 a = at(i), b = at(i + 16), c = at(i + 32), d = at(i + 48);
+    sum = iadd(sum, iadd(iadd(a, b), iadd(c, d)));
+    store_int8_64(q + i, a, b, c, d);
+  }
+  for (; i + 16 <= end; i += 16) {
+    const I16 a = at(i);
+    sum = iadd(sum, a);
+    store_int8(q + i, a);
+  }
+  if (i < end) {
+    const I16 a = round_to_int(mul(load_n(x + i, int(end - i)), inverse));
+    sum = iadd(sum, a);
+    int8_t t[16];
+    store_int8(t, a);
+    std::memcpy(q + i, t, size_t(end - i));
+  }
+  return reduce_iadd(sum);
+}
+
+// Rows are taken four at a time, so that the reductions of one overlap with the passes over another.
 void quantize(const QuantizeTask& a) {
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const float* x = a.x + row * a.x_stride;
-    if (a.factor) {
-      int64_t i = 0;
-      for (; i + 16 <= a.k; i += 16) store(a.temporary + i, mul(load(x + i), load(a.factor + i)));
-      if (i < a.k) store(a.temporary + i, mul(load_n(x + i, int(a.k - i)), load_n(a.factor + i, int(a.k - i))));
-      x = a.temporary;
+  constexpr int kRows = 4;
+  const int64_t temporary_stride = (a.k + 63) / 64 * 64;
+  for (int64_t first = 0; first < a.rows; first += kRows) {
+    const int rows = a.rows - first < kRows ? int(a.rows - first) : kRows;
+    const float* x[kRows];
+    int32_t most[kRows];
+    for (int r = 0; r < rows; ++r) {
+      const float* const row = a.x + (first + r) * a.x_stride;
+      float* const product = a.temporary + r * temporary_stride;
+      most[r] = a.factor ? largest_bits<true>(row, a.factor, a.k, product) : largest_bits<false>(row, nullptr, a.k, nullptr);
+      x[r] = a.factor ? product : row;
     }
-    quantize_row(x, a.k, a.group, a.offset, a.out.q + row * a.out.stride, a.out.stride, a.out.scale + row,
-                 a.out.correction + row * a.out.correction_stride);
+    for (int r = 0; r < rows; ++r) {
+      int8_t* const q = a.out.q + (first + r) * a.out.stride;
+      int32_t* correction = a.out.correction + first + r;
+      float largest;
+      std::memcpy(&largest, &most[r], 4);
+      const bool finite = most[r] < 0x7F800000;
+      const float inverse = finite && most[r] ? 127.0f / largest : 0.0f;
+      const bool rounds_to_zero = inverse == 0.0f || inverse > 3.4028234e38f;  // all zero, or too small for 127 / max
+      a.out.scale[first + r] = finite ? (rounds_to_zero ? 0.0f : largest / 127.0f) : __builtin_nanf("");
+      if (rounds_to_zero) {
+        std::memset(q, 0, size_t(a.out.stride));
+        for (int64_t k = 0; k < a.k; k += a.group, correction += a.out.correction_stride) *correction = 0;
+        continue;
+      }
+      for (int64_t k = 0; k < a.k; k += a.group, correction += a.out.correction_stride) {
+        *correction = -a.offset * round_part(x[r], k, k + a.group < a.k ? k + a.group : a.k, set1(inverse), q);
+      }
+      if (a.out.stride > a.k) std::memset(q + a.k, 0, size_t(a.out.stride - a.k));
+    }
   }
 }
 

@@ -13,11 +13,12 @@ struct QuantizedRows {
   int8_t* q = nullptr;            // [rows, stride], zero from k up to the padded k
   int64_t stride = 0;             // bytes
   float* scale = nullptr;         // [rows]
-  int32_t* correction = nullptr;  // [rows, correction_stride]: -offset * (sum of q over each group of inputs)
-  int64_t correction_stride = 0;  // = number of groups (1 with groups along the output)
+  int32_t* correction = nullptr;  // [groups, correction_stride] (one group with groups along the output), row t of group g
+                                  // at g * correction_stride + t: -offset * (sum of q over the group's inputs)
+  int64_t correction_stride = 0;  // >= rows
 
   QuantizedRows from(int64_t row) const {
-    return {q + row * stride, stride, scale + row, correction + row * correction_stride, correction_stride};
+    return {q + row * stride, stride, scale + row, correction + row, correction_stride};
   }
 };
 
@@ -31,7 +32,7 @@ struct QuantizeTask {
   int64_t group;        // inputs a correction is summed over
   int32_t offset;       // what the kernel adds to the codes
   const float* factor;  // [k] or NULL
-  float* temporary;     // [k padded to 16] when there is a factor
+  float* temporary;     // [4, k padded to 64] when there is a factor
   QuantizedRows out;
 };
 

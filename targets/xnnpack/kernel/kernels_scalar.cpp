@@ -23,10 +23,10 @@ void gemm_int8(const GemmTask& a) {
     const int64_t row = n % 16;
     for (int64_t m = 0; m < a.m; ++m) {
       const int8_t* const q = a.rows.q + m * a.rows.stride;
-      const int32_t* const correction = a.rows.correction + m * a.rows.correction_stride;
+      const int32_t* const correction = a.rows.correction + m;
       float total = 0.0f;
       for (int64_t g = 0; g < groups; ++g) {
-        int32_t sum = correction[g];
+        int32_t sum = correction[g * a.rows.correction_stride];
         const int64_t begin = kAxisOut ? 0 : g * a.group, end = kAxisOut ? a.padded_k : begin + a.group;
         for (int64_t k = begin; k < end; ++k) sum += code<kKind>(codes, row, k) * q[k];
         if (kAxisOut) {

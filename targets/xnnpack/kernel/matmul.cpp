@@ -29,7 +29,7 @@ void MatmulScratch::need(const Matrix& w) {
 void MatmulScratch::add(ScratchPlan& plan) {
   if (!used_) return;
   factor_offset_ = plan.add<float>(padded_k_ + 16);
-  temporary_offset_ = plan.add<float>(padded_k_ + 16);
+  temporary_offset_ = plan.add<float>(4 * round_up(padded_k_, 64));
   plan_.add(plan, kTile, padded_k_, 1);
   if (float_) scaled_offset_ = plan.add<float>(kTile * padded_k_);
 }

@@ -29,18 +29,18 @@ inline int64_t quantized_stride(int64_t padded_k) { return round_up(padded_k, 64
 // Places for `rows` rounded rows of k inputs, and their addresses once the block is there.
 struct QuantizedPlan {
   size_t q = 0, scale = 0, correction = 0;
-  int64_t stride = 0, groups = 0;
+  int64_t stride = 0, rows = 0;
 
-  void add(ScratchPlan& plan, int64_t rows, int64_t padded_k, int64_t group_count) {
+  void add(ScratchPlan& plan, int64_t row_count, int64_t padded_k, int64_t groups) {
     stride = quantized_stride(padded_k);
-    groups = group_count;
+    rows = row_count;
     q = plan.add<int8_t>(rows * stride);
     scale = plan.add<float>(rows);
     correction = plan.add<int32_t>(rows * groups);
   }
   QuantizedRows at(uint8_t* base) const {
     return {reinterpret_cast<int8_t*>(base + q), stride, reinterpret_cast<float*>(base + scale),
-            reinterpret_cast<int32_t*>(base + correction), groups};
+            reinterpret_cast<int32_t*>(base + correction), rows};
   }
 };
 

@@ -68,7 +68,7 @@ void activate_rows(const Kernels& isa, const Moe& moe, bool interleaved, const f
   isa.activate(a);
 }
 
-int64_t sum_stride(const Matrix& m) { return m.format.kind == MOEC_F32 ? 1 : m.groups(); }
+int64_t groups_of(const Matrix& m) { return m.format.kind == MOEC_F32 ? 1 : m.groups(); }
 
 // State that both schedules share.
 struct Run {
@@ -154,11 +154,12 @@ int32_t no_memory(int64_t tokens) {
   return fail(MOEC_OUT_OF_MEMORY, "moe: no memory for the scratch of %" PRId64 " tokens", tokens);
 }
 
-void copy_quantized_row(const QuantizedRows& from, int64_t i, const QuantizedRows& to, int64_t j) {
+void copy_quantized_row(const QuantizedRows& from, int64_t i, const QuantizedRows& to, int64_t j, int64_t groups) {
   std::memcpy(to.q + j * to.stride, from.q + i * from.stride, size_t(from.stride));
   to.scale[j] = from.scale[i];
-  std::memcpy(to.correction + j * to.correction_stride, from.correction + i * from.correction_stride,
-              size_t(from.correction_stride) * 4);
+  for (int64_t g = 0; g < groups; ++g) {
+    to.correction[g * to.correction_stride + j] = from.correction[g * from.correction_stride + i];
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------------ wide
@@ -192,8 +193,8 @@ int64_t tile_rows(const Moe& moe) {
   return rows < 8 ? 8 : rows > kMostTile ? kMostTile : rows;
 }
 
-int64_t most_sums(const Moe& moe, const Matrix& a, const Matrix& b) {
-  return moe.shared_width ? most(sum_stride(a), sum_stride(b)) : sum_stride(a);
+int64_t most_groups(const Moe& moe, const Matrix& a, const Matrix& b) {
+  return moe.shared_width ? most(groups_of(a), groups_of(b)) : groups_of(a);
 }
 
 TileSpace plan_tile(const Moe& moe, int64_t tile, ScratchPlan& plan) {
@@ -212,8 +213,8 @@ TileSpace plan_tile(const Moe& moe, int64_t tile, ScratchPlan& plan) {
   s.logits_at = plan.add<float>(kRouterTile * moe.experts);
   s.routing_at = plan.add<float>(routing_scratch(moe.experts, moe.routing.groups, moe.top_k));
   s.row_at = plan.add<float>(moe.d);
-  s.input_plan.add(plan, tile, round_up(moe.d, kUnit), most_sums(moe, moe.w13, moe.shared_w13));
-  s.hidden_plan.add(plan, tile, round_up(width, kUnit), most_sums(moe, moe.w2, moe.shared_w2));
+  s.input_plan.add(plan, tile, round_up(moe.d, kUnit), most_groups(moe, moe.w13, moe.shared_w13));
+  s.hidden_plan.add(plan, tile, round_up(width, kUnit), most_groups(moe, moe.w2, moe.shared_w2));
   return s;
 }
 
@@ -238,7 +239,6 @@ void run_expert(const Run& run, const Expert& expert, const Rows& input, TileSpa
   Rows hidden{input.m, s.hidden, expert.width, {}};
   if (needs_quantized(expert.w2.format)) {
     hidden.q = s.hidden_q;
-    hidden.q.correction_stride = sum_stride(expert.w2);
     quantize_for(run.isa, expert.w2, s.hidden, expert.width, input.m, hidden.q);
   }
   matmul(run.isa, expert.w2, 0, expert.w2.blocks(), hidden, expert.b2, out, moe.d, s.matmul);
@@ -300,12 +300,11 @@ int32_t run_wide(Run& run) {
     const bool is_shared = job.expert < 0;
     const Expert expert = is_shared ? shared_expert(moe) : routed_expert(moe, job.expert);
     Rows input{job.count, s.x, d, s.input};
-    input.q.correction_stride = sum_stride(expert.w13);
     if (is_shared) {
       input.x = run.x + job.begin * d;
     } else if (rounded_once) {
       for (int64_t i = 0; i < job.count; ++i) {
-        copy_quantized_row(x_rounded, run.order[job.begin + i] / k, input.q, i);
+        copy_quantized_row(x_rounded, run.order[job.begin + i] / k, input.q, i, moe.w13.groups());
       }
     } else {
       for (int64_t i = 0; i < job.count; ++i) run.input_row(run.order[job.begin + i], s.x + i * d);
@@ -461,7 +460,7 @@ int32_t run_narrow(Run& run) {
   if (gather_rounded) {
     const QuantizedRows once = in_plan.at(base);
     quantize_for(run.isa, moe.w13, run.x, d, t, once);
-    for (int64_t i = 0; i < run.pairs; ++i) copy_quantized_row(once, run.order[i] / k, pair_q, i);
+    for (int64_t i = 0; i < run.pairs; ++i) copy_quantized_row(once, run.order[i] / k, pair_q, i, moe.w13.groups());
   } else {
     for (int64_t i = 0; i < run.pairs; ++i) run.input_row(run.order[i], inputs + i * d);
     if (round_in) quantize_for(run.isa, moe.w13, inputs, d, run.pairs, pair_q);

@@ -60,6 +60,12 @@ inline float reduce_add(F16 x) {
 inline int32_t reduce_iadd(I16 x) { return _mm512_reduce_add_epi32(x.a); }
 inline int32_t reduce_imax(I16 x) { return _mm512_reduce_max_epi32(x.a); }
 inline void store_int8(int8_t* p, I16 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.a)); }
+inline void store_int8_64(int8_t* p, I16 x, I16 y, I16 z, I16 w) {
+  // packing works within 128-bit quarters
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(x.a, y.a), _mm512_packs_epi32(z.a, w.a));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
 inline I16 load_int32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline F16 load_half(const uint8_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

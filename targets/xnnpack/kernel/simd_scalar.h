@@ -120,6 +120,12 @@ inline int32_t reduce_imax(const I16& a) {
 inline void store_int8(int8_t* p, const I16& a) {
   for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i]);
 }
+inline void store_int8_64(int8_t* p, const I16& a, const I16& b, const I16& c, const I16& d) {
+  store_int8(p, a);
+  store_int8(p + 16, b);
+  store_int8(p + 32, c);
+  store_int8(p + 48, d);
+}
 inline I16 load_int32(const uint8_t* p) {
   I16 r;
   std::memcpy(r.v, p, 64);
