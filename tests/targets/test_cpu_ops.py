@@ -58,8 +58,8 @@ def test_fakes_give_shapes_and_refuse() -> None:
             cpu_ops.linear_packed(x, blob, None, 48, 32, fmt)
         with pytest.raises(ValueError, match="x must be float32"):
             cpu_ops.linear_packed(x.half(), blob, None, 48, 64, fmt)
+        half = torch.empty(8, 64, dtype=torch.float16)
         with pytest.raises(ValueError, match="router_weight must be float32"):
-            half = torch.empty(8, 64, dtype=torch.float16)
             cpu_ops.fused_moe_packed(x, x, half, None, None, blob, None, blob, None, None, None, None, [], [])
 
 
