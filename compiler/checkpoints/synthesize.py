@@ -52,7 +52,7 @@ def synthesize(
     """Write a random checkpoint for `spec` to the folder `out` and return it. The same seed gives the same bytes.
 
     qat: INT4 codes and float16 scales instead of BF16; equal seeds give the same model in both, up to rounding.
-    Memory: one piece of one tensor. Errors: SpecError if the spec's model is not ours, CheckpointError if a width cannot
+    Holds one piece of one tensor. Errors: SpecError if the spec's model is not ours, CheckpointError if a width cannot
     be packed, UserError if `out` cannot be written or holds something else.
     """
     config = spec.model
