@@ -161,8 +161,10 @@ struct moec_model {
 
   bool fail(std::string what) {
     error = std::move(what);
-    for (char& c : error)
-      if (c == '\n') c = ' ';
+    for (char& c : error) {  // one line of text, whatever a damaged file had where a name should be
+      if (c == '\n' || c == '\t') c = ' ';
+      if (c < ' ' || c > '~') c = '?';
+    }
     return false;
   }
 
