@@ -122,7 +122,7 @@ def _entries(header: dict[str, Any], file: Path, data: int, size: int) -> tuple[
         if entry is not None:
             entries[name] = entry
         elif problem is not None:
-            faults.append(f"{file}: tensor {_shown(name)}: {problem}; {_DOWNLOAD}")
+            faults.append(f"{file}: tensor {shown(name)}: {problem}; {_DOWNLOAD}")
     position = data
     for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != position and not faults:
@@ -131,7 +131,7 @@ def _entries(header: dict[str, Any], file: Path, data: int, size: int) -> tuple[
                 if entry.begin < position
                 else f"follows a gap of {entry.begin - position} bytes"
             )
-            faults.append(f"{file}: tensor {_shown(entry.name)}: {what}; {_DOWNLOAD}")
+            faults.append(f"{file}: tensor {shown(entry.name)}: {what}; {_DOWNLOAD}")
         position = max(position, entry.end)
     if position != size and not faults:
         faults.append(f"{file}: holds {size - position} bytes that its header does not name; {_DOWNLOAD}")
@@ -144,15 +144,15 @@ def _entry(name: str, value: Any, file: Path, data: int, size: int) -> tuple[str
         return "its description is incomplete, expected dtype, shape and data_offsets", None
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in TYPES:
-        return f"unknown dtype {_shown(dtype)}, expected one of {', '.join(TYPES)}", None
+        return f"unknown dtype {shown(dtype)}, expected one of {', '.join(TYPES)}", None
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        return f"impossible shape {_shown(shape)} or offsets {_shown(offsets)}", None
+        return f"impossible shape {shown(shape)} or offsets {shown(offsets)}", None
     begin, end = offsets
     count = 1
     for extent in shape:
         count *= extent
     if end - begin != count * TYPES[dtype].itemsize:
-        return f"{end - begin} bytes, but {dtype} {_shown(shape)} needs {count * TYPES[dtype].itemsize}", None
+        return f"{end - begin} bytes, but {dtype} {shown(shape)} needs {count * TYPES[dtype].itemsize}", None
     if data + end > size:
         return f"truncated: it ends at byte {data + end}, the file has {size}", None
     return None, Entry(name, dtype, tuple(shape), file, data + begin, data + end, size)
@@ -163,7 +163,7 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 1 << 60 for v in value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` on one line and not long: names and numbers come from a file that may be damaged."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "?" for c in text)

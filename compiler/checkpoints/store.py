@@ -25,7 +25,7 @@ from moec.compiler.checkpoints.config_json import (
     is_packed,
     read_json,
 )
-from moec.compiler.checkpoints.safetensors_file import Entry, read_header
+from moec.compiler.checkpoints.safetensors_file import Entry, read_header, shown
 from moec.compiler.errors import CheckpointError
 from moec.compiler.model.layout import WeightInfo, weight_layout
 from moec.compiler.program import LazyWeight, Role
@@ -170,7 +170,7 @@ def open_store(folder: str | Path, config: DecoderConfig) -> WeightStore:
 def shortened(faults: list[str]) -> str:
     """The first faults and how many more there are."""
     more = len(faults) - _FAULTS_SHOWN
-    return "\n".join(faults[:_FAULTS_SHOWN] + ([f"... and {more} more faults of this kind"] if more > 0 else []))
+    return "\n".join(faults[:_FAULTS_SHOWN] + ([f"... and {more} more faults"] if more > 0 else []))
 
 
 def _read_config(folder: Path, config: DecoderConfig, faults: list[str]) -> tuple[dict[str, Any], bool]:
@@ -207,7 +207,7 @@ def read_tensors(folder: Path, faults: list[str]) -> dict[str, Entry]:
             continue
         for name, entry in header.items():
             if name in entries:
-                faults.append(f"{file}: tensor {name} is also in {entries[name].file.name}; keep one of them")
+                faults.append(f"{file}: tensor {shown(name)} is also in {entries[name].file.name}; keep one of them")
             entries[name] = entry
     return entries
 
@@ -238,7 +238,7 @@ def _indexed(folder: Path, index: Path, faults: list[str]) -> list[Path]:
     files = []
     for name in sorted(set(shards.values())):
         if Path(name).name != name:  # an index is input: it may not point outside its folder
-            faults.append(f"{index}: names {name!r:.100}, which is not a file of this folder")
+            faults.append(f"{index}: names {name!r:.100}, which is not a file of this folder; copy it again")
         elif not (folder / name).is_file():
             faults.append(f"{folder / name}: missing, {INDEX} names it; copy all files of the checkpoint")
         else:
@@ -260,7 +260,7 @@ def tensor_faults(folder: Path, entries: Mapping[str, Entry], config: DecoderCon
         entry = entries.get(name)
         if entry is None:
             near = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.8) if len(faults) < _FAULTS_SHOWN else []
-            hint = f" (it holds {near[0]})" if near else ""
+            hint = f" (it holds {shown(near[0])})" if near else ""
             faults.append(f"{folder}: tensor {name} is missing, expected {wanted}{hint}; use a complete checkpoint")
         elif entry.shape != wanted.shape:
             faults.append(
@@ -273,7 +273,7 @@ def tensor_faults(folder: Path, entries: Mapping[str, Entry], config: DecoderCon
                 "use a checkpoint of the released layout"
             )
     remedy = "correct the spec if the model has it, else remove it from the checkpoint"
-    faults += [f"{entries[name].file}: tensor {name[:200]} is not part of the model; {remedy}" for name in unexpected]
+    faults += [f"{entries[name].file}: tensor {shown(name)} is not part of the model; {remedy}" for name in unexpected]
     return faults
 
 

@@ -12,9 +12,9 @@ The weights are Gaussian with scales chosen so that signals stay of order one at
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +128,9 @@ class _Weights:
         self._centers_CD = torch.nn.functional.normalize(centers_CD, dim=-1)
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed((self._seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+        # the generator keeps 32 bits of its seed
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
     def pieces(self, info: WeightInfo) -> Iterator[torch.Tensor]:
         generator = self._generator(info.name)
