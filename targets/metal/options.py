@@ -10,7 +10,13 @@ from moec.compiler.spec.targets import TargetOptions
 
 
 class Options(TargetOptions):
-    """`dtype` is the type of activations and of the KV cache; `max_tokens` the longest chunk of one call."""
+    """How the model runs on the GPU.
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: type of activations and of a float KV cache. float16 holds the scales of quantized weights exactly; bfloat16
+    does not, and is compiled only with `allow_requantization`. max_tokens: the longest chunk of one call.
+    allow_requantization: round what the target cannot hold; the manifest then gives the measured SQNR of each weight.
+    """
+
+    dtype: Literal["float16", "float32", "bfloat16"] = "float16"
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
+    allow_requantization: bool = False

@@ -1,0 +1,307 @@
+"""From a legal Program to `model.pte`: two methods, `forward` (logits of the last token) and `forward_all` (of every token).
+
+Each method is one delegate; both read the same constants. A runtime keeps one KV cache per loaded method: an application
+uses one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind, OutputSpec, TensorArgument
+from torch.fx import Graph, Node
+
+from moec.compiler.errors import CompileError
+from moec.compiler.ops import cached_attention, cached_attention_q8, linear_q
+from moec.compiler.program import Editor, Program, Role, module_path
+from moec.compiler.target import LoweredFiles
+from moec.targets.metal.delegate_package import activate
+from moec.targets.metal.encode import Encoding, weight_sqnr_db
+from moec.targets.metal.options import Options
+from moec.targets.metal.pte import Method, write_pte
+
+activate()
+
+import executorch.backends.mlx.ops  # noqa: E402, F401  (registers the delegate's own handlers)
+from executorch.backends.mlx.builder.op_registry import REGISTRY  # noqa: E402
+from executorch.backends.mlx.builder.program_builder import MLXProgramBuilder  # noqa: E402
+from executorch.backends.mlx.serialization.mlx_graph_serialize import serialize_mlx_graph  # noqa: E402
+
+from moec.targets.metal import handlers, moe_handlers  # noqa: E402
+from moec.targets.metal.context import Context  # noqa: E402
+from moec.targets.metal.emitter import Slot  # noqa: E402
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# from this size a tensor begins on a page of Apple's 16 KiB, so that a runtime may use it in place
+PAGE, PAGED_FROM = 16384, 1 << 20
+
+
+# arguments of our attention operators that are caches, and where positions lie in them: [1, S, G, ...] -> [1, G, S, ...]
+CACHES = {cached_attention: (3, 4), cached_attention_q8: (3, 4, 5, 6)}
+UNCHECKED = (
+    "Metal kernels: results were checked by executing the file's instructions with MLX on another device",
+    "speed and memory on an Apple GPU",
+    "the order of equal router scores",
+    "float32 products of the GPU: newer ones round operands to TF32 unless MLX_ENABLE_TF32=0 is set before first use",
+)
+
+
+def _register() -> None:
+    for target, handler in {**handlers.HANDLERS, **moe_handlers.HANDLERS}.items():
+        REGISTRY.register(target=[target])(_calling(handler))
+
+
+def _calling(handler: Callable[[Context, Node], Slot]) -> Callable[[Any, Node], Slot]:
+    """The builder takes any exception of a handler for "unsupported": ours are kept, to be raised as they were."""
+
+    def call(builder: Any, node: Node) -> Slot:
+        try:
+            return handler(builder.moec, node)
+        except Exception as fault:
+            builder.faults.append(fault)
+            raise
+
+    return call
+
+
+_register()
+
+
+@dataclass
+class _Lowerable:
+    """What the builder reads of an exported program. Weights are not in it: constants are described by meta tensors."""
+
+    graph: Graph
+    graph_signature: ExportGraphSignature
+
+    def __post_init__(self) -> None:
+        self.state_dict: dict[str, Any] = {}
+        self.constants: dict[str, Any] = {}
+        self._state_dict, self._constants = self.state_dict, self.constants
+
+
+class _Builder(MLXProgramBuilder):
+    """The delegate's builder for graphs whose operators write their caches in place."""
+
+    moec: Context
+    faults: list[Exception]
+
+    def _emit_buffer_mutation_writebacks(self) -> None:
+        """Nothing to write back."""
+
+
+@dataclass(frozen=True)
+class BuiltMethod:
+    """A payload, and for each constant it names: how to make it (Encoding), or its value."""
+
+    payload: bytes
+    constants: Mapping[str, Encoding | torch.Tensor]
+    quantized: Mapping[str, tuple[str, int, int]]
+    taps: list[dict[str, int]]
+    instructions: Mapping[str, int]
+
+
+def build_method(program: Program, options: Options, *, every_token: bool) -> BuiltMethod:
+    """The delegate payload of one method. CompileError naming a node that has no lowering."""
+    dtype = DTYPES[options.dtype]
+    edit = program.edit()
+    if not every_token:
+        take_last_token(edit)
+    caches = _caches(edit.graph)
+    _retype(edit, caches, dtype)
+    builder: Any = _Builder(_Lowerable(edit.graph, _signature(edit, caches)))
+    builder.faults = []
+    context = builder.moec = Context(program, builder, dtype)
+    try:
+        graph = builder.build()
+    except ValueError as e:
+        for fault in builder.faults:
+            raise fault from None
+        raise _unsupported(builder, program) or e from e
+    taps = [{"layer": t.layer, "after": t.after, **{k: getattr(t, k).idx for k in ("x", "indices", "weights", "y")}} for t in context.taps]
+    counts = Counter(type(i.op).__name__ for chain in graph.instruction_chains for i in chain.instructions)
+    return BuiltMethod(serialize_mlx_graph(graph), _constants(builder, edit), context.quantized, taps, counts)
+
+
+def _caches(graph: Graph) -> dict[Node, int]:
+    """Placeholders that our operators write, with the index of their argument."""
+    return {
+        node.args[index]: index  # type: ignore[misc]
+        for node in graph.nodes
+        for index in CACHES.get(node.target, ())
+    }
+
+
+def _retype(edit: Editor, caches: Mapping[Node, int], dtype: torch.dtype) -> None:
+    """Give the placeholders the shapes and types that the file stores."""
+    for node in [n for n in edit.graph.nodes if n.op == "placeholder"]:
+        value, name = node.meta["val"], edit.weight_of(node)
+        shape, kind = tuple(value.shape), value.dtype
+        if node in caches:
+            shape = (shape[0], shape[2], shape[1], shape[3] if len(shape) == 4 else 1)
+            kind = kind if caches[node] > 4 or not kind.is_floating_point else dtype
+        elif name is not None and kind.is_floating_point and edit.roles.get(name) not in (Role.ROUTER, Role.CONSTANT):
+            kind = dtype
+        if (shape, kind) != (tuple(value.shape), value.dtype):
+            with value.fake_mode:
+                node.meta["val"] = torch.empty(shape, dtype=kind)
+
+
+def _signature(edit: Editor, caches: Mapping[Node, int]) -> ExportGraphSignature:
+    for spec in edit.output_specs:
+        if spec.kind != OutputKind.USER_OUTPUT:
+            raise CompileError(
+                f"the model writes {spec.target} outside an attention block that was recognised",
+                remedy="see `moec explain` for the block that was not fused",
+            )
+    written = [
+        OutputSpec(kind=OutputKind.BUFFER_MUTATION, arg=TensorArgument(node.name), target=edit.weight_of(node))
+        for node in caches
+    ]
+    kinds = {node.name: InputKind.BUFFER for node in caches}
+    inputs = [replace(s, kind=kinds.get(getattr(s.arg, "name", ""), s.kind)) for s in edit.input_specs]
+    return ExportGraphSignature(input_specs=inputs, output_specs=[*written, *edit.output_specs])
+
+
+def take_last_token(edit: Editor) -> None:
+    """Turn logits [1, T, V] into [1, V] of the last token, before the head where it is a plain product."""
+    graph = edit.graph
+    output = graph.output_node()
+    logits = output.args[0][0]  # type: ignore[index]
+    head = logits.target in (linear_q, torch.ops.aten.linear.default)
+    source = logits.args[0] if head else logits  # type: ignore[union-attr]
+    with graph.inserting_after(source):
+        last = graph.call_function(torch.ops.aten.select.int, (source, 1, -1))
+    last.meta["val"] = source.meta["val"].select(1, -1)
+    if not head:
+        output.replace_input_with(logits, last)  # type: ignore[arg-type]
+        for spec in edit.output_specs:
+            spec.arg = TensorArgument(last.name)
+        return
+    logits.replace_input_with(source, last)  # type: ignore[union-attr]
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in logits.args]  # type: ignore[union-attr]
+    with last.meta["val"].fake_mode:
+        logits.meta["val"] = logits.target(*values)  # type: ignore[union-attr, operator]
+
+
+def _unsupported(builder: Any, program: Program) -> CompileError | None:
+    for node, info in builder.node_info.items():
+        if not info.supported:
+            reason = (info.unsupported_reason or "").splitlines()[0]
+            where = module_path(node) or program.info.name
+            return CompileError(f"{node.name} ({node.target}) has no Metal lowering: {reason}", place=where)
+    return None
+
+
+def _constants(builder: Any, edit: Editor) -> dict[str, Encoding | torch.Tensor]:
+    """Name -> how it is made, for every constant the instructions read."""
+    placeholders = {edit.weight_of(n): n for n in edit.graph.nodes if n.op == "placeholder"}
+    found: dict[str, Encoding | torch.Tensor] = {}
+    for name in builder._constant_name_to_slot:
+        if name in builder.moec.constants:
+            found[name] = builder.moec.constants[name]
+        elif name in placeholders:
+            found[name] = Encoding(name, "plain", placeholders[name].meta["val"].dtype)
+        else:
+            found[name] = builder.extra_constants[name]
+    return found
+
+
+def lower(program: Program, out: Path, options: Options, progress: Any) -> LoweredFiles:
+    """Write `out/model.pte`. The manifest's details say how to replay it and what could not be checked here."""
+    built: dict[str, BuiltMethod] = {}
+    for name in progress.each("lower to Metal", ("forward", "forward_all")):
+        built[name] = build_method(program, options, every_token=name == "forward_all")
+    constants = {k: v for method in built.values() for k, v in method.constants.items()}
+    quantized = {k: v for method in built.values() for k, v in method.quantized.items()}
+    store = NamedDataStore()
+    sizes: Counter[str] = Counter()
+    rounded: dict[str, float] = {}
+    for name in progress.each("encode weights", sorted(constants)):
+        made = constants[name]
+        value = made if isinstance(made, torch.Tensor) else _made(program, made, quantized, options, rounded)
+        before = len(store.buffers)
+        store.add_named_data(name, value, alignment=PAGE if value.nbytes >= PAGED_FROM else 16)
+        if len(store.buffers) > before:  # equal bytes are stored once
+            role = program.roles.get(made.weight, Role.OTHER) if isinstance(made, Encoding) else Role.CONSTANT
+            sizes[role.value] += value.nbytes
+    info = program.info
+    with progress.stage("write model.pte"):
+        write_pte(
+            out / "model.pte",
+            {n: Method(m.payload, every_token=n == "forward_all") for n, m in built.items()},
+            store,
+            vocab_size=info.vocab_size,
+            max_tokens=info.max_tokens,
+            constants={
+                "get_vocab_size": info.vocab_size,
+                "get_max_seq_len": info.max_tokens,
+                "get_max_context_len": info.context,
+                "use_kv_cache": True,
+                "get_bos_id": -1 if info.bos_id is None else info.bos_id,
+                "get_eos_ids": list(info.eos_ids),
+            },
+        )
+    sizes["program"] = sum(len(m.payload) for m in built.values())
+    return LoweredFiles(("model.pte",), dict(sizes), _details(built, options, rounded, program))
+
+
+def _made(
+    program: Program,
+    how: Encoding,
+    quantized: Mapping[str, tuple[str, int, int]],
+    options: Options,
+    rounded: dict[str, float],
+) -> torch.Tensor:
+    """One constant's value. CompileError when rounding its scales would change the weight and is not allowed."""
+    stored = program.weights[how.weight].load()
+    value = how.encode(stored)
+    if how.kind != "scales" or how.dtype == stored.dtype:
+        return value
+    codes_name, bits, group_size = quantized[how.weight]
+    loss = weight_sqnr_db(program.weights[codes_name].load(), stored, stored.to(how.dtype), bits, group_size)
+    if math.isinf(loss):
+        return value
+    if not options.allow_requantization:
+        raise CompileError(
+            f"{options.dtype} cannot hold the scales of {codes_name}: rounding them leaves {loss:.1f} dB",
+            place="targets.metal.dtype",
+            remedy="use another dtype, or set allow_requantization: true",
+        )
+    rounded[codes_name] = round(loss, 2)
+    return value
+
+
+def _details(
+    built: Mapping[str, BuiltMethod], options: Options, rounded: Mapping[str, float], program: Program
+) -> dict[str, Any]:
+    int8_cache = any(n.target is cached_attention_q8 for n in program.graph.nodes)
+    return {
+        "dtype": options.dtype,
+        "kv_cache": "int8" if int8_cache else options.dtype,
+        "activations": options.dtype,
+        "methods": {
+            name: {
+                "payload_sha256": hashlib.sha256(method.payload).hexdigest(),
+                "payload_bytes": len(method.payload),
+                "delegates": 1,
+                "instructions": dict(sorted(method.instructions.items())),
+                "moe_taps": method.taps,
+            }
+            for name, method in built.items()
+        },
+        "requantized_sqnr_db": dict(rounded),
+        "chunking": {
+            "max_tokens": program.info.max_tokens,
+            "advice": "prefill in chunks of at least 32 tokens: below that the GPU reads an expert once per token",
+        },
+        "unchecked_without_apple_hardware": list(UNCHECKED),
+    }

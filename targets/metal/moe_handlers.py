@@ -1,0 +1,297 @@
+"""The fused MoE block in the delegate's instructions.
+
+N tokens, D width, E experts, K selected experts, F expert width.
+
+    router (fp32) -> score -> + bias -> top-k -> normalise -> [sort by expert when N*K >= 64]
+      -> gate and up in one gathered product -> activation -> down in a second one -> combine (fp32) + shared expert
+
+Sorting makes tokens of one expert neighbours, so that a weight is read once for all of them; below 64 pairs it costs more
+than it saves. Both ways are in the file and the branch is taken at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+import moec.compiler.ops as ops
+from moec.compiler.ops.attributes import Experts, Routing
+from moec.targets.metal.context import Context, QuantizedWeight, Tap
+from moec.targets.metal.emitter import Emitter, Slot
+from moec.targets.metal.handlers import slot_of
+
+SORT_FROM = 64  # pairs of token and expert from which sorting pays; the threshold of mlx-lm
+
+Product = Callable[[Slot, Slot, bool], Slot]  # (x [.., 1, in], expert indices, sorted) -> [.., 1, out]
+Linear = Callable[[Slot], Slot]
+Shared = tuple[Linear, Linear, Node | None, int]  # up, down, gate, width
+
+
+def fused_moe(c: Context, n: Node) -> Slot:
+    x, router_input, router_weight, router_bias, selection_bias, w13, b13, w2, b2, *rest = n.args
+    shared_w13, shared_w2, shared_gate, top_k, routing, experts = rest
+    what = Experts.parse(experts)
+
+    def product(weight: Node, bias: Node | None) -> Product:
+        slot = c.plain(weight)
+        # gathered products take [E, in, out]; the other layout is read through a transposed view
+        b = slot if what.layout == "in_out" else c.e.transpose(slot, (0, 2, 1))
+        return lambda v, i, is_sorted: _with_bias(
+            c, c.e.emit("GatherMm", a=v, b=b, rhs_indices=i, sorted_indices=is_sorted), bias, i
+        )
+
+    def linear(weight: Node) -> Linear:
+        w = c.e.transpose(c.plain(weight), (1, 0))
+        return lambda v: c.e.emit("Addmm", mat1=v, mat2=w)
+
+    shared = None
+    if shared_w13 is not None:
+        shared = (linear(shared_w13), linear(shared_w2), shared_gate, _size(shared_w2, 1))
+    width_F = _size(w2, 2 if what.layout == "out_in" else 1)
+    router = (router_input, router_weight, router_bias, selection_bias)
+    how = Routing.parse(routing)
+    return _block(c, n, x, router, product(w13, b13), product(w2, b2), shared, width_F, top_k, how, what)
+
+
+def fused_moe_q(c: Context, n: Node) -> Slot:
+    x, router_input, router_weight, router_bias, selection_bias, *weights = n.args
+    w13, s13, b13, w2, s2, b2, sw13, ss13, sw2, ss2, shared_gate, top_k, routing, experts, bits, group, _ = weights
+    what = Experts.parse(experts)
+
+    def product(codes: Node, scales: Node, bias: Node | None) -> Product:
+        weight = c.quantized_weight(codes, scales, bits, group)
+        # out_in is grouped along the input, in_out along the output: both are layouts of MLX's own, read untransposed
+        return lambda v, i, is_sorted: _with_bias(
+            c,
+            c.e.emit(
+                "GatherQmm",
+                x=v,
+                rhs_indices=i,
+                sorted_indices=is_sorted,
+                transpose=what.layout == "out_in",
+                **weight.fields,
+            ),
+            bias,
+            i,
+        )
+
+    def linear(weight: QuantizedWeight) -> Linear:
+        return lambda v: c.e.emit("QuantizedMatmul", x=v, transpose=True, **weight.fields)
+
+    shared = None
+    if sw13 is not None:
+        up, down = c.quantized_weight(sw13, ss13, bits, group), c.quantized_weight(sw2, ss2, bits, group)
+        shared = (linear(up), linear(down), shared_gate, _size(sw2, 1) * (2 if bits == 4 else 1))
+    width_F = _size(w2, 1) if what.layout == "in_out" else _size(w2, 2) * (2 if bits == 4 else 1)
+    router = (router_input, router_weight, router_bias, selection_bias)
+    how = Routing.parse(routing)
+    return _block(c, n, x, router, product(w13, s13, b13), product(w2, s2, b2), shared, width_F, top_k, how, what)
+
+
+def _size(weight: Node, dim: int) -> int:
+    return int(weight.meta["val"].shape[dim])
+
+
+def _with_bias(c: Context, y: Slot, bias: Node | None, indices: Slot) -> Slot:
+    """Add each expert's bias [E, out] to y [.., 1, out]."""
+    if bias is None:
+        return y
+    rows = c.e.take(c.plain(bias), indices, 0)
+    return c.e.add(y, c.e.emit("ExpandDims", x=rows, axis=-2))
+
+
+def _block(
+    c: Context,
+    n: Node,
+    x: Node,
+    router: tuple[Node, Node, Node | None, Node | None],
+    up: Product,
+    down: Product,
+    shared: Shared | None,
+    width_F: int,
+    top_k: int,
+    routing: Routing,
+    experts: Experts,
+) -> Slot:
+    e = c.e
+    x_ND = slot_of(c, x)
+    indices_NK, weights_NK = _route(c, router, top_k, routing)
+    weights_NK1 = e.emit("ExpandDims", x=weights_NK, axis=-1)
+    y_NKD = e.tensor()
+    width = int(x.meta["val"].shape[-1])
+    on_input = routing.apply == "input"
+
+    def mlp(rows: Slot, indices: Slot, is_sorted: bool) -> Slot:
+        return down(activate(c, up(rows, indices, is_sorted), width_F, experts), indices, is_sorted)
+
+    def by_expert() -> None:
+        flat_P = e.reshape(indices_NK, (-1,))
+        order_P = e.cast(e.emit("Argsort", x=flat_P, axis=0), torch.int32)
+        back_P = e.emit("Argsort", x=order_P, axis=0)
+        token_P = e.cast(e.binary("FloorDivide", order_P, _int_scalar(c, top_k)), torch.int32)
+        rows_P1D = e.emit("ExpandDims", x=e.take(x_ND, token_P, 0), axis=-2)
+        if on_input:
+            factor = e.take(e.reshape(weights_NK, (-1, 1, 1)), order_P, 0)
+            rows_P1D = _multiply_cast(c, rows_P1D, factor)
+        sorted_P = e.take(flat_P, order_P, 0)
+        y_P1D = mlp(rows_P1D, sorted_P, True)
+        e.reshape(e.take(y_P1D, back_P, 0), (-1, top_k, width), y_NKD)
+
+    def as_they_come() -> None:
+        rows = e.reshape(x_ND, (-1, 1, 1, width))
+        if on_input:
+            rows = _multiply_cast(c, rows, e.emit("ExpandDims", x=weights_NK1, axis=-1))
+        e.reshape(mlp(rows, indices_NK, False), (-1, top_k, width), y_NKD)
+
+    pairs = e.multiply_int(e.size(x_ND, 0), top_k)
+    e.when(e.floor_divide_int(pairs, SORT_FROM), by_expert, as_they_come)
+
+    # the weights are fp32, and so is the sum over experts whatever the type of activations
+    y_ND = e.sum(y_NKD if on_input else e.multiply(y_NKD, weights_NK1), 1)
+    if shared is not None:
+        y_ND = e.add(y_ND, _shared(c, x_ND, shared, experts))
+    out = c.finish(n, y_ND)
+    c.taps.append(
+        Tap(
+            layer=len(c.taps),
+            after=len(c.P._chains[0]) - 1,
+            x=e.tid(x_ND),
+            indices=e.tid(indices_NK),
+            weights=e.tid(weights_NK),
+            y=e.tid(out),
+        )
+    )
+    return out
+
+
+def _route(
+    c: Context, router: tuple[Node, Node, Node | None, Node | None], top_k: int, routing: Routing
+) -> tuple[Slot, Slot]:
+    """(indices uint32 [N, K], weights float32 [N, K]), all in fp32: `Routing`, steps 1 to 7."""
+    e = c.e
+    router_input, router_weight, router_bias, selection_bias = router
+    x_ND = slot_of(c, router_input)
+    if c.dtype != torch.float32:
+        x_ND = e.cast(x_ND, torch.float32)
+    w_DE = e.transpose(c.plain(router_weight, torch.float32), (1, 0))
+    bias = None if router_bias is None else c.plain(router_bias, torch.float32)
+    logits = e.emit("Addmm", mat1=x_ND, mat2=w_DE, bias=bias)
+    scores = logits if routing.after_topk else _score(e, logits, routing.score)
+    choice = scores
+    if selection_bias is not None:
+        shift = c.plain(selection_bias, torch.float32)
+        if routing.bias_on == "scores" or routing.after_topk:
+            choice = e.add(scores, shift)
+        else:
+            choice = _score(e, e.add(logits, shift), routing.score)
+    if routing.groups:
+        choice = _keep_groups(c, choice, int(router_weight.meta["val"].shape[0]), routing)
+    indices_NK = _top_k(e, choice, top_k)
+    weights = e.emit("TakeAlongAxis", x=scores, indices=indices_NK, axis=-1)
+    if routing.after_topk:
+        weights = _score(e, weights, routing.score)
+    if routing.normalize == "sum":
+        total = e.sum(weights, -1, keepdims=True)
+        if routing.eps:
+            total = e.add(total, e.scalar(routing.eps))
+        if routing.clamp_min:
+            total = e.binary("Maximum", total, e.scalar(routing.clamp_min))
+        weights = e.binary("Divide", weights, total)
+    if routing.scale != 1.0:
+        weights = e.multiply(weights, e.scalar(routing.scale))
+    return indices_NK, weights
+
+
+def _score(e: Emitter, logits: Slot, kind: str) -> Slot:
+    if kind == "softmax":
+        return e.emit("Softmax", x=logits, axis=-1, precise=True)
+    if kind == "sigmoid":
+        return e.unary("Sigmoid", logits)
+    return e.unary("Sqrt", e.binary("LogAddExp", logits, e.scalar(0.0)))
+
+
+def _top_k(e: Emitter, choice: Slot, count: int) -> Slot:
+    """Indices of the `count` largest along the last axis, largest first."""
+    order = e.emit("Argsort", x=e.unary("Neg", choice), axis=-1)
+    return e.slice(order, -1, 0, count)
+
+
+def _keep_groups(c: Context, choice_NE: Slot, count: int, routing: Routing) -> Slot:
+    """`Routing`, step 3: the choices of all but the best `keep` groups become `fill`."""
+    e, size = c.e, count // routing.groups
+    grouped = e.reshape(choice_NE, (-1, routing.groups, size))
+    if routing.group_score == "max":
+        score_NG = e.emit("Max", x=grouped, axes=[-1], keepdims=False)
+    else:
+        ranked = e.emit("Sort", x=grouped, axis=-1)
+        score_NG = e.sum(e.slice(ranked, -1, size - 2, size), -1)
+    best = e.emit("ExpandDims", x=_top_k(e, score_NG, routing.keep), axis=-1)
+    ids = c.P.make_or_get_constant(f"range.{routing.groups}", torch.arange(routing.groups, dtype=torch.int32))
+    hit_NKG = e.binary("Equal", e.cast(best, torch.int32), ids)
+    kept_NG1 = e.emit("ExpandDims", x=e.emit("Any", x=hit_NKG, axes=[1], keepdims=False), axis=-1)
+    fill = e.scalar(0.0 if routing.fill == "zero" else -math.inf)
+    return e.reshape(e.emit("Where", condition=kept_NG1, x=grouped, y=fill), (-1, count))
+
+
+def activate(c: Context, hidden: Slot, width: int, experts: Experts) -> Slot:
+    """[.., 2*width] (or [.., width] when not gated) -> [.., width]."""
+    e = c.e
+    if not experts.gated:
+        return _activation(c, _clamp(c, hidden, experts.gate_min, experts.gate_max), experts)
+    if experts.interleaved:
+        gate, up = (e.slice(hidden, -1, first, 2 * width, step=2) for first in (0, 1))
+    else:
+        gate, up = e.split_halves(hidden, width)
+    gate = _clamp(c, gate, experts.gate_min, experts.gate_max)
+    up = _clamp(c, up, experts.up_min, experts.up_max)
+    if experts.up_offset:
+        up = e.add(up, e.scalar(experts.up_offset, c.dtype))
+    return e.multiply(_activation(c, gate, experts), up)
+
+
+def _clamp(c: Context, x: Slot, low: float, high: float) -> Slot:
+    bounds = {
+        name: c.e.scalar(value, c.dtype)
+        for name, value in (("a_min", low), ("a_max", high))
+        if not math.isinf(value)
+    }
+    return c.e.emit("Clip", x=x, **bounds) if bounds else x
+
+
+def _activation(c: Context, x: Slot, experts: Experts) -> Slot:
+    e = c.e
+    if experts.activation == "silu":
+        if experts.alpha == 1.0:
+            return e.unary("Silu", x)
+        return e.multiply(x, e.unary("Sigmoid", e.multiply(x, e.scalar(experts.alpha, c.dtype))))
+    if experts.activation in ("relu", "relu2"):
+        y = e.binary("Maximum", x, e.scalar(0.0, c.dtype))
+        return e.unary("Square", y) if experts.activation == "relu2" else y
+    return e.emit("Gelu", x=x, approximate="tanh" if experts.activation == "gelu_tanh" else "none")
+
+
+def _shared(c: Context, x_ND: Slot, shared: Shared, experts: Experts) -> Slot:
+    """The always-on expert: halves, gate first, the routed experts' activation; scaled by sigmoid(gate x) when gated."""
+    up, down, gate, width = shared
+    y_ND = down(activate(c, up(x_ND), width, replace(experts, layout="out_in", interleaved=False)))
+    if gate is None:
+        return y_ND
+    gate_D1 = c.e.transpose(c.plain(gate), (1, 0))
+    return c.e.multiply(c.e.unary("Sigmoid", c.e.emit("Addmm", mat1=x_ND, mat2=gate_D1)), y_ND)
+
+
+def _multiply_cast(c: Context, x: Slot, factor: Slot) -> Slot:
+    """x * factor (fp32) in the type of activations."""
+    y = c.e.multiply(x, factor)
+    return y if c.dtype == torch.float32 else c.e.cast(y, c.dtype)
+
+
+def _int_scalar(c: Context, value: int) -> Slot:
+    return c.P.make_or_get_constant(f"scalar.int32.{value}", torch.tensor(value, dtype=torch.int32))
+
+
+HANDLERS = {ops.fused_moe: fused_moe, ops.fused_moe_q: fused_moe_q}
