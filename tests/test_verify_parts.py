@@ -10,7 +10,7 @@ from moec.compiler.program import Role
 from moec.compiler.target import MoeTrace
 from moec.compiler.verify.diff import diff_texts, logits_figures
 from moec.compiler.verify.reference import stream_of
-from moec.compiler.verify.replay import decode_tail, joined_traces, odd_cuts, prefill_in_chunks
+from moec.compiler.verify.replay import bounds, joined_traces, replay_in_pieces, replay_prompt
 from moec.compiler.verify.weights import unkind_weights
 from tests.verify_fakes import FakeSession, decoder
 
@@ -51,14 +51,21 @@ def test_traces_of_several_calls_are_joined_in_order():
     assert joined[1].y_TD.shape == (5, 4)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 9, 33])
-def test_every_way_to_feed_a_session_gives_all_rows(tokens):
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (2, 1), (9, 8), (33, 8)])
+def test_pieces_give_all_rows_and_all_traces(tokens, steps):
     session = FakeSession(decoder())
     ids = list(range(tokens))
-    whole = session.prefill(ids, "all")
-    assert prefill_in_chunks(session, ids, odd_cuts(tokens)).shape == whole.shape
-    np.testing.assert_allclose(prefill_in_chunks(session, ids, odd_cuts(tokens)), whole, atol=1e-4)
-    np.testing.assert_allclose(decode_tail(session, ids, min(3, tokens)), whole[-3:], atol=1e-4)
+    whole, pieces = replay_prompt(session, ids, 3), replay_in_pieces(session, ids, 3, steps)
+    np.testing.assert_allclose(pieces.logits_TV, whole.logits_TV, atol=1e-4)
+    for a, b in zip(whole.layers, pieces.layers, strict=True):
+        np.testing.assert_allclose(a.y_TD, b.y_TD, atol=1e-4)
+
+
+def test_bounds_cover_every_token():
+    for tokens in (1, 2, 8, 9, 71, 72, 200):
+        assert bounds(tokens)[0] == 0
+        assert bounds(tokens)[-1] == tokens
+        assert sorted(set(bounds(tokens))) == bounds(tokens)
 
 
 def test_unkind_weights_are_reproducible_and_not_neutral():

@@ -6,7 +6,7 @@ T tokens, V vocabulary, D model width, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,11 +27,26 @@ class Replay:
 
 def replay_prompt(session: Session, ids: Sequence[int], moe_layers: int) -> Replay:
     """Prefill `ids` into an empty cache with traces on. ArtifactError if the artifact leaves any of them out."""
+    return _traced(session, ids, moe_layers, lambda: session.prefill(list(ids), logits="all"))
+
+
+def replay_in_pieces(session: Session, ids: Sequence[int], moe_layers: int, steps: int) -> Replay:
+    """The same, in odd chunks and then `steps` single tokens: what a chat does, and where boundaries can be wrong."""
+
+    def run() -> np.ndarray:
+        head = len(ids) - steps
+        parts = [session.prefill(list(ids[a:b]), logits="all") for a, b in pairwise(bounds(head))]
+        return np.concatenate([*parts, *(np.asarray(session.decode(int(t)))[None] for t in ids[head:])])
+
+    return _traced(session, ids, moe_layers, run)
+
+
+def _traced(session: Session, ids: Sequence[int], moe_layers: int, run: Callable[[], np.ndarray]) -> Replay:
     session.reset()
     session.trace(True)
     session.take_traces()
     try:
-        logits_TV = np.asarray(session.prefill(list(ids), logits="all"))
+        logits_TV = np.asarray(run())
         traces = joined_traces(session.take_traces())
     finally:
         session.trace(False)
@@ -64,26 +79,9 @@ def joined_traces(traces: Sequence[MoeTrace]) -> tuple[MoeTrace, ...]:
     )
 
 
-def decode_tail(session: Session, ids: Sequence[int], steps: int) -> np.ndarray:
-    """The last `steps` rows of logits, [steps, V], computed one token at a time after a prefill of the rest."""
-    head = list(ids[: len(ids) - steps])
-    session.reset()
-    if head:
-        session.prefill(head, logits="last")
-    return np.stack([np.asarray(session.decode(int(token))) for token in ids[len(head) :]])
-
-
-def prefill_in_chunks(session: Session, ids: Sequence[int], cuts: Sequence[int]) -> np.ndarray:
-    """All logits [T, V], prefilled in several calls that start at 0 and each of `cuts`."""
-    session.reset()
-    bounds = [0, *sorted({c for c in cuts if 0 < c < len(ids)}), len(ids)]
-    parts = [session.prefill(list(ids[a:b]), logits="all") for a, b in pairwise(bounds)]
-    return np.concatenate([np.asarray(p) for p in parts])
-
-
-def odd_cuts(tokens: int) -> list[int]:
-    """Boundaries that no kernel likes: a single token, an odd piece, a piece that ends one before a power of two."""
-    return [c for c in (1, 8, 71) if c < tokens]
+def bounds(tokens: int) -> list[int]:
+    """Where chunks begin and end that no kernel likes: a single token, odd pieces, none a power of two long."""
+    return [0, *(c for c in (1, 8, 71) if c < tokens), tokens] if tokens else [0]
 
 
 def experts_used(replays: Mapping[str, Replay], layer: int) -> int:
