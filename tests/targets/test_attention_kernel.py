@@ -168,7 +168,7 @@ def test_native_checks_hold_on_aarch64() -> None:
             "needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian: g++-aarch64-linux-gnu, qemu-user-static)"
         )
     for program in native.build_checks(cross_compiler=compiler, processor="aarch64"):
-        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), "25"]
+        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), "3"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{program.name}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
         assert "neon" in done.stdout

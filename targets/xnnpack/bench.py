@@ -1,0 +1,88 @@
+"""Times a `.pte` with the runner binary: a process without Python or torch, whose memory is the model's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.errors import RunError
+from moec.compiler.progress import Progress
+from moec.targets.xnnpack.native import runner_binary
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What to time. `contexts` are the positions where decoding starts; empty: right behind the prompt.
+
+    `tokens` are the prompt's ids; None: `prefill` ids spread over the vocabulary, since a prompt of repeated tokens
+    touches few experts and flatters speed and memory.
+    """
+
+    prefill: int = 512
+    decode: int = 64
+    contexts: tuple[int, ...] = ()
+    threads: int | None = None
+    repeats: int = 3
+    tokens: tuple[int, ...] | None = None
+
+
+def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
+    """Run the plan, one process for each context. RunError with the runner's reason when the model refuses.
+
+    The report has `prefill_tokens_per_s`, `decode_tokens_per_s` (at the first context), `load_s`, `peak_rss_mb` (the
+    largest of all runs), `threads`, `isa`, `file_bytes`, and `contexts`: one entry for each, with its own rate, spread
+    and peak. Rates are medians over `repeats`.
+    """
+    wanted: Sequence[int | None] = plan.contexts or (None,)
+    reports = []
+    with progress.stage("bench", len(wanted)) as step:
+        for context in wanted:
+            reports.append(_run(model, plan, context))
+            step("" if context is None else f"from position {context}")
+    first = reports[0]
+    return {
+        **{name: first[name] for name in ("model", "isa", "threads", "file_bytes", "load_s", "prefill_tokens")},
+        "prefill_tokens_per_s": first["prefill_tokens_per_s"],
+        "prefill_s": first["prefill_s"],
+        "decode_tokens": first["decode_tokens"],
+        "decode_tokens_per_s": first["decode_tokens_per_s"],
+        "peak_rss_mb": max(r["peak_rss_mb"] for r in reports),
+        "anonymous_mb": max(r["anonymous_mb"] for r in reports),
+        "repeats": first["repeats"],
+        "contexts": [
+            {
+                "context": r["decode_start"],
+                "decode_tokens_per_s": r["decode_tokens_per_s"],
+                "decode_s": r["decode_s"],
+                "peak_rss_mb": r["peak_rss_mb"],
+            }
+            for r in reports
+        ],
+    }
+
+
+def _run(model: Path, plan: BenchPlan, context: int | None) -> dict[str, Any]:
+    command = [str(runner_binary()), str(model), "--json", "--decode", str(plan.decode), "--repeats", str(plan.repeats)]
+    given = None
+    if plan.tokens is not None:
+        command += ["--tokens", "-"]
+        given = " ".join(map(str, plan.tokens))
+    else:
+        command += ["--prompt-length", str(plan.prefill)]
+    command += ["--context", str(context)] if context else []
+    command += ["--threads", str(plan.threads or _usable_cores())]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout))
+    lines = done.stderr.strip().splitlines()
+    reason = lines[0].removeprefix("error: ") if lines else f"the runner ended with status {done.returncode}"
+    raise RunError(reason, remedy="ask for fewer tokens, or compile the artifact again if its file is damaged")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
