@@ -1,5 +1,5 @@
 // Integer kernels on 256-bit registers, with maddubs (AVX2) or dpbusd (AVX-VNNI). Included after simd_avx2.h and
-// generic_kernels.h. A pass covers 8 of a block's 16 rows and kM tokens.
+// generic_kernels.h. A pass covers a block's 16 rows and kM tokens.
 //
 // AVX2: int4 codes are 0..15, so a pair product is at most 2 * 15 * 127 = 3810 and eight of them (32 inputs) fit int16.
 // int8 codes need |w| and the sign moved to the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
@@ -23,48 +23,83 @@ inline __m256i broadcast4(const int8_t* p) {
   return _mm256_set1_epi32(v);
 }
 
+#define MOEC_UNROLL _Pragma("GCC unroll 16")
+
+// Adds w * q to sum: int32 lanes by dpbusd, or int16 lanes by maddubs.
 template <bool kVnni>
 inline __m256i dot_unsigned(__m256i sum, __m256i w, __m256i q) {
 #if defined(__AVXVNNI__)
   if (kVnni) return _mm256_dpbusd_avx_epi32(sum, w, q);
 #endif
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q));
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q));
+  asm("" : "+x"(sum));  // or the compiler regroups the additions and spills every product
+  return sum;
 }
 
 inline __m256i dot_signed(__m256i sum, __m256i w, __m256i magnitude, __m256i q) {
   const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(q, w));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  asm("" : "+x"(sum));
+  return sum;
 }
 
-// Adds `units` (at most 4: int16 sums of AVX2 hold 32 inputs) units of 8 inputs to sum[kM].
+// Adds one unit of 8 inputs to sum[2][kM], the two halves of a block. int4 without VNNI: the sums are int16.
 template <int kKind, bool kVnni, int kM>
-inline void add_units(const uint8_t* codes, int units, const int8_t* q, int64_t stride, __m256i* sum) {
+inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_t block_bytes, const int8_t* q, int64_t stride,
+                                                    __m256i (&sum)[2][kM]) {
+  __builtin_prefetch(codes + block_bytes);  // the next block, while this one is multiplied
   if (kKind == MOEC_INT4) {
     const __m256i low = _mm256_set1_epi8(15);
-    __m256i part[kM];
-    if (!kVnni) {
-      for (int t = 0; t < kM; ++t) part[t] = _mm256_setzero_si256();
+    __m256i w[2] = {_mm256_and_si256(load256(codes), low), _mm256_and_si256(load256(codes + 32), low)};
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m256i a = broadcast4(q + t * stride);
+      sum[0][t] = dot_unsigned<kVnni>(sum[0][t], w[0], a);
+      sum[1][t] = dot_unsigned<kVnni>(sum[1][t], w[1], a);
     }
-    __m256i* const to = kVnni ? sum : part;
-    for (int j = 0; j < units; ++j) {
-      const __m256i w = load256(codes + 64 * j);
-      const __m256i w0 = _mm256_and_si256(w, low), w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
-      for (int t = 0; t < kM; ++t) to[t] = dot_unsigned<kVnni>(to[t], w0, broadcast4(q + t * stride + 8 * j));
-      for (int t = 0; t < kM; ++t) to[t] = dot_unsigned<kVnni>(to[t], w1, broadcast4(q + t * stride + 8 * j + 4));
-    }
-    if (!kVnni) {
-      for (int t = 0; t < kM; ++t) sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(part[t], _mm256_set1_epi16(1)));
+    w[0] = _mm256_and_si256(_mm256_srli_epi16(load256(codes), 4), low);
+    w[1] = _mm256_and_si256(_mm256_srli_epi16(load256(codes + 32), 4), low);
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m256i a = broadcast4(q + t * stride + 4);
+      sum[0][t] = dot_unsigned<kVnni>(sum[0][t], w[0], a);
+      sum[1][t] = dot_unsigned<kVnni>(sum[1][t], w[1], a);
     }
     return;
   }
-  for (int j = 0; j < 2 * units; ++j) {
-    const __m256i w = load256(codes + 64 * j);
-    if (kVnni) {
-      const __m256i u = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-      for (int t = 0; t < kM; ++t) sum[t] = dot_unsigned<true>(sum[t], u, broadcast4(q + t * stride + 4 * j));
-    } else {
-      const __m256i magnitude = _mm256_abs_epi8(w);
-      for (int t = 0; t < kM; ++t) sum[t] = dot_signed(sum[t], w, magnitude, broadcast4(q + t * stride + 4 * j));
+  __builtin_prefetch(codes + block_bytes + 64);
+  MOEC_UNROLL
+  for (int part = 0; part < 2; ++part) {
+    const __m256i w[2] = {load256(codes + 64 * part), load256(codes + 64 * part + 32)};
+    __m256i u[2];  // unsigned: offset by 128, or the magnitude
+    for (int h = 0; h < 2; ++h) u[h] = kVnni ? _mm256_xor_si256(w[h], _mm256_set1_epi8(-128)) : _mm256_abs_epi8(w[h]);
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m256i a = broadcast4(q + t * stride + 4 * part);
+      for (int h = 0; h < 2; ++h) {
+        sum[h][t] = kVnni ? dot_unsigned<true>(sum[h][t], u[h], a) : dot_signed(sum[h][t], w[h], u[h], a);
+      }
+    }
+  }
+}
+
+// Adds `units` units to sum[2][kM] of int32 lanes.
+template <int kKind, bool kVnni, int kM>
+inline __attribute__((always_inline)) void add_units(const uint8_t* codes, int units, int64_t block_bytes, const int8_t* q,
+                                                     int64_t stride, __m256i (&sum)[2][kM]) {
+  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  if (kKind == MOEC_INT8 || kVnni) {
+    for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, sum);
+    return;
+  }
+  __m256i part[2][kM];
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) part[0][t] = part[1][t] = _mm256_setzero_si256();
+  for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, part);
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) {
+    for (int h = 0; h < 2; ++h) {
+      sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(part[h][t], _mm256_set1_epi16(1)));
     }
   }
 }
@@ -73,70 +108,70 @@ inline __m256 load_scales8(const uint8_t* p, bool f32) {
   return f32 ? _mm256_castsi256_ps(load256(p)) : _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-inline void store_outputs8(float* y, __m256 v, const float* bias, int n) {
-  if (n >= 8) {
-    _mm256_storeu_ps(y, bias ? _mm256_add_ps(v, _mm256_loadu_ps(bias)) : v);
-    return;
-  }
-  alignas(32) float t[8];
-  _mm256_store_ps(t, v);
-  for (int i = 0; i < n; ++i) y[i] = bias ? t[i] + bias[i] : t[i];
-}
-
-// Eight rows times kM tokens. codes and scales point at the first of the eight rows; outputs: how many of them exist.
+// One block times kM tokens. Sums of groups live in memory: registers go to the products of one group.
 template <int kKind, bool kAxisOut, bool kVnni, int kM>
-void gemm_half_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
-                     int outputs) {
+void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
+                int outputs) {
   constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
   const QuantizedRows rows = a.rows.from(row);
   const int8_t* q = rows.q;
-  __m256 total[kM];
+  const int64_t stride = rows.stride, block_bytes = a.block_bytes;
+  __m256 total[2][kM];
+  __m256i sum[2][kM];
+  const int32_t* correction = rows.correction;
   if (kAxisOut) {
-    __m256i sum[kM];
-    for (int t = 0; t < kM; ++t) sum[t] = _mm256_set1_epi32(rows.correction[t]);
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
     int64_t units = a.padded_k / 8;
     for (; units >= 4; units -= 4, codes += 4 * kUnitBytes, q += 32) {
-      add_units<kKind, kVnni, kM>(codes, 4, q, rows.stride, sum);
+      add_units<kKind, kVnni, kM>(codes, 4, block_bytes, q, stride, sum);
     }
-    if (units) add_units<kKind, kVnni, kM>(codes, int(units), q, rows.stride, sum);
-    for (int t = 0; t < kM; ++t) total[t] = _mm256_cvtepi32_ps(sum[t]);
+    if (units) add_units<kKind, kVnni, kM>(codes, int(units), block_bytes, q, stride, sum);
+    for (int t = 0; t < kM; ++t) {
+      for (int h = 0; h < 2; ++h) total[h][t] = _mm256_cvtepi32_ps(sum[h][t]);
+    }
   } else {
     const int64_t groups = a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
-    for (int t = 0; t < kM; ++t) total[t] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; ++g) {
-      __m256i sum[kM];
-      for (int t = 0; t < kM; ++t) sum[t] = _mm256_set1_epi32(rows.correction[g * rows.correction_stride + t]);
+    for (int t = 0; t < kM; ++t) total[0][t] = total[1][t] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; ++g, correction += rows.correction_stride, scales += scale_stride) {
+      MOEC_UNROLL
+      for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
       for (int64_t i = 0; i < a.group; i += 32, codes += 4 * kUnitBytes, q += 32) {
-        add_units<kKind, kVnni, kM>(codes, 4, q, rows.stride, sum);
+        add_units<kKind, kVnni, kM>(codes, 4, block_bytes, q, stride, sum);
       }
-      const __m256 s = load_scales8(scales + g * scale_stride, a.f32_scales);
-      for (int t = 0; t < kM; ++t) total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), s, total[t]);
+      MOEC_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const __m256 s = load_scales8(scales + h * (a.f32_scales ? 32 : 16), a.f32_scales);
+        MOEC_UNROLL
+        for (int t = 0; t < kM; ++t) total[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[h][t]), s, total[h][t]);
+      }
     }
   }
   for (int t = 0; t < kM; ++t) {
-    store_outputs8(y + t * a.y_stride, _mm256_mul_ps(total[t], _mm256_set1_ps(rows.scale[t])), bias, outputs);
+    const __m256 scale = _mm256_set1_ps(rows.scale[t]);
+    store_outputs(y + t * a.y_stride, {_mm256_mul_ps(total[0][t], scale), _mm256_mul_ps(total[1][t], scale)}, bias, outputs);
   }
 }
 
 template <int kKind, bool kAxisOut, bool kVnni>
 void gemm_int8(const GemmTask& a) {
+  constexpr int kTile = 4;
   const int64_t scale_stride = kAxisOut ? 0 : a.padded_k / a.group * (a.f32_scales ? 64 : 32);
-  for (int64_t half = 0; half < 2 * a.blocks; ++half) {
-    const int64_t block = half / 2, side = half % 2;
-    const int outputs = a.outputs - half * 8 < 8 ? int(a.outputs - half * 8) : 8;
-    if (outputs <= 0) break;
-    const uint8_t* const codes = a.codes + block * a.block_bytes + side * 32;
-    const uint8_t* const scales = kAxisOut ? nullptr : a.scales + block * scale_stride + side * (a.f32_scales ? 32 : 16);
-    const float* const bias = a.bias ? a.bias + half * 8 : nullptr;
-    float* const y = a.y + half * 8;
-    int64_t row = 0;
-    for (; row + 4 <= a.m; row += 4) {
-      gemm_half_block<kKind, kAxisOut, kVnni, 4>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
-    }
-    switch (a.m - row) {
-      case 3: gemm_half_block<kKind, kAxisOut, kVnni, 3>(a, codes, scales, row, y + row * a.y_stride, bias, outputs); break;
-      case 2: gemm_half_block<kKind, kAxisOut, kVnni, 2>(a, codes, scales, row, y + row * a.y_stride, bias, outputs); break;
-      case 1: gemm_half_block<kKind, kAxisOut, kVnni, 1>(a, codes, scales, row, y + row * a.y_stride, bias, outputs); break;
+  const int64_t tiles = (a.m + kTile - 1) / kTile;  // of nearly equal size
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    const uint8_t* const codes = a.codes + block * a.block_bytes;
+    const uint8_t* const scales = kAxisOut ? nullptr : a.scales + block * scale_stride;
+    const int outputs = a.outputs - block * 16 < 16 ? int(a.outputs - block * 16) : 16;
+    const float* const bias = a.bias ? a.bias + block * 16 : nullptr;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = a.m * i / tiles, rows = a.m * (i + 1) / tiles - row;
+      float* const y = a.y + row * a.y_stride + block * 16;
+      switch (rows) {
+        case 1: gemm_block<kKind, kAxisOut, kVnni, 1>(a, codes, scales, row, y, bias, outputs); break;
+        case 2: gemm_block<kKind, kAxisOut, kVnni, 2>(a, codes, scales, row, y, bias, outputs); break;
+        case 3: gemm_block<kKind, kAxisOut, kVnni, 3>(a, codes, scales, row, y, bias, outputs); break;
+        default: gemm_block<kKind, kAxisOut, kVnni, 4>(a, codes, scales, row, y, bias, outputs); break;
+      }
     }
   }
 }
