@@ -232,6 +232,10 @@ def test_unknown_quantization(tmp_path: Path) -> None:
     text = refusal(folder)
     assert "group_size: unknown value 64" in text
     assert "qmin: unknown value -7" in text
+    edit_config(folder, quantization=raw | {"expert_group_axis": "in (last dim of [E, out, in])"})
+    assert "expert_group_axis: unknown value 'in (last dim" in refusal(folder)
+    edit_config(folder, quantization=raw | {"expert_group_axis": "out", "packed_by": "someone"})
+    assert open_store(folder, spec_of().model).packed  # type: ignore[arg-type]
 
 
 def test_spec_that_contradicts_the_checkpoint(tmp_path: Path) -> None:

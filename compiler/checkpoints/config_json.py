@@ -161,14 +161,21 @@ def is_packed(raw: Mapping[str, Any], file: Path) -> bool:
     if not isinstance(found, dict):
         raise ConfigFaults(file, ["quantization: expected a mapping"])
     faults = [
-        f"quantization.{key}: unknown value {found.get(key)!r}, known is {value!r}"
+        f"quantization.{key}: unknown value {found.get(key)!r:.60}, known is {value!r}"
         for key, value in PACKED.items()
-        if found.get(key) != value and not (key.endswith("_axis") and key not in found)
+        if not _says(key, found.get(key), value)
     ]
     if faults:
         # the format's name says more than what follows from it
         raise ConfigFaults(file, faults[:1] if found.get("format") != PACKED_FORMAT else faults)
     return True
+
+
+def _says(key: str, found: Any, known: Any) -> bool:
+    """Whether a key of the packed format has its known value; of an axis only the first word counts."""
+    if not key.endswith("_axis"):
+        return type(found) is type(known) and found == known
+    return found is None or str(found).split()[:1] == str(known).split()[:1]
 
 
 def config_from_json(raw: Mapping[str, Any], file: Path) -> DecoderConfig:
