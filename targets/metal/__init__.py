@@ -1,0 +1,1 @@
+"""The Metal GPU target: ExecuTorch `.pte` with the MLX delegate."""

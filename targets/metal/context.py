@@ -38,7 +38,7 @@ class QuantizedWeight:
 
 @dataclass
 class Tap:
-    """Where a MoE layer's values lie after instruction `after` of the main chain: tensor ids, set when the graph is built."""
+    """Where a MoE layer's values lie after instruction `after` of the main chain; the builder sets the tensor ids."""
 
     layer: int
     after: int
@@ -46,6 +46,10 @@ class Tap:
     indices: Any
     weights: Any
     y: Any
+
+    def numbers(self) -> dict[str, int]:
+        tensors = {name: getattr(self, name).idx for name in ("x", "indices", "weights", "y")}
+        return {"layer": self.layer, "after": self.after, **tensors}
 
 
 @dataclass

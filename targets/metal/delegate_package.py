@@ -133,7 +133,10 @@ def _run_flatc(target: Path) -> None:
     out = target / "_generated"
     out.mkdir()
     done = subprocess.run(
-        [str(flatc), "--python", "-o", str(out), str(target / "schema.fbs")], capture_output=True, text=True, check=False
+        [str(flatc), "--python", "-o", str(out), str(target / "schema.fbs")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise CompileError(f"flatc failed on the MLX schema: {done.stderr.strip()}")
@@ -141,7 +144,8 @@ def _run_flatc(target: Path) -> None:
 
 def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("moec_mlx_delegate_generator", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look their module up
     try:

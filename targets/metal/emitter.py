@@ -56,7 +56,7 @@ class Emitter:
         return self.P.slot_to_tid(slot)
 
     def emit(self, name: str, *, out: Slot | None = None, **fields: Any) -> Slot:
-        """Emit instruction `name`Node. Slots among the fields become tensor references; integers are passed as they are."""
+        """Emit instruction `name`Node. Slots among the fields become tensor references, the rest is passed as it is."""
         target = out if out is not None else self.tensor()
         self.P.emit(getattr(schema, f"{name}Node")(out=self.tid(target), **self._references(fields)))
         return target

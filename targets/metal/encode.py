@@ -52,7 +52,7 @@ def group_size_of(group_size: int) -> int | None:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Two's complement codes (uint8 [..., L/2] of 4 bits, or int8 [..., L]) -> uint32 [..., L*bits/32] of q + 2^(bits-1)."""
+    """Codes, two's complement (uint8 [..., L/2] or int8 [..., L]) -> uint32 [..., L*bits/32] of q + 2^(bits-1)."""
     flip = 0x88 if bits == 4 else 0x80
     return torch.bitwise_xor(codes.contiguous().view(torch.uint8), flip).view(torch.uint32)
 

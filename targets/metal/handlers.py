@@ -17,19 +17,17 @@ from moec.targets.metal.emitter import Emitter, Slot
 
 
 def linear_q(c: Context, n: Node) -> Slot:
-    x, codes, scales, bias, bits, group_size, _ = n.args
+    x, codes, scales, bias, bits, group_size, _ = operands(n)
     weight = c.quantized_weight(codes, scales, bits, group_size)
     out = c.result(n)
-    y = c.e.emit(
-        "QuantizedMatmul", x=slot_of(c, x), transpose=True, out=out if bias is None else None, **weight.fields
-    )
+    y = c.e.emit("QuantizedMatmul", x=slot_of(c, x), transpose=True, out=out if bias is None else None, **weight.fields)
     if bias is not None:
         y = c.e.add(y, c.plain(bias), out)
     return y if out is not None else c.finish(n, y)
 
 
 def embedding_q(c: Context, n: Node) -> Slot:
-    ids, codes, scales, bits, group_size = n.args
+    ids, codes, scales, bits, group_size = operands(n)
     weight = c.quantized_weight(codes, scales, bits, group_size)
     index = slot_of(c, ids)
     rows = {name: c.e.take(slot, index, 0) for name, slot in weight.fields.items() if isinstance(slot, Slot)}
@@ -42,14 +40,14 @@ def embedding_q(c: Context, n: Node) -> Slot:
 
 
 def rms_norm(c: Context, n: Node) -> Slot:
-    x, weight, eps = n.args
+    x, weight, eps = operands(n)
     scale = None if weight is None else c.plain(weight)
     return c.e.emit("RMSNorm", x=slot_of(c, x), weight=scale, eps=float(eps), out=c.P.make_or_get_slot(n))
 
 
 def rope(c: Context, n: Node) -> Slot:
     """x * C + x[partner] * S, with cos and sin spread over the pair once per program."""
-    x, cos, sin, interleaved = n.args
+    x, cos, sin, interleaved = operands(n)
     e, half = c.e, int(cos.meta["val"].shape[-1])
     signs = [-1.0, 1.0] * half if interleaved else [-1.0] * half + [1.0] * half
     partner = [i ^ 1 for i in range(2 * half)] if interleaved else [(i + half) % (2 * half) for i in range(2 * half)]
@@ -78,7 +76,7 @@ def rope(c: Context, n: Node) -> Slot:
 
 
 def cached_attention(c: Context, n: Node) -> Slot:
-    q, k, v, k_cache, v_cache, start_pos, scale, window = n.args
+    q, k, v, k_cache, v_cache, start_pos, scale, window = operands(n)
     e = c.e
     start, stop = positions(c, q, start_pos)
     seen: list[Slot] = []
@@ -90,7 +88,7 @@ def cached_attention(c: Context, n: Node) -> Slot:
 
 
 def cached_attention_q8(c: Context, n: Node) -> Slot:
-    q, k, v, k_cache, v_cache, k_scale, v_scale, start_pos, scale, window = n.args
+    q, k, v, k_cache, v_cache, k_scale, v_scale, start_pos, scale, window = operands(n)
     e = c.e
     start, stop = positions(c, q, start_pos)
     seen: list[Slot] = []
@@ -106,7 +104,7 @@ def cached_attention_q8(c: Context, n: Node) -> Slot:
 
 
 def _quantize_rows(e: Emitter, x: Slot) -> tuple[Slot, Slot]:
-    """`quant.quantize_rows` in fp32: (int8 codes, scales [..., 1]). The floor keeps 127/0 finite; a row of zeros is 0 either way."""
+    """`quant.quantize_rows` in fp32: (int8 codes, scales [..., 1]). The floor keeps 127/0 finite."""
     peak = e.emit("Max", x=e.unary("Abs", x), axes=[-1], keepdims=True)
     inverse = e.binary("Divide", e.scalar(127.0), e.binary("Maximum", peak, e.scalar(1e-36)))
     rounded = e.emit("Round", x=e.multiply(x, inverse), decimals=0)
@@ -114,9 +112,7 @@ def _quantize_rows(e: Emitter, x: Slot) -> tuple[Slot, Slot]:
     return e.cast(codes, torch.int8), e.binary("Divide", peak, e.scalar(127.0))
 
 
-def _attend(
-    c: Context, n: Node, q: Node, k: Slot, v: Slot, start: Slot, stop: Slot, scale: float, window: int
-) -> Slot:
+def _attend(c: Context, n: Node, q: Node, k: Slot, v: Slot, start: Slot, stop: Slot, scale: float, window: int) -> Slot:
     e = c.e
     q_1HTd = e.transpose(slot_of(c, q), (0, 2, 1, 3))
     if window:
@@ -151,6 +147,11 @@ def positions(c: Context, q: Node, start_pos: Node) -> tuple[Slot, Slot]:
         ("stop", start_pos), lambda out: _discard(e.add_int(start, e.size(slot_of(c, q), 1), out)), integer=True
     )
     return start, stop
+
+
+def operands(n: Node) -> tuple[Any, ...]:
+    """The arguments, which their operator's schema types."""
+    return n.args
 
 
 def slot_of(c: Context, node: Any) -> Slot:

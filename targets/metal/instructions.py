@@ -1,7 +1,7 @@
-"""What each instruction of the delegate computes, over `mlx.core`. One function an instruction; a missing one is an error.
+"""What each instruction of the delegate computes, over `mlx.core`. One function an instruction; none is an error.
 
-The delegate's interpreter is the reference: negative axes, reshapes with -1, clamped slices and the promotion of integer
-division to float are as there. `m` is the machine: `m.x("field")` the tensor, `m.i("field")` the integer of a field.
+The delegate's interpreter is the reference: negative axes, reshapes with -1 and clamped slices are as there. `m` is the
+machine: `m.x("field")` is the tensor of a field, `m.i("field")` its integer, `m.f("field")` what the file has.
 """
 
 from __future__ import annotations
@@ -50,10 +50,30 @@ def _integer(operation: Callable[[int, int], int]) -> Handler:
     return lambda m: operation(m.i("a"), m.i("b"))
 
 
-def _addmm(m: Machine) -> Any:
-    if m.f("bias") is None:
-        return m.mx.matmul(m.x("mat1"), m.x("mat2"))
-    return m.mx.addmm(m.x("bias"), m.x("mat1"), m.x("mat2"), alpha=m.f("alpha"), beta=m.f("beta"))
+def _accumulating(*fields: str) -> Callable[[Callable[..., Any]], Handler]:
+    """A product of these operands. MLX's CPU kernels sum in the operands' own type where the GPU's sum in float32: with
+    `m.accumulates`, 16-bit operands are widened and the result is rounded once, as on the GPU."""
+
+    def wrap(run: Callable[..., Any]) -> Handler:
+        def handler(m: Machine) -> Any:
+            operands = [m.optional(f) for f in fields]
+            halves = {x.dtype for x in operands if x is not None and x.dtype in m.half_types}
+            if not m.accumulates or not halves:
+                return run(m, *operands)
+            floats = {x.dtype for x in operands if x is not None and m.mx.issubdtype(x.dtype, m.mx.floating)}
+            y = run(m, *(None if x is None else m.widened(f, x) for f, x in zip(fields, operands, strict=True)))
+            return y.astype(halves.pop()) if len(floats) == 1 else y
+
+        return handler
+
+    return wrap
+
+
+@_accumulating("mat1", "mat2", "bias")
+def _addmm(m: Machine, mat1: Any, mat2: Any, bias: Any) -> Any:
+    if bias is None:
+        return m.mx.matmul(mat1, mat2)
+    return m.mx.addmm(bias, mat1, mat2, alpha=m.f("alpha"), beta=m.f("beta"))
 
 
 def _take(m: Machine) -> Any:
@@ -66,8 +86,9 @@ def _take(m: Machine) -> Any:
     return m.mx.take(x, value, axis=axis)
 
 
-def _rms_norm(m: Machine) -> Any:
-    return m.mx.fast.rms_norm(m.x("x"), m.optional("weight"), m.f("eps"))
+@_accumulating("x", "weight")
+def _rms_norm(m: Machine, x: Any, weight: Any) -> Any:
+    return m.mx.fast.rms_norm(x, weight, m.f("eps"))
 
 
 def _layer_norm(m: Machine) -> Any:
@@ -87,8 +108,8 @@ def _rope(m: Machine) -> Any:
     )
 
 
-def _sdpa(m: Machine) -> Any:
-    q = m.x("q")
+@_accumulating("q", "k", "v")
+def _sdpa(m: Machine, q: Any, k: Any, v: Any) -> Any:
     mask = m.optional("mask")
     if mask is not None and mask.dtype != m.mx.bool_:
         mask = mask.astype(q.dtype)
@@ -96,7 +117,7 @@ def _sdpa(m: Machine) -> Any:
         if mask is not None:
             raise ValueError("attention with both a mask and a causal flag")
         mask = "causal"
-    return m.mx.fast.scaled_dot_product_attention(q, m.x("k"), m.x("v"), scale=m.f("scale"), mask=mask)
+    return m.mx.fast.scaled_dot_product_attention(q, k, v, scale=m.f("scale"), mask=mask)
 
 
 def _sym_size(m: Machine) -> int:
@@ -192,12 +213,13 @@ def _dequantize(m: Machine) -> Any:
     return y if dtype is None else y.astype(m.dtype(dtype))
 
 
-def _quantized_matmul(m: Machine) -> Any:
+@_accumulating("x", "w", "scales", "biases")
+def _quantized_matmul(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
     return m.mx.quantized_matmul(
-        m.x("x"),
-        m.x("w"),
-        m.x("scales"),
-        m.optional("biases"),
+        x,
+        w,
+        scales,
+        biases,
         transpose=m.f("transpose"),
         group_size=m.f("group_size"),
         bits=m.f("bits"),
@@ -219,18 +241,18 @@ def _gather_indices(m: Machine, x: Any, w: Any) -> dict[str, Any]:
     return {"lhs_indices": left, "rhs_indices": right, "sorted_indices": _sorted(m)}
 
 
-def _gather_mm(m: Machine) -> Any:
-    a, b = m.x("a"), m.x("b")
+@_accumulating("a", "b")
+def _gather_mm(m: Machine, a: Any, b: Any) -> Any:
     return m.mx.gather_mm(a, b, **_gather_indices(m, a, b))
 
 
-def _gather_qmm(m: Machine) -> Any:
-    x, w = m.x("x"), m.x("w")
+@_accumulating("x", "w", "scales", "biases")
+def _gather_qmm(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
     return m.mx.gather_qmm(
         x,
         w,
-        m.x("scales"),
-        m.optional("biases"),
+        scales,
+        biases,
         transpose=m.f("transpose"),
         group_size=m.f("group_size"),
         bits=m.f("bits"),
@@ -331,9 +353,7 @@ HANDLERS: dict[str, Handler] = {
     "Full": _full,
     "FullLike": _full_like,
     "Clip": _clip,
-    "Cumsum": lambda m: m.mx.cumsum(
-        m.x("x"), axis=m.f("axis"), reverse=m.f("reverse"), inclusive=m.f("inclusive")
-    ),
+    "Cumsum": lambda m: m.mx.cumsum(m.x("x"), axis=m.f("axis"), reverse=m.f("reverse"), inclusive=m.f("inclusive")),
     "Repeat": lambda m: m.mx.repeat(m.x("x"), m.i("repeats"), axis=m.f("axis")),
     "Argmax": lambda m: m.mx.argmax(m.x("x"), axis=m.f("axis"), keepdims=m.f("keepdims")),
     "Sort": lambda m: m.mx.sort(m.x("x"), axis=m.f("axis")),

@@ -1,7 +1,7 @@
-"""From a legal Program to `model.pte`: two methods, `forward` (logits of the last token) and `forward_all` (of every token).
+"""From a legal Program to `model.pte`: methods `forward` (logits of the last token) and `forward_all` (of every token).
 
-Each method is one delegate; both read the same constants. A runtime keeps one KV cache per loaded method: an application
-uses one of them.
+Each method is one delegate; both read the same constants. A runtime keeps one KV cache per loaded method: an
+application uses one of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.
 PAGE, PAGED_FROM = 16384, 1 << 20
 
 
-# arguments of our attention operators that are caches, and where positions lie in them: [1, S, G, ...] -> [1, G, S, ...]
+# arguments of our attention operators that are caches; [1, S, G, ..] in the program, [1, G, S, ..] in the file
 CACHES = {cached_attention: (3, 4), cached_attention_q8: (3, 4, 5, 6)}
 UNCHECKED = (
     "Metal kernels: results were checked by executing the file's instructions with MLX on another device",
@@ -126,7 +126,7 @@ def build_method(program: Program, options: Options, *, every_token: bool) -> Bu
         for fault in builder.faults:
             raise fault from None
         raise _unsupported(builder, program) or e from e
-    taps = [{"layer": t.layer, "after": t.after, **{k: getattr(t, k).idx for k in ("x", "indices", "weights", "y")}} for t in context.taps]
+    taps = [t.numbers() for t in context.taps]
     counts = Counter(type(i.op).__name__ for chain in graph.instruction_chains for i in chain.instructions)
     return BuiltMethod(serialize_mlx_graph(graph), _constants(builder, edit), context.quantized, taps, counts)
 
@@ -175,21 +175,20 @@ def take_last_token(edit: Editor) -> None:
     """Turn logits [1, T, V] into [1, V] of the last token, before the head where it is a plain product."""
     graph = edit.graph
     output = graph.output_node()
-    logits = output.args[0][0]  # type: ignore[index]
+    logits: Any = output.args[0][0]  # type: ignore[index]
     head = logits.target in (linear_q, torch.ops.aten.linear.default)
-    source = logits.args[0] if head else logits  # type: ignore[union-attr]
+    source: Any = logits.args[0] if head else logits
     with graph.inserting_after(source):
         last = graph.call_function(torch.ops.aten.select.int, (source, 1, -1))
     last.meta["val"] = source.meta["val"].select(1, -1)
     if not head:
-        output.replace_input_with(logits, last)  # type: ignore[arg-type]
-        for spec in edit.output_specs:
-            spec.arg = TensorArgument(last.name)
+        output.replace_input_with(logits, last)
+        edit.output_specs = [replace(s, arg=TensorArgument(last.name)) for s in edit.output_specs]
         return
-    logits.replace_input_with(source, last)  # type: ignore[union-attr]
-    values = [a.meta["val"] if isinstance(a, Node) else a for a in logits.args]  # type: ignore[union-attr]
+    logits.replace_input_with(source, last)
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in logits.args]
     with last.meta["val"].fake_mode:
-        logits.meta["val"] = logits.target(*values)  # type: ignore[union-attr, operator]
+        logits.meta["val"] = logits.target(*values)
 
 
 def _unsupported(builder: Any, program: Program) -> CompileError | None:
@@ -288,6 +287,8 @@ def _details(
         "dtype": options.dtype,
         "kv_cache": "int8" if int8_cache else options.dtype,
         "activations": options.dtype,
+        # where the target computes otherwise than the spec's quantization says; `verify` compares with this
+        "computes": {"activations": "fp32"},
         "methods": {
             name: {
                 "payload_sha256": hashlib.sha256(method.payload).hexdigest(),

@@ -5,8 +5,8 @@ N tokens, D width, E experts, K selected experts, F expert width.
     router (fp32) -> score -> + bias -> top-k -> normalise -> [sort by expert when N*K >= 64]
       -> gate and up in one gathered product -> activation -> down in a second one -> combine (fp32) + shared expert
 
-Sorting makes tokens of one expert neighbours, so that a weight is read once for all of them; below 64 pairs it costs more
-than it saves. Both ways are in the file and the branch is taken at run time.
+Sorting makes tokens of one expert neighbours, so that a weight is read once for all of them; below 64 pairs it costs
+more than it saves. Both ways are in the file and the branch is taken at run time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import moec.compiler.ops as ops
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.targets.metal.context import Context, QuantizedWeight, Tap
 from moec.targets.metal.emitter import Emitter, Slot
-from moec.targets.metal.handlers import slot_of
+from moec.targets.metal.handlers import operands, slot_of
 
 SORT_FROM = 64  # pairs of token and expert from which sorting pays; the threshold of mlx-lm
 
@@ -32,7 +32,7 @@ Shared = tuple[Linear, Linear, Node | None, int]  # up, down, gate, width
 
 
 def fused_moe(c: Context, n: Node) -> Slot:
-    x, router_input, router_weight, router_bias, selection_bias, w13, b13, w2, b2, *rest = n.args
+    x, router_input, router_weight, router_bias, selection_bias, w13, b13, w2, b2, *rest = operands(n)
     shared_w13, shared_w2, shared_gate, top_k, routing, experts = rest
     what = Experts.parse(experts)
 
@@ -58,7 +58,7 @@ def fused_moe(c: Context, n: Node) -> Slot:
 
 
 def fused_moe_q(c: Context, n: Node) -> Slot:
-    x, router_input, router_weight, router_bias, selection_bias, *weights = n.args
+    x, router_input, router_weight, router_bias, selection_bias, *weights = operands(n)
     w13, s13, b13, w2, s2, b2, sw13, ss13, sw2, ss2, shared_gate, top_k, routing, experts, bits, group, _ = weights
     what = Experts.parse(experts)
 
@@ -255,9 +255,7 @@ def activate(c: Context, hidden: Slot, width: int, experts: Experts) -> Slot:
 
 def _clamp(c: Context, x: Slot, low: float, high: float) -> Slot:
     bounds = {
-        name: c.e.scalar(value, c.dtype)
-        for name, value in (("a_min", low), ("a_max", high))
-        if not math.isinf(value)
+        name: c.e.scalar(value, c.dtype) for name, value in (("a_min", low), ("a_max", high)) if not math.isinf(value)
     }
     return c.e.emit("Clip", x=x, **bounds) if bounds else x
 
@@ -275,7 +273,7 @@ def _activation(c: Context, x: Slot, experts: Experts) -> Slot:
 
 
 def _shared(c: Context, x_ND: Slot, shared: Shared, experts: Experts) -> Slot:
-    """The always-on expert: halves, gate first, the routed experts' activation; scaled by sigmoid(gate x) when gated."""
+    """The always-on expert: halves, gate first, the same activation; scaled by sigmoid(gate x) when there is a gate."""
     up, down, gate, width = shared
     y_ND = down(activate(c, up(x_ND), width, replace(experts, layout="out_in", interleaved=False)))
     if gate is None:

@@ -1,7 +1,7 @@
 """Reading a `.pte`: its methods' delegate payloads as checked instructions, and its constants mapped from the file.
 
-Nothing of a file is trusted: every offset, tensor number and size is checked here, and whatever the parsers trip over is an
-ArtifactError. References are `Tensor` and `Value` numbers; literals are plain Python values.
+Nothing of a file is trusted: every offset, tensor number and size is checked here, and whatever the parsers trip over
+is an ArtifactError. References are `Tensor` and `Value` numbers; literals are plain Python values.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class PteFile:
             return parse_payload(self.payloads[name])
 
 
-class reading:  # noqa: N801  (used as a statement: `with reading(path):`)
+class reading:  # a statement: `with reading(path):`
     """Turns whatever a parser trips over into an ArtifactError. A damaged file may fail anywhere in it."""
 
     def __init__(self, path: Path, what: str = "the program") -> None:
@@ -178,16 +178,12 @@ def parse_payload(payload: bytes) -> Graph:
         buffers=root.NumMutableBufferTensors(),
         temporaries=root.NumTempTensors(),
         values=root.NumValues(),
-        chains=tuple(
-            tuple(_instructions(root.InstructionChains(c))) for c in range(root.InstructionChainsLength())
-        ),
+        chains=tuple(tuple(_instructions(root.InstructionChains(c))) for c in range(root.InstructionChainsLength())),
         main=root.MainChainIdx(),
         init=root.InitChainIdx() if root.InitChainIdx() >= 0 else None,
         input_tensors=tuple(_slot(root.InputMap(i)) for i in range(root.InputMapLength())),
         output_tensors=tuple(_slot(root.OutputMap(i)) for i in range(root.OutputMapLength())),
-        names={
-            s.Slot().Idx(): s.Name().decode() for s in map(root.NamedSlots, range(root.NamedSlotsLength()))
-        },
+        names={s.Slot().Idx(): s.Name().decode() for s in map(root.NamedSlots, range(root.NamedSlotsLength()))},
         metas=dict(_metas(root)),
     )
     _check(graph)

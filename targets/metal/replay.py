@@ -1,10 +1,10 @@
 """Execute the instructions of a Metal artifact with MLX: on the CPU anywhere, on the GPU of a Mac.
 
-The file is the only input: constants are read from it, its init chain is run, and every instruction of a call is executed
-in order. An instruction this module does not know is an error before anything runs. KV caches live in the Machine.
+The file is the only input: constants are read from it, its init chain is run, and every instruction of a call is
+executed in order. An instruction this module does not know is an error before anything runs. Caches are kept by name.
 
-`wide=True` is the twin with float32 accumulation: the same instructions over the same stored values with every 16-bit float
-type widened, which tells the rounding of a 16-bit run from a wrong instruction.
+`wide=True` is the float32 twin: the same instructions over the same stored values with every 16-bit float type widened,
+which tells the rounding of a 16-bit run from a wrong instruction.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class Store:
     """What the methods of one file share: constants as stored, and the caches by name."""
 
     def __init__(self, file: PteFile, *, wide: bool = False) -> None:
-        self.mx = require_mlx()
+        self.mx: Any = require_mlx()
         self.file = file
         self.wide = wide
+        self.accumulates = self.mx.default_device() == self.mx.cpu  # see instructions._accumulating
+        self.half_types = (self.mx.float16, self.mx.bfloat16)
         self._constants: dict[str, Any] = {}
         self.caches: dict[str, Any] = {}
 
@@ -40,7 +42,7 @@ class Store:
             raise ValueError(f"a tensor of unknown type {scalar_type}")
         return getattr(self.mx, "float32" if self.wide and name in _HALF else name)
 
-    def constant(self, name: str, shape: tuple[int | None, ...], scalar_type: int) -> Any:
+    def constant(self, name: str, shape: tuple[Any, ...], scalar_type: int) -> Any:
         if name in self._constants:
             return self._constants[name]
         raw = self.file.data.get(name)
@@ -77,7 +79,7 @@ class Machine:
     """One method of a file, ready to be called."""
 
     def __init__(self, store: Store, method: str) -> None:
-        self.mx = store.mx
+        self.mx: Any = store.mx
         self._store = store
         self._path = store.file.path
         self.method = method
@@ -87,6 +89,8 @@ class Machine:
         self._values: list[int | None] = [None] * self.graph.values
         self._instruction: Instruction | None = None
         self._loading = False
+        self._widened: dict[int, Any] = {}
+        self.accumulates, self.half_types = store.accumulates, store.half_types
         with reading(self._path, f"method {method}"):
             self._load()
 
@@ -204,6 +208,17 @@ class Machine:
         if not isinstance(reference, Tensor):
             raise ValueError(f"{field} is not a tensor")
         return self.tensor(reference.index)
+
+    def widened(self, field: str, x: Any) -> Any:
+        """`x`, the tensor of `field`, in float32 if it is of a 16-bit type; kept when it is a constant."""
+        if x.dtype not in self.half_types:
+            return x
+        index = self.f(field).index
+        if index >= self.graph.constants:
+            return x.astype(self.mx.float32)
+        if index not in self._widened:
+            self._widened[index] = x.astype(self.mx.float32)
+        return self._widened[index]
 
     def optional(self, field: str) -> Any:
         return None if self.f(field) is None else self.x(field)

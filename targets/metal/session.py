@@ -5,6 +5,7 @@ T tokens, V vocabulary, D width, K experts of a token. One session runs one sequ
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ class MetalSession:
     def _watch(self, machine: Machine, seen: list[MoeTrace]) -> dict[int, Callable[[], None]]:
         def reader(tap: Mapping[str, int]) -> Callable[[], None]:
             def read() -> None:
-                x, indices, weights, y = (np.array(machine.tensor(tap[f]).astype(_type(machine, f))) for f in _TAP_FIELDS)
-                seen.append(MoeTrace(int(tap["layer"]), x, indices, weights, y))
+                values = (np.array(machine.tensor(tap[f]).astype(_type(machine, f))) for f in _TAP_FIELDS)
+                seen.append(MoeTrace(tap["layer"], *values))
 
             return read
 
@@ -153,8 +154,6 @@ class MetalSession:
 
 def _check_payloads(file: PteFile, methods: Mapping[str, Any]) -> None:
     """The instructions are what the manifest says they are: a flatbuffer has no checksum of its own."""
-    import hashlib
-
     for name, payload in file.payloads.items():
         wanted = methods.get(name, {}).get("payload_sha256")
         if wanted is not None and hashlib.sha256(payload).hexdigest() != wanted:

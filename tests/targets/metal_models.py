@@ -1,16 +1,16 @@
-"""Small decoders written directly in the operators of the fused and quantized stages, as a Program for the Metal target."""
+"""Small decoders written directly in the operators of the fused and quantized stages, as Programs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 import moec.compiler.ops as ops
 from moec.compiler.export import assemble, export_module
-from moec.compiler.ops import Experts, Routing
+from moec.compiler.ops import Experts
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
 from moec.compiler.quant import quantize_weight
 
@@ -187,8 +187,6 @@ class Model(nn.Module):
 
 def program_of(weights: Weights, *, max_tokens: int = 32, name: str = "handmade") -> Program:
     """The Program of the weights' model, as if it had come out of the pipeline."""
-    from dataclasses import replace
-
     s = weights.shape
     exported = export_module(Model(weights), context=s.context, max_tokens=max_tokens)
 

@@ -1,0 +1,28 @@
+"""What Metal computes otherwise than the quantized program says, made explicit in the graph.
+
+MLX multiplies quantized weights with float activations: INT8 rounding of activations is dropped, which is closer to the
+float model than what the spec asks for, and faster there. The weights stay as they are, code for code.
+"""
+
+from __future__ import annotations
+
+from moec.compiler.ops import fused_moe_q, linear_q
+from moec.compiler.pipeline import Pass, PassResult
+from moec.compiler.program import Program, Stage
+
+_QUANTIZED = (fused_moe_q, linear_q)
+
+
+def float_activations() -> Pass:
+    """`int8_activations=True` -> False on every quantized operator."""
+    return Pass("metal_float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL)
+
+
+def _run(program: Program) -> PassResult:
+    edit = program.edit()
+    changed = 0
+    for node in edit.graph.nodes:
+        if node.target in _QUANTIZED and node.args[-1] is True:
+            node.args = (*node.args[:-1], False)
+            changed += 1
+    return PassResult(edit.done(stage=Stage.LEGAL), changed)

@@ -1,0 +1,58 @@
+"""The Metal target: a `.pte` whose methods are one MLX delegate each, executed here by MLX from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moec.compiler.errors import ArtifactError, CompileError
+from moec.compiler.pipeline import Pass
+from moec.compiler.program import Program
+from moec.compiler.target import LoweredFiles, Session, register
+from moec.targets.metal.legalize import float_activations
+from moec.targets.metal.options import Options
+
+if TYPE_CHECKING:
+    from moec.compiler.artifact import Artifact
+
+
+class MetalTarget:
+    """See docs/ios.md for what an application does with the file."""
+
+    name = "metal"
+
+    def legalize(self, options: Any) -> list[Pass]:
+        return [float_activations()]
+
+    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles:
+        from moec.targets.metal.lower import lower  # the delegate's builder: seconds to import
+
+        if not isinstance(options, Options):
+            raise CompileError(f"options of another target: {type(options).__name__}")
+        return lower(program, out, options, progress)
+
+    def load(self, artifact: Artifact) -> Session:
+        """The artifact with its own types: 16-bit activations are rounded as on the GPU."""
+        return self._session(artifact, wide=False)
+
+    def load_exact(self, artifact: Artifact) -> Session:
+        """The float32 twin: same instructions, same stored values, nothing rounded to 16 bits. `verify` compares it."""
+        return self._session(artifact, wide=True)
+
+    def _session(self, artifact: Artifact, *, wide: bool) -> Session:
+        from moec.targets.metal.session import MetalSession
+
+        manifest = artifact.manifest
+        if manifest.target != self.name:
+            raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
+        return MetalSession(
+            artifact.path("model.pte"),
+            vocab_size=manifest.model.vocab_size,
+            context=manifest.model.context,
+            max_tokens=manifest.model.max_tokens,
+            details=manifest.details,
+            wide=wide,
+        )
+
+
+register("metal", MetalTarget)
