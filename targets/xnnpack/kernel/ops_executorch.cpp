@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "moec_kernel.h"
+#include "ops_executorch.h"
 
 namespace {
 
@@ -36,9 +37,16 @@ void run_on_executorch(void*, int32_t n, moec_task_fn task, void* context) {
 
 int32_t executorch_threads(void*) { return static_cast<int32_t>(executorch::extension::get_thread_count()); }
 
+// The default in a program that knows nothing of this library: its threads are ExecuTorch's.
 struct UseExecutorchThreads {
-  UseExecutorchThreads() { moec_set_parallel(run_on_executorch, executorch_threads, nullptr); }
+  UseExecutorchThreads() { moec_use_executorch_threads(); }
 } use_executorch_threads;
+
+}  // namespace
+
+void moec_use_executorch_threads(void) { moec_set_parallel(run_on_executorch, executorch_threads, nullptr); }
+
+namespace {
 
 // ----------------------------------------------------------------------------------------------------------------- checks
 

@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <shared_mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -29,6 +30,7 @@
 #include <vector>
 
 #include "moec_kernel.h"
+#include "ops_executorch.h"
 
 // The wheel ships this class without its header.
 namespace executorch::extension::threadpool {
@@ -179,6 +181,7 @@ struct moec_model {
   bool check_method(const char* name);
   bool reserve_arenas(const std::vector<std::string>& names);
   bool load_method(const std::string& name);
+  bool set_threads(int32_t threads);
   bool integer(const char* name, bool required, int64_t* value);
   bool forward(const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity);
 };
@@ -293,14 +296,6 @@ bool moec_model::load_method(const std::string& name) {
 
 bool moec_model::open(int32_t threads) {
   if (!check_file()) return false;
-  if (threads <= 0) threads = static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency()));
-  if (threads > 256) return fail(text("%d threads: at most 256", threads));
-  auto* pool = executorch::extension::threadpool::get_threadpool();
-  if (pool && pool->get_thread_count() != static_cast<size_t>(threads) &&
-      !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads)))
-    return fail(text("the system does not allow %d threads", threads));
-  info.threads = threads;
-
   module = std::make_unique<Module>(path, Module::LoadMode::Mmap);
   Watch watch;
   const Error code = module->load(executorch::runtime::Program::Verification::InternalConsistency);
@@ -314,7 +309,25 @@ bool moec_model::open(int32_t threads) {
   if (!read_constants()) return false;
   for (const std::string& name : names)
     if (!check_method(name.c_str())) return false;
-  return reserve_arenas(names) && load_method("forward");
+  return set_threads(threads) && reserve_arenas(names) && load_method("forward");
+}
+
+// One pool does the work, the other has no threads: see ops_executorch.h.
+bool moec_model::set_threads(int32_t threads) {
+  if (threads <= 0) threads = static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency()));
+  if (threads > 256) return fail(text("%d threads: at most 256", threads));
+  const bool delegated = module->method_meta("forward")->uses_backend("XnnpackBackend");
+  const size_t theirs = delegated ? static_cast<size_t>(threads) : 1;
+  auto* pool = executorch::extension::threadpool::get_threadpool();
+  if (pool && pool->get_thread_count() != theirs && !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(theirs)))
+    return fail(text("the system does not allow %d threads", threads));
+  if (moec_set_threads(delegated ? 1 : threads) != MOEC_OK) return fail(moec_last_error());
+  if (delegated)
+    moec_use_executorch_threads();
+  else
+    moec_set_parallel(nullptr, nullptr, nullptr);
+  info.threads = threads;
+  return true;
 }
 
 bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity) {
@@ -345,6 +358,9 @@ bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all,
 
 // ------------------------------------------------------------------------------------------------------------------ C API
 
+// Thread pools belong to the process: opening a model may resize them, which no running model would survive.
+static std::shared_mutex pools;
+
 // No C++ exception may cross into C or Python.
 template <typename Body>
 static bool guarded(moec_model* model, Body body) {
@@ -360,6 +376,7 @@ static bool guarded(moec_model* model, Body body) {
 moec_model* moec_model_open(const char* path, int32_t threads) {
   moec_model* model = new (std::nothrow) moec_model;
   if (!model) return nullptr;
+  std::unique_lock<std::shared_mutex> alone(pools);
   guarded(model, [&] {
     Watch watch;
     model->path = path ? path : "";
@@ -397,6 +414,7 @@ int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int
                            int64_t capacity) {
   if (!model) return -1;
   std::lock_guard<std::mutex> lock(model->busy);
+  std::shared_lock<std::shared_mutex> keep(pools);
   model->error.clear();
   const bool ok = guarded(model, [&] {
     if (!model->module || !ids || (capacity != 0 && !logits)) return model->fail("not open, or no buffer");
