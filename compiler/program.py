@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._export.verifier import TrainingIRVerifier
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
 
 from moec.compiler.quant import QuantizedTensor
@@ -211,7 +211,7 @@ class Editor:
         old = self._program.exported
         signature = copy.copy(old.graph_signature)
         signature.input_specs = self.input_specs
-        signature.output_specs = self.output_specs
+        signature.output_specs = self._named_outputs()
         exported = ExportedProgram(
             root=self.module,
             graph=self.graph,
@@ -230,6 +230,15 @@ class Editor:
             roles=self.roles,
             stage=self._program.stage if stage is None else stage,
         )
+
+    def _named_outputs(self) -> list[OutputSpec]:
+        """The output specs, each under the name of the node that is returned now."""
+        results = next(reversed(self.graph.nodes)).args[0]
+        assert isinstance(results, (list, tuple)) and len(results) == len(self.output_specs)
+        return [
+            replace(s, arg=TensorArgument(node.name)) if isinstance(node, Node) else s
+            for s, node in zip(self.output_specs, results, strict=True)
+        ]
 
     def _fake_state(self) -> dict[str, torch.Tensor]:
         """torch wants a state: the fake tensors of the weights' placeholders, parameters wrapped as such."""

@@ -32,7 +32,7 @@ class Execution:
 
 def to_execution(methods: Mapping[str, ExportedProgram], partitioners: Sequence[Partitioner]) -> Execution:
     """Lower every method; caches (mutated buffers) share one arena, so that all methods see the same ones."""
-    with _quiet():
+    with quiet():
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: list(partitioners) for name in methods},
@@ -61,7 +61,7 @@ def _plan(edge: EdgeProgramManager) -> dict[str, ExportedProgram]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """ExecuTorch logs and warns about its own internals on every call; none of it is the user's to act on."""
     loggers = [logging.getLogger(name) for name in ("executorch", "root", "torch.fx")]
     levels = [logger.level for logger in loggers]

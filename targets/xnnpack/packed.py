@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.program import Editor, LazyWeight, Role
+from moec.compiler.program import Editor, LazyWeight
 from moec.targets.xnnpack import packing
 from moec.targets.xnnpack.moe_config import Kind, WeightFormat
 
@@ -62,7 +62,6 @@ def pack_into(editor: Editor, sources: Sequence[Source], *, count: int, n: int, 
         raise AssertionError("only weights of one format can be stacked")
     # the layout does not depend on how activations are treated: an embedding and a head can share it
     layout = replace(sources[0].format, int8_activations=False)
-    names = [_weight_name(editor, node) for source in sources for node in source.nodes]
     name = _blob_name([_weight_name(editor, s.weight) for s in sources], transposed)
     existing = editor.placeholder_of(name)
     if existing is not None:
@@ -70,8 +69,7 @@ def pack_into(editor: Editor, sources: Sequence[Source], *, count: int, n: int, 
     loaders = [[editor.weights[_weight_name(editor, node)] for node in source.nodes] for source in sources]
     size = count * packing.packed_bytes(n, k, layout)
     weight = LazyWeight((size,), torch.uint8, _packer(loaders, layout, count, n, k, transposed))
-    role = editor.roles[names[0]]
-    return editor.add_weight(name, weight, Role.EMBEDDING if role == Role.HEAD and len(names) > 2 else role)
+    return editor.add_weight(name, weight, editor.roles[_weight_name(editor, sources[0].weight)])
 
 
 def _weight_name(editor: Editor, node: Node) -> str:
@@ -86,7 +84,7 @@ def _weight_name(editor: Editor, node: Node) -> str:
 
 def _blob_name(weights: Sequence[str], transposed: bool) -> str:
     """`a.q_proj.qweight`, `a.k_proj.qweight` -> `a.q_proj+k_proj.packed`."""
-    stems = [name.rpartition(".")[0] if name.endswith(("weight", ".codes")) and "." in name else name for name in weights]
+    stems = [name.removesuffix("weight").removesuffix("q").removesuffix(".") for name in weights]
     parent = stems[0].rpartition(".")[0]
     leaves = "+".join(stem.removeprefix(parent + ".") if parent else stem for stem in stems)
     return f"{parent + '.' if parent else ''}{leaves}.packed{'_t' if transposed else ''}"

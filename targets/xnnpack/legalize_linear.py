@@ -1,0 +1,134 @@
+"""Dense linears, the embedding and the head: who computes each, and the weights in that kernel's layout.
+
+    linear_q(x, codes, scales), linear(x, w)          ->  moec::linear_packed(x, blob)
+    linears of one x, side by side                    ->  split(linear_packed(x, one blob))
+    embedding_q(ids, codes, scales), embedding(w, ids) ->  moec::embedding_packed(ids, blob)
+
+Roles whose kernel is `xnnpack` keep `aten.linear`, which the XNNPACK partitioner takes: as it is for a float weight, as
+torchao's dynamic quantization for INT4 codes (see legalize_delegate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moec.compiler.ops import embedding_q, linear_q
+from moec.compiler.pipeline import Pass, PassResult
+from moec.compiler.program import Editor, Program, Role, Stage
+from moec.targets.xnnpack.cpu_ops import embedding_packed, linear_packed
+from moec.targets.xnnpack.legalize_moe import arguments
+from moec.targets.xnnpack.options import Options
+from moec.targets.xnnpack.packed import Source, float_source, pack_into, quantized_source
+
+aten = torch.ops.aten
+LINEARS = (linear_q, aten.linear.default)
+EMBEDDINGS = (embedding_q, aten.embedding.default)
+
+
+def pack_linears(options: Options) -> Pass:
+    return Pass("pack_linears", lambda program: _linears(program, options), needs=Stage.FUSED, gives=Stage.FUSED)
+
+
+def pack_embeddings(options: Options) -> Pass:
+    return Pass("pack_embeddings", _embeddings, needs=Stage.FUSED, gives=Stage.FUSED)
+
+
+def kernel_of(program: Program | Editor, node: Node, options: Options) -> str:
+    """`moec` or `xnnpack`: which kernel serves this linear.
+
+    `auto`: integer weights go to our kernel (exact scales, one copy of the weights, faster at one token on every x86
+    measured); float weights to XNNPACK, but for a head that shares its table with the embedding.
+    """
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    name = program.weight_of(weight)
+    role = program.roles.get(name, Role.OTHER) if name else Role.OTHER
+    if name is None:  # a computed operand: no kernel of ours takes one
+        return "xnnpack"
+    section = {Role.ATTENTION: "attention", Role.HEAD: "head", Role.EMBEDDING: "head"}.get(role, "ffn")
+    chosen = str(getattr(options.kernels, section))
+    if chosen != "auto":
+        return chosen
+    return "moec" if node.target is linear_q or section == "head" else "xnnpack"
+
+
+def _linears(program: Program, options: Options) -> PassResult:
+    edit = program.edit()
+    nodes = [n for n in edit.graph.nodes if n.op == "call_function" and n.target in LINEARS]
+    ours = [n for n in nodes if kernel_of(edit, n, options) == "moec"]
+    for group in _side_by_side(ours):
+        _pack(edit, group)
+    return PassResult(edit.done(), len(ours)) if ours else PassResult(program, 0)
+
+
+def _side_by_side(nodes: Iterable[Node]) -> list[list[Node]]:
+    """Linears of the same input and format, without bias, in the graph's order; the others alone."""
+    groups: dict[Any, list[Node]] = {}
+    for node in nodes:
+        given = arguments(node)
+        alone = given.get("bias") is not None
+        key = (node,) if alone else (node.args[0], source_of(node).format)
+        groups.setdefault(key, []).append(node)
+    return list(groups.values())
+
+
+def source_of(node: Node) -> Source:
+    """The weight of a linear or embedding as a kernel may read it."""
+    given = arguments(node)
+    if node.target in (linear_q, embedding_q):
+        return quantized_source(
+            given["codes"],
+            given["scales"],
+            bits=given["bits"],
+            group_size=given["group_size"],
+            int8_activations=given.get("int8_activations", False),
+        )
+    return float_source(given["weight"])
+
+
+def _rows_and_columns(source: Source) -> tuple[int, int]:
+    rows, columns = (int(s) for s in source.weight.meta["val"].shape)
+    return rows, columns * (2 if source.weight.meta["val"].dtype == torch.uint8 else 1)
+
+
+def _pack(edit: Editor, group: list[Node]) -> None:
+    sources = [source_of(node) for node in group]
+    sizes = [_rows_and_columns(source) for source in sources]
+    n, k = sum(rows for rows, _ in sizes), sizes[0][1]
+    blob = pack_into(edit, sources, count=1, n=n, k=k)
+    first = group[0]
+    bias = arguments(first).get("bias")
+    with edit.graph.inserting_before(first):
+        y = edit.call(linear_packed, first.args[0], blob, bias, n, k, sources[0].format.encode(), like=first)
+    if len(group) == 1:
+        first.replace_all_uses_with(y)
+        edit.graph.erase_node(first)
+        return
+    start = 0
+    for node, (rows, _) in zip(group, sizes, strict=True):
+        with edit.graph.inserting_before(first):
+            part = edit.call(aten.slice.Tensor, y, -1, start, start + rows, like=node)
+        node.replace_all_uses_with(part)
+        start += rows
+    for node in group:
+        edit.graph.erase_node(node)
+
+
+def _embeddings(program: Program) -> PassResult:
+    edit = program.edit()
+    nodes = [n for n in edit.graph.nodes if n.op == "call_function" and n.target in EMBEDDINGS]
+    for node in nodes:
+        given = arguments(node)
+        source = source_of(node)
+        rows, columns = _rows_and_columns(source)
+        blob = pack_into(edit, [source], count=1, n=rows, k=columns)
+        ids = given["ids"] if node.target is embedding_q else given["indices"]
+        with edit.graph.inserting_before(node):
+            y = edit.call(embedding_packed, ids, blob, rows, columns, source.format.encode(), like=node)
+        node.replace_all_uses_with(y)
+        edit.graph.erase_node(node)
+    return PassResult(edit.done(), len(nodes)) if nodes else PassResult(program, 0)

@@ -1,0 +1,150 @@
+"""From a legal Program to `model.pte`: methods `forward` (logits of the last token) and `forward_all` (of every token).
+
+Both read the same weights and the same KV cache. Weights of delegated linears are handed to XNNPACK here and copied into
+the file as it packs them; all others are computed one at a time while the file is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir.backend.backend_details import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, Partitioner
+from executorch.exir.schema import DelegateCall, KernelCall
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from moec.compiler.program import ModelInfo, Program, Role, weight_names
+from moec.compiler.progress import Progress
+from moec.compiler.target import LoweredFiles
+from moec.targets.xnnpack.execution import to_execution
+from moec.targets.xnnpack.legalize_last_token import last_token
+from moec.targets.xnnpack.options import Options
+from moec.targets.xnnpack.pte import Emitted, WrittenFile, emit, write_pte
+
+aten = torch.ops.aten
+MODEL = "model.pte"
+
+
+class LinearPartitioner(XnnpackPartitioner):
+    """Takes linears only, float or dynamically quantized. XNNPACK's other rewrites of a delegate's graph are not needed
+    for those; skipping them gives the same bytes in a quarter of the time."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            configs=[LinearConfig], config_precisions=[ConfigPrecisionType.DYNAMIC_QUANT, ConfigPrecisionType.FP32]
+        )
+        self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
+
+
+def lower(program: Program, out: Path, options: Options, progress: Progress) -> LoweredFiles:
+    """Write `out/model.pte`. OSError if the disk refuses."""
+    delegated = _delegated_weights(program)
+    with progress.stage("lower to ExecuTorch", total=None):
+        methods = {"forward_all": program, "forward": last_token(program)}
+        exported = {name: _with_weights(method, delegated) for name, method in methods.items()}
+        partitioners: list[Partitioner] = [LinearPartitioner()] if delegated else []
+        execution = to_execution(exported, partitioners)
+        emitted = emit(execution.methods, constant_methods(program.info))
+    del exported
+    with progress.stage("write weights", total=len(emitted.weights)) as step:
+        written = write_pte(out / MODEL, emitted, program.weights, execution.named_data, after=step)
+    return LoweredFiles(
+        files=(MODEL,),
+        sizes_by_role=_sizes_by_role(program, written),
+        details=_details(program, emitted, delegated, written),
+    )
+
+
+def constant_methods(info: ModelInfo) -> dict[str, Any]:
+    """What ExecuTorch's LLM runners ask a model for. A missing BOS is -1."""
+    return {
+        "get_vocab_size": info.vocab_size,
+        "get_max_seq_len": info.max_tokens,
+        "get_max_context_len": info.context,
+        "use_kv_cache": True,
+        "get_bos_id": -1 if info.bos_id is None else info.bos_id,
+        "get_eos_ids": list(info.eos_ids),
+    }
+
+
+def _delegated_weights(program: Program) -> list[str]:
+    """Names of the weights that `aten.linear` reads, through a dequantization or not: XNNPACK needs their values."""
+    names = weight_names(program.exported)
+    found: list[str] = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is aten.linear.default:
+            for operand in node.args[1:3]:
+                found += _constants_of(operand, names)
+    return list(dict.fromkeys(found))
+
+
+def _constants_of(operand: Any, names: Mapping[str, str]) -> list[str]:
+    if not isinstance(operand, Node):
+        return []
+    if operand.op == "placeholder":
+        return [names[operand.name]] if operand.name in names else []
+    if operand.target is torch.ops.torchao.dequantize_affine.default:
+        return [name for a in operand.args for name in _constants_of(a, names)]
+    return []
+
+
+def _with_weights(program: Program, names: list[str]) -> ExportedProgram:
+    """The exported program with the values of `names` in its state; the other weights stay fake."""
+    exported = program.exported
+    for name in names:
+        if name in exported.state_dict:
+            exported.state_dict[name] = torch.nn.Parameter(program.weights[name].load(), requires_grad=False)
+    return exported
+
+
+def _sizes_by_role(program: Program, written: WrittenFile) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for name, size in written.weight_bytes.items():
+        sizes[program.roles.get(name, Role.OTHER).value] += size
+    if written.delegate_bytes:
+        sizes["xnnpack"] = written.delegate_bytes
+    return dict(sizes)
+
+
+def _details(program: Program, emitted: Emitted, delegated: list[str], written: WrittenFile) -> dict[str, Any]:
+    methods: dict[str, Any] = {}
+    operators: Counter[str] = Counter()
+    for plan in emitted.program.execution_plan:
+        instructions = [i.instr_args for chain in plan.chains for i in chain.instructions]
+        if not instructions:
+            continue
+        methods[plan.name] = {
+            "instructions": len(instructions),
+            "delegates": len(plan.delegates),
+            "delegate_calls": sum(isinstance(i, DelegateCall) for i in instructions),
+            "arena_bytes": list(plan.non_const_buffer_sizes[1:]),
+        }
+        for call in instructions:
+            if isinstance(call, KernelCall):
+                op = plan.operators[call.op_index]
+                operators[f"{op.name}.{op.overload}" if op.overload else op.name] += 1
+    roles = sorted({program.roles[n].value for n in delegated if n.endswith(".int8")})
+    details: dict[str, Any] = {"methods": methods, "operators": dict(sorted(operators.items()))}
+    if delegated:
+        details["delegate_bytes"] = written.delegate_bytes
+        details["delegated_roles"] = sorted({program.roles[n].value for n in delegated})
+    if roles:
+        details["asymmetric_roles"] = roles
+        details["notes"] = [
+            f"XNNPACK serves INT4 weights of: {', '.join(roles)}. It stores their group scales as BF16 (relative error up "
+            "to 2^-8 against the F16 scales) and rounds activations asymmetrically."
+        ]
+    return details
+
+
+logging.getLogger("executorch").setLevel(logging.ERROR)
