@@ -242,7 +242,7 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
             max_tokens=info.max_tokens,
             constants={
                 "get_vocab_size": info.vocab_size,
-                "get_max_seq_len": info.max_tokens,
+                "get_max_seq_len": info.context,
                 "get_max_context_len": info.context,
                 "use_kv_cache": True,
                 "get_bos_id": -1 if info.bos_id is None else info.bos_id,

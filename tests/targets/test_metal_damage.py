@@ -1,4 +1,4 @@
-"""Damaged Metal artifacts: every fault is an ArtifactError that names the file, never a crash or a wrong answer passed on."""
+"""Damaged Metal artifacts: every fault is an ArtifactError that names the file, never a crash."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_undamaged_file_runs(made: Any, tmp_path: Path) -> None:
 def test_a_truncated_file(made: Any, tmp_path: Path, keep: int) -> None:
     file = tmp_path / "model.pte"
     file.write_bytes(made[0][:keep])
-    with pytest.raises(ArtifactError, match="model.pte"):
+    with pytest.raises(ArtifactError, match=r"model\.pte"):
         open_and_run(file, made[1])
 
 
@@ -112,7 +112,7 @@ def test_random_bytes_never_crash(made: Any, tmp_path: Path) -> None:
     details = without_digests(details)
     begin = data.index(payload)
     draw = random.Random(0)
-    faults = 0
+    told: list[str] = []
     for trial in range(200):
         changed = bytearray(data)
         for _ in range(draw.randint(1, 8)):
@@ -123,12 +123,11 @@ def test_random_bytes_never_crash(made: Any, tmp_path: Path) -> None:
         try:
             answer = open_and_run(file, details)
         except ArtifactError as e:
-            assert "model.pte" in str(e)
-            assert "\n" not in str(e)
-            faults += 1
+            told.append(str(e))
         else:
             assert answer.shape == (1, SHAPE.vocab)
-    assert faults > 50  # most of the bytes matter
+    assert len(told) > 50  # most of the bytes matter
+    assert all("model.pte" in line and "\n" not in line for line in told)
 
 
 def test_taps_of_another_artifact(made: Any, tmp_path: Path) -> None:

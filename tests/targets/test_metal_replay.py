@@ -1,11 +1,12 @@
 """The Metal target on handmade decoders: what the emitted file computes, executed by MLX, against eager fp32.
 
-Tolerance 1e-5 absolute on logits of a few units: the same fp32 sums in another order over two layers (measured 2e-6 to 6e-6).
-A wrong instruction, code or scale changes logits by 1e-2 and more.
+Tolerance 1e-5 absolute on logits of a few units: the same fp32 sums in another order over two layers (measured 2e-6 to
+6e-6). A wrong instruction, code or scale changes logits by 1e-2 and more.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,9 +86,7 @@ class Case:
     def eager(self, ids: np.ndarray, cuts: tuple[int, ...] = ()) -> np.ndarray:
         model = Interpreter(self.program)
         edges = [0, *cuts, len(ids)]
-        parts = [
-            model(torch.from_numpy(ids[a:b])[None], torch.tensor([a])) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        parts = [model(torch.from_numpy(ids[a:b])[None], torch.tensor([a])) for a, b in itertools.pairwise(edges)]
         return torch.cat(parts, 1)[0].numpy()
 
 

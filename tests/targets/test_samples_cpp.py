@@ -1,0 +1,102 @@
+"""The C++ sample of docs/android.md compiles against the wheel and generates what the eager model does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.targets.xnnpack.native import executorch_folder, kernels_library
+from tests.targets import runtime_model as m
+
+SAMPLE = Path(__file__).parents[2] / "samples" / "cpp"
+
+
+def tool(name: str) -> str:
+    return str(Path(sys.executable).parent / name)  # installed by pip, beside python
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    build = tmp_path_factory.mktemp("sample")
+    for command in (
+        [
+            *(tool("cmake"), "-S", str(SAMPLE), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DCMAKE_PREFIX_PATH={executorch_folder()}",
+            f"-DMOEC_KERNELS={kernels_library()}",
+        ],
+        [tool("cmake"), "--build", str(build)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "warning:" not in done.stdout
+    return build / "moec_sample"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, m.OneLayer]:
+    path = tmp_path_factory.mktemp("model") / "model.pte"
+    return path, m.write_pte(path)
+
+
+def run(sample: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(sample), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_it_generates_what_eager_does(sample: Path, model: tuple[Path, m.OneLayer]) -> None:
+    path, eager = model
+    prompt = [
+        5,
+        6,
+        7,
+        90,
+        11,
+        3,
+        4,
+        8,
+        9,
+        10,
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+        18,
+        19,
+        20,
+    ]  # 19 tokens: two chunks of at most 16
+    done = run(sample, path, 6, *prompt)
+    assert done.returncode == 0, done.stderr
+    ids, chunk, position = [], torch.tensor([prompt]), 0
+    with torch.no_grad():
+        for _ in range(6):
+            logits = None
+            for piece in chunk.split(m.MAX_TOKENS, dim=1):
+                logits = eager(piece, torch.tensor([position]))
+                position += piece.shape[1]
+            assert logits is not None
+            ids.append(int(logits[0, -1].argmax()))
+            chunk = torch.tensor([[ids[-1]]])
+    assert [int(line) for line in done.stdout.split()] == ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "usage"),
+        (("x", "3", "1"), "cannot load"),
+        (("MODEL", "3", "97"), "97 is not in the vocabulary of 97"),
+        (("MODEL", "3", "-1"), "not in the vocabulary"),
+        (("MODEL", "3", "a"), "a is not a token id"),
+        (("MODEL", "3", *["1"] * 300), "300 tokens do not fit"),
+    ],
+)
+def test_faults_are_told(sample: Path, model: tuple[Path, m.OneLayer], arguments: tuple[str, ...], said: str) -> None:
+    done = run(sample, *(str(model[0]) if a == "MODEL" else a for a in arguments))
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
