@@ -7,7 +7,7 @@ namespace moec {
 namespace {
 
 using V = __m256;
-constexpr int64_t kLanes = 8, kRows = 6, kCols = 2, kDecodeRows = 5, kKeysTogether = 2;
+constexpr int64_t kLanes = 8, kRows = 6, kCols = 2, kDecodeRows = 3, kKeysTogether = 2;
 
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline V load(const int8_t* p) {

@@ -63,7 +63,7 @@ inline int64_t tile_scratch(int64_t lanes, int64_t rows, int64_t head_dim, int64
   const int64_t r = padded(rows, lanes), d = padded(head_dim, lanes), e = padded(value_dim, lanes);
   return r * (head_dim + kKeyBlock + e + 5) + kKeyBlock * (d + e);
 }
-inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t keys) { return heads * padded(keys, lanes); }
+inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t keys) { return (heads + 2) * padded(keys, lanes); }
 
 const AttentionIsa& attention_scalar();
 // Null where this build or processor family has none.

@@ -1,7 +1,7 @@
 // Attention, norms and RoPE over a vector type. Included once by each attention_<isa>.cpp, after it has defined, in its own
 // anonymous namespace, the type `V` (one register of floats) and its operations:
-//   constexpr int64_t kLanes, kRows = 6 (rows of a register tile), kCols (vectors of a register tile), kDecodeRows (rows of
-//   a tile that is used with kCols converted vectors beside it), kKeysTogether (keys scored side by side)
+//   constexpr int64_t kLanes, kRows = 6 (rows of a register tile), kCols (vectors of a register tile), kDecodeRows (query
+//   heads whose sums over 4 vectors of values fit the registers), kKeysTogether (keys scored side by side)
 //   load(const float*), load(const int8_t*) (widened), store, set1, zero, add, sub, mul, fma(a, b, c) = a*b + c, max, div
 //   exp2i(V) = 2^n of an integral-valued n in [-126, 127], round, hsum, hmax, less_equal_select(a, b, x, y) = a <= b ? x : y
 //   reduce(const V part[kLanes]) -> V whose lane i is the sum of part[i]
@@ -255,7 +255,7 @@ template <typename C>
 inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const C* keys, int64_t key_stride, int64_t count,
                         float* scores, int64_t score_stride) {
   while (queries > 0) {
-    const int64_t now = queries < 4 ? queries : 4;
+    const int64_t parts = (queries + 3) / 4, now = (queries + parts - 1) / parts;
     switch (now) {
       case 1: dot_keys<1>(q, d, keys, key_stride, count, scores, score_stride); break;
       case 2: dot_keys<2>(q, d, keys, key_stride, count, scores, score_stride); break;
@@ -268,6 +268,76 @@ inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const C* key
   }
 }
 
+// Scores become weights: e^(s * k_factor - max) * v_factor of `count` keys, 0 behind them; max and the sum of the e's.
+inline void weigh(float* s, int64_t count, int64_t stride, const float* k_factor, const float* v_factor, float* row_max,
+                  float* row_sum) {
+  for (int64_t i = count; i < stride; ++i) s[i] = 0.0f;
+  V top = set1(kNegative);
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    const V x = mul(load(s + i), load(k_factor + i));
+    store(s + i, x);
+    if (i + kLanes <= count) top = max(top, x);
+  }
+  float highest = hmax(top);
+  for (int64_t i = count / kLanes * kLanes; i < count; ++i) highest = s[i] > highest ? s[i] : highest;
+  for (int64_t i = count; i < stride; ++i) s[i] = kNegative;
+  V sum = zero();
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    const V p = exp_negative(sub(load(s + i), set1(highest)));
+    store(s + i, mul(p, load(v_factor + i)));
+    sum = add(sum, p);
+  }
+  *row_max = highest;
+  *row_sum = hsum(sum);
+}
+
+// acc[row][0 .. Cols) (+)= sum over n keys of weight[row][key] * value[key]. Each value is widened once for all rows.
+template <int Rows, int Cols, typename C>
+inline void add_values(int64_t n, const float* weights, int64_t stride, const C* values, int64_t value_stride, int64_t e,
+                       float* acc, bool first) {
+  V sum[Rows][Cols];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Cols; ++j) sum[i][j] = first ? zero() : load(acc + i * e + j * kLanes);
+  for (int64_t k = 0; k < n; ++k) {
+    V left[Rows];
+    for (int i = 0; i < Rows; ++i) left[i] = set1(weights[i * stride + k]);
+    for (int j = 0; j < Cols; ++j) {
+      const V value = load(values + k * value_stride + j * kLanes);
+      for (int i = 0; i < Rows; ++i) sum[i][j] = fma(left[i], value, sum[i][j]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Cols; ++j) store(acc + i * e + j * kLanes, sum[i][j]);
+}
+
+template <int Rows, typename C>
+inline void add_value_columns(int64_t n, const float* weights, int64_t stride, const C* values, int64_t value_stride,
+                              int64_t e, float* acc, bool first) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= e; j += 4 * kLanes)
+    add_values<Rows, 4>(n, weights, stride, values + j, value_stride, e, acc + j, first);
+  for (; j < e; j += kLanes) add_values<Rows, 1>(n, weights, stride, values + j, value_stride, e, acc + j, first);
+}
+
+template <typename C>
+inline void add_values_of(int64_t queries, int64_t n, const float* weights, int64_t stride, const C* values,
+                          int64_t value_stride, int64_t e, float* acc, bool first) {
+  static_assert(kDecodeRows >= 3 && kDecodeRows <= 5, "the cases below");
+  while (queries > 0) {
+    const int64_t parts = (queries + kDecodeRows - 1) / kDecodeRows, now = (queries + parts - 1) / parts;
+    switch (now) {
+      case 1: add_value_columns<1>(n, weights, stride, values, value_stride, e, acc, first); break;
+      case 2: add_value_columns<2>(n, weights, stride, values, value_stride, e, acc, first); break;
+      case 3: add_value_columns<3>(n, weights, stride, values, value_stride, e, acc, first); break;
+      case 4: add_value_columns<kDecodeRows >= 4 ? 4 : 1>(n, weights, stride, values, value_stride, e, acc, first); break;
+      default: add_value_columns<kDecodeRows >= 5 ? 5 : 1>(n, weights, stride, values, value_stride, e, acc, first); break;
+    }
+    queries -= now;
+    weights += now * stride;
+    acc += now * e;
+  }
+}
+
 template <typename C>
 void decode_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv;
@@ -276,6 +346,8 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
   const C* k_cache = static_cast<const C*>(call.k_cache) + item.key_begin * kv * d;
   const C* v_cache = static_cast<const C*>(call.v_cache) + item.key_begin * kv * e;
   float* scores = scratch;  // [H][stride]
+  float* k_factor = scores + call.heads * stride;  // [stride], of one KV head
+  float* v_factor = k_factor + stride;
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
     for (int64_t g = 0; g < kv; ++g) {
@@ -289,38 +361,23 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
                   stride);
     }
   }
-  for (int64_t h = 0; h < call.heads; ++h) {
-    float* s = scores + h * stride;
-    const int64_t g = h / per;
-    const float* k_scale = call.k_scale ? call.k_scale + item.key_begin * kv + g : nullptr;
-    const float* v_scale = call.v_scale ? call.v_scale + item.key_begin * kv + g : nullptr;
-    for (int64_t i = 0; i < count; ++i) s[i] *= k_scale ? call.scale * k_scale[i * kv] : call.scale;
-    for (int64_t i = count; i < stride; ++i) s[i] = kNegative;
-    V top = load(s);
-    for (int64_t i = kLanes; i < stride; i += kLanes) top = max(top, load(s + i));
-    const float highest = hmax(top);
-    V sum = zero();
-    for (int64_t i = 0; i < stride; i += kLanes) {
-      const V p = exp_negative(sub(load(s + i), set1(highest)));
-      store(s + i, p);
-      sum = add(sum, p);
+  for (int64_t g = 0; g < kv; ++g) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = (item.key_begin + i) * kv + g;
+      k_factor[i] = call.k_scale ? call.scale * call.k_scale[row] : call.scale;
+      v_factor[i] = call.v_scale ? call.v_scale[row] : 1.0f;
     }
-    for (int64_t i = count; i < stride; ++i) s[i] = 0.0f;
-    item.partial_max[h] = highest;
-    item.partial_sum[h] = hsum(sum);
-    if (v_scale)
-      for (int64_t i = 0; i < count; ++i) s[i] *= v_scale[i * kv];
+    for (int64_t i = count; i < stride; ++i) k_factor[i] = v_factor[i] = 0.0f;
+    for (int64_t h = g * per; h < (g + 1) * per; ++h)
+      weigh(scores + h * stride, count, stride, k_factor, v_factor, item.partial_max + h, item.partial_sum + h);
   }
-  const float keep[kRows] = {1, 1, 1, 1, 1, 1};
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    for (int64_t h = 0; h < call.heads;) {
-      const int64_t g = h / per, left = (g + 1) * per - h, rows = left < kDecodeRows ? left : kDecodeRows;
-      if (h == g * per && begin + kKeyBlock < count)
+    for (int64_t g = 0; g < kv; ++g) {
+      if (begin + kKeyBlock < count)
         prefetch(v_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * e, kKeyBlock * e * int64_t{sizeof(C)});
-      multiply_all<C>(rows, e, n, scores + h * stride + begin, stride, 1, v_cache + (begin * kv + g) * e, kv * e,
-                      item.partial_acc + h * e, e, begin ? keep : nullptr);
-      h += rows;
+      add_values_of(per, n, scores + g * per * stride + begin, stride, v_cache + (begin * kv + g) * e, kv * e, e,
+                    item.partial_acc + g * per * e, begin == 0);
     }
   }
 }
