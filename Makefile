@@ -12,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   && echo $$p && break; done)
-EXTRAS ?= dev
+EXTRAS ?= dev,metal,transformers
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
@@ -31,18 +31,20 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 setup: $(INSTALLED) $(KERNEL)
+	@:
 
 $(INSTALLED): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "moec needs Python 3.11, 3.12 or 3.13; install one, or give PYTHON=..." >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot make a virtual environment: install the venv package of $(PYTHON)" >&2; exit 2; }
+	@echo "installing moec and its dependencies into $(VENV) (torch is large: minutes without a package cache)"
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
-	touch $@
+	@touch $@
 
 $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
 	$(BIN)/python -m moec.targets.xnnpack.native build
-	touch $@
+	@touch $@
 
 DEMO := $(BUILD)/demo
 demo: setup

@@ -153,5 +153,6 @@ def test_lock_covers_the_dependencies() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in lines)
     locked = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [re.split(r"[\[<>=;! ]", n)[0] for n in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    wanted = [*project["dependencies"], *(n for extra in project["optional-dependencies"].values() for n in extra)]
+    needed = [re.split(r"[\[<>=;! ]", name)[0] for name in wanted]
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= locked
