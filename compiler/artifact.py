@@ -1,7 +1,8 @@
 """An artifact: a folder with the program file(s), the tokenizer and `manifest.json`.
 
-It is written in a temporary sibling folder and put in place by one rename, so a good artifact survives a crash, Ctrl-C
-and a full disk. `Artifact.open` checks what can be checked without reading gigabytes; `Artifact.check_contents` reads all.
+It is written in a temporary sibling folder and put in place by one rename, so a good artifact survives a crash,
+Ctrl-C and a full disk. `Artifact.open` checks what can be checked without reading gigabytes, `check_contents` reads
+all.
 """
 
 from __future__ import annotations
@@ -179,7 +180,9 @@ def _check_file(file: Path, record: FileRecord) -> None:
         what = "truncated" if size < record.bytes else "too long"
         raise ArtifactError(f"{what}: {size} bytes, the manifest says {record.bytes}", place=str(file), remedy=_REMEDY)
     if hashlib.sha256(head).hexdigest() != record.head_sha256:
-        raise ArtifactError("damaged: its first bytes differ from the manifest's digest", place=str(file), remedy=_REMEDY)
+        raise ArtifactError(
+            "damaged: its first bytes differ from the manifest's digest", place=str(file), remedy=_REMEDY
+        )
 
 
 def file_digest(file: Path) -> str:
@@ -200,10 +203,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def replacing(out: Path, *, marker: str = MANIFEST, kind: str = "an artifact") -> Iterator[Path]:
-    """A temporary sibling folder that takes the place of `out` when the block ends well, and vanishes when it does not.
+    """A temporary sibling folder that takes the place of `out` when the block ends well, and vanishes otherwise.
 
-    UserError, before anything is done, if `out` cannot be written or holds something that is not `kind`, which is known
-    by its file `marker`.
+    UserError, before anything is done, if `out` cannot be written or holds something that is not `kind`, which is
+    known by its file `marker`.
     """
     _check_replaceable(out, marker, kind)
     temporary = out.parent / f".{out.name}{_TEMPORARY}{os.getpid()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Session(Protocol):
 
 
 class Target(Protocol):
-    """`legalize` lists the passes from QUANTIZED (or FUSED, unquantized) to LEGAL; `lower` writes the program file(s)."""
+    """`legalize` lists the passes from QUANTIZED (or FUSED, unquantized) to LEGAL; `lower` writes the files."""
 
     name: str
 
@@ -52,13 +52,28 @@ class Target(Protocol):
     def load(self, artifact: Artifact) -> Session: ...
 
 
+@runtime_checkable
+class RunsExactly(Protocol):
+    """A target of 16-bit arithmetic whose artifacts can also be run in float32, to tell rounding from mistakes."""
+
+    def rounds(self, artifact: Artifact) -> bool: ...
+    def load_exact(self, artifact: Artifact) -> Session: ...
+
+
 @dataclass(frozen=True)
 class LoweredFiles:
-    """What `lower` wrote, relative to the artifact folder, and what the manifest should say of it."""
+    """What `lower` wrote, relative to the artifact folder, and what the manifest should say of it.
+
+    `digests`: SHA-256 of files that were hashed while they were written. `kernel_digest`: of the native sources that
+    the artifact's operators need. `notes`: what a user should know, a line each.
+    """
 
     files: tuple[str, ...]
     sizes_by_role: Mapping[str, int] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    kernel_digest: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 _TARGETS: dict[str, Callable[[], Target]] = {}

@@ -1,7 +1,7 @@
 """From exported graphs (ATen and `moec` operators) to ExecuTorch's execution dialect: edge, delegates, memory plan.
 
-This is what `to_edge_transform_and_lower` and `to_executorch` do, in the same order and with their own passes, stopping
-before emission: `pte.py` emits, because weights are not in memory here.
+This is what `to_edge_transform_and_lower` and `to_executorch` do, in the same order and with their own passes,
+stopping before emission: `pte.py` emits, because weights are not in memory here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def to_execution(methods: Mapping[str, ExportedProgram], partitioners: Sequence[
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: list(partitioners) for name in methods},
-            # operators of our own and LEGAL graphs are checked by our dialect; the dim order is always the default one
+            # our dialect has checked the graph, operators of our own included; the dim order is always the default
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
         return Execution(_plan(edge), edge._named_data_store.get_named_data_store_output())

@@ -1,6 +1,6 @@
 """linear_q  ->  torchao's dynamically quantized linear, the pattern that the XNNPACK partitioner delegates.
 
-    y = linear(dq(q(x)), dq(w)),   q of x: asymmetric INT8, one scale per token;   w: INT4 codes in groups along the input
+    y = linear(dq(q(x)), dq(w)),   q of x: asymmetric INT8, a scale per token;   w: INT4 codes, groups along the input
 
 XNNPACK keeps group scales as BF16 and rounds activations asymmetrically, so its numbers differ from the quantized
 program's; the manifest lists the roles it serves (`asymmetric_roles`), and notes the scales.
@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable
 
 import torch
-import torchao.quantization.quant_primitives  # noqa: F401  (registers torchao::quantize_affine and its relatives)
+import torchao.quantization.quant_primitives  # registers torchao::quantize_affine and its relatives
 from torch import Tensor
 from torch.fx import Node
 
@@ -25,6 +25,7 @@ from moec.targets.xnnpack.legalize_moe import arguments
 
 aten, torchao = torch.ops.aten, torch.ops.torchao
 INT4_LOW, INT4_HIGH = -8, 7
+INT8_SUFFIX = ".int8"  # names the codes of an INT4 weight, one to a byte
 
 
 def delegate_linears() -> Pass:
@@ -76,11 +77,12 @@ def _rewrite(edit: Editor, node: Node) -> None:
 def _plain_weights(edit: Editor, codes: Node, scales: Node) -> tuple[Node, Node, Node]:
     """int8 codes [N, K], float32 scales and int8 zero points [N, K / group_size] as weights of their own."""
     codes_name, scales_name = str(edit.weight_of(codes)), str(edit.weight_of(scales))
-    existing = edit.placeholder_of(codes_name + ".int8")
+    existing = edit.placeholder_of(codes_name + INT8_SUFFIX)
     if existing is not None:
-        others = [edit.placeholder_of(scales_name + suffix) for suffix in (".f32", ".zero")]
-        assert others[0] is not None and others[1] is not None
-        return existing, others[0], others[1]
+        float_scales, zeros = (edit.placeholder_of(scales_name + suffix) for suffix in (".f32", ".zero"))
+        assert float_scales is not None
+        assert zeros is not None
+        return existing, float_scales, zeros
     stored_codes, stored_scales = edit.weights[codes_name], edit.weights[scales_name]
     rows, half = stored_codes.shape
     role = edit.roles[codes_name]
@@ -90,7 +92,7 @@ def _plain_weights(edit: Editor, codes: Node, scales: Node) -> tuple[Node, Node,
 
     shape = tuple(stored_scales.shape)
     return (
-        add(codes_name + ".int8", (rows, 2 * half), torch.int8, lambda: unpack_int4(stored_codes.load())),
+        add(codes_name + INT8_SUFFIX, (rows, 2 * half), torch.int8, lambda: unpack_int4(stored_codes.load())),
         add(scales_name + ".f32", shape, torch.float32, lambda: stored_scales.load().to(torch.float32)),
         add(scales_name + ".zero", shape, torch.int8, lambda: torch.zeros(shape, dtype=torch.int8)),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 
 import torch
-import torchao.quantization.quant_primitives  # noqa: F401  (registers torchao::quantize_affine and its relatives)
+import torchao.quantization.quant_primitives  # registers torchao::quantize_affine and its relatives
 from torch.fx import Node
 
 from moec.compiler.ops import linear_q, rms_norm

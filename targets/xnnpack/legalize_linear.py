@@ -4,8 +4,8 @@
     linears of one x, side by side                    ->  split(linear_packed(x, one blob))
     embedding_q(ids, codes, scales), embedding(w, ids) ->  moec::embedding_packed(ids, blob)
 
-Roles whose kernel is `xnnpack` keep `aten.linear`, which the XNNPACK partitioner takes: as it is for a float weight, as
-torchao's dynamic quantization for INT4 codes (see legalize_delegate.py).
+Roles whose kernel is `xnnpack` keep `aten.linear`, which the XNNPACK partitioner takes: as it is for a float weight,
+as torchao's dynamic quantization for INT4 codes (see legalize_delegate.py).
 """
 
 from __future__ import annotations

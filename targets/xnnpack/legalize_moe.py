@@ -1,4 +1,4 @@
-"""fused_moe, fused_moe_q  ->  moec::fused_moe_packed: the weights in the kernel's layout, the attributes as its table.
+"""fused_moe, fused_moe_q  ->  moec::fused_moe_packed: the weights in the kernel's layout, its table of attributes.
 
 Float experts stored [E, in, out] are transposed while packing; quantized codes are carried bit for bit, whichever
 dimension their groups lie along.

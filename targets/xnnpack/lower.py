@@ -1,12 +1,11 @@
-"""From a legal Program to `model.pte`: methods `forward` (logits of the last token) and `forward_all` (of every token).
+"""From a legal Program to `model.pte`: methods `forward` (last token's logits) and `forward_all` (every token's).
 
-Both read the same weights and the same KV cache. Weights of delegated linears are handed to XNNPACK here and copied into
-the file as it packs them; all others are computed one at a time while the file is written.
+Both read the same weights and the same KV cache. Weights of delegated linears are handed to XNNPACK here and copied
+into the file as it packs them; all others are computed one at a time while the file is written.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,9 @@ from moec.compiler.program import ModelInfo, Program, Role, weight_names
 from moec.compiler.progress import Progress
 from moec.compiler.target import LoweredFiles
 from moec.targets.xnnpack.execution import to_execution
+from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
 from moec.targets.xnnpack.legalize_last_token import last_token
+from moec.targets.xnnpack.native import source_digest
 from moec.targets.xnnpack.options import Options
 from moec.targets.xnnpack.pte import Emitted, WrittenFile, emit, write_pte
 
@@ -36,7 +37,8 @@ MODEL = "model.pte"
 
 
 class LinearPartitioner(XnnpackPartitioner):
-    """Takes linears only, float or dynamically quantized. XNNPACK's other rewrites of a delegate's graph are not needed
+    """Takes linears only, float or dynamically quantized. XNNPACK's other rewrites of a delegate's graph are not
+    needed
     for those; skipping them gives the same bytes in a quarter of the time."""
 
     def __init__(self) -> None:
@@ -62,6 +64,9 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
         files=(MODEL,),
         sizes_by_role=_sizes_by_role(program, written),
         details=_details(program, emitted, delegated, written),
+        digests={MODEL: written.sha256},
+        kernel_digest=source_digest(),
+        notes=_notes(program, delegated),
     )
 
 
@@ -133,18 +138,25 @@ def _details(program: Program, emitted: Emitted, delegated: list[str], written: 
             if isinstance(call, KernelCall):
                 op = plan.operators[call.op_index]
                 operators[f"{op.name}.{op.overload}" if op.overload else op.name] += 1
-    roles = sorted({program.roles[n].value for n in delegated if n.endswith(".int8")})
     details: dict[str, Any] = {"methods": methods, "operators": dict(sorted(operators.items()))}
     if delegated:
         details["delegate_bytes"] = written.delegate_bytes
         details["delegated_roles"] = sorted({program.roles[n].value for n in delegated})
-    if roles:
+    if roles := _asymmetric_roles(program, delegated):
         details["asymmetric_roles"] = roles
-        details["notes"] = [
-            f"XNNPACK serves INT4 weights of: {', '.join(roles)}. It stores their group scales as BF16 (relative error up "
-            "to 2^-8 against the F16 scales) and rounds activations asymmetrically."
-        ]
     return details
 
 
-logging.getLogger("executorch").setLevel(logging.ERROR)
+def _asymmetric_roles(program: Program, delegated: list[str]) -> list[str]:
+    """Roles whose activations XNNPACK rounds, asymmetrically: those of delegated INT4 weights."""
+    return sorted({program.roles[name].value for name in delegated if name.endswith(INT8_SUFFIX)})
+
+
+def _notes(program: Program, delegated: list[str]) -> tuple[str, ...]:
+    roles = _asymmetric_roles(program, delegated)
+    if not roles:
+        return ()
+    return (
+        f"XNNPACK serves the INT4 weights of {', '.join(roles)}: it stores their group scales as BF16 (relative error "
+        "up to 2^-9) and rounds activations asymmetrically",
+    )

@@ -1,7 +1,7 @@
 """Packed weights in a graph: the placeholder of a kernel's blob, packed only when the file is written.
 
-A blob replaces one float weight, or the codes and scales of one quantized weight, or several linears stacked along their
-outputs. Two readers of the same weight in the same layout (a tied embedding and head) share one blob.
+A blob replaces one float weight, or the codes and scales of one quantized weight, or several linears stacked along
+their outputs. Two readers of the same weight in the same layout (a tied embedding and head) share one blob.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ def float_source(weight: Node) -> Source:
     return Source(weight, None, WeightFormat())
 
 
-def pack_into(editor: Editor, sources: Sequence[Source], *, count: int, n: int, k: int, transposed: bool = False) -> Node:
+def pack_into(
+    editor: Editor, sources: Sequence[Source], *, count: int, n: int, k: int, transposed: bool = False
+) -> Node:
     """The placeholder of one blob of `count` matrices of n outputs and k inputs.
 
-    Several sources (each [n_i, k]) are stacked along their outputs; all must have the same format. `transposed`: a float
-    source is stored [count, k, n].
+    Several sources (each [n_i, k]) are stacked along their outputs; all must have the same format. `transposed`: a
+    float source is stored [count, k, n].
     """
     if any(s.format != sources[0].format for s in sources):
         raise AssertionError("only weights of one format can be stacked")

@@ -1,8 +1,8 @@
 """Writing a `.pte` whose weights are produced one at a time, while the file is written.
 
-ExecuTorch's own emitter copies every constant into Python `bytes`, hashes it, and copies it again into the file image: three
-times the model in memory. Here the program is emitted with the *sizes* of its weights only; then the file is laid out, and
-each weight is computed, written and forgotten. The result is an ordinary `.pte`:
+ExecuTorch's own emitter copies every constant into Python `bytes`, hashes it, and copies it again into the file
+image: three times the model in memory. Here the program is emitted with the *sizes* of its weights only; then the
+file is laid out, and each weight is computed, written and forgotten. The result is an ordinary `.pte`:
 
     flatbuffer with extended header | constant segment (all weights) | delegate segments | named data segments
 
@@ -41,7 +41,7 @@ from torch.export.graph_signature import InputKind
 
 from moec.compiler.program import LazyWeight
 
-# Segments begin on a page, so that a weight's first byte is also where the kernel maps a page; tensors on a cache line.
+# Segments begin on a page, as mapped files do; tensors on a cache line, which suits every vector unit.
 SEGMENT_ALIGNMENT = 4096
 TENSOR_ALIGNMENT = 64
 _CHUNK = 1 << 24
@@ -49,10 +49,11 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Emitted:
-    """A program without its weights. `weights[i]` belongs into constant `i + 1`: a weight's name, or bytes known already."""
+    """A program without its weights. Constant `i + 1` is `weights[i]`: a weight's name, or bytes known already."""
 
     program: Program
     weights: tuple[str | bytes, ...]
+    dtypes: Mapping[str, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,19 @@ class WrittenFile:
 
 
 class _LazyEmitter(_TopLevelEmitter):
-    """Gives every weight a constant's index by its name, without reading it; the same name is one constant everywhere."""
+    """Gives every weight a constant's index by its name, without reading it; one name is one constant everywhere."""
 
-    def __init__(self, name: str, exported: ExportedProgram, state: _ProgramState, order: dict[str | bytes, int]) -> None:
+    def __init__(
+        self, name: str, exported: ExportedProgram, state: _ProgramState, order: dict[str | bytes, int]
+    ) -> None:
         graph_module = _remove_non_user_outputs(exported)
         values = _EmitterState([], [], [], {}, emit_stacktrace=False, emit_mutable_buffer_names=True)
         super().__init__(name, exported, graph_module, state, values)
         self._order = order
-        self._names = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.kind != InputKind.USER_INPUT}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._names = {
+            s.arg.name: s.target for s in exported.graph_signature.input_specs if s.kind != InputKind.USER_INPUT
+        }
 
     def _tensor_spec_to_evalue(self, spec: TensorSpec, constant_tag: str | None = None) -> EValue:
         if not spec.const:
@@ -84,6 +90,7 @@ class _LazyEmitter(_TopLevelEmitter):
             index = self._index_of(tensor_bytes(known))
         else:
             index = self._index_of(name)
+            self.dtypes[name] = spec.dtype
         return EValue(make_tensor_value(index, None, spec))
 
     def _index_of(self, key: str | bytes) -> int:
@@ -113,11 +120,13 @@ def emit(methods: Mapping[str, ExportedProgram], constant_methods: Mapping[str, 
     state = _ProgramState()
     order: dict[str | bytes, int] = {}
     plans: list[ExecutionPlan] = []
+    dtypes: dict[str, torch.dtype] = {}
     emitter = None
     for name, exported in sorted(methods.items()):
         emitter = _LazyEmitter(name, exported, state, order)
         emitter.run()
         plans.append(emitter.plan())
+        dtypes |= emitter.dtypes
     assert emitter is not None
     plans += emitter._emit_prim_getters(dict(constant_methods))
     program = Program(
@@ -131,7 +140,7 @@ def emit(methods: Mapping[str, ExportedProgram], constant_methods: Mapping[str, 
     )
     if len(state.mutable_buffer) > 1:
         raise AssertionError("a mutable buffer with an initial state: caches start undefined, the session clears them")
-    return Emitted(program, tuple(order))
+    return Emitted(program, tuple(order), dtypes)
 
 
 def write_pte(
@@ -143,10 +152,13 @@ def write_pte(
 ) -> WrittenFile:
     """Lay the file out and write it, computing one weight at a time. `after(name)` is called for each weight written.
 
-    OSError if the disk refuses, at once if there is not enough space; ValueError if a weight has not the size announced.
+    OSError if the disk refuses, at once if there is not enough space; ValueError if a weight has not the size
+    announced.
     """
     program = emitted.program
-    sizes = [len(w) if isinstance(w, bytes) else _announced_bytes(weights[w]) for w in emitted.weights]
+    sizes = [
+        len(w) if isinstance(w, bytes) else _bytes_of(weights[w].shape, emitted.dtypes[w]) for w in emitted.weights
+    ]
     offsets, constants_end = _offsets(sizes, TENSOR_ALIGNMENT)
     program.constant_buffer = []
     program.constant_segment = SubsegmentOffsets(segment_index=0, offsets=[0, *offsets])
@@ -168,7 +180,9 @@ def write_pte(
         written: dict[str, int] = {}
         for key, size, offset in zip(emitted.weights, sizes, offsets, strict=True):
             out.pad_to(base + offset)
-            data = memoryview(key) if isinstance(key, bytes) else tensor_view(weights[key].load())
+            data = (
+                memoryview(key) if isinstance(key, bytes) else tensor_view(weights[key].load().to(emitted.dtypes[key]))
+            )
             if len(data) != size:
                 raise ValueError(f"weight {key!r} has {len(data)} bytes, {size} were announced")
             out.write(data)
@@ -184,8 +198,8 @@ def write_pte(
     return WrittenFile(out.position, out.digest.hexdigest(), written, delegate_bytes=sum(lengths[1:]))
 
 
-def _announced_bytes(weight: LazyWeight) -> int:
-    return int(torch.Size(weight.shape).numel()) * weight.dtype.itemsize
+def _bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return int(torch.Size(shape).numel()) * dtype.itemsize
 
 
 def _offsets(sizes: Iterable[int], alignment: int) -> tuple[list[int], int]:

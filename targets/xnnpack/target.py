@@ -37,12 +37,6 @@ class XnnpackTarget:
         options = manifest.spec.get("targets", {}).get(self.name) or {}
         return CpuSession(artifact.path("model.pte"), threads=options.get("threads"))
 
-    def digest(self) -> str:
-        """Of the native sources that the artifact's operators come from."""
-        from moec.targets.xnnpack.native import source_digest
-
-        return source_digest()
-
 
 def _own(options: Any) -> Options:
     if not isinstance(options, Options):

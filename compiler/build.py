@@ -1,0 +1,255 @@
+"""The line: spec -> model -> Program -> passes -> target -> Artifact. Registries are read here and in the CLI only."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.artifact import (
+    FORMAT,
+    Artifact,
+    Digests,
+    Manifest,
+    ModelRecord,
+    PassEntry,
+    record_file,
+    replacing,
+    write_manifest,
+)
+from moec.compiler.checkpoints import WeightStore, open_store
+from moec.compiler.errors import CheckpointError, CompileError, UserError
+from moec.compiler.export import MAX_TOKENS, export_program
+from moec.compiler.pipeline import Pass, PassRecord, PipelineLog, run_passes
+from moec.compiler.program import LazyWeight, Program
+from moec.compiler.progress import Progress
+from moec.compiler.spec import DecoderConfig, Spec, load_spec
+from moec.compiler.spec.targets import TargetOptions, target_packages
+from moec.compiler.target import LoweredFiles, RunsExactly, Session, Target, registered
+
+TOKENIZER = "tokenizer.json"
+_VERSIONED = ("torch", "executorch", "torchao", "numpy")
+
+
+def compile(
+    spec: Spec | str | Path,
+    target: str | None = None,
+    checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a spec into an artifact folder and open it. `out` defaults to NAME-TARGET in the working directory.
+
+    UserError (SpecError, CheckpointError, CompileError ...) for a fault of the input; an artifact that stood at `out`
+    is then untouched.
+    """
+    progress = progress or Progress(quiet=True)
+    clock = _Clock()
+    spec = spec if isinstance(spec, Spec) else load_spec(spec)
+    name, options = chosen_target(spec, target)
+    backend = find_target(name)
+    with replacing(Path(out) if out is not None else Path(f"{spec.name}-{name}")) as folder:
+        store = open_checkpoint(spec, checkpoint)
+        clock.lap("checkpoint")
+        log = PipelineLog()
+        program, passes = program_and_passes(spec, store.weights, name)
+        clock.lap("export")
+        program = run_all(program, passes, log=log, progress=progress)
+        clock.lap("passes")
+        lowered = backend.lower(program, folder, options, progress)
+        clock.lap("lower")
+        manifest = _manifest(spec, name, backend, store, program, log, lowered, folder, clock.laps)
+        write_manifest(folder, manifest)
+    return Artifact.open(Path(out) if out is not None else Path(f"{spec.name}-{name}"))
+
+
+def load(artifact: Artifact | str | Path) -> Session:
+    """Open an artifact (its folder is checked first) and load it with its target's runtime."""
+    opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    return find_target(opened.manifest.target).load(opened)
+
+
+def load_exact(artifact: Artifact) -> Session:
+    """The artifact without the rounding of a 16-bit arithmetic, where its target can run it so; else as `load`."""
+    target = find_target(artifact.manifest.target)
+    if isinstance(target, RunsExactly) and target.rounds(artifact):
+        return target.load_exact(artifact)
+    return target.load(artifact)
+
+
+def has_exact(artifact: Artifact) -> bool:
+    """Whether `load_exact` gives another arithmetic than `load`."""
+    target = find_target(artifact.manifest.target)
+    return isinstance(target, RunsExactly) and target.rounds(artifact)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the passes did to a spec's graph, and the text of the graph they left."""
+
+    name: str
+    records: tuple[PassRecord, ...]
+    text: str
+
+
+def explain(spec: Spec | str | Path, target: str | None = None) -> Explanation:
+    """Run the passes of a spec without reading a weight."""
+    spec = spec if isinstance(spec, Spec) else load_spec(spec)
+    log = PipelineLog()
+    program, passes = program_and_passes(spec, None, chosen_target(spec, target)[0])
+    program = run_all(program, passes, log=log)
+    return Explanation(spec.name, tuple(log.records), program.text())
+
+
+def program_and_passes(
+    spec: Spec, weights: dict[str, LazyWeight] | Any | None, target: str | None = None
+) -> tuple[Program, list[Pass]]:
+    """The exported Program of a spec and every pass up to LEGAL for a target. `weights` None: shapes only."""
+    from moec.passes.pipelines import passes_for
+
+    name, options = chosen_target(spec, target)
+    max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
+    if not isinstance(spec.model, DecoderConfig):
+        raise CompileError(f"models of the form {type(spec.model).__name__} have no frontend here", place=spec.name)
+    program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)
+    return program, [*passes_for(spec), *find_target(name).legalize(options)]
+
+
+def run_all(
+    program: Program, passes: list[Pass], *, log: PipelineLog | None = None, progress: Progress | None = None
+) -> Program:
+    progress = progress or Progress(quiet=True)
+    with progress.stage("passes", len(passes)) as step:
+        return run_passes(program, passes, log=log, after=lambda p, result: step(p.name))
+
+
+def chosen_target(spec: Spec, target: str | None) -> tuple[str, TargetOptions]:
+    """The target asked for, or the spec's only one, with the options the spec gives it."""
+    if target is None:
+        if len(spec.targets) != 1:
+            listed = ", ".join(spec.targets)
+            raise UserError(f"names several targets: {listed}", place=spec.name, remedy="choose one with --target")
+        target = next(iter(spec.targets))
+    if target in spec.targets:
+        return target, spec.targets[target]
+    if target not in target_packages():
+        raise UserError(f"unknown target {target!r}", remedy=f"known here: {', '.join(target_packages())}")
+    from moec.compiler.spec.targets import options_class
+
+    return target, options_class(target)()
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`; its package registers it when imported."""
+    packages = target_packages()
+    if name not in packages:
+        raise UserError(f"unknown target {name!r}", remedy=f"known here: {', '.join(packages)}")
+    importlib.import_module(f"{packages[name]}.target")
+    return registered()[name]()
+
+
+def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore:
+    """The checkpoint given, or the spec's, checked against the spec's model. CheckpointError otherwise."""
+    folder = checkpoint if checkpoint is not None else spec.checkpoint
+    if folder is None:
+        raise CheckpointError(
+            "the spec names no checkpoint",
+            place=spec.name,
+            remedy="give --checkpoint DIR, or make a random one with `moec checkpoint synthesize`",
+        )
+    if not isinstance(spec.model, DecoderConfig):
+        raise CompileError(f"models of the form {type(spec.model).__name__} have no frontend here", place=spec.name)
+    return open_store(folder, spec.model)
+
+
+def _absent(config: DecoderConfig) -> dict[str, LazyWeight]:
+    """Weights that have shapes and cannot be read: enough for every pass."""
+    import torch
+
+    from moec.compiler.model import weight_layout
+
+    def unreadable() -> torch.Tensor:
+        raise AssertionError("a pass read a weight")
+
+    return {name: LazyWeight(info.shape, torch.float32, unreadable) for name, info in weight_layout(config).items()}
+
+
+class _Clock:
+    """Wall seconds of each stage; `total` is kept up to date."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = round(now - self._last, 3), now
+        self.laps["total"] = round(now - self._started, 3)
+
+
+def _manifest(
+    spec: Spec,
+    target: str,
+    backend: Target,
+    store: WeightStore,
+    program: Program,
+    log: PipelineLog,
+    lowered: LoweredFiles,
+    folder: Path,
+    seconds: dict[str, float],
+) -> Manifest:
+    files = [record_file(folder / name, lowered.digests.get(name)) for name in lowered.files]
+    if store.tokenizer is not None:
+        shutil.copyfile(store.tokenizer, folder / TOKENIZER)
+        files.append(record_file(folder / TOKENIZER))
+    info = program.info
+    resolved = spec.model_dump(mode="json")
+    return Manifest(
+        format=FORMAT,
+        moec=version("moec"),
+        name=spec.name,
+        target=target,
+        spec=resolved,
+        checkpoint=str(store.folder.absolute()),
+        quantization=resolved["quantization"],
+        model=ModelRecord(
+            name=info.name,
+            vocab_size=info.vocab_size,
+            context=info.context,
+            max_tokens=info.max_tokens,
+            bos_id=info.bos_id,
+            eos_ids=info.eos_ids,
+            moe_layers=info.moe_layers,
+        ),
+        digests=Digests(
+            spec=hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
+            checkpoint=store.digest(),
+            graph=program.digest(),
+            kernel=lowered.kernel_digest,
+        ),
+        passes=tuple(_entry(r) for r in log.records),
+        files=tuple(files),
+        sizes_by_role=dict(lowered.sizes_by_role),
+        details=dict(lowered.details),
+        versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
+        seconds=seconds,
+        notes=lowered.notes,
+    )
+
+
+def _entry(record: PassRecord) -> PassEntry:
+    refusals = tuple(f"{r.where or r.node}: {r.reason}" for r in record.refusals)
+    return PassEntry(
+        name=record.name,
+        changed=record.changed,
+        seconds=round(record.seconds, 3),
+        digest=record.digest,
+        refusals=refusals,
+    )
