@@ -52,7 +52,7 @@ def run_artifact(
         stream = TextStream(lambda tokens: words.decode(tokens, skip_special_tokens=True))
     from moec.compiler import build  # torch: seconds, which a fault above need not wait for
 
-    session = build.load(artifact)
+    session = build.load(opened)
     try:
         generation = Generation(session, prompt_ids, max_new_tokens, sampling, frozenset(model.eos_ids))
         new_ids, new_text = _stream(generation, stream, show=not as_json)
