@@ -1,12 +1,70 @@
-"""What is legal at each stage, as data, checked after every pass."""
+"""What is legal at each stage, as data, checked after every pass.
+
+From FUSED on no expert weight is read by anything but a fused MoE node (a block that stayed unmatched would gather
+[tokens, k, 2F, D] of weights at run time), and the router of every such node is FP32.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from moec.compiler.errors import CompileError
+
 if TYPE_CHECKING:
+    from torch.fx import Node
+
     from moec.compiler.program import Program
+
+# operators by name: the dialect must not import the packages that register them
+FUSED = {"moec::fused_moe", "moec::fused_moe_q", "moec::fused_moe_packed"}
+ROUTER_OPERANDS = (1, 2)  # router_input, router_weight: the same places in all three
 
 
 def check_dialect(program: Program, *, after: str) -> None:
     """Raise CompileError naming the first node that is illegal at the program's stage."""
+    from moec.compiler.program import Stage
+
+    if program.stage < Stage.FUSED:
+        return
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            _check_expert_weight(program, node, after)
+        elif _operator(node) in FUSED:
+            _check_router(node, after)
+
+
+def _operator(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema is not None else ""
+
+
+def _check_expert_weight(program: Program, node: Node, after: str) -> None:
+    from moec.compiler.program import Role, module_path
+
+    name = program.weight_of(node)
+    if name is None:
+        return
+    stacked = program.roles.get(name) is Role.EXPERT
+    for user in node.users:
+        gathered = _operator(user) in ("aten::index", "aten::index_select") and len(program.weights[name].shape) == 3
+        if (stacked and _operator(user) not in FUSED) or gathered:
+            raise CompileError(
+                f"after {after} the experts {name} are read by {user.name} ({user.target}): this MoE block was not fused",
+                place=module_path(user) or user.name,
+                remedy="see what was tried with `moec explain`",
+            )
+
+
+def _check_router(node: Node, after: str) -> None:
+    from moec.compiler.program import module_path
+
+    for index in ROUTER_OPERANDS:
+        operand = node.args[index]
+        if operand.meta["val"].dtype != torch.float32:  # type: ignore[union-attr]
+            raise CompileError(
+                f"after {after} the router operand {operand.name} is not float32",  # type: ignore[union-attr]
+                place=module_path(node) or node.name,
+                remedy="keep the router in float32",
+            )

@@ -1,0 +1,198 @@
+"""Fuse cache update and attention: sdpa(q, index_copy(K, pos, k), index_copy(V, pos, v), mask) -> moec::cached_attention.
+
+The mask and the write positions are verified by evaluating them: causal, or causal over a window, at every sampled call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moec.compiler.export import zeros
+from moec.compiler.matching.evaluate import PositionEvaluator, is_positions, sample_calls, window_of_mask
+from moec.compiler.matching.read import VIEWS, Stuck, arg, dim_of, is_op, same_size, shape, static
+from moec.compiler.ops import cached_attention
+from moec.compiler.pipeline import Pass, PassResult, Refusal
+from moec.compiler.program import Editor, Program, Role, Stage
+
+aten = torch.ops.aten
+RULE = "fuse_attention"
+SDPA = aten.scaled_dot_product_attention.default
+
+
+def fuse_attention() -> Pass:
+    return Pass(RULE, _run, needs=Stage.CANONICAL, gives=Stage.CANONICAL)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """One cache: its buffer, the write that extends it, the new rows [1, T, KV, d], and where they go."""
+
+    buffer: Node
+    write: Node
+    rows: Node  # in the layout of the buffer
+    positions: Node
+    heads_first: bool  # the buffer is [1, KV, S, d] rather than [1, S, KV, d]
+
+    @property
+    def length(self) -> int:
+        return int(shape(self.buffer)[2 if self.heads_first else 1])
+
+    @property
+    def heads(self) -> int:
+        return int(shape(self.buffer)[1 if self.heads_first else 2])
+
+
+def _run(program: Program) -> PassResult:
+    edit = program.edit()
+    fuser = _Fuser(edit, program.info.max_tokens)
+    refusals: list[Refusal] = []
+    changed = 0
+    for node in [n for n in edit.graph.nodes if is_op(n, SDPA)]:
+        try:
+            fuser.fuse(node)
+            changed += 1
+        except Stuck as stuck:
+            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+    return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
+
+
+class _Fuser:
+    def __init__(self, edit: Editor, max_tokens: int) -> None:
+        self._edit = edit
+        self._max_tokens = max_tokens
+        self._evaluator = PositionEvaluator(edit)
+        self._windows: dict[tuple[Node, int], int | None] = {}  # layers share their masks
+        self._positions: dict[tuple[Node, int], bool] = {}
+        self._start = next(
+            (
+                n
+                for n in edit.graph.nodes
+                if n.op == "placeholder" and edit.weight_of(n) is None and n.meta["val"].dim() == 1
+            ),
+            None,
+        )
+
+    def fuse(self, node: Node) -> None:
+        """Rewrite one attention. Stuck when any part of it is not what the operator computes."""
+        if self._start is None:
+            raise Stuck(node, "the graph has no start position")
+        if arg(node, 4, "dropout_p", 0.0) != 0.0 or arg(node, 5, "is_causal", False):
+            raise Stuck(node, "dropout and is_causal are not expressible over a cache")
+        q, k, v = node.args[:3]
+        keys, values = self._cache(k), self._cache(v)
+        if keys.buffer is values.buffer or keys.length != values.length or keys.heads != values.heads:
+            raise Stuck(node, "keys and values do not come from two caches of one shape")
+        heads = int(shape(q)[1])  # type: ignore[arg-type]
+        if heads % keys.heads:
+            raise Stuck(node, f"{heads} query heads over {keys.heads} key heads")
+        for cache in (keys, values):
+            self._check_positions(cache)
+        window = self._window(arg(node, 3, "attn_mask"), node, keys.length)
+        end = self._merged_heads(node)
+        scale = arg(node, 6, "scale")
+        width = int(shape(q)[3])  # type: ignore[arg-type]
+        self._rewrite(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)  # type: ignore[arg-type]
+
+    def _rewrite(
+        self, node: Node, end: Node, q: Node, keys: _Cache, values: _Cache, scale: float, window: int
+    ) -> None:
+        edit = self._edit
+        with edit.graph.inserting_before(node):
+            query = _swap(edit, q)
+            rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
+            for cache in (keys, values):
+                self._own_cache(cache)
+            fused = edit.call(
+                cached_attention, query, rows[0], rows[1], keys.buffer, values.buffer, self._start, scale, window, like=node
+            )
+        for cache in (keys, values):
+            edit.drop_mutation(cache.write)
+        end.replace_all_uses_with(fused)
+
+    def _own_cache(self, cache: _Cache) -> None:
+        """The buffer becomes the operator's: float32 [1, S, KV, d], role CACHE. What lies beyond the mask is never read."""
+        name = str(self._edit.weight_of(cache.buffer))
+        self._edit.roles[name] = Role.CACHE
+        if cache.heads_first:
+            _, heads, length, width = (int(s) for s in shape(cache.buffer))
+            self._edit.retype_weight(name, zeros((1, length, heads, width)))
+
+    def _cache(self, node: Any) -> _Cache:
+        """Read keys or values [1, H, S, d]: a written cache, its heads perhaps repeated."""
+        source = _unrepeat(node)
+        heads_first = True
+        if is_op(source, aten.transpose.int) and {d % 4 for d in source.args[1:3]} == {1, 2}:
+            source, heads_first = source.args[0], False
+        if not is_op(source, aten.index_copy.default):
+            raise Stuck(source, "keys and values must come from a cache written by index_copy")
+        buffer, _, positions, rows = source.args
+        if dim_of(source, 1, "dim", 4) != (2 if heads_first else 1):
+            raise Stuck(source, "the cache is not written along its positions")
+        if self._edit.weight_of(buffer) is None:
+            raise Stuck(source, "the cache is not a buffer of the model")
+        if set(buffer.users) != {source}:
+            raise Stuck(buffer, "the cache has another reader than its update")
+        outside = [u for u in source.users if u.op != "output"]
+        if len(outside) != 1:
+            raise Stuck(source, "the updated cache has another reader than this attention")
+        return _Cache(buffer, source, rows, positions, heads_first)
+
+    def _check_positions(self, cache: _Cache) -> None:
+        key = (cache.positions, cache.length)
+        if key not in self._positions:
+            calls = sample_calls(cache.length, self._max_tokens)
+            self._positions[key] = is_positions(lambda c: self._evaluator.values(cache.positions, c), calls)
+        if not self._positions[key]:
+            raise Stuck(cache.positions, "the cache is not written at start_pos, start_pos + 1, ...")
+
+    def _window(self, mask: Any, node: Node, length: int) -> int:
+        if not isinstance(mask, Node):
+            raise Stuck(node, "attention over the whole cache without a mask would read positions not written yet")
+        key = (mask, length)
+        if key not in self._windows:
+            self._windows[key] = window_of_mask(lambda c: self._evaluator.values(mask, c), length, self._max_tokens)
+        window = self._windows[key]
+        if window is None:
+            raise Stuck(mask, "the mask is neither causal nor causal over a window")
+        return window
+
+    def _merged_heads(self, node: Node) -> Node:
+        """The [1, T, H*d] value that follows: transpose(1, 2) and a reshape, nothing else reading in between."""
+        turned = [u for u in node.users]
+        if len(turned) != 1 or not is_op(turned[0], aten.transpose.int) or {d % 4 for d in turned[0].args[1:3]} != {1, 2}:  # type: ignore[operator]
+            raise Stuck(turned[0] if turned else node, "the heads are not merged by transpose(1, 2) and a reshape")
+        end = turned[0]
+        while len(end.users) == 1 and is_op(next(iter(end.users)), *VIEWS):
+            end = next(iter(end.users))
+            if len(shape(end)) == 3:
+                break
+        sizes, source = shape(end), shape(node)
+        width = static(sizes[-1])
+        if len(sizes) != 3 or sizes[0] != 1 or not same_size(sizes[1], source[2]) or width != source[1] * source[3]:
+            raise Stuck(end, "the heads are not merged into [1, T, H*d]")
+        return end
+
+
+def _swap(edit: Editor, node: Node) -> Node:
+    """[1, a, b, d] -> [1, b, a, d], undoing a transpose that is already there."""
+    if is_op(node, aten.transpose.int) and {d % 4 for d in node.args[1:3]} == {1, 2}:  # type: ignore[operator]
+        return node.args[0]  # type: ignore[return-value]
+    return edit.call(aten.transpose.int, node, 1, 2, like=node)
+
+
+def _unrepeat(node: Any) -> Any:
+    """Below a repetition of heads [1, KV, S, d] -> [1, KV, 1, S, d] -> [1, KV, n, S, d] -> [1, KV*n, S, d]."""
+    if not is_op(node, aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return node
+    wide = node.args[0]
+    if not is_op(wide, aten.expand.default) or not is_op(wide.args[0], aten.unsqueeze.default):
+        return node
+    inner = wide.args[0]
+    if dim_of(inner, 1, "dim", 5) != 2 or len(shape(node)) != 4 or len(shape(wide)) != 5:
+        return node
+    merged = static(shape(node)[1]) == shape(wide)[1] * shape(wide)[2] and same_size(shape(node)[2], shape(wide)[3])
+    return inner.args[0] if merged else node

@@ -1,0 +1,117 @@
+"""Fuse router, top-k, routed experts, shared expert and combine into one moec::fused_moe node per layer.
+
+    sum_k w[t,k] * expert[i[t,k]](x[t]) (+ shared(x[t]))  ->  moe::fused_moe(x, router, experts, shared)
+
+Found by what the nodes compute (`matching/moe.py`), never by module names. A block that is not understood completely
+stays, with a Refusal that names the node; the dialect then refuses the program.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from moec.compiler.matching.moe import MoeBlock, SharedExpert, check_closed, combine_of, expert_indexed, read_block, read_shared
+from moec.compiler.matching.read import Stuck
+from moec.compiler.ops import fused_moe
+from moec.compiler.pipeline import Pass, PassResult, Refusal
+from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage
+from moec.compiler.quant import QuantizedTensor
+
+RULE = "fuse_moe"
+
+
+def fuse_moe() -> Pass:
+    return Pass(RULE, _run, needs=Stage.CANONICAL, gives=Stage.CANONICAL)
+
+
+def _run(program: Program) -> PassResult:
+    edit = program.edit()
+    refusals: list[Refusal] = []
+    changed = 0
+    ends: dict[Node, None] = {}
+    for node in edit.graph.nodes:
+        if not expert_indexed(edit, node):
+            continue
+        try:
+            ends.setdefault(combine_of(node))
+        except Stuck as stuck:
+            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+    for end in ends:
+        try:
+            block = read_shared(edit, read_block(edit, end))
+            check_closed(block)
+        except Stuck as stuck:
+            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+            continue
+        _rewrite(edit, block)
+        changed += 1
+    return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
+
+
+def _rewrite(edit: Editor, block: MoeBlock) -> None:
+    shared_w13 = shared_w2 = None
+    if block.shared is not None:
+        shared_w13, shared_w2 = _stacked_gate_up(edit, block.shared), block.shared.down
+    with edit.graph.inserting_before(block.end):
+        fused = edit.call(
+            fused_moe,
+            block.x,
+            block.router_input,
+            block.router_weight,
+            block.router_bias,
+            block.selection_bias,
+            block.w13,
+            None,
+            block.w2,
+            None,
+            shared_w13,
+            shared_w2,
+            None if block.shared is None else block.shared.scale_weight,
+            block.top_k,
+            str(block.routing),
+            str(block.experts),
+            like=block.end,
+        )
+    block.end.replace_all_uses_with(fused)
+    for node, role in (
+        (block.router_weight, Role.ROUTER),
+        (block.router_bias, Role.ROUTER),
+        (block.selection_bias, Role.ROUTER),
+        (block.w13, Role.EXPERT),
+        (block.w2, Role.EXPERT),
+        (shared_w2, Role.SHARED),
+    ):
+        name = edit.weight_of(node) if node is not None else None
+        if name is not None:
+            edit.roles[name] = role
+
+
+def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:
+    """One weight [2S, D], gate rows first, from the two of the graph."""
+    gate_name, up_name = str(edit.weight_of(shared.gate)), str(edit.weight_of(shared.up))
+    prefix, _, leaf = gate_name.rpartition(".")
+    parent = prefix.rpartition(".")[0]
+    name = f"{parent}.gate_up_proj.{leaf}" if parent else f"{gate_name}+{up_name}"
+    found = edit.placeholder_of(name)
+    return edit.add_weight(name, stacked(edit.weights[gate_name], edit.weights[up_name]), Role.SHARED) if found is None else found
+
+
+def stacked(first: LazyWeight, second: LazyWeight) -> LazyWeight:
+    """Rows of `first`, then rows of `second`; stored codes stay codes when both have them in one format."""
+    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+
+    def load() -> torch.Tensor:
+        return torch.cat([first.load(), second.load()])
+
+    first_codes, second_codes = first.stored, second.stored
+    if first_codes is None or second_codes is None:
+        return LazyWeight(shape, first.dtype, load)
+
+    def codes() -> QuantizedTensor:
+        a, b = first_codes(), second_codes()
+        if (a.bits, a.group_size) != (b.bits, b.group_size):
+            raise AssertionError("gate and up of one expert are stored in different formats")
+        return QuantizedTensor(torch.cat([a.codes, b.codes]), torch.cat([a.scales, b.scales]), a.bits, a.group_size)
+
+    return LazyWeight(shape, first.dtype, load, codes)

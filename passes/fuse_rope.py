@@ -1,0 +1,209 @@
+"""Fuse rotary embedding into moec::rope(x [1,T,H,d], cos [T,d/2], sin [T,d/2], interleaved).
+
+    interleaved:  stack((a*c - b*s, a*s + b*c), -1).flatten(-2)   with a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    halves:       cat((a*c - b*s, a*s + b*c), -1)                 with a, b = x.chunk(2, -1)
+    rotate_half:  x*C + cat((-b, a), -1)*S                        with C = cat((c, c), -1), S = cat((s, s), -1), up to
+                                                                  operators applied to every element alike
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moec.compiler.matching.read import arg, binary, dim_of, is_op, piece, rank, same_size, shape, static, unview, with_scalar
+from moec.compiler.ops import rope
+from moec.compiler.pipeline import Pass, PassResult, Refusal
+from moec.compiler.program import Editor, Program, Stage
+
+aten = torch.ops.aten
+RULE = "fuse_rope"
+
+
+def fuse_rope() -> Pass:
+    return Pass(RULE, _run, needs=Stage.CANONICAL, gives=Stage.CANONICAL)
+
+
+def _run(program: Program) -> PassResult:
+    edit = program.edit()
+    refusals: list[Refusal] = []
+    tables: dict[tuple[Node, ...], Node] = {}
+    changed = 0
+    for node in list(edit.graph.nodes):
+        if is_op(node, aten.stack.default, aten.cat.default):
+            changed += _pairwise(edit, node)
+        elif is_op(node, aten.add.Tensor):
+            changed += _rotate_half(edit, node, tables)
+    return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
+
+
+def _pairwise(edit: Editor, node: Node) -> int:
+    parts = node.args[0]
+    last = rank(node) - 1
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim_of(node, 1, "dim", rank(node), 0) != last:
+        return 0
+    rotated = _rotation(parts[0], parts[1])
+    if rotated is None:
+        return 0
+    a, b, cos, sin = rotated
+    interleaved = is_op(node, aten.stack.default)
+    source = _unbound(a, b) if interleaved else _halves(a, b)
+    end = _flattened(node) if interleaved else node
+    tables = [_table(t) for t in (cos, sin)]
+    if source is None or end is None or None in tables or rank(source) != 4:
+        return 0
+    if shape(source)[0] != 1 or not all(same_size(shape(t)[0], shape(source)[1]) for t in tables):  # type: ignore[arg-type]
+        return 0
+    with edit.graph.inserting_before(end):
+        fused = edit.call(rope, source, tables[0], tables[1], interleaved, like=end)
+    end.replace_all_uses_with(fused)
+    return 1
+
+
+def _rotation(first: Any, second: Any) -> tuple[Node, Node, Node, Node] | None:
+    """(a, b, cos, sin) of first = a*cos - b*sin and second = a*sin + b*cos, each sum and product in either order."""
+    minus, plus = binary(first, aten.sub.Tensor), binary(second, aten.add.Tensor)
+    if minus is None or plus is None:
+        return None
+    products = [binary(p, aten.mul.Tensor) for p in (*minus, *plus)]
+    if any(p is None for p in products):
+        return None
+    ac, bs, one, two = [p for p in products if p is not None]
+    for a, cos in (ac, ac[::-1]):
+        for b, sin in (bs, bs[::-1]):
+            wanted = ({a, sin}, {b, cos})
+            if (set(one), set(two)) in (wanted, wanted[::-1]) and len({a, b, cos, sin}) == 4:
+                return a, b, cos, sin
+    return None
+
+
+def _unbound(a: Node, b: Node) -> Node | None:
+    """x when a and b are its elements 2i and 2i+1 along the last dimension."""
+    parents = {n.args[0] for n in (a, b) if getattr(n.target, "__name__", "") == "getitem"}
+    if len(parents) == 1 and (a.args[1], b.args[1]) == (0, 1):
+        unbind: Any = parents.pop()
+        if not is_op(unbind, aten.unbind.int) or dim_of(unbind, 1, "dim", rank(unbind.args[0]), 0) != rank(unbind.args[0]) - 1:
+            return None
+        pairs = unbind.args[0]
+        if shape(pairs)[-1] != 2 or not is_op(pairs, aten.view.default, aten.unflatten.int, aten.reshape.default):
+            return None
+        source = pairs.args[0]
+        return source if rank(source) == rank(pairs) - 1 and static(shape(source)[-1]) == 2 * shape(pairs)[-2] else None
+    even, odd = piece(a), piece(b)
+    if even is None or odd is None or even[0] is not odd[0]:
+        return None
+    source, last = even[0], rank(even[0]) - 1
+    size = shape(source)[-1]
+    return source if even[1:] == (last, 0, size, 2) and odd[1:] == (last, 1, size, 2) else None
+
+
+def _halves(a: Node, b: Node) -> Node | None:
+    first, second = piece(a), piece(b)
+    if first is None or second is None or first[0] is not second[0]:
+        return None
+    source, last = first[0], rank(first[0]) - 1
+    size = shape(source)[-1]
+    whole = first[1:] == (last, 0, size // 2, 1) and second[1:] == (last, size // 2, size, 1)
+    return source if whole and size % 2 == 0 else None
+
+
+def _flattened(stack: Node) -> Node | None:
+    """The reshape [..., d/2, 2] -> [..., d] that follows a stack."""
+    users = list(stack.users)
+    if len(users) != 1 or not is_op(users[0], aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+        return None
+    view = users[0]
+    merged = rank(view) == rank(stack) - 1 and shape(view)[-1] == 2 * shape(stack)[-2]
+    return view if merged and shape(view)[-2] == shape(stack)[-3] else None
+
+
+def _table(node: Node) -> Node | None:
+    """[T, d/2] from what is broadcast over heads: [T, 1, d/2] or [1, T, 1, d/2]."""
+    source = unview(node)
+    sizes = shape(node)
+    if len(sizes) < 3 or sizes[-2] != 1 or any(s != 1 for s in sizes[:-3]):
+        return None
+    fits = rank(source) == 2 and same_size(shape(source)[0], sizes[-3]) and shape(source)[1] == sizes[-1]
+    return source if fits else None
+
+
+def _rotate_half(edit: Editor, node: Node, tables: dict[tuple[Node, ...], Node]) -> int:
+    pair = binary(node, aten.add.Tensor)
+    products = [binary(p, aten.mul.Tensor) for p in pair] if pair is not None else [None]
+    if any(p is None for p in products):
+        return 0
+    for plain, turned in (products, products[::-1]):
+        for x, cos in (plain, plain[::-1]):  # type: ignore[index,misc]
+            for rotated, sin in (turned, turned[::-1]):  # type: ignore[index,misc]
+                if _is_rotate_half(rotated, x):
+                    return _replace_rotate_half(edit, node, x, cos, sin, tables)
+    return 0
+
+
+def _is_rotate_half(node: Any, x: Any) -> bool:
+    """cat((-second half, first half), -1) of x."""
+    if not isinstance(x, Node) or not is_op(node, aten.cat.default) or dim_of(node, 1, "dim", rank(node), 0) != rank(node) - 1:
+        return False
+    parts = node.args[0]
+    if len(parts) != 2 or not is_op(parts[0], aten.neg.default):
+        return False
+    return _halves(parts[1], parts[0].args[0]) is x
+
+
+def _replace_rotate_half(
+    edit: Editor, node: Node, x: Node, cos: Node, sin: Node, tables: dict[tuple[Node, ...], Node]
+) -> int:
+    """x is [1, H, T, d], the transpose of [1, T, H, d]; C and S are [1, 1, T, d] with equal halves."""
+    if rank(x) != 4 or shape(x)[0] != 1:
+        return 0
+    for table in (cos, sin):
+        sizes = shape(table)
+        if len(sizes) != 4 or sizes[0] != 1 or sizes[1] != 1 or not same_size(sizes[2], shape(x)[2]) or sizes[3] != shape(x)[3]:
+            return 0
+        if not repeats_halves(table):
+            return 0
+    half = shape(x)[3] // 2
+    with edit.graph.inserting_before(node):
+        halves = [_half_table(edit, t, half, tables) for t in (cos, sin)]
+        if is_op(x, aten.transpose.int) and {x.args[1] % 4, x.args[2] % 4} == {1, 2}:  # type: ignore[operator]
+            source = x.args[0]
+        else:
+            source = edit.call(aten.transpose.int, x, 1, 2, like=node)
+        turned = edit.call(rope, source, halves[0], halves[1], False, like=node)
+        back = edit.call(aten.transpose.int, turned, 1, 2, like=node)
+    node.replace_all_uses_with(back)
+    return 1
+
+
+def _half_table(edit: Editor, table: Node, half: int, tables: dict[tuple[Node, ...], Node]) -> Node:
+    """[T, d/2] of [1, 1, T, d] (or of the [1, T, d] below its views), computed once, right behind the table."""
+    source = unview(table)
+    if (source,) not in tables:
+        with edit.graph.inserting_after(source):
+            flat = edit.call(aten.select.int, source, 0, 0, like=source)
+        for _ in range(rank(source) - 3):
+            with edit.graph.inserting_after(flat):
+                flat = edit.call(aten.select.int, flat, 0, 0, like=source)
+        with edit.graph.inserting_after(flat):
+            tables[(source,)] = edit.call(aten.slice.Tensor, flat, 1, 0, half, like=source)
+    return tables[(source,)]
+
+
+ELEMENTWISE = {aten.cos.default, aten.sin.default, aten._to_copy.default, aten.to.dtype, aten.neg.default}
+
+
+def repeats_halves(node: Any) -> bool:
+    """The two halves of the last dimension are equal: cat((f, f), -1) under operators that treat every element alike."""
+    while isinstance(node, Node):
+        if is_op(node, aten.cat.default):
+            parts = node.args[0]
+            return len(parts) == 2 and parts[0] is parts[1] and dim_of(node, 1, "dim", rank(node), 0) == rank(node) - 1  # type: ignore[arg-type,index]
+        if is_op(node, aten.unsqueeze.default):
+            if dim_of(node, 1, "dim", rank(node)) == rank(node) - 1:
+                return False
+        elif not (is_op(node, *ELEMENTWISE) or with_scalar(node, aten.mul.Tensor) is not None):
+            return False
+        node = arg(node, 0, "input")
+    return False

@@ -1,0 +1,30 @@
+"""Every order of passes, on one screen. Targets append their own `legalize` passes."""
+
+from __future__ import annotations
+
+from moec.compiler.pipeline import Pass
+from moec.compiler.spec.quantization import Quantization
+from moec.passes.canonicalize import canonicalize
+from moec.passes.fuse_attention import fuse_attention
+from moec.passes.fuse_moe import fuse_moe
+from moec.passes.fuse_rms_norm import fuse_rms_norm
+from moec.passes.fuse_rope import fuse_rope
+from moec.passes.pin_router import pin_router
+from moec.passes.quantize_weights import quantize_weights
+
+
+def fusion() -> list[Pass]:
+    """EXPORTED -> FUSED."""
+    return [
+        canonicalize(),
+        fuse_rms_norm(),
+        fuse_rope(),
+        fuse_moe(),
+        fuse_attention(),
+        pin_router(),
+    ]
+
+
+def pipeline(quantization: Quantization | None) -> list[Pass]:
+    """EXPORTED -> FUSED for `quantization: none`, EXPORTED -> QUANTIZED otherwise."""
+    return fusion() if quantization is None else [*fusion(), quantize_weights(quantization)]

@@ -1,0 +1,205 @@
+"""Quantize weights by role: codes and scales instead of floats, the router and the norms untouched.
+
+    linear(x, W)            ->  moec::linear_q(x, q, s)              W ~ s * q, Eq. 6 of MobileMoE
+    embedding(ids, W)       ->  moec::embedding_q(ids, q, s)         a tied table is quantized once and read by both
+    fused_moe(x, ..., W)    ->  moec::fused_moe_q(x, ..., q, s)
+    cached_attention(..)    ->  moec::cached_attention_q8(..)        for kv_cache: int8
+
+Codes that a checkpoint stores are carried bit for bit (`quant.quantize_for`). A weight that the spec quantizes and no
+rule here reaches is an error that names it: nothing is left in float silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moec.compiler.errors import CompileError
+from moec.compiler.matching.read import arg, aten, is_op
+from moec.compiler.ops import (
+    Experts,
+    cached_attention,
+    cached_attention_q8,
+    embedding_q,
+    fused_moe,
+    fused_moe_q,
+    linear_q,
+)
+from moec.compiler.pipeline import Pass, PassResult
+from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, module_path
+from moec.compiler.quant import Layout, QuantizedTensor, quantize_for
+from moec.compiler.spec.quantization import Quantization, WeightScheme
+
+
+def quantize_weights(quantization: Quantization) -> Pass:
+    return Pass("quantize_weights", lambda p: _run(p, quantization), needs=Stage.FUSED, gives=Stage.QUANTIZED)
+
+
+def _run(program: Program, quantization: Quantization) -> PassResult:
+    edit = program.edit()
+    changed = 0
+    int8 = quantization.activations == "int8"
+    for node in [n for n in edit.graph.nodes if n.op == "call_function"]:
+        if is_op(node, aten.linear.default):
+            new = _linear(edit, node, quantization, int8)
+        elif is_op(node, aten.embedding.default):
+            new = _embedding(edit, node, quantization)
+        elif node.target is fused_moe:
+            new = _moe(edit, node, quantization, int8)
+        elif node.target is cached_attention and quantization.kv_cache == "int8":
+            new = _cache(edit, node)
+        else:
+            continue
+        if new is None:
+            continue
+        node.replace_all_uses_with(new)
+        edit.graph.erase_node(node)
+        changed += 1
+    done = edit.done(stage=Stage.QUANTIZED)
+    _check_complete(done, quantization)
+    return PassResult(done, changed)
+
+
+def _check_complete(program: Program, quantization: Quantization) -> None:
+    for name, role in program.roles.items():
+        weight = program.weights[name]
+        if quantization.scheme(role) is not None and weight.dtype == torch.float32 and len(weight.shape) > 1:
+            if name.endswith(("_scale", "shared_expert_gate.weight")) or weight.shape[0] == 1:
+                continue
+            raise CompileError(
+                f"the {role.value} weight {name} would stay in float: no operator that reads it has a quantized form",
+                remedy="set this role to fp32 in the spec's quantization",
+            )
+
+
+def _scheme(edit: Editor, name: str | None, quantization: Quantization) -> WeightScheme | None:
+    return None if name is None else quantization.scheme(edit.roles[name])
+
+
+def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
+    weight: Node = node.args[1]  # type: ignore[assignment]
+    scheme = _scheme(edit, edit.weight_of(weight), quantization)
+    if scheme is None:
+        return None
+    codes, scales, _ = quantized(edit, weight, scheme, "out_in")
+    with edit.graph.inserting_before(node):
+        return edit.call(
+            linear_q, node.args[0], codes, scales, arg(node, 2, "bias"), scheme.bits, scheme.group_size, int8, like=node
+        )
+
+
+def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | None:
+    weight: Node = node.args[0]  # type: ignore[assignment]
+    scheme = _scheme(edit, edit.weight_of(weight), quantization)
+    if scheme is None:
+        return None
+    codes, scales, _ = quantized(edit, weight, scheme, "out_in")
+    with edit.graph.inserting_before(node):
+        return edit.call(embedding_q, node.args[1], codes, scales, scheme.bits, scheme.group_size, like=node)
+
+
+def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
+    (x, router_input, router, router_bias, bias, w13, b13, w2, b2, shared13, shared2, gate, top_k, routing, text) = node.args
+    scheme = quantization.scheme(Role.EXPERT)
+    shared = quantization.scheme(Role.SHARED) if shared13 is not None else scheme
+    if _storage(scheme) != _storage(shared):
+        raise CompileError(
+            "routed and shared experts are one operator and must be stored alike (same type and group size)",
+            place=module_path(node) or node.name,
+            remedy="give `experts` and `shared` of the spec's quantization the same value",
+        )
+    if scheme is None:
+        return None
+    experts = Experts.parse(str(text))
+    layout: Layout = "in_out" if experts.layout == "in_out" else "out_in"
+    codes13, scales13, new_layout = quantized(edit, w13, scheme, layout)  # type: ignore[arg-type]
+    codes2, scales2, _ = quantized(edit, w2, scheme, layout)  # type: ignore[arg-type]
+    packed: list[Node | None] = [None] * 4
+    if isinstance(shared13, Node) and isinstance(shared2, Node):
+        in_groups = WeightScheme(scheme.bits, scheme.group_size, "in")
+        packed = [*quantized(edit, shared13, in_groups, "out_in")[:2], *quantized(edit, shared2, in_groups, "out_in")[:2]]
+    how = str(Experts(**{**vars(experts), "layout": new_layout}))
+    with edit.graph.inserting_before(node):
+        return edit.call(
+            fused_moe_q, x, router_input, router, router_bias, bias, codes13, scales13, b13, codes2, scales2, b2,
+            *packed, gate, top_k, routing, how, scheme.bits, scheme.group_size, int8, like=node,
+        )  # fmt: skip
+
+
+def _storage(scheme: WeightScheme | None) -> tuple[int, int] | None:
+    return None if scheme is None else (scheme.bits, scheme.group_size)
+
+
+def quantized(edit: Editor, weight: Node, scheme: WeightScheme, layout: Layout) -> tuple[Node, Node, Layout]:
+    """(codes, scales, layout of the codes): placeholders of the lazily quantized weight, made once per weight."""
+    name = edit.weight_of(weight)
+    if name is None:
+        raise CompileError(f"the weight {weight.name} is computed, it cannot be quantized", place=module_path(weight))
+    last = "in" if layout == "out_in" else "out"
+    turned = last != scheme.axis
+    new_layout: Layout = layout if not turned else "in_out" if layout == "out_in" else "out_in"
+    codes_name, scales_name = quantized_names(name)
+    found, found_scales = edit.placeholder_of(codes_name), edit.placeholder_of(scales_name)
+    if found is not None and found_scales is not None:
+        return found, found_scales, new_layout
+    source = edit.weights[name]
+    *lead, a, b = source.shape
+    rows, width = (b, a) if turned else (a, b)
+    pair = _Pair(lambda: quantize_for(source, scheme, layout=layout, name=name))
+    role = edit.roles[name]
+    per = 2 if scheme.bits == 4 else 1
+    codes_type = torch.uint8 if scheme.bits == 4 else torch.int8
+    codes = edit.add_weight(codes_name, LazyWeight((*lead, rows, width // per), codes_type, pair.codes), role)
+    shape = (*lead, rows, width // scheme.group_size)
+    scales = edit.add_weight(scales_name, LazyWeight(shape, torch.float16, pair.scales), role)
+    return codes, scales, new_layout
+
+
+def quantized_names(name: str) -> tuple[str, str]:
+    """`a.weight` -> `a.qweight`, `a.weight_scale`; `experts.down_proj` -> `experts.down_qweight`, `experts.down_scale`."""
+    if name.endswith(".weight"):
+        stem = name.removesuffix("weight")
+        return f"{stem}qweight", f"{stem}weight_scale"
+    stem = name.removesuffix("_proj")
+    return f"{stem}_qweight", f"{stem}_scale"
+
+
+class _Pair:
+    """Codes and scales of one quantization, computed once for the two reads that follow each other."""
+
+    def __init__(self, compute: Callable[[], QuantizedTensor]) -> None:
+        self._compute = compute
+        self._waiting: dict[str, Tensor] = {}
+
+    def _take(self, part: str) -> Tensor:
+        if part not in self._waiting:
+            result = self._compute()
+            self._waiting = {"codes": result.codes, "scales": result.scales}
+        return self._waiting.pop(part)
+
+    def codes(self) -> Tensor:
+        return self._take("codes")
+
+    def scales(self) -> Tensor:
+        return self._take("scales")
+
+
+def _cache(edit: Editor, node: Node) -> Node:
+    q, k, v, k_cache, v_cache, start_pos, scale, window = node.args
+    scales = []
+    for cache in (k_cache, v_cache):
+        name = str(edit.weight_of(cache))  # type: ignore[arg-type]
+        shape = edit.weights[name].shape
+        edit.retype_weight(name, _zeros(shape, torch.int8))
+        scales.append(edit.add_weight(name + "_scale", _zeros(shape[:-1], torch.float32), Role.CACHE, mutable=True))
+    with edit.graph.inserting_before(node):
+        return edit.call(
+            cached_attention_q8, q, k, v, k_cache, v_cache, scales[0], scales[1], start_pos, scale, window, like=node
+        )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyWeight:
+    return LazyWeight(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
