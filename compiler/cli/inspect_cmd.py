@@ -70,8 +70,26 @@ def _show_artifact(artifact: Artifact) -> None:
         rows = sorted(manifest.sizes_by_role.items(), key=lambda item: -item[1])
         shares = [(role, size(count), f"{count / total:.1%}") for role, count in rows]
         table("\nWeights by role", ["role", "size", "share"], shares, right=[1, 2])
+    _show_methods(manifest.details)
     passes = [(p.name, p.changed, len(p.refusals), f"{p.seconds:.2f}", p.digest) for p in manifest.passes]
     table("\nPasses", ["pass", "changed", "refused", "seconds", "graph"], passes, right=[1, 2, 3])
+
+
+def _show_methods(details: dict[str, Any]) -> None:
+    """Entry points with their delegates and instructions, where the target's lowering counted them."""
+    from moec.compiler.cli.output import size, table
+
+    methods = {name: m for name, m in details.get("methods", {}).items() if "instructions" in m}
+    if not methods:
+        return
+    rows = [(n, m["delegates"], sum(m["instructions"].values()), size(m["payload_bytes"])) for n, m in methods.items()]
+    table("\nMethods", ["method", "delegates", "instructions", "program"], rows, right=[1, 2, 3])
+    name, first = next(iter(methods.items()))
+    counts = sorted(first["instructions"].items(), key=lambda item: (-item[1], item[0]))
+    table(f"\nInstructions of {name}", ["instruction", "count"], counts, right=[1])
+    advice = details.get("chunking", {}).get("advice")
+    if advice:
+        print(f"\nchunks: {advice}")
 
 
 def _quantization_text(quantization: Any) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
@@ -16,7 +18,8 @@ from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.model.simulate import Reference
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.target import Session
 from moec.compiler.verify.compare import Comparison, compare
 from moec.compiler.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
 from moec.compiler.verify.reference import VerifyingReference
@@ -49,7 +52,8 @@ def verify_artifact(
     if not isinstance(config, DecoderConfig):
         raise UserError("models of other frontends are verified with `moec verify SPEC`", place=str(artifact.folder))
     store = _open_checkpoint(artifact, config, checkpoint)
-    session = build.load(artifact)
+    scheme = _computed_scheme(artifact.manifest, spec)
+    session = build.load_exact(artifact)
     try:
         prompts = prompt_ids(_encoder(artifact), tokens=tokens, text=text)
         if not any(prompts.values()):
@@ -58,13 +62,14 @@ def verify_artifact(
         roles = _asymmetric_roles(artifact.manifest)
         found = compare(
             session,
-            VerifyingReference(config, store, spec.quantization, xnnpack_roles=roles),
+            VerifyingReference(config, store, scheme, xnnpack_roles=roles),
             prompts,
             layer_names=artifact.manifest.model.moe_layers,
-            quantized=spec.quantization is not None,
-            float_reference=None if spec.quantization is None else _float_reference(config, store, spec, roles),
+            quantized=scheme is not None,
+            float_reference=_float_reference(config, store, scheme, roles),
             progress=progress,
         )
+        found.figures.update(_rounding_figures(artifact, session, prompts))
     finally:
         session.close()
     return _report(artifact, store, prompts, found, time.perf_counter() - started)
@@ -118,16 +123,44 @@ class _TokenizerEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def _computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
+    """The spec's quantization as the target computes it: its lowering notes where it rounds less than the spec asks."""
+    if spec.quantization is None:
+        return None
+    return spec.quantization.model_copy(update=dict(manifest.details.get("computes", {})))
+
+
+def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, list[int]]) -> dict[str, Any]:
+    """How far the artifact's own arithmetic is from its exact twin; nothing for targets whose arithmetic is float32."""
+    if not build.has_exact(artifact):
+        return {}
+    own = build.load(artifact)
+    try:
+        errors: list[np.ndarray] = []
+        agree: list[np.ndarray] = []
+        for ids in prompts.values():
+            for session in (own, exact):
+                session.reset()
+            a, b = own.prefill(ids, "all"), exact.prefill(ids, "all")
+            errors.append(np.abs(a - b).max(-1) / np.maximum(np.abs(b).max(-1), 1e-30))
+            agree.append(a.argmax(-1) == b.argmax(-1))
+    finally:
+        own.close()
+    error = np.concatenate(errors)
+    name = f"own arithmetic ({artifact.manifest.details.get('dtype', 'as stored')}) against float32"
+    share = float(np.concatenate(agree).mean())
+    return {name: f"top-1 {share:.4f}, relative error of logits median {np.median(error):.1e}, worst {error.max():.1e}"}
+
+
 def _asymmetric_roles(manifest: Manifest) -> Collection[Role]:
     """Roles whose linears the target runs with asymmetric activation rounding, as its lowering noted them."""
     return [Role(name) for name in manifest.details.get("asymmetric_roles", ())]
 
 
 def _float_reference(
-    config: DecoderConfig, store: WeightStore, spec: Spec, roles: Collection[Role]
+    config: DecoderConfig, store: WeightStore, scheme: Quantization | None, roles: Collection[Role]
 ) -> Reference | None:
     """The same codes without rounding of activations or cache; None when the scheme rounds neither."""
-    scheme = spec.quantization
     if scheme is None or (scheme.activations == "fp32" and scheme.kv_cache == "fp32"):
         return None
     return Reference(config, store, scheme, activations=False, xnnpack_roles=roles)

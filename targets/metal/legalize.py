@@ -10,7 +10,7 @@ from moec.compiler.ops import fused_moe_q, linear_q
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
 
-_QUANTIZED = (fused_moe_q, linear_q)
+QUANTIZED = (fused_moe_q, linear_q)
 
 
 def float_activations() -> Pass:
@@ -22,7 +22,7 @@ def _run(program: Program) -> PassResult:
     edit = program.edit()
     changed = 0
     for node in edit.graph.nodes:
-        if node.target in _QUANTIZED and node.args[-1] is True:
+        if node.target in QUANTIZED and node.args[-1] is True:
             node.args = (*node.args[:-1], False)
             changed += 1
     return PassResult(edit.done(stage=Stage.LEGAL), changed)

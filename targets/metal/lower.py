@@ -25,6 +25,7 @@ from moec.compiler.program import Editor, Program, Role, module_path
 from moec.compiler.target import LoweredFiles
 from moec.targets.metal.delegate_package import activate
 from moec.targets.metal.encode import Encoding, weight_sqnr_db
+from moec.targets.metal.legalize import QUANTIZED
 from moec.targets.metal.options import Options
 from moec.targets.metal.pte import Method, write_pte
 
@@ -250,7 +251,8 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
             },
         )
     sizes["program"] = sum(len(m.payload) for m in built.values())
-    return LoweredFiles(("model.pte",), dict(sizes), _details(built, options, rounded, program))
+    details = _details(built, options, rounded, program)
+    return LoweredFiles(("model.pte",), dict(sizes), details, notes=_notes(program, options, rounded))
 
 
 def _made(
@@ -306,3 +308,13 @@ def _details(
         },
         "unchecked_without_apple_hardware": list(UNCHECKED),
     }
+
+
+def _notes(program: Program, options: Options, rounded: Mapping[str, float]) -> tuple[str, ...]:
+    notes = ["not checked without Apple hardware: " + "; ".join(UNCHECKED)]
+    if any(n.target in QUANTIZED for n in program.graph.nodes):
+        notes.append(f"activations are not rounded to INT8: products take {options.dtype}")
+    if rounded:
+        worst = min(rounded.values())
+        notes.append(f"scales of {len(rounded)} weights are rounded to {options.dtype}: at worst {worst:.1f} dB SQNR")
+    return tuple(notes)

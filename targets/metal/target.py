@@ -35,6 +35,9 @@ class MetalTarget:
         """The artifact with its own types: 16-bit activations are rounded as on the GPU."""
         return self._session(artifact, wide=False)
 
+    def rounds(self, artifact: Artifact) -> bool:
+        return artifact.manifest.details.get("dtype") != "float32"
+
     def load_exact(self, artifact: Artifact) -> Session:
         """The float32 twin: same instructions, same stored values, nothing rounded to 16 bits. `verify` compares it."""
         return self._session(artifact, wide=True)
