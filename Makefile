@@ -81,7 +81,8 @@ lock: $(INSTALLED)
 	touch $(INSTALLED)
 
 bench-kernel: setup
-	$(MOEC) bench kernel
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[bench]'
+	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-peers: setup
 	$(MOEC) bench peers

@@ -1,7 +1,7 @@
 """The kernel library's C API in numpy terms: for packing at compile time, for tests and for benchmarks.
 
 T tokens, N output features, K input features, E experts, D model width. Every fault that the library reports becomes a
-`KernelError`. The library is the one that `native.py` builds; MOEC_KERNELS_LIBRARY names another file (a sanitizer build).
+`KernelError`. The library is the one that `native.py` builds; MOEC_KERNELS_LIBRARY names another file.
 """
 
 from __future__ import annotations
@@ -36,9 +36,22 @@ class _Buffer(ctypes.Structure):
 
 
 _MOE_BUFFERS = (
-    "x", "router_input", "router_weight", "router_bias", "selection_bias", "w13", "b13", "w2", "b2", "shared_w13",
-    "shared_w2", "shared_gate", "y", "indices", "weights",
-)  # fmt: skip
+    "x",
+    "router_input",
+    "router_weight",
+    "router_bias",
+    "selection_bias",
+    "w13",
+    "b13",
+    "w2",
+    "b2",
+    "shared_w13",
+    "shared_w2",
+    "shared_gate",
+    "y",
+    "indices",
+    "weights",
+)
 
 
 class _MoeArgs(ctypes.Structure):
@@ -53,9 +66,16 @@ class _MoeArgs(ctypes.Structure):
 
 
 _TRACE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
-    ctypes.c_void_p, ctypes.c_void_p,
-)  # fmt: skip
+    None,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+)
 
 _i32, _i64 = ctypes.c_int32, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -123,7 +143,14 @@ def packed_bytes(n: int, k: int, fmt: WeightFormat) -> int:
 
 
 def pack(
-    codes: NDArray, scales: NDArray | None, n: int, k: int, fmt: WeightFormat, *, count: int = 1, transposed: bool = False
+    codes: NDArray,
+    scales: NDArray | None,
+    n: int,
+    k: int,
+    fmt: WeightFormat,
+    *,
+    count: int = 1,
+    transposed: bool = False,
 ) -> NDArray[np.uint8]:
     """uint8 [count * packed_bytes] of `count` stacked matrices, codes and scales as moec_kernel.h (moec_pack) has them.
     `transposed`: f32 weights lie as [count, K, N]."""
@@ -133,9 +160,16 @@ def pack(
 
 
 def pack_into(
-    out: NDArray[np.uint8], codes: NDArray, scales: NDArray | None, n: int, k: int, fmt: WeightFormat, *, count: int = 1,
+    out: NDArray[np.uint8],
+    codes: NDArray,
+    scales: NDArray | None,
+    n: int,
+    k: int,
+    fmt: WeightFormat,
+    *,
+    count: int = 1,
     transposed: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """`pack` into memory of the caller's, e.g. one expert of a stack."""
     if transposed and fmt.kind != Kind.F32:
         raise ValueError("only f32 weights are transposed while packing; quantized ones carry their group axis")
@@ -152,13 +186,19 @@ def unpack(
     if fmt.kind == Kind.F32:
         codes, scales = np.empty((count, n, k), np.float32), None
     else:
-        codes = np.empty((count, rows, columns // 2), np.uint8) if fmt.kind == Kind.INT4 else np.empty((count, rows, columns), np.int8)
+        codes = (
+            np.empty((count, rows, columns // 2), np.uint8)
+            if fmt.kind == Kind.INT4
+            else np.empty((count, rows, columns), np.int8)
+        )
         scales = np.empty((count, rows, columns // fmt.group_size), np.float32 if fmt.f32_scales else np.float16)
     _check(library().moec_unpack(count, n, k, fmt.encode(), _buffer(packed), _buffer(codes), _buffer(scales)))
     return codes, scales
 
 
-def linear(x: F32, w: NDArray[np.uint8], n: int, fmt: WeightFormat, bias: F32 | None = None, out: F32 | None = None) -> F32:
+def linear(
+    x: F32, w: NDArray[np.uint8], n: int, fmt: WeightFormat, bias: F32 | None = None, out: F32 | None = None
+) -> F32:
     """float32 [T, N] from x [T, K]."""
     t, k = x.shape
     y = np.empty((t, n), np.float32) if out is None else out
@@ -221,6 +261,17 @@ class PreparedMoe:
         self.run(x, x if router_input is None else router_input, y, indices, weights)
         return y, indices, weights
 
+    def bind(self, x: F32, y: F32) -> Callable[[], int]:
+        """A function of no arguments that runs the block on these arrays: nothing but the foreign call, for timing. It
+        returns the error code. The block, x and y must outlive it."""
+        args = _MoeArgs.from_buffer_copy(self._args)
+        args.tokens = x.shape[0]
+        args.x = args.router_input = _buffer(x)
+        args.y = _buffer(y)
+        args.indices = args.weights = _Buffer(None, 0)
+        function, pointer = library().moec_moe, ctypes.pointer(args)
+        return lambda: function(pointer)
+
     def run(
         self, x: F32, router_input: F32, y: F32, indices: NDArray[np.int32] | None = None, weights: F32 | None = None
     ) -> None:
@@ -278,16 +329,18 @@ def set_trace(callback: TraceCallback | None) -> None:
         return
 
     def forward(_user: int, t: int, d: int, k: int, x: int, indices: int, weights: int, y: int) -> None:
-        def view(address: int, dtype: type, shape: tuple[int, int]) -> NDArray:
+        def view(address: int, dtype: type[np.generic], shape: tuple[int, int]) -> NDArray:
             if not shape[0]:
                 return np.empty(shape, dtype)
-            raw = (ctypes.c_char * (shape[0] * shape[1] * 4)).from_address(address)
-            return np.frombuffer(raw, dtype).reshape(shape).copy()
+            raw = bytearray((ctypes.c_char * (shape[0] * shape[1] * 4)).from_address(address))
+            return np.frombuffer(raw, dtype).reshape(shape)
 
         callback(
-            view(x, np.float32, (t, d)), view(indices, np.int32, (t, k)), view(weights, np.float32, (t, k)),
+            view(x, np.float32, (t, d)),
+            view(indices, np.int32, (t, k)),
+            view(weights, np.float32, (t, k)),
             view(y, np.float32, (t, d)),
-        )  # fmt: skip
+        )
 
     function = _TRACE(forward)
     library().moec_set_trace(function, None)

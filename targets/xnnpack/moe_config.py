@@ -1,4 +1,4 @@
-"""The integers and floats that moec::fused_moe_packed hands to the kernel, and the encoding of a packed weight's format.
+"""The integers and floats that moec::fused_moe_packed hands to the kernel, and the encoding of a weight's format.
 
 `kernel/moe_config.h` holds the same tables for C++; a test compares the two by reading that file. Append fields, never
 renumber, and raise MOEC_ABI_VERSION (kernel/moec_kernel.h) when you do.
@@ -125,7 +125,7 @@ ACTIVATION = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 class MoeConfig:
     """Everything about one MoE block that is not a tensor. `encode()` gives the operator's two lists.
 
-    The `layout` of `what` plays no part here: packing has dealt with it (see packing.py). w13 has 2F rows when gated, else F.
+    The `layout` of `what` plays no part here: packing has dealt with it. w13 has 2F rows when gated, else F.
     """
 
     experts: int

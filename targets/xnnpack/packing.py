@@ -1,7 +1,8 @@
 """Weights into the CPU kernels' packed layout, and back, in torch terms.
 
-N output features, K input features, g group size. One packed weight is a uint8 tensor of `count * packed_bytes(n, k, fmt)`
-bytes; the layout itself is the kernel's own business (kernel/moec_kernel.h). Codes and scales are carried bit for bit.
+N output features, K input features, g group size. One packed weight is a uint8 tensor of
+`count * packed_bytes(n, k, fmt)` bytes; the layout is the kernel's own business (kernel/moec_kernel.h). Codes and scales
+are carried bit for bit.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def pack(
 ) -> Tensor:
     """uint8 [count * packed_bytes(n, k, fmt)] of `count` stacked matrices.
 
-    codes: uint8 [..., K/2] or int8 [..., K] with rows of outputs (groups along the input), uint8 [..., N/2] or int8 [..., N]
-    with rows of inputs (`fmt.axis_out`), float32 [..., N, K] ([..., K, N] when `transposed`). scales: float16 or float32 as
-    `fmt.f32_scales` says, one per group. KernelError when a size does not fit.
+    codes: uint8 [..., K/2] or int8 [..., K] with rows of outputs (groups along the input), uint8 [..., N/2] or int8
+    [..., N] with rows of inputs (`fmt.axis_out`), float32 [..., N, K] ([..., K, N] when `transposed`). scales: one per
+    group, float16 or float32 as `fmt.f32_scales` says. KernelError when a size does not fit.
     """
     wanted = {Kind.F32: torch.float32, Kind.INT4: torch.uint8, Kind.INT8: torch.int8}[fmt.kind]
     if codes.dtype != wanted:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ops.attributes import Experts, Routing
-from moec.compiler.ops.linear_q import linear_in_groups
 from moec.compiler.ops.fused_moe_q import linear_out_groups
+from moec.compiler.ops.linear_q import linear_in_groups
 from moec.compiler.ops.moe_math import apply_experts, route, shared_expert
 from moec.compiler.quant import QuantizedTensor, pack_int4
 from moec.targets.xnnpack import kernel_api, packing
@@ -78,9 +78,13 @@ class Block:
     def route(self, router_input: np.ndarray) -> tuple[Tensor, Tensor]:
         t = self.prepared.tensors
         return route(
-            torch.from_numpy(router_input), torch.from_numpy(t.router_weight), _tensor(t.router_bias),
-            _tensor(t.selection_bias), self.config.top_k, self.config.how,
-        )  # fmt: skip
+            torch.from_numpy(router_input),
+            torch.from_numpy(t.router_weight),
+            _tensor(t.router_bias),
+            _tensor(t.selection_bias),
+            self.config.top_k,
+            self.config.how,
+        )
 
     def reference(self, x: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The block's output for given experts and weights (routing forced to the kernel's own)."""
@@ -147,8 +151,16 @@ def random_block(
         shared_gate=normal(d, scale=d**-0.5) if shared_gate else None,
     )
     config = MoeConfig(
-        experts=experts, d_model=d, expert_width=width, top_k=top_k, how=how, what=what, w13=routed, w2=routed,
-        shared_width=shared_width, shared_w13=shared if shared_width else WeightFormat(),
+        experts=experts,
+        d_model=d,
+        expert_width=width,
+        top_k=top_k,
+        how=how,
+        what=what,
+        w13=routed,
+        w2=routed,
+        shared_width=shared_width,
+        shared_w13=shared if shared_width else WeightFormat(),
         shared_w2=shared if shared_width else WeightFormat(),
-    )  # fmt: skip
+    )
     return Block(config, kernel_api.PreparedMoe(config, tensors), w13, w2, shared_w13, shared_w2)

@@ -20,7 +20,9 @@ def _enumerators(prefix: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(rf"{prefix}(\w+) = (\d+),", text)}
 
 
-@pytest.mark.parametrize(("prefix", "fields"), [("MOEC_CONFIG_", moe_config.Config), ("MOEC_PARAMS_", moe_config.Params)])
+@pytest.mark.parametrize(
+    ("prefix", "fields"), [("MOEC_CONFIG_", moe_config.Config), ("MOEC_PARAMS_", moe_config.Params)]
+)
 def test_fields_are_numbered_as_in_the_header(prefix: str, fields: type[IntEnum]) -> None:
     assert _enumerators(prefix) == {f.name: f.value for f in fields}
 
@@ -38,9 +40,14 @@ def test_lengths_and_versions_agree() -> None:
 def test_every_attribute_value_has_a_code() -> None:
     assert set(moe_config.SCORE) == set(SCORES)
     assert set(moe_config.ACTIVATION) == set(ACTIVATIONS)
-    for how in (Routing(bias_on=b, group_score=g, fill=f, normalize=n, apply=a)
-                for b in moe_config.BIAS_ON for g in moe_config.GROUP_SCORE for f in moe_config.FILL
-                for n in moe_config.NORMALIZE for a in moe_config.APPLY):  # fmt: skip
+    for how in (
+        Routing(bias_on=b, group_score=g, fill=f, normalize=n, apply=a)
+        for b in moe_config.BIAS_ON
+        for g in moe_config.GROUP_SCORE
+        for f in moe_config.FILL
+        for n in moe_config.NORMALIZE
+        for a in moe_config.APPLY
+    ):
         config, params = MoeConfig(4, 32, 32, 2, how, Experts(), WeightFormat(), WeightFormat()).encode()
         assert len(config) == len(moe_config.Config)
         assert len(params) == len(moe_config.Params)
@@ -53,5 +60,5 @@ def test_formats_survive_encoding() -> None:
 
 @pytest.mark.parametrize("value", [-1, 3, 0x80, 1, 33 << 8 | 1, 32 << 8])
 def test_what_is_not_a_format_is_refused(value: int) -> None:
-    with pytest.raises(ValueError, match="format|group"):
+    with pytest.raises(ValueError, match=r"format|group"):
         WeightFormat.decode(value)

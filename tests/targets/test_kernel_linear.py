@@ -198,6 +198,6 @@ def test_wrong_sizes_are_refused_with_the_argument_named() -> None:
         kernel_api.embedding(np.array([-1]), w.packed, w.n, w.k, fmt)
     with pytest.raises(kernel_api.KernelError, match="this machine offers"):
         kernel_api.set_isa("sse9")
+    crooked = np.empty(2 * 64 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 64)
     with pytest.raises(kernel_api.KernelError, match="not aligned"):
-        crooked = np.empty(2 * 64 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 64)
         kernel_api.linear(crooked, w.packed, w.n, fmt)

@@ -60,9 +60,9 @@ def _check(block: Block, x: np.ndarray, tolerance: float, router_input: np.ndarr
 
 
 # Both sides round the same activations to INT8 where they agree on them to the last bit. The hidden is computed in fp32
-# with sums in different orders, so that about one value in 10,000 falls to the other side of a rounding boundary: one step
-# of 1/127 of the row's maximum in one of `width` products. 2e-3 of the output's maximum holds for widths above 32 here; a
-# wrong scale, nibble or row shows as an error near 1.
+# with sums in different orders, so that about one value in 10,000 falls to the other side of a rounding boundary: one
+# step of 1/127 of the row's maximum in one of `width` products. 2e-3 of the output's maximum holds for widths above 32
+# here; a wrong scale, nibble or row shows as an error near 1.
 ROUNDED = 2e-3
 # fp32 arithmetic in another order, sums of at most a few hundred terms.
 FLOAT = 2e-5
@@ -76,9 +76,17 @@ def test_every_format_matches_the_definition(fmt: WeightFormat, tokens: int) -> 
     if fmt.axis_out:
         shared = WeightFormat(fmt.kind, fmt.group_size, int8_activations=fmt.int8_activations)
     block = random_block(
-        rng, experts=7, d=192, width=128, top_k=3, routed=fmt, shared_width=256, shared=shared, how=MOBILEMOE,
+        rng,
+        experts=7,
+        d=192,
+        width=128,
+        top_k=3,
+        routed=fmt,
+        shared_width=256,
+        shared=shared,
+        how=MOBILEMOE,
         selection_bias=True,
-    )  # fmt: skip
+    )
     _check(block, rng.standard_normal((tokens, 192), dtype=np.float32), ROUNDED if fmt.int8_activations else FLOAT)
 
 
@@ -94,22 +102,38 @@ def test_random_blocks(seed: int) -> None:
     experts = int(rng.integers(1, 20))
     top_k = int(rng.integers(1, min(experts, 6) + 1))
     what = Experts(
-        activation=str(rng.choice(ACTIVATIONS)), gated=gated, interleaved=gated and bool(rng.integers(2)),
-        gate_max=float(rng.choice([np.inf, 2.0])), up_min=float(rng.choice([-np.inf, -1.5])),
+        activation=str(rng.choice(ACTIVATIONS)),
+        gated=gated,
+        interleaved=gated and bool(rng.integers(2)),
+        gate_max=float(rng.choice([np.inf, 2.0])),
+        up_min=float(rng.choice([-np.inf, -1.5])),
         up_offset=float(rng.integers(2)),
-    )  # fmt: skip
+    )
     how = Routing(
-        score=str(rng.choice(["softmax", "sigmoid", "sqrtsoftplus"])), after_topk=bool(rng.integers(2)),
-        normalize=str(rng.choice(["none", "sum"])), scale=float(rng.uniform(0.5, 2)),
-        apply=str(rng.choice(["output", "input"])), bias_on=str(rng.choice(["scores", "logits"])),
-    )  # fmt: skip
+        score=str(rng.choice(["softmax", "sigmoid", "sqrtsoftplus"])),
+        after_topk=bool(rng.integers(2)),
+        normalize=str(rng.choice(["none", "sum"])),
+        scale=float(rng.uniform(0.5, 2)),
+        apply=str(rng.choice(["output", "input"])),
+        bias_on=str(rng.choice(["scores", "logits"])),
+    )
     shared = WeightFormat(Kind.INT8, step, int8_activations=fmt.int8_activations) if step > 1 else WeightFormat()
     block = random_block(
-        rng, experts=experts, d=d, width=width, top_k=top_k, routed=fmt, shared=shared,
-        shared_width=(step if step > 1 else 33) * int(rng.integers(0, 3)), how=how, what=what,
-        router_bias=bool(rng.integers(2)), selection_bias=bool(rng.integers(2)), biases=bool(rng.integers(2)),
+        rng,
+        experts=experts,
+        d=d,
+        width=width,
+        top_k=top_k,
+        routed=fmt,
+        shared=shared,
+        shared_width=(step if step > 1 else 33) * int(rng.integers(0, 3)),
+        how=how,
+        what=what,
+        router_bias=bool(rng.integers(2)),
+        selection_bias=bool(rng.integers(2)),
+        biases=bool(rng.integers(2)),
         shared_gate=False,
-    )  # fmt: skip
+    )
     x = rng.standard_normal((int(rng.integers(1, 60)), d), dtype=np.float32)
     # narrow hidden rows (32) feel one flipped rounding more: see ROUNDED
     _check(block, x, 2.5 * ROUNDED if fmt.int8_activations else FLOAT)
@@ -184,11 +208,14 @@ def test_ties_go_to_the_lower_index() -> None:
     assert (weights == 0.5).all()
 
 
-def _steered(rng: np.random.Generator, choice: np.ndarray, fmt: WeightFormat, experts: int, top_k: int) -> tuple[Block, np.ndarray]:
+def _steered(
+    rng: np.random.Generator, choice: np.ndarray, fmt: WeightFormat, experts: int, top_k: int
+) -> tuple[Block, np.ndarray]:
     """A block and tokens [T, d] of which token t selects exactly the experts choice[t] (router and input one-hot)."""
     d = 64
-    block = random_block(rng, experts=experts, d=d, width=64, top_k=top_k, routed=fmt, shared_width=64, shared=INT4_IN,
-                         how=MOBILEMOE)  # fmt: skip
+    block = random_block(
+        rng, experts=experts, d=d, width=64, top_k=top_k, routed=fmt, shared_width=64, shared=INT4_IN, how=MOBILEMOE
+    )
     block.prepared.tensors.router_weight[:] = 0
     block.prepared.tensors.router_weight[np.arange(experts), np.arange(experts)] = 1
     x = rng.standard_normal((len(choice), d), dtype=np.float32) * np.float32(0.1)
@@ -233,7 +260,9 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("tokens", [5, 60])
 def test_not_a_number_stays_with_its_token(fmt: WeightFormat, tokens: int) -> None:
     rng = np.random.default_rng(2)
-    block = random_block(rng, experts=6, d=64, width=64, top_k=2, routed=fmt, shared_width=64, shared=INT4_IN, how=MOBILEMOE)
+    block = random_block(
+        rng, experts=6, d=64, width=64, top_k=2, routed=fmt, shared_width=64, shared=INT4_IN, how=MOBILEMOE
+    )
     x = rng.standard_normal((tokens, 64), dtype=np.float32)
     clean = block.prepared(x)[0]
     x[1, 3], x[3, 60], x[4] = np.nan, np.inf, -np.inf
@@ -290,37 +319,57 @@ def _replaced(block: Block, **changes: object) -> kernel_api.PreparedMoe:
 def test_wrong_buffers_are_refused_by_name() -> None:
     rng = np.random.default_rng(1)
     block = random_block(
-        rng, experts=6, d=64, width=32, top_k=2, routed=INT4_OUT, shared_width=32, shared=INT4_IN, router_bias=True,
-        selection_bias=True, biases=True, shared_gate=True,
-    )  # fmt: skip
+        rng,
+        experts=6,
+        d=64,
+        width=32,
+        top_k=2,
+        routed=INT4_OUT,
+        shared_width=32,
+        shared=INT4_IN,
+        router_bias=True,
+        selection_bias=True,
+        biases=True,
+        shared_gate=True,
+    )
     x = rng.standard_normal((7, 64), dtype=np.float32)
     block.prepared(x)
     for name, value in vars(block.prepared.tensors).items():
         assert value is not None
         flat = value.reshape(-1)
         for wrong in (flat[:-1].copy(), np.concatenate([flat, flat[:1]])):
-            with pytest.raises(kernel_api.KernelError, match=f"^{name}: "):
+            with pytest.raises(kernel_api.KernelError, match=rf"^{name}: "):
                 _replaced(block, **{name: wrong})(x)
     for name in ("router_weight", "w13", "w2", "shared_w13", "shared_w2"):
-        with pytest.raises(kernel_api.KernelError, match=f"^{name}: "):
+        with pytest.raises(kernel_api.KernelError, match=rf"^{name}: "):
             _replaced(block, **{name: None})(x)
-    with pytest.raises(kernel_api.KernelError, match="^router_input: "):
+    with pytest.raises(kernel_api.KernelError, match=r"^router_input: "):
         block.prepared(x, x[:-1])
-    with pytest.raises(kernel_api.KernelError, match="^y: "):
+    with pytest.raises(kernel_api.KernelError, match=r"^y: "):
         block.prepared(x, x, np.empty((7, 63), np.float32))
-    with pytest.raises(kernel_api.KernelError, match="^indices: "):
+    with pytest.raises(kernel_api.KernelError, match=r"^indices: "):
         block.prepared.run(x, x, np.empty_like(x), np.empty((7, 1), np.int32))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("VERSION", 99, "version"), ("EXPERTS", 0, "experts"), ("EXPERTS", 1 << 40, "experts"), ("D_MODEL", -64, "d_model"),
-        ("EXPERT_WIDTH", 1 << 50, "expert_width"), ("TOP_K", 7, "top_k"), ("TOP_K", 0, "top_k"), ("SCORE", 3, "score"),
-        ("ACTIVATION", -1, "activation"), ("INTERLEAVED", 2, "interleaved"), ("GROUPS", 4, "keep"),
-        ("W13_FORMAT", 0x7FFF00FF, "w13"), ("W2_FORMAT", 33 << 8 | 1, "w2"), ("SHARED_WIDTH", 32, "shared_w13"),
+        ("VERSION", 99, "version"),
+        ("EXPERTS", 0, "experts"),
+        ("EXPERTS", 1 << 40, "experts"),
+        ("D_MODEL", -64, "d_model"),
+        ("EXPERT_WIDTH", 1 << 50, "expert_width"),
+        ("TOP_K", 7, "top_k"),
+        ("TOP_K", 0, "top_k"),
+        ("SCORE", 3, "score"),
+        ("ACTIVATION", -1, "activation"),
+        ("INTERLEAVED", 2, "interleaved"),
+        ("GROUPS", 4, "keep"),
+        ("W13_FORMAT", 0x7FFF00FF, "w13"),
+        ("W2_FORMAT", 33 << 8 | 1, "w2"),
+        ("SHARED_WIDTH", 32, "shared_w13"),
     ],
-)  # fmt: skip
+)
 def test_nonsense_in_config_is_refused(field: str, value: int, message: str) -> None:
     from moec.targets.xnnpack.moe_config import Config
 
@@ -342,17 +391,45 @@ def test_the_definition_itself_runs_the_same_block() -> None:
     rng = np.random.default_rng(12)
     what = Experts(layout="in_out")
     block = random_block(
-        rng, experts=8, d=128, width=64, top_k=2, routed=INT4_OUT, shared=INT4_IN, shared_width=128, how=MOBILEMOE, what=what,
+        rng,
+        experts=8,
+        d=128,
+        width=64,
+        top_k=2,
+        routed=INT4_OUT,
+        shared=INT4_IN,
+        shared_width=128,
+        how=MOBILEMOE,
+        what=what,
         selection_bias=True,
-    )  # fmt: skip
+    )
     x = rng.standard_normal((20, 128), dtype=np.float32)
     y, _, _ = block.prepared(x)
     t = block.prepared.tensors
     q = [w.quantized for w in (block.w13, block.w2, block.shared_w13, block.shared_w2) if w is not None]
     assert t.selection_bias is not None
     expected = torch.ops.moec.fused_moe_q(
-        torch.from_numpy(x), torch.from_numpy(x), torch.from_numpy(t.router_weight), None, torch.from_numpy(t.selection_bias),
-        q[0].codes, q[0].scales, None, q[1].codes, q[1].scales, None, q[2].codes[0], q[2].scales[0], q[3].codes[0],
-        q[3].scales[0], None, 2, str(MOBILEMOE), str(what), 4, 32, True,
-    )  # fmt: skip
+        torch.from_numpy(x),
+        torch.from_numpy(x),
+        torch.from_numpy(t.router_weight),
+        None,
+        torch.from_numpy(t.selection_bias),
+        q[0].codes,
+        q[0].scales,
+        None,
+        q[1].codes,
+        q[1].scales,
+        None,
+        q[2].codes[0],
+        q[2].scales[0],
+        q[3].codes[0],
+        q[3].scales[0],
+        None,
+        2,
+        str(MOBILEMOE),
+        str(what),
+        4,
+        32,
+        True,
+    )
     assert _error(y, expected.numpy()) < ROUNDED
