@@ -51,7 +51,8 @@ def _check_expert_weight(program: Program, node: Node, after: str) -> None:
         gathered = _operator(user) in ("aten::index", "aten::index_select") and len(program.weights[name].shape) == 3
         if (stacked and _operator(user) not in FUSED) or gathered:
             raise CompileError(
-                f"after {after} the experts {name} are read by {user.name} ({user.target}): this MoE block was not fused",
+                f"after {after} the experts {name} are read by {user.name} ({user.target}): "
+                "this MoE block was not fused",
                 place=module_path(user) or user.name,
                 remedy="see what was tried with `moec explain`",
             )

@@ -1,7 +1,7 @@
 """From a model to a Program: torch.export over fake tensors, with a dynamic token count and a KV cache.
 
-`forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]`; T is dynamic in [1, max_tokens]. No weight
-is allocated: the graph comes from shapes alone, and the weights stay lazy in the Program.
+`forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]`; T is dynamic in [1, max_tokens]. No
+weight is allocated: the graph comes from shapes alone, and the weights stay lazy in the Program.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ EXAMPLE_TOKENS = 7  # any count that is not special (0, 1) and no model dimensio
 
 
 def export_program(spec: Spec, weights: Mapping[str, LazyWeight], *, max_tokens: int = MAX_TOKENS) -> Program:
-    """The Program of `spec.model` at stage EXPORTED. `weights` by checkpoint name; CheckpointError names what is missing."""
+    """The Program of `spec.model` at stage EXPORTED. `weights` by checkpoint name, all present or CheckpointError."""
     if not isinstance(spec.model, DecoderConfig):
-        raise CompileError(f"models of the form {type(spec.model).__name__} are exported by their frontend", place=spec.name)
+        raise CompileError(
+            f"models of the form {type(spec.model).__name__} are exported by their frontend", place=spec.name
+        )
     config = spec.model
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = Decoder(config)
@@ -49,7 +51,7 @@ def export_program(spec: Spec, weights: Mapping[str, LazyWeight], *, max_tokens:
 
 
 def export_module(module: nn.Module, *, context: int, max_tokens: int) -> ExportedProgram:
-    """Export a module of fake tensors with signature `forward(tokens [1, T], start_pos [1])`, at ATen training level."""
+    """Export a module of fake tensors, `forward(tokens [1, T], start_pos [1])`, at ATen training level."""
     limit = min(max_tokens, context)
     with FakeTensorMode(allow_non_fake_inputs=True):
         example = (torch.zeros(1, min(EXAMPLE_TOKENS, limit), dtype=torch.long), torch.zeros(1, dtype=torch.long))
@@ -75,9 +77,13 @@ def assemble(
         wanted = tuple(exported.state_dict[spec.target].shape)
         weight = weights.get(spec.target)
         if weight is None:
-            raise CheckpointError(f"the model needs tensor {spec.target} {list(wanted)}", remedy="use a checkpoint that has it")
+            raise CheckpointError(
+                f"the model needs tensor {spec.target} {list(wanted)}", remedy="use a checkpoint that has it"
+            )
         if tuple(weight.shape) != wanted:
-            raise CheckpointError(f"tensor {spec.target} has shape {list(weight.shape)}, the model needs {list(wanted)}")
+            raise CheckpointError(
+                f"tensor {spec.target} has shape {list(weight.shape)}, the model needs {list(wanted)}"
+            )
         used[spec.target] = weight
     return Program(
         exported=exported,

@@ -81,7 +81,9 @@ def run_passes(
         check_dialect(result.program, after=p.name)
         if log is not None:
             log.records.append(
-                PassRecord(p.name, result.changed, time.perf_counter() - started, result.refusals, result.program.digest())
+                PassRecord(
+                    p.name, result.changed, time.perf_counter() - started, result.refusals, result.program.digest()
+                )
             )
         program = result.program
         if after is not None:

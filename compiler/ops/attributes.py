@@ -1,7 +1,8 @@
 """The attributes of a fused MoE node: `Routing` and `Experts`, each with one canonical text.
 
-The text lists the fields that differ from their defaults, in declaration order, e.g. `score=sigmoid,normalize=sum,scale=2.5`;
-equal attributes print equally. `parse` accepts exactly what `str` prints and reports anything else.
+The text lists the fields that differ from their defaults, in declaration order, e.g.
+`score=sigmoid,normalize=sum,scale=2.5`; equal attributes print equally. `parse` accepts exactly
+what `str` prints and reports anything else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ class _Attributes:
             value = getattr(self, f.name)
             if value == f.default:
                 continue
-            text = str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+            text = (
+                str(value).lower()
+                if isinstance(value, bool)
+                else repr(value)
+                if isinstance(value, float)
+                else str(value)
+            )
             parts.append(f"{f.name}={text}")
         return ",".join(parts)
 

@@ -1,8 +1,8 @@
 """moec::cached_attention: causal grouped-query attention over a KV cache that it extends.
 
-T tokens of this call, S cache positions, H query heads, KV key/value heads (H a multiple of KV), d head width, e value width.
-Writes k and v at positions start_pos .. start_pos+T-1, then query t (position p = start_pos+t) attends to the cache
-positions j with j <= p and, when window > 0, p - j < window. Returns [1, T, H*e].
+T tokens of this call, S cache positions, H query heads, KV key/value heads (H a multiple of KV), d head width, e value
+width. Writes k and v at positions start_pos .. start_pos+T-1, then query t (position p = start_pos+t) attends to the
+cache positions j with j <= p and, when window > 0, p - j < window. Returns [1, T, H*e].
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, win
 def write_positions(op: str, start_pos: Tensor, count: int, size: int) -> Tensor:
     """The cache positions of a call; ValueError when they do not fit the cache."""
     start = int(start_pos.reshape(()).item())
-    require(0 <= start and start + count <= size, op, f"positions {start}..{start + count - 1} do not fit a cache of {size}")
+    require(
+        start >= 0 and start + count <= size, op, f"positions {start}..{start + count - 1} do not fit a cache of {size}"
+    )
     return torch.arange(start, start + count, device=start_pos.device)
 
 

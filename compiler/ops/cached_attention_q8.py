@@ -1,6 +1,6 @@
 """moec::cached_attention_q8: cached_attention over an INT8 cache, one scale per (token, key/value head).
 
-k and v are rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over the dequantized values.
+k and v are rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over dequantized values.
 Shapes as in cached_attention; caches int8 [1, S, KV, d], scales float32 [1, S, KV].
 """
 

@@ -2,8 +2,9 @@
 
 N tokens, D model width, E experts, F expert width, S shared width. x, router_input [N, D] -> [N, D], fp32 arithmetic.
 router_weight float32 [E, D] (any other dtype is rejected: a rounded router selects other experts), router_bias [E] is
-part of the logits, selection_bias [E] shifts the selection only; w13, b13, w2, b2 and the activation: `Experts`; the way
-from logits to weights: `Routing`. shared_w13 [2S, D] (gate rows first; [S, D] when not gated), shared_w2 [D, S], shared_gate [1, D].
+part of the logits, selection_bias [E] shifts the selection only; w13, b13, w2, b2 and activation: `Experts`; the way
+from logits to weights: `Routing`. shared_w13 [2S, D] (gate rows first; [S, D] when not gated), shared_w2 [D, S],
+shared_gate [1, D].
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def check_router(
     routing: Routing,
 ) -> None:
     require(x.dim() == 2 and router_input.dim() == 2, op, "x and router_input must be [N, D]")
-    require(router_weight.dim() == 2 and router_weight.shape[1] == router_input.shape[1], op, "router_weight must be [E, D]")
+    require(
+        router_weight.dim() == 2 and router_weight.shape[1] == router_input.shape[1], op, "router_weight must be [E, D]"
+    )
     require(router_weight.dtype == torch.float32, op, f"the router must be float32, not {router_weight.dtype}")
     require(router_input.dtype == torch.float32, op, f"the router's input must be float32, not {router_input.dtype}")
     count = router_weight.shape[0]
@@ -78,7 +81,9 @@ def check_router(
         require(routing.group_score == "max" or count // routing.groups >= 2, op, "top2sum needs two experts a group")
 
 
-def expert_shapes(op: str, w13_shape: tuple[int, ...], d: int, experts: Experts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def expert_shapes(
+    op: str, w13_shape: tuple[int, ...], d: int, experts: Experts
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes w13 and w2 must have, from w13's own expert count and width."""
     require(len(w13_shape) == 3, op, "w13 must have three dimensions")
     e = w13_shape[0]

@@ -23,7 +23,7 @@ from moec.compiler.quant import QuantizedTensor, quantize_rows
 
 
 def linear_out_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool) -> Tensor:
-    """x [n, K] times a weight [K, N] grouped along N. The integer sums are exact in fp32 (|sum| < 2^24 up to K = 16,000)."""
+    """x [n, K] times a weight [K, N] grouped along N. Integer sums: exact in fp32 (|sum| < 2^24 up to K = 16,000)."""
     if not int8_activations:
         return x.to(torch.float32) @ weight.dequantize()
     q_KGn = weight.unpacked().to(torch.float32).unflatten(-1, (-1, weight.group_size))
@@ -129,7 +129,9 @@ def _fake(
     if shared_w13_codes is not None and shared_w13_scales is not None and shared_w2_codes is not None:
         assert shared_w2_scales is not None
         s = shared_w2_codes.shape[1] * per
-        check_codes(op, "shared_w13", shared_w13_codes, shared_w13_scales, (s * (2 if what.gated else 1), d), bits, group_size)
+        check_codes(
+            op, "shared_w13", shared_w13_codes, shared_w13_scales, (s * (2 if what.gated else 1), d), bits, group_size
+        )
         check_codes(op, "shared_w2", shared_w2_codes, shared_w2_scales, (d, s), bits, group_size)
     check_shared_gate(op, shared_gate, d, present == 4)
     return x.new_empty(x.shape, dtype=torch.float32)
@@ -139,7 +141,8 @@ fused_moe_q = define(
     "fused_moe_q(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, "
     "Tensor w13_codes, Tensor w13_scales, Tensor? b13, Tensor w2_codes, Tensor w2_scales, Tensor? b2, "
     "Tensor? shared_w13_codes, Tensor? shared_w13_scales, Tensor? shared_w2_codes, Tensor? shared_w2_scales, "
-    "Tensor? shared_gate, int top_k, str routing, str experts, int bits, int group_size, bool int8_activations) -> Tensor",
+    "Tensor? shared_gate, int top_k, str routing, str experts, int bits, int group_size, bool int8_activations) "
+    "-> Tensor",
     _eager,
     _fake,
 )

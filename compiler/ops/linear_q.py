@@ -1,8 +1,8 @@
 """moec::linear_q: y = x W^T + bias with W held as codes and scales, groups along the input.
 
 x [..., K] float32; codes [N, K/2] uint8 (bits 4) or [N, K] int8 (bits 8); scales [N, K/group_size]; y [..., N] float32.
-int8_activations: y = s_x * sum_g s_w[g] * (integer dot product of the group), x rounded per row by `quant.quantize_rows`.
-Otherwise fp32 arithmetic on the dequantized weight.
+int8_activations: y = s_x * sum_g s_w[g] * (integer dot product of the group), x rounded per row by
+`quant.quantize_rows`. Otherwise fp32 arithmetic on the dequantized weight.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ def linear_in_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool)
     return torch.nn.functional.linear(q, w) * scale
 
 
-def check_codes(op: str, name: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, group_size: int) -> None:
+def check_codes(
+    op: str, name: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, group_size: int
+) -> None:
     """Codes and scales of a weight of logical `shape`, grouped along its last dimension."""
     require(bits in (4, 8), op, f"bits must be 4 or 8, not {bits}")
-    require(group_size > 0 and shape[-1] % group_size == 0, op, f"{name}: {shape[-1]} is not a multiple of group size {group_size}")
+    require(
+        group_size > 0 and shape[-1] % group_size == 0,
+        op,
+        f"{name}: {shape[-1]} is not a multiple of group size {group_size}",
+    )
     require(codes.dtype == (torch.uint8 if bits == 4 else torch.int8), op, f"{name} codes have dtype {codes.dtype}")
     packed = (*shape[:-1], shape[-1] // 2) if bits == 4 else shape
     require(tuple(codes.shape) == packed, op, f"{name} codes must be {list(packed)}, not {list(codes.shape)}")
@@ -52,7 +58,8 @@ def _fake(
 
 
 linear_q = define(
-    "linear_q(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits, int group_size, bool int8_activations) -> Tensor",
+    "linear_q(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits, int group_size, bool int8_activations) "
+    "-> Tensor",
     _eager,
     _fake,
 )

@@ -98,7 +98,7 @@ def _activation(x: Tensor, experts: Experts) -> Tensor:
 def apply_experts(
     x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, up: Linear, down: Linear, routing: Routing, experts: Experts
 ) -> Tensor:
-    """Sum over the selected experts. Loops over the experts that were hit; a token's K outputs are added in rank order."""
+    """Sum over the selected experts. Loops over the experts hit; a token's outputs are added in rank order."""
     rows_NK = x_ND.new_zeros((*indices_NK.shape, x_ND.shape[-1]))
     for expert in indices_NK.unique().tolist():
         token, rank = (indices_NK == expert).nonzero(as_tuple=True)
@@ -112,9 +112,13 @@ def apply_experts(
 
 
 def shared_expert(
-    x_ND: Tensor, up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor], shared_gate: Tensor | None, experts: Experts
+    x_ND: Tensor,
+    up: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+    shared_gate: Tensor | None,
+    experts: Experts,
 ) -> Tensor:
-    """The always-on expert: halves, gate first, the routed experts' activation; scaled by sigmoid(gate x) when gated."""
+    """The always-on expert: halves, gate first, the routed experts' activation; times sigmoid(gate x) when gated."""
     halves = Experts(**{**experts.__dict__, "layout": "out_in", "interleaved": False})
     y = down(activate(up(x_ND), halves))
     if shared_gate is None:

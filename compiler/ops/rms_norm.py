@@ -18,7 +18,9 @@ def _eager(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def _fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
-        require(weight.dim() == 1 and weight.shape[0] == x.shape[-1], "rms_norm", "weight must be [last dimension of x]")
+        require(
+            weight.dim() == 1 and weight.shape[0] == x.shape[-1], "rms_norm", "weight must be [last dimension of x]"
+        )
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
