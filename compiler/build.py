@@ -112,14 +112,14 @@ def program_and_passes(
     spec: Spec, weights: dict[str, LazyWeight] | Any | None, target: str | None = None
 ) -> tuple[Program, list[Pass]]:
     """The exported Program of a spec and every pass up to LEGAL for a target. `weights` None: shapes only."""
-    from moec.passes.pipelines import passes_for
+    from moec.passes.pipelines import pipeline
 
     name, options = chosen_target(spec, target)
     max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
     if not isinstance(spec.model, DecoderConfig):
         raise CompileError(f"models of the form {type(spec.model).__name__} have no frontend here", place=spec.name)
     program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)
-    return program, [*passes_for(spec), *find_target(name).legalize(options)]
+    return program, [*pipeline(spec.quantization), *find_target(name).legalize(options)]
 
 
 def run_all(

@@ -25,10 +25,10 @@ from torch.fx import Node
 from moec.compiler.program import ModelInfo, Program, Role, weight_names
 from moec.compiler.progress import Progress
 from moec.compiler.target import LoweredFiles
-from moec.targets.xnnpack.execution import to_execution
+from moec.targets.xnnpack.execution import quiet, to_execution
 from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
 from moec.targets.xnnpack.legalize_last_token import last_token
-from moec.targets.xnnpack.native import source_digest
+from moec.targets.xnnpack.native import native_files, source_digest
 from moec.targets.xnnpack.options import Options
 from moec.targets.xnnpack.pte import Emitted, WrittenFile, emit, write_pte
 
@@ -50,13 +50,15 @@ class LinearPartitioner(XnnpackPartitioner):
 
 def lower(program: Program, out: Path, options: Options, progress: Progress) -> LoweredFiles:
     """Write `out/model.pte`. OSError if the disk refuses."""
+    native_files(progress=progress)  # packing needs the kernels: built now if this machine has none yet
     delegated = _delegated_weights(program)
     with progress.stage("lower to ExecuTorch", total=None):
         methods = {"forward_all": program, "forward": last_token(program)}
         exported = {name: _with_weights(method, delegated) for name, method in methods.items()}
         partitioners: list[Partitioner] = [LinearPartitioner()] if delegated else []
         execution = to_execution(exported, partitioners)
-        emitted = emit(execution.methods, constant_methods(program.info))
+        with quiet():
+            emitted = emit(execution.methods, constant_methods(program.info))
     del exported
     with progress.stage("write weights", total=len(emitted.weights)) as step:
         written = write_pte(out / MODEL, emitted, program.weights, execution.named_data, after=step)
