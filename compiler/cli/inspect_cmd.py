@@ -79,7 +79,7 @@ def _show_methods(details: dict[str, Any]) -> None:
     """Entry points with their delegates and instructions, where the target's lowering counted them."""
     from moec.compiler.cli.output import size, table
 
-    methods = {name: m for name, m in details.get("methods", {}).items() if "instructions" in m}
+    methods = {n: m for n, m in details.get("methods", {}).items() if isinstance(m.get("instructions"), dict)}
     if not methods:
         return
     rows = [(n, m["delegates"], sum(m["instructions"].values()), size(m["payload_bytes"])) for n, m in methods.items()]

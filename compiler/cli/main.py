@@ -6,10 +6,12 @@ Exit status: 0 done, 1 a check failed, 2 the user's fault (one line on stderr), 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -64,6 +66,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status, with every fault already printed to stderr."""
+    _hush()
     try:
         status = _invoke(arguments)
         sys.stdout.flush()
@@ -107,6 +110,15 @@ def _invoke(arguments: list[str] | None) -> int:
 
 # typer carries its own copy of click in some versions and uses the package in others; both have this base class
 _USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def _hush() -> None:
+    """Libraries warn about themselves, which no user of a command can act on. `python -W default` shows it."""
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
