@@ -85,7 +85,8 @@ bench-kernel: setup
 	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-peers: setup
-	$(MOEC) bench peers
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"
+	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 clean:
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

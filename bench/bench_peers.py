@@ -1,0 +1,227 @@
+"""Whole models against llama.cpp: prefill, decode by context length, memory, file size, load time. `make bench-peers`.
+
+Both sides run as processes of their own, in turn, round after round, on random 4-bit weights of the same shape;
+medians and the lowest and highest round are reported. Results: build/bench/peers.json, and peers.png where matplotlib
+is installed. bench/README.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peers import llama_cpp
+
+from moec.compiler import build
+from moec.compiler.artifact import Artifact
+from moec.compiler.checkpoints import synthesize
+from moec.compiler.errors import UserError
+from moec.compiler.progress import Progress
+from moec.compiler.spec import DecoderConfig, load_spec
+from moec.targets.xnnpack.bench import BenchPlan, bench
+
+SPECS = Path(__file__).parent.parent / "specs" / "models"
+OURS, PEER = "moec", "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Test:
+    """`prefill` tokens, or `decode` tokens from position `context` on."""
+
+    name: str
+    prefill: int = 0
+    decode: int = 0
+    context: int = 0
+
+
+TESTS = (
+    Test("pp128", prefill=128),
+    Test("pp512", prefill=512),
+    Test("pp1024", prefill=1024),
+    Test("tg64", decode=64),
+    Test("tg32 @ 1024", decode=32, context=1024),
+    Test("tg32 @ 4096", decode=32, context=4096),
+    Test("tg32 @ 8000", decode=32, context=8000),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model, compiled by us and written for llama.cpp."""
+
+    name: str
+    artifact: Artifact
+    gguf: Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    tokens_per_s: float
+    peak_rss_mb: float
+    load_s: float | None = None
+
+
+def prepare(name: str, folder: Path, progress: Progress) -> Pair:
+    """Checkpoint, artifact and GGUF of a shipped spec, made once."""
+    spec = load_spec(SPECS / f"{name}.yaml")
+    if not isinstance(spec.model, DecoderConfig):
+        raise UserError("only models of our own have a counterpart in llama.cpp", place=name)
+    checkpoint, artifact, gguf = folder / f"{name}-checkpoint", folder / f"{name}-artifact", folder / f"{name}.gguf"
+    if not artifact.exists():
+        if not checkpoint.exists():
+            synthesize(spec, checkpoint, 0, qat=True, progress=progress)
+        build.compile(spec, target="xnnpack", checkpoint=checkpoint, out=artifact, progress=progress)
+    if not gguf.exists():
+        with progress.stage(f"writing {gguf.name}"):
+            part = gguf.with_suffix(".part")
+            llama_cpp.write_gguf(spec.model, part)
+            part.rename(gguf)
+    return Pair(name, Artifact.open(artifact), gguf)
+
+
+def run_ours(pair: Pair, test: Test, threads: int) -> Sample:
+    plan = BenchPlan(
+        prefill=test.prefill or 8,
+        decode=test.decode or 1,
+        contexts=(test.context,) if test.context else (),
+        threads=threads,
+        repeats=1,
+    )
+    report = bench(pair.artifact.path("model.pte"), plan, Progress(quiet=True))
+    rate = report["prefill_tokens_per_s"] if test.prefill else report["decode_tokens_per_s"]
+    return Sample(rate, report["peak_rss_mb"], report["load_s"])
+
+
+def run_peer(binary: Path, pair: Pair, test: Test, threads: int) -> Sample:
+    run = llama_cpp.run(
+        binary, pair.gguf, prefill=test.prefill, decode=test.decode, context=test.context, threads=threads
+    )
+    return Sample(run.tokens_per_s, run.peak_rss_mb)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def measure(
+    pair: Pair, binary: Path, tests: list[Test], threads: int, rounds: int, progress: Progress
+) -> dict[str, Any]:
+    samples: dict[tuple[str, str], list[Sample]] = {}
+    with progress.stage(f"{pair.name}, {threads} threads", rounds * len(tests) * 2) as step:
+        for _ in range(rounds):
+            for test in tests:
+                samples.setdefault((OURS, test.name), []).append(run_ours(pair, test, threads))
+                step(f"{OURS} {test.name}")
+                samples.setdefault((PEER, test.name), []).append(run_peer(binary, pair, test, threads))
+                step(f"{PEER} {test.name}")
+    rows = []
+    for test in tests:
+        ours, peer = samples[OURS, test.name], samples[PEER, test.name]
+        ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(ours, peer, strict=True)]
+        rows.append(
+            {
+                **asdict(test),
+                "tokens_per_s": {
+                    OURS: spread([s.tokens_per_s for s in ours]),
+                    PEER: spread([s.tokens_per_s for s in peer]),
+                },
+                "ratio": spread(ratios),
+                "peak_rss_mb": {
+                    OURS: max(s.peak_rss_mb for s in ours),
+                    PEER: max(s.peak_rss_mb for s in peer),
+                },
+            }
+        )
+    loads = [s.load_s for (side, _), found in samples.items() if side == OURS for s in found if s.load_s is not None]
+    return {
+        "model": pair.name,
+        "threads": threads,
+        "rounds": rounds,
+        "file_bytes": {OURS: pair.artifact.path("model.pte").stat().st_size, PEER: pair.gguf.stat().st_size},
+        "load_s": {OURS: spread(loads)},
+        "tests": rows,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    files = result["file_bytes"]
+    print(f"\n{result['model']}, {result['threads']} threads, {result['rounds']} rounds")
+    print(f"  file: {OURS} {files[OURS] / 1e6:.0f} MB, {PEER} {files[PEER] / 1e6:.0f} MB")
+    print(f"  {'test':<12} {'moec tok/s':>22} {'llama.cpp tok/s':>22} {'ratio':>18} {'peak RSS MB':>14}")
+    for row in result["tests"]:
+        cells = [
+            f"{v['median']:.1f} ({v['low']:.1f}-{v['high']:.1f})"
+            for v in (row["tokens_per_s"][OURS], row["tokens_per_s"][PEER])
+        ]
+        ratio = row["ratio"]
+        rss = row["peak_rss_mb"]
+        print(
+            f"  {row['name']:<12} {cells[0]:>22} {cells[1]:>22} "
+            f"{ratio['median']:>6.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) {rss[OURS]:>6.0f} / {rss[PEER]:.0f}"
+        )
+
+
+def plot(results: list[dict[str, Any]], out: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        names = [row["name"] for row in result["tests"]]
+        medians = [row["ratio"]["median"] for row in result["tests"]]
+        errors = [
+            [m - row["ratio"]["low"] for m, row in zip(medians, result["tests"], strict=True)],
+            [row["ratio"]["high"] - m for m, row in zip(medians, result["tests"], strict=True)],
+        ]
+        axis.bar(names, medians, yerr=errors, color="#3b6ea5", capsize=3)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_title(f"{result['model']}, {result['threads']} threads")
+        axis.set_ylabel("tokens/s, moec over llama.cpp")
+        axis.tick_params(axis="x", rotation=35)
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where results, models and llama.cpp go")
+    parser.add_argument("--models", default="mobilemoe-s,mobilellm-pro", help="shipped specs, separated by commas")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tests", default="", help="names such as pp512,tg64; default: all")
+    parser.add_argument("--isa", choices=("native", "avx2"), default="native", help="instruction sets of both sides")
+    options = parser.parse_args()
+    wanted = [name.strip() for name in options.tests.split(",") if name.strip()]
+    tests = [t for t in TESTS if not wanted or t.name in wanted]
+    progress = Progress()
+    if options.isa != "native":
+        os.environ["MOEC_ISA"] = options.isa
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        binary = llama_cpp.build(options.out / "llama.cpp", progress, isa=options.isa)
+        pairs = [prepare(name, options.out / "models", progress) for name in options.models.split(",")]
+        results = [measure(pair, binary, tests, options.threads, options.rounds, progress) for pair in pairs]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for result in results:
+        show(result)
+    report = {"machine": platform.processor() or platform.machine(), "isa": options.isa, "models": results}
+    (options.out / "peers.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(results, options.out / "peers.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
