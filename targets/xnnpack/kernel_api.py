@@ -115,6 +115,10 @@ def library() -> ctypes.CDLL:
     found = loaded.moec_abi_version()
     if found != ABI_VERSION:
         raise KernelError(0, f"{path} has ABI version {found}, this package needs {ABI_VERSION}")
+    # ExecuTorch's pool, the library's default, writes to stderr when it starts; a session chooses again when it opens
+    loaded.moec_set_parallel(None, None, None)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loaded.moec_set_threads(min(cores, 256))
     return loaded
 
 
