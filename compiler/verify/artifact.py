@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
@@ -54,6 +55,10 @@ def verify_artifact(
     store = _open_checkpoint(artifact, config, checkpoint)
     scheme = _computed_scheme(artifact.manifest, spec)
     session = build.load_exact(artifact)
+    threads = torch.get_num_threads()
+    # the reference multiplies many small matrices: the barriers of a second thread cost more than it gives, and on a
+    # busy machine many times as much
+    torch.set_num_threads(1)
     try:
         prompts = prompt_ids(_encoder(artifact), tokens=tokens, text=text)
         if not any(prompts.values()):
@@ -71,6 +76,7 @@ def verify_artifact(
         )
         found.figures.update(_rounding_figures(artifact, session, prompts))
     finally:
+        torch.set_num_threads(threads)
         session.close()
     return _report(artifact, store, prompts, found, time.perf_counter() - started)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ def verify_spec(
     progress: Progress | None = None,
 ) -> Report:
     """Check every pass of a spec, or the one named `after`. Without any checkpoint the weights are random."""
-    program, passes = _program_and_passes(spec, checkpoint, target)
+    program, passes = program_and_passes(spec, checkpoint, target)
     return verify_passes(program, passes, samples(program, tokens, text), only=after, progress=progress)
 
 
@@ -50,8 +50,19 @@ def bisect_spec(
     progress: Progress | None = None,
 ) -> Bisection:
     """The first pass, and in it the first rewrite, that changes what the model computes."""
-    program, passes = _program_and_passes(spec, checkpoint, target)
+    program, passes = program_and_passes(spec, checkpoint, target)
     return bisect_passes(program, passes, samples(program, tokens, None), progress=progress)
+
+
+def program_and_passes(spec: Spec, checkpoint: Path | None, target: str | None) -> tuple[Program, list[Pass]]:
+    """What `compile` would run, with the weights of the checkpoint given, of the spec's, or else random ones."""
+    weights: Mapping[str, LazyWeight] | None = None
+    if checkpoint is not None or spec.checkpoint is not None:
+        weights = build.open_checkpoint(spec, checkpoint).weights
+    elif isinstance(spec.model, DecoderConfig):
+        layout = weight_layout(spec.model)
+        weights = unkind_weights({n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()})
+    return build.program_and_passes(spec, weights, target)
 
 
 def samples(program: Program, tokens: int, text: str | None) -> list[Sample]:
@@ -95,13 +106,13 @@ def _kind(path: Path) -> str:
 
 
 def _diff_artifacts(a: Artifact, b: Artifact, tokens: int) -> Difference:
-    sessions = [build.load(x) for x in (a, b)]
+    first, second = build.load(a), build.load(b)
     try:
-        prompts = prompt_ids(WordHashEncoder(min(s.vocab_size for s in sessions)), tokens=tokens)
-        return diff_artifacts(a, b, logits_figures(*sessions, prompts))
+        prompts = prompt_ids(WordHashEncoder(first.vocab_size), tokens=tokens)
+        return diff_artifacts(a, b, logits_figures(first, second, prompts))
     finally:
-        for session in sessions:
-            session.close()
+        first.close()
+        second.close()
 
 
 def _stage(name: str) -> Stage:
@@ -114,7 +125,7 @@ def _stage(name: str) -> Stage:
 
 def _text_at(spec: Spec, stage: Stage) -> str:
     """The graph of a spec just before the first pass that would lift it above `stage`."""
-    program, passes = _program_and_passes(spec, None, None)
+    program, passes = build.program_and_passes(spec, None)
     used: list[Pass] = []
     for p in passes:
         if p.gives > stage:
