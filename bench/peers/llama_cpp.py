@@ -44,10 +44,9 @@ def build(cache: Path, progress: Progress, *, isa: str = "native") -> Path:
         bin_dir = Path(sys.executable).parent
         env = {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
         out = cache / f"llama-{isa}"
-        configure = [
-            "cmake", "-S", str(source), "-B", str(out), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *flags,
-            "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF",
-        ]  # fmt: skip
+        off = ["LLAMA_CURL", "LLAMA_OPENSSL", "BUILD_SHARED_LIBS", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER"]
+        flags += ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in off)]
+        configure = ["cmake", "-S", str(source), "-B", str(out), "-G", "Ninja", *flags]
         for command in (configure, ["cmake", "--build", str(out), "--target", "llama-bench"]):
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             if done.returncode:
