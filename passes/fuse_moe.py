@@ -8,10 +8,14 @@ stays, with a Refusal that names the node; the dialect then refuses the program.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch.fx import Node
 
-from moec.compiler.matching.moe import MoeBlock, SharedExpert, check_closed, combine_of, expert_indexed, read_block, read_shared
+from moec.compiler.errors import CompileError
+from moec.compiler.matching.experts import expert_indexed
+from moec.compiler.matching.moe import MoeBlock, SharedExpert, check_closed, combine_of, read_block, read_shared
 from moec.compiler.matching.read import Stuck
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import Pass, PassResult, Refusal
@@ -40,7 +44,7 @@ def _run(program: Program) -> PassResult:
     for end in ends:
         try:
             block = read_shared(edit, read_block(edit, end))
-            check_closed(block)
+            check_closed(edit, block)
         except Stuck as stuck:
             refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
             continue
@@ -81,6 +85,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
         (block.w13, Role.EXPERT),
         (block.w2, Role.EXPERT),
         (shared_w2, Role.SHARED),
+        (None if block.shared is None else block.shared.scale_weight, Role.ROUTER),  # it scales, and stays in float
     ):
         name = edit.weight_of(node) if node is not None else None
         if name is not None:
@@ -88,30 +93,40 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
 
 
 def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:
-    """One weight [2S, D], gate rows first, from the two of the graph."""
+    """A weight [2S, D], gate rows first, from the two of the graph."""
     gate_name, up_name = str(edit.weight_of(shared.gate)), str(edit.weight_of(shared.up))
     prefix, _, leaf = gate_name.rpartition(".")
     parent = prefix.rpartition(".")[0]
     name = f"{parent}.gate_up_proj.{leaf}" if parent else f"{gate_name}+{up_name}"
-    found = edit.placeholder_of(name)
-    return edit.add_weight(name, stacked(edit.weights[gate_name], edit.weights[up_name]), Role.SHARED) if found is None else found
+    if edit.placeholder_of(name) is not None:  # another weight of the model, or of a block that shares this one's
+        name = next(n for i in itertools.count(2) if edit.placeholder_of(n := f"{name}_{i}") is None)
+    return edit.add_weight(name, stacked(edit.weights[gate_name], edit.weights[up_name], name), Role.SHARED)
 
 
-def stacked(first: LazyWeight, second: LazyWeight) -> LazyWeight:
-    """Rows of `first`, then rows of `second`; stored codes stay codes when both have them in one format."""
+def stacked(first: LazyWeight, second: LazyWeight, name: str) -> LazyWeight:
+    """Rows of `first`, then rows of `second`. Stored codes stay codes, and must then be of one format in both."""
     shape = (first.shape[0] + second.shape[0], *first.shape[1:])
 
     def load() -> torch.Tensor:
         return torch.cat([first.load(), second.load()])
 
-    first_codes, second_codes = first.stored, second.stored
-    if first_codes is None or second_codes is None:
+    if first.stored is None and second.stored is None:
         return LazyWeight(shape, first.dtype, load)
 
     def codes() -> QuantizedTensor:
-        a, b = first_codes(), second_codes()
+        if first.stored is None or second.stored is None:
+            raise _mixed(name, "only one of them is stored as codes")
+        a, b = first.stored(), second.stored()
         if (a.bits, a.group_size) != (b.bits, b.group_size):
-            raise AssertionError("gate and up of one expert are stored in different formats")
+            raise _mixed(name, f"INT{a.bits} in groups of {a.group_size}, and INT{b.bits} in groups of {b.group_size}")
         return QuantizedTensor(torch.cat([a.codes, b.codes]), torch.cat([a.scales, b.scales]), a.bits, a.group_size)
 
     return LazyWeight(shape, first.dtype, load, codes)
+
+
+def _mixed(name: str, how: str) -> CompileError:
+    return CompileError(
+        f"gate and up of the shared expert are stored differently: {how}",
+        place=name,
+        remedy="compile from a checkpoint that stores them alike",
+    )

@@ -5,6 +5,7 @@ Every helper returns None when the node is not of the asked form. `Stuck` carrie
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ VIEWS = {
     aten.clone.default,
     aten.contiguous.default,
 }
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 CASTS = {aten._to_copy.default, aten.to.dtype}
 
 
@@ -140,8 +142,8 @@ def piece(node: Any) -> tuple[Node, int, int, int, int] | None:
             return None
         first, last, stride = slice(start, stop, step).indices(size)
         return source, dim, first, last, stride
-    parent = node.args[0] if node.target.__name__ == "getitem" else None if callable(node.target) else None  # type: ignore[union-attr]
-    if not isinstance(parent, Node) or not is_op(parent, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+    parent = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(parent, Node) or not is_op(parent, *SPLITS):
         return None
     index: int = node.args[1]  # type: ignore[assignment]
     source = parent.args[0]  # type: ignore[assignment]
