@@ -213,7 +213,10 @@ def replacing(out: Path, *, marker: str = MANIFEST, kind: str = "an artifact") -
     with _disk_faults(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
-        temporary.mkdir()
+        try:
+            temporary.mkdir()
+        except FileNotFoundError:  # the parent is there, but holds no folders: /proc and its kind
+            raise UserError("no folder can be made there", place=str(out), remedy="choose another --out") from None
     try:
         with _disk_faults(out):
             yield temporary
@@ -245,6 +248,7 @@ def _disk_faults(out: Path) -> Iterator[None]:
             errno.ENOTDIR: "choose another --out",
             errno.EEXIST: "another compile is writing there; wait for it",
             errno.ENAMETOOLONG: "choose a shorter --out",
+            errno.EFBIG: "choose a disk that takes large files, with --out",
         }
         if error.errno not in remedies:
             raise

@@ -25,7 +25,7 @@ from moec.compiler.artifact import (
     write_manifest,
 )
 from moec.compiler.checkpoints import WeightStore, open_store
-from moec.compiler.errors import CheckpointError, CompileError, UserError
+from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
 from moec.compiler.export import MAX_TOKENS, export_program
 from moec.compiler.pipeline import Pass, PassRecord, PipelineLog, run_passes
 from moec.compiler.program import LazyWeight, Program
@@ -73,6 +73,10 @@ def compile(
 def load(artifact: Artifact | str | Path) -> Session:
     """Open an artifact (its folder is checked first) and load it with its target's runtime."""
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    if opened.manifest.target not in target_packages():
+        known = ", ".join(target_packages())
+        what = f"is for target {opened.manifest.target!r}, which is not installed (known here: {known})"
+        raise ArtifactError(what, place=str(opened.folder), remedy="install that target, or compile for another")
     return find_target(opened.manifest.target).load(opened)
 
 

@@ -115,14 +115,20 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
 def _entries(header: dict[str, Any], file: Path, data: int, size: int) -> tuple[dict[str, Entry], list[str]]:
     entries: dict[str, Entry] = {}
     faults: list[str] = []
+    cut: list[tuple[str, str]] = []
     for name, value in header.items():
         if name == "__metadata__":
             continue
         problem, entry = _entry(name, value, file, data, size)
         if entry is not None:
             entries[name] = entry
+        elif problem is not None and problem.startswith("truncated"):
+            cut.append((name, problem))
         elif problem is not None:
             faults.append(f"{file}: tensor {shown(name)}: {problem}; {_DOWNLOAD}")
+    if cut:  # one fault of the file, however many tensors lay in what is gone
+        others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        faults.append(f"{file}: tensor {shown(cut[0][0])}{others}: {cut[0][1]}; {_DOWNLOAD}")
     position = data
     for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != position and not faults:
