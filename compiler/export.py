@@ -50,10 +50,12 @@ def export_program(spec: Spec, weights: Mapping[str, LazyWeight], *, max_tokens:
     return assemble(exported, {**weights, **constant_tensors(config), **caches}, roles(config), info)
 
 
-def export_module(module: nn.Module, *, context: int, max_tokens: int) -> ExportedProgram:
+def export_module(
+    module: nn.Module, *, context: int, max_tokens: int, mode: FakeTensorMode | None = None
+) -> ExportedProgram:
     """Export a module of fake tensors, `forward(tokens [1, T], start_pos [1])`, at ATen training level."""
     limit = min(max_tokens, context)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with mode or FakeTensorMode(allow_non_fake_inputs=True):
         example = (torch.zeros(1, min(EXAMPLE_TOKENS, limit), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     # with a limit of one token there is nothing dynamic
     dynamic = {1: torch.export.Dim("T", min=1, max=limit)} if limit > 1 else None
@@ -72,9 +74,10 @@ def assemble(
     """Attach lazy weights to an exported graph and check that each one the graph reads is there in its shape."""
     used: dict[str, LazyWeight] = {}
     for spec in exported.graph_signature.input_specs:
-        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or spec.target is None:
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target is None:
             continue
-        wanted = tuple(exported.state_dict[spec.target].shape)
+        state = exported.state_dict.get(spec.target)
+        wanted = tuple((exported.constants[spec.target] if state is None else state).shape)
         weight = weights.get(spec.target)
         if weight is None:
             raise CheckpointError(

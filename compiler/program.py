@@ -112,7 +112,7 @@ class Editor:
         module.meta.update(old.meta)
         self.module = module
         self.graph = module.graph
-        self.input_specs: list[InputSpec] = list(program.exported.graph_signature.input_specs)
+        self.input_specs = [_as_weight(s) for s in program.exported.graph_signature.input_specs]
         self.output_specs = list(program.exported.graph_signature.output_specs)
         self.weights: dict[str, LazyWeight] = dict(program.weights)
         self.roles: dict[str, Role] = dict(program.roles)
@@ -250,6 +250,13 @@ class Editor:
             for s in self.input_specs
             if s.kind in (InputKind.PARAMETER, InputKind.BUFFER) and isinstance(s.arg, TensorArgument)
         }
+
+
+def _as_weight(spec: InputSpec) -> InputSpec:
+    """Non-persistent buffers and lifted constants are weights like others here: the Program owns all of them alike."""
+    if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        return spec
+    return replace(spec, kind=InputKind.BUFFER, persistent=True)
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> Any:

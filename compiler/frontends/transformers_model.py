@@ -1,0 +1,216 @@
+"""`model: {transformers: FOLDER}`: a causal language model of the transformers library as a Program.
+
+The module is built from its config with fake parameters (nothing is allocated), its experts in an implementation that
+exports, and its KV cache as static buffers written at start_pos. Weights are read when a target asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
+from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, zeros
+from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
+
+EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
+
+
+def export_transformers(
+    folder: Path, name: str, *, max_tokens: int = MAX_TOKENS, context: int | None = None, experts: str = EXPERTS
+) -> Program:
+    """The Program of the model in `folder` (config.json, and safetensors if weights are to be read), stage EXPORTED.
+
+    `context` bounds the KV cache (default: the model's own length); `experts` is the experts implementation.
+    MissingExtra without transformers; CompileError for a model that it cannot build or export.
+    """
+    config = _config(folder)
+    length = min(context or _length(config), _length(config))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _build(config, mode, experts, folder)
+    with mode:
+        wrapper = _Cached(model, length, min(max_tokens, length))
+    try:
+        exported = export_module(wrapper, context=length, max_tokens=max_tokens, mode=mode)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(
+            f"torch.export failed: {first[0][:300]}", place=str(folder), remedy="this model's code cannot be captured"
+        ) from error
+    constants = {n: _constant(b) for n, b in wrapper.model.named_buffers(prefix="model")}
+    caches = {n: zeros(tuple(b.shape)) for n, b in wrapper.named_buffers() if n.startswith("cache_")}
+    source = _Weights(folder)
+    weights = {
+        n: LazyWeight(tuple(p.shape), torch.float32, source.reader(n.removeprefix("model.")))
+        for n, p in wrapper.named_parameters(remove_duplicate=False)
+    }
+    roles = {**_roles(weights), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
+    eos = config.eos_token_id
+    info = ModelInfo(
+        name=name,
+        vocab_size=int(config.vocab_size),
+        context=length,
+        max_tokens=min(max_tokens, length),
+        bos_id=config.bos_token_id if isinstance(config.bos_token_id, int) else None,
+        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
+    )
+    lifted = {n: _constant(t) for n, t in exported.constants.items() if isinstance(t, Tensor) and n not in constants}
+    roles |= dict.fromkeys((n for n in lifted if n not in caches), Role.CONSTANT)
+    return assemble(exported, {**lifted, **weights, **constants, **caches}, roles, info)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("reading this model needs transformers", remedy="pip install 'moec[transformers]'") from error
+    return transformers
+
+
+def _config(folder: Path) -> Any:
+    transformers = _transformers()
+    path = folder if folder.is_dir() else folder.parent
+    if not (path / "config.json").is_file():
+        raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not read it: {first[0][:300]}", place=str(path / "config.json")
+        ) from error
+
+
+def _length(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", 0) or 2048)
+
+
+def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:
+    """The model with fake float32 parameters and real buffers (rotary frequencies are computed at construction)."""
+    transformers = _transformers()
+    config._experts_implementation = experts
+    try:
+        with _fake_parameters(mode), torch.no_grad():
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=_attention(config)
+            )
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
+    return model.eval()
+
+
+def _attention(config: Any) -> str:
+    """sdpa where the model has it; models with attention sinks only have the eager form."""
+    return "eager" if config.model_type in ("gpt_oss",) else "sdpa"
+
+
+@contextmanager
+def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+    """Every parameter registered in this context becomes a fake one of its shape."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            with mode:
+                param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class _Cached(nn.Module):
+    """`forward(tokens [1, T], start_pos [1]) -> logits` over static caches held as buffers `cache_{k,v}_N`."""
+
+    def __init__(self, model: nn.Module, length: int, max_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.length = length
+        shapes = self._shapes(min(EXAMPLE_TOKENS, max_tokens))
+        self.count = len(shapes)
+        for index, (k, v) in enumerate(shapes):
+            self.register_buffer(f"cache_k_{index}", torch.zeros(k, dtype=torch.float32))
+            self.register_buffer(f"cache_v_{index}", torch.zeros(v, dtype=torch.float32))
+
+    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The cache shapes [1, heads, length, width] of every layer, learnt from one call with fake values."""
+        cache = self._cache()
+        with torch.no_grad():
+            positions = torch.arange(tokens)
+            self._call(torch.zeros(1, tokens, dtype=torch.long), positions, cache)
+        return [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
+
+    def _cache(self) -> Any:
+        from transformers.cache_utils import StaticCache, StaticLayer
+
+        cache = StaticCache(config=self.model.config, max_cache_len=self.length)
+        # a sliding layer's rolling buffer has control flow that cannot be captured: keep all positions, mask the rest
+        cache.layers = [StaticLayer(self.length) for _ in cache.layers]
+        return cache
+
+    def _call(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        return self.model(input_ids=tokens, position_ids=positions[None], past_key_values=cache, use_cache=True).logits
+
+    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        cache = self._cache()
+        for index, layer in enumerate(cache.layers):
+            layer.keys, layer.values = getattr(self, f"cache_k_{index}"), getattr(self, f"cache_v_{index}")
+            layer.dtype, layer.device = torch.float32, layer.keys.device
+            layer.batch_size, layer.num_heads = layer.keys.shape[:2]
+            layer.k_head_dim, layer.v_head_dim = layer.keys.shape[-1], layer.values.shape[-1]
+            layer.cumulative_length = start_pos[0].clone()
+            layer.is_initialized = True
+        positions = start_pos + torch.arange(tokens.shape[1], device=tokens.device)
+        return self._call(tokens, positions, cache)
+
+
+def _constant(value: Tensor) -> LazyWeight:
+    return LazyWeight(tuple(value.shape), value.dtype, lambda: value)
+
+
+def _roles(weights: Mapping[str, LazyWeight]) -> dict[str, Role]:
+    """What the module says of itself: input and output tables. Blocks get their roles from the rules that match them."""
+    roles: dict[str, Role] = {}
+    for name, weight in weights.items():
+        if name.endswith("embed_tokens.weight"):
+            roles[name] = Role.EMBEDDING
+        elif name.endswith("lm_head.weight"):
+            roles[name] = Role.HEAD
+        elif ".self_attn." in name and len(weight.shape) == 2:
+            roles[name] = Role.ATTENTION
+        elif ".mlp." in name and len(weight.shape) == 2:
+            roles[name] = Role.FFN
+    return roles
+
+
+class _Weights:
+    """The checkpoint of a folder, read by transformers on first use: it knows how each family names its tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder if folder.is_dir() else folder.parent
+        self._state: dict[str, Tensor] | None = None
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        return lambda: self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        if self._state is None:
+            if not any(self._folder.glob("*.safetensors")):
+                raise CheckpointError("there are no safetensors files", place=str(self._folder))
+            model = _transformers().AutoModelForCausalLM.from_pretrained(
+                str(self._folder), dtype=torch.float32, local_files_only=True
+            )
+            self._state = dict(model.state_dict())
+        if name not in self._state:
+            raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self._folder))
+        return self._state[name].detach().to(torch.float32)
