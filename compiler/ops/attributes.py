@@ -49,7 +49,8 @@ class _Attributes:
                     raise ValueError(f"{cls.__name__}: {name} must be true or false, not {raw!r}")
                 values[name] = raw == "true"
             else:
-                values[name] = type(default)(raw)
+                kind: Any = type(default)
+                values[name] = kind(raw)
         return cls(**values)
 
 

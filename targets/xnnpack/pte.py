@@ -112,7 +112,7 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 def tensor_view(tensor: torch.Tensor) -> memoryview:
     """The elements in row-major order as a byte view, without a copy if the tensor is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def emit(methods: Mapping[str, ExportedProgram], constant_methods: Mapping[str, Any]) -> Emitted:
