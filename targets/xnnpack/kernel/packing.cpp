@@ -52,6 +52,33 @@ int32_t get(const uint8_t* block, const Format& format, int64_t row, int64_t col
   return int32_t(half ? byte >> 4 : byte & 0xF) - 8;
 }
 
+// A whole unit of int4 codes, 16 rows x 8 inputs, a byte of the source at a time. 0x88 turns two's complement into q + 8.
+void pack_unit_int4(const Codes& source, bool axis_out, int64_t n, int64_t k, uint8_t* unit) {
+  const auto join = [](uint8_t low, uint8_t high) {  // two codes of each byte: the even ones, the odd ones
+    return uint16_t(((low & 15) | (high & 15) << 4) | ((low >> 4) | (high & 0xF0)) << 8) ^ 0x8888;
+  };
+  if (axis_out) {  // a byte of the source holds two rows of one input
+    for (int64_t i = 0; i < 4; ++i) {
+      const uint8_t* const low = source.data + ((k + i) * source.columns + n) / 2;
+      const uint8_t* const high = low + 2 * source.columns;
+      for (int64_t c = 0; c < 8; ++c) {
+        const uint16_t both = uint16_t(join(low[c], high[c]));
+        unit[8 * c + i] = uint8_t(both);
+        unit[8 * c + 4 + i] = uint8_t(both >> 8);
+      }
+    }
+    return;
+  }
+  for (int64_t row = 0; row < kBlockRows; ++row) {  // a byte of the source holds two inputs of one row
+    const uint8_t* const b = source.data + ((n + row) * source.columns + k) / 2;
+    const uint16_t first = uint16_t(join(b[0], b[2])), second = uint16_t(join(b[1], b[3]));
+    unit[4 * row] = uint8_t(first);
+    unit[4 * row + 1] = uint8_t(first >> 8);
+    unit[4 * row + 2] = uint8_t(second);
+    unit[4 * row + 3] = uint8_t(second >> 8);
+  }
+}
+
 void pack_quantized(const Matrix& m, const uint8_t* codes, const uint8_t* scales, uint8_t* packed) {
   const Format& f = m.format;
   const Codes source{codes, f.axis_out ? m.n : m.k, f.kind == MOEC_INT4};
@@ -59,6 +86,12 @@ void pack_quantized(const Matrix& m, const uint8_t* codes, const uint8_t* scales
   std::memset(packed, f.kind == MOEC_INT4 ? 0x88 : 0, size_t(m.blocks() * m.block_bytes()));
   for (int64_t block = 0; block < m.blocks(); ++block) {
     uint8_t* const out = packed + block * m.block_bytes();
+    if (f.kind == MOEC_INT4 && (block + 1) * kBlockRows <= m.n && m.k % kUnit == 0) {
+      for (int64_t k = 0; k < m.k; k += kUnit) {
+        pack_unit_int4(source, f.axis_out, block * kBlockRows, k, out + k / kUnit * f.unit_bytes());
+      }
+      continue;
+    }
     for (int64_t row = 0; row < kBlockRows && block * kBlockRows + row < m.n; ++row) {
       const int64_t n = block * kBlockRows + row;
       for (int64_t k = 0; k < m.k; ++k) put(out, f, row, k, f.axis_out ? source.at(k, n) : source.at(n, k));
