@@ -196,6 +196,7 @@ def _row_limits(row: LayerRow, quantized: bool) -> list[tuple[str, float, Tolera
     limits.append(("block inputs: min cosine", row.input_min_cosine, tolerances.LAYER_MIN_COSINE))
     limits.append(("block outputs: median cosine", row.median_cosine, tolerances.MEDIAN_COSINE))
     limits.append(("block outputs: min cosine", row.min_cosine, tolerances.LAYER_MIN_COSINE))
+    limits.append(("block outputs: SQNR", row.sqnr_db, tolerances.LAYER_SQNR))
     return limits
 
 

@@ -32,7 +32,7 @@ from moec.compiler.verify import metrics, tolerances
 from moec.compiler.verify.interpret import GraphRunner, Override
 from moec.compiler.verify.report import Check
 from moec.compiler.verify.rounding import shaken_operators, unrounded_operators, with_weights_of
-from moec.compiler.verify.structure import structure_faults
+from moec.compiler.verify.structure import has_target_operators, structure_faults
 from moec.compiler.verify.tolerances import Tolerance
 
 MOE_OPS = (ops.fused_moe, ops.fused_moe_q)
@@ -120,14 +120,8 @@ def compare_programs(before: Program, after: Program, samples: Sequence[Sample])
 
 
 def rounds(before: Program, after: Program) -> bool:
-    """Whether `after` runs kernels that round activations or cache, so that `before` must round as well."""
-    if after.stage < Stage.LEGAL:
-        return False
-    return any(
-        node.target == ops.cached_attention_q8 or (node.target in (ops.fused_moe_q, ops.linear_q) and node.args[-1])
-        for program in (before, after)
-        for node in program.graph.nodes
-    )
+    """Whether `after` runs a target's kernels on quantized weights: they round, so `before` must as well."""
+    return before.stage >= Stage.QUANTIZED and has_target_operators(after)
 
 
 def close_rows(reference_TV: np.ndarray, actual_TV: np.ndarray, tied_T: np.ndarray) -> tuple[float, int]:

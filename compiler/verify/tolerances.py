@@ -61,6 +61,12 @@ LAYER_MIN_COSINE = Tolerance(
     "median, must agree to within a few flipped INT8 steps",
 )  # fmt: skip
 
+LAYER_SQNR = Tolerance(
+    ">", 50.0, "dB",
+    "INT8 rounding is noise at about 40 dB. An artifact that rounds the same values shares this noise with the reference "
+    "and is 65 dB away or more (a few flipped steps); one that rounds otherwise, or has wrong weights, is not",
+)  # fmt: skip
+
 TOP1 = Tolerance(
     ">", 0.99, "of tokens",
     "a greedy answer may change only where the two best logits are closer than the noise of flipped INT8 steps",
