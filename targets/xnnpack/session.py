@@ -141,7 +141,10 @@ class CpuSession:
         self._traces.clear()
 
     def trace(self, enabled: bool) -> None:
-        """Record every MoE layer of the calls that follow; `take_traces` collects them."""
+        """Record every MoE layer of the calls that follow; `take_traces` collects them.
+
+        The kernels have one trace for the process: while one session records, do not run another in a second thread.
+        """
         self._tracing = enabled
         if not enabled:
             self._traces.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,27 @@ def test_two_sessions_have_their_own_caches(case: Case, session: CpuSession) -> 
         for i, token in enumerate(ids):
             np.testing.assert_allclose(session.decode(token), expected[i], atol=ATOL, rtol=0)
             other.decode((token + 1) % m.V)
+
+
+def test_sessions_in_two_threads(case: Case) -> None:
+    """They share the kernels' threads; each must compute what it computes alone."""
+    prompts = [_ids(60, seed) for seed in range(4)]
+    with CpuSession(case.path, threads=2) as session:
+        expected = []
+        for ids in prompts:
+            session.reset()
+            expected.append(session.prefill(ids, "all"))
+
+    def run(ids: list[int]) -> np.ndarray:
+        with CpuSession(case.path, threads=2) as own:
+            for _ in range(10):
+                own.reset()
+                logits = own.prefill(ids, "all")
+            return logits
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(run, prompts), expected, strict=True):
+            np.testing.assert_array_equal(found, alone)
 
 
 def test_traces_are_one_per_layer_and_call(case: Case, session: CpuSession) -> None:
