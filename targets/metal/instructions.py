@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from moec.targets.metal import cpu_products
+
 if TYPE_CHECKING:
     from moec.targets.metal.replay import Machine
 
@@ -69,10 +71,21 @@ def _accumulating(*fields: str) -> Callable[[Callable[..., Any]], Handler]:
     return wrap
 
 
+def _large(m: Machine, x: Any) -> bool:
+    """Whether a product of x is for `cpu_products`: on the CPU, in float32, many rows."""
+    rows = x.size // max(1, x.shape[-1])
+    return bool(m.accumulates and x.dtype == m.mx.float32 and rows >= cpu_products.ROWS_FROM)
+
+
+def _affine(m: Machine, scales: Any, biases: Any) -> bool:
+    return bool(m.f("mode") == "affine" and biases is not None and scales.dtype == m.mx.float32)
+
+
 @_accumulating("mat1", "mat2", "bias")
 def _addmm(m: Machine, mat1: Any, mat2: Any, bias: Any) -> Any:
     if bias is None:
-        return m.mx.matmul(mat1, mat2)
+        large = _large(m, mat1) and mat2.ndim == 2 and mat2.dtype == m.mx.float32
+        return cpu_products.matmul(m.mx, mat1, mat2) if large else m.mx.matmul(mat1, mat2)
     return m.mx.addmm(bias, mat1, mat2, alpha=m.f("alpha"), beta=m.f("beta"))
 
 
@@ -215,6 +228,9 @@ def _dequantize(m: Machine) -> Any:
 
 @_accumulating("x", "w", "scales", "biases")
 def _quantized_matmul(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
+    if _large(m, x) and _affine(m, scales, biases):
+        scheme = {"group_size": m.f("group_size"), "bits": m.f("bits")}
+        return cpu_products.quantized_matmul(m.mx, x, w, scales, biases, transpose=m.f("transpose"), **scheme)
     return m.mx.quantized_matmul(
         x,
         w,
@@ -248,6 +264,12 @@ def _gather_mm(m: Machine, a: Any, b: Any) -> Any:
 
 @_accumulating("x", "w", "scales", "biases")
 def _gather_qmm(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
+    gathers = _gather_indices(m, x, w)
+    one_to_one = gathers["lhs_indices"] is None and gathers["rhs_indices"] is not None and x.ndim == 3
+    if gathers["sorted_indices"] and one_to_one and x.shape[1] == 1 and _large(m, x) and _affine(m, scales, biases):
+        scheme = {"group_size": m.f("group_size"), "bits": m.f("bits")}
+        index = gathers["rhs_indices"]
+        return cpu_products.gather_qmm(m.mx, x, w, scales, biases, index, transpose=m.f("transpose"), **scheme)
     return m.mx.gather_qmm(
         x,
         w,
@@ -257,7 +279,7 @@ def _gather_qmm(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
         group_size=m.f("group_size"),
         bits=m.f("bits"),
         mode=m.f("mode"),
-        **_gather_indices(m, x, w),
+        **gathers,
     )
 
 
