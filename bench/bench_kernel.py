@@ -105,9 +105,16 @@ def check_agreement(layer: Layer, contenders: set[str]) -> dict[str, float]:
 
 def build_contenders(shape: Shape, copies: int, peers: set[str]) -> tuple[list[Contender], Layer]:
     layers = [Layer.random(shape, seed) for seed in range(copies)]
+
+    def whole(axis_out: bool) -> list[Moec]:
+        """Every call reads the shared expert: as many of them as exceed any cache."""
+        blocks = [Moec(layer, axis_out=axis_out) for layer in layers]
+        enough = max(1, (64 << 20) // (len(layers) * shape.shared * shape.d * 3 // 2))
+        return [block.with_own_shared() for _ in range(enough) for block in blocks]
+
     contenders = [
-        Contender("moec", [Moec(layer) for layer in layers], shared=True),
-        Contender("moec, groups along out", [Moec(layer, axis_out=True) for layer in layers], shared=True),
+        Contender("moec", whole(axis_out=False), shared=True),
+        Contender("moec, groups along out", whole(axis_out=True), shared=True),
         Contender("moec, routed only", [Moec(layer, shared=False) for layer in layers], shared=False),
     ]
     if "onnxruntime" in peers:

@@ -6,6 +6,7 @@ T tokens, D model width, F expert width, E experts, S shared width. Each contend
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from collections.abc import Callable
@@ -123,6 +124,16 @@ class Moec:
             shared_w2=shared_format if shared else none,
         )
         self.block = kernel_api.PreparedMoe(config, tensors)
+
+    def with_own_shared(self) -> Moec:
+        """The same experts beside a copy of the shared expert: another place in memory for what every token reads."""
+        tensors = copy.copy(self.block.tensors)
+        assert tensors.shared_w13 is not None
+        assert tensors.shared_w2 is not None
+        tensors.shared_w13, tensors.shared_w2 = tensors.shared_w13.copy(), tensors.shared_w2.copy()
+        other = copy.copy(self)
+        other.block = kernel_api.PreparedMoe(self.block.config, tensors)
+        return other
 
     def bind(self, x: NDArray[np.float32], threads: int) -> Run:
         y = np.empty_like(x)

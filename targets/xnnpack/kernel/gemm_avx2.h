@@ -142,6 +142,7 @@ void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, 
       MOEC_UNROLL
       for (int h = 0; h < 2; ++h) {
         const __m256 s = load_scales8(scales + h * (a.f32_scales ? 32 : 16), a.f32_scales);
+        __builtin_prefetch(scales + groups * scale_stride);
         MOEC_UNROLL
         for (int t = 0; t < kM; ++t) total[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[h][t]), s, total[h][t]);
       }

@@ -106,6 +106,7 @@ void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales,
       MOEC_UNROLL
       for (int b = 0; b < kB; ++b) {
         const __m512 s = load_scales(scales + b * groups * scale_stride, a.f32_scales).a;
+        __builtin_prefetch(scales + (kB + b) * groups * scale_stride);
         MOEC_UNROLL
         for (int t = 0; t < kM; ++t) total[b][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][t]), s, total[b][t]);
       }

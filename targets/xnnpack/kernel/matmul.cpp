@@ -3,9 +3,20 @@
 namespace moec {
 namespace {
 
-constexpr int64_t kTile = 48;  // rows whose activations are rounded together for one output group
+constexpr int64_t kTile = 48;               // rows whose activations are rounded together for one output group
+constexpr int64_t kAhead = int64_t{16} << 10;  // bytes of codes that are asked for before anything multiplies them
+
+void ask_for(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
 
 }  // namespace
+
+void ask_for_blocks(const Matrix& w, int64_t first, int64_t last) {
+  if (w.format.kind == MOEC_F32) return;
+  const int64_t bytes = (last - first) * w.block_bytes();
+  ask_for(w.codes(first), bytes < kAhead ? bytes : kAhead);
+}
 
 void quantize_for(const Kernels& isa, const Matrix& w, const float* x, int64_t x_stride, int64_t rows, QuantizedRows out) {
   QuantizeTask task{};
@@ -61,6 +72,9 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
   task.bias = bias;
   task.y_stride = y_stride;
   const int32_t kind = w.format.kind - 1;
+  // Within a matrix the kernels ask for the next blocks while they multiply. The first ones are asked for here: the kernels'
+  // loops have too few loads in flight to fetch them quickly.
+  ask_for_blocks(w, first, last);
   if (!w.format.axis_out) {
     task.scales = w.block_scales(first);
     task.group = w.format.group;
@@ -79,6 +93,7 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
   task.group = task.padded_k;
   for (int64_t block = first; block < last; block += together) {
     const int64_t group = block / together;
+    ask_for(w.group_scales(group + 1 < w.groups() ? group + 1 : group), w.k * w.format.scale_bytes());
     const float* factor = reinterpret_cast<const float*>(w.group_scales(group));
     if (!w.format.f32_scales || reinterpret_cast<uintptr_t>(factor) % 4) {
       factor = scratch.factor_;

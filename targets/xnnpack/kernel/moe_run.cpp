@@ -235,6 +235,7 @@ void run_expert(const Run& run, const Expert& expert, const Rows& input, TileSpa
   const Moe& moe = run.moe;
   const int64_t h13_stride = expert.w13.n;
   matmul(run.isa, expert.w13, 0, expert.w13.blocks(), input, expert.b13, s.h13, h13_stride, s.matmul);
+  ask_for_blocks(expert.w2, 0, expert.w2.blocks());
   activate_rows(run.isa, moe, expert.interleaved, s.h13, h13_stride, expert.width, input.m, expert.width, s.hidden, expert.width);
   Rows hidden{input.m, s.hidden, expert.width, {}};
   if (needs_quantized(expert.w2.format)) {
@@ -299,6 +300,7 @@ int32_t run_wide(Run& run) {
     const WideTile& job = tiles[unit];
     const bool is_shared = job.expert < 0;
     const Expert expert = is_shared ? shared_expert(moe) : routed_expert(moe, job.expert);
+    ask_for_blocks(expert.w13, 0, expert.w13.blocks());
     Rows input{job.count, s.x, d, s.input};
     if (is_shared) {
       input.x = run.x + job.begin * d;
