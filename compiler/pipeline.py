@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from moec.compiler.dialect import check_dialect
+from moec.compiler.errors import CompileError
 from moec.compiler.program import Program, Stage
 
 
@@ -70,7 +71,11 @@ def run_passes(
     log: PipelineLog | None = None,
     after: Callable[[Pass, PassResult], None] | None = None,
 ) -> Program:
-    """Run `passes` in order. `after` sees every result (dumps, progress, per-pass equivalence)."""
+    """Run `passes` in order. `after` sees every result (dumps, progress, per-pass equivalence).
+
+    CompileError when the dialect refuses what a pass left; it then carries the reason of the nearest refusal.
+    """
+    refusals: list[Refusal] = []
     for p in passes:
         if program.stage < p.needs:
             raise AssertionError(f"pass {p.name} needs stage {p.needs.name}, the program is at {program.stage.name}")
@@ -78,7 +83,11 @@ def run_passes(
         result = p.run(program)
         if result.program.stage < program.stage or result.program.stage < p.gives:
             raise AssertionError(f"pass {p.name} left stage {result.program.stage.name}, declared {p.gives.name}")
-        check_dialect(result.program, after=p.name)
+        refusals += result.refusals
+        try:
+            check_dialect(result.program, after=p.name)
+        except CompileError as error:
+            raise _with_reason(error, refusals) from None
         if log is not None:
             log.records.append(
                 PassRecord(
@@ -89,3 +98,21 @@ def run_passes(
         if after is not None:
             after(p, result)
     return program
+
+
+def _with_reason(error: CompileError, refusals: Sequence[Refusal]) -> CompileError:
+    """`error` with the reason of the refusal whose place shares the longest path with its own."""
+    place = (error.place or "").split(".")
+
+    def shared(refusal: Refusal) -> int:
+        same = [a == b for a, b in zip(place, refusal.where.split("."), strict=False)]
+        return same.index(False) if False in same else len(same)
+
+    if not refusals:
+        return error
+    nearest = max(refusals, key=shared)
+    return CompileError(
+        f"{error.message}: {nearest.rule} stopped at {nearest.node}: {nearest.reason}",
+        place=error.place,
+        remedy=error.remedy,
+    )

@@ -129,7 +129,7 @@ class Editor:
         return self._placeholders.get(name)
 
     def add_weight(self, name: str, weight: LazyWeight, role: Role, *, mutable: bool = False) -> Node:
-        """A new placeholder for `weight`, before the user inputs. `mutable`: a buffer that operators write (a cache)."""
+        """A new placeholder for `weight`, before the user inputs. `mutable`: operators write it (a cache)."""
         if name in self.weights:
             raise AssertionError(f"weight {name} exists")
         kind = InputKind.BUFFER if mutable else InputKind.PARAMETER
@@ -170,6 +170,16 @@ class Editor:
             node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
         return node
 
+    def mutations_of(self, value: Node) -> list[str | None]:
+        """The buffers whose new content `value` is, by name; None for each time that it is a result of the program."""
+        results = next(reversed(self.graph.nodes)).args[0]
+        assert isinstance(results, (list, tuple))
+        return [
+            str(s.target) if s.kind == OutputKind.BUFFER_MUTATION else None
+            for s, result in zip(self.output_specs, results, strict=True)
+            if result is value
+        ]
+
     def drop_mutation(self, value: Node) -> None:
         """`value` is no longer returned as the new content of a buffer: an operator now writes the buffer itself."""
         output = next(reversed(self.graph.nodes))
@@ -205,7 +215,7 @@ class Editor:
 
     def done(self, *, stage: Stage | None = None) -> Program:
         """Eliminate dead code, rebuild the exported program and return it."""
-        self.graph.eliminate_dead_code(is_impure_node=_writes)
+        self.graph.eliminate_dead_code(is_impure_node=writes)
         self.drop_unused_weights()
         self.module.recompile()
         old = self._program.exported
@@ -234,7 +244,8 @@ class Editor:
     def _named_outputs(self) -> list[OutputSpec]:
         """The output specs, each under the name of the node that is returned now."""
         results = next(reversed(self.graph.nodes)).args[0]
-        assert isinstance(results, (list, tuple)) and len(results) == len(self.output_specs)
+        assert isinstance(results, (list, tuple))
+        assert len(results) == len(self.output_specs)
         return [
             replace(s, arg=TensorArgument(node.name)) if isinstance(node, Node) else s
             for s, node in zip(self.output_specs, results, strict=True)
@@ -296,7 +307,7 @@ def module_path(node: Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _writes(node: Node) -> bool:
+def writes(node: Node) -> bool:
     """Placeholders, outputs, and operators that write an argument (caches), must survive dead-code elimination."""
     if node.op in ("placeholder", "output"):
         return True
@@ -342,7 +353,8 @@ def program_text(program: Program) -> str:
             continue
         names[node] = f"%{counter}"
         counter += 1
-        target = node.target.__name__ if callable(node.target) and not hasattr(node.target, "_schema") else str(node.target)
+        plain = callable(node.target) and not hasattr(node.target, "_schema")
+        target = node.target.__name__ if plain else str(node.target)  # type: ignore[union-attr]
         lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))} = {target}({', '.join(args)})")
     return _rename_symbols("\n".join(lines)) + "\n"
 

@@ -1,6 +1,7 @@
 """Canonicalize: one functional graph of ATen operators without the nodes that compute nothing.
 
     assert(..), dropout(x, p, train=False), x.to(own type), clone(x), view(x, own shape)  ->  x
+    _unsafe_view(clone(x), shape)                                                         ->  reshape(x, shape)
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ def _run(program: Program) -> PassResult:
             changed += 1
             continue
         source = _same_value(node)
+        if source is None and node.target is aten._unsafe_view.default:
+            node.target = aten.reshape.default  # without the copy before it, its operand need not be contiguous
+            changed += 1
         if source is not None:
+            for user in node.users:
+                if node.target in COPIES and user.target is aten.view.default:
+                    user.target = aten.reshape.default
             node.replace_all_uses_with(source)
             edit.graph.erase_node(node)
             changed += 1

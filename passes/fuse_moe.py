@@ -15,11 +15,12 @@ from torch.fx import Node
 
 from moec.compiler.errors import CompileError
 from moec.compiler.matching.experts import expert_indexed
+from moec.compiler.matching.graph import PostDominators
 from moec.compiler.matching.moe import MoeBlock, SharedExpert, check_closed, combine_of, read_block, read_shared
-from moec.compiler.matching.read import Stuck
+from moec.compiler.matching.read import Stuck, aten, is_op
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import Pass, PassResult, Refusal
-from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage
+from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, writes
 from moec.compiler.quant import QuantizedTensor
 
 RULE = "fuse_moe"
@@ -33,14 +34,18 @@ def _run(program: Program) -> PassResult:
     edit = program.edit()
     refusals: list[Refusal] = []
     changed = 0
+    paths = PostDominators(edit.graph)
     ends: dict[Node, None] = {}
     for node in edit.graph.nodes:
-        if not expert_indexed(edit, node):
+        if not is_op(node, aten.topk.default):
             continue
         try:
-            ends.setdefault(combine_of(node))
+            end = combine_of(node, paths)
         except Stuck as stuck:
             refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+            continue
+        if end is not None:
+            ends.setdefault(end)
     for end in ends:
         try:
             block = read_shared(edit, read_block(edit, end))
@@ -50,6 +55,12 @@ def _run(program: Program) -> PassResult:
             continue
         _rewrite(edit, block)
         changed += 1
+    if changed:
+        edit.graph.eliminate_dead_code(is_impure_node=writes)
+    if not refusals:  # a dispatch that no topk leads to
+        left = next((n for n in edit.graph.nodes if expert_indexed(edit, n)), None)
+        if left is not None:
+            refusals.append(Refusal.at(RULE, left, "experts are read here, and no topk over a router's scores leads here"))
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 
@@ -57,6 +68,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
     shared_w13 = shared_w2 = None
     if block.shared is not None:
         shared_w13, shared_w2 = _stacked_gate_up(edit, block.shared), block.shared.down
+    w13 = block.w13 if block.up is None else _joined_experts(edit, block.w13, block.up, block.experts.layout)
     with edit.graph.inserting_before(block.end):
         fused = edit.call(
             fused_moe,
@@ -65,10 +77,10 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
             block.router_weight,
             block.router_bias,
             block.selection_bias,
-            block.w13,
-            None,
+            w13,
+            block.b13,
             block.w2,
-            None,
+            block.b2,
             shared_w13,
             shared_w2,
             None if block.shared is None else block.shared.scale_weight,
@@ -77,12 +89,16 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
             str(block.experts),
             like=block.end,
         )
+        for view in block.views:
+            fused = edit.call(view.target, fused, *view.args[1:], like=view, **view.kwargs)
     block.end.replace_all_uses_with(fused)
     for node, role in (
         (block.router_weight, Role.ROUTER),
         (block.router_bias, Role.ROUTER),
         (block.selection_bias, Role.ROUTER),
-        (block.w13, Role.EXPERT),
+        (w13, Role.EXPERT),
+        (block.b13, Role.OTHER),
+        (block.b2, Role.OTHER),
         (block.w2, Role.EXPERT),
         (shared_w2, Role.SHARED),
         (None if block.shared is None else block.shared.scale_weight, Role.ROUTER),  # it scales, and stays in float
@@ -90,6 +106,17 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
         name = edit.weight_of(node) if node is not None else None
         if name is not None:
             edit.roles[name] = role
+
+
+def _joined_experts(edit: Editor, gate: Node, up: Node, layout: str) -> Node:
+    """Gates and ups of all experts in one weight, [E, 2F, D] or [E, D, 2F]."""
+    first, second = str(edit.weight_of(gate)), str(edit.weight_of(up))
+    a, b = edit.weights[first], edit.weights[second]
+    dim = 1 if layout == "out_in" else 2
+    sizes = list(a.shape)
+    sizes[dim] += b.shape[dim]
+    joined = LazyWeight(tuple(sizes), a.dtype, lambda: torch.cat([a.load(), b.load()], dim))
+    return edit.add_weight(f"{first}+{second.rpartition('.')[2]}", joined, Role.EXPERT)
 
 
 def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:

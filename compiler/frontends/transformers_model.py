@@ -43,12 +43,15 @@ def export_transformers(
         raise CompileError(
             f"torch.export failed: {first[0][:300]}", place=str(folder), remedy="this model's code cannot be captured"
         ) from error
-    constants = {n: _constant(b) for n, b in wrapper.model.named_buffers(prefix="model")}
+    stored = {f"model.{n}" for n in wrapper.model.state_dict()}  # a persistent buffer is the checkpoint's to give
+    buffers = dict(wrapper.model.named_buffers(prefix="model"))
+    constants = {n: _constant(b) for n, b in buffers.items() if n not in stored}
     caches = {n: zeros(tuple(b.shape)) for n, b in wrapper.named_buffers() if n.startswith("cache_")}
     source = _Weights(folder)
     weights = {
         n: LazyWeight(tuple(p.shape), torch.float32, source.reader(n.removeprefix("model.")))
-        for n, p in wrapper.named_parameters(remove_duplicate=False)
+        for n, p in [*wrapper.named_parameters(remove_duplicate=False), *buffers.items()]
+        if n not in constants
     }
     roles = {**_roles(weights), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
     eos = config.eos_token_id
@@ -145,9 +148,12 @@ class _Cached(nn.Module):
     def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The cache shapes [1, heads, length, width] of every layer, learnt from one call with fake values."""
         cache = self._cache()
+        chosen = self.model.config._experts_implementation
+        self.model.set_experts_implementation(EXPERTS)  # grouped_mm has no fake float32 form outside of an export
         with torch.no_grad():
             positions = torch.arange(tokens)
             self._call(torch.zeros(1, tokens, dtype=torch.long), positions, cache)
+        self.model.set_experts_implementation(chosen)
         return [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
 
     def _cache(self) -> Any:

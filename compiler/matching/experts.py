@@ -1,49 +1,77 @@
 """Read routed experts backwards: from their outputs, one row for each (token, rank), to x, weights and indices.
 
 Every function explains one node completely or raises `Stuck` with the node and the reason. N tokens, D model width, E
-experts, K experts per token, F expert width; a value "of the pairs" is [N, K, .], or [N*K, .] in the same order.
+experts, K experts per token, F expert width; a value "of the pairs" is [N, K, .], or [N*K, .] in the same order, or
+[N*K, .] sorted by expert (`Pairs.order`).
+
+Spellings of a product with a row's own expert: einsum, bmm or matmul with gathered weights; grouped matrix products of
+sorted rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
 
-from moec.compiler.matching.read import Stuck, arg, aten, binary, is_op, piece, rank, same_size, shape, static, unview
+from moec.compiler.matching.activation import MULTIPLY, read_activation
+from moec.compiler.matching.read import Stuck, arg, aten, binary, dim_of, is_op, rank, same_size, shape, static, unview
 from moec.compiler.ops.attributes import Experts
 from moec.compiler.program import Editor
 
-MULTIPLY = (aten.mul.Tensor,)
+GROUPED = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The (token, rank) pairs of a block: K, and the sort by expert that their rows are in, if any."""
+
+    top_k: int
+    order: Node | None = None  # int64 [N*K]: row i holds pair order[i]
 
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """Operands and attributes of the expert MLPs."""
+    """Operands and attributes of the expert MLPs. `up` is the up projection of experts whose gate is a weight apart."""
 
     x: Node  # [N, D]
     w13: Node
+    b13: Node | None
     w2: Node
+    b2: Node | None
     indices: Node  # [N, K]
     experts: Experts
+    up: Node | None = None
+    input_weights: Node | None = None  # of the pairs: the rows were multiplied by them before the experts
 
 
 @dataclass(frozen=True)
 class _Product:
-    """Rows times the stacked weight of each row's expert."""
+    """Rows times the stacked weight of each row's expert, plus its bias."""
 
-    rows: Node  # [N, D] when the K experts of a token read the same row, else of the pairs
-    per_token: bool
+    rows: Node
+    repeated: bool  # the rows are [N, D], one for the K experts of a token
     weight: Node  # [E, ., .]
     in_out: bool  # the weight is [E, in, out]
+    bias: Node | None  # [E, out]
     indices: Node  # [N, K]
     node: Node
 
 
 def expert_indexed(edit: Editor, node: Node) -> bool:
-    """`node` picks experts out of a stacked weight: the mark of a dispatch by gathering."""
-    return is_op(node, aten.index.Tensor) and _stacked(edit, node.args[0])
+    """`node` reads a stacked weight [E, ., .] expert by expert: the mark of a dispatch."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    if is_op(node, aten.index.Tensor, aten.index_select.default, aten.select.int):
+        return _stacked(edit, node.args[0])
+    return is_grouped(node) and _stacked(edit, _turned(node.args[1])[0])
+
+
+def is_grouped(node: Any) -> bool:
+    schema = getattr(getattr(node, "target", None), "_schema", None)
+    return schema is not None and schema.name in GROUPED
 
 
 def _stacked(edit: Editor, node: Any) -> bool:
@@ -51,67 +79,173 @@ def _stacked(edit: Editor, node: Any) -> bool:
     return isinstance(node, Node) and edit.weight_of(node) is not None and rank(node) == 3
 
 
-def read_experts(edit: Editor, outputs: Node, top_k: int) -> RoutedExperts:
+def _turned(node: Any) -> tuple[Any, bool]:
+    """(source, True) of a transpose of the last two of three dimensions."""
+    if is_op(node, aten.transpose.int) and {d % 3 for d in node.args[1:3]} == {1, 2} and rank(node) == 3:
+        return node.args[0], True
+    if is_op(node, aten.permute.default) and [d % 3 for d in node.args[1]] == [0, 2, 1]:
+        return node.args[0], True
+    return node, False
+
+
+def read_experts(edit: Editor, outputs: Node, pairs: Pairs) -> RoutedExperts:
     """The experts whose outputs, of the pairs, are `outputs`."""
-    down = _product(edit, outputs, top_k)
-    if down.per_token:
+    down = _product(edit, outputs, pairs)
+    if down.repeated:
         raise Stuck(down.node, "the down projection does not read a row of its own for each expert")
-    joined, activation = read_activation(down.rows)
-    up = _product(edit, joined, top_k)
-    if not up.per_token:
-        raise Stuck(up.node, "the experts of one token do not read the same row")
-    if up.indices is not down.indices:
-        raise Stuck(down.node, "the two projections use different expert indices")
-    if up.in_out != down.in_out:
+    activation = read_activation(unview(down.rows))
+    ups = [_product(edit, n, pairs) for n in (activation.gate, activation.up) if n is not None]
+    gate = ups[0]
+    for product in ups:
+        _check_alike(product, down, gate)
+    experts = replace(activation.experts, layout="in_out" if gate.in_out else "out_in")
+    inner = shape(down.weight)[1 if gate.in_out else 2]
+    for product in ups:
+        wide = shape(product.weight)[2 if gate.in_out else 1]
+        expected = 2 * inner if experts.gated and len(ups) == 1 else inner
+        if wide != expected:
+            raise Stuck(product.node, f"the up projection is {wide} wide, the down projection reads {inner}")
+    if len(ups) == 2 and (ups[0].bias is None) != (ups[1].bias is None):
+        raise Stuck(gate.node, "only one of gate and up has a bias")
+    if len(ups) == 2 and ups[0].bias is not None:
+        raise Stuck(gate.node, "gate and up are weights apart and have biases")
+    x, input_weights = _token_rows(gate, pairs)
+    up = ups[1].weight if len(ups) == 2 else None
+    return RoutedExperts(
+        x, gate.weight, gate.bias, down.weight, down.bias, gate.indices, experts, up=up, input_weights=input_weights
+    )
+
+
+def _check_alike(product: _Product, down: _Product, gate: _Product) -> None:
+    if product.rows is not gate.rows or product.repeated != gate.repeated:
+        raise Stuck(product.node, "gate and up do not read the same rows")
+    if product.indices is not down.indices:
+        raise Stuck(down.node, "the projections use different expert indices")
+    if product.in_out != down.in_out:
         raise Stuck(down.node, "one projection is stored [E, in, out], the other [E, out, in]")
-    experts = Experts(layout="in_out" if up.in_out else "out_in", activation=activation)
-    wide, narrow = shape(up.weight)[2 if up.in_out else 1], shape(down.weight)[1 if up.in_out else 2]
-    if wide != 2 * narrow:
-        raise Stuck(up.node, "gate and up are not twice the width of the hidden layer")
-    if shape(up.weight)[0] != shape(down.weight)[0]:
-        raise Stuck(up.node, "the two projections have different numbers of experts")
-    return RoutedExperts(up.rows, up.weight, down.weight, up.indices, experts)
+    if shape(product.weight)[0] != shape(down.weight)[0]:
+        raise Stuck(product.node, "the projections have different numbers of experts")
 
 
-def _product(edit: Editor, node: Node, top_k: int) -> _Product:
+def _token_rows(product: _Product, pairs: Pairs) -> tuple[Node, Node | None]:
+    """(x [N, D], weights of the pairs that multiply the rows) of what the up projection reads."""
+    if product.repeated:
+        return product.rows, None
+    rows = unview(product.rows)
+    x = _repeated(rows, pairs)
+    if x is not None:
+        return x, None
+    pair = binary(rows, *MULTIPLY)
+    if pair is not None:
+        for source, weights in (pair, pair[::-1]):
+            x = _repeated(unview(source), pairs) if isinstance(source, Node) else None
+            if x is not None and isinstance(weights, Node) and shape(weights)[-1] == 1:
+                return x, weights
+    raise Stuck(rows, "the experts of one token do not read the same row")
+
+
+def _repeated(node: Node, pairs: Pairs) -> Node | None:
+    """x [N, D] of its rows for each pair."""
+    k = pairs.top_k
+    if pairs.order is not None:
+        if not is_op(node, aten.index.Tensor) or len(node.args[1]) != 1 or rank(node.args[0]) != 2:  # type: ignore[arg-type]
+            return None
+        token = node.args[1][0]  # type: ignore[index]
+        divided = is_op(token, aten.floor_divide.default) or (
+            is_op(token, aten.div.Tensor_mode, aten.div.Scalar_mode) and token.kwargs.get("rounding_mode") == "floor"
+        )
+        return node.args[0] if divided and tuple(token.args[:2]) == (pairs.order, k) else None  # type: ignore[return-value]
+    if is_op(node, aten.repeat_interleave.self_int):
+        x, dim = node.args[0], arg(node, 2, "dim")
+        fits = isinstance(x, Node) and rank(x) == 2 and dim is not None and dim % 2 == 0 and node.args[1] == k
+        return x if fits else None  # type: ignore[return-value]
+    if is_op(node, aten.expand.default) and is_op(node.args[0], aten.unsqueeze.default):
+        one = node.args[0]
+        x = one.args[0]  # type: ignore[union-attr]
+        if not isinstance(x, Node) or rank(x) != 2 or rank(node) != 3:
+            return None
+        inner = static(shape(node)[1]) == k and shape(one)[1] == 1  # type: ignore[arg-type]
+        kept = same_size(shape(node)[0], shape(x)[0]) and same_size(shape(node)[2], shape(x)[1])
+        return x if inner and kept else None
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- products
+
+
+def _product(edit: Editor, node: Node, pairs: Pairs) -> _Product:
     product = unview(node)
+    total = binary(product, aten.add.Tensor)
+    if total is not None:
+        for value, bias in (total, total[::-1]):
+            if isinstance(value, Node) and is_op(bias, aten.index.Tensor) and rank(bias.args[0]) == 2:
+                inner = _product(edit, value, pairs)
+                return replace(inner, bias=_bias(edit, bias, inner, pairs))
+        raise Stuck(product, "what is added to the product is not the bias of each row's expert")
     if is_op(product, aten.einsum.default):
-        if product is not node:
+        if product is not node and rank(node) == rank(product):
             raise Stuck(node, "the expert products are reshaped")
-        return _einsum(edit, product)
-    if is_op(product, aten.bmm.default):
-        return _bmm(edit, product, top_k)
-    raise Stuck(product, "expected a product with expert weights gathered by index (einsum or bmm)")
+        return _einsum(edit, product, pairs)
+    if is_op(product, aten.bmm.default, aten.matmul.default):
+        return _bmm(edit, product, pairs)
+    if is_grouped(product):
+        return _grouped(edit, product, pairs)
+    raise Stuck(product, "expected a product with each row's own expert (einsum, bmm, matmul or a grouped product)")
 
 
-def _einsum(edit: Editor, node: Node) -> _Product:
-    """einsum of [N, D] or [N, K, F] with gathered weights [N, K, ., .], in any letters."""
+def _bias(edit: Editor, node: Node, product: _Product, pairs: Pairs) -> Node:
+    """The bias [E, out] gathered for each row."""
+    source, picks = node.args[0], node.args[1]
+    if edit.weight_of(source) is None or len(picks) != 1:  # type: ignore[arg-type]
+        raise Stuck(node, "the bias is not a weight [E, out] gathered by the expert indices")
+    if pairs.order is None:
+        chosen = unview(picks[0])  # type: ignore[index]
+    else:
+        chosen = _sorted_indices(picks[0], pairs)  # type: ignore[index]
+    out = shape(product.weight)[2 if product.in_out else 1]
+    if chosen is not product.indices or shape(source) != (shape(product.weight)[0], out):  # type: ignore[arg-type]
+        raise Stuck(node, "the bias does not belong to the row's expert")
+    return source  # type: ignore[return-value]
+
+
+def _sorted_indices(ids: Any, pairs: Pairs) -> Node | None:
+    """indices [N, K] when `ids` is their sort, of which `pairs.order` is the permutation."""
+    order = pairs.order
+    if order is None or ids.target is not operator.getitem or ids.args != (order.args[0], 0):
+        return None
+    return unview(ids.args[0].args[0])
+
+
+def _einsum(edit: Editor, node: Node, pairs: Pairs) -> _Product:
+    """einsum of [N, D] or [N, K, F] with gathered weights [N, K, ., .] (or of [N*K, F] with [N*K, ., .]), any letters."""
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
     wrong = Stuck(node, f"einsum {equation} does not multiply each token with its own experts")
-    if not arrow or len(terms) != 2 or len(operands) != 2:
+    if not arrow or len(terms) != 2 or len(operands) != 2 or not equation.isascii():
         raise wrong
-    if len(terms[0]) == 4:
+    if len(terms[0]) > len(terms[1]):
         terms, operands = terms[::-1], operands[::-1]
     (rows, weight), (x, gathered) = terms, operands
-    if len(weight) != 4 or len(set(weight)) != 4 or len(rows) not in (2, 3) or not equation.isascii():
+    if len(weight) not in (3, 4) or len(set(weight)) != len(weight) or len(rows) < 2:
         raise wrong
-    t, k, a, b = weight
+    lead, (a, b) = weight[:-2], weight[-2:]
     summed = rows[-1]
-    per_token = len(rows) == 2
-    if rows[:-1] != (t if per_token else t + k) or summed not in (a, b):
+    repeated = len(lead) == 2 and rows[:-1] == lead[0]
+    if (rows[:-1] != lead and not repeated) or summed not in (a, b):
         raise wrong
-    if result != t + k + (b if summed == a else a):
+    if result != lead + (b if summed == a else a):
         raise Stuck(node, f"einsum {equation} does not keep the order [token, rank, feature]")
-    stack, indices = _gathered(edit, gathered)
-    if rank(indices) != 2:
+    stack, picked = _gathered(edit, gathered)
+    if rank(picked) != len(lead):
         raise Stuck(gathered, "the experts are not gathered by indices [N, K]")
-    return _Product(x, per_token, stack, summed == a, indices, node)
+    return _Product(x, repeated, stack, summed == a, None, _indices(picked, pairs), node)
 
 
 def _gathered(edit: Editor, node: Any) -> tuple[Node, Node]:
     """(stacked weight, indices) of weights gathered by one index tensor."""
+    if is_op(node, aten.index_select.default) and _stacked(edit, node.args[0]) and dim_of(node, 1, "dim", 3) == 0:
+        return node.args[0], node.args[2]
     picks = node.args[1] if is_op(node, aten.index.Tensor) else None
     if picks is None or not _stacked(edit, node.args[0]):
         raise Stuck(node, "expected expert weights [E, ., .] gathered by index")
@@ -120,86 +254,68 @@ def _gathered(edit: Editor, node: Any) -> tuple[Node, Node]:
     return node.args[0], picks[0]
 
 
-def _bmm(edit: Editor, node: Node, top_k: int) -> _Product:
-    """bmm(weights [N*K, out, in], rows [N*K, in, 1]), or bmm(rows [N*K, 1, in], weights [N*K, in, out])."""
+def _indices(picked: Node, pairs: Pairs) -> Node:
+    """indices [N, K] of the experts of unsorted pairs."""
+    indices = unview(picked)
+    if pairs.order is not None:
+        raise Stuck(picked, "rows sorted by expert are multiplied with gathered weights")
+    if rank(indices) != 2 or static(shape(indices)[1]) != pairs.top_k:
+        raise Stuck(picked, "the experts are not gathered by indices [N, K] in their order")
+    return indices
+
+
+def _bmm(edit: Editor, node: Node, pairs: Pairs) -> _Product:
+    """weights [P, out, in] @ rows [P, in, 1], or rows [P, 1, in] @ weights [P, in, out]; P pairs, or N, K for matmul."""
     first, second = node.args
-    if not isinstance(first, Node) or not isinstance(second, Node):
-        raise Stuck(node, "bmm of something that is not a value")
-    if shape(second)[2] == 1:
+    if not isinstance(first, Node) or not isinstance(second, Node) or rank(first) != rank(second) or rank(first) < 3:
+        raise Stuck(node, "it does not multiply one row with each gathered expert")
+    if shape(second)[-1] == 1:
         weights, rows, row_first = first, second, False
-    elif shape(first)[1] == 1:
+    elif shape(first)[-2] == 1:
         weights, rows, row_first = second, first, True
     else:
-        raise Stuck(node, "bmm does not multiply one row with each gathered expert")
-    turned = is_op(weights, aten.transpose.int) and {d % 3 for d in weights.args[1:3]} == {1, 2}  # type: ignore[operator]
-    stack, flat = _gathered(edit, weights.args[0] if turned else weights)
-    indices = unview(flat)
-    if rank(flat) != 1 or rank(indices) != 2 or shape(indices)[1] != top_k:
-        raise Stuck(flat, "the experts are not gathered by indices [N, K] in their order")
+        raise Stuck(node, "it does not multiply one row with each gathered expert")
+    n = rank(weights)
+    turned = is_op(weights, aten.transpose.int) and {d % n for d in weights.args[1:3]} == {n - 2, n - 1}  # type: ignore[operator]
+    stack, picked = _gathered(edit, weights.args[0] if turned else weights)
+    if rank(picked) != n - 2:
+        raise Stuck(picked, "the experts are not gathered by indices [N, K]")
     # rows x weights wants [in, out] as gathered; weights x rows wants [out, in]
-    source = unview(rows)
-    repeated = _repeated(source, top_k)
     in_out = row_first != turned
-    if repeated is None:
-        return _Product(source, False, stack, in_out, indices, node)
-    return _Product(repeated, True, stack, in_out, indices, node)
+    if n == 4 and shape(rows)[1] == 1 and pairs.top_k != 1:  # matmul repeats one row for the K experts of a token
+        return _Product(unview(rows), True, stack, in_out, None, _indices(picked, pairs), node)
+    return _Product(unview(rows), False, stack, in_out, None, _indices(picked, pairs), node)
 
 
-def _repeated(node: Node, top_k: int) -> Node | None:
-    """x [N, D] of its rows each repeated K times in a row, [N*K, D]."""
-    if is_op(node, aten.repeat_interleave.self_int):
-        x, dim = node.args[0], arg(node, 2, "dim")
-        fits = isinstance(x, Node) and rank(x) == 2 and dim is not None and dim % 2 == 0 and node.args[1] == top_k
-        return x if fits else None  # type: ignore[return-value]
-    if is_op(node, aten.expand.default) and is_op(node.args[0], aten.unsqueeze.default):
-        one = node.args[0]
-        x = one.args[0]  # type: ignore[union-attr]
-        if not isinstance(x, Node) or rank(x) != 2 or rank(node) != 3:
-            return None
-        inner = static(shape(node)[1]) == top_k and shape(one)[1] == 1  # type: ignore[arg-type]
-        kept = same_size(shape(node)[0], shape(x)[0]) and same_size(shape(node)[2], shape(x)[1])
-        return x if inner and kept else None
-    return None
+def _grouped(edit: Editor, node: Node, pairs: Pairs) -> _Product:
+    """grouped_mm(rows sorted by expert, weights [E, in, out] (or [E, out, in] turned), ends of the groups)."""
+    rows, weights, ends = node.args[0], node.args[1], arg(node, 2, "offs")
+    if pairs.order is None or not isinstance(rows, Node):
+        raise Stuck(node, "a grouped product of rows that are not sorted back")
+    if arg(node, 3, "bias") is not None:
+        raise Stuck(node, "a grouped product with a bias of its own")
+    stack, turned = _turned(weights)
+    if not _stacked(edit, stack):
+        raise Stuck(node, "expected expert weights [E, ., .]")
+    indices = _group_ends(ends, pairs, int(shape(stack)[0]))
+    return _Product(rows, False, stack, not turned, None, indices, node)
 
 
-def read_activation(hidden: Node) -> tuple[Node, str]:
-    """(the up projection [..., 2F], activation) of act(gate) * up, the gate being the first half."""
-    hidden = unview(hidden)
-    pair = binary(hidden, *MULTIPLY)
-    if pair is None:
-        raise Stuck(hidden, "expected act(gate) * up")
-    for acted, up in (pair, pair[::-1]):
-        kind = activation_of(acted)
-        if kind is None:
-            continue
-        activation, gate = kind
-        first, second = piece(gate), piece(up)
-        if first is None or second is None or first[0] is not second[0]:
-            raise Stuck(hidden, "gate and up are not two halves of one projection")
-        source, last = first[0], rank(first[0]) - 1
-        size = static(shape(source)[-1])
-        if size is None or size % 2:
-            raise Stuck(gate, "gate and up are not the two halves of the last dimension")
-        low, high = (last, 0, size // 2, 1), (last, size // 2, size, 1)
-        if (first[1:], second[1:]) == (high, low):
-            raise Stuck(hidden, "the activation is applied to the second half of the up projection, not the first")
-        if (first[1:], second[1:]) != (low, high):
-            raise Stuck(gate, "gate and up are not the two halves of the last dimension")
-        return source, activation
-    raise Stuck(hidden, "neither factor is an activation that the operator has (silu, gelu, relu)")
-
-
-def activation_of(node: Any) -> tuple[str, Node] | None:
-    """(name, argument) of an activation."""
-    if is_op(node, aten.silu.default):
-        return "silu", node.args[0]
-    if is_op(node, aten.gelu.default):
-        return ("gelu_tanh" if arg(node, 1, "approximate", "none") == "tanh" else "gelu"), node.args[0]
-    if is_op(node, aten.relu.default):
-        return "relu", node.args[0]
-    pair = binary(node, *MULTIPLY)
-    if pair is not None:
-        for x, gate in (pair, pair[::-1]):
-            if is_op(gate, aten.sigmoid.default) and gate.args[0] is x:
-                return "silu", x
-    return None
+def _group_ends(ends: Any, pairs: Pairs, count: int) -> Node:
+    """indices [N, K] whose groups end at cumsum(histc(sorted, E bins from 0 to E-1))."""
+    wrong = Stuck(ends, "the ends of the groups are not the running counts of the sorted experts")
+    if not is_op(ends, aten.cumsum.default) or dim_of(ends, 1, "dim", 1) != 0:
+        raise wrong
+    counts = ends.args[0]
+    if not is_op(counts, aten.histc.default):
+        raise wrong
+    source, bins, low, high = counts.args[0], arg(counts, 1, "bins"), arg(counts, 2, "min"), arg(counts, 3, "max")
+    if (bins, low, high) != (count, 0, count - 1):
+        raise Stuck(counts, f"the rows of {count} experts are not counted in one bin each")
+    ids = source.args[0] if is_op(source, aten._to_copy.default, aten.to.dtype) else source
+    # counting does not depend on the order: sorted or not, of the same indices
+    indices = _sorted_indices(ids, pairs) or unview(ids)
+    order: Any = pairs.order
+    if indices is not unview(order.args[0].args[0]):
+        raise wrong
+    return indices

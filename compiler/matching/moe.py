@@ -12,15 +12,17 @@ N tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 import operator
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from moec.compiler.matching.experts import MULTIPLY, activation_of, read_experts
+from moec.compiler.matching.activation import MULTIPLY, activation_of
+from moec.compiler.matching.experts import Pairs, read_experts
+from moec.compiler.matching.graph import PostDominators
 from moec.compiler.matching.read import (
+    VIEWS,
     Stuck,
     arg,
     aten,
@@ -61,51 +63,81 @@ class MoeBlock:
     router_bias: Node | None
     selection_bias: Node | None
     w13: Node
+    b13: Node | None
     w2: Node
+    b2: Node | None
     top_k: int
     routing: Routing
     experts: Experts
+    up: Node | None = None  # the weight of the up projection, when w13 holds the gates only
     shared: SharedExpert | None = None
+    views: tuple[Node, ...] = ()  # reshapes between the routed sum and `end`, when a shared expert was added behind them
 
     def weights(self) -> list[Node]:
         """Every weight the fused node reads."""
-        nodes = [self.router_weight, self.router_bias, self.selection_bias, self.w13, self.w2]
+        nodes = [self.router_weight, self.router_bias, self.selection_bias]
+        nodes += [self.w13, self.up, self.b13, self.w2, self.b2]
         if self.shared is not None:
             nodes += [self.shared.gate, self.shared.up, self.shared.down, self.shared.scale_weight]
         return [n for n in nodes if n is not None]
 
 
-def combine_of(index: Node) -> Node:
-    """From a gathered expert weight down to the nearest sum over K: the node to read back from."""
-    seen = {index}
-    queue = deque([index])
-    while queue and len(seen) < FORWARD_LIMIT:
-        node = queue.popleft()
-        if is_op(node, aten.sum.dim_IntList) and rank(node.args[0]) == 3 and rank(node) == 2:  # type: ignore[arg-type]
-            return node
-        for user in node.users:
-            if user not in seen and user.op == "call_function":
-                seen.add(user)
-                queue.append(user)
-    raise Stuck(index, "no sum over the selected experts follows")
+def combine_of(topk: Node, paths: PostDominators) -> Node | None:
+    """The node at which everything computed from a router's topk has come together again as rows of tokens [N, .].
+
+    None for a topk that only prepares another one (groups of experts), or that nothing reads.
+    """
+    source: Node = topk.args[0]  # type: ignore[assignment]
+    if rank(source) != 2 or not topk.users or _prepares_another(topk):
+        return None
+    node = paths.of(topk)
+    for _ in range(FORWARD_LIMIT):
+        if node is None or node.op == "output":
+            raise Stuck(topk, "what it selects does not come together before the end of the graph: it has other readers")
+        result = node.meta.get("val")
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and result.dim() == 2:
+            wide = static(shape(node)[1]) not in (static(shape(source)[1]), topk.args[1], 1)
+            if wide and same_size(shape(node)[0], shape(source)[0]):
+                return node
+        node = paths.of(node)
+    raise Stuck(topk, "the experts that it selects are not combined")
+
+
+CONTRACTIONS = {"linear", "mm", "bmm", "matmul", "addmm", "einsum", "_grouped_mm", "grouped_mm_fallback"}
+
+
+def _prepares_another(topk: Node) -> bool:
+    """Its result reaches another topk before any matrix product: it chooses groups of experts."""
+    seen, queue = {topk}, [topk]
+    while queue and len(seen) < SLICE_LIMIT:
+        for user in queue.pop().users:
+            if is_op(user, aten.topk.default):
+                return True
+            schema = getattr(user.target, "_schema", None)
+            if user in seen or (schema is not None and schema.name.rpartition(":")[2] in CONTRACTIONS):
+                continue
+            seen.add(user)
+            queue.append(user)
+    return False
 
 
 def read_block(edit: Editor, end: Node) -> MoeBlock:
     """The block whose routed output is `end` [N, D] = sum over K of weighted expert outputs."""
-    if dim_of(end, 1, "dim", 3) != 1 or arg(end, 2, "keepdim", False):
-        raise Stuck(end, "the experts are not summed over their rank dimension")
-    ranked: Node = end.args[0]  # type: ignore[assignment]
-    top_k = static(shape(ranked)[1])
-    if top_k is None:
-        raise Stuck(end, "the number of experts per token is not fixed")
-    outputs, weights_NK = _weighted(ranked, top_k)
-    routed = read_experts(edit, outputs, top_k)
-    router = read_router(edit, weights_NK, routed.indices)
+    outputs, weights, pairs = _combined(end)
+    routed = read_experts(edit, outputs, pairs)
+    apply = "output"
+    if routed.input_weights is not None:
+        if weights is not None:
+            raise Stuck(end, "the experts are weighted both before and after")
+        weights, apply = routed.input_weights, "input"
+    if weights is None:
+        raise Stuck(outputs, "the experts' outputs are not multiplied by combine weights")
+    router = read_router(edit, _weights_NK(weights, pairs), routed.indices)
     count = shape(routed.w13)[0]
     if shape(router.weight)[0] != count:
         raise Stuck(router.weight, f"the router scores {shape(router.weight)[0]} experts, the weights hold {count}")
-    if router.top_k != top_k:
-        raise Stuck(end, f"{top_k} experts are summed, {router.top_k} are selected")
+    if router.top_k != pairs.top_k:
+        raise Stuck(end, f"{pairs.top_k} experts are summed, {router.top_k} are selected")
     if rank(routed.x) != 2:
         raise Stuck(routed.x, "the experts do not read tokens [N, D]")
     return MoeBlock(
@@ -116,35 +148,104 @@ def read_block(edit: Editor, end: Node) -> MoeBlock:
         router_bias=router.bias,
         selection_bias=router.selection_bias,
         w13=routed.w13,
+        b13=routed.b13,
         w2=routed.w2,
-        top_k=top_k,
-        routing=router.routing,
+        b2=routed.b2,
+        top_k=pairs.top_k,
+        routing=replace(router.routing, apply=apply),
         experts=routed.experts,
+        up=routed.up,
     )
 
 
-def _weighted(ranked: Node, top_k: int) -> tuple[Node, Node]:
-    """(expert outputs, combine weights [N, K]) of their product [N, K, D], or [N*K, D] reshaped to it."""
-    weighted = unview(ranked)
-    pair = binary(weighted, *MULTIPLY)
-    if pair is None:
-        raise Stuck(weighted, "the experts' outputs are not multiplied by combine weights")
-    flat = rank(weighted) == 2 and same_size(shape(weighted)[1], shape(ranked)[2])
-    if not flat and not same_shape(shape(weighted), shape(ranked)):
+def _combined(end: Node) -> tuple[Node, Node | None, Pairs]:
+    """(expert outputs of the pairs, their weights [..., 1] or [N, K], the pairs) of a sum over each token's experts."""
+    node = unview(end)
+    if is_op(node, aten.einsum.default):
+        return _combined_by_einsum(node)
+    if not is_op(node, aten.sum.dim_IntList) or rank(node.args[0]) != 3:  # type: ignore[arg-type]
+        raise Stuck(node, "the experts' outputs are not summed over the experts of each token")
+    if dim_of(node, 1, "dim", 3) != 1:
+        raise Stuck(node, "the experts are not summed over their rank dimension")
+    ranked: Node = node.args[0]  # type: ignore[assignment]
+    top_k = static(shape(ranked)[1])
+    if top_k is None:
+        raise Stuck(node, "the number of experts per token is not fixed")
+    pairs = Pairs(top_k)
+    value = unview(ranked)
+    if is_op(value, aten.index.Tensor):
+        value, pairs = _sorted_back(value, pairs)
+    if not same_size(shape(value)[-1], shape(ranked)[2]):
         raise Stuck(ranked, "the weighted outputs are not in the order [token, rank, feature]")
-    for outputs, weights in (pair, pair[::-1]):
-        if not isinstance(weights, Node) or not isinstance(outputs, Node):
-            continue
-        whole = same_shape(shape(outputs), shape(weighted))
-        if rank(weights) != rank(weighted) or shape(weights)[-1] != 1 or not whole:
-            continue
-        if not flat and static(shape(weights)[1]) != top_k:
-            continue
-        weights_NK = unview(weights)
-        if rank(weights_NK) != 2 or static(shape(weights_NK)[1]) != top_k:
-            raise Stuck(weights, "the combine weights are not [N, K]")
-        return outputs, weights_NK
-    raise Stuck(weighted, "no combine weight for each selected expert")
+    pair = binary(value, *MULTIPLY)
+    if pair is not None:
+        for outputs, weights in (pair, pair[::-1]):
+            if not isinstance(weights, Node) or not isinstance(outputs, Node):
+                continue
+            same = same_shape(shape(outputs), shape(value)) and rank(weights) == rank(value)
+            if same and shape(weights)[-1] == 1 and same_shape(shape(weights)[:-1], shape(value)[:-1]):
+                return outputs, weights, pairs
+    return value, None, pairs
+
+
+def _combined_by_einsum(node: Node) -> tuple[Node, Node | None, Pairs]:
+    """einsum("tkd,tk->td", outputs, weights), in any letters and order."""
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    left, _, result = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) == 2 and len(terms[0]) == 2:
+        terms, operands = terms[::-1], operands[::-1]
+    wrong = Stuck(node, f"einsum {equation} does not sum the weighted outputs of each token's experts")
+    if len(terms) != 2 or len(terms[0]) != 3 or len(set(terms[0])) != 3:
+        raise wrong
+    t, k, d = terms[0]
+    top_k = static(shape(operands[0])[1])
+    if terms[1] != t + k or result != t + d or top_k is None:
+        raise wrong
+    return operands[0], operands[1], Pairs(top_k)
+
+
+def _sorted_back(node: Node, pairs: Pairs) -> tuple[Node, Pairs]:
+    """(rows sorted by expert, pairs with that order) of rows brought back by the inverse permutation."""
+    picks = node.args[1]
+    inverse = picks[0] if len(picks) == 1 else None  # type: ignore[arg-type,index]
+    order: Any = None
+    if is_op(inverse, aten.index_put.default, aten.scatter.src):
+        order = _inverted(inverse)
+    elif isinstance(inverse, Node) and inverse.target is operator.getitem and inverse.args[1] == 1:
+        sort = inverse.args[0]  # the argsort of a permutation is its inverse
+        order = sort.args[0] if is_op(sort, aten.sort.default, aten.sort.stable) else None  # type: ignore[union-attr]
+    is_order = isinstance(order, Node) and order.target is operator.getitem and order.args[1] == 1
+    sort = order.args[0] if is_order else None
+    if not is_op(sort, aten.sort.default, aten.sort.stable) or rank(sort.args[0]) != 1:  # type: ignore[union-attr,arg-type]
+        raise Stuck(node, "the rows are not brought back to the order of the tokens by the inverse of their sort")
+    return node.args[0], replace(pairs, order=order)  # type: ignore[return-value]
+
+
+def _inverted(node: Any) -> Any:
+    """order of inverse[order] = 0, 1, 2, ..."""
+    target, where, what = node.args[0], node.args[1], node.args[2]
+    if node.target is aten.scatter.src:
+        where, what = [node.args[2]], node.args[3]
+    if len(where) != 1 or arg(node, 3, "accumulate", False) is True:
+        return None
+    order = where[0]
+    counted = is_op(what, aten.arange.default) and same_size(shape(what)[0], shape(order)[0])
+    covered = isinstance(target, Node) and same_shape(shape(target), shape(order))
+    return order if counted and covered else None
+
+
+def _weights_NK(weights: Node, pairs: Pairs) -> Node:
+    """[N, K] of combine weights in the order of the pairs."""
+    value = unview(weights)
+    if pairs.order is not None:
+        picked = is_op(value, aten.index.Tensor) and list(value.args[1]) == [pairs.order]  # type: ignore[arg-type]
+        if not picked:
+            raise Stuck(value, "the combine weights are not sorted like the rows")
+        value = unview(value.args[0])  # type: ignore[arg-type]
+    if rank(value) != 2 or static(shape(value)[1]) != pairs.top_k:
+        raise Stuck(weights, "the combine weights are not [N, K]")
+    return value
 
 
 # -------------------------------------------------------------------------------------------------------- shared expert
@@ -155,16 +256,22 @@ def read_shared(edit: Editor, block: MoeBlock) -> MoeBlock:
 
     A sum with anything else (the residual stream, say) ends the block before it.
     """
-    users = list(block.end.users)
+    end = block.end
+    views: list[Node] = []
+    users = list(end.users)
+    while len(users) == 1 and is_op(users[0], *VIEWS) and shape(users[0])[-1] == shape(end)[-1]:
+        end = users[0]
+        views.append(end)
+        users = list(end.users)
     total = users[0] if len(users) == 1 else None
     pair = binary(total, aten.add.Tensor)
-    if total is None or pair is None or not same_shape(shape(total), shape(block.end)):
+    if total is None or pair is None or not same_shape(shape(total), shape(end)):
         return block
-    other = pair[1] if pair[0] is block.end else pair[0]
-    if not isinstance(other, Node) or other is block.end:
+    other = pair[1] if pair[0] is end else pair[0]
+    if not isinstance(other, Node) or other is end or not same_shape(shape(other), shape(end)):
         return block
-    shared = _read_gated_mlp(edit, other, block)
-    return block if shared is None else replace(block, end=total, shared=shared)
+    shared = _read_gated_mlp(edit, unview(other), block)
+    return block if shared is None else replace(block, end=total, shared=shared, views=tuple(views))
 
 
 def _read_gated_mlp(edit: Editor, node: Node, block: MoeBlock) -> SharedExpert | None:
@@ -186,12 +293,19 @@ def _read_gated_mlp(edit: Editor, node: Node, block: MoeBlock) -> SharedExpert |
         return None
     for acted, up in (pair, pair[::-1]):
         kind = activation_of(acted)
-        if kind is None or kind[0] != block.experts.activation:
+        if kind is None or not _plain(block.experts, kind[0], kind[1]):
             continue
-        gate_weight, up_weight = _linear_of(edit, kind[1], block.x), _linear_of(edit, up, block.x)
+        gate_weight, up_weight = _linear_of(edit, kind[2], block.x), _linear_of(edit, up, block.x)
         if gate_weight is not None and up_weight is not None and gate_weight is not up_weight:
             return SharedExpert(gate_weight, up_weight, down, scale_weight)  # type: ignore[arg-type]
     return None
+
+
+def _plain(experts: Experts, activation: str, alpha: float) -> bool:
+    """Whether the routed experts compute exactly activation(gate) * up, as their shared expert then does."""
+    return experts == Experts(
+        layout=experts.layout, interleaved=experts.interleaved, activation=activation, alpha=alpha
+    )
 
 
 def _linear_of(edit: Editor, node: Any, x: Node) -> Node | None:

@@ -1,140 +1,325 @@
-"""Read a router backwards: from the combine weights [N, K] and the expert indices [N, K] to its linear.
+"""Read a router backwards: from the combine weights [N, K] and the expert indices [N, K] to the logits' linear.
 
-Every function explains one node completely or raises `Stuck` with the node and the reason. N tokens, E experts, K
-experts per token.
+The grammar is that of `ops.attributes.Routing`, steps 7 to 1. Each step is explained completely or `Stuck` names it.
+N tokens, E experts, K experts per token, G groups.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from moec.compiler.matching.read import Stuck, arg, aten, binary, dim_of, is_op, rank, shape, value, with_scalar
+from moec.compiler.matching.read import (
+    Stuck,
+    arg,
+    aten,
+    binary,
+    dim_of,
+    is_op,
+    rank,
+    scalar,
+    shape,
+    static,
+    unview,
+    value,
+    with_scalar,
+)
 from moec.compiler.ops.attributes import Routing
 from moec.compiler.program import Editor
 
-MULTIPLY = (aten.mul.Tensor,)
+MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 ADD = (aten.add.Tensor, aten.add.Scalar)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+CASTS = (aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
 class Router:
-    """The operands of a router and its attributes."""
+    """What a fused node needs of a router; `bias` is part of the logits, `selection_bias` of the choice only."""
 
-    input: Node  # float32 [N, D]
-    weight: Node  # float32 [E, D]
-    bias: Node | None  # [E], part of the logits
-    selection_bias: Node | None  # [E], shifts the choice only
+    input: Node
+    weight: Node
+    bias: Node | None
+    selection_bias: Node | None
     top_k: int
     routing: Routing
 
 
-def read_router(edit: Editor, weights_NK: Node, indices: Node) -> Router:
-    """The router that gives `indices` and `weights_NK`."""
+def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
+    """The router that gives `indices` and `weights`, both [N, K]."""
     if indices.target is not operator.getitem or not is_op(indices.args[0], aten.topk.default) or indices.args[1] != 1:
         raise Stuck(indices, "the expert indices do not come from topk")
     topk: Node = indices.args[0]  # type: ignore[assignment]
     choice: Node = topk.args[0]  # type: ignore[assignment]
-    top_k = topk.args[1]
     if rank(choice) != 2 or dim_of(topk, 2, "dim", 2, -1) != 1 or arg(topk, 3, "largest", True) is not True:
         raise Stuck(topk, "topk does not take the largest over the experts")
-    if not isinstance(top_k, int):
+    if not isinstance(topk.args[1], int):
         raise Stuck(topk, "the number of experts per token is not fixed")
-    routing, scores = _read_weights(weights_NK, indices, topk)
-    selection_bias = None
-    if scores is None:  # the weights are topk's own values: what topk saw are the scores
+    routing, source = _read_weights(weights, indices, topk)
+    choice, routing, fill = _read_groups(choice, routing)
+    scores = source
+    if source is topk:  # the weights are topk's own values: what topk saw
+        if fill is not None and math.isfinite(fill) and routing.after_topk:
+            raise Stuck(topk, "weights taken from masked logits differ from the logits' own")
         scores = choice
-    elif scores is not choice:
-        selection_bias = _selection_bias(edit, choice, scores)
+    selection_bias = None
+    if scores is not choice:
+        routing, scores, selection_bias = _read_bias(edit, choice, scores, routing)
     routing, logits = _read_score(scores, routing)
-    router_input, weight, bias = _read_linear(edit, logits)
-    return Router(router_input, weight, bias, selection_bias, top_k, routing)
+    if source is topk and fill is not None and routing.score == "sqrtsoftplus":
+        raise Stuck(topk, "weights taken from masked scores differ from the scores' own")
+    source_input, weight, bias = _read_logits(edit, logits)
+    return Router(source_input, weight, bias, selection_bias, topk.args[1], routing)
 
 
-def _selection_bias(edit: Editor, choice: Node, scores: Node) -> Node:
-    """b of choice = scores + b, a weight [E]."""
-    pair = binary(choice, aten.add.Tensor)
-    other = None if pair is None else pair[1] if pair[0] is scores else pair[0] if pair[1] is scores else None
-    fits = isinstance(other, Node) and edit.weight_of(other) is not None and shape(other) == (shape(choice)[1],)
-    if not isinstance(other, Node) or not fits:
-        raise Stuck(choice, "what topk sees is not the scores, nor the scores plus a bias per expert")
-    return other
+# ------------------------------------------------------------------------------------------- steps 7 to 4: the weights
 
 
-def _read_linear(edit: Editor, logits: Node) -> tuple[Node, Node, Node | None]:
-    """(input, weight, bias) of the logits. The router is float32 throughout, or it selects other experts."""
-    if not is_op(logits, aten.linear.default):
-        raise Stuck(logits, "the router's logits do not come from a linear")
-    router_input, weight, bias = logits.args[0], logits.args[1], arg(logits, 2, "bias")
-    if not isinstance(router_input, Node) or rank(router_input) != 2:
-        raise Stuck(logits, "the router does not score tokens [N, D]")
-    for w in (weight, bias):
-        if w is not None and edit.weight_of(w) is None:
-            raise Stuck(logits, "the router's weight is computed")
-    for operand in (router_input, weight):
-        dtype = value(operand).dtype  # type: ignore[arg-type]
-        if dtype != torch.float32:
-            raise Stuck(logits, f"the router is computed in {_name(dtype)}: keep its weight and its input in float32")
-    return router_input, weight, bias  # type: ignore[return-value]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _read_weights(node: Node, indices: Node, topk: Node) -> tuple[Routing, Node | None]:
-    """(routing without its score, the scores gathered from; None when the weights are topk's values)."""
+def _read_weights(node: Node, indices: Node, topk: Node) -> tuple[Routing, Node]:
+    """(scale, normalisation and a score after topk; the scores gathered from, or `topk` itself for its values)."""
     routing = Routing()
+    node = _uncast(node)
     scaled = with_scalar(node, *MULTIPLY)
     if scaled is not None:
-        node, scale = scaled
+        node, scale = _uncast(scaled[0]), scaled[1]
         routing = replace(routing, scale=scale)
     ratio = binary(node, aten.div.Tensor)
-    if ratio is not None and isinstance(ratio[0], Node) and isinstance(ratio[1], Node):
-        node, total = ratio
+    if ratio is not None and isinstance(ratio[1], Node):
+        node, total = _uncast(ratio[0]), ratio[1]
         routing = _read_total(node, total, routing)
-    if is_op(node, *SOFTMAX) and dim_of(node, 1, "dim", 2) == 1:
-        node = node.args[0]  # type: ignore[assignment]
-        routing = replace(routing, score="softmax", after_topk=True)
+    if is_op(node, *SOFTMAX) and rank(node) == 2 and dim_of(node, 1, "dim", 2) == 1:
+        _check_float(node)
+        node, routing = _uncast(node.args[0]), replace(routing, score="softmax", after_topk=True)
     elif is_op(node, aten.sigmoid.default):
-        node = node.args[0]  # type: ignore[assignment]
-        routing = replace(routing, score="sigmoid", after_topk=True)
+        node, routing = _uncast(node.args[0]), replace(routing, score="sigmoid", after_topk=True)
     if is_op(node, aten.gather.default):
         if dim_of(node, 1, "dim", 2) != 1 or node.args[2] is not indices:
             raise Stuck(node, "the combine weights are not gathered with the experts' indices")
         return routing, node.args[0]  # type: ignore[return-value]
     if node.target is operator.getitem and node.args[0] is topk and node.args[1] == 0:
-        return routing, None
+        return routing, topk
     raise Stuck(node, "this step from scores to combine weights is not one that the operator has")
 
 
 def _read_total(weights: Node, total: Node, routing: Routing) -> Routing:
-    """weights / (sum(weights) + eps), or / clamp(sum(weights), min)."""
+    """weights / max(sum(weights) + eps, clamp_min)."""
+    total = _uncast(total)
     if is_op(total, aten.clamp.default, aten.clamp_min.default) and arg(total, 2, "max") is None:
-        low = arg(total, 1, "min")
-        if not isinstance(low, (int, float)):
-            raise Stuck(total, "the clamp of the sum is not a number")
-        routing, total = replace(routing, clamp_min=float(low)), total.args[0]  # type: ignore[assignment]
+        low = scalar(arg(total, 1, "min"))
+        if low is None or low <= 0:
+            raise Stuck(total, "the clamp of the sum is not a positive number")
+        routing, total = replace(routing, clamp_min=low), _uncast(total.args[0])
     shifted = with_scalar(total, *ADD)
     if shifted is not None:
-        total, eps = shifted
+        total, eps = _uncast(shifted[0]), shifted[1]
         routing = replace(routing, eps=eps)
-    summed = is_op(total, aten.sum.dim_IntList) and total.args[0] is weights and arg(total, 2, "keepdim", False) is True
-    if not summed or dim_of(total, 1, "dim", 2) != 1:
+    summed = is_op(total, aten.sum.dim_IntList) and arg(total, 2, "keepdim", False) is True
+    if not summed or dim_of(total, 1, "dim", 2) != 1 or _uncast(total.args[0]) is not weights:
         raise Stuck(total, "the combine weights are not divided by their own sum")
     return replace(routing, normalize="sum")
+
+
+# ------------------------------------------------------------------------------------------- step 3: groups of experts
+
+
+def _read_groups(choice: Node, routing: Routing) -> tuple[Node, Routing, float | None]:
+    """(the choice before groups were masked, routing with its groups, the fill) of masked_fill or where over groups."""
+    masked = _read_mask(choice)
+    if masked is None:
+        return choice, routing, None
+    source, keep_mask, fill = masked
+    count = static(shape(choice)[1])
+    groups_kept = _read_kept(keep_mask, choice)
+    topk: Node = groups_kept.args[0]  # type: ignore[assignment]
+    group_scores: Node = topk.args[0]  # type: ignore[assignment]
+    groups = static(shape(group_scores)[-1])
+    if count is None or groups is None or rank(group_scores) != 2 or count % groups:
+        raise Stuck(group_scores, "the scores of expert groups are not [N, groups]")
+    if dim_of(topk, 2, "dim", 2, -1) != 1 or arg(topk, 3, "largest", True) is not True:
+        raise Stuck(topk, "the kept groups are not those of the largest score")
+    kind = _group_score(group_scores, source, groups, count // groups)
+    if fill == 0.0:
+        name = "zero"
+    elif fill == -math.inf:
+        name = "ninf"
+    else:
+        raise Stuck(choice, f"masked groups are filled with {fill}; the operator has 0 and -inf")
+    routing = replace(routing, groups=groups, keep=int(topk.args[1]), group_score=kind, fill=name)  # type: ignore[arg-type]
+    return source, routing, fill
+
+
+def _read_mask(choice: Node) -> tuple[Node, tuple[Node, bool], float] | None:
+    """(source, (mask, True where kept), fill)."""
+    choice = unview(choice)
+    if is_op(choice, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        fill = scalar(choice.args[2])
+        if fill is None:
+            raise Stuck(choice, "masked groups are filled with a tensor")
+        return unview(choice.args[0]), (choice.args[1], False), fill  # type: ignore[return-value,arg-type]
+    if is_op(choice, aten.where.ScalarOther):
+        return unview(choice.args[1]), (choice.args[0], True), float(choice.args[2])  # type: ignore[return-value,arg-type]
+    if is_op(choice, aten.where.self):
+        fill = _constant(choice.args[2])
+        if fill is None:
+            raise Stuck(choice, "masked groups are filled with a tensor")
+        return unview(choice.args[1]), (choice.args[0], True), fill  # type: ignore[return-value,arg-type]
+    return None
+
+
+def _constant(node: Any) -> float | None:
+    if is_op(node, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        return scalar(node.args[0] if node.target is aten.scalar_tensor.default else node.args[1])
+    if is_op(node, aten.zeros_like.default, aten.zeros.default):
+        return 0.0
+    return None
+
+
+def _read_kept(mask: tuple[Node, bool], at: Node) -> Node:
+    """The indices of the kept groups, from a mask made by scattering ones and repeated over each group's experts."""
+    node, kept = mask
+    while True:
+        node = unview(node)
+        if is_op(node, *CASTS) and value(node).dtype == torch.bool:
+            node = node.args[0]  # type: ignore[assignment]
+        elif is_op(node, aten.bitwise_not.default, aten.logical_not.default):
+            node, kept = node.args[0], not kept  # type: ignore[assignment]
+        elif is_op(node, aten.expand.default, aten.repeat_interleave.self_int):
+            node = _repeated(node)
+        elif is_op(node, aten.eq.Scalar, aten.ne.Scalar) and node.args[1] == 0:
+            kept = not kept if node.target is aten.eq.Scalar else kept
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            break
+    if not is_op(node, aten.scatter.value) or _constant(node.args[0]) != 0.0 or node.args[3] != 1:
+        raise Stuck(node, "the mask of groups is not made by scattering ones into zeros")
+    picks = node.args[2]
+    from_topk = picks.target is operator.getitem and is_op(picks.args[0], aten.topk.default)  # type: ignore[union-attr]
+    if not from_topk or picks.args[1] != 1 or dim_of(node, 1, "dim", 2) != 1:  # type: ignore[union-attr]
+        raise Stuck(node, "the mask of groups does not come from a topk over group scores")
+    if not kept:
+        raise Stuck(at, "the best groups are masked, not kept")
+    return picks  # type: ignore[return-value]
+
+
+def _repeated(node: Node) -> Node:
+    """Each of [N, G] repeated for the experts of its group."""
+    source: Node = node.args[0]  # type: ignore[assignment]
+    if is_op(node, aten.repeat_interleave.self_int):
+        if dim_of(node, 2, "dim", 2) != 1:
+            raise Stuck(node, "the mask of groups is not repeated over the experts of a group")
+        return source
+    if rank(node) != 3 or rank(source) != 3 or shape(source)[2] != 1 or not is_op(source, aten.unsqueeze.default):
+        raise Stuck(node, "the mask of groups is not repeated over the experts of a group")
+    return source
+
+
+def _group_score(scores: Node, source: Node, groups: int, size: int) -> str:
+    """max, or the sum of the two best, of `source` seen as [N, groups, size]."""
+    inner: Node
+    if is_op(scores, aten.amax.default) and dim_of(scores, 1, "dim", 3) == 2:
+        kind, inner = "max", scores.args[0]  # type: ignore[assignment]
+    elif scores.target is operator.getitem and is_op(scores.args[0], aten.max.dim) and scores.args[1] == 0:
+        best: Node = scores.args[0]  # type: ignore[assignment]
+        kind, inner = "max", best.args[0]  # type: ignore[assignment]
+        if dim_of(best, 1, "dim", 3) != 2:
+            raise Stuck(best, "the group score is not taken over the experts of a group")
+    elif is_op(scores, aten.sum.dim_IntList) and dim_of(scores, 1, "dim", 3) == 2:
+        values: Node = scores.args[0]  # type: ignore[assignment]
+        top: Any = values.args[0] if values.target is operator.getitem and values.args[1] == 0 else None
+        two_best = is_op(top, aten.topk.default) and top.args[1] == 2 and arg(top, 3, "largest", True) is True
+        if not two_best or dim_of(top, 2, "dim", 3, -1) != 2:
+            raise Stuck(scores, "the group score is not the sum of the two best experts of a group")
+        kind, inner = "top2sum", top.args[0]
+    else:
+        raise Stuck(scores, "the group score is neither a maximum nor a sum of the two best")
+    if rank(inner) != 3 or shape(inner)[1:] != (groups, size) or unview(inner) is not unview(source):
+        raise Stuck(inner, "the groups are not consecutive experts of what topk selects from")
+    return kind
+
+
+# --------------------------------------------------------------------------------------- steps 2 and 1: bias and score
+
+
+def _read_bias(edit: Editor, choice: Node, scores: Node, routing: Routing) -> tuple[Routing, Node, Node]:
+    """choice = scores + bias, or score(logits + bias) where scores = score(logits)."""
+    bias = _plus_bias(edit, choice, scores)
+    if bias is not None:
+        return routing, scores, bias
+    if not routing.after_topk:
+        with_bias, logits = _score_of(choice), _score_of(scores)
+        if with_bias is not None and logits is not None and with_bias[0] == logits[0]:
+            bias = _plus_bias(edit, with_bias[1], logits[1])
+            if bias is not None:
+                return replace(routing, bias_on="logits"), scores, bias
+    raise Stuck(choice, "what topk sees is not the scores, nor the scores plus a bias per expert")
+
+
+def _plus_bias(edit: Editor, total: Node, scores: Node) -> Node | None:
+    pair = binary(total, aten.add.Tensor)
+    if pair is None:
+        return None
+    for a, b in (pair, pair[::-1]):
+        if a is scores and isinstance(b, Node):
+            bias = unview(b)
+            if edit.weight_of(bias) is not None and shape(bias) == (shape(total)[1],):
+                return bias
+    return None
 
 
 def _read_score(scores: Node, routing: Routing) -> tuple[Routing, Node]:
     """(routing with its score, logits)."""
     if routing.after_topk:
         return routing, scores
-    if is_op(scores, aten.sigmoid.default):
-        return replace(routing, score="sigmoid"), scores.args[0]  # type: ignore[return-value]
-    if is_op(scores, *SOFTMAX) and dim_of(scores, 1, "dim", 2) == 1:
-        return replace(routing, score="softmax"), scores.args[0]  # type: ignore[return-value]
-    raise Stuck(scores, "the router's score is not a sigmoid or a softmax of a linear")
+    found = _score_of(scores)
+    if found is None:
+        raise Stuck(scores, "the router's score is not a sigmoid, a softmax or sqrt(softplus) of a linear")
+    return replace(routing, score=found[0]), found[1]
+
+
+def _score_of(node: Node) -> tuple[str, Node] | None:
+    node = _uncast(node)
+    if is_op(node, aten.sigmoid.default):
+        return "sigmoid", node.args[0]  # type: ignore[return-value]
+    if is_op(node, *SOFTMAX) and rank(node) == 2 and dim_of(node, 1, "dim", 2) == 1:
+        _check_float(node)
+        return "softmax", node.args[0]  # type: ignore[return-value]
+    if is_op(node, aten.sqrt.default) and is_op(node.args[0], aten.softplus.default) and len(node.args[0].args) == 1:  # type: ignore[union-attr]
+        return "sqrtsoftplus", node.args[0].args[0]  # type: ignore[union-attr,return-value]
+    return None
+
+
+def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, Node | None]:
+    """(input [N, D], weight [E, D], bias [E])."""
+    logits = unview(_uncast(logits))
+    if is_op(logits, aten.linear.default):
+        source, weight, bias = logits.args[0], logits.args[1], arg(logits, 2, "bias")
+    else:
+        raise Stuck(logits, "the router's logits do not come from a linear")
+    if not isinstance(source, Node) or rank(source) != 2:
+        raise Stuck(logits, "the router does not score tokens [N, D]")
+    for w in (weight, bias):
+        if w is not None and edit.weight_of(w) is None:
+            raise Stuck(logits, "the router's weight is computed")
+    for operand in (source, weight):
+        dtype = value(operand).dtype  # type: ignore[arg-type]
+        if dtype != torch.float32:
+            name = str(dtype).removeprefix("torch.")
+            raise Stuck(logits, f"the router is computed in {name}: keep its weight and its input in float32")
+    return source, weight, bias  # type: ignore[return-value]
+
+
+def _uncast(node: Any) -> Node:
+    """Through casts that lose nothing: float32 to float32 is gone already, so only widening ones are left to skip."""
+    while is_op(node, *CASTS) and value(node).dtype == torch.float32 and value(node.args[0]).dtype.is_floating_point:
+        node = node.args[0]
+    return node
+
+
+def _check_float(node: Node) -> None:
+    if value(node).dtype != torch.float32:
+        raise Stuck(node, "the router's softmax is not computed in float32")
