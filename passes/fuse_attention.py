@@ -1,6 +1,8 @@
-"""Fuse cache update and attention: sdpa(q, index_copy(K, pos, k), index_copy(V, pos, v), mask) -> moec::cached_attention.
+"""Fuse cache update and attention into moec::cached_attention.
 
-The mask and the write positions are verified by evaluating them: causal, or causal over a window, at every sampled call.
+    sdpa(q, index_copy(K, pos, k), index_copy(V, pos, v), mask)  ->  moec::cached_attention(q, k, v, K, V, start_pos)
+
+The mask and the write positions are verified by evaluating them: causal, or causal over a window, at sampled calls.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch.fx import Node
 
 from moec.compiler.export import zeros
 from moec.compiler.matching.evaluate import PositionEvaluator, is_positions, sample_calls, window_of_mask
-from moec.compiler.matching.read import VIEWS, Stuck, arg, dim_of, is_op, same_size, shape, static
+from moec.compiler.matching.read import VIEWS, Stuck, arg, dim_of, is_op, same_size, shape, static, value
 from moec.compiler.ops import cached_attention
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Role, Stage
@@ -106,15 +108,14 @@ class _Fuser:
             rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
             for cache in (keys, values):
                 self._own_cache(cache)
-            fused = edit.call(
-                cached_attention, query, rows[0], rows[1], keys.buffer, values.buffer, self._start, scale, window, like=node
-            )
+            operands = (query, *rows, keys.buffer, values.buffer, self._start, scale, window)
+            fused = edit.call(cached_attention, *operands, like=node)
         for cache in (keys, values):
             edit.drop_mutation(cache.write)
         end.replace_all_uses_with(fused)
 
     def _own_cache(self, cache: _Cache) -> None:
-        """The buffer becomes the operator's: float32 [1, S, KV, d], role CACHE. What lies beyond the mask is never read."""
+        """The buffer becomes the operator's: float32 [1, S, KV, d], role CACHE. Behind the mask it is never read."""
         name = str(self._edit.weight_of(cache.buffer))
         self._edit.roles[name] = Role.CACHE
         if cache.heads_first:
@@ -123,9 +124,10 @@ class _Fuser:
 
     def _cache(self, node: Any) -> _Cache:
         """Read keys or values [1, H, S, d]: a written cache, its heads perhaps repeated."""
+        self._check_private(node)
         source = _unrepeat(node)
         heads_first = True
-        if is_op(source, aten.transpose.int) and {d % 4 for d in source.args[1:3]} == {1, 2}:
+        if _swaps_heads(source):
             source, heads_first = source.args[0], False
         if not is_op(source, aten.index_copy.default):
             raise Stuck(source, "keys and values must come from a cache written by index_copy")
@@ -136,10 +138,22 @@ class _Fuser:
             raise Stuck(source, "the cache is not a buffer of the model")
         if set(buffer.users) != {source}:
             raise Stuck(buffer, "the cache has another reader than its update")
-        outside = [u for u in source.users if u.op != "output"]
-        if len(outside) != 1:
-            raise Stuck(source, "the updated cache has another reader than this attention")
+        if value(buffer).dtype != torch.float32:
+            raise Stuck(buffer, "the cache is not float32")
+        name = self._edit.weight_of(buffer)
+        if self._edit.mutations_of(source) != [name]:
+            raise Stuck(source, f"the updated cache is not returned as the new content of {name}, and of that alone")
         return _Cache(buffer, source, rows, positions, heads_first)
+
+    def _check_private(self, node: Any) -> None:
+        """Nothing but this attention reads the updated cache, through any of its views."""
+        while isinstance(node, Node) and node.op == "call_function":
+            outside = [u for u in node.users if u.op != "output"]
+            if len(outside) != 1:
+                raise Stuck(node, "the updated cache has another reader than this attention")
+            if is_op(node, aten.index_copy.default):
+                return
+            node = node.args[0]
 
     def _check_positions(self, cache: _Cache) -> None:
         key = (cache.positions, cache.length)
@@ -162,8 +176,8 @@ class _Fuser:
 
     def _merged_heads(self, node: Node) -> Node:
         """The [1, T, H*d] value that follows: transpose(1, 2) and a reshape, nothing else reading in between."""
-        turned = [u for u in node.users]
-        if len(turned) != 1 or not is_op(turned[0], aten.transpose.int) or {d % 4 for d in turned[0].args[1:3]} != {1, 2}:  # type: ignore[operator]
+        turned = list(node.users)
+        if len(turned) != 1 or not _swaps_heads(turned[0]):
             raise Stuck(turned[0] if turned else node, "the heads are not merged by transpose(1, 2) and a reshape")
         end = turned[0]
         while len(end.users) == 1 and is_op(next(iter(end.users)), *VIEWS):
@@ -177,9 +191,14 @@ class _Fuser:
         return end
 
 
+def _swaps_heads(node: Any) -> bool:
+    """transpose(1, 2) of four dimensions."""
+    return is_op(node, aten.transpose.int) and {d % 4 for d in node.args[1:3]} == {1, 2}
+
+
 def _swap(edit: Editor, node: Node) -> Node:
     """[1, a, b, d] -> [1, b, a, d], undoing a transpose that is already there."""
-    if is_op(node, aten.transpose.int) and {d % 4 for d in node.args[1:3]} == {1, 2}:  # type: ignore[operator]
+    if _swaps_heads(node):
         return node.args[0]  # type: ignore[return-value]
     return edit.call(aten.transpose.int, node, 1, 2, like=node)
 

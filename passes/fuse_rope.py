@@ -178,12 +178,11 @@ def _replace_rotate_half(
 
 
 def _half_table(edit: Editor, table: Node, half: int, tables: dict[tuple[Node, ...], Node]) -> Node:
-    """[T, d/2] of [1, 1, T, d] (or of the [1, T, d] below its views), computed once, right behind the table."""
+    """[T, d/2] of [1, 1, T, d] (or of what is below its views), computed once, right behind the table."""
     source = unview(table)
     if (source,) not in tables:
-        with edit.graph.inserting_after(source):
-            flat = edit.call(aten.select.int, source, 0, 0, like=source)
-        for _ in range(rank(source) - 3):
+        flat = source
+        for _ in range(rank(source) - 2):
             with edit.graph.inserting_after(flat):
                 flat = edit.call(aten.select.int, flat, 0, 0, like=source)
         with edit.graph.inserting_after(flat):

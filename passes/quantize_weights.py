@@ -33,6 +33,8 @@ from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, modu
 from moec.compiler.quant import Layout, QuantizedTensor, quantize_for
 from moec.compiler.spec.quantization import Quantization, WeightScheme
 
+QUANTIZED = {linear_q, embedding_q, fused_moe_q}  # what else they read in float has no integer form: router, biases
+
 
 def quantize_weights(quantization: Quantization) -> Pass:
     return Pass("quantize_weights", lambda p: _run(p, quantization), needs=Stage.FUSED, gives=Stage.QUANTIZED)
@@ -64,14 +66,27 @@ def _run(program: Program, quantization: Quantization) -> PassResult:
 
 
 def _check_complete(program: Program, quantization: Quantization) -> None:
-    for name, role in program.roles.items():
-        weight = program.weights[name]
-        if quantization.scheme(role) is not None and weight.dtype == torch.float32 and len(weight.shape) > 1:
-            if name.endswith(("_scale", "shared_expert_gate.weight")) or weight.shape[0] == 1:
-                continue
+    """No matrix that the spec quantizes is read in float, and none is read whose role nobody knows."""
+    for node in program.graph.nodes:
+        name = program.weight_of(node) if node.op == "placeholder" else None
+        if name is None:
+            continue
+        weight, role = program.weights[name], program.roles[name]
+        reader = next((u for u in node.users if u.op == "call_function" and u.target not in QUANTIZED), None)
+        if reader is None or len(weight.shape) < 2 or not weight.dtype.is_floating_point:
+            continue
+        if quantization.scheme(role) is not None:
             raise CompileError(
-                f"the {role.value} weight {name} would stay in float: no operator that reads it has a quantized form",
+                f"the {role.value} weight {name} would stay in float: {reader.name} ({reader.target}) has no quantized "
+                "form",
+                place=module_path(reader) or None,
                 remedy="set this role to fp32 in the spec's quantization",
+            )
+        if role is Role.OTHER and is_op(reader, aten.linear.default, aten.embedding.default):
+            raise CompileError(
+                f"the weight {name} would stay in float: its role is not known",
+                place=module_path(reader) or None,
+                remedy="give it a role where the model is exported",
             )
 
 
@@ -102,7 +117,9 @@ def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | N
 
 
 def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
-    (x, router_input, router, router_bias, bias, w13, b13, w2, b2, shared13, shared2, gate, top_k, routing, text) = node.args
+    (x, router_input, router, router_bias, bias, w13, b13, w2, b2, shared13, shared2, gate, top_k, routing, text) = (
+        node.args
+    )
     scheme = quantization.scheme(Role.EXPERT)
     shared = quantization.scheme(Role.SHARED) if shared13 is not None else scheme
     if _storage(scheme) != _storage(shared):
@@ -120,7 +137,8 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
     packed: list[Node | None] = [None] * 4
     if isinstance(shared13, Node) and isinstance(shared2, Node):
         in_groups = WeightScheme(scheme.bits, scheme.group_size, "in")
-        packed = [*quantized(edit, shared13, in_groups, "out_in")[:2], *quantized(edit, shared2, in_groups, "out_in")[:2]]
+        up, down = quantized(edit, shared13, in_groups, "out_in"), quantized(edit, shared2, in_groups, "out_in")
+        packed = [*up[:2], *down[:2]]
     how = str(Experts(**{**vars(experts), "layout": new_layout}))
     with edit.graph.inserting_before(node):
         return edit.call(
@@ -148,6 +166,12 @@ def quantized(edit: Editor, weight: Node, scheme: WeightScheme, layout: Layout) 
     source = edit.weights[name]
     *lead, a, b = source.shape
     rows, width = (b, a) if turned else (a, b)
+    if width % scheme.group_size:
+        raise CompileError(
+            f"{width} features along {scheme.axis} are not a multiple of the group size {scheme.group_size}",
+            place=name,
+            remedy="choose another group_size for this role",
+        )
     pair = _Pair(lambda: quantize_for(source, scheme, layout=layout, name=name))
     role = edit.roles[name]
     per = 2 if scheme.bits == 4 else 1
@@ -159,7 +183,7 @@ def quantized(edit: Editor, weight: Node, scheme: WeightScheme, layout: Layout) 
 
 
 def quantized_names(name: str) -> tuple[str, str]:
-    """`a.weight` -> `a.qweight`, `a.weight_scale`; `experts.down_proj` -> `experts.down_qweight`, `experts.down_scale`."""
+    """`a.weight` -> `a.qweight`, `a.weight_scale`; `x.down_proj` -> `x.down_qweight`, `x.down_scale`."""
     if name.endswith(".weight"):
         stem = name.removesuffix("weight")
         return f"{stem}qweight", f"{stem}weight_scale"

@@ -1,0 +1,222 @@
+"""fuse_attention: a cache update and masked attention become one operator, if the mask and the positions are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moec.compiler.ops import cached_attention
+from moec.compiler.program import Program, Role
+from moec.passes.fuse_attention import fuse_attention
+from tests.harness import CONTEXT, VOCABULARY, check_refused, check_rule, export_toy
+from tests.passes.moe_zoo import Linear, parameter
+
+HEADS, KV, WIDTH, D = 4, 2, 6, 10
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a cache; every step is a method that a variant can replace."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(self, **steps: Callable[..., Any]) -> None:
+        super().__init__()
+        self.q, self.k, self.v = Linear(D, HEADS * WIDTH), Linear(D, KV * WIDTH), Linear(D, KV * WIDTH)
+        self.o = Linear(HEADS * WIDTH, D)
+        self.register_buffer("k_cache", torch.zeros(1, CONTEXT, KV, WIDTH))
+        self.register_buffer("v_cache", torch.zeros(1, CONTEXT, KV, WIDTH))
+        for name, step in steps.items():
+            assert hasattr(Attention, name), name
+            setattr(self, name, MethodType(step, self))
+
+    def positions(self, x: Tensor, start: Tensor) -> Tensor:
+        return start + torch.arange(x.shape[1])
+
+    def mask(self, positions: Tensor) -> Tensor:
+        return torch.arange(CONTEXT) <= positions.unsqueeze(1)
+
+    def write(self, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        self.k_cache.index_copy_(1, positions, k)
+        self.v_cache.index_copy_(1, positions, v)
+
+    def attend(self, q: Tensor, mask: Tensor) -> Tensor:
+        k, v = self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+
+    def merge(self, y: Tensor) -> Tensor:
+        return y.transpose(1, 2).flatten(-2)
+
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        positions = self.positions(x, start)
+        q = self.q(x).unflatten(-1, (HEADS, WIDTH))
+        k, v = (p(x).unflatten(-1, (KV, WIDTH)) for p in (self.k, self.v))
+        self.write(positions, k, v)
+        return self.o(self.merge(self.attend(q, self.mask(positions))))
+
+
+class Toy(nn.Module):
+    def __init__(self, **steps: Callable[..., Any]) -> None:
+        super().__init__()
+        self.embed = parameter(VOCABULARY, D)
+        self.attention = Attention(**steps)
+
+    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.embed)
+        return x + self.attention(x, start_pos)
+
+
+def program(**steps: Callable[..., Any]) -> Program:
+    return export_toy(lambda: Toy(**steps), {"embed": Role.EMBEDDING})
+
+
+def _call(after: Program) -> tuple[Any, ...]:
+    return next(n for n in after.graph.nodes if n.target is cached_attention).args
+
+
+def test_global() -> None:
+    after = check_rule(fuse_attention(), program(), count=1, golden="fuse_attention")
+    assert "index_copy" not in after.text()
+    assert _call(after)[6:] == (pytest.approx(WIDTH**-0.5), 0)
+    assert after.roles["attention.k_cache"] is Role.CACHE
+
+
+@pytest.mark.parametrize("window", [1, 5, CONTEXT - 1])
+def test_window(window: int) -> None:
+    def mask(self: Attention, positions: Tensor) -> Tensor:
+        keys = torch.arange(CONTEXT)
+        return (keys <= positions.unsqueeze(1)) & (keys > positions.unsqueeze(1) - window)
+
+    assert _call(check_rule(fuse_attention(), program(mask=mask), count=1))[7] == window
+
+
+def test_additive_mask() -> None:
+    def mask(self: Attention, positions: Tensor) -> Tensor:
+        hidden = torch.arange(CONTEXT) > positions.unsqueeze(1)
+        return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
+
+    assert _call(check_rule(fuse_attention(), program(mask=mask), count=1))[7] == 0
+
+
+def test_scale() -> None:
+    def attend(self: Attention, q: Tensor, mask: Tensor) -> Tensor:
+        k, v = self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+
+    assert _call(check_rule(fuse_attention(), program(attend=attend), count=1))[6] == 0.3
+
+
+# ------------------------------------------------------------------------------------------------- what must be refused
+
+
+def _not_causal(self: Attention, positions: Tensor) -> Tensor:
+    return torch.arange(CONTEXT) <= positions.unsqueeze(1) + 1
+
+
+def _without_itself(self: Attention, positions: Tensor) -> Tensor:
+    return (torch.arange(CONTEXT) < positions.unsqueeze(1)) | (torch.arange(CONTEXT) == 0)
+
+
+def _chunked(self: Attention, positions: Tensor) -> Tensor:
+    keys = torch.arange(CONTEXT)
+    same = keys // 8 == positions.unsqueeze(1) // 8
+    return (keys <= positions.unsqueeze(1)) & same
+
+
+def _sink(self: Attention, positions: Tensor) -> Tensor:
+    """A window that also keeps the first position: right at every call shorter than the window."""
+    keys = torch.arange(CONTEXT)
+    near = keys > positions.unsqueeze(1) - 6
+    return (keys <= positions.unsqueeze(1)) & (near | (keys == 0))
+
+
+def _soft(self: Attention, positions: Tensor) -> Tensor:
+    hidden = torch.arange(CONTEXT) > positions.unsqueeze(1)
+    return torch.zeros(hidden.shape).masked_fill(hidden, -100.0)
+
+
+def _reversed(self: Attention, x: Tensor, start: Tensor) -> Tensor:
+    return start + x.shape[1] - 1 - torch.arange(x.shape[1])
+
+
+def _strided(self: Attention, x: Tensor, start: Tensor) -> Tensor:
+    return (start + 2 * torch.arange(x.shape[1])) % CONTEXT
+
+
+def _from_zero(self: Attention, x: Tensor, start: Tensor) -> Tensor:
+    return start * 0 + torch.arange(x.shape[1])
+
+
+def _rolling(self: Attention, x: Tensor, start: Tensor) -> Tensor:
+    return (start + torch.arange(x.shape[1])) % (CONTEXT - 4)
+
+
+def _another_reader(self: Attention, y: Tensor) -> Tensor:
+    return y.transpose(1, 2).flatten(-2) + self.k_cache.mean()
+
+
+def _reader_of_a_view(self: Attention, q: Tensor, mask: Tensor) -> Tensor:
+    k, v = self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True) + v.mean()
+
+
+def _no_mask(self: Attention, q: Tensor, mask: Tensor) -> Tensor:
+    k, v = self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
+
+
+def _values_are_keys(self: Attention, q: Tensor, mask: Tensor) -> Tensor:
+    k = self.k_cache.transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, k, attn_mask=mask, enable_gqa=True)
+
+
+def _added(self: Attention, positions: Tensor, k: Tensor, v: Tensor) -> None:
+    self.k_cache.index_add_(1, positions, k)
+    self.v_cache.index_copy_(1, positions, v)
+
+
+def _not_kept(self: Attention, positions: Tensor, k: Tensor, v: Tensor) -> None:
+    """The update is used and forgotten: the buffer keeps its old content."""
+    self.written = (self.k_cache.index_copy(1, positions, k), self.v_cache.index_copy(1, positions, v))
+
+
+def _of_the_forgotten(self: Attention, q: Tensor, mask: Tensor) -> Tensor:
+    k, v = (c.transpose(1, 2) for c in self.written)  # type: ignore[union-attr]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _heads_not_merged(self: Attention, y: Tensor) -> Tensor:
+    return y.transpose(1, 3).flatten(-2).transpose(1, 2).reshape(1, -1, HEADS * WIDTH)
+
+
+REFUSED: list[tuple[dict[str, Callable[..., Any]], str]] = [
+    ({"mask": _not_causal}, "mask is neither causal"),
+    ({"mask": _without_itself}, "mask is neither causal"),
+    ({"mask": _chunked}, "mask is neither causal"),
+    ({"mask": _sink}, "mask is neither causal"),
+    ({"mask": _soft}, "mask is neither causal"),
+    ({"positions": _reversed}, "not written at start_pos"),
+    ({"positions": _strided}, "not written at start_pos"),
+    ({"positions": _from_zero}, "not written at start_pos"),
+    ({"positions": _rolling}, "not written at start_pos"),
+    ({"merge": _another_reader}, "another reader"),
+    ({"attend": _reader_of_a_view}, "another reader"),
+    ({"attend": _no_mask}, "without a mask"),
+    ({"attend": _values_are_keys}, "another reader|two caches"),
+    ({"write": _added}, "index_copy"),
+    ({"write": _not_kept, "attend": _of_the_forgotten}, "not returned as the new content"),
+    ({"merge": _heads_not_merged}, "heads are not merged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"), REFUSED, ids=["+".join(f.__name__.strip("_") for f in s.values()) for s, _ in REFUSED]
+)
+def test_refused(steps: dict[str, Callable[..., Any]], reason: str) -> None:
+    check_refused(fuse_attention(), program(**steps), reason)
