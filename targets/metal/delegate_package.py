@@ -1,17 +1,24 @@
 """The MLX delegate's Python, made importable.
 
 The executorch wheel ships the delegate's schema (`schema.fbs`) and its code generator, not the generated modules, so
-`import executorch.backends.mlx` fails. `activate()` runs the generator's Python part once into a cache folder (keyed by
-a digest of both files and the wheel's version) and puts a finder on `sys.meta_path` that supplies what is missing.
-Nothing in the wheel is changed, and a build of executorch that has the modules is left alone.
+`import executorch.backends.mlx` fails. The generator's Python part is run once into a cache folder (keyed by a digest
+of its sources and the wheel's version), and a finder on `sys.meta_path` supplies what is missing. Nothing in the wheel
+is changed, and a build of executorch that has the modules is left alone.
+
+`activate()` is for lowering, which needs the delegate's builder. `bindings()` is for reading a file: flatbuffer classes
+alone, in a package of their own, so that running an artifact does not wait for executorch to be imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
+import logging
 import os
 import shutil
 import subprocess
@@ -27,6 +34,8 @@ from typing import Any
 from moec.compiler.errors import CompileError, MissingExtra
 
 PACKAGE = "executorch.backends.mlx"
+BINDINGS = "moec_delegate_bindings"
+_LAYOUT = "2"  # of the cache folder; part of its name
 _GENERATED = ("serialization/mlx_graph_schema.py", "serialization/_generated_serializers.py", "_generated_inspector.py")
 
 
@@ -49,12 +58,33 @@ def require_mlx() -> Any:
 
 @cache
 def activate() -> None:
-    """Make `executorch.backends.mlx` importable in this process. Cheap after the first call."""
+    """Make `executorch.backends.mlx` importable in this process, and import it. Cheap after the first call."""
     home = _wheel_folder()
-    if (home / "serialization" / "mlx_graph_schema.py").exists():
-        return
-    folder = generated_folder(home)
-    sys.meta_path.insert(0, _Finder(home, folder))
+    if not (home / "serialization" / "mlx_graph_schema.py").exists():
+        folder = generated_folder(home)
+        sys.meta_path.insert(0, _Finder(home, folder))
+    # its dependencies warn, on every import, about optional libraries of other devices
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        importlib.import_module(PACKAGE)
+    finally:
+        logging.disable(disabled)
+
+
+@cache
+def bindings(module: str) -> Any:
+    """A module of flatbuffer classes: `mlx_delegate.X`, `executorch_flatbuffer.X`, or `fields`."""
+    if BINDINGS not in sys.modules:
+        here = generated_folder() / "bindings"
+        spec = importlib.util.spec_from_file_location(
+            BINDINGS, here / "__init__.py", submodule_search_locations=[str(here)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[BINDINGS] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[BINDINGS])
+    return importlib.import_module(f"{BINDINGS}.{module}")
 
 
 def generated_folder(home: Path | None = None) -> Path:
@@ -84,7 +114,7 @@ def _cache_root() -> Path:
 
 
 def _digest(home: Path) -> str:
-    sha = hashlib.sha256(version("executorch").encode())
+    sha = hashlib.sha256(f"{_LAYOUT} {version('executorch')}".encode())
     for name in ("schema.fbs", "generate.py"):
         sha.update((home / "serialization" / name).read_bytes())
     return sha.hexdigest()[:12]
@@ -104,14 +134,16 @@ def _generate(home: Path, folder: Path) -> None:
             shutil.copy(home / "serialization" / name, target / name)
         generator = _load(target / "generate.py")
         schema = generator.parse_fbs(target / "schema.fbs")
-        _run_flatc(target)
-        generator._fixup_flatc_imports()
+        _run_flatc(target / "schema.fbs", target / "_generated")
+        with contextlib.redirect_stdout(io.StringIO()):
+            generator._fixup_flatc_imports()
         makers = (generator.generate_python_schema, generator.generate_python_serializers, generator.generate_inspector)
         for name, make in zip(_GENERATED, makers, strict=True):
             (work / name).write_text(make(schema))
         names = sorted(t.name for group in (schema.tables, schema.enums, schema.structs, schema.unions) for t in group)
         bindings = f"{PACKAGE}.serialization._generated.mlx_delegate"
         (target / "_generated" / "__init__.py").write_text("".join(f"from {bindings}.{n} import {n}\n" for n in names))
+        _write_bindings(home, work / "bindings", generator.generate_inspector(schema))
         (target / "__init__.py").write_text('"""Generated modules of the MLX delegate."""\n')
         try:
             os.rename(work, folder)
@@ -122,7 +154,22 @@ def _generate(home: Path, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _run_flatc(target: Path) -> None:
+def _write_bindings(home: Path, out: Path, fields: str) -> None:
+    """The classes of the delegate's schema and of the program's, importing each other within our package."""
+    schemas = {
+        "mlx_delegate": home / "serialization" / "schema.fbs",
+        "executorch_flatbuffer": home.parents[1] / "exir" / "_serialize" / "program.fbs",
+    }
+    for namespace, schema in schemas.items():
+        _run_flatc(schema, out)
+        for file in (out / namespace).glob("*.py"):
+            text = file.read_text()
+            file.write_text(text.replace(f"from {namespace}.", f"from {BINDINGS}.{namespace}."))
+    (out / "fields.py").write_text(fields)
+    (out / "__init__.py").write_text('"""Flatbuffer classes of ExecuTorch programs and MLX delegates."""\n')
+
+
+def _run_flatc(schema: Path, out: Path) -> None:
     home = importlib.util.find_spec("executorch")
     for root in (home.submodule_search_locations or ()) if home else ():
         flatc = Path(root) / "data" / "bin" / "flatc"
@@ -130,16 +177,15 @@ def _run_flatc(target: Path) -> None:
             break
     else:
         raise CompileError("the executorch wheel has no flatc", remedy="reinstall executorch==1.5.1")
-    out = target / "_generated"
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     done = subprocess.run(
-        [str(flatc), "--python", "-o", str(out), str(target / "schema.fbs")],
+        [str(flatc), "--python", "-o", str(out), str(schema)],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise CompileError(f"flatc failed on the MLX schema: {done.stderr.strip()}")
+        raise CompileError(f"flatc failed on {schema.name}: {done.stderr.strip()}")
 
 
 def _load(path: Path) -> Any:

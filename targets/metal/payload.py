@@ -6,21 +6,22 @@ is an ArtifactError. References are `Tensor` and `Value` numbers; literals are p
 
 from __future__ import annotations
 
-import importlib
 import math
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import ArtifactError
-from moec.targets.metal.delegate_package import activate
+from moec.targets.metal.delegate_package import bindings
 
 SCHEMA_VERSION = 1
 BACKEND = "MLXBackend"
 _REMEDY = "compile it again with `moec compile`"
 _HEADER, _MAGIC = 24, b"MLX0"
+_INLINE = 0  # a delegate's payload within the program rather than in a segment
 _MOST_SLOTS = 1_000_000  # the runtime's own limit
 
 
@@ -84,7 +85,6 @@ class PteFile:
     """A mapped `.pte`. `data[name]` are views into the mapping: keep this object while they are used."""
 
     def __init__(self, path: Path) -> None:
-        activate()
         self.path = path
         try:
             with path.open("rb") as stream:
@@ -95,43 +95,41 @@ class PteFile:
             raise ArtifactError(f"cannot be read: {e}", place=str(path), remedy=_REMEDY) from e
         self.payloads: dict[str, bytes] = {}
         self.data: dict[str, memoryview] = {}
-        self.delegates: dict[str, int] = {}
         with reading(path):
             self._read()
 
     def _read(self) -> None:
-        from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
-        from executorch.exir._serialize._program import _get_extended_header
-
-        header = _get_extended_header(self._map[:256])
-        if header is None or not header.is_valid():
-            raise ValueError("it has no ExecuTorch header")
-        if header.program_size > len(self._map) or header.segment_base_offset > len(self._map):
-            raise ValueError("it is truncated")
-        program = _flatbuffer_to_program(self._map[: header.program_size])
         view = memoryview(self._map)
+        if len(view) < 40 or view[4:8] != b"ET12" or view[8:12] != b"eh00":
+            raise ValueError("it is not an ExecuTorch program of this version")
+        length, program_size, base = (int.from_bytes(view[a:b], "little") for a, b in ((12, 16), (16, 24), (24, 32)))
+        if length < 24 or program_size > len(view) or base > len(view):
+            raise ValueError("it is truncated")
+        program = bindings("executorch_flatbuffer.Program").Program.GetRootAs(bytes(view[:program_size]), 0)
 
         def segment(index: int) -> memoryview:
-            found = program.segments[index]
-            begin = header.segment_base_offset + found.offset
-            if found.offset < 0 or found.size < 0 or begin + found.size > len(view):
+            if not 0 <= index < program.SegmentsLength():
+                raise ValueError(f"there is no segment {index}")
+            found = program.Segments(index)
+            begin, size = base + found.Offset(), found.Size()
+            if begin + size > len(view):
                 raise ValueError(f"segment {index} lies outside the file")
-            return view[begin : begin + found.size]
+            return view[begin : begin + size]
 
-        for plan in program.execution_plan:
-            ours = [d for d in plan.delegates if d.id == BACKEND]
-            if not plan.delegates:
+        for plan in map(program.ExecutionPlan, range(program.ExecutionPlanLength())):
+            name, count = plan.Name().decode(), plan.DelegatesLength()
+            if count == 0:
                 continue  # a constant method
-            self.delegates[plan.name] = len(plan.delegates)
-            if len(ours) != 1 or len(plan.delegates) != 1:
-                raise ValueError(f"method {plan.name} has {len(plan.delegates)} delegates instead of one of {BACKEND}")
-            where = ours[0].processed
-            inline = where.location == 0
-            self.payloads[plan.name] = (
-                bytes(program.backend_delegate_data[where.index].data) if inline else bytes(segment(where.index))
-            )
-        for entry in program.named_data or []:
-            self.data[entry.key] = segment(entry.segment_index)
+            delegate = plan.Delegates(0)
+            if count != 1 or delegate.Id() != BACKEND.encode():
+                raise ValueError(f"method {name} has {count} delegates instead of one of {BACKEND}")
+            where = delegate.Processed()
+            if where.Location() == _INLINE:
+                self.payloads[name] = program.BackendDelegateData(where.Index()).DataAsNumpy().tobytes()
+            else:
+                self.payloads[name] = bytes(segment(where.Index()))
+        for entry in map(program.NamedData, range(program.NamedDataLength())):
+            self.data[entry.Key().decode()] = segment(entry.SegmentIndex())
 
     def method(self, name: str) -> Graph:
         """The checked program of a method; ArtifactError if it is not there or damaged."""
@@ -159,14 +157,12 @@ class reading:  # a statement: `with reading(path):`
 
 def parse_payload(payload: bytes) -> Graph:
     """Header and flatbuffer of one delegate -> Graph. ValueError for anything that is not as it must be."""
-    activate()
-    bindings = importlib.import_module("executorch.backends.mlx.serialization._generated.mlx_delegate.MLXGraph")
     if len(payload) < _HEADER or payload[4:8] != _MAGIC:
         raise ValueError("the payload is not an MLX program")
     end = int.from_bytes(payload[8:16], "little")
     if not _HEADER < end <= len(payload):
         raise ValueError("the payload is truncated")
-    root = bindings.MLXGraph.GetRootAs(payload[_HEADER:end], 0)
+    root = bindings("mlx_delegate.MLXGraph").MLXGraph.GetRootAs(payload[_HEADER:end], 0)
     version = (root.Version() or b"").decode()
     if not version.isdecimal() or int(version) != SCHEMA_VERSION:
         raise ValueError(f"schema version {version!r}, this moec reads version {SCHEMA_VERSION}")
@@ -206,26 +202,30 @@ def _metas(root: Any) -> Iterator[tuple[int, Meta]]:
 
 
 def _instructions(chain: Any) -> Iterator[Instruction]:
-    from executorch.backends.mlx._generated_inspector import OP_NODE_FIELDS
-    from executorch.backends.mlx.serialization._generated_serializers import MLX_OP_TYPE_NAMES
-
+    known = bindings("fields").OP_NODE_FIELDS
     for index in range(chain.InstructionsLength()):
         instruction = chain.Instructions(index)
-        name = MLX_OP_TYPE_NAMES.get(instruction.OpType())
-        if name is None or name not in OP_NODE_FIELDS:
+        name = _kinds().get(instruction.OpType())
+        if name is None or name not in known:
             raise ValueError(f"instruction {index} has unknown kind {instruction.OpType()}")
         table = instruction.Op()
         if table is None:
             raise ValueError(f"instruction {index} ({name}) is empty")
         node = _node_class(name)()
         node.Init(table.Bytes, table.Pos)
-        fields = {field: _field(node, accessor, kind) for field, accessor, kind in OP_NODE_FIELDS[name]}
+        fields = {field: _field(node, accessor, kind) for field, accessor, kind in known[name]}
         yield Instruction(name.removesuffix("Node"), fields)
 
 
+@cache
+def _kinds() -> dict[int, str]:
+    """Number of an instruction's kind -> name of its table."""
+    union = bindings("mlx_delegate.OpNode").OpNode
+    return {number: name for name, number in vars(union).items() if isinstance(number, int)}
+
+
 def _node_class(name: str) -> Any:
-    module = importlib.import_module(f"executorch.backends.mlx.serialization._generated.mlx_delegate.{name}")
-    return getattr(module, name)
+    return getattr(bindings(f"mlx_delegate.{name}"), name)
 
 
 def _field(node: Any, accessor: str, kind: str) -> Any:

@@ -74,7 +74,7 @@ def test_instructions_that_are_not_the_manifests(made: Any, tmp_path: Path) -> N
 
 
 def test_another_schema_version(made: Any) -> None:
-    from executorch.backends.mlx.serialization._generated.mlx_delegate.MLXGraph import MLXGraph
+    MLXGraph = delegate_package.bindings("mlx_delegate.MLXGraph").MLXGraph
 
     header, payload = 24, bytearray(made[2])
     table = MLXGraph.GetRootAs(payload, header)._tab
