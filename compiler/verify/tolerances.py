@@ -63,8 +63,8 @@ LAYER_MIN_COSINE = Tolerance(
 
 LAYER_SQNR = Tolerance(
     ">", 50.0, "dB",
-    "INT8 rounding is noise at about 40 dB. An artifact that rounds the same values shares this noise with the reference "
-    "and is 65 dB away or more (a few flipped steps); one that rounds otherwise, or has wrong weights, is not",
+    "INT8 rounding is noise at about 40 dB. An artifact that rounds the same values shares this noise with the "
+    "reference and is 65 dB away or more (a few flipped steps); one that rounds otherwise or has wrong weights is not",
 )  # fmt: skip
 
 TOP1 = Tolerance(
