@@ -31,6 +31,7 @@ from moec.compiler.pipeline import Pass, PassRecord, PipelineLog, run_passes
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
+from moec.compiler.spec.model import TransformersSource
 from moec.compiler.spec.targets import TargetOptions, target_packages
 from moec.compiler.target import LoweredFiles, RunsExactly, Session, Target, registered
 
@@ -120,9 +121,14 @@ def program_and_passes(
 
     name, options = chosen_target(spec, target)
     max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
-    if not isinstance(spec.model, DecoderConfig):
+    if isinstance(spec.model, TransformersSource):
+        from moec.compiler.frontends.transformers_model import export_transformers
+
+        program = export_transformers(spec.model.transformers, spec.name, weights=weights, max_tokens=max_tokens)
+    elif isinstance(spec.model, DecoderConfig):
+        program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)
+    else:
         raise CompileError(f"models of the form {type(spec.model).__name__} have no frontend here", place=spec.name)
-    program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)
     return program, [*pipeline(spec.quantization), *find_target(name).legalize(options)]
 
 
@@ -159,9 +165,16 @@ def find_target(name: str) -> Target:
     return registered()[name]()
 
 
-def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore:
-    """The checkpoint given, or the spec's, checked against the spec's model. CheckpointError otherwise."""
+def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore | Any:
+    """The checkpoint given, or the spec's, checked against the spec's model. CheckpointError otherwise.
+
+    A transformers model brings its own weights unless another checkpoint is named.
+    """
     folder = checkpoint if checkpoint is not None else spec.checkpoint
+    if isinstance(spec.model, TransformersSource):
+        from moec.compiler.frontends.transformers_model import TransformersStore
+
+        return TransformersStore(Path(folder) if folder is not None else spec.model.transformers)
     if folder is None:
         raise CheckpointError(
             "the spec names no checkpoint",

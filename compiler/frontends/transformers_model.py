@@ -6,6 +6,7 @@ exports, and its KV cache as static buffers written at start_pos. Weights are re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moec.compiler.checkpoints.safetensors_file import read_header
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
@@ -23,9 +25,15 @@ EXPERTS = "batched_mm"  # of the implementations that export, the one that needs
 
 
 def export_transformers(
-    folder: Path, name: str, *, max_tokens: int = MAX_TOKENS, context: int | None = None, experts: str = EXPERTS
+    folder: Path,
+    name: str,
+    *,
+    weights: TransformersStore | None = None,
+    max_tokens: int = MAX_TOKENS,
+    context: int | None = None,
+    experts: str = EXPERTS,
 ) -> Program:
-    """The Program of the model in `folder` (config.json, and safetensors if weights are to be read), stage EXPORTED.
+    """The Program of the model that `folder`/config.json describes, stage EXPORTED; without `weights`, shapes only.
 
     `context` bounds the KV cache (default: the model's own length); `experts` is the experts implementation.
     MissingExtra without transformers; CompileError for a model that it cannot build or export.
@@ -47,13 +55,17 @@ def export_transformers(
     buffers = dict(wrapper.model.named_buffers(prefix="model"))
     constants = {n: _constant(b) for n, b in buffers.items() if n not in stored}
     caches = {n: zeros(tuple(b.shape)) for n, b in wrapper.named_buffers() if n.startswith("cache_")}
-    source = _Weights(folder)
-    weights = {
-        n: LazyWeight(tuple(p.shape), torch.float32, source.reader(n.removeprefix("model.")))
+
+    def lazy(n: str, shape: tuple[int, ...]) -> LazyWeight:
+        own = n.removeprefix("model.")
+        return LazyWeight(shape, torch.float32, _unreadable(own) if weights is None else weights.reader(own, shape))
+
+    loaded = {
+        n: lazy(n, tuple(p.shape))
         for n, p in [*wrapper.named_parameters(remove_duplicate=False), *buffers.items()]
         if n not in constants
     }
-    roles = {**_roles(weights), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
+    roles = {**_roles(loaded), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
     eos = config.eos_token_id
     info = ModelInfo(
         name=name,
@@ -65,7 +77,7 @@ def export_transformers(
     )
     lifted = {n: _constant(t) for n, t in exported.constants.items() if isinstance(t, Tensor) and n not in constants}
     roles |= dict.fromkeys((n for n in lifted if n not in caches), Role.CONSTANT)
-    return assemble(exported, {**lifted, **weights, **constants, **caches}, roles, info)
+    return assemble(exported, {**lifted, **loaded, **constants, **caches}, roles, info)
 
 
 def _transformers() -> Any:
@@ -199,24 +211,61 @@ def _roles(weights: Mapping[str, LazyWeight]) -> dict[str, Role]:
     return roles
 
 
-class _Weights:
-    """The checkpoint of a folder, read by transformers on first use: it knows how each family names its tensors."""
+class TransformersStore:
+    """The checkpoint of a folder, as `build` and the manifest want it. Opened without reading a weight."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder if folder.is_dir() else folder.parent
+        self.folder = folder if folder.is_dir() else folder.parent
+        self.weights = self
+        self._files = sorted(self.folder.glob("*.safetensors"))
+        if not self._files:
+            raise CheckpointError(
+                "there are no safetensors files", place=str(self.folder), remedy="give --checkpoint DIR with the weights"
+            )
+        self._entries = {e.name: e for file in self._files for e in read_header(file).values()}
         self._state: dict[str, Tensor] | None = None
 
-    def reader(self, name: str) -> Callable[[], Tensor]:
-        return lambda: self._tensor(name)
+    @property
+    def tokenizer(self) -> Path | None:
+        file = self.folder / "tokenizer.json"
+        return file if file.is_file() else None
+
+    def digest(self) -> str:
+        """SHA-256 over names, types, shapes and places of the tensors; the weights themselves are not read."""
+        entries = sorted(self._entries.values(), key=lambda e: e.name)
+        lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def reader(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        """Reads tensor `name` of the model as float32."""
+        return lambda: self._read(name, shape)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = self._tensor(name)
+        if tuple(found.shape) != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(found.shape)}, the model needs {list(shape)}", place=str(self.folder)
+            )
+        return found.detach().to(torch.float32)
 
     def _tensor(self, name: str) -> Tensor:
-        if self._state is None:
-            if not any(self._folder.glob("*.safetensors")):
-                raise CheckpointError("there are no safetensors files", place=str(self._folder))
+        if name in self._entries:  # stored under the model's own name: one tensor of the mapped file
+            from safetensors import safe_open
+
+            with safe_open(self._entries[name].file, framework="pt") as file:
+                return file.get_tensor(name)
+        if self._state is None:  # renamed, stacked or tied: transformers knows how each family stores its tensors
             model = _transformers().AutoModelForCausalLM.from_pretrained(
-                str(self._folder), dtype=torch.float32, local_files_only=True
+                str(self.folder), dtype=torch.float32, local_files_only=True
             )
             self._state = dict(model.state_dict())
         if name not in self._state:
-            raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self._folder))
-        return self._state[name].detach().to(torch.float32)
+            raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self.folder))
+        return self._state[name]
+
+
+def _unreadable(name: str) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        raise AssertionError(f"a pass read the weight {name}")
+
+    return load
