@@ -11,7 +11,7 @@ from moec.compiler.export import export_program
 from moec.compiler.model import Decoder, weight_layout
 from moec.compiler.program import LazyWeight
 from moec.compiler.spec.model import DecoderConfig, Spec
-from moec.compiler.verify.interpret import GraphRunner
+from moec.compiler.verify.interpret import GraphRunner, WeightCache
 
 CONFIG = {
     "architecture": "mobilemoe", "layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
@@ -69,7 +69,7 @@ def test_no_weight_is_kept_beyond_the_budget(model_and_program):
         return LazyWeight(weight.shape, weight.dtype, load)
 
     lazy = replace(program, weights={n: counted(n, w) for n, w in program.weights.items()})
-    generous, tight = GraphRunner(lazy), GraphRunner(lazy, keep_bytes=0)
+    generous, tight = GraphRunner(lazy), GraphRunner(lazy, cache=WeightCache(0))
     assert torch.equal(generous([1, 2], 0), tight([1, 2], 0))
     before = len(loads)
     generous([3], 2)
@@ -87,3 +87,16 @@ def test_observer_and_overrides(model_and_program):
     assert sigmoid in {n.target for n in program.graph.nodes}
     wrong = GraphRunner(program, overrides={sigmoid: lambda x: 1 - torch.sigmoid(x)})([1, 2, 3], 0)
     assert not torch.allclose(wrong, logits, atol=1e-3)
+
+
+def test_the_least_recently_used_weight_goes_first():
+    loads: list[str] = []
+
+    def weight(name: str) -> LazyWeight:
+        return LazyWeight((10,), torch.float32, lambda: loads.append(name) or torch.zeros(10))  # type: ignore[func-returns-value]
+
+    a, b, c = weight("a"), weight("b"), weight("c")
+    cache = WeightCache(80)
+    for w in (a, b, a, c, a, b):
+        cache.load(w)
+    assert loads == ["a", "b", "c", "b"]

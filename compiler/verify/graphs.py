@@ -29,7 +29,7 @@ from moec.compiler.ops.attributes import Routing
 from moec.compiler.ops.moe_math import choices, router_logits
 from moec.compiler.program import Program, Stage, module_path
 from moec.compiler.verify import metrics, tolerances
-from moec.compiler.verify.interpret import GraphRunner, Override
+from moec.compiler.verify.interpret import GraphRunner, Override, WeightCache
 from moec.compiler.verify.report import Check
 from moec.compiler.verify.rounding import shaken_operators, unrounded_operators, with_weights_of
 from moec.compiler.verify.structure import has_target_operators, structure_faults
@@ -101,12 +101,16 @@ class _Run:
     faults: tuple[str, ...] = field(default=())
 
 
-def compare_programs(before: Program, after: Program, samples: Sequence[Sample]) -> list[Comparison]:
+def compare_programs(
+    before: Program, after: Program, samples: Sequence[Sample], cache: WeightCache | None = None
+) -> list[Comparison]:
     """Run both on every sample. The reference is `before`, with the dequantized weights of `after`."""
     rounded = rounds(before, after)
-    first = GraphRunner(with_weights_of(before, after), overrides=None if rounded else unrounded_operators())
-    second = GraphRunner(after, overrides=None if rounded else unrounded_operators())
-    shaken = GraphRunner(before, overrides=shaken_operators()) if rounded else None
+    cache = cache or WeightCache()
+    reference = with_weights_of(before, after)
+    first = GraphRunner(reference, overrides=None if rounded else unrounded_operators(), cache=cache)
+    second = GraphRunner(after, overrides=None if rounded else unrounded_operators(), cache=cache)
+    shaken = GraphRunner(before, overrides=shaken_operators(), cache=cache) if rounded else None
     results = []
     for sample in samples:
         a, b = _run(first, sample), _run(second, sample)
@@ -206,7 +210,7 @@ def _meta_faults(node: Node, value: Any) -> Iterable[str]:
 # --- each rewrite alone ---------------------------------------------------------------------------------------------
 
 
-def compare_regions(before: Program, after: Program, sample: Sample) -> list[Region]:
+def compare_regions(before: Program, after: Program, sample: Sample, cache: WeightCache | None = None) -> list[Region]:
     """Every new region of `after`, run on the values of `before`, compared where its results enter surviving nodes.
 
     Nodes survive by name and operator: a pass that edits a graph keeps them. When the graph was traced anew nothing can
@@ -228,8 +232,10 @@ def compare_regions(before: Program, after: Program, sample: Sample) -> list[Reg
     wanted = {b for b, _ in frontier if b.op != "placeholder"}
     wanted |= {survivors[i] for n in new for i in n.all_input_nodes if i in survivors}
     overrides = {} if rounded else unrounded_operators()
-    values = _observed(with_weights_of(before, after), wanted, sample, overrides)
-    computed = _computed(after, new, survivors, values, sample, overrides)
+    cache = cache or WeightCache()
+    old_runner = GraphRunner(with_weights_of(before, after), overrides=overrides, cache=cache)
+    values = _observed(old_runner, wanted, sample)
+    computed = _computed(GraphRunner(after, cache=cache), new, survivors, values, sample, overrides)
     return _region_rows(frontier, values, computed, rounded)
 
 
@@ -275,7 +281,7 @@ def _needed(after: Program, results: Sequence[Node], survivors: Mapping[Node, No
     return [n for n in after.graph.nodes if n in found]
 
 
-def _observed(program: Program, wanted: set[Node], sample: Sample, overrides: Mapping[Any, Override]) -> dict[str, Any]:
+def _observed(runner: GraphRunner, wanted: set[Node], sample: Sample) -> dict[str, Any]:
     names = {n.name for n in wanted}
     values: dict[str, Any] = {}
 
@@ -283,12 +289,12 @@ def _observed(program: Program, wanted: set[Node], sample: Sample, overrides: Ma
         if node.name in names:
             values[node.name] = value.clone() if isinstance(value, torch.Tensor) else value
 
-    GraphRunner(program, overrides=overrides)(sample.ids, 0, observe)
+    runner(sample.ids, 0, observe)
     return values
 
 
 def _computed(
-    after: Program,
+    runner: GraphRunner,
     new: Sequence[Node],
     survivors: Mapping[Node, Node],
     values: Mapping[str, Any],
@@ -296,7 +302,6 @@ def _computed(
     overrides: Mapping[Any, Override],
 ) -> dict[Node, Any]:
     """The new nodes, computed from the values of the graph before."""
-    runner = GraphRunner(after)
     inputs = [torch.tensor([list(sample.ids)]), torch.tensor([0])]
     computed: dict[Node, Any] = {}
 
@@ -357,16 +362,23 @@ def _value_ratio(expected: Any, actual: Any) -> float | None:
 # --- the checks of one pass -----------------------------------------------------------------------------------------
 
 
-def pass_checks(name: str, before: Program, after: Program, changed: int, samples: Sequence[Sample]) -> list[Check]:
+def pass_checks(
+    name: str,
+    before: Program,
+    after: Program,
+    changed: int,
+    samples: Sequence[Sample],
+    cache: WeightCache | None = None,
+) -> list[Check]:
     """All checks of one rewrite, named `pass: check`."""
     faults = structure_faults(before, after, changed)
     checks = []
     if changed or before.digest() != after.digest():
-        comparisons = compare_programs(before, after, samples)
+        comparisons = compare_programs(before, after, samples, cache)
         for c in comparisons:
             faults += c.faults
         checks += _end_to_end(name, comparisons, rounds(before, after))
-        regions = compare_regions(before, after, samples[0])
+        regions = compare_regions(before, after, samples[0], cache)
         if regions:
             worst = max(regions, key=lambda r: (r.failed, r.ratio))
             where = f"{worst.where} {worst.node}".strip()

@@ -1,13 +1,14 @@
 """Runs a Program's graph with its real weights, node by node: the numbers behind every check of a graph.
 
-Weights are loaded when a node first reads them and dropped after the last, unless they fit the budget; values live from
-their definition to their last use. So a graph whose weights exceed memory runs, slowly.
+Weights are loaded when a node reads them and kept while they fit a budget; values live from their definition to their
+last use. So a graph whose weights exceed memory runs, slowly.
 
 T tokens of one call, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,19 +16,46 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import Node
 
-from moec.compiler.program import Program, Role
+from moec.compiler.program import LazyWeight, Program, Role
 
 Observer = Callable[[Node, tuple[Any, ...], Any], None]
 Override = Callable[..., Any]
 
-_KEEP_BYTES = 2 << 30
+_KEEP_BYTES = 6 << 30
+
+
+class WeightCache:
+    """Loaded weights, the least recently used dropped first. Programs share weights, so their runners share a cache.
+
+    A weight larger than `limit` bytes is never kept.
+    """
+
+    def __init__(self, limit: int = _KEEP_BYTES) -> None:
+        self._limit, self._bytes = limit, 0
+        # the weight is held beside its tensor, so that its identity is not given to another one
+        self._held: OrderedDict[int, tuple[LazyWeight, torch.Tensor]] = OrderedDict()
+
+    def load(self, weight: LazyWeight) -> torch.Tensor:
+        key = id(weight)
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key][1]
+        tensor = weight.load()
+        size = tensor.numel() * tensor.element_size()
+        if size > self._limit:
+            return tensor
+        self._held[key] = (weight, tensor)
+        self._bytes += size
+        while self._bytes > self._limit:
+            _, (_, dropped) = self._held.popitem(last=False)
+            self._bytes -= dropped.numel() * dropped.element_size()
+        return tensor
 
 
 class GraphRunner:
     """A program as a function of token ids, with the state (KV cache) that it writes.
 
-    `overrides` replaces the implementation of operators. `keep_bytes` is how much of the weights may stay loaded
-    between calls.
+    `overrides` replaces the implementation of operators. `cache` keeps loaded weights between calls and runners.
     """
 
     def __init__(
@@ -35,12 +63,11 @@ class GraphRunner:
         program: Program,
         *,
         overrides: Mapping[Any, Override] | None = None,
-        keep_bytes: int = _KEEP_BYTES,
+        cache: WeightCache | None = None,
     ) -> None:
         self.program = program
         self._overrides = dict(overrides or {})
-        self._keep_bytes, self._kept_bytes = keep_bytes, 0
-        self._kept: dict[str, torch.Tensor] = {}
+        self._cache = cache or WeightCache()
         self.state: dict[str, torch.Tensor] = {}
         self._sources = self._input_sources()
         self._dead_after = _dead_after(program)
@@ -71,7 +98,7 @@ class GraphRunner:
             return inputs[key]
         if kind == "constant":
             return self.program.exported.constants[key]
-        return self.state[key] if key in self.state else self._weight(key)
+        return self.state[key] if key in self.state else self._cache.load(self.program.weights[key])
 
     def _call(
         self, node: Node, values: dict[Node, Any], inputs: Sequence[torch.Tensor], observe: Observer | None
@@ -106,16 +133,6 @@ class GraphRunner:
                 logits = value
         assert logits is not None, "a graph without a user output"
         return logits.flatten(0, -2).to(torch.float32)
-
-    def _weight(self, name: str) -> torch.Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        tensor = self.program.weights[name].load()
-        size = tensor.numel() * tensor.element_size()
-        if self._kept_bytes + size <= self._keep_bytes:
-            self._kept[name] = tensor
-            self._kept_bytes += size
-        return tensor
 
     def _is_state(self, name: str) -> bool:
         return self.program.roles.get(name) == Role.CACHE or any(

@@ -12,6 +12,7 @@ from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.verify.graphs import Region, Sample, compare_regions, pass_checks
+from moec.compiler.verify.interpret import WeightCache
 from moec.compiler.verify.report import Check, Report
 
 
@@ -32,13 +33,14 @@ def verify_passes(
         raise UserError(f"there is no pass {only!r}", remedy=f"name one of {names}")
     progress = progress or Progress(quiet=True)
     checks: list[Check] = []
+    cache = WeightCache()
     figures: dict[str, Any] = {}
     with progress.stage("verify passes", len(passes)) as step:
         for p in passes:
             result = p.run(program)
             check_dialect(result.program, after=p.name)
             if only in (None, p.name):
-                checks += pass_checks(p.name, program, result.program, result.changed, samples)
+                checks += pass_checks(p.name, program, result.program, result.changed, samples, cache)
             refused = f", {len(result.refusals)} refused" if result.refusals else ""
             figures[p.name] = f"{result.changed} changed{refused}, graph {result.program.digest()}"
             program = result.program
@@ -90,12 +92,13 @@ def bisect_passes(
     """
     progress = progress or Progress(quiet=True)
     ran: list[str] = []
+    cache = WeightCache()
     with progress.stage("bisect", len(passes)) as step:
         for p in passes:
             result = p.run(program)
             ran.append(p.name)
             failures = tuple(
-                c for c in pass_checks(p.name, program, result.program, result.changed, samples) if not c.passed
+                c for c in pass_checks(p.name, program, result.program, result.changed, samples, cache) if not c.passed
             )
             if failures:
                 wrong = [r for r in compare_regions(program, result.program, samples[0]) if r.failed]
