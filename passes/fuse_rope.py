@@ -8,12 +8,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from moec.compiler.matching.read import arg, binary, dim_of, is_op, piece, rank, same_size, shape, static, unview, with_scalar
+from moec.compiler.matching.read import (
+    arg,
+    binary,
+    dim_of,
+    is_op,
+    piece,
+    rank,
+    same_shape,
+    same_size,
+    shape,
+    static,
+    unview,
+    with_scalar,
+)
 from moec.compiler.ops import rope
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Stage
@@ -44,39 +58,39 @@ def _pairwise(edit: Editor, node: Node) -> int:
     last = rank(node) - 1
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim_of(node, 1, "dim", rank(node), 0) != last:
         return 0
-    rotated = _rotation(parts[0], parts[1])
-    if rotated is None:
-        return 0
-    a, b, cos, sin = rotated
     interleaved = is_op(node, aten.stack.default)
-    source = _unbound(a, b) if interleaved else _halves(a, b)
     end = _flattened(node) if interleaved else node
-    tables = [_table(t) for t in (cos, sin)]
-    if source is None or end is None or None in tables or rank(source) != 4:
-        return 0
-    if shape(source)[0] != 1 or not all(same_size(shape(t)[0], shape(source)[1]) for t in tables):  # type: ignore[arg-type]
-        return 0
-    with edit.graph.inserting_before(end):
-        fused = edit.call(rope, source, tables[0], tables[1], interleaved, like=end)
-    end.replace_all_uses_with(fused)
-    return 1
+    for a, b, cos, sin in _rotations(parts[0], parts[1]):
+        source = _unbound(a, b) if interleaved else _halves(a, b)
+        c, s = _table(cos), _table(sin)
+        if source is None or end is None or c is None or s is None or rank(source) != 4 or shape(source)[0] != 1:
+            continue
+        if not all(same_size(shape(t)[0], shape(source)[1]) for t in (c, s)):
+            continue
+        with edit.graph.inserting_before(end):
+            fused = edit.call(rope, source, c, s, interleaved, like=end)
+        end.replace_all_uses_with(fused)
+        return 1
+    return 0
 
 
-def _rotation(first: Any, second: Any) -> tuple[Node, Node, Node, Node] | None:
-    """(a, b, cos, sin) of first = a*cos - b*sin and second = a*sin + b*cos, each sum and product in either order."""
+def _rotations(first: Any, second: Any) -> Iterator[tuple[Node, Node, Node, Node]]:
+    """(a, b, cos, sin) of first = a*cos - b*sin and second = a*sin + b*cos, each sum and product in either order.
+
+    The product of two complex numbers commutes: there are two readings, (a, b) turned by (cos, sin) and the reverse.
+    """
     minus, plus = binary(first, aten.sub.Tensor), binary(second, aten.add.Tensor)
     if minus is None or plus is None:
-        return None
-    products = [binary(p, aten.mul.Tensor) for p in (*minus, *plus)]
-    if any(p is None for p in products):
-        return None
-    ac, bs, one, two = [p for p in products if p is not None]
+        return
+    products = [p for p in (binary(p, aten.mul.Tensor) for p in (*minus, *plus)) if p is not None]
+    if len(products) != 4 or not all(isinstance(n, Node) for p in products for n in p):
+        return
+    ac, bs, one, two = products
     for a, cos in (ac, ac[::-1]):
         for b, sin in (bs, bs[::-1]):
             wanted = ({a, sin}, {b, cos})
             if (set(one), set(two)) in (wanted, wanted[::-1]) and len({a, b, cos, sin}) == 4:
-                return a, b, cos, sin
-    return None
+                yield a, b, cos, sin
 
 
 def _unbound(a: Node, b: Node) -> Node | None:
@@ -84,9 +98,9 @@ def _unbound(a: Node, b: Node) -> Node | None:
     parents = {n.args[0] for n in (a, b) if getattr(n.target, "__name__", "") == "getitem"}
     if len(parents) == 1 and (a.args[1], b.args[1]) == (0, 1):
         unbind: Any = parents.pop()
-        if not is_op(unbind, aten.unbind.int) or dim_of(unbind, 1, "dim", rank(unbind.args[0]), 0) != rank(unbind.args[0]) - 1:
-            return None
         pairs = unbind.args[0]
+        if not is_op(unbind, aten.unbind.int) or dim_of(unbind, 1, "dim", rank(pairs), 0) != rank(pairs) - 1:
+            return None
         if shape(pairs)[-1] != 2 or not is_op(pairs, aten.view.default, aten.unflatten.int, aten.reshape.default):
             return None
         source = pairs.args[0]
@@ -144,7 +158,9 @@ def _rotate_half(edit: Editor, node: Node, tables: dict[tuple[Node, ...], Node])
 
 def _is_rotate_half(node: Any, x: Any) -> bool:
     """cat((-second half, first half), -1) of x."""
-    if not isinstance(x, Node) or not is_op(node, aten.cat.default) or dim_of(node, 1, "dim", rank(node), 0) != rank(node) - 1:
+    if not isinstance(x, Node) or not is_op(node, aten.cat.default):
+        return False
+    if dim_of(node, 1, "dim", rank(node), 0) != rank(node) - 1:
         return False
     parts = node.args[0]
     if len(parts) != 2 or not is_op(parts[0], aten.neg.default):
@@ -159,10 +175,7 @@ def _replace_rotate_half(
     if rank(x) != 4 or shape(x)[0] != 1:
         return 0
     for table in (cos, sin):
-        sizes = shape(table)
-        if len(sizes) != 4 or sizes[0] != 1 or sizes[1] != 1 or not same_size(sizes[2], shape(x)[2]) or sizes[3] != shape(x)[3]:
-            return 0
-        if not repeats_halves(table):
+        if not same_shape(shape(table), (1, 1, *shape(x)[2:])) or not repeats_halves(table):
             return 0
     half = shape(x)[3] // 2
     with edit.graph.inserting_before(node):
@@ -194,7 +207,7 @@ ELEMENTWISE = {aten.cos.default, aten.sin.default, aten._to_copy.default, aten.t
 
 
 def repeats_halves(node: Any) -> bool:
-    """The two halves of the last dimension are equal: cat((f, f), -1) under operators that treat every element alike."""
+    """The halves of the last dimension are equal: cat((f, f), -1) under operators that treat every element alike."""
     while isinstance(node, Node):
         if is_op(node, aten.cat.default):
             parts = node.args[0]
