@@ -69,7 +69,8 @@ def _rewrite(edit: Editor, node: Node) -> None:
             INT4_LOW,
             INT4_HIGH,
         )
-        y = edit.call(aten.linear.default, x_rounded, w, given.get("bias"), like=node)
+        bias = () if given.get("bias") is None else (given["bias"],)
+        y = edit.call(aten.linear.default, x_rounded, w, *bias, like=node)
     node.replace_all_uses_with(y)
     edit.graph.erase_node(node)
 

@@ -1,0 +1,151 @@
+"""From a legal graph to ExecuTorch's edge dialect by renaming operators, where that is all there is to do.
+
+`to_edge_transform_and_lower` decomposes, functionalizes and traces a graph again about ten times, which is most of a
+compile. A fused decoder holds a dozen plain operators besides `moec`'s own: those are renamed one by one here. A
+graph with anything else gives None, and takes ExecuTorch's way.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from executorch.exir.dialects.edge._ops import EdgeOpOverload
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.exir.passes.replace_aten_with_edge_pass import aten_to_edge
+from torch._export.verifier import Verifier
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
+from torch.fx import Graph, Node
+
+from moec.compiler.program import copy_graph
+
+aten = torch.ops.aten
+# ExecuTorch's edge dialect has no views: its memory planner elides the copies that need not happen
+VIEWS = {
+    aten.view.default: aten.view_copy.default,
+    aten.slice.Tensor: aten.slice_copy.Tensor,
+    aten.select.int: aten.select_copy.int,
+    aten.unsqueeze.default: aten.unsqueeze_copy.default,
+    aten.squeeze.dims: aten.squeeze_copy.dims,
+    aten.permute.default: aten.permute_copy.default,
+    aten.transpose.int: aten.transpose_copy.int,
+}
+UNCHANGED = {
+    aten.index_select.default,
+    aten.sigmoid.default,
+    aten.linear.default,
+    torch.ops.torchao.choose_qparams_affine.default,
+    torch.ops.torchao.quantize_affine.default,
+    torch.ops.torchao.dequantize_affine.default,
+}
+ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
+
+
+class InPlaceEdgeVerifier(Verifier):
+    """Edge operators and delegates, and operators that write their caches."""
+
+    dialect = "MOEC_EDGE"
+
+    def allowed_op_types(self) -> tuple[type[Any], ...]:
+        return (*super().allowed_op_types(), EdgeOpOverload)
+
+    def allowed_getattr_types(self) -> tuple[type[Any], ...]:
+        return (torch.fx.GraphModule, LoweredBackendModule, torch.Tensor)
+
+
+InPlaceEdgeVerifier.dialect = "TRAINING"  # torch lets operators write their arguments in the dialect of this name only
+
+
+def plain_edge_program(exported: ExportedProgram) -> ExportedProgram | None:
+    """The program in edge dialect, caches declared as mutated buffers; None if a new name is not enough somewhere."""
+    graph = copy_graph(exported.graph)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        rename = _renaming(node)
+        if rename is None:
+            return None
+        rename(graph, node)
+    signature = copy.copy(exported.graph_signature)
+    signature.output_specs = [*_mutations(exported, graph), *signature.output_specs]
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    module.meta.update(exported.graph_module.meta)
+    return ExportedProgram(
+        root=module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=[InPlaceEdgeVerifier],
+    )
+
+
+def _renaming(node: Node) -> Callable[[Graph, Node], None] | None:
+    target: Any = node.target
+    if target is operator.getitem or target is aten.sym_size.int:
+        return _keep
+    if getattr(target, "namespace", "") == "moec":
+        return _keep if target._schema.is_mutable else _to_edge
+    if target in VIEWS or target in UNCHANGED:
+        return _to_edge
+    if target in ARITHMETIC and not node.kwargs and _same_type(node):
+        return _to_edge
+    if target is aten.silu.default:
+        return _expand_silu
+    if target is aten.arange.default and len(node.args) == 1:
+        return _expand_arange
+    return None
+
+
+def _same_type(node: Node) -> bool:
+    """Two tensors of one type: nothing to promote, no number to make a tensor of."""
+    values = [a.meta.get("val") if isinstance(a, Node) else None for a in node.args]
+    return all(isinstance(v, torch.Tensor) and v.dtype == node.meta["val"].dtype for v in values)
+
+
+def _keep(graph: Graph, node: Node) -> None:
+    pass
+
+
+def _to_edge(graph: Graph, node: Node) -> None:
+    node.target = aten_to_edge(VIEWS.get(node.target, node.target))  # type: ignore[arg-type]
+
+
+def _expand_silu(graph: Graph, node: Node) -> None:
+    """silu(x) = x * sigmoid(x)."""
+    with graph.inserting_before(node):
+        gate = graph.call_function(aten_to_edge(aten.sigmoid.default), (node.args[0],))
+    gate.meta = dict(node.meta)
+    node.target, node.args = aten_to_edge(aten.mul.Tensor), (node.args[0], gate)
+
+
+def _expand_arange(graph: Graph, node: Node) -> None:
+    """arange(n) = arange(0, n, 1), of integers."""
+    node.target, node.args = aten_to_edge(aten.arange.start_step), (0, node.args[0], 1)
+    node.kwargs = {"dtype": node.meta["val"].dtype, "device": torch.device("cpu"), "pin_memory": False}
+
+
+def _mutations(exported: ExportedProgram, graph: Graph) -> list[OutputSpec]:
+    """Return the caches that operators write as mutated buffers: what functionalization would have found."""
+    buffers = {
+        s.arg.name: str(s.target) for s in exported.graph_signature.input_specs if s.kind == InputKind.BUFFER
+    }
+    written: dict[Node, str] = {}
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+                written[value] = buffers[value.name]
+    output = next(reversed(graph.nodes))
+    output.args = ((*written, *output.args[0]),)  # type: ignore[misc]
+    output.meta.pop("val", None)
+    return [OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(n.name), name) for n, name in written.items()]
