@@ -7,6 +7,7 @@
 
 #include "moe_config.h"
 #include "moe_run.h"
+#include "scratch.h"
 #include "status.h"
 
 namespace moec {
@@ -199,6 +200,9 @@ int32_t run(const moec_moe_args& a) {
 }
 
 }  // namespace
+
+void release_selection() { selection.release(); }
+
 }  // namespace moec
 
 int32_t moec_moe(const moec_moe_args* args) {

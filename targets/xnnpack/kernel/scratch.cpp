@@ -35,4 +35,7 @@ uint8_t* scratch(size_t bytes) {
 
 }  // namespace moec
 
-void moec_release_scratch(void) { moec::block.release(); }
+void moec_release_scratch(void) {
+  moec::block.release();
+  moec::release_selection();
+}

@@ -23,6 +23,9 @@ class ScratchPlan {
   size_t total_ = 0;
 };
 
+// Frees what moe.cpp keeps for the calling thread besides.
+void release_selection();
+
 // At least `bytes` bytes, 64-byte aligned, valid until the next call on this thread; NULL when memory is short.
 uint8_t* scratch(size_t bytes);
 
