@@ -14,7 +14,7 @@ import torch
 
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
-from moec.compiler.checkpoints import WeightStore, open_store
+from moec.compiler.checkpoints import WeightStore
 from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.model.simulate import Reference
 from moec.compiler.program import Role
@@ -22,6 +22,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
 from moec.compiler.target import Session
 from moec.compiler.verify.compare import Comparison, compare
+from moec.compiler.verify.foreign import before_target, compare_foreign
 from moec.compiler.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
 from moec.compiler.verify.reference import VerifyingReference
 from moec.compiler.verify.report import Report
@@ -49,11 +50,7 @@ def verify_artifact(
     with progress.stage("check digests", len(artifact.manifest.files)):
         artifact.check_contents()
     spec = _spec_of(artifact)
-    config = spec.model
-    if not isinstance(config, DecoderConfig):
-        raise UserError("models of other frontends are verified with `moec verify SPEC`", place=str(artifact.folder))
-    store = _open_checkpoint(artifact, config, checkpoint)
-    scheme = _computed_scheme(artifact.manifest, spec)
+    store = _open_checkpoint(artifact, spec, checkpoint)
     session = build.load_exact(artifact)
     threads = torch.get_num_threads()
     # the reference multiplies many small matrices: the barriers of a second thread cost more than it gives, and on a
@@ -63,22 +60,59 @@ def verify_artifact(
         prompts = prompt_ids(_encoder(artifact), tokens=tokens, text=text)
         if not any(prompts.values()):
             raise UserError("there is no token in the text to verify with", remedy="give a longer text")
-        prompts = {name: ids[: config.context] for name, ids in prompts.items() if ids}
-        roles = _asymmetric_roles(artifact.manifest)
-        found = compare(
-            session,
-            VerifyingReference(config, store, scheme, xnnpack_roles=roles),
-            prompts,
-            layer_names=artifact.manifest.model.moe_layers,
-            quantized=scheme is not None,
-            float_reference=_float_reference(config, store, scheme, roles),
-            progress=progress,
-        )
+        prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
+        if isinstance(spec.model, DecoderConfig):
+            found = _compare_ours(artifact, spec, spec.model, store, session, prompts, progress)
+        else:
+            found = _compare_foreign(artifact, spec, store, session, prompts, progress)
         found.figures.update(_rounding_figures(artifact, session, prompts))
     finally:
         torch.set_num_threads(threads)
         session.close()
     return _report(artifact, store, prompts, found, time.perf_counter() - started)
+
+
+def _compare_ours(
+    artifact: Artifact,
+    spec: Spec,
+    config: DecoderConfig,
+    store: WeightStore,
+    session: Session,
+    prompts: Mapping[str, list[int]],
+    progress: Progress,
+) -> Comparison:
+    scheme = _computed_scheme(artifact.manifest, spec)
+    roles = _asymmetric_roles(artifact.manifest)
+    return compare(
+        session,
+        VerifyingReference(config, store, scheme, xnnpack_roles=roles),
+        prompts,
+        layer_names=artifact.manifest.model.moe_layers,
+        quantized=scheme is not None,
+        float_reference=_float_reference(config, store, scheme, roles),
+        progress=progress,
+    )
+
+
+def _compare_foreign(
+    artifact: Artifact,
+    spec: Spec,
+    store: WeightStore | Any,
+    session: Session,
+    prompts: Mapping[str, list[int]],
+    progress: Progress,
+) -> Comparison:
+    exported, passes = build.program_and_passes(spec, store.weights, artifact.manifest.target)
+    scheme = _computed_scheme(artifact.manifest, spec)
+    return compare_foreign(
+        session,
+        exported,
+        before_target(exported, passes),
+        prompts,
+        quantized=scheme is not None,
+        rounds_activations=scheme is not None and (scheme.activations == "int8" or scheme.kv_cache == "int8"),
+        progress=progress,
+    )
 
 
 def _spec_of(artifact: Artifact) -> Spec:
@@ -92,7 +126,7 @@ def _spec_of(artifact: Artifact) -> Spec:
         ) from error
 
 
-def _open_checkpoint(artifact: Artifact, config: DecoderConfig, given: str | Path | None) -> WeightStore:
+def _open_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> WeightStore | Any:
     """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says."""
     folder = Path(given) if given is not None else Path(artifact.manifest.checkpoint)
     if not folder.is_dir():
@@ -101,7 +135,7 @@ def _open_checkpoint(artifact: Artifact, config: DecoderConfig, given: str | Pat
             place=str(folder),
             remedy="name the folder where it is now with --checkpoint",
         )
-    store = open_store(folder, config)
+    store = build.open_checkpoint(spec, folder)
     if store.digest() != artifact.manifest.digests.checkpoint:
         raise CheckpointError(
             f"is not the checkpoint that {artifact.folder} was compiled from (their tensors differ)",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from moec.compiler.model.simulate import MoeReference, Reference, Routed
 from moec.compiler.progress import Progress
 from moec.compiler.target import MoeTrace, Session
 from moec.compiler.verify import metrics, tolerances
+from moec.compiler.verify.blocks import FusedBlock
 from moec.compiler.verify.graphs import close_rows
 from moec.compiler.verify.metrics import RouterAgreement
 from moec.compiler.verify.reference import Followed, VerifyingReference
@@ -70,12 +71,12 @@ def compare(
         step(f"{longest} in pieces")
     if layer_names:
         _layer_by_layer(found, reference, {**replays, f"{longest} in pieces": pieces}, layer_names, progress)
-    drift, tied = _free_run(found, reference, replays, len(layer_names), progress)
-    _consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
+    drift, tied = free_run(found, reference, replays, len(layer_names), progress)
+    consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
     if float_reference is not None:
         with progress.stage("run the reference with float activations"):
             float_logits = float_reference.run(prompts)
-        found.figures.update(_logits_figures("against float activations: ", replays, float_logits))
+        found.figures.update(logits_figures("against float activations: ", replays, float_logits))
     return found
 
 
@@ -85,7 +86,7 @@ def _worst(values: Mapping[str, float], *, low: bool = True) -> tuple[float, str
     return values[where], where
 
 
-def _logits_figures(prefix: str, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray]) -> dict[str, float]:
+def logits_figures(prefix: str, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Pooled over the tokens of all prompts; SQNR is the worst prompt's."""
     return _figures(prefix, {name: (logits[name], replay.logits_TV) for name, replay in replays.items()})
 
@@ -123,7 +124,7 @@ def _layer_by_layer(
             step(layer_names[layer])
 
         logits = reference.follow(replays, on_layer)
-    figures = _logits_figures("", replays, logits)
+    figures = logits_figures("", replays, logits)
     found.figures.update(figures)
     found.figures["router: ties left out"] = f"{own.ties} of {own.tokens}"
     if found.quantized:
@@ -135,7 +136,7 @@ def _layer_by_layer(
     found.checks.append(Check("logits: top-1 agreement", figures["top-1 agreement"], tolerances.TOP1))
     detail = f"{own.ties} ties of {own.tokens} left out"
     found.checks.append(Check("router: expert sets equal", own.fraction, tolerances.ROUTER_SETS, detail=detail))
-    _judge_layers(found)
+    judge_layers(found)
 
 
 def _layer_row(
@@ -178,29 +179,67 @@ def _layer_row(
     return LayerRow(**{**vars(row), "passed": passed}), own
 
 
+def block_row(layer: int, name: str, block: FusedBlock, replays: Mapping[str, Replay], quantized: bool) -> LayerRow:
+    """A block alone: output and router on the artifact's own input. What leads to that input is not measured."""
+    trace = _pooled([r.layers[layer] for r in replays.values()])
+    y_TD = block.output(trace.x_TD, trace.indices_TK, trace.weights_TK)
+    outputs = metrics.Cosine.of(y_TD, trace.y_TD)
+    same, ties, weights_ratio = float("nan"), 0, float("nan")
+    if block.shared_input:
+        routed = block.route(trace.x_TD, forced_TK=trace.indices_TK)
+        agreement = _agreement(routed, trace.indices_TK)
+        same, ties = agreement.fraction, agreement.ties
+        weights_ratio = metrics.tolerance_ratio(routed.weights_TK, trace.weights_TK, **_CLOSE)
+    row = LayerRow(
+        layer=layer,
+        name=name,
+        tokens=len(trace.x_TD),
+        ties=ties,
+        experts_used=experts_used(replays, layer),
+        router=same,
+        router_same_input=same,
+        weights_ratio=weights_ratio,
+        input_median_cosine=float("nan"),
+        input_min_cosine=float("nan"),
+        input_ratio=float("nan"),
+        median_cosine=outputs.median,
+        min_cosine=outputs.minimum,
+        sqnr_db=metrics.sqnr_db(y_TD, trace.y_TD),
+        max_abs_error=metrics.max_abs_error(y_TD, trace.y_TD),
+        output_ratio=metrics.tolerance_ratio(y_TD, trace.y_TD, **_CLOSE),
+        passed=False,
+        has_inputs=False,
+        has_router=block.shared_input,
+    )
+    passed = all(tolerance.holds(value) for _, value, tolerance in _row_limits(row, quantized))
+    return LayerRow(**{**vars(row), "passed": passed})
+
+
 def _agreement(reference: Routed, actual_TK: np.ndarray) -> RouterAgreement:
     return metrics.router_agreement(reference.indices_TK, actual_TK, reference.scores_TE, tie_gap=tolerances.TIE_GAP)
 
 
 def _row_limits(row: LayerRow, quantized: bool) -> list[tuple[str, float, Tolerance]]:
     """What one layer must satisfy."""
-    limits = [
-        ("router: expert sets equal, same input", row.router_same_input, tolerances.ROUTER_SAME_INPUT),
-        ("router: combine weights", row.weights_ratio, tolerances.COMBINE_WEIGHTS),
-    ]
-    if not quantized:
+    limits: list[tuple[str, float, Tolerance]] = []
+    if row.has_router:
+        limits.append(("router: expert sets equal, same input", row.router_same_input, tolerances.ROUTER_SAME_INPUT))
+        limits.append(("router: combine weights", row.weights_ratio, tolerances.COMBINE_WEIGHTS))
+    if row.has_inputs and not quantized:
         limits.append(("block inputs: every element", row.input_ratio, tolerances.FLOAT_CLOSE))
+    if row.has_inputs and quantized:
+        limits.append(("block inputs: median cosine", row.input_median_cosine, tolerances.MEDIAN_COSINE))
+        limits.append(("block inputs: min cosine", row.input_min_cosine, tolerances.LAYER_MIN_COSINE))
+    if not quantized:
         limits.append(("block outputs: every element", row.output_ratio, tolerances.FLOAT_CLOSE))
         return limits
-    limits.append(("block inputs: median cosine", row.input_median_cosine, tolerances.MEDIAN_COSINE))
-    limits.append(("block inputs: min cosine", row.input_min_cosine, tolerances.LAYER_MIN_COSINE))
     limits.append(("block outputs: median cosine", row.median_cosine, tolerances.MEDIAN_COSINE))
     limits.append(("block outputs: min cosine", row.min_cosine, tolerances.LAYER_MIN_COSINE))
     limits.append(("block outputs: SQNR", row.sqnr_db, tolerances.LAYER_SQNR))
     return limits
 
 
-def _judge_layers(found: Comparison) -> None:
+def judge_layers(found: Comparison) -> None:
     """One check per limit, with the value of the worst layer and the layers that miss it."""
     by_limit: dict[str, list[tuple[float, Tolerance, LayerRow]]] = {}
     for row in found.layers:
@@ -228,9 +267,16 @@ def _pooled(traces: Sequence[MoeTrace]) -> MoeTrace:
 # --- free run -------------------------------------------------------------------------------------------------------
 
 
-def _free_run(
+class FreeReference(Protocol):
+    """What a free run needs: the model on its own, and shaken. `on_layer(n, block, selections by prompt)`."""
+
+    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: Any = None) -> Mapping[str, np.ndarray]: ...
+    def shaken(self, prompts: Mapping[str, Sequence[int]], on_layer: Any = None) -> Mapping[str, np.ndarray]: ...
+
+
+def free_run(
     found: Comparison,
-    reference: VerifyingReference,
+    reference: FreeReference,
     replays: Mapping[str, Replay],
     moe_layers: int,
     progress: Progress,
@@ -245,7 +291,7 @@ def _free_run(
     for by_prompt in routed.values():
         for name, r in by_prompt.items():
             tied[name] |= metrics.selection_gaps(r.scores_TE, r.indices_TK.shape[-1]) < tolerances.TIE_GAP
-    figures = _logits_figures("free run: ", replays, logits)
+    figures = logits_figures("free run: ", replays, logits)
     found.figures.update(figures)
     sets = _sets(routed, lambda name, layer: replays[name].layers[layer].indices_TK)
     if not found.quantized:
@@ -300,7 +346,7 @@ def _sets(routed: Mapping[int, Mapping[str, Routed]], actual: Callable[[str, int
 # --- the artifact against itself ------------------------------------------------------------------------------------
 
 
-def _consistency(
+def consistency(
     found: Comparison,
     session: Session,
     name: str,

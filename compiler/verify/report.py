@@ -79,6 +79,8 @@ class LayerRow:
     max_abs_error: float
     output_ratio: float
     passed: bool
+    has_inputs: bool = True
+    has_router: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {key: _json_number(value) for key, value in vars(self).items()}

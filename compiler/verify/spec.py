@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from moec.compiler import build
 from moec.compiler.artifact import MANIFEST, Artifact
 from moec.compiler.errors import UserError
 from moec.compiler.model import weight_layout
-from moec.compiler.pipeline import Pass, run_passes
+from moec.compiler.pipeline import Pass
 from moec.compiler.program import LazyWeight, Program, Stage
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.verify.diff import Difference, diff_artifacts, diff_texts, logits_figures
+from moec.compiler.verify.foreign import before_target
 from moec.compiler.verify.graphs import Sample
 from moec.compiler.verify.passes import Bisection, bisect_passes, verify_passes
 from moec.compiler.verify.prompts import WordHashEncoder, prompt_ids
@@ -124,11 +126,8 @@ def _stage(name: str) -> Stage:
 
 
 def _text_at(spec: Spec, stage: Stage) -> str:
-    """The graph of a spec just before the first pass that would lift it above `stage`."""
+    """The graph of a spec just before the first pass that would lift it above `stage`, or that is a target's."""
     program, passes = build.program_and_passes(spec, None)
-    used: list[Pass] = []
-    for p in passes:
-        if p.gives > stage:
-            break
-        used.append(p)
-    return run_passes(program, used).text()
+    if stage == Stage.LEGAL:
+        return build.run_all(program, passes).text()
+    return before_target(program, list(takewhile(lambda p: p.gives <= stage, passes))).text()

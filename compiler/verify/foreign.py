@@ -1,0 +1,167 @@
+"""Artifacts of models that are not ours: the exported graph is the eager model, and fused nodes give the blocks.
+
+    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights
+    free run, quantized   the last graph before the target's passes, rounding like the artifact, against measured drift
+    blocks                each fused node, taken apart, on the artifact's own input and routing
+
+T tokens, V vocabulary, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from moec.compiler.errors import ArtifactError
+from moec.compiler.model.simulate import Routed
+from moec.compiler.pipeline import Pass
+from moec.compiler.program import Program
+from moec.compiler.progress import Progress
+from moec.compiler.target import Session
+from moec.compiler.verify import compare, metrics, tolerances
+from moec.compiler.verify.blocks import FusedBlock, block_of, fused_nodes
+from moec.compiler.verify.graphs import close_rows, moe_selection_scores
+from moec.compiler.verify.interpret import GraphRunner, Override, WeightCache
+from moec.compiler.verify.replay import Replay, replay_in_pieces, replay_prompt
+from moec.compiler.verify.report import Check
+from moec.compiler.verify.rounding import shaken_operators, with_weights_of
+from moec.compiler.verify.structure import has_target_operators
+
+OnLayer = Callable[[int, FusedBlock, Mapping[str, Routed]], None]
+
+
+def before_target(program: Program, passes: Sequence[Pass]) -> Program:
+    """The program as the passes of the compiler leave it, before the first operator of a target appears."""
+    for p in passes:
+        after = p.run(program).program
+        if has_target_operators(after):
+            return program
+        program = after
+    return program
+
+
+class GraphReference:
+    """A program run on whole prompts, in calls of at most its `max_tokens`; `Reference`'s interface over a graph."""
+
+    def __init__(self, program: Program, cache: WeightCache) -> None:
+        self._program, self._cache = program, cache
+        self._nodes = {node: layer for layer, node in enumerate(fused_nodes(program))}
+
+    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
+        """Logits float32 [T, V] by prompt; `on_layer` sees the selections of every fused node."""
+        return self._run(prompts, on_layer, {})
+
+    def shaken(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
+        """`run` with noise in the last places of every norm's output."""
+        return self._run(prompts, on_layer, shaken_operators())
+
+    def block(self, layer: int) -> FusedBlock:
+        """The fused node of the `layer`-th MoE layer with its weights."""
+        runner = GraphRunner(self._program, cache=self._cache)
+        return block_of(next(n for n, at in self._nodes.items() if at == layer), runner)
+
+    def _run(
+        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None, overrides: Mapping[Any, Override]
+    ) -> dict[str, np.ndarray]:
+        runner = GraphRunner(self._program, overrides=overrides, cache=self._cache)
+        parts: dict[int, dict[str, list[Routed]]] = {}
+        logits = {}
+        for name, ids in prompts.items():
+
+            def observe(node: Node, args: tuple[Any, ...], value: Any, name: str = name) -> None:
+                if node in self._nodes:
+                    parts.setdefault(self._nodes[node], {}).setdefault(name, []).append(_routed(node, args))
+
+            logits[name] = run_chunks(runner, ids, self._program.info.max_tokens, observe)
+        if on_layer is not None:
+            for layer, by_prompt in sorted(parts.items()):
+                on_layer(layer, self.block(layer), {name: _joined(found) for name, found in by_prompt.items()})
+        return logits
+
+
+def run_chunks(runner: GraphRunner, ids: Sequence[int], longest: int, observe: Any = None) -> np.ndarray:
+    """All logits [T, V] of a prompt from an empty cache, in calls of at most `longest` tokens."""
+    runner.reset()
+    return np.concatenate(
+        [runner(ids[start : start + longest], start, observe).numpy() for start in range(0, len(ids), longest)]
+    )
+
+
+def _routed(node: Node, args: tuple[Any, ...]) -> Routed:
+    scores, k = moe_selection_scores(node, args)
+    return Routed(scores.numpy(), scores.topk(k, -1).indices.numpy(), np.zeros((len(scores), k), np.float32))
+
+
+def _joined(parts: Sequence[Routed]) -> Routed:
+    return Routed(
+        np.concatenate([p.scores_TE for p in parts]),
+        np.concatenate([p.indices_TK for p in parts]),
+        np.concatenate([p.weights_TK for p in parts]),
+    )
+
+
+def compare_foreign(
+    session: Session,
+    exported: Program,
+    last: Program,
+    prompts: Mapping[str, Sequence[int]],
+    *,
+    quantized: bool,
+    rounds_activations: bool,
+    progress: Progress,
+) -> compare.Comparison:
+    """`exported`: the program before any pass; `last`: before the target's passes (see `before_target`)."""
+    found = compare.Comparison(quantized)
+    cache = WeightCache()
+    reference = GraphReference(last, cache)
+    layers = fused_nodes(last)
+    names = last.info.moe_layers or tuple(node.name for node in layers)
+    if len(names) != len(layers):
+        raise ArtifactError(
+            f"{len(names)} MoE layers are listed, the graph has {len(layers)}", remedy="compile it again"
+        )
+    with progress.stage("run the artifact", len(prompts) + 1):
+        replays = {name: replay_prompt(session, ids, len(layers)) for name, ids in prompts.items()}
+        longest = max(prompts, key=lambda name: len(prompts[name]))
+        steps = min(compare.DECODE_STEPS, len(prompts[longest]))
+        pieces = replay_in_pieces(session, prompts[longest], len(layers), steps)
+    with progress.stage("compare block by block", max(len(layers), 1)) as step:
+        for layer in range(len(layers)):
+            everything = {**replays, f"{longest} in pieces": pieces}
+            found.layers.append(compare.block_row(layer, names[layer], reference.block(layer), everything, quantized))
+            step(names[layer])
+    compare.judge_layers(found)
+    drift, tied = compare.free_run(found, reference, replays, len(layers), progress)
+    compare.consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
+    _exported(found, with_weights_of(exported, last), replays, tied, rounds_activations, cache, progress)
+    return found
+
+
+def _exported(
+    found: compare.Comparison,
+    program: Program,
+    replays: Mapping[str, Replay],
+    tied: Mapping[str, np.ndarray],
+    rounds_activations: bool,
+    cache: WeightCache,
+    progress: Progress,
+) -> None:
+    """The artifact against the model as it was exported: the passes and the kernels together."""
+    runner = GraphRunner(program, cache=cache)
+    with progress.stage("run the exported model", len(replays)), torch.no_grad():
+        logits = {n: run_chunks(runner, r.ids, program.info.max_tokens) for n, r in replays.items()}
+    figures = compare.logits_figures("against the exported model: ", replays, logits)
+    found.figures.update(figures)
+    if rounds_activations:
+        value = figures["against the exported model: median cosine"]
+        found.checks.append(Check("exported model: median cosine", value, tolerances.EXPORTED_COSINE))
+        return
+    ratios = {name: close_rows(logits[name], r.logits_TV, tied[name])[0] for name, r in replays.items()}
+    where = max(ratios, key=lambda name: ratios[name])
+    found.checks.append(Check("exported model: every element", ratios[where], tolerances.FLOAT_CLOSE, where))
+    top1 = float(np.mean(np.concatenate([metrics.top1_matches(logits[n], r.logits_TV) for n, r in replays.items()])))
+    found.checks.append(Check("exported model: top-1 agreement", top1, tolerances.TOP1))
