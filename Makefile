@@ -25,7 +25,7 @@ KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o 
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-peers clean distclean
+.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes bench-peers clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -83,6 +83,9 @@ lock: $(INSTALLED)
 bench-kernel: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[bench]'
 	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+bench-passes: $(INSTALLED)
+	$(BIN)/python bench/bench_passes.py
 
 bench-peers: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"

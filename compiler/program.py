@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,11 @@ class Program:
         """The weight's name if `node` is the placeholder of a parameter, buffer or constant; None otherwise."""
         if node.op != "placeholder":
             return None
-        return weight_names(self.exported).get(node.name)
+        return self._weight_names.get(node.name)
+
+    @cached_property
+    def _weight_names(self) -> dict[str, str]:
+        return weight_names(self.exported)
 
     def text(self) -> str:
         return program_text(self)

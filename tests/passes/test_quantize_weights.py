@@ -284,7 +284,7 @@ class _WithCache(nn.Module):
 
 
 def test_int8_cache() -> None:
-    """One scale per token and head: rounding 1/254 of each head's largest value. Cosine over 0.999 of a random model."""
+    """One scale per token and head: rounding 1/254 of each head's largest value. Cosine over 0.999 here."""
     roles = {"embed": Role.EMBEDDING, **{f"attention.{n}.weight": Role.ATTENTION for n in "qkvo"}}
     program = run_passes(export_toy(_WithCache, roles), fusion())
     done = quantized(program, weights="int8", kv_cache="int8", attention="fp32", embedding="fp32")
