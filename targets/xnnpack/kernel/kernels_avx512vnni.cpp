@@ -1,5 +1,7 @@
 // Integer kernels on 512-bit registers with dpbusd: a pass covers kB blocks of 16 rows and kM tokens, so that one broadcast
 // of four activations serves kB products. int8 codes are offset by 128 to be unsigned, which the correction undoes.
+#include <utility>
+
 #include "simd_avx512.h"
 //
 #include "generic_kernels.h"
@@ -7,7 +9,9 @@
 namespace moec {
 namespace {
 
-constexpr int kTile = 6;  // tokens: 2 blocks x 6 tokens of integer and of float sums are 24 of the 32 registers
+// Tokens of a pass. 2 blocks x 6 tokens of integer and of float sums are 24 of the 32 registers; with groups along the
+// output there are no float sums.
+constexpr int tile_of(bool axis_out) { return axis_out ? 8 : 6; }
 
 #define MOEC_UNROLL _Pragma("GCC unroll 16")
 
@@ -124,23 +128,21 @@ void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales,
 
 using BlocksFunction = void (*)(const GemmTask&, const uint8_t*, const uint8_t*, int64_t, float*, const float*, int);
 
+template <int kKind, bool kAxisOut, int kB, int... kTokens>
+BlocksFunction pick(int64_t tokens, std::integer_sequence<int, kTokens...>) {
+  static constexpr BlocksFunction kFunctions[] = {gemm_blocks<kKind, kAxisOut, kB, kTokens + 1>...};
+  return kFunctions[tokens - 1];
+}
+
 template <int kKind, bool kAxisOut, int kB>
-constexpr BlocksFunction blocks_function(int64_t tokens) {
-  constexpr BlocksFunction kFunctions[kTile + 1] = {
-      nullptr,
-      gemm_blocks<kKind, kAxisOut, kB, 1>,
-      gemm_blocks<kKind, kAxisOut, kB, 2>,
-      gemm_blocks<kKind, kAxisOut, kB, 3>,
-      gemm_blocks<kKind, kAxisOut, kB, 4>,
-      gemm_blocks<kKind, kAxisOut, kB, 5>,
-      gemm_blocks<kKind, kAxisOut, kB, 6>,
-  };
-  return kFunctions[tokens];
+BlocksFunction blocks_function(int64_t tokens) {
+  return pick<kKind, kAxisOut, kB>(tokens, std::make_integer_sequence<int, tile_of(kAxisOut)>{});
 }
 
 template <int kKind, bool kAxisOut>
 void gemm_int8(const GemmTask& a) {
   const int64_t scale_stride = kAxisOut ? 0 : a.padded_k / a.group * (a.f32_scales ? 64 : 32);
+  constexpr int kTile = tile_of(kAxisOut);
   const int64_t tiles = (a.m + kTile - 1) / kTile;  // of nearly equal size: 4 and 4 tokens beat 6 and 2
   for (int64_t block = 0; block < a.blocks; block += 2) {
     const uint8_t* const codes = a.codes + block * a.block_bytes;
