@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.compiler.errors import UserError
 from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
 
 ABI_VERSION = 1
@@ -100,7 +101,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The loaded library with its signatures declared. UserError when it cannot be built."""
+    """The loaded library with its signatures declared. UserError when it cannot be built or MOEC_ISA asks too much."""
     override = os.environ.get("MOEC_KERNELS_LIBRARY")
     if override:
         path = Path(override)
