@@ -120,6 +120,12 @@ def library() -> ctypes.CDLL:
     loaded.moec_set_parallel(None, None, None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loaded.moec_set_threads(min(cores, 256))
+    asked, offered = os.environ.get("MOEC_ISA", ""), loaded.moec_available_isas().decode()
+    if asked not in ("", "auto", *offered.split(",")):
+        # the library itself has nobody to tell and would quietly use the best
+        raise UserError(
+            f"no instruction set {asked!r} here", place="MOEC_ISA", remedy=f"choose one of {offered}, or auto"
+        )
     return loaded
 
 
