@@ -349,7 +349,7 @@ def program_text(program: Program) -> str:
         if node.op == "placeholder":
             weight = weights.get(node.name)
             names[node] = f"@{weight}" if weight else f"%{node.name}"
-            role = f" role={program.roles[weight].value}" if weight in program.roles else ""
+            role = f" role={program.roles[weight].value}" if weight is not None and weight in program.roles else ""
             lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))}{role}")
             continue
         args = [_format(a, names) for a in node.args] + [f"{k}={_format(v, names)}" for k, v in node.kwargs.items()]
