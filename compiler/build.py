@@ -114,7 +114,7 @@ def explain(spec: Spec | str | Path, target: str | None = None) -> Explanation:
 
 
 def program_and_passes(
-    spec: Spec, weights: dict[str, LazyWeight] | Any | None, target: str | None = None
+    spec: Spec, weights: Any, target: str | None = None
 ) -> tuple[Program, list[Pass]]:
     """The exported Program of a spec and every pass up to LEGAL for a target. `weights` None: shapes only."""
     from moec.passes.pipelines import pipeline

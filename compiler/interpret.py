@@ -25,9 +25,7 @@ class Interpreter:
     def __call__(self, *inputs: Tensor) -> Any:
         """The user outputs (one value, or a tuple); buffers that the graph returns as mutated are written back."""
         given = iter(inputs)
-        values = [
-            next(given) if s.kind == InputKind.USER_INPUT else self.state[str(s.target)] for s in self._inputs
-        ]
+        values = [next(given) if s.kind == InputKind.USER_INPUT else self.state[str(s.target)] for s in self._inputs]
         with torch.no_grad():
             results = self._runner.run(*values)
         user = []

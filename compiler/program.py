@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ class Stage(IntEnum):
     LEGAL = 4
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a weight is for. Decides its quantization; set at export or by the pass that recognised the block."""
 
     ROUTER = "router"

@@ -1,7 +1,7 @@
 """Canonicalize: one functional graph of ATen operators without the nodes that compute nothing.
 
-    assert(..), dropout(x, p, train=False), x.to(own type), clone(x), view(x, own shape)  ->  x
-    _unsafe_view(clone(x), shape)                                                         ->  reshape(x, shape)
+assert(..), dropout(x, p, train=False), x.to(own type), clone(x), view(x, own shape)  ->  x
+_unsafe_view(clone(x), shape)                                                         ->  reshape(x, shape)
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ COPIES = {
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
 }
-CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.to.other}
+CASTS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.to.other,
+}
 RESHAPES = {
     aten.view.default,
     aten.reshape.default,

@@ -99,9 +99,7 @@ class _Fuser:
         width = int(shape(q)[3])  # type: ignore[arg-type]
         self._rewrite(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)  # type: ignore[arg-type]
 
-    def _rewrite(
-        self, node: Node, end: Node, q: Node, keys: _Cache, values: _Cache, scale: float, window: int
-    ) -> None:
+    def _rewrite(self, node: Node, end: Node, q: Node, keys: _Cache, values: _Cache, scale: float, window: int) -> None:
         edit = self._edit
         with edit.graph.inserting_before(node):
             query = _swap(edit, q)

@@ -60,7 +60,9 @@ def _run(program: Program) -> PassResult:
     if not refusals:  # a dispatch that no topk leads to
         left = next((n for n in edit.graph.nodes if expert_indexed(edit, n)), None)
         if left is not None:
-            refusals.append(Refusal.at(RULE, left, "experts are read here, and no topk over a router's scores leads here"))
+            refusals.append(
+                Refusal.at(RULE, left, "experts are read here, and no topk over a router's scores leads here")
+            )
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 

@@ -1,9 +1,9 @@
 """Fuse rotary embedding into moec::rope(x [1,T,H,d], cos [T,d/2], sin [T,d/2], interleaved).
 
-    interleaved:  stack((a*c - b*s, a*s + b*c), -1).flatten(-2)   with a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    halves:       cat((a*c - b*s, a*s + b*c), -1)                 with a, b = x.chunk(2, -1)
-    rotate_half:  x*C + cat((-b, a), -1)*S                        with C = cat((c, c), -1), S = cat((s, s), -1), up to
-                                                                  operators applied to every element alike
+interleaved:  stack((a*c - b*s, a*s + b*c), -1).flatten(-2)   with a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+halves:       cat((a*c - b*s, a*s + b*c), -1)                 with a, b = x.chunk(2, -1)
+rotate_half:  x*C + cat((-b, a), -1)*S                        with C = cat((c, c), -1), S = cat((s, s), -1), up to
+                                                              operators applied to every element alike
 """
 
 from __future__ import annotations

@@ -159,6 +159,11 @@ def test_output_that_nobody_reads(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def heed_interrupts() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_half_written(tmp_path: Path, sent: signal.Signals, status: int) -> None:
     """A checkpoint being synthesized over a good one: interrupted, the good one stands and no temporary is left."""
@@ -167,7 +172,10 @@ def test_signals_leave_nothing_half_written(tmp_path: Path, sent: signal.Signals
     (out / "config.json").write_text("good")
     command = ["checkpoint", "synthesize", str(SPECS / "mobilemoe-s.yaml"), "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "moec.compiler.cli.main", *command], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "moec.compiler.cli.main", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 60
     while len(list(tmp_path.rglob("*"))) <= 2 and process.poll() is None and time.monotonic() < deadline:

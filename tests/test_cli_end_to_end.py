@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,9 @@ def test_a_disk_that_fills_up(line: Path, tmp_path: Path) -> None:
 def test_interrupted(line: Path, tmp_path: Path, sent: signal.Signals) -> None:
     """Stopped while it writes beside a good artifact: that one stands, and the next compile clears what is left."""
     shutil.copytree(line / "artifact", tmp_path / "good")
-    process = subprocess.Popen(_program(line, tmp_path / "good"), stderr=subprocess.PIPE, text=True)
+    # a shell starts its background jobs with SIGINT ignored, and children inherit that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(_program(line, tmp_path / "good"), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -84,7 +84,9 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtra("reading this model needs transformers", remedy="pip install 'moec[transformers]'") from error
+        raise MissingExtra(
+            "reading this model needs transformers", remedy="pip install 'moec[transformers]'"
+        ) from error
     return transformers
 
 
@@ -98,7 +100,8 @@ def _config(folder: Path) -> Any:
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"transformers {transformers.__version__} does not read it: {first[0][:300]}", place=str(path / "config.json")
+            f"transformers {transformers.__version__} does not read it: {first[0][:300]}",
+            place=str(path / "config.json"),
         ) from error
 
 
@@ -197,7 +200,7 @@ def _constant(value: Tensor) -> LazyWeight:
 
 
 def _roles(weights: Mapping[str, LazyWeight]) -> dict[str, Role]:
-    """What the module says of itself: input and output tables. Blocks get their roles from the rules that match them."""
+    """What the module says of itself: input and output tables. Blocks get their roles from the rules."""
     roles: dict[str, Role] = {}
     for name, weight in weights.items():
         if name.endswith("embed_tokens.weight"):
@@ -220,7 +223,9 @@ class TransformersStore:
         self._files = sorted(self.folder.glob("*.safetensors"))
         if not self._files:
             raise CheckpointError(
-                "there are no safetensors files", place=str(self.folder), remedy="give --checkpoint DIR with the weights"
+                "there are no safetensors files",
+                place=str(self.folder),
+                remedy="give --checkpoint DIR with the weights",
             )
         self._entries = {e.name: e for file in self._files for e in read_header(file).values()}
         self._state: dict[str, Tensor] | None = None

@@ -11,7 +11,20 @@ from typing import Any
 
 from torch.fx import Node
 
-from moec.compiler.matching.read import Stuck, arg, aten, binary, is_op, piece, rank, scalar, shape, static, unview, with_scalar
+from moec.compiler.matching.read import (
+    Stuck,
+    arg,
+    aten,
+    binary,
+    is_op,
+    piece,
+    rank,
+    scalar,
+    shape,
+    static,
+    unview,
+    with_scalar,
+)
 from moec.compiler.ops.attributes import Experts
 
 MULTIPLY = (aten.mul.Tensor,)

@@ -1,6 +1,7 @@
 """Evaluate the part of a graph that depends on positions only: masks and cache indices, read by what they compute.
 
-A mask is recognised by its values over sampled (token count, start position) pairs, edges included, not by its spelling.
+A mask is recognised by its values over sampled (token count, start position) pairs, edges included, not by its
+spelling.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class PositionEvaluator:
                 self._check_input(node)
             elif node.op != "call_function":
                 raise Stuck(node, f"{node.op} is not a function of positions")
-            elif node is not self._tokens and self._tokens in node.all_input_nodes and "sym_size" not in str(node.target):
+            elif (
+                node is not self._tokens and self._tokens in node.all_input_nodes and "sym_size" not in str(node.target)
+            ):
                 raise Stuck(node, "it reads the token ids")
             pending.extend(node.all_input_nodes)
         return sorted(seen, key=lambda n: self._order[n])

@@ -170,7 +170,7 @@ def _repeated(node: Node, pairs: Pairs) -> Node | None:
     return None
 
 
-# -------------------------------------------------------------------------------------------------------------- products
+# ------------------------------------------------------------------------------------------------------- products
 
 
 def _product(edit: Editor, node: Node, pairs: Pairs) -> _Product:
@@ -198,10 +198,7 @@ def _bias(edit: Editor, node: Node, product: _Product, pairs: Pairs) -> Node:
     source, picks = node.args[0], node.args[1]
     if edit.weight_of(source) is None or len(picks) != 1:  # type: ignore[arg-type]
         raise Stuck(node, "the bias is not a weight [E, out] gathered by the expert indices")
-    if pairs.order is None:
-        chosen = unview(picks[0])  # type: ignore[index]
-    else:
-        chosen = _sorted_indices(picks[0], pairs)  # type: ignore[index]
+    chosen = unview(picks[0]) if pairs.order is None else _sorted_indices(picks[0], pairs)  # type: ignore[index]
     out = shape(product.weight)[2 if product.in_out else 1]
     if chosen is not product.indices or shape(source) != (shape(product.weight)[0], out):  # type: ignore[arg-type]
         raise Stuck(node, "the bias does not belong to the row's expert")
@@ -217,7 +214,7 @@ def _sorted_indices(ids: Any, pairs: Pairs) -> Node | None:
 
 
 def _einsum(edit: Editor, node: Node, pairs: Pairs) -> _Product:
-    """einsum of [N, D] or [N, K, F] with gathered weights [N, K, ., .] (or of [N*K, F] with [N*K, ., .]), any letters."""
+    """einsum of [N, D] or [N, K, F] with gathered weights [N, K, ., .] (or [N*K, F] with [N*K, ., .]), any letters."""
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
@@ -265,7 +262,7 @@ def _indices(picked: Node, pairs: Pairs) -> Node:
 
 
 def _bmm(edit: Editor, node: Node, pairs: Pairs) -> _Product:
-    """weights [P, out, in] @ rows [P, in, 1], or rows [P, 1, in] @ weights [P, in, out]; P pairs, or N, K for matmul."""
+    """weights [P, out, in] @ rows [P, in, 1], or rows [P, 1, in] @ weights [P, in, out]; P pairs (N, K for matmul)."""
     first, second = node.args
     if not isinstance(first, Node) or not isinstance(second, Node) or rank(first) != rank(second) or rank(first) < 3:
         raise Stuck(node, "it does not multiply one row with each gathered expert")

@@ -71,7 +71,9 @@ class MoeBlock:
     experts: Experts
     up: Node | None = None  # the weight of the up projection, when w13 holds the gates only
     shared: SharedExpert | None = None
-    views: tuple[Node, ...] = ()  # reshapes between the routed sum and `end`, when a shared expert was added behind them
+    views: tuple[
+        Node, ...
+    ] = ()  # reshapes between the routed sum and `end`, when a shared expert was added behind them
 
     def weights(self) -> list[Node]:
         """Every weight the fused node reads."""
@@ -93,7 +95,9 @@ def combine_of(topk: Node, paths: PostDominators) -> Node | None:
     node = paths.of(topk)
     for _ in range(FORWARD_LIMIT):
         if node is None or node.op == "output":
-            raise Stuck(topk, "what it selects does not come together before the end of the graph: it has other readers")
+            raise Stuck(
+                topk, "what it selects does not come together before the end of the graph: it has other readers"
+            )
         result = node.meta.get("val")
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.dim() == 2:
             wide = static(shape(node)[1]) not in (static(shape(source)[1]), topk.args[1], 1)

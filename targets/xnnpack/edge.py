@@ -134,9 +134,7 @@ def _expand_arange(graph: Graph, node: Node) -> None:
 
 def _mutations(exported: ExportedProgram, graph: Graph) -> list[OutputSpec]:
     """Return the caches that operators write as mutated buffers: what functionalization would have found."""
-    buffers = {
-        s.arg.name: str(s.target) for s in exported.graph_signature.input_specs if s.kind == InputKind.BUFFER
-    }
+    buffers = {s.arg.name: str(s.target) for s in exported.graph_signature.input_specs if s.kind == InputKind.BUFFER}
     written: dict[Node, str] = {}
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
