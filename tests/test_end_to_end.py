@@ -52,17 +52,23 @@ def ids(wanted: Spec, count: int = 50) -> list[int]:
 
 
 def logits_of(artifact: Artifact, prompt: list[int]) -> np.ndarray:
-    """All logits in one prefill; the last-token method and single steps must give the same rows, bit for bit or to
-    rounding: XNNPACK's products are summed differently for one row and for many."""
+    """All logits in one prefill; the last-token method and single steps must give the same rows."""
     session = build.load(artifact)
     every = session.prefill(prompt, logits="all")
     session.reset()
     last = session.prefill(prompt[:-7], logits="last")[0]
     steps = np.stack([last, *(session.decode(token) for token in prompt[-7:])])
     session.close()
-    # rounding of fp32 sums of at most 96 terms, on logits of order 1
-    np.testing.assert_allclose(steps, every[-8:], atol=2e-5, rtol=1e-4)
+    if artifact.manifest.quantization == "none":
+        # the order of fp32 sums of at most 96 terms differs for one row and for many, on logits of order 1
+        np.testing.assert_allclose(steps, every[-8:], atol=2e-5, rtol=1e-4)
+    else:  # that difference may tip the INT8 rounding of an activation, a step of 1/127 of its largest
+        assert np.median(cosines(steps, every[-8:])) > 0.9999
     return every
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 def eager_logits(wanted: Spec, checkpoint: Path, prompt: list[int]) -> np.ndarray:
@@ -92,8 +98,7 @@ def test_the_float_artifact_is_the_eager_model(tmp_path: Path, name: str, model:
 QUANTIZED = [
     ("qat", MOE, INT4, {}, True),
     ("int4 along in", MOE, {**INT4, "expert_group_axis": "in"}, {}, False),
-    ("int8", MOE, {"weights": "int8", "group_size": 64, "experts": {"weights": "int8", "group_size": 32},
-                   "shared": {"weights": "int8", "group_size": 32}, "attention": "int8", "embedding": "int8"}, {}, False),
+    ("int8", MOE, {"weights": "int8", "group_size": 32, "attention": {"weights": "int8", "group_size": 64}}, {}, False),
     ("fp32 arithmetic", MOE, {**INT4, "activations": "fp32", "kv_cache": "fp32"}, {}, True),
     ("float attention", MOE, {**INT4, "attention": "fp32"}, {}, False),
     ("delegated", MOE, INT4, THEIRS, True),
@@ -114,9 +119,8 @@ def test_the_quantized_artifact_computes_what_its_spec_says(
     reference = Reference(wanted.model, store, wanted.quantization, xnnpack_roles=roles)
     prompt = ids(wanted)
     ours, theirs = logits_of(artifact, prompt), reference.forward(prompt).logits
-    cosines = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
     # the project's bound for quantized artifacts; single tokens may sit on a rounding edge of an activation
-    assert np.median(cosines) > 0.9999
+    assert np.median(cosines(ours, theirs)) > 0.9999
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() > 0.9
 
 
