@@ -95,10 +95,12 @@ def test_the_float_artifact_is_the_eager_model(tmp_path: Path, name: str, model:
     assert all(d == 0 for d in delegates) if kernels is OURS else all(d >= 4 for d in delegates)
 
 
+ALIKE = {"weights": "int8", "group_size": 32}
+INT8 = {**ALIKE, "group_size": 64, "experts": ALIKE, "shared": ALIKE, "attention": "int8", "embedding": "int8"}
 QUANTIZED = [
     ("qat", MOE, INT4, {}, True),
     ("int4 along in", MOE, {**INT4, "expert_group_axis": "in"}, {}, False),
-    ("int8", MOE, {"weights": "int8", "group_size": 32, "attention": {"weights": "int8", "group_size": 64}}, {}, False),
+    ("int8", MOE, INT8, {}, False),
     ("fp32 arithmetic", MOE, {**INT4, "activations": "fp32", "kv_cache": "fp32"}, {}, True),
     ("float attention", MOE, {**INT4, "attention": "fp32"}, {}, False),
     ("delegated", MOE, INT4, THEIRS, True),
