@@ -1,7 +1,7 @@
 """What is legal at each stage, as data, checked after every pass.
 
 From FUSED on no expert weight is read by anything but a fused MoE node (a block that stayed unmatched would gather
-[tokens, k, 2F, D] of weights at run time), and the router of every such node is FP32.
+[tokens, k, 2F, D] of weights at run time), no topk is left, and the router of every such node is FP32.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def check_dialect(program: Program, *, after: str) -> None:
             _check_expert_weight(program, node, after)
         elif _operator(node) in FUSED:
             _check_router(node, after)
+        elif _operator(node) == "aten::topk":
+            _refuse_topk(node, after)
 
 
 def _operator(node: Node) -> str:
@@ -48,14 +50,27 @@ def _check_expert_weight(program: Program, node: Node, after: str) -> None:
         return
     stacked = program.roles.get(name) is Role.EXPERT
     for user in node.users:
-        gathered = _operator(user) in ("aten::index", "aten::index_select") and len(program.weights[name].shape) == 3
-        if (stacked and _operator(user) not in FUSED) or gathered:
+        # a weight [E, ., .] that is no filter of a convolution belongs to experts, whatever its role says
+        cube = len(program.weights[name].shape) == 3 and program.roles.get(name) not in (Role.CACHE, Role.CONSTANT)
+        unfused = cube and user.op == "call_function" and "conv" not in _operator(user)
+        if (stacked or unfused) and _operator(user) not in FUSED:
             raise CompileError(
                 f"after {after} the experts {name} are read by {user.name} ({user.target}): "
                 "this MoE block was not fused",
                 place=module_path(user) or user.name,
                 remedy="see what was tried with `moec explain`",
             )
+
+
+def _refuse_topk(node: Node, after: str) -> None:
+    """A choice of experts that is still spelled out: its block was not fused, however its experts are stored."""
+    from moec.compiler.program import module_path
+
+    raise CompileError(
+        f"after {after} {node.name} ({node.target}) still selects: this MoE block was not fused",
+        place=module_path(node) or node.name,
+        remedy="see what was tried with `moec explain`",
+    )
 
 
 def _check_router(node: Node, after: str) -> None:

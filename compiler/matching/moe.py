@@ -218,12 +218,23 @@ def _sorted_back(node: Node, pairs: Pairs) -> tuple[Node, Pairs]:
         order = _inverted(inverse)
     elif isinstance(inverse, Node) and inverse.target is operator.getitem and inverse.args[1] == 1:
         sort = inverse.args[0]  # the argsort of a permutation is its inverse
-        order = sort.args[0] if is_op(sort, aten.sort.default, aten.sort.stable) else None  # type: ignore[union-attr]
+        order = sort.args[0] if _ascending(sort) else None  # type: ignore[union-attr]
     is_order = isinstance(order, Node) and order.target is operator.getitem and order.args[1] == 1
     sort = order.args[0] if is_order else None
-    if not is_op(sort, aten.sort.default, aten.sort.stable) or rank(sort.args[0]) != 1:  # type: ignore[union-attr,arg-type]
+    if not _ascending(sort):
         raise Stuck(node, "the rows are not brought back to the order of the tokens by the inverse of their sort")
     return node.args[0], replace(pairs, order=order)  # type: ignore[return-value]
+
+
+def _ascending(node: Any) -> bool:
+    """A sort of one dimension, smallest first: the order in which the groups of a grouped product lie."""
+    if is_op(node, aten.sort.default):
+        descending = arg(node, 2, "descending", False)
+    elif is_op(node, aten.sort.stable):
+        descending = arg(node, 3, "descending", False)
+    else:
+        return False
+    return rank(node.args[0]) == 1 and descending is False
 
 
 def _inverted(node: Any) -> Any:
