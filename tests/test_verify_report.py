@@ -111,3 +111,13 @@ def test_prompt_ids_share_the_tokens():
     ids = prompt_ids(WordHashEncoder(1000), tokens=100)
     assert {name: len(v) for name, v in ids.items()} == dict.fromkeys(DOMAINS, 25)
     assert len(prompt_ids(WordHashEncoder(1000), tokens=5, text="one two three")["text"]) == 3
+
+
+def test_small_samples_and_drift_lower_a_limit_by_what_chance_explains():
+    sets = tolerances.ROUTER_SETS
+    assert tolerances.of_sample(sets, 10**9).limit == pytest.approx(sets.limit, abs=1e-5)
+    assert 0.974 < tolerances.of_sample(sets, 500).limit < sets.limit, "a bf16 router (2.6% changed) must still fail"
+    assert tolerances.beyond_drift(sets, 0.0).limit == sets.limit
+    assert tolerances.beyond_drift(sets, 0.01).limit == pytest.approx(sets.limit - 0.02)
+    assert tolerances.beyond_drift(sets, 0.01, 400).limit < tolerances.beyond_drift(sets, 0.01, 40_000).limit
+    assert not tolerances.beyond_drift(sets, math.nan).holds(1.0)

@@ -135,7 +135,8 @@ def _layer_by_layer(
         found.checks.append(Check("logits: every element", worst, tolerances.FLOAT_CLOSE, where))
     found.checks.append(Check("logits: top-1 agreement", figures["top-1 agreement"], tolerances.TOP1))
     detail = f"{own.ties} ties of {own.tokens} left out"
-    found.checks.append(Check("router: expert sets equal", own.fraction, tolerances.ROUTER_SETS, detail=detail))
+    limit = tolerances.of_sample(tolerances.ROUTER_SETS, own.compared)
+    found.checks.append(Check("router: expert sets equal", own.fraction, limit, detail=detail))
     judge_layers(found)
 
 
@@ -302,14 +303,17 @@ def free_run(
         shaken = reference.shaken(prompts, _keeping(shaken_routed, step))
     drift = _figures("", {name: (logits[name], shaken[name]) for name in prompts})
     drift_sets = _sets(routed, lambda name, layer: shaken_routed[layer][name].indices_TK)
-    pairs = [
-        ("median cosine", figures["free run: median cosine"], tolerances.MEDIAN_COSINE, drift["median cosine"]),
-        ("top-1 agreement", figures["free run: top-1 agreement"], tolerances.TOP1, drift["top-1 agreement"]),
+    tokens = sum(len(ids) for ids in prompts.values())
+    pairs: list[tuple[str, float, Tolerance, float, int | None]] = [
+        ("median cosine", figures["free run: median cosine"], tolerances.MEDIAN_COSINE, drift["median cosine"], None),
+        ("top-1 agreement", figures["free run: top-1 agreement"], tolerances.TOP1, drift["top-1 agreement"], tokens),
     ]
     if moe_layers:
-        pairs.append(("expert sets equal", sets.fraction, tolerances.ROUTER_SETS, drift_sets.fraction))
-    for name, value, tolerance, itself in pairs:
-        limit = tolerances.beyond_drift(tolerance, 1 - itself)
+        pairs.append(
+            ("expert sets equal", sets.fraction, tolerances.ROUTER_SETS, drift_sets.fraction, drift_sets.compared)
+        )
+    for name, value, tolerance, itself, count in pairs:
+        limit = tolerances.beyond_drift(tolerance, 1 - itself, count)
         detail = f"the reference with itself, shaken: {itself:.7g}"
         found.checks.append(Check(f"free run: {name}", value, limit, detail=detail))
     return 1 - drift["median cosine"], tied

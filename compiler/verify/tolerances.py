@@ -15,6 +15,7 @@ chose, not of the compiler.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,13 +112,29 @@ IDENTICAL = Tolerance(
 )  # fmt: skip
 
 _DRIFT = 2.0
+_DEVIATIONS = 2.0
 
 
-def beyond_drift(tolerance: Tolerance, drift: float) -> Tolerance:
+def beyond_drift(tolerance: Tolerance, drift: float, count: int | None = None) -> Tolerance:
     """`tolerance` for a free run: a lower limit, lowered by twice the measured `drift` (1 - agreement with itself).
 
-    Twice, because both drifts are random: that of the artifact is a second sample of the same kind.
+    Twice, because both drifts are random: that of the artifact is a second sample of the same kind. `count`: the drift
+    is a share of that many, and is taken two standard deviations of such a count higher.
     """
-    limit = tolerance.limit - _DRIFT * max(drift, 0.0)
-    reason = f"{tolerance.limit:g}, less twice the {drift:.2e} by which the reference drifts from itself when shaken"
+    upper = max(drift, 0.0)
+    if count:
+        upper += _DEVIATIONS * math.sqrt(upper * count + 1) / count
+    limit = tolerance.limit - _DRIFT * upper
+    reason = f"{tolerance.limit:g}, less twice the {upper:.2e} by which the reference drifts from itself when shaken"
+    return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
+
+
+def of_sample(tolerance: Tolerance, count: int) -> Tolerance:
+    """`tolerance` for a share measured on `count` cases: lowered by two standard deviations of such a share.
+
+    A rate that meets the limit exactly would fail every other time; a rate that is worse fails on enough cases.
+    """
+    share = tolerance.limit
+    limit = share - _DEVIATIONS * math.sqrt(share * (1 - share) / max(count, 1))
+    reason = f"{tolerance.reason}; {share:g} less two standard deviations of a share of {count}"
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
