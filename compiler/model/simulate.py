@@ -159,8 +159,9 @@ class Reference:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    def _matrix(self, name: str) -> Matrix:
+    def _matrix(self, name: str, *, delegated: bool = True) -> Matrix:
         info = self._layout[name]
+        delegated = delegated and info.role in self._xnnpack_roles
         scheme = self._quantization.scheme(info.role) if self._quantization is not None else None
         stacked = len(info.shape) == 3
         weight: Tensor | QuantizedTensor
@@ -168,11 +169,10 @@ class Reference:
             weight = self._weights[name].load()
             return Matrix(weight, in_out=stacked, int8_activations=False)
         weight = quantize_for(self._weights[name], scheme, layout="in_out" if stacked else "out_in", name=name)
-        asymmetric = self._int8 and info.role in self._xnnpack_roles
-        if info.role in self._xnnpack_roles:
+        if delegated:
             weight = _bfloat16_scales(weight)
         in_out = stacked and scheme.axis == "out"
-        return Matrix(weight, in_out=in_out, int8_activations=self._int8, asymmetric=asymmetric)
+        return Matrix(weight, in_out=in_out, int8_activations=self._int8, asymmetric=self._int8 and delegated)
 
     def _vector(self, name: str) -> Tensor:
         return self._weights[name].load()
@@ -207,7 +207,7 @@ class Reference:
         records: list[LayerRecord] | None,
     ) -> dict[str, np.ndarray]:
         ids = {name: self._checked(tokens) for name, tokens in prompts.items()}
-        table = self._matrix("model.embed_tokens.weight")
+        table = self._matrix("model.embed_tokens.weight", delegated=False)  # rows are looked up by our kernel
         streams: Mapping[str, Tensor] = {name: table.rows(tokens) for name, tokens in ids.items()}
         del table
         for layer in range(self._config.layers):
