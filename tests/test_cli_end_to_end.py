@@ -221,7 +221,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config missing": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "config damaged": (lambda folder: _cut(folder / "config.json"), ["config.json"]),
     "unknown format": (_config(lambda c: c["quantization"].update(format="other-int3")), ["other-int3"]),
-    "other layers": (_config(lambda c: c.update(num_hidden_layers=3)), ["layers", "3"]),
+    "other layers": (_config(lambda c: c.update(num_hidden_layers=3, no_rope_layers=[1] * 3)), ["layers", "3"]),
     "other experts": (_config(lambda c: c.update(num_local_experts=8)), ["experts", "8"]),
     "other scale": (_config(lambda c: c.update(routed_scaling_factor=1.0)), ["scal"]),
 }
