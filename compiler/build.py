@@ -113,9 +113,7 @@ def explain(spec: Spec | str | Path, target: str | None = None) -> Explanation:
     return Explanation(spec.name, tuple(log.records), program.text())
 
 
-def program_and_passes(
-    spec: Spec, weights: Any, target: str | None = None
-) -> tuple[Program, list[Pass]]:
+def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> tuple[Program, list[Pass]]:
     """The exported Program of a spec and every pass up to LEGAL for a target. `weights` None: shapes only."""
     from moec.passes.pipelines import pipeline
 

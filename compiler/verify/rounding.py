@@ -89,4 +89,10 @@ def shaken_operators() -> dict[Any, Override]:
         y = ops.rms_norm(x, weight, eps)
         return y * (1 + SHAKE * torch.randn(y.shape, generator=noise))
 
-    return {ops.rms_norm: norm}
+    def plain(
+        x: torch.Tensor, shape: list[int], weight: torch.Tensor | None = None, eps: float | None = None
+    ) -> torch.Tensor:
+        y = torch.ops.aten.rms_norm.default(x, shape, weight, eps)
+        return y * (1 + SHAKE * torch.randn(y.shape, generator=noise))
+
+    return {ops.rms_norm: norm, torch.ops.aten.rms_norm.default: plain}

@@ -129,6 +129,16 @@ def beyond_drift(tolerance: Tolerance, drift: float, count: int | None = None) -
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
 
 
+def deep_float(drift_ratio: float) -> Tolerance:
+    """`FLOAT_CLOSE` for a whole float model: no tighter than the reference shaken in its last places stays to itself.
+
+    `drift_ratio`: that distance, in units of the tolerance. Depth adds up rounding: 4 layers stay within, 20 may not.
+    """
+    limit = max(FLOAT_CLOSE.limit, drift_ratio)
+    reason = f"{FLOAT_CLOSE.reason}; the reference drifts {drift_ratio:.3g} x that from itself when shaken"
+    return Tolerance(FLOAT_CLOSE.relation, limit, FLOAT_CLOSE.unit, reason)
+
+
 def of_sample(tolerance: Tolerance, count: int) -> Tolerance:
     """`tolerance` for a share measured on `count` cases: lowered by two standard deviations of such a share.
 
