@@ -56,7 +56,7 @@ demo: setup
 	$(MOEC) run $(DEMO)/artifact --prompt "def fibonacci(n):" --max-new-tokens 32 --temperature 0.8 --top-p 0.95 --seed 7
 
 test: setup
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
