@@ -27,7 +27,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _REMEDY = "compile it again with `moec compile`"
 # Enough to hold a program's header and instructions, little enough to be read at every load.
-_HEAD_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 22
 _TEMPORARY = ".moec-part-"
 
 
@@ -36,7 +36,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """One file of the folder. `head_sha256` covers its first 64 KiB; `bytes` its whole length."""
+    """One file of the folder. `head_sha256` covers its first 4 MiB; `bytes` its whole length."""
 
     name: str
     bytes: int

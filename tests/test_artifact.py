@@ -115,8 +115,16 @@ def test_damage_is_found_and_named(good: Path, name: str) -> None:
     assert str(good) in str(caught.value)
 
 
-def test_damage_far_inside_is_found_by_reading_all(good: Path) -> None:
+def test_damage_in_a_large_program_is_found_at_opening(good: Path) -> None:
+    """ExecuTorch may crash on a damaged program: every byte of it must be checked before it sees the file."""
     flip(good, at=100_000)
+    with pytest.raises(ArtifactError, match="model"):
+        Artifact.open(good)
+
+
+def test_damage_far_inside_is_found_by_reading_all(good: Path) -> None:
+    write(good, b"program" * 1_000_000)
+    flip(good, at=6_000_000)
     opened = Artifact.open(good)
     with pytest.raises(ArtifactError, match="digest"):
         opened.check_contents()
