@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,6 @@ class Pair:
 class Sample:
     tokens_per_s: float
     peak_rss_mb: float
-    load_s: float | None = None
 
 
 def prepare(name: str, folder: Path, progress: Progress) -> Pair:
@@ -76,7 +76,7 @@ def prepare(name: str, folder: Path, progress: Progress) -> Pair:
     checkpoint, artifact, gguf = folder / f"{name}-checkpoint", folder / f"{name}-artifact", folder / f"{name}.gguf"
     if not artifact.exists():
         if not checkpoint.exists():
-            synthesize(spec, checkpoint, 0, qat=True, progress=progress)
+            synthesize(spec, checkpoint, seed=0, qat=True, progress=progress)
         build.compile(spec, target="xnnpack", checkpoint=checkpoint, out=artifact, progress=progress)
     if not gguf.exists():
         with progress.stage(f"writing {gguf.name}"):
@@ -92,11 +92,23 @@ def run_ours(pair: Pair, test: Test, threads: int) -> Sample:
         decode=test.decode or 1,
         contexts=(test.context,) if test.context else (),
         threads=threads,
-        repeats=1,
+        repeats=3,  # the runner reports the median: the first repeat also maps the file, as llama-bench's warm-up does
     )
     report = bench(pair.artifact.path("model.pte"), plan, Progress(quiet=True))
     rate = report["prefill_tokens_per_s"] if test.prefill else report["decode_tokens_per_s"]
-    return Sample(rate, report["peak_rss_mb"], report["load_s"])
+    return Sample(rate, report["peak_rss_mb"])
+
+
+def start_ours(pair: Pair, threads: int) -> float:
+    """Seconds from starting the process to its end, with one token computed."""
+    plan = BenchPlan(prefill=1, decode=1, threads=threads, repeats=1)
+    began = time.perf_counter()
+    bench(pair.artifact.path("model.pte"), plan, Progress(quiet=True))
+    return time.perf_counter() - began
+
+
+def start_peer(binary: Path, pair: Pair, threads: int) -> float:
+    return llama_cpp.run(binary, pair.gguf, prefill=1, threads=threads, warm_up=False).wall_s
 
 
 def run_peer(binary: Path, pair: Pair, test: Test, threads: int) -> Sample:
@@ -114,8 +126,11 @@ def measure(
     pair: Pair, binary: Path, tests: list[Test], threads: int, rounds: int, progress: Progress
 ) -> dict[str, Any]:
     samples: dict[tuple[str, str], list[Sample]] = {}
+    starts: dict[str, list[float]] = {OURS: [], PEER: []}
     with progress.stage(f"{pair.name}, {threads} threads", rounds * len(tests) * 2) as step:
         for _ in range(rounds):
+            starts[OURS].append(start_ours(pair, threads))
+            starts[PEER].append(start_peer(binary, pair, threads))
             for test in tests:
                 samples.setdefault((OURS, test.name), []).append(run_ours(pair, test, threads))
                 step(f"{OURS} {test.name}")
@@ -139,13 +154,12 @@ def measure(
                 },
             }
         )
-    loads = [s.load_s for (side, _), found in samples.items() if side == OURS for s in found if s.load_s is not None]
     return {
         "model": pair.name,
         "threads": threads,
         "rounds": rounds,
         "file_bytes": {OURS: pair.artifact.path("model.pte").stat().st_size, PEER: pair.gguf.stat().st_size},
-        "load_s": {OURS: spread(loads)},
+        "start_s": {side: spread(found) for side, found in starts.items()},
         "tests": rows,
     }
 
@@ -154,6 +168,8 @@ def show(result: dict[str, Any]) -> None:
     files = result["file_bytes"]
     print(f"\n{result['model']}, {result['threads']} threads, {result['rounds']} rounds")
     print(f"  file: {OURS} {files[OURS] / 1e6:.0f} MB, {PEER} {files[PEER] / 1e6:.0f} MB")
+    starts = {side: f"{v['median']:.2f} s ({v['low']:.2f}-{v['high']:.2f})" for side, v in result["start_s"].items()}
+    print(f"  start, load and one token: {OURS} {starts[OURS]}, {PEER} {starts[PEER]}")
     print(f"  {'test':<12} {'moec tok/s':>22} {'llama.cpp tok/s':>22} {'ratio':>18} {'peak RSS MB':>14}")
     for row in result["tests"]:
         cells = [

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,13 +185,23 @@ def _random_q4_0(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
 
 @dataclass(frozen=True)
 class Run:
-    """One llama-bench process: tokens per second and the process's peak resident memory."""
+    """One llama-bench process: tokens per second, the process's peak resident memory, its whole time in seconds."""
 
     tokens_per_s: float
     peak_rss_mb: float
+    wall_s: float
 
 
-def run(binary: Path, model: Path, *, prefill: int = 0, decode: int = 0, context: int = 0, threads: int = 2) -> Run:
+def run(
+    binary: Path,
+    model: Path,
+    *,
+    prefill: int = 0,
+    decode: int = 0,
+    context: int = 0,
+    threads: int = 2,
+    warm_up: bool = True,
+) -> Run:
     """`prefill` or `decode` tokens (not both) after `context` tokens already in the cache."""
     command = [
         str(binary),
@@ -205,11 +216,12 @@ def run(binary: Path, model: Path, *, prefill: int = 0, decode: int = 0, context
         "-d",
         str(context),
     ]
+    command += ["-lm", "mmap", *([] if warm_up else ["--no-warmup"])]
     with tempfile.TemporaryFile() as out:
-        child = subprocess.Popen(
-            [*command, "-r", "1", "-o", "json", "--mmap", "1"], stdout=out, stderr=subprocess.DEVNULL
-        )
+        began = time.perf_counter()
+        child = subprocess.Popen([*command, "-r", "1", "-o", "json"], stdout=out, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(child.pid, 0)
+        wall_s = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         text = out.read().decode()
@@ -220,4 +232,4 @@ def run(binary: Path, model: Path, *, prefill: int = 0, decode: int = 0, context
             remedy="run it by hand: " + " ".join(command),
         )
     (row,) = json.loads(text)
-    return Run(tokens_per_s=row["avg_ts"], peak_rss_mb=usage.ru_maxrss / 1024)
+    return Run(tokens_per_s=row["avg_ts"], peak_rss_mb=usage.ru_maxrss / 1024, wall_s=wall_s)
