@@ -1,18 +1,21 @@
-"""From a YAML file to a `Spec`: every fault at once, each as `file:line:column: path: message`."""
+"""From a YAML file to a `Spec` (or a `Device`): every fault at once, each as `file:line:column: path: message`."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from moec.compiler.errors import SpecError
+from moec.compiler.spec.device import Device, is_device_file
 from moec.compiler.spec.model import ExportedProgramSource, Spec, TransformersSource
+from moec.compiler.spec.strict import Section
 from moec.compiler.spec.yaml_tree import MAX_BYTES, Mark, Tree, YamlError, read_tree
 
 Path_ = tuple[str | int, ...]
+S = TypeVar("S", bound=Section)
 
 
 def load_spec(file: str | Path) -> Spec:
@@ -26,16 +29,27 @@ def load_spec(file: str | Path) -> Spec:
 
 def parse_spec(text: str, *, file: str = "<spec>", folder: Path | None = None) -> Spec:
     """A spec from text; `file` is the name in messages, `folder` the base of relative paths (default: as written)."""
+    spec = parse_section(Spec, text, file=file, noun="a spec")
+    return spec if folder is None else _resolved(spec, folder)
+
+
+def load_device_file(file: str | Path) -> Device:
+    """Read and check a device file. SpecError with one line per fault."""
+    return parse_section(Device, _read(Path(file)), file=str(file), noun="a device")
+
+
+def parse_section(kind: type[S], text: str, *, file: str, noun: str) -> S:
+    """A document of class `kind` from text; SpecError with one line per fault."""
     try:
         tree, yaml_faults = read_tree(text)
     except YamlError as error:
         raise SpecError(f"{file}:{error.mark.line}:{error.mark.column}: {error.message}") from None
     if not isinstance(tree.data, dict):
-        raise SpecError(f"{file}:{tree.mark.line}:{tree.mark.column}: a spec is a mapping that starts with `name:`")
+        raise SpecError(f"{file}:{tree.mark.line}:{tree.mark.column}: {noun} is a mapping that starts with `name:`")
     found = {fault.path: (fault.mark, fault.message) for fault in reversed(yaml_faults)}
-    spec: Spec | None = None
+    value: S | None = None
     try:
-        spec = Spec.model_validate(tree.data)
+        value = kind.model_validate(tree.data)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             path, mark = locate(tree, tuple(detail["loc"]), is_key=detail["type"] == "unknown_key")
@@ -45,8 +59,8 @@ def parse_spec(text: str, *, file: str = "<spec>", folder: Path | None = None) -
         raise SpecError(
             "\n".join(f"{file}:{mark.line}:{mark.column}: {path + ': ' if path else ''}{m}" for mark, path, m in lines)
         )
-    assert spec is not None
-    return spec if folder is None else _resolved(spec, folder)
+    assert value is not None
+    return value
 
 
 def _read(file: Path) -> str:
@@ -113,6 +127,8 @@ def _resolved(spec: Spec, folder: Path) -> Spec:
         changes["model"] = TransformersSource(transformers=_absolute(spec.model.transformers, folder))
     if isinstance(spec.model, ExportedProgramSource):
         changes["model"] = ExportedProgramSource(exported_program=_absolute(spec.model.exported_program, folder))
+    if spec.device is not None and is_device_file(spec.device):
+        changes["device"] = str(_absolute(Path(spec.device), folder))
     return spec.model_copy(update=changes) if changes else spec
 
 

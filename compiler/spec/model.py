@@ -22,8 +22,9 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from moec.compiler.spec.device import device_files, is_device_file
 from moec.compiler.spec.quantization import Quantization, RoleQuantization, WeightScheme
-from moec.compiler.spec.strict import Fault, Section, shown
+from moec.compiler.spec.strict import Fault, Section, shown, suggestion
 from moec.compiler.spec.targets import TargetOptions, parse_targets
 from moec.compiler.spec.training import Training
 
@@ -229,6 +230,13 @@ def _name(value: str) -> str:
     return value
 
 
+def _device(value: str) -> str:
+    known = device_files()
+    if not is_device_file(value) and value not in known:
+        raise ValueError(f"unknown device {shown(value)}" + suggestion(value, known))
+    return value
+
+
 class Spec(Section):
     """One YAML file: what to compile, from which weights, how small, for what."""
 
@@ -243,7 +251,9 @@ class Spec(Section):
         PlainValidator(parse_targets),
         WithJsonSchema({"description": "a list of targets, or a mapping of target to options"}),
     ] = Field(default_factory=lambda: parse_targets(["xnnpack"]))
-    device: Annotated[str, Field(min_length=1)] | None = None
+    device: Annotated[str, AfterValidator(_device)] | None = Field(
+        default=None, description="a shipped device's name, or the path of a device file (with a / or .yaml)"
+    )
     training: Training | None = None
 
     @classmethod

@@ -102,11 +102,15 @@ class Quantization(Section):
 
     def scheme(self, role: Role) -> WeightScheme | None:
         """How weights of `role` are stored; None means fp32 (always so for the router, norms, caches, constants)."""
-        if role.value not in ("embedding", "head", "expert", "shared", "attention", "ffn"):
+        return self.scheme_of(role.value)
+
+    def scheme_of(self, role: str) -> WeightScheme | None:
+        """`scheme` of a role by its name, for callers that do without the graph's types."""
+        if role not in ("embedding", "head", "expert", "shared", "attention", "ffn"):
             return None
-        override = self._override(role.value)
+        override = self._override(role)
         kind = override.weights if override else self.weights
         if kind == "fp32":
             return None
         group_size = (override.group_size if override else None) or self.group_size
-        return WeightScheme(_BITS[kind], group_size, self.expert_group_axis if role.value == "expert" else "in")
+        return WeightScheme(_BITS[kind], group_size, self.expert_group_axis if role == "expert" else "in")

@@ -1,0 +1,167 @@
+"""A model as a list of matrices: parameters, products and bytes, without building it and without torch.
+
+Every count of the planner is a sum over `Architecture.weights`. D model width, H query heads, G key/value heads,
+d head width, F expert width, S shared width, E experts, K experts a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moec.compiler.spec.model import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`count` equal matrices of `rows` outputs and `columns` inputs; a vector has one column.
+
+    `used` of them enter the products of one token (None: all): K of E experts a layer, none of an embedding table.
+    `counted`: parameters, not state; the selection bias is a balancing state and left out of published counts.
+    """
+
+    role: str
+    name: str
+    count: int
+    rows: int
+    columns: int
+    used: int | None = None
+    counted: bool = True
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.rows * self.columns
+
+    @property
+    def touched(self) -> int:
+        """Matrices that one token's products read."""
+        return self.count if self.used is None else self.used
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one token."""
+        return 0 if self.columns == 1 else self.touched * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One layer's keys and values: `kv_heads` rows of `key_width` and `value_width` a position; `window` 0 means all."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int = 0
+
+    def seen(self, position: int) -> int:
+        """Positions that a token at `position` (from 0) attends to, itself included."""
+        return min(position + 1, self.window) if self.window else position + 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of every MoE layer; `shared_width` 0 means no shared expert."""
+
+    layers: int
+    experts: int
+    top_k: int
+    width: int
+    shared_width: int
+
+    def touched(self, tokens: int) -> float:
+        """Expected number of experts that `tokens` tokens reach in one layer, were routing uniform and independent.
+
+        An upper estimate: real routers prefer some experts, so real prompts touch fewer.
+        """
+        return self.experts * (1.0 - (1.0 - self.top_k / self.experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the planner knows of a model. `own`: one of our decoders, whose graphs we know to the instruction."""
+
+    name: str
+    layers: int
+    d_model: int
+    heads: int
+    vocab_size: int
+    context: int
+    tied: bool
+    weights: tuple[Weight, ...]
+    caches: tuple[Cache, ...]
+    experts: Experts | None = None
+    ffn_width: int = 0
+    own: bool = True
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(w.numel for w in self.weights if w.counted)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses, the embedding table in full, as published counts have it."""
+        return sum(
+            w.numel if w.role == "embedding" else w.touched * w.rows * w.columns for w in self.weights if w.counted
+        )
+
+    def attention_macs(self, position: int) -> int:
+        """Multiply-accumulates of scores and weighted values of the token at `position` (from 0), all layers."""
+        return sum(self.heads * (c.key_width + c.value_width) * c.seen(position) for c in self.caches)
+
+    def flops(self, position: int) -> int:
+        """Multiplies and adds of one token at `position`: every product of its weights, and attention."""
+        head = self.vocab_size * self.d_model if self.tied else 0
+        return 2 * (sum(w.macs for w in self.weights) + head + self.attention_macs(position))
+
+    def prefill_flops(self, tokens: int) -> int:
+        """Of a prompt of `tokens` tokens; the head is computed once, for the last."""
+        head = self.vocab_size * self.d_model
+        body = sum(w.macs for w in self.weights) - (0 if self.tied else head)
+        return 2 * (tokens * body + head + sum(self.attention_macs(p) for p in range(tokens)))
+
+
+def architecture_of(config: DecoderConfig, name: str) -> Architecture:
+    """The account of one of our decoders; the same shapes as `model/layout.py` (a test compares them)."""
+    width, layers, d = config.d_model, config.layers, config.head_dim
+    moe = config.moe
+    return Architecture(
+        name=name,
+        layers=layers,
+        d_model=width,
+        heads=config.heads,
+        vocab_size=config.vocab_size,
+        context=config.context,
+        tied=config.tied_embeddings,
+        weights=tuple(_decoder_weights(config)),
+        caches=tuple(Cache(config.kv_heads, d, d, config.window(n)) for n in range(layers)),
+        experts=None if moe is None else Experts(layers, moe.experts, moe.top_k, moe.expert_width, moe.shared_width),
+        ffn_width=config.ffn_width or 0,
+    )
+
+
+def _decoder_weights(config: DecoderConfig) -> Iterator[Weight]:
+    width, layers, d = config.d_model, config.layers, config.head_dim
+    yield Weight("embedding", "token table", 1, config.vocab_size, width, used=0)
+    yield Weight("attention", "q, k, v", layers, (config.heads + 2 * config.kv_heads) * d, width)
+    yield Weight("attention", "output", layers, width, config.heads * d)
+    yield from _feed_forward(config)
+    yield Weight("norm", "norms", 2 * layers + 1, width, 1)
+    if not config.tied_embeddings:
+        yield Weight("head", "head", 1, config.vocab_size, width)
+
+
+def _feed_forward(config: DecoderConfig) -> Iterator[Weight]:
+    width, layers, moe = config.d_model, config.layers, config.moe
+    if moe is None:
+        assert config.ffn_width is not None
+        yield Weight("ffn", "gate, up", layers, 2 * config.ffn_width, width)
+        yield Weight("ffn", "down", layers, width, config.ffn_width)
+        return
+    experts, used = layers * moe.experts, layers * moe.top_k
+    yield Weight("router", "router", layers, moe.experts, width)
+    if moe.selection_bias:
+        yield Weight("router", "selection bias", layers, moe.experts, 1, counted=False)
+    yield Weight("expert", "gate, up", experts, 2 * moe.expert_width, width, used)
+    yield Weight("expert", "down", experts, width, moe.expert_width, used)
+    if moe.shared_width:
+        yield Weight("shared", "gate, up", layers, 2 * moe.shared_width, width)
+        yield Weight("shared", "down", layers, width, moe.shared_width)

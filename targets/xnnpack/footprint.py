@@ -1,0 +1,101 @@
+"""Sizes of a model in an XNNPACK artifact and in the process that runs it, without packing anything.
+
+Packed weights follow kernel/moec_kernel.h (16 rows and 8 inputs are padded; FP16 scales); a float linear goes to the
+XNNPACK delegate, which keeps a packed copy beside the file. Arena and program are read off the graphs that
+`legalize.py` makes of our decoders; a test compares all of it with compiled artifacts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.compiler.plan.account import Architecture, Cache, Weight
+from moec.compiler.spec.quantization import WeightScheme
+from moec.targets.xnnpack.options import Options
+
+_ROWS, _INPUTS = 16, 8  # kernel/format.h: kBlockRows, kUnit
+_DELEGABLE = {"attention": "attention", "ffn": "ffn", "shared": "ffn", "head": "head", "embedding": "head"}
+# Bytes of the program per instruction of one method (two methods are stored): 242 to 322 seen in four artifacts.
+_PROGRAM_PER_INSTRUCTION = 310
+# The runner with a model open and nothing run: its own pages and those of libexecutorch, measured on x86-64 Linux.
+_RUNTIME = 10_000_000
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class XnnpackFootprint:
+    target = "xnnpack"
+    checked = "artifacts and processes of x86-64 Linux"
+
+    def weight_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
+        if scheme is None or weight.columns == 1:
+            return 4 * weight.numel
+        codes = _up(weight.rows, _ROWS) * _up(weight.columns, _INPUTS) * scheme.bits // 8
+        if scheme.axis == "out":
+            scales = weight.rows // scheme.group_size * _up(weight.columns, _INPUTS)
+        else:
+            scales = _up(weight.rows, _ROWS) * (weight.columns // scheme.group_size)
+        return weight.count * (codes + 2 * scales)
+
+    def copied_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
+        return self.weight_bytes(weight, scheme, options) if self._delegated(weight, scheme, options) else 0
+
+    def _delegated(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> bool:
+        """Whether XNNPACK serves this linear (legalize_linear.py: `auto` gives it float weights, the head apart)."""
+        section = _DELEGABLE.get(weight.role)
+        # a shared expert is part of the fused block; a table is looked up, not multiplied, unless it is the head
+        if section is None or weight.columns == 1 or weight.role in ("shared", "embedding"):
+            return False
+        kernels = options.kernels if isinstance(options, Options) else Options().kernels
+        chosen = getattr(kernels, section)
+        return chosen == "xnnpack" or (chosen == "auto" and scheme is None and section != "head")
+
+    def cache_bytes(self, cache: Cache, kind: str, positions: int) -> int:
+        width = cache.key_width + cache.value_width
+        # INT8 rows have one float scale per position and head, for keys and for values
+        return positions * cache.kv_heads * (width + 8 if kind == "int8" else 4 * width)
+
+    def constant_bytes(self, architecture: Architecture, positions: int) -> int:
+        """Cosines and sines, float32 [positions, d / 2] each."""
+        return positions * 4 * (architecture.caches[0].key_width if architecture.caches else 0)
+
+    def program_bytes(self, architecture: Architecture) -> int:
+        return 2 * _PROGRAM_PER_INSTRUCTION * self.instructions(architecture)
+
+    def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
+        """The arena of `forward`, as far as `tokens` tokens touch it, and the scratch of the widest kernel.
+
+        Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q and k) and a dense
+        feed-forward block (gate and up, both halves, their product twice); the logits of one token share its space.
+        """
+        d, cache = architecture.d_model, architecture.caches[0]
+        q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
+        attention = 2 * (q + 2 * kv) + q + kv
+        arena = 4 * tokens * (d + max(attention, 5 * architecture.ffn_width) + cache.key_width)
+        logits = 4 * architecture.vocab_size
+        return max(arena, logits) + logits + self._scratch(architecture, tokens)
+
+    def _scratch(self, architecture: Architecture, tokens: int) -> int:
+        """kernel/moe_run.cpp: inputs, hidden rows and outputs of every (token, expert) pair; quantized copies."""
+        moe = architecture.experts
+        if moe is None:
+            return tokens * max(architecture.ffn_width, architecture.d_model)
+        pairs = tokens * moe.top_k
+        per_pair = 4 * (2 * architecture.d_model + 3 * moe.width) + architecture.d_model + moe.width
+        return pairs * per_pair + tokens * (5 * moe.shared_width + 4 * moe.experts)
+
+    def runtime_bytes(self) -> int:
+        return _RUNTIME
+
+    def instructions(self, architecture: Architecture) -> int:
+        """Of `forward`: 20 a layer with fused experts, 24 with a dense block, and 10 around them."""
+        sparse = architecture.experts.layers if architecture.experts else 0
+        return 10 + 20 * sparse + 24 * (architecture.layers - sparse)
+
+    def chunk(self, options: Any) -> int:
+        return options.max_tokens if isinstance(options, Options) else Options().max_tokens
+
+
+FOOTPRINT = XnnpackFootprint()
