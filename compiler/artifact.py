@@ -280,7 +280,7 @@ def _alive(pid: int) -> bool:
 
 def _flush(folder: Path) -> None:
     """Bring the files to the disk before the rename: a machine that loses power must not find a hollow artifact."""
-    for file in folder.iterdir():
+    for file in (path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 

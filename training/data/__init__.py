@@ -1,0 +1,1 @@
+"""Text into memory-mapped corpora, corpora into batches."""
