@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.compiler.errors import UserError
+
 if TYPE_CHECKING:
     from moec.compiler.checkpoints import Inspection
     from moec.compiler.spec import Spec
@@ -25,17 +27,29 @@ def synthesize(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     qat: Annotated[bool, typer.Option("--qat", help="Packed INT4, as QAT checkpoints are released.")] = False,
+    router: Annotated[
+        str, typer.Option(help="clustered: experts prefer random kinds of tokens; structured: topics of real text.")
+    ] = "clustered",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """Write a random checkpoint in the released layout: for CI, and where the gated weights are not at hand.
 
     Example: [bold]moec checkpoint synthesize specs/models/mobilemoe-tiny.yaml --out build/tiny --seed 1 --qat[/bold]
     """
+    if router not in ("clustered", "structured"):
+        raise UserError(f"--router {router[:40]!r} is not known", remedy="use clustered or structured")
     from moec.compiler import checkpoints
     from moec.compiler.progress import Progress
     from moec.compiler.spec import load_spec
 
-    checkpoints.synthesize(load_spec(spec), out, seed=seed, qat=qat, progress=Progress(quiet=quiet))
+    checkpoints.synthesize(
+        load_spec(spec),
+        out,
+        seed=seed,
+        qat=qat,
+        router="structured" if router == "structured" else "clustered",
+        progress=Progress(quiet=quiet),
+    )
     print(out)
 
 

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "bench.h"
+#include "json_text.h"
 #include "moec_runtime.h"
+#include "profile.h"
 
 namespace {
 
@@ -28,13 +30,19 @@ const char kUsage[] =
     "  --stop             end at a stop token\n"
     "  --threads N        threads (default: one per core)\n"
     "  --seed N           of --prompt-length (default 1)\n"
-    "  --json             one JSON object instead of text\n";
+    "  --json             one JSON object instead of text\n"
+    "  --profile          memory, rates and expert use along one pass over the prompt, as JSON\n"
+    "  --points N,N,...   lengths of context to measure at (default: the whole prompt)\n"
+    "  --follow           decode the ids that follow in the prompt, not the model's own\n"
+    "  --warm N           further passes with every page in memory, for rates alone (default 0)\n"
+    "  --drop-cache       first let the system forget the file, so that only what is used is read\n";
 
 struct Options {
   std::string model, tokens;
   int64_t prompt_length = 0, threads = 0, seed = 1;
-  bool json = false;
+  bool json = false, profile = false, drop_cache = false;
   BenchOptions bench;
+  ProfileOptions points;
 };
 
 bool fail(const std::string& message) {
@@ -52,6 +60,18 @@ bool number(const char* name, const char* text, int64_t low, int64_t* value) {
   return true;
 }
 
+bool numbers_of(const char* name, const char* text, std::vector<int64_t>* values) {
+  std::string rest = text ? text : "";
+  for (;;) {
+    const size_t comma = rest.find(',');
+    int64_t value = 0;
+    if (!number(name, rest.substr(0, comma).c_str(), 1, &value)) return false;
+    values->push_back(value);
+    if (comma == std::string::npos) return true;
+    rest.erase(0, comma + 1);
+  }
+}
+
 bool parse(int argc, char** argv, Options* o) {
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
@@ -63,7 +83,7 @@ bool parse(int argc, char** argv, Options* o) {
     } numbers[] = {{"--prompt-length", 1, &o->prompt_length}, {"--decode", 0, &o->bench.decode},
                    {"--context", 0, &o->bench.context},       {"--chunk", 1, &o->bench.chunk},
                    {"--repeats", 1, &o->bench.repeats},       {"--threads", 1, &o->threads},
-                   {"--seed", 0, &o->seed}};
+                   {"--seed", 0, &o->seed},                   {"--warm", 0, &o->points.warm}};
     bool known = false;
     for (const auto& option : numbers) {
       if (name != option.name) continue;
@@ -76,6 +96,15 @@ bool parse(int argc, char** argv, Options* o) {
       o->json = true;
     } else if (name == "--stop") {
       o->bench.stop = true;
+    } else if (name == "--profile") {
+      o->profile = true;
+    } else if (name == "--follow") {
+      o->points.follow = true;
+    } else if (name == "--drop-cache") {
+      o->drop_cache = true;
+    } else if (name == "--points") {
+      if (!numbers_of("--points", next, &o->points.points)) return false;
+      ++i;
     } else if (name == "--tokens") {
       if (!next) return fail("--tokens: a file is missing");
       o->tokens = next;
@@ -122,37 +151,6 @@ double seconds() {
 
 double rate(double tokens, double time) { return time > 0 ? tokens / time : 0.0; }
 
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    if (static_cast<unsigned char>(c) < 0x20) {
-      char code[8];
-      std::snprintf(code, sizeof code, "\\u%04x", c);
-      out += code;
-    } else {
-      out += c;
-    }
-  }
-  return out + "\"";
-}
-
-std::string list(const std::vector<double>& values) {
-  std::string out = "[";
-  for (const double v : values) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%s%.6g", out.size() > 1 ? ", " : "", v);
-    out += text;
-  }
-  return out + "]";
-}
-
-std::string list(const std::vector<int64_t>& values) {
-  std::string out = "[";
-  for (const int64_t v : values) out += (out.size() > 1 ? ", " : "") + std::to_string(v);
-  return out + "]";
-}
-
 void report(const Options& o, const moec_model_info& info, double load_s, const BenchResult& r) {
   const double prefill_s = median(r.prefill_s);
   const double token_s = median(r.decode_token_s);
@@ -183,6 +181,21 @@ void report(const Options& o, const moec_model_info& info, double load_s, const 
               moec_model_isa(), peak, anonymous);
 }
 
+int profile(const Options& o, LoadReport load, moec_model* model) {
+  ProfileOptions options = o.points;
+  options.prompt = o.bench.prompt;
+  options.decode = o.bench.decode;
+  moec_model_memory(model, &load.loaded);
+  ProfileResult result;
+  const std::string fault = run_profile(model, options, &result);
+  if (!fault.empty()) {
+    fail(fault);
+    return kUserError;
+  }
+  std::printf("%s\n", profile_json(o.model, model, load, options, result).c_str());
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -192,10 +205,14 @@ int main(int argc, char** argv) {
     return kUserError;
   }
   if (!o.tokens.empty() && !read_tokens(o.tokens, &o.bench.prompt)) return kUserError;
+  LoadReport load;
+  moec_model_memory(nullptr, &load.before);
+  if (o.drop_cache) load.dropped = moec_forget_cached(o.model.c_str()) == 0;
+  load.cached_bytes = o.profile ? moec_cached_bytes(o.model.c_str()) : 0;
   const double begin = seconds();
   const std::unique_ptr<moec_model, void (*)(moec_model*)> model(
       moec_model_open(o.model.c_str(), static_cast<int32_t>(o.threads)), moec_model_close);
-  const double load_s = seconds() - begin;
+  load.seconds = seconds() - begin;
   const std::string error = moec_model_error(model.get());
   if (!error.empty()) {
     fail(o.model + ": " + error);
@@ -204,12 +221,13 @@ int main(int argc, char** argv) {
   moec_model_info info = {};
   moec_model_get_info(model.get(), &info);
   if (o.prompt_length > 0) o.bench.prompt = spread_tokens(o.prompt_length, info.vocab_size, static_cast<uint64_t>(o.seed));
+  if (o.profile) return profile(o, load, model.get());
   BenchResult result;
   const std::string fault = run_bench(model.get(), o.bench, &result);
   if (!fault.empty()) {
     fail(fault);
     return kUserError;
   }
-  report(o, info, load_s, result);
+  report(o, info, load.seconds, result);
   return 0;
 }

@@ -8,7 +8,6 @@
 #include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -29,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "moec_kernel.h"
 #include "ops_executorch.h"
 
@@ -122,6 +122,7 @@ class Arena {
     if (data_) munmap(data_, size_);
   }
   uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
 
  private:
   uint8_t* data_;
@@ -430,22 +431,41 @@ int32_t moec_model_set_isa(const char* name) { return moec_set_isa(name) == MOEC
 
 const char* moec_model_isa(void) { return moec_get_isa(); }
 
-int64_t moec_peak_rss(void) {
-  struct rusage usage = {};
-  if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
-#if defined(__APPLE__)
-  return usage.ru_maxrss;
-#else
-  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
-#endif
-}
+int64_t moec_peak_rss(void) { return peak_resident(); }
 
 int64_t moec_anonymous_rss(void) {
-  std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen("/proc/self/status", "r"), [](FILE* f) { return f ? std::fclose(f) : 0; });
-  if (!file) return 0;
-  char line[256];
-  long long kilobytes = 0;
-  while (std::fgets(line, sizeof line, file.get()))
-    if (std::sscanf(line, "RssAnon: %lld kB", &kilobytes) == 1) break;
-  return kilobytes * 1024;
+  ProcessMemory process;
+  return read_process_memory("", &process) ? process.anonymous : 0;
 }
+
+int32_t moec_model_memory(moec_model* model, moec_memory* memory) {
+  if (!memory) return -1;
+  *memory = {};
+  ProcessMemory process;
+  try {
+    if (!read_process_memory(model ? model->path : "", &process)) return -1;
+    memory->resident = process.resident;
+    memory->weights = process.file_mapped;
+    memory->anonymous = process.anonymous;
+    memory->libraries = process.other_files;
+    if (!model) return 0;
+    memory->file_cached = std::max<int64_t>(cached_bytes(model->path), 0);
+    // memory planning puts activations into the first arena and what methods share, the caches, into those behind it
+    for (size_t i = 0; i < model->arenas.size(); ++i)
+      (i == 0 ? memory->activations : memory->caches) +=
+          std::max<int64_t>(resident_bytes(model->arenas[i].data(), model->arenas[i].size()), 0);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
+
+int64_t moec_cached_bytes(const char* path) {
+  try {
+    return path ? cached_bytes(path) : -1;
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
+
+int32_t moec_forget_cached(const char* path) { return path && forget_cached(path) ? 0 : -1; }

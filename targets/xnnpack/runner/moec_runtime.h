@@ -57,6 +57,25 @@ MOEC_RUNTIME_API const char* moec_model_isa(void);
 MOEC_RUNTIME_API int64_t moec_peak_rss(void);
 MOEC_RUNTIME_API int64_t moec_anonymous_rss(void);
 
+// What is resident now, bytes; all zero where the system does not tell (it does on Linux and Android).
+typedef struct moec_memory {
+  int64_t resident;     // the whole process: anonymous + weights + libraries
+  int64_t weights;      // pages of the model's file that this process has touched
+  int64_t anonymous;    // heap, stacks and arenas
+  int64_t libraries;    // pages of all other files
+  int64_t caches;       // of `anonymous`: the arenas that keep their contents between calls (KV cache)
+  int64_t activations;  // of `anonymous`: the arena of activations
+  int64_t file_cached;  // pages of the model's file in the system's page cache: what was touched, and what was read ahead
+} moec_memory;
+
+// model NULL: the process alone. 0, or -1 where the system does not tell.
+MOEC_RUNTIME_API int32_t moec_model_memory(moec_model* model, moec_memory* memory);
+
+// Pages of a file in the page cache, bytes (-1: unknown); asks the system to forget them (0, or -1 if it did not agree; it
+// keeps pages that a process has mapped).
+MOEC_RUNTIME_API int64_t moec_cached_bytes(const char* path);
+MOEC_RUNTIME_API int32_t moec_forget_cached(const char* path);
+
 #ifdef __cplusplus
 }
 #endif

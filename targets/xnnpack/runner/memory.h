@@ -1,0 +1,31 @@
+// What of this process is in memory, page by page: the system's own accounts (Linux), no estimates.
+#ifndef MOEC_MEMORY_H_
+#define MOEC_MEMORY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+struct ProcessMemory {
+  int64_t resident = 0;       // every page the process is charged with
+  int64_t anonymous = 0;      // pages without a file: heap, stacks, arenas
+  int64_t file_mapped = 0;    // pages of `file` that this process has mapped
+  int64_t other_files = 0;    // pages of other files: the program, its libraries
+};
+
+// Sums /proc/self/smaps; false where there is none. `file` may be empty.
+bool read_process_memory(const std::string& file, ProcessMemory* memory);
+
+// Pages of [data, data + length) that are in memory, in bytes; -1 if the system does not tell.
+int64_t resident_bytes(const void* data, size_t length);
+
+// Pages of `file` in the system's page cache, mapped by anyone or not, in bytes; -1 if the system does not tell.
+int64_t cached_bytes(const std::string& file);
+
+// Asks the system to forget the pages of `file`; it keeps those that another process has mapped.
+bool forget_cached(const std::string& file);
+
+// The largest resident set of this process so far, bytes; 0 if unknown.
+int64_t peak_resident();
+
+#endif  // MOEC_MEMORY_H_
