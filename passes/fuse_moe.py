@@ -16,7 +16,15 @@ from torch.fx import Node
 from moec.compiler.errors import CompileError
 from moec.compiler.matching.experts import expert_indexed
 from moec.compiler.matching.graph import PostDominators
-from moec.compiler.matching.moe import MoeBlock, SharedExpert, check_closed, combine_of, read_block, read_shared
+from moec.compiler.matching.moe import (
+    MoeBlock,
+    SharedExpert,
+    Stack,
+    check_closed,
+    combines_of,
+    read_block,
+    read_shared,
+)
 from moec.compiler.matching.read import Stuck, aten, is_op
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import Pass, PassResult, Refusal
@@ -35,21 +43,17 @@ def _run(program: Program) -> PassResult:
     refusals: list[Refusal] = []
     changed = 0
     paths = PostDominators(edit.graph)
-    ends: dict[Node, None] = {}
+    candidates: dict[tuple[Node, ...], None] = {}
     for node in edit.graph.nodes:
         if not is_op(node, aten.topk.default):
             continue
         try:
-            end = combine_of(node, paths)
+            candidates.setdefault(tuple(combines_of(node, paths)))
         except Stuck as stuck:
             refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
-            continue
-        if end is not None:
-            ends.setdefault(end)
-    for end in ends:
+    for ends in filter(None, candidates):
         try:
-            block = read_shared(edit, read_block(edit, end))
-            check_closed(edit, block)
+            block = _read(edit, ends)
         except Stuck as stuck:
             refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
             continue
@@ -66,11 +70,26 @@ def _run(program: Program) -> PassResult:
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 
+def _read(edit: Editor, ends: tuple[Node, ...]) -> MoeBlock:
+    """The block that ends at one of `ends`; Stuck where the last of them is: the only one that cannot be scores."""
+    for end in ends:
+        try:
+            block = read_shared(edit, read_block(edit, end))
+            check_closed(edit, block)
+            return block
+        except Stuck:
+            if end is ends[-1]:
+                raise
+    raise AssertionError("no end")
+
+
 def _rewrite(edit: Editor, block: MoeBlock) -> None:
     shared_w13 = shared_w2 = None
     if block.shared is not None:
         shared_w13, shared_w2 = _stacked_gate_up(edit, block.shared), block.shared.down
-    w13 = block.w13 if block.up is None else _joined_experts(edit, block.w13, block.up, block.experts.layout)
+    w13, b13, w2, b2 = (_made(edit, w) for w in (block.w13, block.b13, block.w2, block.b2))
+    if block.up is not None:
+        w13 = _joined_experts(edit, w13, block.up, block.experts.layout)
     with edit.graph.inserting_before(block.end):
         fused = edit.call(
             fused_moe,
@@ -80,9 +99,9 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
             block.router_bias,
             block.selection_bias,
             w13,
-            block.b13,
-            block.w2,
-            block.b2,
+            b13,
+            w2,
+            b2,
             shared_w13,
             shared_w2,
             None if block.shared is None else block.shared.scale_weight,
@@ -99,15 +118,61 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
         (block.router_bias, Role.ROUTER),
         (block.selection_bias, Role.ROUTER),
         (w13, Role.EXPERT),
-        (block.b13, Role.OTHER),
-        (block.b2, Role.OTHER),
-        (block.w2, Role.EXPERT),
+        (b13, Role.OTHER),
+        (b2, Role.OTHER),
+        (w2, Role.EXPERT),
         (shared_w2, Role.SHARED),
         (None if block.shared is None else block.shared.scale_weight, Role.ROUTER),  # it scales, and stays in float
     ):
         name = edit.weight_of(node) if node is not None else None
         if name is not None:
             edit.roles[name] = role
+
+
+def _made(edit: Editor, weight: Node | Stack | None) -> Node | None:
+    """`weight`, or a new one that reads the pieces of a stack when it is loaded, expert by expert."""
+    if not isinstance(weight, Stack):
+        return weight
+    names = [[(str(edit.weight_of(p.weight)), p.index) for p in pieces] for pieces in weight.pieces]
+    sources = {name: edit.weights[name] for pieces in names for name, _ in pieces}
+    shape, dtype = weight.shape(), next(iter(sources.values())).dtype
+
+    def load() -> torch.Tensor:
+        result = torch.empty(shape, dtype=dtype)
+        stacked: dict[str, torch.Tensor] = {}  # sources that hold more than one expert are read once
+        for expert, pieces in enumerate(names):
+            start = 0
+            for name, index in pieces:
+                if index is None:
+                    part = sources[name].load()
+                else:
+                    part = stacked.setdefault(name, stacked[name] if name in stacked else sources[name].load())[index]
+                size = part.shape[weight.out_dim]
+                result[expert].narrow(weight.out_dim, start, size).copy_(part)
+                start += size
+        return result
+
+    name = _unique(edit, _stack_name(names))
+    return edit.add_weight(name, LazyWeight(shape, dtype, load), Role.EXPERT)
+
+
+def _stack_name(names: list[list[tuple[str, int | None]]]) -> str:
+    """What the names of all experts share: `a.3.gate.weight`, `a.3.up.weight`, ... -> `a.gate+up.weight`."""
+    common = []
+    for column in zip(*names, strict=True):
+        parts = [name.split(".") for name, _ in column]
+        if len({len(p) for p in parts}) > 1:
+            return "+".join(name for name, _ in names[0])
+        common.append([words[0] for words in zip(*parts, strict=True) if len(set(words)) == 1])
+    if len({len(c) for c in common}) > 1 or not common[0]:
+        return "+".join(name for name, _ in names[0])
+    return ".".join("+".join(dict.fromkeys(words)) for words in zip(*common, strict=True))
+
+
+def _unique(edit: Editor, name: str) -> str:
+    if edit.placeholder_of(name) is None:
+        return name
+    return next(n for i in itertools.count(2) if edit.placeholder_of(n := f"{name}_{i}") is None)
 
 
 def _joined_experts(edit: Editor, gate: Node, up: Node, layout: str) -> Node:
@@ -127,8 +192,7 @@ def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:
     prefix, _, leaf = gate_name.rpartition(".")
     parent = prefix.rpartition(".")[0]
     name = f"{parent}.gate_up_proj.{leaf}" if parent else f"{gate_name}+{up_name}"
-    if edit.placeholder_of(name) is not None:  # another weight of the model, or of a block that shares this one's
-        name = next(n for i in itertools.count(2) if edit.placeholder_of(n := f"{name}_{i}") is None)
+    name = _unique(edit, name)  # there may be such a weight, or a block that shares this one's
     return edit.add_weight(name, stacked(edit.weights[gate_name], edit.weights[up_name], name), Role.SHARED)
 
 

