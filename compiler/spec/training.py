@@ -79,10 +79,38 @@ class TrainingStage(Section):
     quantization: Literal["none", "from_spec"] = Field(
         default="none", description="from_spec trains with the rounding of the spec's quantization section"
     )
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="tokens of one forward and backward in one process; default: batch_tokens"
+    )
+    log_every: Annotated[int, Field(ge=1)] = Field(default=10, description="steps between lines of metrics.jsonl")
+    eval_every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="steps between evaluations; there is always one before the first and after the last"
+    )
+    eval_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=16384, description="held-out tokens of each domain in one evaluation"
+    )
+    checkpoint_every: Annotated[int, Field(ge=1)] = Field(
+        default=200, description="steps between saved states, from which --resume continues"
+    )
+
+    @property
+    def rows(self) -> int:
+        """Sequences in one optimizer step."""
+        return self.batch_tokens // self.context
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: the fewest that see `tokens` tokens."""
+        return -(-self.tokens // (self.rows * self.context))
 
     @classmethod
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
-        context, batch = raw.get("context"), raw.get("batch_tokens")
+        context, batch, micro = raw.get("context"), raw.get("batch_tokens"), raw.get("micro_batch_tokens")
+        if type(context) is int and type(micro) is int and 1 <= micro < context:
+            yield Fault(
+                ("micro_batch_tokens",),
+                f"must hold at least one sequence of {shown(context)} tokens, got {shown(micro)}",
+            )
         if type(context) is int and type(batch) is int and 1 <= batch < context:
             yield Fault(
                 ("batch_tokens",), f"must hold at least one sequence of {shown(context)} tokens, got {shown(batch)}"
@@ -105,6 +133,9 @@ class Training(Section):
 
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False, min_length=1)]
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    expert_parallel: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="processes that share the experts of a layer; default: all of a run"
+    )
 
     @classmethod
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:

@@ -1,0 +1,146 @@
+"""Weights into and out of a trained model: initial values, checkpoints read, checkpoints in the released layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moec.compiler.artifact import replacing
+from moec.compiler.checkpoints import open_store
+from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
+from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
+from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, packed_names
+from moec.compiler.errors import CompileError
+from moec.compiler.model.layout import WeightInfo, weight_layout
+from moec.compiler.program import Role
+from moec.compiler.quant import QuantizedTensor
+from moec.compiler.spec.model import DecoderConfig
+from moec.compiler.spec.quantization import Quantization
+from moec.training.model import TrainingDecoder
+from moec.training.rounding import Rounding
+
+_STD = 0.02  # of initial weights, as GPT-2 and its successors use it
+
+
+def initial_weights(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by name, float32: the same for a seed in any number of processes.
+
+    Gaussian of standard deviation 0.02; what writes into the residual stream (`o_proj`, `down_proj`) is divided by
+    sqrt(2 * layers), so that the stream keeps its size at any depth (Radford et al. 2019). Norms 1, selection bias 0.
+    """
+    for info in weight_layout(config).values():
+        yield info.name, _initial(info, config, seed)
+
+
+def _initial(info: WeightInfo, config: DecoderConfig, seed: int) -> Tensor:
+    if info.role is Role.NORM:
+        return torch.ones(info.shape)
+    if info.name.endswith(".expert_bias"):
+        return torch.zeros(info.shape)
+    writes = info.name.endswith((".o_proj.weight", ".down_proj.weight", ".down_proj"))
+    std = _STD / math.sqrt(2 * config.layers) if writes else _STD
+    digest = hashlib.sha256(f"{seed}:{info.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.randn(info.shape, generator=generator).mul_(std)
+
+
+def stored_weights(folder: str | Path, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a checkpoint by name, float32 (INT4 codes dequantized). CheckpointError if it does not fit."""
+    store = open_store(folder, config)
+    for name in weight_layout(config):
+        yield name, store[name].load()
+
+
+@torch.no_grad()
+def load_weights(model: TrainingDecoder, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy every weight into a whole (not sharded) model; all of them must be given."""
+    places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = set(weight_layout(model.config))
+    for name, value in weights:
+        places[name].copy_(value)
+        missing.discard(name)
+    assert not missing, f"weights not given: {sorted(missing)[:3]}"
+
+
+def load_model(folder: str | Path, config: DecoderConfig, rounding: Rounding | None = None) -> TrainingDecoder:
+    """A checkpoint as a model in evaluation mode. With `rounding` it computes as QAT does on these weights."""
+    model = TrainingDecoder(config, rounding)
+    load_weights(model, stored_weights(folder, config))
+    return model.eval()
+
+
+def packing_faults(config: DecoderConfig, quantization: Quantization) -> list[str]:
+    """Why the packed layout cannot hold a model rounded by `quantization`: lines for people, none if it can."""
+    faults = []
+    for role in PACKED_ROLES:
+        if not any(info.role is role for info in weight_layout(config).values()):
+            continue
+        scheme = quantization.scheme(role)
+        wanted = "out" if role is Role.EXPERT else "in"
+        if scheme is None or (scheme.bits, scheme.group_size, scheme.axis) != (4, GROUP_SIZE, wanted):
+            found = "fp32" if scheme is None else f"int{scheme.bits}, groups of {scheme.group_size} along {scheme.axis}"
+            faults.append(
+                f"{role.value} is {found}, the packed layout holds int4, groups of {GROUP_SIZE} along {wanted}"
+            )
+    return faults
+
+
+def write_checkpoint(
+    out: Path,
+    config: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer: Path | None,
+    rounding: Rounding | None = None,
+) -> None:
+    """Write float32 `weights` (all names of the layout) as a checkpoint folder that replaces what stood at `out`.
+
+    BF16 with a float32 router matrix; with `rounding`, the packed INT4 layout with the codes that training computed
+    with; with a `rounding.bits` other than 4, which no packed layout holds, float32 values of those codes and scales.
+    """
+    packed = rounding is not None and rounding.bits in (None, 4)
+    layout = [part for info in weight_layout(config).values() for part in _parts(info, packed, rounding)]
+    with replacing(out, marker=CONFIG, kind="a checkpoint") as folder:
+        (folder / CONFIG).write_text(json.dumps(config_to_json(config, packed=packed), indent=2) + "\n", "utf-8")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
+        with SafetensorsWriter(folder / "model.safetensors", layout) as writer:
+            for info in weight_layout(config).values():
+                for name, value in _values(info, weights[info.name].detach().cpu(), packed, rounding):
+                    writer.write(name, [value])
+
+
+def _parts(info: WeightInfo, packed: bool, rounding: Rounding | None) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    if packed and info.role in PACKED_ROLES:
+        codes, scales = packed_names(info.name)
+        lead, width = info.shape[:-1], info.shape[-1]
+        return [
+            (codes, torch.uint8, (*lead, width // 2)),
+            (scales, torch.float16, (*lead, width // GROUP_SIZE)),
+        ]
+    is_router = info.role is Role.ROUTER and len(info.shape) == 2
+    is_rounded = rounding is not None and info.role in PACKED_ROLES
+    return [(info.name, torch.float32 if is_router or is_rounded else torch.bfloat16, info.shape)]
+
+
+def _values(info: WeightInfo, value: Tensor, packed: bool, rounding: Rounding | None) -> Iterator[tuple[str, Tensor]]:
+    rounds = rounding.weight(info.role) if rounding is not None else None
+    parts = _parts(info, packed, rounding)
+    if rounds is None or info.role not in PACKED_ROLES:
+        yield parts[0][0], value.to(parts[0][1])
+        return
+    if not packed:
+        yield parts[0][0], rounds(value).detach()
+        return
+    quantized: QuantizedTensor = rounds.quantized(value)
+    if not torch.isfinite(quantized.scales).all():
+        raise CompileError(f"{info.name} has weights that float16 scales cannot hold", remedy="lower the learning rate")
+    yield parts[0][0], quantized.codes
+    yield parts[1][0], quantized.scales

@@ -1,0 +1,235 @@
+"""The decoder as it is trained: the mathematics of `compiler/model/decoder.py` on batches of packed documents.
+
+Module paths are the tensor names of checkpoints. Differences from the compiler's module, which exports and runs one
+sequence with a cache: several rows at once, attention and positions that stay within a document, experts computed on
+sorted rows, optional rounding (`training/rounding.py`), and the sums that losses and balancing need.
+
+B rows, T tokens of a row, N = B * T, D d_model, H query heads, G KV heads, d head_dim, Q rotary pairs, E experts,
+K experts per token, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moec.compiler.model.decoder import apply_rope
+from moec.compiler.model.rope import rope_tables
+from moec.compiler.program import Role
+from moec.compiler.spec.model import DecoderConfig
+from moec.training.experts import Compute
+from moec.training.moe import MoeBlock
+from moec.training.parts import GatedMlp, Linear, RmsNorm, Weight
+from moec.training.rounding import Rounding
+
+_LOSS_TOKENS = 4096  # rows of logits held at once
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Sums over one batch. nll, weight: of -log p(target) and of the loss mask, float32 []. z: of logsumexp(router
+    logits)^2 over tokens and layers, float32 []. load_LE: pairs that selected each expert, int64. dropped_L: pairs not
+    computed, int64. hits: targets that were the most probable token, weighted by the mask, float32 [].
+    """
+
+    nll: Tensor
+    weight: Tensor
+    hits: Tensor
+    z: Tensor
+    load_LE: Tensor
+    dropped_L: Tensor
+
+
+class Attention(nn.Module):
+    """Grouped-query attention within documents."""
+
+    def __init__(self, config: DecoderConfig, rounding: Rounding | None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.interleaved, self.qk_norm, self.eps = config.rope.interleaved, config.qk_norm, config.norm_eps
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = Linear(config.d_model, width, Role.ATTENTION, rounding)
+        self.k_proj = Linear(config.d_model, kv_width, Role.ATTENTION, rounding)
+        self.v_proj = Linear(config.d_model, kv_width, Role.ATTENTION, rounding)
+        self.o_proj = Linear(width, config.d_model, Role.ATTENTION, rounding)
+        self._round_input = rounding.activations(Role.ATTENTION) if rounding else None
+        self._round_cache = rounding.cache if rounding else None
+
+    def forward(self, x_BTD: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, mask_B1TT: Tensor) -> Tensor:
+        x_BTD = _rounded(self._round_input, x_BTD)
+        q_BHTd = self._heads_first(self.q_proj(x_BTD), self.heads)
+        k_BGTd = self._heads_first(self.k_proj(x_BTD), self.kv_heads)
+        v_BGTd = self._heads_first(self.v_proj(x_BTD), self.kv_heads)
+        dtype = v_BGTd.dtype
+        # heads first, so that the angles [B, T, Q] broadcast over them
+        q_BHTd = apply_rope(q_BHTd, cos_BTQ, sin_BTQ, interleaved=self.interleaved)
+        k_BGTd = apply_rope(k_BGTd, cos_BTQ, sin_BTQ, interleaved=self.interleaved)
+        if self.qk_norm:
+            q_BHTd = F.rms_norm(q_BHTd, (self.head_dim,), eps=self.eps)
+            k_BGTd = F.rms_norm(k_BGTd, (self.head_dim,), eps=self.eps)
+        k_BGTd, v_BGTd = _rounded(self._round_cache, k_BGTd), _rounded(self._round_cache, v_BGTd)
+        y_BHTd = F.scaled_dot_product_attention(
+            q_BHTd.to(dtype),
+            k_BGTd.to(dtype),
+            v_BGTd,
+            attn_mask=mask_B1TT.to(dtype),
+            scale=self.head_dim**-0.5,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return self.o_proj(_rounded(self._round_input, y_BHTd.transpose(1, 2).flatten(-2)))
+
+    def _heads_first(self, x_BTHd: Tensor, heads: int) -> Tensor:
+        return x_BTHd.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+
+def _rounded(rounding: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    return x if rounding is None else rounding(x)
+
+
+class DecoderLayer(nn.Module):
+    """Returns the stream and the block's sums: (z [], load [E], dropped []), of no experts where the block is dense."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rounding: Rounding | None, compute: Compute) -> None:
+        super().__init__()
+        self.windowed = config.window(layer) > 0
+        self.input_layernorm = RmsNorm(config.d_model, config.norm_eps, rounding)
+        self.self_attn = Attention(config, rounding)
+        self.post_attention_layernorm = RmsNorm(config.d_model, config.norm_eps, rounding)
+        self.feed_forward: MoeBlock | GatedMlp
+        if config.moe is not None:
+            self.feed_forward = MoeBlock(config.d_model, config.moe, rounding, compute)
+        else:
+            assert config.ffn_width is not None
+            self.feed_forward = GatedMlp(config.d_model, config.ffn_width, Role.FFN, rounding)
+
+    def forward(
+        self, x_BTD: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, mask_B1TT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTQ, sin_BTQ, mask_B1TT)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.feed_forward, MoeBlock):
+            y_ND, z, load_E, dropped = self.feed_forward(h_BTD.flatten(0, 1))
+            return x_BTD + y_ND.view_as(x_BTD), z, load_E, dropped
+        none = torch.zeros((), dtype=torch.int64, device=x_BTD.device)
+        return x_BTD + self.feed_forward(h_BTD), x_BTD.new_zeros((), dtype=torch.float32), none.new_zeros(0), none
+
+
+class _Body(nn.Module):
+    """What the checkpoints call `model`: everything but the head."""
+
+    def __init__(self, config: DecoderConfig, rounding: Rounding | None, compute: Compute) -> None:
+        super().__init__()
+        self.embed_tokens = Weight((config.vocab_size, config.d_model), Role.EMBEDDING, rounding)
+        self.layers = nn.ModuleList(DecoderLayer(config, n, rounding, compute) for n in range(config.layers))
+        self.norm = RmsNorm(config.d_model, config.norm_eps, rounding)
+
+
+class TrainingDecoder(nn.Module):
+    """The whole model, float32 parameters, uninitialised until loaded by name.
+
+    capacity_factor: rows an expert computes in training, as a multiple of an even share; None computes every pair, as
+    evaluation always does. It is plain state: a stage sets it.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: DecoderConfig, rounding: Rounding | None = None, compute: Compute = "grouped") -> None:
+        super().__init__()
+        self.config = config
+        self.model = _Body(config, rounding, compute)
+        role = Role.EMBEDDING if config.tied_embeddings else Role.HEAD
+        shape = (config.vocab_size, config.d_model)
+        self.lm_head = None if config.tied_embeddings else Weight(shape, Role.HEAD, rounding)
+        self._round_head = rounding.activations(role) if rounding else None
+        cos_SQ, sin_SQ = rope_tables(config.rope, config.context, config.head_dim)
+        self.register_buffer("rope_cos", cos_SQ, persistent=False)
+        self.register_buffer("rope_sin", sin_SQ, persistent=False)
+
+    @property
+    def blocks(self) -> list[MoeBlock]:
+        """The MoE blocks in order; empty for a dense model."""
+        layers = (layer.feed_forward for layer in self.model.layers)
+        return [block for block in layers if isinstance(block, MoeBlock)]
+
+    def set_capacity(self, factor: float | None) -> None:
+        for block in self.blocks:
+            block.capacity_factor = factor
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(logits [B, T, V] float32,) without targets; with them the fields of `Forward`, as a tuple.
+
+        tokens, targets int64 [B, T]; documents int [B, T], equal for tokens that may see each other, contiguous;
+        mask float32 [B, T], the weight of each position's loss. T is at most the model's context.
+        """
+        if documents_BT is None:
+            documents_BT = torch.zeros_like(tokens_BT)
+        positions_BT = document_positions(documents_BT)
+        cos_BTQ, sin_BTQ = self.rope_cos[positions_BT], self.rope_sin[positions_BT]
+        masks = attention_masks(documents_BT, self.config)
+        embedding_VD = self.model.embed_tokens()
+        x_BTD = F.embedding(tokens_BT, embedding_VD)
+        zs, loads, drops = [], [], []
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            x_BTD, z, load_E, dropped = layer(x_BTD, cos_BTQ, sin_BTQ, masks[layer.windowed])
+            zs.append(z)
+            loads.append(load_E)
+            drops.append(dropped)
+        h_ND = _rounded(self._round_head, self.model.norm(x_BTD)).flatten(0, 1)
+        head_VD = embedding_VD if self.lm_head is None else self.lm_head()
+        if targets_BT is None or mask_BT is None:
+            return (F.linear(h_ND, head_VD).float().view(*tokens_BT.shape, -1),)
+        nll, hits = _losses(h_ND, head_VD, targets_BT.flatten(), mask_BT.flatten())
+        return nll, mask_BT.sum(), hits, torch.stack(zs).sum(), torch.stack(loads), torch.stack(drops)
+
+
+def _losses(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of masked -log p(target) and of masked hits; rows without loss are left out of the product."""
+    rows = mask_N.nonzero().flatten()
+    if rows.numel() < mask_N.numel():
+        h_ND, targets_N, mask_N = h_ND.index_select(0, rows), targets_N[rows], mask_N[rows]
+    nll, hits = (h_ND.sum() * 0).float(), torch.zeros((), device=h_ND.device)
+    pieces = zip(*(t.split(_LOSS_TOKENS) for t in (h_ND, targets_N, mask_N)), strict=True)
+    for h, targets, mask in pieces:
+        logits = F.linear(h, head_VD).float()
+        nll = nll + (F.cross_entropy(logits, targets, reduction="none") * mask).sum()
+        with torch.no_grad():
+            hits = hits + ((logits.argmax(-1) == targets) * mask).sum()
+    return nll, hits
+
+
+def document_positions(documents_BT: Tensor) -> Tensor:
+    """The position of each token within its document, int64 [B, T]."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    first = torch.ones_like(documents_BT, dtype=torch.bool)
+    first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return index_T - torch.where(first, index_T, 0).cummax(dim=1).values
+
+
+def attention_masks(documents_BT: Tensor, config: DecoderConfig) -> dict[bool, Tensor]:
+    """Additive masks float32 [B, 1, T, T], 0 where a token sees another and -inf elsewhere, by `DecoderLayer.windowed`.
+
+    A token sees the tokens of its own document at and before it, in windowed layers the last `size` of them.
+    """
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    distance_TT = index_T.unsqueeze(1) - index_T
+    seen_BTT = (documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)) & (distance_TT >= 0)
+    masks = {False: _additive(seen_BTT)}
+    if config.attention_window is not None:
+        masks[True] = _additive(seen_BTT & (distance_TT < config.attention_window.size))
+    return masks
+
+
+def _additive(seen_BTT: Tensor) -> Tensor:
+    return torch.zeros(seen_BTT.shape, device=seen_BTT.device).masked_fill_(~seen_BTT, -torch.inf).unsqueeze(1)

@@ -1,0 +1,448 @@
+"""A run: the stages of a spec in order, from text to checkpoints that `moec compile` takes.
+
+    OUT/STAGE/          a checkpoint in the released layout after every stage; `qat` holds packed INT4 codes
+    OUT/run.json        the resolved spec, digests and versions
+    OUT/metrics.jsonl   see `training/metrics.py`;  OUT/tensorboard/ the same as events
+    OUT/state/          what --resume continues from
+
+Every stage starts from the checkpoint of the one before it (as stored: BF16), so that stages run one by one, in one go,
+or continued after a kill are the same stages.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from moec.compiler.checkpoints.store import TOKENIZER
+from moec.compiler.errors import SpecError, UserError
+from moec.compiler.model.layout import weight_layout
+from moec.compiler.progress import Progress
+from moec.compiler.spec import DecoderConfig, Spec, load_spec
+from moec.compiler.spec.training import Training, TrainingStage
+from moec.training.checkpoints import (
+    initial_weights,
+    load_weights,
+    packing_faults,
+    stored_weights,
+    write_checkpoint,
+)
+from moec.training.data.batches import Batches
+from moec.training.data.shards import INDEX, Corpus
+from moec.training.experts import Compute
+from moec.training.metrics import Live, Metrics
+from moec.training.model import TrainingDecoder
+from moec.training.parallel import World, joined, shared_state, spread
+from moec.training.rounding import Rounding
+from moec.training.stage import Speed, Trainer
+from moec.training.state import (
+    Position,
+    StageResult,
+    StateStore,
+    random_state,
+    read_json,
+    restore_random_state,
+    write_whole,
+)
+
+RUN = "run.json"
+_VERSIONED = ("moec", "torch", "torchao", "numpy")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its stages in order, those of earlier calls among them. `main`: is this the first process."""
+
+    out: Path
+    stages: tuple[StageResult, ...]
+    main: bool = True
+
+    def checkpoint(self, stage: str | None = None) -> Path:
+        """The checkpoint folder of a stage, by default of the last one."""
+        names = [result.name for result in self.stages]
+        result = self.stages[-1 if stage is None else names.index(stage)]
+        return self.out / result.checkpoint
+
+
+def train(
+    spec: Spec | str | Path,
+    *,
+    data: str | Path | Corpus,
+    out: str | Path,
+    stage: str | None = None,
+    resume: bool = False,
+    init: str | Path | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    bits: int | None = None,
+    compute: Compute = "grouped",
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run the stages of a spec's `training:` section, or only `stage`, on a corpus that `moec data` built.
+
+    stage: start it from the checkpoint of the stage before it in `out`, or from `init`. resume: continue what is in
+    `out`; without it `out` may hold no run (or, with `stage`, not that stage). init: a checkpoint folder to start from
+    instead of random weights. seed: instead of the spec's. threads: of torch; default as torch decides. device: such
+    as "cuda"; default: cuda where there is one. bits: 2 to 8 instead of the spec's widths in QAT, a stress test whose
+    checkpoint holds the rounded values in float32. compute: how experts are multiplied.
+
+    UserError for every fault of the input, before anything is written. KeyboardInterrupt after Ctrl-C, with the state
+    saved.
+    """
+    loaded = spec if isinstance(spec, Spec) else load_spec(spec)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, training = _checked_model(loaded), loaded.training
+    if training is None:
+        raise SpecError("has no `training:` section", place=loaded.name, remedy="give it stages to train")
+    corpus = data if isinstance(data, Corpus) else Corpus.open(data)
+    plan = _Plan(
+        loaded, model, training, corpus, Path(out), stage, resume, None if init is None else Path(init),
+        training.seed if seed is None else seed, bits, compute,
+    )  # fmt: skip
+    _check(plan)
+    experts = model.moe.experts if model.moe else 0
+    with joined(training.expert_parallel, experts, device) as world, _owned(plan.out, world):
+        return _Run(plan, world, progress or Progress(quiet=True)).stages()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for."""
+
+    spec: Spec
+    model: DecoderConfig
+    training: Training
+    corpus: Corpus
+    out: Path
+    stage: str | None
+    resume: bool
+    init: Path | None
+    seed: int
+    bits: int | None
+    compute: Compute
+
+    @property
+    def names(self) -> list[str]:
+        return [stage.name for stage in self.training.stages]
+
+    def rounding(self, stage: TrainingStage) -> Rounding | None:
+        if stage.quantization == "none" or self.spec.quantization is None:
+            return None
+        return Rounding(self.spec.quantization, self.bits)
+
+    def record(self) -> dict[str, Any]:
+        """run.json: everything that decides the numbers of a run, and what it ran with."""
+        spec = self.spec.model_dump(mode="json")
+        decides = {key: spec[key] for key in ("model", "quantization", "training")}
+        index = (self.corpus.folder / INDEX).read_bytes()
+        return {
+            "name": self.spec.name,
+            "spec": spec,
+            "seed": self.seed,
+            "bits": self.bits,
+            "init": None if self.init is None else str(self.init.absolute()),
+            "corpus": str(self.corpus.folder.absolute()),
+            "digests": {
+                "training": hashlib.sha256(json.dumps([decides, self.bits], sort_keys=True).encode()).hexdigest(),
+                "corpus": hashlib.sha256(index).hexdigest(),
+                "tokenizer": self.corpus.index["tokenizer_sha256"],
+            },
+            "threads": torch.get_num_threads(),
+            "compute": self.compute,
+            "versions": {"python": ".".join(map(str, sys.version_info[:3])), **{n: version(n) for n in _VERSIONED}},
+        }
+
+
+def _checked_model(spec: Spec) -> DecoderConfig:
+    if not isinstance(spec.model, DecoderConfig):
+        raise SpecError("only a `model:` with an `architecture:` of moec's own can be trained", place=spec.name)
+    return spec.model
+
+
+def _check(plan: _Plan) -> None:
+    """Everything that can be wrong before a step is taken."""
+    corpus, place = plan.corpus, plan.spec.name
+    if plan.stage is not None and plan.stage not in plan.names:
+        raise UserError(f"the spec has no stage {plan.stage!r}", place=place, remedy=f"it has {', '.join(plan.names)}")
+    if corpus.vocab_size > plan.model.vocab_size:
+        raise SpecError(
+            f"vocab_size is {plan.model.vocab_size}, the corpus has ids up to {corpus.vocab_size - 1}",
+            place=place,
+            remedy="build the corpus with a tokenizer of the spec's size",
+        )
+    for stage in plan.training.stages:
+        if stage.context > plan.model.context:
+            raise SpecError(
+                f"stage {stage.name} has rows of {stage.context} tokens, the model's context is {plan.model.context}",
+                place=place,
+            )
+        missing = [domain for domain, share in stage.mixture.items() if share > 0 and domain not in corpus.domains]
+        if missing:
+            raise SpecError(
+                f"stage {stage.name} wants domain {missing[0]!r}, the corpus has {', '.join(corpus.domains)}",
+                place=place,
+            )
+        if stage.quantization == "from_spec":
+            _check_rounding(plan, stage)
+    if plan.init is not None:
+        _check_tokenizer(plan)
+
+
+def _check_rounding(plan: _Plan, stage: TrainingStage) -> None:
+    quantization = plan.spec.quantization
+    if quantization is None:
+        raise SpecError(f"stage {stage.name} rounds, but quantization is none", place=plan.spec.name)
+    if plan.bits is not None and not 2 <= plan.bits <= 8:
+        raise UserError(f"{plan.bits} bits", remedy="choose 2 to 8")
+    faults = packing_faults(plan.model, quantization) if plan.bits in (None, 4) else []
+    if faults:
+        raise SpecError(
+            f"the checkpoint of stage {stage.name} could not hold its codes: {faults[0]}",
+            place=plan.spec.name,
+            remedy="change the spec's quantization",
+        )
+
+
+def _check_tokenizer(plan: _Plan) -> None:
+    """Weights are of use only with the tokenizer that they were trained with."""
+    assert plan.init is not None
+    file = plan.init / TOKENIZER
+    if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != plan.corpus.index["tokenizer_sha256"]:
+        raise UserError(
+            "its tokenizer is not the corpus's", place=str(plan.init), remedy="build the corpus with that tokenizer"
+        )
+
+
+@contextmanager
+def _owned(out: Path, world: World) -> Iterator[None]:
+    """One run at a time writes to `out`."""
+    if not world.main:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", place=str(out), remedy="choose another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("another run is writing there", place=str(out), remedy="wait for it, or stop it") from None
+        yield
+
+
+class _Run:
+    def __init__(self, plan: _Plan, world: World, progress: Progress) -> None:
+        self._plan, self._world, self._progress = plan, world, progress
+        self._store = StateStore(plan.out, world)
+        self._stop = _StopRequest()
+
+    def stages(self) -> RunResult:
+        """Every stage that is asked for and not finished."""
+        plan = self._plan
+        position = self._begin()
+        finished = list(position.finished) if position is not None else []
+        last = max((plan.names.index(result.name) for result in finished), default=-1)
+        for stage in plan.training.stages[last + 1 :]:
+            if plan.stage not in (None, stage.name):
+                continue
+            here = position if position is not None and position.stage == stage.name else None
+            finished.append(self._stage(stage, here, tuple(finished)))
+            position = None
+        return RunResult(plan.out, tuple(finished), self._world.main)
+
+    def _begin(self) -> Position | None:
+        """What is in `out` already, checked against what was asked for; run.json is written."""
+        plan, position = self._plan, self._store.latest()
+        file = plan.out / RUN
+        record = plan.record()
+        if position is None:
+            if self._world.main:
+                write_whole(file, json.dumps(record | {"processes": self._world.size}, indent=1) + "\n")
+            self._world.barrier()
+            return None
+        place = str(plan.out)
+        finished = [result.name for result in position.finished]
+        unfinished = position.stage not in finished
+        if not plan.resume and (plan.stage is None or plan.stage in finished or unfinished):
+            what = f"holds a run, in stage {position.stage}" if unfinished else f"holds a run of {', '.join(finished)}"
+            raise UserError(what, place=place, remedy="continue it with --resume, or choose another --out")
+        if plan.stage is not None and unfinished and plan.stage != position.stage:
+            raise UserError(f"stage {position.stage} is not finished", place=place, remedy="continue it with --resume")
+        before = read_json(file)
+        for key, what in (("training", "the spec"), ("corpus", "the corpus"), ("tokenizer", "the tokenizer")):
+            if before["digests"][key] != record["digests"][key]:
+                raise UserError(f"{what} has changed since the run began", place=place, remedy="choose another --out")
+        if before["seed"] != record["seed"]:
+            raise UserError(f"the run began with seed {before['seed']}", place=place, remedy="continue it with that")
+        return position
+
+    def _stage(self, stage: TrainingStage, position: Position | None, finished: tuple[StageResult, ...]) -> StageResult:
+        plan, world = self._plan, self._world
+        batches = Batches(
+            plan.corpus, stage.mixture, stage.context, stage.batch_tokens, _seed(f"{plan.seed}:{stage.name}:data")
+        )
+        model = TrainingDecoder(plan.model, plan.rounding(stage), plan.compute)
+        if position is None or position.folder is None:
+            load_weights(model, self._start(stage, finished))
+            torch.manual_seed(_seed(f"{plan.seed}:{stage.name}") % (1 << 63))
+        else:  # every weight is read from the state; these values only make the memory defined
+            load_weights(model, ((n, torch.zeros(i.shape)) for n, i in weight_layout(plan.model).items()))
+        spread(model, world)
+        trainer = Trainer(model, stage, batches, world)
+        before = _steps_before(plan.training, stage)
+        if position is None:
+            kept = world.same((plan.out / "metrics.jsonl").stat().st_size if finished and world.main else 0)
+            position = Position(stage.name, 0, 0.0, kept, finished=finished)
+            self._store.save(position)
+        elif position.folder is not None:
+            self._store.load(position, trainer.tensors())
+            trainer.restore(position.step)
+            restore_random_state(position.random)
+        metrics = Metrics(
+            plan.out, keep_bytes=position.metrics_bytes, first_step=before + position.step + 1, writes=world.main
+        )
+        try:
+            with self._stop:
+                return self._loop(trainer, position, metrics, before)
+        finally:
+            metrics.close()
+
+    def _start(self, stage: TrainingStage, finished: tuple[StageResult, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that a stage begins with."""
+        plan = self._plan
+        if finished:
+            return stored_weights(plan.out / finished[-1].checkpoint, plan.model)
+        if plan.init is not None:
+            return stored_weights(plan.init, plan.model)
+        if stage.name == plan.names[0]:
+            return initial_weights(plan.model, plan.seed)
+        before = plan.names[plan.names.index(stage.name) - 1]
+        raise UserError(
+            f"stage {stage.name} needs weights, and {before} has not been trained here",
+            place=str(plan.out),
+            remedy=f"train {before} first, or give --init CHECKPOINT",
+        )
+
+    def _loop(self, trainer: Trainer, position: Position, metrics: Metrics, before: int) -> StageResult:
+        stage = trainer.stage
+        quiet = self._progress if self._world.main else Progress(quiet=True)
+        live, speed = Live(quiet, stage.name, trainer.done, stage.steps), Speed()
+        if not metrics.has_events and self._world.main and trainer.done == 0 and before == 0:
+            live.say("no TensorBoard events: install moec[train] to have them")
+        if trainer.done == 0:
+            losses = self._evaluate(trainer, metrics, live, before)
+        while trainer.done < stage.steps:
+            speed.start()
+            record = trainer.step()
+            speed.stop(stage.rows * stage.context)
+            last = trainer.done == stage.steps
+            if trainer.done % stage.log_every == 0 or last or trainer.done == 1:
+                record["tokens_per_s"] = round(speed.rate(), 1)
+                metrics.write(record, before + trainer.done)
+                live.step(trainer.done, record)
+            if last or (stage.eval_every is not None and trainer.done % stage.eval_every == 0):
+                losses = self._evaluate(trainer, metrics, live, before)
+            stopping = self._world.any(self._stop.asked)
+            if not last and (stopping or trainer.done % stage.checkpoint_every == 0):
+                self._save(trainer, position, metrics, position.seconds + speed.total)
+            if stopping and not last:
+                live.say(f"{stage.name} stopped at step {trainer.done}, state saved; continue with --resume")
+                raise KeyboardInterrupt
+        seconds = round(position.seconds + speed.total, 3)
+        return self._finish(trainer, position, metrics, StageResult(
+            stage.name, stage.name, trainer.done, trainer.tokens, seconds, losses
+        ))  # fmt: skip
+
+    def _evaluate(self, trainer: Trainer, metrics: Metrics, live: Live, before: int) -> dict[str, float]:
+        found = trainer.evaluate(self._plan.corpus)
+        place = {"stage": trainer.stage.name, "step": trainer.done, "tokens": trainer.tokens}
+        metrics.write(place | found, before + trainer.done)
+        live.heldout(trainer.done, found["heldout"])
+        return found["heldout"]
+
+    def _save(self, trainer: Trainer, position: Position, metrics: Metrics, seconds: float) -> None:
+        here = replace(
+            position,
+            step=trainer.done,
+            seconds=round(seconds, 3),
+            metrics_bytes=self._world.same(metrics.durable_bytes()),
+            folder=f"{trainer.stage.name}-{trainer.done:07}",
+            random=random_state(),
+        )
+        self._store.save(here, trainer.tensors())
+
+    def _finish(self, trainer: Trainer, position: Position, metrics: Metrics, result: StageResult) -> StageResult:
+        """Write the checkpoint, then note that the stage is finished."""
+        plan = self._plan
+        weights = _whole(trainer)
+        if self._world.main:
+            write_checkpoint(
+                plan.out / result.checkpoint,
+                plan.model,
+                weights,
+                tokenizer=plan.corpus.tokenizer_file,
+                rounding=plan.rounding(trainer.stage),
+            )
+        kept = self._world.same(metrics.durable_bytes())
+        self._store.save(
+            Position(result.name, result.steps, result.seconds, kept, finished=(*position.finished, result))
+        )
+        return result
+
+
+def _whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All weights, put together from the processes; every process must call it."""
+    model, names = trainer.model, weight_layout(trainer.model.config)
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shared = shared_state(model, trainer.world, {name: places[name].detach() for name in names})
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in shared.items()}
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def _steps_before(training: Training, stage: TrainingStage) -> int:
+    """Steps of the stages before this one: where its curves begin in TensorBoard."""
+    return sum(other.steps for other in training.stages[: training.stages.index(stage)])
+
+
+class _StopRequest:
+    """Ctrl-C and SIGTERM end the step first; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals belong to the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, self._before[number])

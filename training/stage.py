@@ -1,0 +1,175 @@
+"""One stage: batches, steps, evaluations, states, and the checkpoint at its end.
+
+B rows, T tokens of a row, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import RunError
+from moec.compiler.spec.training import TrainingStage
+from moec.training.data.batches import Batch, Batches, heldout
+from moec.training.data.shards import Corpus
+from moec.training.model import Forward, TrainingDecoder
+from moec.training.optimizer import Updates, balance
+from moec.training.parallel import World, shared_state
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
+def autocast(stage: TrainingStage, world: World) -> AbstractContextManager[Any]:
+    """The stage's precision: products in bfloat16, everything that is not a product in float32."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+
+
+def moved(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tokens, documents, targets, mask) on the device of this process, as `TrainingDecoder.forward` takes them."""
+    parts = (batch.tokens_BT, batch.documents_BT, batch.targets_BT, batch.loss_mask_BT)
+    return tuple(part.to(world.device) for part in parts)  # type: ignore[return-value]
+
+
+class Trainer:
+    """The moving parts of a stage. `step()` does one optimizer step; everything it changes is in `tensors()`."""
+
+    def __init__(self, model: TrainingDecoder, stage: TrainingStage, batches: Batches, world: World) -> None:
+        self.model, self.stage, self.world = model, stage, world
+        self._batches = batches
+        self.updates = Updates(model, stage, world)
+        self.done = 0  # steps
+        model.set_capacity(stage.dispatch.capacity_factor)
+
+    @property
+    def tokens(self) -> int:
+        return self.done * self.stage.rows * self.stage.context
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a state must hold, by name; loading into these tensors restores it."""
+        found: dict[str, Tensor] = dict(self.model.named_parameters())
+        found |= {name: value for name, value in self.model.named_buffers() if name.endswith("expert_bias")}
+        found |= self.updates.moments()
+        return shared_state(self.model, self.world, {name: value.detach() for name, value in found.items()})
+
+    def restore(self, step: int) -> None:
+        """Stand behind `step` steps; the tensors are loaded already."""
+        self.done = step
+        self.updates.at(step)
+
+    def step(self) -> dict[str, Any]:
+        """One step; its record for metrics.jsonl, without the speed. RunError when training diverged."""
+        stage, world = self.stage, self.world
+        batch = self._batches.batch(self.done, world.rank, world.size)
+        weight = max(1.0, float(world.total(batch.loss_mask_BT.sum())))
+        # the z-loss is a mean over tokens and layers; a dense model has none
+        positions = stage.rows * stage.context * max(1, len(self.model.blocks))
+        self.model.train()
+        sums: Forward | None = None
+        for piece in self._pieces(batch):
+            with autocast(stage, world):
+                out = Forward(*self.model(*moved(piece, world)))
+            objective = out.nll / weight + stage.z_loss * out.z / positions
+            (objective * world.size).backward()  # gradients are averaged over processes
+            sums = _detached(out) if sums is None else _added(sums, out)
+        assert sums is not None
+        lm_loss = float(world.total(sums.nll)) / weight
+        z_loss = float(world.total(sums.z)) / positions
+        load_LE, dropped_L = world.total(sums.load_LE), world.total(sums.dropped_L)
+        loss = lm_loss + stage.z_loss * z_loss
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {self.done + 1} of {stage.name}", remedy="lower learning_rate.peak"
+            )
+        self.done += 1
+        norm = self.updates.step(self.tokens)
+        if stage.balancing.kind == "bias" and load_LE.numel():
+            balance(self.model, load_LE, stage.balancing.update_rate)
+        return {
+            "stage": stage.name,
+            "step": self.done,
+            "tokens": self.tokens,
+            "loss": loss,
+            "lm_loss": lm_loss,
+            "z_loss": z_loss,
+            "lr": self.updates.rate,
+            "grad_norm": norm,
+            "dropped_fraction": float(dropped_L.sum()) / max(1, int(load_LE.sum())),
+            "load_max_over_mean": [round(float(e.max() / e.float().mean()), 4) for e in load_LE]
+            if load_LE.numel()
+            else [],
+        }
+
+    def _pieces(self, batch: Batch) -> Iterator[Batch]:
+        rows = len(batch.domains_B)
+        at_once = max(1, (self.stage.micro_batch_tokens or rows * self.stage.context) // self.stage.context)
+        for first in range(0, rows, at_once):
+            part = slice(first, first + at_once)
+            yield Batch(
+                batch.tokens_BT[part],
+                batch.targets_BT[part],
+                batch.loss_mask_BT[part],
+                batch.documents_BT[part],
+                batch.domains_B[part],
+            )
+
+    @torch.no_grad()
+    def evaluate(self, corpus: Corpus) -> dict[str, dict[str, Any]]:
+        """Held-out loss, accuracy and expert load by domain; domains without held-out text are left out."""
+        self.model.eval()
+        found: dict[str, dict[str, Any]] = {"heldout": {}, "heldout_accuracy": {}, "expert_load": {}}
+        for domain in corpus.domains:
+            if not corpus.shard(domain, "heldout").documents:
+                continue
+            sums: Forward | None = None
+            batches = list(heldout(corpus, domain, self.stage.context, self.stage.eval_tokens))
+            for first in range(0, len(batches), self.world.size):
+                # every process takes a turn, since they compute together; a spare turn counts nothing
+                mine = first + self.world.rank
+                with autocast(self.stage, self.world):
+                    out = Forward(*self.model(*moved(batches[min(mine, len(batches) - 1)], self.world)))
+                if mine >= len(batches):
+                    out = Forward(*(torch.zeros_like(getattr(out, f.name)) for f in dataclasses.fields(out)))
+                sums = _detached(out) if sums is None else _added(sums, out)
+            assert sums is not None
+            nll, weight, hits = (float(self.world.total(t)) for t in (sums.nll, sums.weight, sums.hits))
+            found["heldout"][domain] = nll / max(1.0, weight)
+            found["heldout_accuracy"][domain] = hits / max(1.0, weight)
+            found["expert_load"][domain] = self.world.total(sums.load_LE).tolist()
+        return found
+
+
+def _detached(out: Forward) -> Forward:
+    return Forward(*(getattr(out, f.name).detach() for f in dataclasses.fields(out)))
+
+
+def _added(a: Forward, b: Forward) -> Forward:
+    return Forward(*(getattr(a, f.name) + getattr(b, f.name).detach() for f in dataclasses.fields(a)))
+
+
+class Speed:
+    """Tokens per second since it was last asked, time out for evaluations and states left out."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._seconds, self._tokens, self._started = 0.0, 0, 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, tokens: int) -> None:
+        spent = time.perf_counter() - self._started
+        self._seconds, self._tokens, self.total = self._seconds + spent, self._tokens + tokens, self.total + spent
+
+    def rate(self) -> float:
+        rate = self._tokens / max(self._seconds, 1e-9)
+        self._seconds, self._tokens = 0.0, 0
+        return rate
