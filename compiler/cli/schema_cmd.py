@@ -1,4 +1,4 @@
-"""`moec schema`: the JSON Schema of specs, for editors."""
+"""`moec schema`: the JSON Schema of specs and of device files, for editors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def schema(
     out: Annotated[Path | None, typer.Option(help="Write it to this file instead of stdout.")] = None,
+    device: Annotated[bool, typer.Option("--device", help="The schema of device files instead.")] = False,
 ) -> None:
     """Print the JSON Schema of specs, installed third-party targets included.
 
@@ -22,9 +23,9 @@ def schema(
     Example: [bold]moec schema --out specs/schema.json[/bold]
     """
     from moec.compiler.cli.output import json_text, write_text
-    from moec.compiler.spec.schema import spec_schema
+    from moec.compiler.spec.schema import device_schema, spec_schema
 
-    text = json_text(spec_schema())
+    text = json_text(device_schema() if device else spec_schema())
     if out is None:
         print(text)
     else:

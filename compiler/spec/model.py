@@ -258,7 +258,7 @@ class Spec(Section):
 
     @classmethod
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
-        yield from _group_faults(raw)
+        yield from group_faults(raw)
 
     @classmethod
     def _translate(cls, detail: Any) -> Fault:
@@ -268,7 +268,7 @@ class Spec(Section):
         return fault._replace(loc=(fault.loc[0], *fault.loc[2:])) if is_tagged else fault
 
 
-def _group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
+def group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
     """Every width along which weights are grouped must be a multiple of the group size of its role."""
     try:
         model = DecoderConfig.model_validate(raw.get("model"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from moec.compiler.spec.device import Device
 from moec.compiler.spec.model import Spec
 from moec.compiler.spec.targets import options_class, target_packages
 
@@ -29,3 +30,9 @@ def spec_schema(targets: Iterable[str] | None = None) -> dict[str, Any]:
         "anyOf": [{"type": "array", "items": item, "minItems": 1}, mapping],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moec spec"}
+
+
+def device_schema() -> dict[str, Any]:
+    """The schema of a device file."""
+    schema = Device.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moec device"}

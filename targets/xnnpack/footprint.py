@@ -17,8 +17,11 @@ _ROWS, _INPUTS = 16, 8  # kernel/format.h: kBlockRows, kUnit
 _DELEGABLE = {"attention": "attention", "ffn": "ffn", "shared": "ffn", "head": "head", "embedding": "head"}
 # Bytes of the program per instruction of one method (two methods are stored): 242 to 322 seen in four artifacts.
 _PROGRAM_PER_INSTRUCTION = 310
-# The runner with a model open and nothing run: its own pages and those of libexecutorch, measured on x86-64 Linux.
-_RUNTIME = 10_000_000
+# A process of the runner apart from model, arena and scratch: its pages and libexecutorch's, stacks. Measured on x86-64
+# Linux as the peak of small models less what this file computes; `moec device measure` measures it anew.
+_RUNTIME = 7_200_000
+_TILE_BYTES, _MOST_TILE = 3 << 20, 48  # kernel/moe_run.cpp: kTileBytes, kMostTile
+_THREADS = 4  # each holds one tile: what is assumed where the spec names no number
 
 
 def _up(value: int, multiple: int) -> int:
@@ -65,7 +68,7 @@ class XnnpackFootprint:
         return 2 * _PROGRAM_PER_INSTRUCTION * self.instructions(architecture)
 
     def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
-        """The arena of `forward`, as far as `tokens` tokens touch it, and the scratch of the widest kernel.
+        """The arena of `forward`, as far as `tokens` tokens touch it, the scratch of the widest kernel, and the logits.
 
         Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q and k) and a dense
         feed-forward block (gate and up, both halves, their product twice); the logits of one token share its space.
@@ -75,16 +78,21 @@ class XnnpackFootprint:
         attention = 2 * (q + 2 * kv) + q + kv
         arena = 4 * tokens * (d + max(attention, 5 * architecture.ffn_width) + cache.key_width)
         logits = 4 * architecture.vocab_size
-        return max(arena, logits) + logits + self._scratch(architecture, tokens)
+        threads = (options.threads if isinstance(options, Options) else None) or _THREADS
+        return max(arena, logits) + logits + self._scratch(architecture, tokens, threads)
 
-    def _scratch(self, architecture: Architecture, tokens: int) -> int:
-        """kernel/moe_run.cpp: inputs, hidden rows and outputs of every (token, expert) pair; quantized copies."""
-        moe = architecture.experts
+    def _scratch(self, architecture: Architecture, tokens: int, threads: int) -> int:
+        """Routed blocks (kernel/moe_run.cpp, run_wide): every pair's output and each worker's tile; a quarter of slack.
+
+        Dense blocks: the widest input, rounded.
+        """
+        d, moe = architecture.d_model, architecture.experts
         if moe is None:
-            return tokens * max(architecture.ffn_width, architecture.d_model)
-        pairs = tokens * moe.top_k
-        per_pair = 4 * (2 * architecture.d_model + 3 * moe.width) + architecture.d_model + moe.width
-        return pairs * per_pair + tokens * (5 * moe.shared_width + 4 * moe.experts)
+            return tokens * max(architecture.ffn_width, d)
+        width = max(moe.width, moe.shared_width)
+        row = 4 * (3 * width + d) + d + width
+        tile = row * min(_MOST_TILE, max(8, _TILE_BYTES // row))
+        return (4 * tokens * moe.top_k * d + threads * tile + tokens * d) * 5 // 4
 
     def runtime_bytes(self) -> int:
         return _RUNTIME

@@ -1,0 +1,73 @@
+"""Sizes of a model in a Metal artifact, and an estimate of the memory of the app that runs it.
+
+Weights are stored as MLX takes them (encode.py): codes, and scales in the target's dtype; the affine bias of every group
+is computed when the file is loaded and stays beside them. A test compares stored sizes with a compiled artifact. Memory
+in use has not been measured on Apple hardware; the runtime's own (Metal, MLX) is not counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.compiler.plan.account import Architecture, Cache, Weight
+from moec.compiler.spec.quantization import WeightScheme
+from moec.targets.metal.options import Options
+
+_WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
+_LARGEST_GROUP = 128  # larger groups are stored as several of this size with equal scales
+# Two methods; 43,304 bytes a method in an artifact of 4 layers, and what the file needs around its constants.
+_PROGRAM_PER_LAYER, _AROUND = 2 * 10_800, 18_000
+
+
+class MetalFootprint:
+    target = "metal"
+    checked = "stored sizes: compiled artifacts; memory in use: never measured on Apple hardware, runtime not counted"
+
+    def _dtype(self, options: Any) -> int:
+        return _WIDTH[options.dtype if isinstance(options, Options) else Options().dtype]
+
+    def weight_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
+        if weight.role == "router":
+            return 4 * weight.numel
+        if scheme is None or weight.columns == 1:
+            return self._dtype(options) * weight.numel
+        return weight.numel * scheme.bits // 8 + self._scales(weight, scheme, options)
+
+    def _scales(self, weight: Weight, scheme: WeightScheme, options: Any) -> int:
+        return weight.numel // min(scheme.group_size, _LARGEST_GROUP) * self._dtype(options)
+
+    def copied_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
+        """The biases of the affine form: one for each scale."""
+        return 0 if scheme is None or weight.columns == 1 else self._scales(weight, scheme, options)
+
+    def cache_bytes(self, cache: Cache, kind: str, positions: int) -> int:
+        width = cache.key_width + cache.value_width
+        return positions * cache.kv_heads * (width + 8 if kind == "int8" else 2 * width)
+
+    def constant_bytes(self, architecture: Architecture, positions: int) -> int:
+        """Cosines and sines, float32 [context, d / 2] each, loaded whole."""
+        return architecture.context * 4 * (architecture.caches[0].key_width if architecture.caches else 0)
+
+    def program_bytes(self, architecture: Architecture) -> int:
+        return _AROUND + _PROGRAM_PER_LAYER * architecture.layers
+
+    def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
+        """The widest layer's tensors of `tokens` tokens, and the logits of one."""
+        cache, moe = architecture.caches[0], architecture.experts
+        q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
+        routed = 0 if moe is None else moe.top_k * (3 * moe.width + architecture.d_model) + 3 * moe.shared_width
+        widest = max(2 * (q + 2 * kv) + q + kv, 5 * architecture.ffn_width, routed)
+        return self._dtype(options) * tokens * (architecture.d_model + widest) + 4 * architecture.vocab_size
+
+    def runtime_bytes(self) -> int:
+        return 0
+
+    def instructions(self, architecture: Architecture) -> int:
+        """Not used: nothing is expected of a GPU that was never timed."""
+        return 0
+
+    def chunk(self, options: Any) -> int:
+        return options.max_tokens if isinstance(options, Options) else Options().max_tokens
+
+
+FOOTPRINT = MetalFootprint()
