@@ -30,14 +30,21 @@ inline V less_equal_select(V a, V b, V x, V y) { return _mm512_mask_blend_ps(_mm
 inline float hsum(V v) { return _mm512_reduce_add_ps(v); }
 inline float hmax(V v) { return _mm512_reduce_max_ps(v); }
 
-inline __m256 halves(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
-inline __m256 reduce8(const V* part) {
-  const __m256 a = _mm256_hadd_ps(halves(part[0]), halves(part[1])), b = _mm256_hadd_ps(halves(part[2]), halves(part[3]));
-  const __m256 c = _mm256_hadd_ps(halves(part[4]), halves(part[5])), d = _mm256_hadd_ps(halves(part[6]), halves(part[7]));
-  const __m256 low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
-  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+// Sums of 128-bit quarters: (a0 + a1, a2 + a3, b0 + b1, b2 + b3).
+inline V add_quarters(V a, V b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
-inline V reduce(const V* part) { return _mm512_insertf32x8(_mm512_castps256_ps512(reduce8(part)), reduce8(part + 8), 1); }
+// Quarter j holds four partial sums of part[4 j], stride 4: the order that the last two steps leave in place.
+inline V quarters_of(const V* part) {
+  return add_quarters(add_quarters(part[0], part[4]), add_quarters(part[8], part[12]));
+}
+inline V reduce(const V* part) {
+  const V a = quarters_of(part), b = quarters_of(part + 1), c = quarters_of(part + 2), d = quarters_of(part + 3);
+  const V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
 
 inline void store_int8(int8_t* p, V v) {
   const V low = _mm512_max_ps(v, _mm512_set1_ps(-127.0f));

@@ -291,6 +291,23 @@ inline void weigh(float* s, int64_t count, int64_t stride, const float* k_factor
   *row_sum = hsum(sum);
 }
 
+// factor[i] = scale * from[i * step] of `count` keys (scale itself where `from` is null), 0 behind them.
+inline void gather_factors(const float* from, int64_t step, float scale, int64_t count, int64_t stride, float* factor) {
+  int64_t i = 0;
+  for (; from && i + 4 <= count; i += 4, from += 4 * step) {
+    const float a = from[0], b = from[step], c = from[2 * step], d = from[3 * step];
+    factor[i] = scale * a;
+    factor[i + 1] = scale * b;
+    factor[i + 2] = scale * c;
+    factor[i + 3] = scale * d;
+  }
+  for (; i < count; ++i) {
+    factor[i] = from ? scale * *from : scale;
+    from = from ? from + step : from;
+  }
+  for (; i < stride; ++i) factor[i] = 0.0f;
+}
+
 // acc[row][0 .. Cols) (+)= sum over n keys of weight[row][key] * value[key]. Each value is widened once for all rows.
 template <int Rows, int Cols, typename C>
 inline void add_values(int64_t n, const float* weights, int64_t stride, const C* values, int64_t value_stride, int64_t e,
@@ -362,12 +379,10 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
     }
   }
   for (int64_t g = 0; g < kv; ++g) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (item.key_begin + i) * kv + g;
-      k_factor[i] = call.k_scale ? call.scale * call.k_scale[row] : call.scale;
-      v_factor[i] = call.v_scale ? call.v_scale[row] : 1.0f;
-    }
-    for (int64_t i = count; i < stride; ++i) k_factor[i] = v_factor[i] = 0.0f;
+    const float* k_scale = call.k_scale ? call.k_scale + item.key_begin * kv + g : nullptr;
+    const float* v_scale = call.v_scale ? call.v_scale + item.key_begin * kv + g : nullptr;
+    gather_factors(k_scale, kv, call.scale, count, stride, k_factor);
+    gather_factors(v_scale, kv, 1.0f, count, stride, v_factor);
     for (int64_t h = g * per; h < (g + 1) * per; ++h)
       weigh(scores + h * stride, count, stride, k_factor, v_factor, item.partial_max + h, item.partial_sum + h);
   }
