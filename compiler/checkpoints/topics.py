@@ -11,18 +11,20 @@ from collections import Counter
 
 import torch
 
+from moec.compiler.profile.prompts import shipped_prompts
 from moec.compiler.verify.prompts import DOMAINS, prompts
 
 TOPICS = ("common", *DOMAINS)
 # A token belongs to a domain that holds more than this share of its relative frequency; four even ones would have 1/4.
-_OWN_SHARE = 0.6
+_OWN_SHARE = 0.5
 
 
 def token_topics(tokenizer: str | None, vocab_size: int, generator: torch.Generator) -> torch.Tensor:
     """int64 [V], an index into TOPICS for every token id. `tokenizer` is the text of a tokenizer.json.
 
-    A token of the shipped texts (specs/prompts/*.txt) belongs to the domain that uses it most, if that one has more
-    than 60% of its relative frequency, else it is common. Tokens that these texts do not hold are given a topic by lot.
+    A token of the shipped texts (all of specs/prompts, those that `moec profile` runs among them: a trained router has
+    seen the words of its domains) belongs to the domain that uses it most, if that one has more than half of its
+    relative frequency, else it is common. Tokens that these texts do not hold are given a topic by lot.
     """
     topics_V = torch.randint(0, len(TOPICS), (vocab_size,), generator=generator)
     if tokenizer is None:
@@ -31,6 +33,8 @@ def token_topics(tokenizer: str | None, vocab_size: int, generator: torch.Genera
 
     encoder = Tokenizer.from_str(tokenizer)
     counts = {name: Counter(encoder.encode(text).ids) for name, text in prompts().items()}
+    for prompt in shipped_prompts():
+        counts[prompt.domain].update(encoder.encode(prompt.text).ids)
     totals = {name: sum(count.values()) for name, count in counts.items()}
     for token in set().union(*counts.values()):
         shares = {name: count[token] / totals[name] for name, count in counts.items()}

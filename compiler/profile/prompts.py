@@ -1,0 +1,152 @@
+"""What a profile runs on: token streams of real text by domain, or of one repeated token.
+
+A stream is what a model would see as one long conversation: the prompts of a domain one after the other, each begun
+with the model's BOS. Its first c tokens are the prompt of context c.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from moec.compiler.errors import RunError, UserError
+
+DUMMY = "dummy"
+REAL = "real"
+_SUFFIXES = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text; `place` says where it stands, for messages."""
+
+    domain: str
+    text: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token ids to run from the first on. `kind` is "real" or "dummy"."""
+
+    name: str
+    kind: str
+    ids: tuple[int, ...]
+
+    @property
+    def unique(self) -> int:
+        """How many different tokens it holds."""
+        return len(set(self.ids))
+
+
+def shipped_prompts() -> list[Prompt]:
+    """The shipped texts: code (CPython, PSF-2.0), knowledge (World Factbook, public domain), math (GSM8K, MIT)."""
+    file = files("moec") / "specs" / "prompts" / "profile.jsonl"
+    return _parse_lines(file.read_text("utf-8"), "specs/prompts/profile.jsonl")
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of a file; UserError when it is missing, empty, or not what its name says.
+
+    `.jsonl` (also `.json`, `.ndjson`): an object a line with `text` and, optionally, `domain`. Any other file is one
+    prompt, its domain the file's name without suffix.
+    """
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", place=str(file), remedy="give a text file or JSON lines") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}", place=str(file), remedy="give a file of prompts, `real` or `dummy`"
+        ) from None
+    if file.suffix.lower() not in _SUFFIXES:
+        prompts = [Prompt(file.stem or "text", text, str(file))]
+    else:
+        prompts = _parse_lines(text, str(file))
+    if not prompts:
+        raise UserError(
+            "holds no prompt", place=str(file), remedy='write lines such as {"domain": "code", "text": "..."}'
+        )
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise UserError("the prompt is empty", place=prompt.place, remedy="give it some text, or remove it")
+    return prompts
+
+
+def _parse_lines(text: str, name: str) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{name}:{number}"
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"not JSON: {error}", place=place, remedy="write one JSON object a line") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+            raise UserError("no `text`", place=place, remedy='write lines such as {"domain": "code", "text": "..."}')
+        domain = raw.get("domain", "text")
+        if not isinstance(domain, str) or not domain.strip() or domain == DUMMY or len(domain) > 60:
+            raise UserError(f"{domain!r} is no name of a domain", place=place, remedy="use a short word such as code")
+        prompts.append(Prompt(domain, raw["text"], place))
+    return prompts
+
+
+def real_streams(
+    prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, bos_id: int | None, room: int
+) -> list[Stream]:
+    """A stream for each domain, in the order of their first prompts, of at most `room` tokens.
+
+    RunError if a single prompt is longer than that, or has no tokens. A domain's prompts are joined as long as they
+    fit whole; of the shipped ones (see `joined`) the last may be cut.
+    """
+    by_domain: dict[str, list[int]] = {}
+    for prompt in prompts:
+        ids = _encoded(prompt, encode, bos_id)
+        if len(ids) > room:
+            raise RunError(
+                f"the prompt has {len(ids)} tokens, the model's context leaves room for {room}",
+                place=prompt.place,
+                remedy="shorten it, or decode fewer tokens",
+            )
+        stream = by_domain.setdefault(prompt.domain, [])
+        if len(stream) + len(ids) <= room:
+            stream += ids
+    return [Stream(name, REAL, tuple(ids)) for name, ids in by_domain.items()]
+
+
+def joined_streams(
+    prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, bos_id: int | None, room: int
+) -> list[Stream]:
+    """As `real_streams`, for texts that may be cut anywhere: each domain's stream has `room` tokens if its texts do."""
+    by_domain: dict[str, list[int]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).extend(_encoded(prompt, encode, bos_id))
+    return [Stream(name, REAL, tuple(ids[:room])) for name, ids in by_domain.items()]
+
+
+def mixed_stream(streams: Sequence[Stream], *, every: int = 256) -> Stream:
+    """One stream that changes between the given ones every so many tokens, up to the length of the shortest times n."""
+    shortest = min(len(stream.ids) for stream in streams)
+    ids: list[int] = []
+    for start in range(0, shortest, every):
+        for stream in streams:
+            ids += stream.ids[start : min(start + every, shortest)]
+    return Stream("mixed", REAL, tuple(ids))
+
+
+def dummy_stream(token: int, length: int) -> Stream:
+    """The same token over and over: what synthetic benchmarks feed."""
+    return Stream(DUMMY, DUMMY, (token,) * length)
+
+
+def _encoded(prompt: Prompt, encode: Callable[[str], Sequence[int]], bos_id: int | None) -> list[int]:
+    ids = list(encode(prompt.text))
+    if bos_id is not None and (not ids or ids[0] != bos_id):
+        ids.insert(0, bos_id)
+    if not ids:
+        raise RunError("the tokenizer makes no tokens of it", place=prompt.place, remedy="give it some text")
+    return ids

@@ -1,0 +1,49 @@
+"""Profiles a `.pte` with the runner binary, here or on a device over adb: one process for each run, weights mapped lazily.
+
+A run is honest about memory only if it starts cold. The runner asks the system to forget the file's pages
+(posix_fadvise DONTNEED) before it maps it, and reports how many pages stayed: those of a file that another process has
+mapped do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.errors import RunError
+from moec.compiler.profile.request import Request
+from moec.targets.xnnpack.native import runner_binary
+
+
+def arguments(request: Request, model: str, tokens: str) -> list[str]:
+    """The runner's arguments for a request: the model's path and that of the file of token ids (- for stdin)."""
+    command = [model, "--profile", "--tokens", tokens, "--points", ",".join(map(str, request.points))]
+    command += ["--decode", str(request.decode), "--warm", str(request.warm)]
+    command += ["--follow"] if request.follow else []
+    command += ["--drop-cache"] if request.cold else []
+    command += ["--threads", str(request.threads)] if request.threads else []
+    return command
+
+
+def run(model: Path, request: Request) -> dict[str, Any]:
+    """Run one request in a process of its own; the runner's JSON. RunError with its reason when it refuses."""
+    ids = " ".join(map(str, request.ids))
+    command = [str(runner_binary()), *arguments(request, str(model), "-")]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=ids)
+    return parsed(done.returncode, done.stdout, done.stderr)
+
+
+def parsed(status: int, out: str, err: str) -> dict[str, Any]:
+    """The runner's JSON from what it printed; RunError with its reason otherwise."""
+    if status == 0:
+        try:
+            return dict(json.loads(out))
+        except ValueError:
+            raise RunError(
+                "the runner's output is not the JSON it writes", remedy="is it the runner of this version?"
+            ) from None
+    lines = err.strip().splitlines()
+    reason = lines[-1].removeprefix("error: ") if lines else f"the runner ended with status {status}"
+    raise RunError(reason, remedy="ask for fewer tokens, or compile the artifact again if its file is damaged")
