@@ -21,10 +21,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from kernel_contenders import SOFTMAX, Layer, Moec, OnnxRuntime, Shape, TorchLoop, Upstream, build_roofline
+from kernel_contenders import SOFTMAX, Layer, Moec, OnnxRuntime, Shape, TorchLoop, Upstream
 from numpy.typing import NDArray
 
 from moec.targets.xnnpack import kernel_api
+from moec.targets.xnnpack.machine import build_roofline
 
 
 def sample_count(tokens: int) -> int:

@@ -7,11 +7,8 @@ T tokens, D model width, F expert width, E experts, S shared width. Each contend
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -341,26 +338,3 @@ class OnnxRuntime:
         result = self.bind(x, 1)()
         assert isinstance(result, np.ndarray)
         return result
-
-
-# ------------------------------------------------------------------------------------------------------------- roofline
-
-_FLAGS = {
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512vnni"],
-    "avxvnni": ["-mavx2", "-mavxvnni"],
-    "avx2": ["-mavx2"],
-    "neon": ["-march=armv8.2-a+dotprod"],
-    "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
-    "scalar": [],
-}
-
-
-def build_roofline(isa: str, folder: Path) -> Path:
-    """Compile roofline.cpp for an instruction set; the path of the program."""
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / f"roofline-{isa}"
-    source = Path(__file__).with_name("roofline.cpp")
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++17", "-pthread", *_FLAGS[isa]]
-        subprocess.run([*command, str(source), "-o", str(program)], check=True)
-    return program

@@ -116,7 +116,7 @@ def _find_or_build(progress: Progress) -> NativeFiles:
     files = NativeFiles(cache / digest, digest)
     if files.complete():
         return files
-    compiler = _compiler()
+    compiler = find_compiler()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock", progress):
@@ -178,7 +178,7 @@ def source_digest() -> str:
     return h.hexdigest()[:16]
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
     asked = os.environ.get("CXX")
     candidates = [asked] if asked else ["c++", "g++", "clang++"]
     for name in candidates:
@@ -329,7 +329,7 @@ def build_checks(
     progress = progress or Progress()
     sources = checks_folder()
     variant = re.sub(r"\W", "-", "-".join(filter(None, (processor, sanitize)))) or "plain"
-    compiler = cross_compiler or _compiler()
+    compiler = cross_compiler or find_compiler()
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"checks-{variant}.lock", progress):
