@@ -1,4 +1,4 @@
-"""Profiles a `.pte` with the runner binary, here or on a device over adb: one process for each run, weights mapped lazily.
+"""Profiles a `.pte` with the runner binary: one process for each run, its weights mapped lazily.
 
 A run is honest about memory only if it starts cold. The runner asks the system to forget the file's pages
 (posix_fadvise DONTNEED) before it maps it, and reports how many pages stayed: those of a file that another process has
