@@ -22,18 +22,18 @@ from moec.compiler.model.rope import rope_tables
 from moec.compiler.program import Role
 from moec.compiler.spec.model import DecoderConfig
 from moec.training.experts import Compute
+from moec.training.loss import token_losses
 from moec.training.moe import MoeBlock
 from moec.training.parts import GatedMlp, Linear, RmsNorm, Weight
 from moec.training.rounding import Rounding
-
-_LOSS_TOKENS = 4096  # rows of logits held at once
 
 
 @dataclass(frozen=True)
 class Forward:
     """Sums over one batch. nll, weight: of -log p(target) and of the loss mask, float32 []. z: of logsumexp(router
     logits)^2 over tokens and layers, float32 []. load_LE: pairs that selected each expert, int64. dropped_L: pairs not
-    computed, int64. hits: targets that were the most probable token, weighted by the mask, float32 [].
+    computed, int64. hits: mask summed where the target
+    was the likeliest token, float32 [], 0 while gradients are recorded.
     """
 
     nll: Tensor
@@ -64,7 +64,8 @@ class Attention(nn.Module):
         q_BHTd = self._heads_first(self.q_proj(x_BTD), self.heads)
         k_BGTd = self._heads_first(self.k_proj(x_BTD), self.kv_heads)
         v_BGTd = self._heads_first(self.v_proj(x_BTD), self.kv_heads)
-        dtype = v_BGTd.dtype
+        # torch's attention on the CPU is faster in float32; elsewhere it takes the type of the products
+        dtype = torch.float32 if x_BTD.device.type == "cpu" else v_BGTd.dtype
         # heads first, so that the angles [B, T, Q] broadcast over them
         q_BHTd = apply_rope(q_BHTd, cos_BTQ, sin_BTQ, interleaved=self.interleaved)
         k_BGTd = apply_rope(k_BGTd, cos_BTQ, sin_BTQ, interleaved=self.interleaved)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         y_BHTd = F.scaled_dot_product_attention(
             q_BHTd.to(dtype),
             k_BGTd.to(dtype),
-            v_BGTd,
+            v_BGTd.to(dtype),
             attn_mask=mask_B1TT.to(dtype),
             scale=self.head_dim**-0.5,
             enable_gqa=self.heads != self.kv_heads,
@@ -195,18 +196,11 @@ class TrainingDecoder(nn.Module):
 
 
 def _losses(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of masked -log p(target) and of masked hits; rows without loss are left out of the product."""
+    """`token_losses` of the rows that have one; the others are left out of the product."""
     rows = mask_N.nonzero().flatten()
     if rows.numel() < mask_N.numel():
         h_ND, targets_N, mask_N = h_ND.index_select(0, rows), targets_N[rows], mask_N[rows]
-    nll, hits = (h_ND.sum() * 0).float(), torch.zeros((), device=h_ND.device)
-    pieces = zip(*(t.split(_LOSS_TOKENS) for t in (h_ND, targets_N, mask_N)), strict=True)
-    for h, targets, mask in pieces:
-        logits = F.linear(h, head_VD).float()
-        nll = nll + (F.cross_entropy(logits, targets, reduction="none") * mask).sum()
-        with torch.no_grad():
-            hits = hits + ((logits.argmax(-1) == targets) * mask).sum()
-    return nll, hits
+    return token_losses(h_ND, head_VD, targets_N, mask_N)
 
 
 def document_positions(documents_BT: Tensor) -> Tensor:

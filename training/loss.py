@@ -1,0 +1,62 @@
+"""Cross entropy of a language model without its logits: gradients are made while a piece of the logits is at hand.
+
+The logits of N tokens over V words are most of a small model's memory and, in separate passes, a third of its time.
+Here a piece of rows is multiplied, normalised, turned into its gradient in place and multiplied back. The sums are those
+of the plain form in another order.
+
+N tokens, D d_model, V vocabulary, C rows of a piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROWS = 512  # of a piece: with a vocabulary of 8,192 its logits stay in cache
+
+
+def token_losses(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums, float32 []: of mask * -log softmax(h head^T)[target], and of the mask where the target is the likeliest.
+
+    The second is 0 while gradients are recorded. Under autocast the products are in its type, all else in float32.
+    """
+    if torch.is_autocast_enabled(h_ND.device.type):
+        dtype = torch.get_autocast_dtype(h_ND.device.type)
+        h_ND, head_VD = h_ND.to(dtype), head_VD.to(dtype)
+    if torch.is_grad_enabled() and h_ND.requires_grad:
+        return _Losses.apply(h_ND, head_VD, targets_N, mask_N), torch.zeros((), device=h_ND.device)
+    nll, hits = torch.zeros((), device=h_ND.device), torch.zeros((), device=h_ND.device)
+    for h, targets, mask in zip(*(t.split(_ROWS) for t in (h_ND, targets_N, mask_N)), strict=True):
+        logits = F.linear(h, head_VD).float()
+        nll += (F.cross_entropy(logits, targets, reduction="none") * mask).sum()
+        hits += ((logits.argmax(-1) == targets) * mask).sum()
+    return nll, hits
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> Tensor:
+        nll = torch.zeros((), device=h_ND.device)
+        grad_h, grad_head = torch.zeros_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for first in range(0, h_ND.shape[0], _ROWS):
+                part = slice(first, first + _ROWS)
+                h_CD, target_C1, mask_C1 = h_ND[part], targets_N[part].unsqueeze(1), mask_N[part].unsqueeze(1)
+                x_CV = F.linear(h_CD, head_VD).float()
+                lse_C1 = x_CV.logsumexp(-1, keepdim=True)
+                nll += ((lse_C1 - x_CV.gather(1, target_C1)) * mask_C1).sum()
+                x_CV.sub_(lse_C1).exp_()  # the softmax; less one at the target, it is the gradient
+                x_CV.scatter_(1, target_C1, x_CV.gather(1, target_C1) - 1)
+                grad_CV = x_CV.mul_(mask_C1).to(h_ND.dtype)
+                grad_h[part] = grad_CV @ head_VD
+                grad_head += grad_CV.T @ h_CD
+        ctx.save_for_backward(grad_h, grad_head.to(head_VD.dtype))
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_h, grad_head = ctx.saved_tensors
+        return grad_h * grads[0], grad_head * grads[0], None, None
