@@ -1,8 +1,8 @@
 """Cross entropy of a language model without its logits: gradients are made while a piece of the logits is at hand.
 
 The logits of N tokens over V words are most of a small model's memory and, in separate passes, a third of its time.
-Here a piece of rows is multiplied, normalised, turned into its gradient in place and multiplied back. The sums are those
-of the plain form in another order.
+Here a piece of rows is multiplied, normalised, turned into its gradient in place and multiplied back. The sums are
+those of the plain form in another order.
 
 N tokens, D d_model, V vocabulary, C rows of a piece.
 """
