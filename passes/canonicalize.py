@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from moec.compiler.functional import functional
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
 
@@ -55,9 +56,10 @@ def canonicalize() -> Pass:
 
 
 def _run(program: Program) -> PassResult:
-    if program.stage < Stage.CANONICAL:
+    edit = program.edit() if program.stage >= Stage.CANONICAL else functional(program)
+    if edit is None:
         program = replace(program, exported=program.exported.run_decompositions({}))
-    edit = program.edit()
+        edit = program.edit()
     changed = 0
     for node in list(edit.graph.nodes):
         if node.op != "call_function":

@@ -38,7 +38,7 @@ def export_transformers(
     `context` bounds the KV cache (default: the model's own length); `experts` is the experts implementation.
     MissingExtra without transformers; CompileError for a model that it cannot build or export.
     """
-    config = _config(folder)
+    config = read_config(folder)
     length = min(context or _length(config), _length(config))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)
@@ -90,7 +90,8 @@ def _transformers() -> Any:
     return transformers
 
 
-def _config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, or of its config.json."""
     transformers = _transformers()
     path = folder if folder.is_dir() else folder.parent
     if not (path / "config.json").is_file():
@@ -118,6 +119,17 @@ def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=_attention(config)
             )
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
+    return model.eval()
+
+
+def random_model(config: Any, folder: Path) -> nn.Module:
+    """A float32 model of a config, initialised as transformers does. CompileError when it cannot be built."""
+    transformers = _transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
