@@ -1,0 +1,353 @@
+"""The operators of a legal program as pure ATen, without a loop over data and without a write: the reference expansion.
+
+Unlike the eager references, which loop over the experts that were hit, the routed experts are all computed, as one
+batch: control flow that depends on routing has no form in linalg-on-tensors. Codes stay integers and are unpacked with
+integer operations; the arithmetic and its order within a row are otherwise those of `compiler/ops`.
+
+T tokens (dynamic), D model width, E experts, K experts per token, F expert width, S cache positions, G groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moec.compiler.ops import (
+    Experts,
+    Routing,
+    cached_attention,
+    cached_attention_q8,
+    embedding_q,
+    fused_moe,
+    fused_moe_q,
+    linear_q,
+    rms_norm,
+    rope,
+)
+from moec.compiler.ops.moe_math import activate, choices, combine_weights, router_logits
+from moec.compiler.quant import quantize_rows
+
+Batched = Callable[[Tensor], Tensor]  # [E, T, in] -> [E, T, out]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What one routed block did: expert input [T, D], experts [T, K] int64, combine weights [T, K], output [T, D]."""
+
+    x: Tensor
+    indices: Tensor
+    weights: Tensor
+    y: Tensor
+
+
+def integers(codes: Tensor, bits: int) -> Tensor:
+    """int32 codes of the logical shape. Four bits: the low nibble first, two's complement."""
+    wide = codes.to(torch.int32)
+    if bits == 8:
+        return wide
+    # masked after the shift too, so that it does not matter how a compiler widens an unsigned byte
+    halves = [(nibble & 7) - (nibble & 8) for nibble in (wide & 15, (wide >> 4) & 15)]
+    return torch.stack(halves, -1).flatten(-2)
+
+
+def dequantized(codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    """scale * code in float32, groups along the last dimension."""
+    grouped = integers(codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
+    return (grouped * scales.to(torch.float32).unsqueeze(-1)).flatten(-2)
+
+
+def expand_linear_q(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
+) -> Tensor:
+    w = dequantized(codes, scales, bits, group_size)
+    if int8_activations:
+        q, scale = quantize_rows(x)
+        y = functional.linear(q, w) * scale
+    else:
+        y = functional.linear(x.to(torch.float32), w)
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+def expand_embedding_q(ids: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    rows = ids.flatten()
+    picked = dequantized(codes.index_select(0, rows), scales.index_select(0, rows), bits, group_size)
+    return picked.reshape(*ids.shape, picked.shape[-1])
+
+
+def expand_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    value = x.to(torch.float32)
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        value = value * weight.to(torch.float32)
+    return value.to(x.dtype)
+
+
+def expand_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    c, s = cos[None, :, None, :], sin[None, :, None, :]
+    if interleaved:
+        pairs = x.unflatten(-1, (-1, 2))
+        a, b = pairs.select(-1, 0), pairs.select(-1, 1)
+        return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+    half = x.shape[-1] // 2
+    a, b = x.narrow(-1, 0, half), x.narrow(-1, half, half)
+    return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def appended(cache: Tensor, rows: Tensor, start_pos: Tensor) -> Tensor:
+    """`cache` [1, S, ...] with `rows` [1, T, ...] at positions start_pos.. ; a new tensor."""
+    count = rows.shape[1]
+    place_S = torch.arange(cache.shape[1], device=cache.device) - start_pos
+    inside_S = (place_S >= 0) & (place_S < count)
+    moved = rows.index_select(1, place_S.clamp(min=0).minimum(torch.full_like(place_S, 1) * (count - 1)))
+    return torch.where(inside_S.view(1, -1, *[1] * (cache.dim() - 2)), moved, cache)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, window: int) -> Tensor:
+    """q [1,T,H,d] over whole caches k [1,S,KV,d], v [1,S,KV,e] in fp32. Every position is scored, then masked."""
+    tokens, heads, kv = q.shape[1], q.shape[2], k.shape[2]
+    positions_T1 = (start_pos + torch.arange(tokens, device=q.device)).unsqueeze(-1)
+    seen_S = torch.arange(k.shape[1], device=q.device)
+    mask_TS = seen_S <= positions_T1
+    if window > 0:
+        mask_TS = mask_TS & (positions_T1 - seen_S < window)
+    # the query heads that share a key head lie beside each other: [KV, rep * T, d]
+    rep = heads // kv
+    q_HTd = q.squeeze(0).permute(1, 0, 2).contiguous()
+    q_KNd = q_HTd.view(kv, rep * tokens, q.shape[3])
+    k_KdS, v_KSe = k.squeeze(0).permute(1, 2, 0), v.squeeze(0).permute(1, 0, 2)
+    scores = torch.bmm(q_KNd * scale, k_KdS).view(kv, rep, tokens, k.shape[1])
+    weights = torch.softmax(scores.masked_fill(~mask_TS, -torch.inf), -1)
+    y = torch.bmm(weights.view(kv, rep * tokens, k.shape[1]), v_KSe).view(kv, rep, tokens, v.shape[3])
+    return y.permute(2, 0, 1, 3).contiguous().view(1, tokens, heads * v.shape[3])
+
+
+def expand_cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start_pos: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, new k cache, new v cache)."""
+    keys, values = appended(k_cache, k, start_pos), appended(v_cache, v, start_pos)
+    return attend(q, keys, values, start_pos, scale, window), keys, values
+
+
+def expand_cached_attention_q8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    start_pos: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, new caches in the order of the arguments)."""
+    made = []
+    for value, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        codes, s = quantize_rows(value)
+        made.append((appended(cache, codes.to(torch.int8), start_pos), appended(scales, s.squeeze(-1), start_pos)))
+    keys, values = (codes.to(torch.float32) * s.unsqueeze(-1) for codes, s in made)
+    y = attend(q, keys, values, start_pos, scale, window)
+    return y, made[0][0], made[1][0], made[0][1], made[1][1]
+
+
+# --- routed blocks --------------------------------------------------------------------------------------------------
+
+
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of the last dimension, best first, and where they are. Of equals the first is taken.
+
+    A maximum at a time: `topk` becomes a sort, which is no linalg operator and which few consumers of the text lower.
+    """
+    place = torch.arange(values.shape[-1], device=values.device)
+    best, where = [], []
+    for _ in range(count):
+        value, index = values.max(-1, keepdim=True)
+        best.append(value)
+        where.append(index)
+        values = torch.where(place == index, -torch.inf, values)
+    return torch.cat(best, -1), torch.cat(where, -1)
+
+
+def limited(choice: Tensor, how: Routing) -> Tensor:
+    """Step 3 of `Routing`: what the experts of groups that are not kept compete with becomes `fill`."""
+    grouped = choice.unflatten(-1, (how.groups, -1))
+    group_score = grouped.amax(-1) if how.group_score == "max" else top(grouped, 2)[0].sum(-1)
+    kept = (top(group_score, how.keep)[1].unsqueeze(-1) == torch.arange(how.groups, device=choice.device)).any(-2)
+    fill = 0.0 if how.fill == "zero" else -torch.inf
+    return grouped.masked_fill(~kept.unsqueeze(-1), fill).flatten(-2)
+
+
+def _routed(
+    x: Tensor,
+    router_input: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    top_k: int,
+    how: Routing,
+    what: Experts,
+    up: Batched,
+    down: Batched,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices, weights, sum over the selected experts in rank order)."""
+    logits_TE = router_logits(router_input, router_weight, router_bias)
+    choice_TE, scores_TE = choices(logits_TE, selection_bias, dataclasses.replace(how, groups=0, keep=0))
+    indices_TK = top(limited(choice_TE, how) if how.groups else choice_TE, top_k)[1]
+    weights_TK = combine_weights(scores_TE, indices_TK, how)
+    count = router_weight.shape[0]
+    x_ETD = x.to(torch.float32).unsqueeze(0).expand(count, -1, -1)
+    if how.apply == "input":
+        chosen_TKE = indices_TK.unsqueeze(-1) == torch.arange(count, device=x.device)
+        weight_TE = (chosen_TKE.to(torch.float32) * weights_TK.unsqueeze(-1)).sum(1)
+        x_ETD = x_ETD * weight_TE.t().unsqueeze(-1)
+    y_ETD = down(activate(up(x_ETD), what))
+    y_TED = y_ETD.permute(1, 0, 2)
+    y_TKD = y_TED.gather(1, indices_TK.unsqueeze(-1).expand(-1, -1, y_TED.shape[-1]))
+    if how.apply == "output":
+        y_TKD = y_TKD * weights_TK.unsqueeze(-1)
+    return indices_TK, weights_TK, y_TKD.sum(1)
+
+
+def _shared(
+    x: Tensor, up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor], gate: Tensor | None, what: Experts
+) -> Tensor:
+    halves = Experts(**{**what.__dict__, "layout": "out_in", "interleaved": False})
+    y = down(activate(up(x), halves))
+    return y if gate is None else torch.sigmoid(functional.linear(x, gate.to(torch.float32))) * y
+
+
+def expand_fused_moe(
+    x: Tensor,
+    router_input: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    w13: Tensor,
+    b13: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    shared_w13: Tensor | None,
+    shared_w2: Tensor | None,
+    shared_gate: Tensor | None,
+    top_k: int,
+    routing: str,
+    experts: str,
+) -> tuple[Tensor, Tap]:
+    how, what = Routing.parse(routing), Experts.parse(experts)
+
+    def multiply(weight: Tensor, bias: Tensor | None) -> Batched:
+        w = weight.to(torch.float32)
+        w = w.transpose(1, 2) if what.layout == "out_in" else w
+        return lambda rows: torch.bmm(rows, w) + (0 if bias is None else bias.to(torch.float32).unsqueeze(1))
+
+    indices, weights, y = _routed(
+        x, router_input, router_weight, router_bias, selection_bias, top_k, how, what, multiply(w13, b13),
+        multiply(w2, b2),
+    )  # fmt: skip
+    if shared_w13 is not None and shared_w2 is not None:
+        w_up, w_down = shared_w13.to(torch.float32), shared_w2.to(torch.float32)
+        rows = x.to(torch.float32)
+        y = y + _shared(
+            rows, lambda r: functional.linear(r, w_up), lambda r: functional.linear(r, w_down), shared_gate, what
+        )
+    return y, Tap(x.to(torch.float32), indices, weights, y)
+
+
+def _quantized_products(
+    codes: Tensor, scales: Tensor, bias: Tensor | None, layout: str, bits: int, group_size: int, rounded: bool
+) -> Batched:
+    """[E, T, K] times every expert's weight: `linear_in_groups` (out_in) or `linear_out_groups` (in_out) per expert."""
+
+    def add_bias(y_ETn: Tensor) -> Tensor:
+        return y_ETn if bias is None else y_ETn + bias.to(torch.float32).unsqueeze(1)
+
+    def in_groups(rows: Tensor) -> Tensor:
+        w_EKN = dequantized(codes, scales, bits, group_size).transpose(1, 2)
+        if not rounded:
+            return add_bias(torch.bmm(rows, w_EKN))
+        q, scale = quantize_rows(rows)
+        return add_bias(torch.bmm(q, w_EKN) * scale)
+
+    def out_groups(rows: Tensor) -> Tensor:
+        if not rounded:
+            return add_bias(torch.bmm(rows, dequantized(codes, scales, bits, group_size)))
+        count, tokens, wide = rows.shape
+        q_EKGn = integers(codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
+        groups = q_EKGn.shape[2]
+        q_XKn = q_EKGn.permute(0, 2, 1, 3).contiguous().view(count * groups, wide, group_size)
+        # z = x * s for each group of outputs, rounded by itself
+        z_EGTK = rows.unsqueeze(1) * scales.to(torch.float32).permute(0, 2, 1).contiguous().unsqueeze(2)
+        zq_EGTK, scale_EGT1 = quantize_rows(z_EGTK)
+        y_XTn = torch.bmm(zq_EGTK.contiguous().view(count * groups, tokens, wide), q_XKn)
+        y_EGTn = y_XTn.view(count, groups, tokens, group_size) * scale_EGT1
+        return add_bias(y_EGTn.permute(0, 2, 1, 3).contiguous().view(count, tokens, groups * group_size))
+
+    return in_groups if layout == "out_in" else out_groups
+
+
+def expand_fused_moe_q(
+    x: Tensor,
+    router_input: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    w13_codes: Tensor,
+    w13_scales: Tensor,
+    b13: Tensor | None,
+    w2_codes: Tensor,
+    w2_scales: Tensor,
+    b2: Tensor | None,
+    shared_w13_codes: Tensor | None,
+    shared_w13_scales: Tensor | None,
+    shared_w2_codes: Tensor | None,
+    shared_w2_scales: Tensor | None,
+    shared_gate: Tensor | None,
+    top_k: int,
+    routing: str,
+    experts: str,
+    bits: int,
+    group_size: int,
+    int8_activations: bool,
+) -> tuple[Tensor, Tap]:
+    how, what = Routing.parse(routing), Experts.parse(experts)
+    form = (what.layout, bits, group_size, int8_activations)
+    indices, weights, y = _routed(
+        x, router_input, router_weight, router_bias, selection_bias, top_k, how, what,
+        _quantized_products(w13_codes, w13_scales, b13, *form), _quantized_products(w2_codes, w2_scales, b2, *form),
+    )  # fmt: skip
+    if shared_w13_codes is not None:
+        assert shared_w13_scales is not None
+        assert shared_w2_codes is not None
+        assert shared_w2_scales is not None
+
+        def linear(codes: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda rows: expand_linear_q(rows, codes, scales, None, bits, group_size, int8_activations)
+
+        up, down = linear(shared_w13_codes, shared_w13_scales), linear(shared_w2_codes, shared_w2_scales)
+        y = y + _shared(x.to(torch.float32), up, down, shared_gate, what)
+    return y, Tap(x.to(torch.float32), indices, weights, y)
+
+
+# operators of one tensor result
+PLAIN: dict[Any, Callable[..., Tensor]] = {
+    linear_q: expand_linear_q,
+    embedding_q: expand_embedding_q,
+    rms_norm: expand_rms_norm,
+    rope: expand_rope,
+}
+ROUTED: dict[Any, Callable[..., tuple[Tensor, Tap]]] = {fused_moe: expand_fused_moe, fused_moe_q: expand_fused_moe_q}
+# operators that write caches: the expansion, and which arguments they are
+ATTENTION: dict[Any, tuple[Callable[..., tuple[Tensor, ...]], tuple[int, ...]]] = {
+    cached_attention: (expand_cached_attention, (3, 4)),
+    cached_attention_q8: (expand_cached_attention_q8, (3, 4, 5, 6)),
+}

@@ -1,0 +1,133 @@
+"""A legal Program as a pure function, exported again: weights and caches are arguments, new caches are results.
+
+    forward(weights..., caches..., tokens int64 [1, T], start_pos int64 [1])
+        -> logits float32 [1, T, V], caches..., then for each MoE layer x, indices, weights, y  (the expansion only)
+
+T is dynamic in [1, max_tokens]. Nothing is loaded: arguments are fake tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Node
+
+from moec.compiler.errors import CompileError
+from moec.compiler.export import EXAMPLE_TOKENS
+from moec.compiler.program import Program, module_path
+from moec.targets.mlir.expand import ATTENTION, PLAIN, ROUTED, Tap
+from moec.targets.mlir.operators import FUNCTIONAL
+
+TAPS = ("x", "indices", "weights", "y")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Argument order: `weights`, `caches`, tokens, start_pos. Result order: logits, `caches`, four a MoE layer."""
+
+    weights: tuple[str, ...]
+    caches: tuple[str, ...]
+    moe_layers: int
+
+
+def signature_of(program: Program) -> Signature:
+    """CompileError if the program writes a buffer in a way that no attention operator of ours does."""
+    for spec in program.exported.graph_signature.output_specs:
+        if spec.kind != OutputKind.USER_OUTPUT:
+            raise CompileError(
+                f"the model writes {spec.target} outside an attention block that was recognised",
+                place=program.info.name,
+                remedy="see `moec explain` for the block that was not fused",
+            )
+    caches: list[str] = []
+    layers = 0
+    for node in program.graph.nodes:
+        layers += node.target in ROUTED
+        for index in ATTENTION.get(node.target, (None, ()))[1]:
+            name = program.weight_of(node.args[index])
+            if name is None or name in caches:
+                raise CompileError(f"{node.name} does not own its cache", place=module_path(node) or program.info.name)
+            caches.append(name)
+    weights = [str(s.target) for s in program.exported.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]
+    return Signature(tuple(n for n in weights if n not in caches), tuple(caches), layers)
+
+
+class _Functional(torch.fx.Interpreter):
+    """Runs a program's graph with its operators replaced. `caches` and `taps` collect what the calls leave."""
+
+    def __init__(self, program: Program, *, expand: bool) -> None:
+        super().__init__(program.exported.graph_module)
+        self._expand = expand
+        self.taps: list[Tap] = []
+        self.caches: dict[str, Tensor] = {}
+        self._program = program
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and n.target in ATTENTION:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            expansion, places = ATTENTION[n.target]
+            results = (expansion if self._expand else FUNCTIONAL[n.target])(*args)
+            names = [self._program.weight_of(n.args[i]) for i in places]  # type: ignore[arg-type]
+            self.caches.update(zip(map(str, names), results[1:], strict=True))
+            return results[0]
+        if self._expand and n.target in ROUTED:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            y, tap = ROUTED[n.target](*args)
+            self.taps.append(tap)
+            return y
+        if self._expand and n.target in PLAIN:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return PLAIN[n.target](*args, **kwargs)
+        return super().run_node(n)
+
+
+class _Model(nn.Module):
+    def __init__(self, program: Program, signature: Signature, *, expand: bool) -> None:
+        super().__init__()
+        self._how: Callable[[], _Functional] = lambda: _Functional(program, expand=expand)
+        self._inputs = list(program.exported.graph_signature.input_specs)
+        self._signature = signature
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        names = (*self._signature.weights, *self._signature.caches)
+        by_name = dict(zip(names, given[: len(names)], strict=True))
+        user = iter(given[len(names) :])
+        values = [next(user) if s.kind == InputKind.USER_INPUT else by_name[str(s.target)] for s in self._inputs]
+        runner = self._how()
+        results = runner.run(*values)
+        taps = [getattr(tap, field) for tap in runner.taps for field in TAPS]
+        return results[0], *(runner.caches[name] for name in self._signature.caches), *taps
+
+
+def exported(program: Program, signature: Signature, *, expand: bool) -> ExportedProgram:
+    """The function, with our operators expanded to ATen (`expand`) or kept."""
+    limit = program.info.max_tokens
+    weights = program.weights
+    mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        arguments = [
+            torch.empty(weights[name].shape, dtype=weights[name].dtype)
+            for name in (*signature.weights, *signature.caches)
+        ]
+        tokens = torch.zeros(1, min(EXAMPLE_TOKENS, limit), dtype=torch.int64)
+        arguments += [tokens, torch.zeros(1, dtype=torch.int64)]
+    count = len(arguments)
+    dynamic: list[Any] = [None] * count
+    if limit > 1:
+        dynamic[count - 2] = {1: torch.export.Dim("T", min=1, max=limit)}
+    module = _Model(program, signature, expand=expand)
+    with torch.no_grad():
+        return torch.export.export(module, tuple(arguments), dynamic_shapes=(tuple(dynamic),), strict=False)
+
+
+def operators_of(program: ExportedProgram) -> list[str]:
+    """Every operator that a graph calls, by name."""
+    targets = {n.target for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem}
+    return sorted(str(t) for t in targets)

@@ -1,0 +1,191 @@
+"""An MLIR artifact with its KV cache, executed in a worker process. The `Session` protocol.
+
+T tokens, V vocabulary, D width, K experts of a token. One session runs one sequence.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.target import MoeTrace
+from moec.targets.mlir.functional import TAPS
+from moec.targets.mlir.toolchain import ended, environment, last_line, worker_command
+from moec.targets.mlir.wire import receive, send
+
+_REMEDY = "compile it again with `moec compile`"
+
+
+class MlirSession:
+    """`details` are the manifest's; `program` is the text (`jit`) or the compiled module (`iree`)."""
+
+    def __init__(
+        self,
+        program: Path,
+        weights: Path,
+        *,
+        vocab_size: int,
+        context: int,
+        max_tokens: int,
+        moe_layers: int,
+        details: Mapping[str, Any],
+    ) -> None:
+        self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
+        self.position = 0
+        self._moe_layers = moe_layers
+        self._place = str(program.parent)
+        self._tracing = False
+        self._traces: list[MoeTrace] = []
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the session)
+        self._worker: subprocess.Popen[bytes] | None = subprocess.Popen(
+            worker_command("serve"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment(),
+        )
+        try:
+            self._ask(_setup(program, weights, details, self._place))
+        except BaseException:
+            self.close()
+            raise
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
+        """Append tokens. Returns float32 [T, V] for logits="all", [1, V] for "last".
+
+        RunError: no tokens, an id that is not in the vocabulary, or more tokens than the context has room for (nothing
+        has been appended then); or the native code died.
+        """
+        if logits not in ("all", "last"):
+            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
+        tokens = self._checked(ids)
+        rows: list[np.ndarray] = []
+        for begin in range(0, len(tokens), self.max_tokens):
+            chunk = tokens[begin : begin + self.max_tokens]
+            call = {"start_pos": self.position + begin, "last": logits == "last", "taps": self._tracing}
+            logits_1TV, *taps = self._ask(call, [chunk[None, :]])
+            rows.append(logits_1TV[0])
+            if self._tracing:
+                self._traces += self._traces_of(taps)
+        self.position += len(tokens)
+        return np.concatenate(rows) if logits == "all" else rows[-1]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
+        return self.prefill([token])[0]
+
+    def reset(self) -> None:
+        """Forget the sequence: attention ends at the current position, so what a cache holds is not seen again."""
+        self.position = 0
+        self._traces.clear()
+
+    def trace(self, enabled: bool) -> None:
+        """Record every MoE layer of the calls that follow; `take_traces` collects them."""
+        self._tracing = enabled
+        if not enabled:
+            self._traces.clear()
+
+    def take_traces(self) -> list[MoeTrace]:
+        """The traces since the last call of this, in order of execution; one a layer and chunk."""
+        taken, self._traces = self._traces, []
+        return taken
+
+    def close(self) -> None:
+        """End the worker. Calls after this raise RunError; closing twice is fine."""
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        for stream in (worker.stdin, worker.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:
+                    continue  # it died with a request half written
+        try:
+            worker.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        self._stderr.close()
+
+    def __enter__(self) -> MlirSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+        worker = self._worker
+        assert worker is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            send(worker.stdin, message, arrays)
+            reply, found = receive(worker.stdout)
+        except (EOFError, OSError):
+            status = worker.wait()
+            self._stderr.seek(0)
+            said = last_line(self._stderr.read().decode("utf-8", "replace"))
+            self.close()
+            raise RunError(f"the compiled program ended: {ended(status)}{said}", place=self._place) from None
+        if "fault" in reply:
+            self.close()
+            raise ArtifactError(f"its program cannot be executed: {reply['fault']}", place=self._place, remedy=_REMEDY)
+        return found
+
+    def _traces_of(self, taps: Sequence[np.ndarray]) -> list[MoeTrace]:
+        width = len(TAPS)
+        if len(taps) != width * self._moe_layers:
+            raise ArtifactError(
+                f"{len(taps)} traced values for {self._moe_layers} MoE layers", place=self._place, remedy=_REMEDY
+            )
+        return [
+            MoeTrace(layer, x, indices.astype(np.int32), weights, y)
+            for layer, (x, indices, weights, y) in enumerate(
+                taps[width * n : width * (n + 1)] for n in range(self._moe_layers)
+            )
+        ]
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._worker is None:
+            raise RunError("the session is closed", place=self._place, remedy="load the artifact again")
+        given = np.asarray(ids)
+        if given.size == 0:
+            raise RunError("the prompt is empty", remedy="give at least one token")
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
+        wrong = given[(given < 0) | (given >= self.vocab_size)]
+        if wrong.size:
+            raise RunError(
+                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
+            )
+        room = self.context - self.position
+        if given.size > room:
+            state = f", {self.position} of which are used" if self.position else ""
+            raise RunError(
+                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
+                remedy="reset() the session or shorten the prompt" if self.position else "shorten the prompt",
+            )
+        return given.astype(np.int64)
+
+
+def _setup(program: Path, weights: Path, details: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The worker's first message, from the manifest. ArtifactError when that is damaged."""
+    try:
+        arguments = details["arguments"]
+        return {
+            "engine": str(details["engine"]),
+            "program": str(program),
+            "entry": str(details["entry"]),
+            "weights": str(weights),
+            "arguments": [str(a["tensor"]) for a in arguments if a["kind"] == "weight"],
+            "caches": [(str(a["dtype"]), [int(n) for n in a["shape"]]) for a in arguments if a["kind"] == "cache"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError("its manifest does not describe the arguments", place=place, remedy=_REMEDY) from error
