@@ -129,6 +129,13 @@ def test_checkpoint_commands(moec: Moec, tmp_path: Path) -> None:
     assert moec("checkpoint", "inspect", folder, "--spec", tmp_path / "own.yaml")[0] == 0
 
 
+def wrapped(cause: BaseException) -> RuntimeError:
+    """As torch.export reports whatever was raised while it traced."""
+    error = RuntimeError("while executing a node")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "message"),
     [
@@ -136,6 +143,8 @@ def test_checkpoint_commands(moec: Moec, tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "/full/file"), 2, "/full/file: No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (RuntimeError("our own"), 70, "this is a bug of moec"),
+        (wrapped(KeyboardInterrupt()), 130, "interrupted\n"),
+        (wrapped(cli._Terminated(143)), 143, "interrupted\n"),
     ],
 )
 def test_exit_status(

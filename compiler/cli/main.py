@@ -86,8 +86,12 @@ def run(arguments: list[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename is not None else ""
         _say(f"{place}{error.strerror or error}")
         return USER_ERROR
-    except Exception:
-        return _bug()
+    except Exception as error:
+        status = _status_of_signal(error)
+        if status is None:
+            return _bug()
+        _say("interrupted")
+        return status
 
 
 def _invoke(arguments: list[str] | None) -> int:
@@ -121,9 +125,24 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came: an exception, so that temporary folders are removed on the way out."""
+
+
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
-    # an exception, so that temporary folders are removed on the way out
-    raise SystemExit(TERMINATED)
+    raise _Terminated(TERMINATED)
+
+
+def _status_of_signal(error: BaseException) -> int | None:
+    """The exit status if a library caught the exception of a signal and raised its own, as torch.export does."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, _Terminated):
+            return TERMINATED
+        if isinstance(seen, KeyboardInterrupt):
+            return INTERRUPTED
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _say(text: str) -> None:
