@@ -22,7 +22,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="A device's name (`moec device list`) or file; default: the spec's `device:`.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Default: the device's backend, or the spec's only target.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Default: the device's backend, or the spec's only target.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Positions in use; default: all the model has.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -134,7 +136,9 @@ def _show_speed(p: Plan) -> None:
     rows = [("prefill", p.prefill.tokens, *_speed_cells(p.prefill))]
     rows += [("decode", m.context, *_speed_cells(s)) for m, s in zip(p.by_context, p.decode, strict=True)]
     columns = ["", "context", "GFLOP a token", "bytes a token", "bound by", "roofline, tokens/s", "expected, tokens/s"]
-    table("\nSpeed", columns, [[c if i != 3 else size(c) for i, c in enumerate(r)] for r in rows], right=[1, 2, 3, 5, 6])
+    table(
+        "\nSpeed", columns, [[c if i != 3 else size(c) for i, c in enumerate(r)] for r in rows], right=[1, 2, 3, 5, 6]
+    )
     print(f"expected: {p.rates.basis}" if p.rates else "expected: nothing, this backend has not been timed")
 
 

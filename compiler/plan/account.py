@@ -45,7 +45,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Cache:
-    """One layer's keys and values: `kv_heads` rows of `key_width` and `value_width` a position; `window` 0 means all."""
+    """One layer's keys and values: `kv_heads` rows of both widths a position; `window` 0 means all positions."""
 
     kv_heads: int
     key_width: int

@@ -16,7 +16,7 @@ _ROLES = ("embedding", "head", "experts", "shared", "attention", "ffn")
 
 @dataclass(frozen=True)
 class Advice:
-    """One change: the peak after it, what it saves, whether the model then fits, and whether it must be trained anew."""
+    """One change: the peak after it, what it saves, whether the model then fits, whether it must be trained anew."""
 
     change: str
     peak: int
@@ -95,8 +95,9 @@ def _smaller_models(config: DecoderConfig) -> Iterator[tuple[str, DecoderConfig]
         fewer = moe.model_copy(update={"experts": moe.experts // 2})
         yield f"{moe.experts // 2} experts instead of {moe.experts}", config.model_copy(update={"moe": fewer})
     if config.layers > 1:
-        yield f"{config.layers // 2} layers instead of {config.layers}", config.model_copy(
-            update={"layers": config.layers // 2}
+        yield (
+            f"{config.layers // 2} layers instead of {config.layers}",
+            config.model_copy(update={"layers": config.layers // 2}),
         )
     if config.ffn_width is not None and config.ffn_width >= 512:
         half = config.ffn_width // 2

@@ -115,7 +115,7 @@ def file_bytes(model: Model) -> int:
 
 
 def memory(model: Model, context: int, *, tokens: int | None = None) -> Memory:
-    """Resident memory once `context` positions are filled, calls holding up to `tokens` (default: the target's most)."""
+    """Resident memory once `context` positions are filled; calls hold up to `tokens` (default: the target's most)."""
     a, f = model.architecture, model.footprint
     call = min(tokens or f.chunk(model.options), f.chunk(model.options), context)
     return Memory(

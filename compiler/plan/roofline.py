@@ -29,15 +29,15 @@ class Rates:
     weights: dict[str, float]  # kind -> bytes/s at one token, from DRAM
     cached: dict[str, float]  # kind -> bytes/s at one token, from the last cache
     prefill: dict[str, float]  # kind -> operations/s
-    attention_bytes: float
-    attention_operations: float
+    attention_decode: float  # operations/s
+    attention_prefill: float
     instruction: float
     last_cache: float
 
 
 @dataclass(frozen=True)
 class Step:
-    """One decoded token at `position`, or a prompt of `tokens` tokens. Seconds; `parts` of the expected time by kind."""
+    """One decoded token at `position`, or a prompt of `tokens` tokens. Seconds; `parts`: expected time by kind."""
 
     tokens: int
     position: int
@@ -82,8 +82,8 @@ def _measured(device: Device, k: KernelRates, memory: float, compute: float, bas
         weights=table("stream", "gb_per_s", memory),
         cached=table("cached", "gb_per_s", compute),
         prefill=table("prefill", "gop_per_s", compute),
-        attention_bytes=k.attention_gb_per_s.number * 1e9 * min(memory, compute),
-        attention_operations=k.attention_prefill_gop_per_s.number * 1e9 * compute,
+        attention_decode=k.attention_decode_gop_per_s.number * 1e9 * compute,
+        attention_prefill=k.attention_prefill_gop_per_s.number * 1e9 * compute,
         instruction=k.instruction_us.number * 1e-6 / min(1.0, compute),
         last_cache=device.last_cache_mb.number * 1e6 if device.last_cache_mb else 0.0,
     )
@@ -109,14 +109,16 @@ def decode(model: Model, device: Device, rates: Rates | None, position: int) -> 
 
 
 def _decode_parts(model: Model, rates: Rates, read: float, position: int) -> Iterator[tuple[str, float]]:
+    a = model.architecture
     table = rates.cached if read <= CACHED_SHARE * rates.last_cache else rates.weights
     by_role: dict[str, float] = {}
-    for weight in model.architecture.weights:
+    for weight in a.weights:
         seconds = model.read_per_token(weight) / table[_kind(model, weight)]
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
-    yield "KV cache", model.cache_read(position) / rates.attention_bytes
-    yield "instructions", model.footprint.instructions(model.architecture) * rates.instruction
+    reading = model.cache_read(position) / table["dense"]
+    yield "attention over the cache", max(reading, 2 * a.attention_macs(position) / rates.attention_decode)
+    yield "instructions", model.footprint.instructions(a) * rates.instruction
 
 
 def prefill(model: Model, device: Device, rates: Rates | None, tokens: int) -> Step:
@@ -136,9 +138,7 @@ def _read_by_chunk(model: Model, weight: Weight, tokens: int) -> float:
     return model.read_per_token(weight)
 
 
-def _prefill_parts(
-    model: Model, rates: Rates, tokens: int, chunk: int, chunks: int
-) -> Iterator[tuple[str, float]]:
+def _prefill_parts(model: Model, rates: Rates, tokens: int, chunk: int, chunks: int) -> Iterator[tuple[str, float]]:
     """A kernel takes the longer of reading its weights once a chunk and its products."""
     by_role: dict[str, float] = {}
     for weight in model.architecture.weights:
@@ -149,7 +149,7 @@ def _prefill_parts(
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
     pairs = sum(model.architecture.attention_macs(p) for p in range(tokens))
-    yield "attention over the cache", 2 * pairs / rates.attention_operations
+    yield "attention over the cache", 2 * pairs / rates.attention_prefill
     yield "instructions", chunks * model.footprint.instructions(model.architecture) * rates.instruction
 
 

@@ -70,9 +70,9 @@ class KernelRates(Section):
 
     `dense` is a linear with groups along the input, `experts_in` and `experts_out` a routed block with groups along
     either dimension. `stream` is packed weights read from DRAM at one token, `cached` the same from the last cache,
-    GB/s; `prefill` is at 128 tokens, GOP/s. `attention_gb_per_s`: INT8 keys and values read by one decoded token;
-    `attention_prefill_gop_per_s`: attention of 128 tokens. `instruction_us`: one instruction of a program whose
-    tensors are small, the fixed costs of its kernels included.
+    GB/s; `prefill` is at 128 tokens, GOP/s. `attention_decode` and `attention_prefill`: one token, and 128, over 2048
+    positions of INT8 keys and values. `instruction_us`: one instruction of a program whose tensors are small, the
+    fixed costs of its kernels included.
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)]
@@ -86,7 +86,7 @@ class KernelRates(Section):
     experts_out_stream_gb_per_s: Figure
     experts_out_cached_gb_per_s: Figure
     experts_out_prefill_gop_per_s: Figure
-    attention_gb_per_s: Figure
+    attention_decode_gop_per_s: Figure
     attention_prefill_gop_per_s: Figure
     instruction_us: Figure
 

@@ -124,7 +124,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"experts_{axis}_stream", lambda out=out: _blocks(1, 768, 384, 60, out, beyond_cache)  # type: ignore[misc]
         yield f"experts_{axis}_cached", lambda out=out: _blocks(1, 256, 128, 8, out, 0)  # type: ignore[misc]
         yield f"experts_{axis}_prefill", lambda out=out: _blocks(128, 768, 384, 60, out, 0)  # type: ignore[misc]
-    yield "attention", lambda: _attention(1, beyond_cache // 2)
+    yield "attention_decode", lambda: _attention(1, beyond_cache // 2)
     yield "attention_prefill", lambda: _attention(128, 0)
 
 
@@ -155,9 +155,17 @@ def _linears(t: int, n: int, k: int, total: int) -> tuple[float, list[Callable[[
     one = _packed(rng, 1, n, k, _DENSE)
     weights = [one.copy() for _ in range(max(1, total // size))]
     x, y = rng.standard_normal((t, k), dtype=np.float32), np.empty((t, n), np.float32)
+    function, none = kernel_api.library().moec_linear, kernel_api._buffer(None)
+    fmt = _DENSE.encode()
+    held = kernel_api._buffer(x), kernel_api._buffer(y)
 
     def call(w: np.ndarray) -> Callable[[], object]:
-        return lambda: kernel_api.linear(x, w, n, _DENSE, out=y)
+        packed = kernel_api._buffer(w)
+
+        def run(keep: tuple[Any, ...] = (w, x, y)) -> object:
+            return function(t, n, k, fmt, held[0], packed, none, held[1])
+
+        return run
 
     return (float(size) if t == 1 else 2.0 * t * n * k), [call(w) for w in weights]
 
@@ -193,22 +201,18 @@ def _bound(block: kernel_api.PreparedMoe, x: np.ndarray) -> Callable[[], object]
     return call
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_uint64))
-
-
 class _AttentionArgs(ctypes.Structure):
     """moec_attention_args of kernel/attention.h."""
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("t", "heads", "kv_heads", "d", "e", "capacity", "start", "window")),
         ("scale", ctypes.c_float),
-        *((n, _Buffer) for n in ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out")),
+        *((n, kernel_api._Buffer) for n in ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out")),
     )
 
 
 def _attention(t: int, total: int) -> tuple[float, list[Callable[[], object]]]:
-    """16 heads over 4 INT8 key/value heads of 64, 2048 positions. Work: cache bytes at one token, else operations."""
+    """16 heads over 4 INT8 key/value heads of 64, 2048 positions. Work: operations."""
     rng = np.random.default_rng(4)
     heads, kv, d, positions = 16, 4, 64, 2048
     per_cache = positions * kv * (2 * d + 8)
@@ -220,7 +224,7 @@ def _attention(t: int, total: int) -> tuple[float, list[Callable[[], object]]]:
         arrays = (q, k, k, codes[0], codes[1], scales[0], scales[1], out)
         args = _AttentionArgs(t, heads, kv, d, d, positions, positions - t, 0, d**-0.5)
         for name, array in zip(("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out"), arrays, strict=True):
-            setattr(args, name, _Buffer(array.ctypes.data, array.nbytes))
+            setattr(args, name, kernel_api._buffer(array))
         pointer = ctypes.pointer(args)
 
         def run(keep: tuple[Any, ...] = arrays) -> object:
@@ -232,7 +236,7 @@ def _attention(t: int, total: int) -> tuple[float, list[Callable[[], object]]]:
         codes = rng.integers(-127, 128, size=(2, positions, kv, d), dtype=np.int8)
         runs.append(call(codes, np.full((2, positions, kv), 0.01, np.float32)))
     seen = sum(range(positions - t + 1, positions + 1))
-    return (float(per_cache) if t == 1 else 2.0 * 2 * heads * d * seen), runs
+    return 2.0 * 2 * heads * d * seen, runs
 
 
 def run_model(model: Path, *, prompt: int, decode: int, threads: int, repeats: int) -> dict[str, Any]:
