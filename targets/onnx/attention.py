@@ -1,0 +1,124 @@
+"""Attention over a KV cache that is an input and an output, in standard ONNX.
+
+    present = concat(past, new);   y = softmax(scale * q present_k^T + mask) present_v
+
+Names are those that ONNX Runtime's users know: `past_key_values.N.key`, `present.N.key`, [1, KV, positions, d]. An INT8
+cache has its scales beside it, `past_key_values.N.key_scale` [1, KV, positions]. The length of the past is where a
+call's tokens begin: there is no `position_ids`. `attention_mask` [1, positions] hides positions that are 0 in it.
+
+T tokens of a call, P positions of the past, S = P + T, H query heads, KV key/value heads, d head width, e value width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+from torch.fx import Node
+
+from moec.compiler.errors import CompileError
+from moec.compiler.program import module_path
+from moec.targets.onnx.context import Context
+
+PAST, PRESENT, MASK = "past_key_values", "present", "attention_mask"
+P, T, S = "past_sequence_length", "sequence_length", "total_sequence_length"
+HIDDEN = float(np.finfo(np.float32).min)  # finite: a row that may see nothing must not become NaN
+
+
+def past_length(c: Context) -> str:
+    """int64 [1]. The caches are declared before the nodes are lowered."""
+    return c.once("past_length", lambda: c.b.dimension(f"{PAST}.0.key", 2))
+
+
+def token_count(c: Context) -> str:
+    return c.once("token_count", lambda: c.b.dimension("input_ids", 1))
+
+
+def total_length(c: Context) -> str:
+    return c.once("total_length", lambda: c.b.op("Add", past_length(c), token_count(c)))
+
+
+def declare_cache(c: Context, node: Node, *, int8: bool) -> None:
+    """The inputs and outputs of the next attention layer."""
+    k, v = node.args[3], node.args[4]
+    n = len(c.caches)
+    element = TensorProto.INT8 if int8 else TensorProto.FLOAT
+    layer = {}
+    for part, cache in (("key", k), ("value", v)):
+        _, _, heads, width = (int(d) for d in cache.meta["val"].shape)  # type: ignore[union-attr]
+        c.add_input(f"{PAST}.{n}.{part}", element, (1, heads, P, width))
+        c.add_output(f"{PRESENT}.{n}.{part}", element, (1, heads, S, width))
+        layer[part] = [1, heads, width]
+        if int8:
+            c.add_input(f"{PAST}.{n}.{part}_scale", TensorProto.FLOAT, (1, heads, P))
+            c.add_output(f"{PRESENT}.{n}.{part}_scale", TensorProto.FLOAT, (1, heads, S))
+    c.layers[node] = n
+    c.caches.append(layer)
+
+
+def cached_attention(c: Context, node: Node) -> str:
+    """Both operators: `cached_attention` and `cached_attention_q8`."""
+    q, k, v = node.args[:3]
+    start, scale, window = node.args[-3:]
+    if c.values.get(start) != past_length(c):  # type: ignore[arg-type]
+        raise CompileError("attention does not begin at start_pos", place=module_path(node) or node.name)
+    n = c.layers[node]
+    keys, values = (_extended(c, f"{n}.{part}", c.value(new)) for part, new in (("key", k), ("value", v)))
+    heads, width = (int(d) for d in q.meta["val"].shape[2:])  # type: ignore[union-attr]
+    kv_heads, value_width = int(k.meta["val"].shape[2]), int(v.meta["val"].shape[3])  # type: ignore[union-attr]
+    b = c.b
+    query = b.op("Mul", b.op("Transpose", c.value(q), perm=[0, 2, 1, 3]), b.float(float(scale)))  # type: ignore[arg-type]
+    # the queries of the heads that share keys lie one behind the other: nothing is repeated
+    query = b.reshape(query, 1, kv_heads, -1, width)
+    scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    by_head = c.once(("by_head", heads), lambda: b.op("Concat", b.ints(1, heads), token_count(c), b.ints(-1), axis=0))
+    scores = b.op("Reshape", scores, by_head)
+    weights = b.op("Softmax", b.op("Where", _mask(c, int(window)), scores, b.float(HIDDEN)), axis=-1)  # type: ignore[call-overload]
+    by_group = c.once(("by_group", kv_heads), lambda: b.op("Concat", b.ints(1, kv_heads, -1), total_length(c), axis=0))
+    y = b.op("MatMul", b.op("Reshape", weights, by_group), values)
+    y = b.op("Transpose", b.reshape(y, 1, heads, -1, value_width), perm=[0, 2, 1, 3])
+    return b.reshape(y, 1, -1, heads * value_width, out=node.name)
+
+
+def _extended(c: Context, name: str, new_1TGd: str) -> str:
+    """float [1, KV, S, d]: the cache with the tokens of this call, which is also its output."""
+    b = c.b
+    new = b.op("Transpose", new_1TGd, perm=[0, 2, 1, 3])
+    if not c.int8_cache:
+        return b.op("Concat", f"{PAST}.{name}", new, out=f"{PRESENT}.{name}", axis=2)
+    codes, scales = _quantized_rows(c, new)
+    codes = b.op("Concat", f"{PAST}.{name}", codes, out=f"{PRESENT}.{name}", axis=2)
+    scales = b.op("Concat", f"{PAST}.{name}_scale", scales, out=f"{PRESENT}.{name}_scale", axis=2)
+    return b.op("Mul", b.op("Cast", codes, to=TensorProto.FLOAT), b.op("Unsqueeze", scales, b.ints(-1)))
+
+
+def _quantized_rows(c: Context, x: str) -> tuple[str, str]:
+    """`quant.quantize_rows`: int8 codes [.., d], and scales [..]."""
+    b = c.b
+    peak = b.op("ReduceMax", b.op("Abs", x), b.ints(-1), keepdims=1)
+    full, zero = b.float(127.0), b.float(0.0)
+    inverse = b.op("Where", b.op("Greater", peak, zero), b.op("Div", full, peak), zero)
+    codes = b.op("Clip", b.op("Round", b.op("Mul", x, inverse)), b.float(-127.0), full)
+    scales = b.op("Squeeze", b.op("Div", peak, full), b.ints(-1))
+    return b.op("Cast", codes, to=TensorProto.INT8), scales
+
+
+def _mask(c: Context, window: int) -> str:
+    """bool [T, S]: position j is seen from p when p - window < j <= p (no lower limit when window is 0)."""
+    b = c.b
+
+    def scalar(value: str) -> str:
+        return b.op("Squeeze", value, b.ints(0))
+
+    def positions() -> str:
+        p = b.op("Range", scalar(past_length(c)), scalar(total_length(c)), b.scalar(1))
+        return b.op("Unsqueeze", p, b.ints(1))
+
+    def make() -> str:
+        p_T1 = c.once("positions", positions)
+        j_S = c.once("seen", lambda: b.op("Range", b.scalar(0), scalar(total_length(c)), b.scalar(1)))
+        seen = b.op("And", b.op("LessOrEqual", j_S, p_T1), b.op("Cast", MASK, to=TensorProto.BOOL))
+        if window:
+            seen = b.op("And", seen, b.op("Less", b.op("Sub", p_T1, j_S), b.scalar(window)))
+        return seen
+
+    return c.once(("mask", window), make)

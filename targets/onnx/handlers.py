@@ -1,0 +1,241 @@
+"""Operators of our own in ONNX: linears, embeddings, norms, rotary positions, the fused MoE node.
+
+T tokens, D width, N outputs and K inputs of a linear, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch.fx import Node
+
+import moec.compiler.ops as ops
+from moec.compiler.program import module_path
+from moec.targets.onnx import moe_ort, moe_standard
+from moec.targets.onnx.attention import cached_attention
+from moec.targets.onnx.context import Context
+from moec.targets.onnx.moe_form import MoeForm, form_of, operands
+from moec.targets.onnx.moe_math import dequantized
+from moec.targets.onnx.weights import AS_STORED, Change
+
+CODES = {4: TensorProto.INT4, 8: TensorProto.INT8}
+# A head is multiplied in pieces of its rows: dequantized whole it would be the largest value of the graph.
+PIECE = 1 << 24
+
+
+def linear(c: Context, n: Node) -> str:
+    x, weight, *rest = n.args
+    bias = [c.value(v) for v in rest if v is not None]
+    k = int(weight.meta["val"].shape[1])  # type: ignore[union-attr]
+    if c.program.weight_of(weight) is None:  # type: ignore[arg-type]
+        y = c.b.op("MatMul", c.value(x), c.b.op("Transpose", c.value(weight), perm=[1, 0]))
+        return c.b.op("Add", y, *bias, out=n.name) if bias else y
+    y = c.b.op("Gemm", c.b.reshape(c.value(x), -1, k), c.value(weight), *bias, transB=1)
+    return _with_leading(c, n, y)
+
+
+def linear_q(c: Context, n: Node) -> str:
+    x, codes, scales, bias, bits, group, _ = _args(n)
+    rows, k = int(codes.meta["val"].shape[0]), int(x.meta["val"].shape[-1])
+    flat = c.b.reshape(c.value(x), -1, k)
+    added = [] if bias is None else [c.value(bias)]
+    if c.ort:
+        factor = c.widened(c.scales(scales), c.wide(scales))
+        y = moe_ort.nbits(c.b, flat, _offset_codes(c, codes, bits, group), factor, n=rows, k=k, bits=bits, group=group)
+        y = c.b.op("Add", y, *added) if added else y
+        return _with_leading(c, n, y)
+    step = max(1, PIECE // k)
+    parts = []
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        suffix = f".{first}" if rows > step else ""
+        w = c.weights.tensor(
+            c.weight_name(codes), CODES[bits], (count, k), first=first * k, name=c.weight_name(codes) + suffix
+        )
+        s = c.scales(scales, first=first * k // group, dims=(count, k // group), suffix=suffix)
+        parts.append(c.b.op("Gemm", flat, dequantized(c.b, w, s, group, wide=c.wide(scales)), transB=1))
+    y = parts[0] if len(parts) == 1 else c.b.op("Concat", *parts, axis=1)
+    return _with_leading(c, n, c.b.op("Add", y, *added) if added else y)
+
+
+def _offset_codes(c: Context, codes: Node, bits: int, group: int) -> str:
+    """[N, K / group, bytes of a group]: unsigned codes, as MatMulNBits reads them."""
+    name = c.weight_name(codes)
+    rows, packed = c.program.weights[name].shape
+    per = group * bits // 8
+    return c.weights.tensor(name, TensorProto.UINT8, (rows, packed // per, per), change=moe_ort.OFFSET)
+
+
+def _with_leading(c: Context, n: Node, y: str) -> str:
+    """[rows, N] with the leading dimensions that the node declares; one of them may be open."""
+    dims = [d if isinstance(d, int) else -1 for d in n.meta["val"].shape]
+    if len(dims) == 2:
+        return y
+    return c.b.reshape(y, *dims, out=n.name)
+
+
+def embedding(c: Context, n: Node) -> str:
+    table, ids = n.args[:2]
+    return c.b.op("Gather", c.value(table), c.value(ids), out=n.name)
+
+
+def embedding_q(c: Context, n: Node) -> str:
+    """Rows of the table are looked up before they are dequantized. INT4 tensors cannot be indexed: the rows come as
+    bytes, from the same place in the file that the output head reads as INT4."""
+    ids, codes, scales, bits, group = _args(n)
+    b, name, index = c.b, c.weight_name(codes), c.value(ids)
+    dims = [int(d) if isinstance(d, int) else -1 for d in n.meta["val"].shape]
+    stored = tuple(c.program.weights[name].shape)
+
+    def byte(value: int) -> str:
+        return b.constant(np.array(value, np.uint8))
+
+    if bits == 8 and not c.ort:
+        q = b.op("Gather", c.weights.tensor(name, TensorProto.INT8, stored), index)
+    else:
+        change = moe_ort.OFFSET if c.ort else AS_STORED
+        rows = b.op(
+            "Gather", c.weights.tensor(name, TensorProto.UINT8, stored, change=change, name=f"{name}.bytes"), index
+        )
+        if bits == 4:
+            low, high = b.op("BitwiseAnd", rows, byte(15)), b.op("BitShift", rows, byte(4), direction="RIGHT")
+            rows = b.op("Concat", *(b.op("Unsqueeze", half, b.ints(-1)) for half in (low, high)), axis=-1)
+        # two's complement nibbles are lifted by 8, which flips their top bit, to be lowered by 8 like offset ones
+        lifted = rows if c.ort else b.op("BitwiseXor", rows, byte(8))
+        signed = b.op("Sub", b.op("Cast", lifted, to=TensorProto.INT32), b.constant(np.array(1 << bits - 1, np.int32)))
+        q = b.reshape(b.op("Cast", signed, to=TensorProto.INT8), *dims)
+    factor = b.op("Gather", c.scales(scales), index)
+    factor = factor if c.wide(scales) else b.op("Cast", factor, to=TensorProto.FLOAT)
+    return b.op("DequantizeLinear", q, factor, axis=len(dims) - 1, block_size=group, out=n.name)
+
+
+def rms_norm(c: Context, n: Node) -> str:
+    x, weight, eps = n.args[0], n.args[-2], n.args[-1]
+    if n.target is torch.ops.aten.rms_norm.default:
+        x, _, weight, eps = (*n.args, None, None)[:4]
+    b, value = c.b, c.value(x)
+    eps = float(torch.finfo(torch.float32).eps) if eps is None else float(eps)  # type: ignore[arg-type]
+    mean = b.op("ReduceMean", b.op("Mul", value, value), b.ints(-1), keepdims=1)
+    root = b.op("Sqrt", b.op("Add", mean, b.float(eps)))
+    if weight is None:
+        return b.op("Div", value, root, out=n.name)
+    return b.op("Mul", b.op("Div", value, root), c.value(weight), out=n.name)
+
+
+def rope(c: Context, n: Node) -> str:
+    x, cos, sin, interleaved = _args(n)
+    b = c.b
+    heads, width = (int(d) for d in x.meta["val"].shape[2:])
+    # [T, d/2] -> [1, T, 1, d/2], and a last dimension for the pair when its elements are neighbours
+    axes = (0, 2, 4) if interleaved else (0, 2)
+    angles = [
+        c.once(("angle", t, interleaved), lambda t=t: b.op("Unsqueeze", c.value(t), b.ints(*axes)))  # type: ignore[misc]
+        for t in (cos, sin)
+    ]
+    value = b.reshape(c.value(x), 1, -1, heads, width // 2, 2) if interleaved else c.value(x)
+    first, second = b.split(value, 2)
+
+    def turned(p: str, q: str, kind: str) -> str:
+        return b.op(kind, b.op("Mul", p, angles[0]), b.op("Mul", q, angles[1]))
+
+    y = b.op("Concat", turned(first, second, "Sub"), turned(second, first, "Add"), axis=-1)
+    return b.reshape(y, 1, -1, heads, width, out=n.name) if interleaved else y
+
+
+def fused_moe(c: Context, n: Node) -> str:
+    """A call of the local function `moec::FusedMoE`, one overload for each form of block in the model."""
+    form, given = form_of(n), operands(n)
+    if c.ort:
+        moe_ort.check(form, module_path(n) or n.name)
+    wide = bool(form.bits) and c.wide(given["w13_scales"])
+    if (form, wide) not in c.functions:
+        make = moe_ort.ort_function if c.ort else moe_standard.standard_function
+        c.functions[form, wide] = make(form, str(len(c.functions) or ""), wide_scales=wide)
+    overload = c.functions[form, wide].overload
+    names = (moe_ort if c.ort else moe_standard).input_names(form)
+    found = _ort_operands(c, form, given) if c.ort else _standard_operands(c, form, given)
+    outs = [n.name, f"{n.name}.indices", f"{n.name}.weights"]
+    inputs = [found[name] for name in names]
+    more = {"overload": overload} if overload else {}
+    c.b.ops(moe_standard.FUNCTION, *inputs, outs=outs, domain=moe_standard.DOMAIN, **form.attributes, **more)
+    c.taps.append({"x": found["x"], "indices": outs[1], "weights": outs[2], "y": outs[0]})
+    return outs[0]
+
+
+def _common_operands(c: Context, form: MoeForm, given: dict[str, Any]) -> dict[str, str]:
+    optional = ("router_bias", "selection_bias", "b2", "shared_gate")
+    names = ["x", "router_input", "router_weight", *(name for name in optional if name in form.present)]
+    return {name: c.value(given[name]) for name in names}
+
+
+def _standard_operands(c: Context, form: MoeForm, given: dict[str, Any]) -> dict[str, str]:
+    found = _common_operands(c, form, given)
+    if "b13" in form.present:
+        found["b13"] = c.value(given["b13"])
+    quantized = bool(form.bits)
+    for name in ("shared_w13", "shared_w2") if form.shared_width else ():
+        if not quantized:
+            found[name] = c.value(given[name])
+            continue
+        rows, k = (form.shared_outer, form.width) if name == "shared_w13" else (form.width, form.shared_width)
+        found[name] = c.weights.tensor(c.weight_name(given[f"{name}_codes"]), CODES[form.bits], (rows, k))
+        found[f"{name}.scales"] = c.scales(given[f"{name}_scales"])
+    for stack in ("w13", "w2"):
+        shape = form.shape(stack)
+        count = prod(shape)
+        weight = given[f"{stack}_codes"] if quantized else given[stack]
+        name = c.weight_name(weight)
+        for e in range(form.experts):
+            if not quantized:
+                found[f"{stack}.{e}"] = c.weights.part(name, shape, e)
+                continue
+            found[f"{stack}.{e}"] = c.weights.tensor(name, CODES[form.bits], shape, first=e * count, name=f"{name}.{e}")
+            found[f"{stack}.{e}.scales"] = c.scales(
+                given[f"{stack}_scales"],
+                first=e * count // form.group_size,
+                dims=(shape[0], shape[1] // form.group_size),
+                suffix=f".{e}",
+            )
+    return found
+
+
+def _ort_operands(c: Context, form: MoeForm, given: dict[str, Any]) -> dict[str, str]:
+    found = _common_operands(c, form, given)
+    plain, turned = (AS_STORED, moe_ort.OFFSET), (moe_ort.ALTERNATING, moe_ort.ALTERNATING_OFFSET)
+    if "b13" in form.present:
+        found["b13"] = c.value(given["b13"])
+        if not form.what.interleaved:
+            found["b13"] = c.weights.plain(c.weight_name(given["b13"]), change=moe_ort.ALTERNATING_FLOAT32)
+    for name in ("shared_w13", "shared_w2") if form.shared_width else ():
+        found[name] = _offset_codes(c, given[f"{name}_codes"], form.bits, form.group_size)
+        found[f"{name}.scales"] = c.scales(given[f"{name}_scales"])
+    for stack in ("w13", "w2"):
+        changes: tuple[Change, Change] = turned if stack == "w13" and not form.what.interleaved else plain
+        name = c.weight_name(given[f"{stack}_codes"])
+        found[stack] = c.weights.tensor(name, TensorProto.UINT8, c.program.weights[name].shape, change=changes[1])
+        found[f"{stack}.scales"] = c.scales(given[f"{stack}_scales"], change=changes[0])
+    return found
+
+
+def _args(n: Node) -> tuple[Any, ...]:
+    """The arguments, which their operator's schema types."""
+    return n.args
+
+
+HANDLERS = {
+    ops.linear_q: linear_q,
+    ops.embedding_q: embedding_q,
+    ops.rms_norm: rms_norm,
+    ops.rope: rope,
+    ops.cached_attention: cached_attention,
+    ops.cached_attention_q8: cached_attention,
+    ops.fused_moe: fused_moe,
+    ops.fused_moe_q: fused_moe,
+    torch.ops.aten.linear.default: linear,
+    torch.ops.aten.embedding.default: embedding,
+    torch.ops.aten.rms_norm.default: rms_norm,
+}

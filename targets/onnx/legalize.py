@@ -1,0 +1,28 @@
+"""What the ONNX file computes otherwise than the quantized program says, made explicit in the graph.
+
+A weight behind `DequantizeLinear` is multiplied with float activations, and so do QMoE and MatMulNBits at accuracy level
+0: INT8 rounding of activations is dropped. The weights stay as they are, code for code.
+"""
+
+from __future__ import annotations
+
+from moec.compiler.ops import fused_moe_q, linear_q
+from moec.compiler.pipeline import Pass, PassResult
+from moec.compiler.program import Program, Stage
+
+QUANTIZED = (fused_moe_q, linear_q)
+
+
+def float_activations() -> Pass:
+    """`int8_activations=True` -> False on every quantized operator."""
+    return Pass("onnx_float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL)
+
+
+def _run(program: Program) -> PassResult:
+    edit = program.edit()
+    changed = 0
+    for node in edit.graph.nodes:
+        if node.target in QUANTIZED and node.args[-1] is True:
+            node.args = (*node.args[:-1], False)
+            changed += 1
+    return PassResult(edit.done(stage=Stage.LEGAL), changed)

@@ -1,0 +1,239 @@
+"""An ONNX artifact with its KV cache, executed by ONNX Runtime on the CPU. The `Session` protocol.
+
+T tokens, V vocabulary, D width, K experts of a token. One session runs one sequence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.target import MoeTrace
+
+OLDEST = (1, 22)  # the oldest ONNX Runtime of which QMoE's router_weights are known
+REMEDY = "compile it again with `moec compile`"
+# ONNX Runtime fuses DequantizeLinear with a product and, unless told otherwise, rounds the activations to INT8 there
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+FOLDER = "session.model_external_initializers_file_folder_path"
+_TAP_FIELDS = ("x", "indices", "weights", "y")
+
+
+class OnnxSession:
+    """Runs the file unchanged. While it traces, values of the MoE blocks are outputs as well; nothing else differs."""
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        vocab_size: int,
+        context: int,
+        max_tokens: int,
+        details: Mapping[str, Any],
+        threads: int | None = None,
+    ) -> None:
+        """`details` are the manifest's: shapes of the caches, and where the values of each MoE layer lie."""
+        self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
+        self.threads = threads or _usable_cores()
+        self.position = 0
+        self._path, self._taps = model, list(details.get("moe_taps", []))
+        self._empty = _empty_caches(details, model)
+        self._past = dict(self._empty)
+        self._tracing = False
+        self._traces: list[MoeTrace] = []
+        self._traced = False  # whether the loaded model has the outputs of the taps
+        self._session: onnxruntime.InferenceSession | None = self._open(traced=False)
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
+        """Append tokens. Returns float32 [T, V] for logits="all", [1, V] for "last".
+
+        RunError: no tokens, an id that is not in the vocabulary, or more tokens than the context has room for. Nothing
+        has been appended then.
+        """
+        if logits not in ("all", "last"):
+            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
+        tokens = self._checked(ids)
+        rows: list[np.ndarray] = []
+        layers: list[list[MoeTrace]] = []
+        for begin in range(0, len(tokens), self.max_tokens):
+            result, seen = self._forward(tokens[begin : begin + self.max_tokens])
+            rows.append(result if logits == "all" else result[-1:])
+            layers.append(seen)
+        self._traces += [_joined(parts) for parts in zip(*layers, strict=True)]
+        return np.concatenate(rows) if logits == "all" else rows[-1]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
+        return self.prefill([token])[0]
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.position = 0
+        self._past = dict(self._empty)
+        self._traces.clear()
+
+    def trace(self, enabled: bool) -> None:
+        """Record every MoE layer of the calls that follow; `take_traces` collects them. The first call loads the model
+        anew with those values as outputs, and it stays so: equal calls give equal bits whether they are traced or not."""
+        self._tracing = enabled
+        if enabled and self._taps and not self._traced and self._session is not None:
+            self._session = None  # first: two loaded models would take twice the memory
+            self._session, self._traced = self._open(traced=True), True
+
+    def take_traces(self) -> list[MoeTrace]:
+        """The traces since the last call of this, in order of execution."""
+        taken, self._traces = self._traces, []
+        return taken
+
+    def close(self) -> None:
+        """Release the model. Calls after this raise RunError; closing twice is fine."""
+        self._session = None
+        self._past = {}
+
+    def __enter__(self) -> OnnxSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, *, traced: bool) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 4  # faults are raised, and told once
+        for key, value in {**EXACT, FOLDER: str(self._path.parent.absolute())}.items():
+            options.add_session_config_entry(key, value)
+        if _version(onnxruntime.__version__) < OLDEST:
+            raise RunError(
+                f"ONNX Runtime {onnxruntime.__version__} is too old for this artifact",
+                remedy=f"install onnxruntime >= {'.'.join(map(str, OLDEST))}",
+            )
+        try:
+            source = str(self._path) if not traced else self._with_taps()
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except ArtifactError:
+            raise
+        except Exception as error:  # the runtime raises a class of its own for each status
+            raise ArtifactError(
+                f"ONNX Runtime {onnxruntime.__version__} does not load it: {_first_line(error)}",
+                place=str(self._path),
+                remedy=f"{REMEDY}, or install onnxruntime >= {'.'.join(map(str, OLDEST))}",
+            ) from error
+
+    def _with_taps(self) -> bytes:
+        """The model with the taps as outputs; its weights stay where they are."""
+        model = onnx.load(str(self._path), load_external_data=False)
+        known = {name for node in model.graph.node for name in node.output}
+        for tap in self._taps:
+            for field in _TAP_FIELDS:
+                if tap.get(field) not in known:
+                    raise ArtifactError(
+                        "damaged: details.moe_taps", place=str(self._path.parent / "manifest.json"), remedy=REMEDY
+                    )
+        listed = {o.name for o in model.graph.output}
+        for name in dict.fromkeys(tap[field] for tap in self._taps for field in _TAP_FIELDS):
+            integer = any(tap["indices"] == name for tap in self._taps)
+            if name not in listed:
+                kind = TensorProto.INT64 if integer else TensorProto.FLOAT
+                model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+        return model.SerializeToString()
+
+    def _forward(self, tokens: np.ndarray) -> tuple[np.ndarray, list[MoeTrace]]:
+        """Logits [T, V] and a trace per MoE layer."""
+        assert self._session is not None
+        end = self.position + len(tokens)
+        feeds = {
+            "input_ids": tokens[None],
+            "attention_mask": np.ones((1, end), np.int64),
+            **{f"past_key_values.{name}": value for name, value in self._past.items()},
+        }
+        names = ["logits", *(f"present.{name}" for name in self._past)]
+        taps = [tap[field] for tap in self._taps for field in _TAP_FIELDS] if self._tracing else []
+        wanted = list(dict.fromkeys([*names, *taps]))
+        try:
+            found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        except Exception as error:
+            raise RunError(
+                f"ONNX Runtime stopped: {_first_line(error)}", place=str(self._path), remedy=REMEDY
+            ) from error
+        self._past = {name: found[f"present.{name}"] for name in self._past}
+        self.position = end
+        traces = [self._trace(layer, found) for layer in range(len(self._taps))] if taps else []
+        return np.asarray(found["logits"])[0], traces
+
+    def _trace(self, layer: int, found: Mapping[str, np.ndarray]) -> MoeTrace:
+        tap = self._taps[layer]
+        return MoeTrace(
+            layer=layer,
+            x_TD=found[tap["x"]],
+            indices_TK=found[tap["indices"]].astype(np.int32),
+            weights_TK=found[tap["weights"]],
+            y_TD=found[tap["y"]],
+        )
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._session is None:
+            raise RunError("the session is closed", place=str(self._path), remedy="load the artifact again")
+        given = np.asarray(ids)
+        if given.size == 0:
+            raise RunError("the prompt is empty", remedy="give at least one token")
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
+        wrong = given[(given < 0) | (given >= self.vocab_size)]
+        if wrong.size:
+            raise RunError(
+                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
+            )
+        room = self.context - self.position
+        if given.size > room:
+            state = f", {self.position} of which are used" if self.position else ""
+            raise RunError(
+                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
+                remedy="reset() the session or shorten the prompt" if self.position else "shorten the prompt",
+            )
+        return given.astype(np.int64)
+
+
+def _empty_caches(details: Mapping[str, Any], model: Path) -> dict[str, np.ndarray]:
+    """Caches of no position, by the name that follows `past_key_values.`."""
+    found: dict[str, np.ndarray] = {}
+    int8 = details.get("kv_cache") == "int8"
+    try:
+        for n, layer in enumerate(details["caches"]):
+            for part in ("key", "value"):
+                batch, heads, width = (int(d) for d in layer[part])
+                found[f"{n}.{part}"] = np.zeros((batch, heads, 0, width), np.int8 if int8 else np.float32)
+                if int8:
+                    found[f"{n}.{part}_scale"] = np.zeros((batch, heads, 0), np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            "damaged: details.caches", place=str(model.parent / "manifest.json"), remedy=REMEDY
+        ) from error
+    return found
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
+
+
+def _joined(parts: tuple[MoeTrace, ...]) -> MoeTrace:
+    """One layer's traces of consecutive chunks as one."""
+    if len(parts) == 1:
+        return parts[0]
+    fields = {f: np.concatenate([getattr(p, f) for p in parts]) for f in ("x_TD", "indices_TK", "weights_TK", "y_TD")}
+    return MoeTrace(layer=parts[0].layer, **fields)
