@@ -42,15 +42,15 @@ def expert_products(
 
     if compute == "padded":
         return _padded(rows_RD, counts_E, gate_up_ED2F, down_EFD, hidden)
-    if compute == "loop" or not _aligned(rows_RD, gate_up_ED2F, down_EFD):
+    if compute == "loop" or not _aligned(rows_RD.element_size(), *gate_up_ED2F.shape[1:], *down_EFD.shape[1:]):
         return _loop(rows_RD, counts_E, gate_up_ED2F, down_EFD, hidden)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     h_RF = hidden(F.grouped_mm(rows_RD, gate_up_ED2F, offs=ends_E))
     return F.grouped_mm(h_RF, down_EFD, offs=ends_E)
 
 
-def _aligned(*operands: Tensor) -> bool:
-    return all(t.shape[-1] * t.element_size() % _ALIGNMENT == 0 for t in operands)
+def _aligned(size: int, *widths: int) -> bool:
+    return all(width * size % _ALIGNMENT == 0 for width in widths)
 
 
 def _loop(rows_RD: Tensor, counts_E: Tensor, up: Tensor, down: Tensor, hidden: Rounding) -> Tensor:
