@@ -75,6 +75,31 @@ def test_float32_equals_the_eager_model(make: Make) -> None:
     np.testing.assert_allclose(got, reference.forward(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_layers_of_s_equal_the_eager_model(tmp_path: Path) -> None:
+    """The published shapes: 60 experts, 128,256 rows of vocabulary. Logits reach 29 there, where one unit in the last place
+    is 2e-6, so 1e-5 is taken of the largest logit."""
+    text = TINY.with_name("mobilemoe-s.yaml").read_text()
+    edits = {"layers: 20": "layers: 2", "context: 8192": "context: 640", "kv_cache: int8": "kv_cache: fp32"}
+    for old, new in {**edits, "targets: [xnnpack]": "targets: {metal: {dtype: float32}}"}.items():
+        assert old in text
+        text = text.replace(old, new)
+    path, checkpoint, out = tmp_path / "spec.yaml", tmp_path / "checkpoint", tmp_path / "artifact"
+    path.write_text(text)
+    assert cli.run(["checkpoint", "synthesize", str(path), "--out", str(checkpoint), "--qat", "--quiet"]) == 0
+    assert cli.run(["compile", str(path), "--checkpoint", str(checkpoint), "--out", str(out), "--quiet"]) == 0
+    spec = load_spec(path)
+    assert spec.quantization is not None
+    quantization = spec.quantization.model_copy(update={"activations": "fp32"})
+    reference = Reference(spec.model, open_store(checkpoint, spec.model), quantization)
+    ids = real_text(spec.model.vocab_size, 160)["prose"][:40]
+    session = build.load(out)
+    got = np.concatenate([session.prefill(ids[:36], "all"), *(session.decode(i)[None] for i in ids[36:])])
+    want = reference.forward(ids).logits
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert (got.argmax(-1) == want.argmax(-1)).all()
+
+
 def test_without_quantization_equals_the_eager_model(make: Make) -> None:
     folder = make(options="dtype: float32", qat=False, weights="fp32", embedding="fp32", kv_cache="fp32")
     spec = spec_of(folder)
