@@ -77,8 +77,8 @@ def test_float32_equals_the_eager_model(make: Make) -> None:
 
 @pytest.mark.slow
 def test_two_layers_of_s_equal_the_eager_model(tmp_path: Path) -> None:
-    """The published shapes: 60 experts, 128,256 rows of vocabulary. Logits reach 29 there, where one unit in the last place
-    is 2e-6, so 1e-5 is taken of the largest logit."""
+    """The published shapes: 60 experts, 128,256 rows of vocabulary. Logits reach 29 there, where one unit in the last
+    place is 2e-6, so 1e-5 is taken of the largest logit."""
     text = TINY.with_name("mobilemoe-s.yaml").read_text()
     edits = {"layers: 20": "layers: 2", "context: 8192": "context: 640", "kv_cache: int8": "kv_cache: fp32"}
     for old, new in {**edits, "targets: [xnnpack]": "targets: {metal: {dtype: float32}}"}.items():
