@@ -144,9 +144,13 @@ class _Functional:
 
     def _cast(self, node: Node) -> bool:
         source: Any = node.args[0]
-        if source.meta["val"].dtype != node.meta["val"].dtype:
+        copies = node.kwargs.get("copy") or True in node.args[2:]
+        if source.meta["val"].dtype != node.meta["val"].dtype or copies:
             node.target, node.args = aten._to_copy.default, (source,)
             node.kwargs = {"dtype": node.meta["val"].dtype}
+        else:  # its operand itself
+            node.replace_all_uses_with(source)
+            self._edit.graph.erase_node(node)
         return True
 
     def _chunk(self, node: Node) -> bool:

@@ -15,18 +15,24 @@ from moec.compiler.program import Program, Stage
 
 @dataclass(frozen=True)
 class Refusal:
-    """A candidate that a rule did not rewrite: why, and the node that stood in the way."""
+    """A candidate that a rule did not rewrite: why, the node that stood in the way, and what the user can do."""
 
     rule: str
     reason: str
     node: str
     where: str = ""  # module path of the block, for people
+    remedy: str = ""
+    read: tuple[str, ...] = ()  # what was understood before, nearest miss last
 
     @staticmethod
-    def at(rule: str, node: Node, reason: str) -> Refusal:
+    def at(
+        rule: str, node: Node, reason: str, remedy: str = "", *, block: Node | None = None, read: Sequence[str] = ()
+    ) -> Refusal:
+        """`block` lends its place when `node` (a weight, say) has none."""
         from moec.compiler.program import module_path
 
-        return Refusal(rule=rule, reason=reason, node=f"{node.name} ({node.target})", where=module_path(node))
+        where = module_path(node) or (module_path(block) if block is not None else "")
+        return Refusal(rule, reason, f"{node.name} ({node.target})", where, remedy, tuple(read))
 
 
 @dataclass(frozen=True)
@@ -114,5 +120,5 @@ def _with_reason(error: CompileError, refusals: Sequence[Refusal]) -> CompileErr
     return CompileError(
         f"{error.message}: {nearest.rule} stopped at {nearest.node}: {nearest.reason}",
         place=error.place,
-        remedy=error.remedy,
+        remedy=f"{nearest.remedy}; {error.remedy}" if nearest.remedy and error.remedy else error.remedy,
     )

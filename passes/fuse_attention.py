@@ -22,6 +22,7 @@ from moec.compiler.program import Editor, Program, Role, Stage
 
 aten = torch.ops.aten
 RULE = "fuse_attention"
+REMEDY = "attention stays as it is, which runs slower; write each cache at start_pos with index_copy and mask causally"
 SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -58,7 +59,7 @@ def _run(program: Program) -> PassResult:
             fuser.fuse(node)
             changed += 1
         except Stuck as stuck:
-            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason, stuck.remedy or REMEDY, block=node))
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 

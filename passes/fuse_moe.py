@@ -50,12 +50,12 @@ def _run(program: Program) -> PassResult:
         try:
             candidates.setdefault(tuple(combines_of(node, paths)))
         except Stuck as stuck:
-            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+            refusals.append(_refusal(stuck, node))
     for ends in filter(None, candidates):
         try:
             block = _read(edit, ends)
         except Stuck as stuck:
-            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason))
+            refusals.append(_refusal(stuck, ends[-1]))
             continue
         _rewrite(edit, block)
         changed += 1
@@ -65,22 +65,33 @@ def _run(program: Program) -> PassResult:
         left = next((n for n in edit.graph.nodes if expert_indexed(edit, n)), None)
         if left is not None:
             refusals.append(
-                Refusal.at(RULE, left, "experts are read here, and no topk over a router's scores leads here")
+                Refusal.at(
+                    RULE,
+                    left,
+                    "experts are read here, and no topk over a router's scores leads here",
+                    "select the experts with torch.topk over scores [N, E]",
+                )
             )
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 
+def _refusal(stuck: Stuck, block: Node) -> Refusal:
+    return Refusal.at(RULE, stuck.node, stuck.reason, stuck.remedy, block=block, read=stuck.read)
+
+
 def _read(edit: Editor, ends: tuple[Node, ...]) -> MoeBlock:
-    """The block that ends at one of `ends`; Stuck where the last of them is: the only one that cannot be scores."""
+    """The block that ends at one of `ends`; else Stuck of the nearest miss: the attempt that understood most."""
+    nearest: Stuck | None = None
     for end in ends:
         try:
             block = read_shared(edit, read_block(edit, end))
             check_closed(edit, block)
             return block
-        except Stuck:
-            if end is ends[-1]:
-                raise
-    raise AssertionError("no end")
+        except Stuck as stuck:
+            if nearest is None or len(stuck.read) >= len(nearest.read):
+                nearest = stuck
+    assert nearest is not None
+    raise nearest
 
 
 def _rewrite(edit: Editor, block: MoeBlock) -> None:

@@ -15,6 +15,7 @@ from moec.compiler.program import Editor, Program, Role, Stage
 
 aten = torch.ops.aten
 RULE = "fuse_rms_norm"
+REMEDY = "the norm stays as it is, which runs slower; normalise over the last dimension only"
 
 
 def fuse_rms_norm() -> Pass:
@@ -28,7 +29,7 @@ def _run(program: Program) -> PassResult:
     for node in list(edit.graph.nodes):
         if is_op(node, aten.rms_norm.default):
             if len(node.args[1]) != 1:  # type: ignore[arg-type]
-                refusals.append(Refusal.at(RULE, node, "the norm spans more than the last dimension"))
+                refusals.append(Refusal.at(RULE, node, "the norm spans more than the last dimension", REMEDY))
                 continue
             weight, eps = arg(node, 2, "weight"), arg(node, 3, "eps")
             _replace(edit, node, node.args[0], weight, torch.finfo(torch.float32).eps if eps is None else eps)  # type: ignore[arg-type]

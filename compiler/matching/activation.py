@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from moec.compiler.matching.read import (
     Stuck,
+    advises,
     arg,
     aten,
     binary,
@@ -41,6 +42,7 @@ class Activation:
     experts: Experts
 
 
+@advises("write the expert as down(act(gate) * up) or down(act(up)), act one of silu, gelu, relu, relu squared")
 def read_activation(hidden: Node) -> Activation:
     """hidden = act(clamp(gate)) * (clamp(up) + offset), or act(clamp(x)) without a gate."""
     pair = binary(hidden, *MULTIPLY)

@@ -17,7 +17,20 @@ from typing import Any
 from torch.fx import Node
 
 from moec.compiler.matching.activation import MULTIPLY, read_activation
-from moec.compiler.matching.read import Stuck, arg, aten, binary, dim_of, is_op, rank, same_size, shape, static, unview
+from moec.compiler.matching.read import (
+    Stuck,
+    advises,
+    arg,
+    aten,
+    binary,
+    dim_of,
+    is_op,
+    rank,
+    same_size,
+    shape,
+    static,
+    unview,
+)
 from moec.compiler.ops.attributes import Experts
 from moec.compiler.program import Editor
 
@@ -88,6 +101,7 @@ def _turned(node: Any) -> tuple[Any, bool]:
     return node, False
 
 
+@advises("give every expert the same form, its weights stacked [E, in, out] or [E, out, in]")
 def read_experts(edit: Editor, outputs: Node, pairs: Pairs) -> RoutedExperts:
     """The experts whose outputs, of the pairs, are `outputs`."""
     down = _product(edit, outputs, pairs)

@@ -20,6 +20,7 @@ from moec.compiler.matching.activation import MULTIPLY, read_activation
 from moec.compiler.matching.read import (
     CASTS,
     Stuck,
+    advises,
     arg,
     aten,
     binary,
@@ -91,6 +92,7 @@ def is_unrolled(end: Node) -> bool:
     return any(isinstance(n, Node) and (_weighted(n) is not None or is_unrolled(n)) for n in pair)
 
 
+@advises("add to zeros, once for each expert, its output times the weight that selected it")
 def read_unrolled(edit: Editor, end: Node) -> Unrolled:
     """The experts whose weighted outputs are added up to `end` [N, D]."""
     terms = _terms(end)
@@ -116,6 +118,7 @@ def read_unrolled(edit: Editor, end: Node) -> Unrolled:
     return Unrolled(x, weights, indices, ordered)
 
 
+@advises("stack the experts' outputs in their order and weigh them by the router's weights")
 def read_stacked(edit: Editor, outputs: Node, weights: Node) -> Unrolled | None:
     """The experts of `outputs` = stack of every expert's rows, [N, E, D], or the K of each token gathered from it.
 
@@ -339,6 +342,7 @@ class _Linear:
     in_out: bool
 
 
+@advises("give every expert linears of its own: down(act(gate(x)) * up(x))")
 def read_mlp(edit: Editor, output: Node) -> tuple[OneExpert, Node]:
     """(the MLP, the rows it reads) of one expert's output."""
     down = _linear(edit, output)

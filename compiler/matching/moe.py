@@ -34,6 +34,7 @@ from moec.compiler.matching.loops import (
 from moec.compiler.matching.read import (
     VIEWS,
     Stuck,
+    advises,
     arg,
     aten,
     binary,
@@ -109,6 +110,7 @@ class MoeBlock:
         return [n for n in nodes if n is not None]
 
 
+@advises("route flat tokens [N, E] and let nothing but the experts read what topk selects")
 def combines_of(topk: Node, paths: PostDominators) -> list[Node]:
     """The nodes at which what a router's topk selects may have come together again as rows of tokens [N, .].
 
@@ -158,15 +160,30 @@ def _prepares_another(topk: Node) -> bool:
     return False
 
 
+@advises("sum the experts' outputs of each token, times the weights that the router gives them")
 def read_block(edit: Editor, end: Node) -> MoeBlock:
     """The block whose routed output is `end` [N, D] = sum over K of weighted expert outputs."""
+    read: list[str] = []
+    try:
+        return _read_block(edit, end, read)
+    except Stuck as stuck:
+        stuck.read = tuple(read)
+        raise
+
+
+def _read_block(edit: Editor, end: Node, read: list[str]) -> MoeBlock:
+    """`read` receives what has been understood so far, for people."""
     if is_unrolled(end):
-        return _loop_block(edit, end, read_unrolled(edit, end))
+        read.append(f"a sum over experts, one by one, ends at {end.name}")
+        return _loop_block(edit, end, read_unrolled(edit, end), read)
     outputs, weights, pairs = _combined(end)
+    read.append(f"a sum over {pairs.top_k} rows of each token ends at {end.name}")
     stacked = None if weights is None else read_stacked(edit, outputs, weights)
     if stacked is not None:
-        return _loop_block(edit, end, stacked)
+        return _loop_block(edit, end, stacked, read)
     routed = read_experts(edit, outputs, pairs)
+    count = shape(routed.w13)[0]
+    read.append(f"{count} experts ({routed.experts}) read {routed.x.name}")
     apply = "output"
     if routed.input_weights is not None:
         if weights is not None:
@@ -175,7 +192,7 @@ def read_block(edit: Editor, end: Node) -> MoeBlock:
     if weights is None:
         raise Stuck(outputs, "the experts' outputs are not multiplied by combine weights")
     router = read_router(edit, _weights_NK(weights, pairs), routed.indices)
-    count = shape(routed.w13)[0]
+    read.append(f"a router ({router.routing}) reads {router.input.name}")
     if shape(router.weight)[0] != count:
         raise Stuck(router.weight, f"the router scores {shape(router.weight)[0]} experts, the weights hold {count}")
     if router.top_k != pairs.top_k:
@@ -200,8 +217,9 @@ def read_block(edit: Editor, end: Node) -> MoeBlock:
     )
 
 
-def _loop_block(edit: Editor, end: Node, loop: Unrolled) -> MoeBlock:
+def _loop_block(edit: Editor, end: Node, loop: Unrolled, read: list[str]) -> MoeBlock:
     """The block of a loop over experts, their weights stacked in the order of the router's rows."""
+    read.append(f"{len(loop.experts)} experts ({loop.experts[0].experts}) read {loop.x.name}")
     router = read_router(edit, unview(loop.weights), loop.indices)
     first, count = loop.experts[0], len(loop.experts)
     if shape(router.weight)[0] != count:
@@ -424,6 +442,7 @@ def _linear_of(edit: Editor, node: Any, x: Node) -> Node | None:
 # -------------------------------------------------------------------------------------------------------------- closure
 
 
+@advises("keep the block in float32 and let nothing outside read a value inside it")
 def check_closed(edit: Editor, block: MoeBlock) -> None:
     """The nodes between operands and result read nothing but operands, are float32, and have no reader outside."""
     inside = _slice(edit, block)

@@ -5,9 +5,10 @@ Every helper returns None when the node is not of the asked form. `Stuck` carrie
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.fx import Node
@@ -33,12 +34,37 @@ CASTS = {aten._to_copy.default, aten.to.dtype}
 
 
 class Stuck(Exception):
-    """A parse met something it cannot explain: the node, and why in words."""
+    """A parse met something it cannot explain: the node, why in words, and what a model's author can do about it.
 
-    def __init__(self, node: Node, reason: str) -> None:
+    `read` lists what had been understood: of several attempts the one that read most is the nearest miss.
+    """
+
+    def __init__(self, node: Node, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
         self.node = node
         self.reason = reason
+        self.remedy = remedy
+        self.read: tuple[str, ...] = ()
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def advises(remedy: str) -> Callable[[F], F]:
+    """What to do about a parse that stopped anywhere inside the function; the innermost advice stands."""
+
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
+        def parse(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except Stuck as stuck:
+                stuck.remedy = stuck.remedy or remedy
+                raise
+
+        return cast(F, parse)
+
+    return wrap
 
 
 def is_op(node: Any, *targets: Any) -> bool:

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from moec.compiler.matching.read import (
     Stuck,
+    advises,
     arg,
     aten,
     binary,
@@ -50,6 +51,7 @@ class Router:
     routing: Routing
 
 
+@advises("write the router in float32 as linear, score, topk, then gather, normalise and scale the weights")
 def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
     """The router that gives `indices` and `weights`, both [N, K]."""
     if indices.target is not operator.getitem or not is_op(indices.args[0], aten.topk.default) or indices.args[1] != 1:

@@ -1,4 +1,4 @@
-"""The shipped specs of the seven families: INT4 artifacts that run, against transformers' own model with the same codes.
+"""The shipped specs of the seven families: INT4 artifacts that run, against eager models with the same codes.
 
 The reference is the eager transformers model whose weights are the artifact's codes times their scales: what differs
 is the rounding of activations and cache, and with that switched off nothing but the order of fp32 sums.
@@ -106,7 +106,7 @@ def artifact_and_eager(spec: Spec, folder: Path, count: int = 40, steps: int = 9
 def test_int4_artifact(file: Path, tmp_path: Path) -> None:
     spec = with_checkpoint(file, tmp_path / "model", {})
     prefill, decode = artifact_and_eager(spec, tmp_path)
-    # INT8 activations are noise at some 40 dB: 1 - cosine near 1e-4 a layer, and a routing flip of a random model, whose
+    # INT8 activations are noise at some 40 dB: 1 - cosine near 1e-4 a layer. A routing flip of a random model, whose
     # scores lie close together, turns single tokens further
     for found in (prefill, decode):
         assert np.median(found) > 0.99
