@@ -2,10 +2,10 @@
 
     python bench/plan_accuracy.py [--artifact DIR ...] [--device FILE] [--threads N] [--rounds N] [--json FILE]
 
-Without --artifact: the specs of --specs are synthesized and compiled into --folder first (kept there). Without --device,
-the machine is measured before and after, and the better of each rate counts: the plan is for the machine at its best, and
-so is the measurement (the fastest of several short runs). Ends with status 1 when a limit is missed: weights 1%, peak
-memory 10%, decoding rate 25%.
+Without --artifact: the specs of --specs are synthesized and compiled into --folder first (kept there). Without
+--device, the machine is measured before and after, and the better of each rate counts: the plan is for the machine at
+its best, and so is the measurement (the fastest of several short runs). Ends with status 1 when a limit is missed:
+weights 1%, peak memory 10%, decoding rate 25%.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler import build
-from moec.compiler.artifact import Artifact
+from moec.compiler.artifact import Manifest, read_manifest
 from moec.compiler.checkpoints import synthesize
 from moec.compiler.cli.device_cmd import measured_device
 from moec.compiler.cli.output import table
@@ -65,13 +65,13 @@ def better(a: Device, b: Device) -> Device:
     return a.model_copy(update={**merged(a, b), "kernels": kernels})
 
 
-def measured(artifact: Artifact, threads: int, rounds: int) -> dict[str, float]:
+def measured(folder: Path, threads: int, rounds: int) -> dict[str, float]:
     """The fastest of `rounds` processes, each with two repeats; the smallest peak, which others do not inflate."""
-    context = artifact.manifest.model.context
+    context = read_manifest(folder).model.context
     prompt = min(PROMPT, context - DECODE)
     best: dict[str, float] = {}
     for _ in range(rounds):
-        report = machine.run_model(artifact.path("model.pte"), prompt=prompt, decode=DECODE, threads=threads, repeats=2)
+        report = machine.run_model(folder / "model.pte", prompt=prompt, decode=DECODE, threads=threads, repeats=2)
         now = {
             "decode": DECODE / min(report["decode_s"]),
             "prefill": prompt / min(report["prefill_s"]),
@@ -82,15 +82,15 @@ def measured(artifact: Artifact, threads: int, rounds: int) -> dict[str, float]:
 
 
 def compare(folder: Path, device: Device, threads: int, seen: dict[str, float]) -> dict[str, Any]:
-    artifact = Artifact.open(folder)
-    spec = Spec.model_validate(_spec_of(artifact))
+    manifest = read_manifest(folder)
+    spec = Spec.model_validate(_spec_of(manifest))
     options = spec.targets["xnnpack"].model_copy(update={"threads": threads})
     model = model_of(spec, "xnnpack", options)
     used = round(seen["prompt"]) + DECODE
     rates = rates_of(device, "xnnpack", None)
     step = decode(model, device, rates, used - DECODE // 2)
     whole = prefill(model, device, rates, round(seen["prompt"]))
-    stored = sum(n for role, n in artifact.manifest.sizes_by_role.items() if role != "constant")
+    stored = sum(n for role, n in manifest.sizes_by_role.items() if role != "constant")
     assert step.expected_tokens_per_s is not None
     assert whole.expected_tokens_per_s is not None
     return {
@@ -103,8 +103,8 @@ def compare(folder: Path, device: Device, threads: int, seen: dict[str, float]) 
     }
 
 
-def _spec_of(artifact: Artifact) -> dict[str, Any]:
-    raw = dict(artifact.manifest.spec)
+def _spec_of(manifest: Manifest) -> dict[str, Any]:
+    raw = dict(manifest.spec)
     raw.pop("checkpoint", None)
     return raw
 
@@ -123,7 +123,7 @@ def main() -> int:
     folders = options.artifact or [artifact_of(name, options.folder, progress) for name in options.specs]
     before = load_device(options.device) if options.device else None
     first = before or measured_device("this-machine", options.threads, options.rounds, progress)
-    seen = [measured(Artifact.open(f), options.threads, options.rounds) for f in folders]
+    seen = [measured(f, options.threads, options.rounds) for f in folders]
     device = before or better(first, measured_device("this-machine", options.threads, options.rounds, progress))
     found = [compare(f, device, options.threads, s) for f, s in zip(folders, seen, strict=True)]
     rows, missed = [], []

@@ -28,6 +28,8 @@ from moec.compiler.checkpoints import WeightStore, open_store
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
 from moec.compiler.export import MAX_TOKENS, export_program
 from moec.compiler.pipeline import Pass, PassRecord, PipelineLog, run_passes
+from moec.compiler.plan.devices import load_device
+from moec.compiler.plan.planner import check_fits
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
@@ -45,8 +47,11 @@ def compile(
     checkpoint: str | Path | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Artifact:
     """Compile a spec into an artifact folder and open it. `out` defaults to NAME-TARGET in the working directory.
+
+    A spec that names a `device:` which it does not fit is refused, unless `force`.
 
     UserError (SpecError, CheckpointError, CompileError ...) for a fault of the input; an artifact that stood at `out`
     is then untouched.
@@ -56,6 +61,8 @@ def compile(
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     name, options = chosen_target(spec, target)
     backend = find_target(name)
+    if spec.device is not None and not force:
+        check_fits(spec, load_device(spec.device), name)
     with replacing(Path(out) if out is not None else Path(f"{spec.name}-{name}")) as folder:
         store = open_checkpoint(spec, checkpoint)
         clock.lap("checkpoint")

@@ -17,6 +17,7 @@ def compile_spec(
     target: Annotated[str | None, typer.Option(help="One of the spec's targets; needed when it names several.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
@@ -34,7 +35,7 @@ def compile_spec(
     from moec.compiler import build  # torch: seconds, which a fault in the spec need not wait for
 
     progress = Progress(quiet=quiet)
-    artifact = build.compile(loaded, target=target, checkpoint=checkpoint, out=out, progress=progress)
+    artifact = build.compile(loaded, target=target, checkpoint=checkpoint, out=out, progress=progress, force=force)
     manifest = artifact.manifest
     if as_json:
         emit_json({"artifact": artifact.folder, "bytes": artifact.bytes, "manifest": manifest})

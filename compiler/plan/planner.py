@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import UserError
+from moec.compiler.errors import CompileError, UserError
 from moec.compiler.plan.account import Architecture, architecture_of
 from moec.compiler.plan.advice import Advice, advise
 from moec.compiler.plan.devices import check_runs, reference
@@ -140,19 +140,24 @@ def architecture_of_spec(spec: Spec) -> Architecture:
 
 
 def check_fits(spec: Spec, device: Device, target: str) -> None:
-    """UserError, with the change that helps most, when a spec cannot run on a device at all.
+    """CompileError, with the change that helps, when a spec's whole context does not fit the device.
 
-    That is: not even one short chunk of context is within the budget. A model that fits with less than its full
-    context passes; `moec plan` tells the longest.
+    Nothing is said of targets without sizes and of models whose shapes only their code tells.
     """
-    plan = plan_spec(spec, device, target=target)
-    if plan.longest:
+    if footprint_of(target) is None or not isinstance(spec.model, (DecoderConfig, TransformersSource)):
         return
-    least = memory(plan.model, 1).peak
-    helps = next((a for a in plan.advice if a.fits), None)
-    tip = f"{helps.change} saves {helps.saves / 1e6:,.0f} MB" if helps else "choose a smaller model"
-    raise UserError(
-        f"needs at least {least / 1e6:,.0f} MB, {device.name} gives an app {device.budget / 1e6:,.0f} MB",
+    plan = plan_spec(spec, device, target=target)
+    if plan.fits:
+        return
+    kept = next((a for a in plan.advice if a.fits and not a.retrain), None)
+    new = next((a for a in plan.advice if a.fits), None)
+    if plan.longest:
+        tip = f"`context: {plan.longest}` in the spec fits"
+    else:
+        tip = f"{(kept or new).change} fits" if kept or new else "choose a smaller model"  # type: ignore[union-attr]
+    raise CompileError(
+        f"needs {plan.peak.peak / 1e6:,.0f} MB at its context of {plan.context}, {device.name} gives an app "
+        f"{device.budget / 1e6:,.0f} MB",
         place=spec.name,
-        remedy=f"{tip} (`moec plan` has more), or compile with --force",
+        remedy=f"{tip} (`moec plan` has more); --force compiles it all the same",
     )
