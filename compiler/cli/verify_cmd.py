@@ -27,6 +27,10 @@ def verify(
         str | None, typer.Option(help="For a spec: `each` checks every pass, a name only that one. Default: each.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="For a spec with several targets: whose passes.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="For an artifact: compare it with these targets and artifact folders, separated by commas."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here; - is stdout.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here, for CI.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare; more take longer.")] = None,
@@ -35,9 +39,13 @@ def verify(
 ) -> None:
     """Replay an artifact against the eager model with the same integer weights, or the passes of a spec one by one.
 
+    With --against, compare it with what other targets make of the same spec and weights (compiled here, or folders
+    that exist) and with the eager model, each with each: a target that is wrong stands apart and is named.
+
     Exit status 1 if a tolerance is missed; the report names the check, the place, and by how much.
 
-    Example: [bold]moec verify build/s --json report.json[/bold]
+    Examples: [bold]moec verify build/s --json report.json[/bold],
+    [bold]moec verify build/tiny --against onnx,mlir,metal[/bold]
     """
     from moec.compiler.errors import UserError
     from moec.compiler.progress import Progress
@@ -47,6 +55,8 @@ def verify(
         from moec.compiler.spec import load_spec
 
         spec = load_spec(path)
+        if against is not None:
+            raise UserError("--against is for artifacts", place=str(path), remedy="compile the spec first")
         from moec.compiler.verify.spec import DEFAULT_TOKENS, verify_spec
 
         report = verify_spec(
@@ -62,6 +72,21 @@ def verify(
         if after is not None or target is not None:
             option = "--after" if after is not None else "--target"
             raise UserError(f"{option} is for specs", place=str(path), remedy="name the YAML spec instead")
+        if against is not None:
+            others = [name.strip() for name in against.split(",") if name.strip()]
+            if not others:
+                raise UserError("--against names no target", remedy="write --against onnx,mlir or a folder")
+            from moec.compiler.verify import agreement
+
+            found = agreement.verify_agreement(
+                path,
+                others,
+                checkpoint=checkpoint,
+                tokens=tokens or agreement.DEFAULT_TOKENS,
+                text=_read(text),
+                progress=progress,
+            )
+            return _show(found, json_file, junit_file)
         from moec.compiler.verify.artifact import DEFAULT_TOKENS, verify_artifact
 
         report = verify_artifact(

@@ -49,15 +49,15 @@ def verify_artifact(
     artifact = Artifact.open(path)
     with progress.stage("check digests", len(artifact.manifest.files)):
         artifact.check_contents()
-    spec = _spec_of(artifact)
-    store = _open_checkpoint(artifact, spec, checkpoint)
+    spec = spec_of(artifact)
+    store = open_artifact_checkpoint(artifact, spec, checkpoint)
     session = build.load_exact(artifact)
     threads = torch.get_num_threads()
     # the reference multiplies many small matrices: the barriers of a second thread cost more than it gives, and on a
     # busy machine many times as much
     torch.set_num_threads(1)
     try:
-        prompts = prompt_ids(_encoder(artifact), tokens=tokens, text=text)
+        prompts = prompt_ids(encoder(artifact), tokens=tokens, text=text)
         if not any(prompts.values()):
             raise UserError("there is no token in the text to verify with", remedy="give a longer text")
         prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
@@ -81,8 +81,8 @@ def _compare_ours(
     prompts: Mapping[str, list[int]],
     progress: Progress,
 ) -> Comparison:
-    scheme = _computed_scheme(artifact.manifest, spec)
-    roles = _asymmetric_roles(artifact.manifest)
+    scheme = computed_scheme(artifact.manifest, spec)
+    roles = asymmetric_roles(artifact.manifest)
     return compare(
         session,
         VerifyingReference(config, store, scheme, xnnpack_roles=roles),
@@ -103,7 +103,7 @@ def _compare_foreign(
     progress: Progress,
 ) -> Comparison:
     exported, passes = build.program_and_passes(spec, store.weights, artifact.manifest.target)
-    scheme = _computed_scheme(artifact.manifest, spec)
+    scheme = computed_scheme(artifact.manifest, spec)
     return compare_foreign(
         session,
         exported,
@@ -115,7 +115,8 @@ def _compare_foreign(
     )
 
 
-def _spec_of(artifact: Artifact) -> Spec:
+def spec_of(artifact: Artifact) -> Spec:
+    """The spec that an artifact was compiled from, resolved. ArtifactError if the manifest's is damaged."""
     try:
         return Spec.model_validate(artifact.manifest.spec)
     except ValueError as error:
@@ -126,7 +127,7 @@ def _spec_of(artifact: Artifact) -> Spec:
         ) from error
 
 
-def _open_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> WeightStore | Any:
+def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> WeightStore | Any:
     """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says."""
     folder = Path(given) if given is not None else Path(artifact.manifest.checkpoint)
     if not folder.is_dir():
@@ -145,7 +146,7 @@ def _open_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -
     return store
 
 
-def _encoder(artifact: Artifact) -> TextEncoder:
+def encoder(artifact: Artifact) -> TextEncoder:
     """The artifact's tokenizer, or hashed words for an artifact without one."""
     if all(f.name != "tokenizer.json" for f in artifact.manifest.files):
         return WordHashEncoder(artifact.manifest.model.vocab_size)
@@ -163,7 +164,7 @@ class _TokenizerEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
+def computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
     """The spec's quantization as the target computes it: its lowering notes where it rounds less than the spec asks."""
     if spec.quantization is None:
         return None
@@ -192,7 +193,7 @@ def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, 
     return {name: f"top-1 {share:.4f}, relative error of logits median {np.median(error):.1e}, worst {error.max():.1e}"}
 
 
-def _asymmetric_roles(manifest: Manifest) -> Collection[Role]:
+def asymmetric_roles(manifest: Manifest) -> Collection[Role]:
     """Roles whose linears the target runs with asymmetric activation rounding, as its lowering noted them."""
     return [Role(name) for name in manifest.details.get("asymmetric_roles", ())]
 
@@ -215,7 +216,7 @@ def _report(
         "tokens": f"{sum(map(len, prompts.values()))} ({counts})",
         **found.figures,
         "seconds": round(seconds, 1),
-        "peak RSS MB": round(_peak_rss_mb()),
+        "peak RSS MB": round(peak_rss_mb()),
     }
     about = {
         "artifact": str(artifact.folder),
@@ -230,7 +231,7 @@ def _report(
     return Report("artifact", str(artifact.folder), tuple(found.checks), tuple(found.layers), figures, about)
 
 
-def _peak_rss_mb() -> float:
+def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, mapped files included, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

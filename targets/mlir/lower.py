@@ -53,7 +53,7 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
         notes = _header(f"{model}: the reference expansion", arguments, results)
         toolchain.lower_text("torch", raw, out / TORCH, model=model)
         raw.unlink()
-    if options.linalg or options.engine == "jit":
+    if options.linalg:
         with progress.stage("linalg-on-tensors"):
             toolchain.lower_text("linalg", out / TORCH, out / LINALG, model=model)
         files.append(LINALG)
