@@ -166,8 +166,17 @@ def find_target(name: str) -> Target:
     packages = target_packages()
     if name not in packages:
         raise UserError(f"unknown target {name!r}", remedy=f"known here: {', '.join(packages)}")
-    importlib.import_module(f"{packages[name]}.target")
-    return registered()[name]()
+    try:
+        importlib.import_module(f"{packages[name]}.target")
+        return registered()[name]()
+    except (ImportError, KeyError) as error:
+        if packages[name].startswith("moec."):
+            raise
+        # somebody else's distribution: nothing of ours to report as a bug
+        what = "does not register it" if isinstance(error, KeyError) else f"cannot be imported: {error}"
+        raise UserError(
+            f"target {name}: its package {packages[name]} {what}", remedy="reinstall or remove the distribution"
+        ) from error
 
 
 def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore | Any:

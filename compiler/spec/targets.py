@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moec.compiler.errors import UserError
 from moec.compiler.spec.strict import Fault, Section, collected, shown, suggestion
 
 ENTRY_POINTS = "moec.targets"
@@ -40,9 +41,20 @@ def target_packages() -> dict[str, str]:
 
 @cache
 def options_class(name: str) -> type[TargetOptions]:
-    """The options of target `name`; KeyError if there is no such target."""
-    module = importlib.import_module(f"{target_packages()[name]}.options")
-    return module.Options
+    """The options of target `name`; KeyError if there is no such target.
+
+    UserError for a package of another distribution that cannot be imported or has no such class.
+    """
+    package = target_packages()[name]
+    try:
+        return importlib.import_module(f"{package}.options").Options
+    except (ImportError, AttributeError) as error:
+        if package.startswith("moec."):
+            raise
+        raise UserError(
+            f"target {name}: {package}.options cannot be used: {error}",
+            remedy="reinstall or remove the distribution",
+        ) from error
 
 
 def normalized(value: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.errors import ArtifactError, CompileError
+from moec.compiler.extras import Need
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.target import LoweredFiles, Session, register
@@ -20,6 +21,8 @@ class MetalTarget:
     """See docs/ios.md for what an application does with the file."""
 
     name = "metal"
+    about = "Apple GPUs: a .pte with one MLX delegate; run here by MLX"
+    needs = (Need("mlx.core", "metal", "run"),)
 
     def legalize(self, options: Any) -> list[Pass]:
         return [float_activations()]

@@ -11,7 +11,7 @@ import numpy as np
 
 from moec.compiler.errors import CompileError
 from moec.targets.mlir.pipelines import operator_in
-from moec.targets.mlir.toolchain import ended, last_line, require
+from moec.targets.mlir.toolchain import ended, last_line
 
 # the CPU of this machine: an artifact that runs elsewhere is compiled there, from the text beside it
 FLAGS = (
@@ -24,7 +24,6 @@ FLAGS = (
 
 def compile_text(source: Path, out: Path, *, model: str) -> None:
     """Write `out` (.vmfb). `iree-compile` is a process of its own. CompileError naming what it could not compile."""
-    require("iree.compiler")
     from iree.compiler.tools.binaries import find_tool
 
     done = subprocess.run(

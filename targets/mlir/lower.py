@@ -20,6 +20,7 @@ import torch
 
 from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
 from moec.compiler.errors import CompileError
+from moec.compiler.extras import require
 from moec.compiler.program import Program, Role
 from moec.compiler.target import LoweredFiles
 from moec.targets.mlir import toolchain
@@ -35,9 +36,9 @@ UNCHECKED = "the fused text: it is verified as MLIR, its operators have no imple
 
 def lower(program: Program, out: Path, options: Options, progress: Any) -> LoweredFiles:
     """Write the files above. MissingExtra without torch-mlir; CompileError naming an operator without a lowering."""
-    toolchain.require("torch_mlir")
+    require("torch_mlir", "mlir", "compiling for mlir")
     if options.engine == "iree":
-        toolchain.require("iree.compiler")
+        require("iree.compiler", "iree", "compiling for mlir with `engine: iree`")
     signature = signature_of(program)
     model = program.info.name
     arguments, results = _arguments(program, signature), _results(signature)

@@ -1,11 +1,10 @@
-"""What this target needs installed, and the one way it runs native tools: in a process of their own.
+"""The one way this target runs native tools: in a process of their own.
 
 MLIR aborts the process it is in when a module breaks an assumption of a pass; that must not be the user's Python.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,33 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import CompileError, MissingExtra
+from moec.compiler.errors import CompileError
 
-# importable module -> (extra, what a sentence calls it)
-_EXTRAS = {
-    "torch_mlir": ("mlir", "torch-mlir"),
-    "iree.compiler": ("iree", "iree-base-compiler"),
-    "iree.runtime": ("iree", "iree-base-runtime"),
-}
-
-
-def require(module: str) -> None:
-    """MissingExtra naming the extra that brings `module`, when it is not installed."""
-    extra, package = _EXTRAS[module]
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ImportError:  # its parent package is missing, or blocked
-        found = False
-    if not found:
-        raise MissingExtra(
-            f"the MLIR target needs {package}, which is not installed", remedy=f"run: pip install 'moec[{extra}]'"
-        )
+_DISTRIBUTIONS = ("torch-mlir", "iree-base-compiler", "iree-base-runtime")
 
 
 def versions() -> dict[str, str]:
     """The installed tools by distribution."""
     found = {}
-    for _, package in _EXTRAS.values():
+    for package in _DISTRIBUTIONS:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.errors import ArtifactError, CompileError, MissingExtra
+from moec.compiler.extras import Need
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.target import LoweredFiles, Session, register
@@ -21,6 +22,8 @@ class OnnxTarget:
     """See docs/onnx.md for what an application does with the files."""
 
     name = "onnx"
+    about = "ONNX with INT4 weights and the fused node as a local function; run here by ONNX Runtime"
+    needs = (Need("onnx", "onnx", "compile"), Need("onnx", "onnx", "run"), Need("onnxruntime", "onnx", "run"))
 
     def legalize(self, options: Any) -> list[Pass]:
         return [float_activations()]

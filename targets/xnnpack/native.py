@@ -101,6 +101,17 @@ def executorch_folder() -> Path:
     )
 
 
+def obstacle() -> str | None:
+    """Why there are no kernels and none can be built, in one line; None if there are or can be."""
+    try:
+        digest = _digest(_read_sources(), os.environ.get("MOEC_SANITIZE", ""))
+        if not NativeFiles(cache_folder() / digest, digest).complete():
+            find_compiler()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def build(*, progress: Progress | None = None) -> NativeFiles:
     """Build unless the cache has this build already."""
     return native_files(progress=progress)

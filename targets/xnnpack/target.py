@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 class XnnpackTarget:
     name = "xnnpack"
+    about = "phones' CPUs: a .pte with our kernels and the XNNPACK delegate; run here by the same runtime"
 
     def legalize(self, options: Any) -> list[Pass]:
         from moec.targets.xnnpack.legalize import legalize_passes
@@ -27,6 +28,12 @@ class XnnpackTarget:
         from moec.targets.xnnpack.lower import lower  # ExecuTorch's compiler: seconds to import
 
         return lower(program, out, _own(options), progress)
+
+    def obstacle(self) -> str | None:
+        """Why artifacts cannot be run here: neither built kernels nor a compiler for them; None if they can."""
+        from moec.targets.xnnpack.native import obstacle
+
+        return obstacle()
 
     def load(self, artifact: Artifact) -> Session:
         from moec.targets.xnnpack.session import CpuSession
