@@ -30,6 +30,7 @@ class Rates:
     cached: dict[str, float]  # kind -> bytes/s at one token, from the last cache
     prefill: dict[str, float]  # kind -> operations/s
     attention_decode: float  # operations/s
+    attention_cached: float
     attention_prefill: float
     instruction: float
     last_cache: float
@@ -83,6 +84,7 @@ def _measured(device: Device, k: KernelRates, memory: float, compute: float, bas
         cached=table("cached", "gb_per_s", compute),
         prefill=table("prefill", "gop_per_s", compute),
         attention_decode=k.attention_decode_gop_per_s.number * 1e9 * compute,
+        attention_cached=k.attention_cached_gop_per_s.number * 1e9 * compute,
         attention_prefill=k.attention_prefill_gop_per_s.number * 1e9 * compute,
         instruction=k.instruction_us.number * 1e-6 / min(1.0, compute),
         last_cache=device.last_cache_mb.number * 1e6 if device.last_cache_mb else 0.0,
@@ -110,14 +112,15 @@ def decode(model: Model, device: Device, rates: Rates | None, position: int) -> 
 
 def _decode_parts(model: Model, rates: Rates, read: float, position: int) -> Iterator[tuple[str, float]]:
     a = model.architecture
-    table = rates.cached if read <= CACHED_SHARE * rates.last_cache else rates.weights
+    hot = read <= CACHED_SHARE * rates.last_cache
+    table, attending = (rates.cached, rates.attention_cached) if hot else (rates.weights, rates.attention_decode)
     by_role: dict[str, float] = {}
     for weight in a.weights:
         seconds = model.read_per_token(weight) / table[_kind(model, weight)]
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
     reading = model.cache_read(position) / table["dense"]
-    yield "attention over the cache", max(reading, 2 * a.attention_macs(position) / rates.attention_decode)
+    yield "attention over the cache", max(reading, 2 * a.attention_macs(position) / attending)
     yield "instructions", model.footprint.instructions(a) * rates.instruction
 
 

@@ -70,8 +70,8 @@ class KernelRates(Section):
 
     `dense` is a linear with groups along the input, `experts_in` and `experts_out` a routed block with groups along
     either dimension. `stream` is packed weights read from DRAM at one token, `cached` the same from the last cache,
-    GB/s; `prefill` is at 128 tokens, GOP/s. `attention_decode` and `attention_prefill`: one token, and 128, over 2048
-    positions of INT8 keys and values. `instruction_us`: one instruction of a program whose tensors are small, the
+    GB/s; `prefill` is at 128 tokens, GOP/s. `attention_decode` and `attention_cached`: one token over 2048 positions of
+    INT8 keys and values, from DRAM and from a cache; `attention_prefill`: 128 tokens. `instruction_us`: one instruction of a program whose tensors are small, the
     fixed costs of its kernels included.
     """
 
@@ -87,6 +87,7 @@ class KernelRates(Section):
     experts_out_cached_gb_per_s: Figure
     experts_out_prefill_gop_per_s: Figure
     attention_decode_gop_per_s: Figure
+    attention_cached_gop_per_s: Figure
     attention_prefill_gop_per_s: Figure
     instruction_us: Figure
 

@@ -100,13 +100,14 @@ def kernel_rates(threads: int, rounds: int, progress: Progress) -> dict[str, Rou
     """Rates of our kernels by the names of `KernelRates`, in bytes/s and operations/s, one entry a round."""
     kernel_api.use_own_pool()
     kernel_api.set_threads(threads)
-    found: dict[str, Rounds] = {}
-    cases = list(_cases())
-    with progress.stage("measure kernels", len(cases)) as step:
-        for name, make in cases:
-            work, runs = make()
-            found[name] = [work / _seconds(runs) for _ in range(rounds)]
-            step(name)
+    cases = {name: make() for name, make in _cases()}
+    found: dict[str, Rounds] = {name: [] for name in cases}
+    # each round visits every case, so that a slow moment of the machine does not hit one case only
+    with progress.stage("measure kernels", rounds) as step:
+        for _ in range(rounds):
+            for name, (work, runs) in cases.items():
+                found[name].append(work / _seconds(runs))
+            step("")
     return found
 
 
@@ -125,6 +126,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"experts_{axis}_cached", lambda out=out: _blocks(1, 256, 128, 8, out, 0)  # type: ignore[misc]
         yield f"experts_{axis}_prefill", lambda out=out: _blocks(128, 768, 384, 60, out, 0)  # type: ignore[misc]
     yield "attention_decode", lambda: _attention(1, beyond_cache // 2)
+    yield "attention_cached", lambda: _attention(1, 0)
     yield "attention_prefill", lambda: _attention(128, 0)
 
 
