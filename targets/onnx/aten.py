@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
 from moec.compiler.program import module_path
 from moec.targets.onnx.attention import token_count
-from moec.targets.onnx.context import NUMPY, Context
+from moec.targets.onnx.context import Context
 from moec.targets.onnx.weights import ELEMENT
 
 aten = torch.ops.aten
@@ -57,14 +56,14 @@ def _logical(kind: str) -> Handler:
 
 def sym_size(c: Context, n: Node) -> str:
     x, axis = n.args
-    if c.values.get(x) == "input_ids" and axis == 1:  # type: ignore[arg-type]
+    if c.values.get(x) == "input_ids" and axis == 1:
         return c.b.op("Squeeze", token_count(c), c.b.ints(0), out=n.name)
-    axis = int(axis) % len(x.meta["val"].shape)  # type: ignore[union-attr, arg-type]
+    axis = int(axis) % len(x.meta["val"].shape)
     return c.b.op("Squeeze", c.b.dimension(c.value(x), axis), c.b.ints(0), out=n.name)
 
 
 def reshape(c: Context, n: Node) -> str:
-    return c.b.op("Reshape", c.value(n.args[0]), c.shape(n.args[1]), out=n.name)  # type: ignore[arg-type]
+    return c.b.op("Reshape", c.value(n.args[0]), c.shape(n.args[1]), out=n.name)
 
 
 def by_result(c: Context, n: Node) -> str:
@@ -78,52 +77,52 @@ def by_result(c: Context, n: Node) -> str:
 def transpose(c: Context, n: Node) -> str:
     order = list(range(len(n.meta["val"].shape)))
     if n.target is aten.permute.default:
-        order = [int(d) % len(order) for d in n.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [int(d) % len(order) for d in n.args[1]]
     else:
-        a, b = (0, 1) if n.target is aten.t.default else (int(d) % len(order) for d in n.args[1:3])  # type: ignore[arg-type]
+        a, b = (int(d) % len(order) for d in (n.args[1:] or (0, 1)))
         order[a], order[b] = order[b], order[a]
     return c.b.op("Transpose", c.value(n.args[0]), perm=order, out=n.name)
 
 
 def unsqueeze(c: Context, n: Node) -> str:
-    return c.b.op("Unsqueeze", c.value(n.args[0]), c.b.ints(int(n.args[1])), out=n.name)  # type: ignore[arg-type]
+    return c.b.op("Unsqueeze", c.value(n.args[0]), c.b.ints(int(n.args[1])), out=n.name)
 
 
 def slice_(c: Context, n: Node) -> str:
     x, dim, start, end, step = (*n.args, *(0, None, None, 1)[len(n.args) - 1 :])
     bounds = [c.extent([0 if start is None else start]), c.extent([LAST if end is None else end])]
-    return c.b.op("Slice", c.value(x), *bounds, c.b.ints(int(dim)), c.b.ints(int(step)), out=n.name)  # type: ignore[call-overload]
+    return c.b.op("Slice", c.value(x), *bounds, c.b.ints(int(dim)), c.b.ints(int(step)), out=n.name)
 
 
 def select(c: Context, n: Node) -> str:
     x, dim, index = n.args
-    return c.b.op("Gather", c.value(x), c.operand(index, torch.int64), axis=int(dim), out=n.name)  # type: ignore[arg-type]
+    return c.b.op("Gather", c.value(x), c.operand(index, torch.int64), axis=int(dim), out=n.name)
 
 
 def index_select(c: Context, n: Node) -> str:
     x, dim, index = n.args
-    return c.b.op("Gather", c.value(x), c.value(index), axis=int(dim), out=n.name)  # type: ignore[arg-type]
+    return c.b.op("Gather", c.value(x), c.value(index), axis=int(dim), out=n.name)
 
 
 def cat(c: Context, n: Node) -> str:
-    parts, axis = n.args[0], int(n.args[1]) if len(n.args) > 1 else 0  # type: ignore[arg-type]
-    return c.b.op("Concat", *(c.value(p) for p in parts), axis=axis, out=n.name)  # type: ignore[union-attr]
+    parts, axis = n.args[0], int(n.args[1]) if len(n.args) > 1 else 0
+    return c.b.op("Concat", *(c.value(p) for p in parts), axis=axis, out=n.name)
 
 
 def stack(c: Context, n: Node) -> str:
-    axis = int(n.args[1]) if len(n.args) > 1 else 0  # type: ignore[arg-type]
+    axis = int(n.args[1]) if len(n.args) > 1 else 0
     axis %= len(n.meta["val"].shape)
-    parts = [c.b.op("Unsqueeze", c.value(p), c.b.ints(axis)) for p in n.args[0]]  # type: ignore[union-attr]
+    parts = [c.b.op("Unsqueeze", c.value(p), c.b.ints(axis)) for p in n.args[0]]
     return c.b.op("Concat", *parts, axis=axis, out=n.name)
 
 
 def expand(c: Context, n: Node) -> str:
-    dims = [1 if d == -1 else d for d in n.args[1]]  # type: ignore[union-attr]
+    dims = [1 if d == -1 else d for d in n.args[1]]
     return c.b.op("Expand", c.value(n.args[0]), c.extent(dims), out=n.name)
 
 
 def arange(c: Context, n: Node) -> str:
-    first, end, step = {1: (0, *n.args, 1), 2: (*n.args, 1), 3: n.args}[len(n.args)]  # type: ignore[misc]
+    first, end, step = {1: (0, *n.args, 1), 2: (*n.args, 1), 3: n.args}[len(n.args)]
     values = (c.operand(v, _dtype(n)) for v in (first, end, step))
     return c.b.op("Range", *values, out=n.name)
 
@@ -158,7 +157,7 @@ def rsqrt(c: Context, n: Node) -> str:
 def reduced(kind: str) -> Handler:
     def lower(c: Context, n: Node) -> str:
         dims = n.args[1] if len(n.args) > 1 else None
-        axes = [int(d) for d in dims] if isinstance(dims, (list, tuple)) else [int(dims)]  # type: ignore[arg-type]
+        axes = [int(d) for d in dims] if isinstance(dims, (list, tuple)) else [int(dims)]
         keep = int(bool(n.args[2])) if len(n.args) > 2 else 0
         return c.b.op(kind, c.value(n.args[0]), c.b.ints(*axes), keepdims=keep, out=n.name)
 
@@ -166,7 +165,7 @@ def reduced(kind: str) -> Handler:
 
 
 def softmax(c: Context, n: Node) -> str:
-    return c.b.op("Softmax", c.value(n.args[0]), axis=int(n.args[1]), out=n.name)  # type: ignore[arg-type]
+    return c.b.op("Softmax", c.value(n.args[0]), axis=int(n.args[1]), out=n.name)
 
 
 def where(c: Context, n: Node) -> str:
@@ -176,9 +175,8 @@ def where(c: Context, n: Node) -> str:
 
 def full(c: Context, n: Node) -> str:
     value = n.args[1] if n.target is aten.full.default else 0 if n.target is aten.zeros.default else 1
-    shape = c.extent(n.args[0]) if n.args[0] else c.b.constant(np.array([], np.int64))  # type: ignore[arg-type]
-    scalar = np.array(value, NUMPY[_dtype(n)])
-    return c.b.op("Expand", c.b.constant(scalar), shape, out=n.name)
+    shape = c.extent(n.args[0]) if n.args[0] else c.b.constant(np.array([], np.int64))
+    return c.b.op("Expand", c.operand(value, _dtype(n)), shape, out=n.name)
 
 
 def clamp(c: Context, n: Node) -> str:
@@ -192,13 +190,13 @@ def same(c: Context, n: Node) -> str:
 
 
 def getitem(c: Context, n: Node) -> str:
-    parts = c.pieces[n.args[0]]  # type: ignore[index]
-    return parts[int(n.args[1])]  # type: ignore[arg-type]
+    parts = c.pieces[n.args[0]]
+    return parts[int(n.args[1])]
 
 
 def splits(c: Context, n: Node) -> str:
     """split and chunk: results are read by getitem."""
-    x, axis = c.value(n.args[0]), int(n.args[2]) if len(n.args) > 2 else int(n.kwargs.get("dim", 0))  # type: ignore[arg-type]
+    x, axis = c.value(n.args[0]), int(n.args[2]) if len(n.args) > 2 else int(n.kwargs.get("dim", 0))
     sizes = [part.shape[axis] for part in n.meta["val"]]
     if not all(isinstance(s, int) for s in sizes):
         raise _refused(n, "splits an open dimension")
@@ -215,7 +213,8 @@ HANDLERS: dict[Any, Handler] = {
     aten.sym_size.int: sym_size,
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), reshape),
     **dict.fromkeys(
-        (aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), by_result
+        (aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+        by_result,
     ),
     **dict.fromkeys((aten.transpose.int, aten.permute.default, aten.t.default), transpose),
     aten.unsqueeze.default: unsqueeze,

@@ -86,7 +86,7 @@ class Context:
     def widened(self, scales: str, wide: bool) -> str:
         return scales if wide else self.once(("wide", scales), lambda: self.b.op("Cast", scales, to=TensorProto.FLOAT))
 
-    # --- arguments -----------------------------------------------------------------------------------------------------
+    # --- arguments ----------------------------------------------------------------------------------------------------
 
     def operand(self, value: Any, dtype: torch.dtype) -> str:
         """A node's value, or a Python number as a scalar of `dtype`."""
@@ -111,7 +111,7 @@ class Context:
         ]
         return parts[0] if len(parts) == 1 else self.b.op("Concat", *parts, axis=0)
 
-    # --- inputs, outputs -------------------------------------------------------------------------------------------------
+    # --- inputs, outputs ----------------------------------------------------------------------------------------------
 
     def add_input(self, name: str, element: int, dims: Sequence[int | str]) -> str:
         self.inputs.append(helper.make_tensor_value_info(name, element, list(dims)))

@@ -30,8 +30,8 @@ PIECE = 1 << 24
 def linear(c: Context, n: Node) -> str:
     x, weight, *rest = n.args
     bias = [c.value(v) for v in rest if v is not None]
-    k = int(weight.meta["val"].shape[1])  # type: ignore[union-attr]
-    if c.program.weight_of(weight) is None:  # type: ignore[arg-type]
+    k = int(weight.meta["val"].shape[1])
+    if c.program.weight_of(weight) is None:
         y = c.b.op("MatMul", c.value(x), c.b.op("Transpose", c.value(weight), perm=[1, 0]))
         return c.b.op("Add", y, *bias, out=n.name) if bias else y
     y = c.b.op("Gemm", c.b.reshape(c.value(x), -1, k), c.value(weight), *bias, transB=1)
@@ -118,7 +118,7 @@ def rms_norm(c: Context, n: Node) -> str:
     if n.target is torch.ops.aten.rms_norm.default:
         x, _, weight, eps = (*n.args, None, None)[:4]
     b, value = c.b, c.value(x)
-    eps = float(torch.finfo(torch.float32).eps) if eps is None else float(eps)  # type: ignore[arg-type]
+    eps = float(torch.finfo(torch.float32).eps) if eps is None else float(eps)
     mean = b.op("ReduceMean", b.op("Mul", value, value), b.ints(-1), keepdims=1)
     root = b.op("Sqrt", b.op("Add", mean, b.float(eps)))
     if weight is None:
@@ -133,8 +133,7 @@ def rope(c: Context, n: Node) -> str:
     # [T, d/2] -> [1, T, 1, d/2], and a last dimension for the pair when its elements are neighbours
     axes = (0, 2, 4) if interleaved else (0, 2)
     angles = [
-        c.once(("angle", t, interleaved), lambda t=t: b.op("Unsqueeze", c.value(t), b.ints(*axes)))  # type: ignore[misc]
-        for t in (cos, sin)
+        c.once(("angle", t, interleaved), lambda t=t: b.op("Unsqueeze", c.value(t), b.ints(*axes))) for t in (cos, sin)
     ]
     value = b.reshape(c.value(x), 1, -1, heads, width // 2, 2) if interleaved else c.value(x)
     first, second = b.split(value, 2)

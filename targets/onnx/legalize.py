@@ -1,7 +1,7 @@
 """What the ONNX file computes otherwise than the quantized program says, made explicit in the graph.
 
-A weight behind `DequantizeLinear` is multiplied with float activations, and so do QMoE and MatMulNBits at accuracy level
-0: INT8 rounding of activations is dropped. The weights stay as they are, code for code.
+A weight behind `DequantizeLinear` meets float activations, as it does in QMoE and in MatMulNBits at accuracy level 0:
+INT8 rounding of activations is dropped. The weights stay as they are, code for code.
 """
 
 from __future__ import annotations

@@ -93,10 +93,8 @@ def _lowered(c: Context, node: Node) -> str:
         raise CompileError(f"{node.name} ({node.target}) has no ONNX form", place=where)
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16, torch.float64):
-        raise CompileError(
-            f"{node.name} ({node.target}) computes in {str(value.dtype).removeprefix('torch.')}, this target in float32",
-            place=where,
-        )
+        kind = str(value.dtype).removeprefix("torch.")
+        raise CompileError(f"{node.name} ({node.target}) computes in {kind}, this target in float32", place=where)
     return str(handler(c, node))
 
 

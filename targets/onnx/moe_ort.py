@@ -14,6 +14,7 @@ N tokens, E experts, K experts per token, D model width, F expert width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def _routed(b: Nodes, form: MoeForm, w13_scales: str, w2_scales: str) -> str:
     spread = b.op("Expand", b.constant(ranks), b.op("Shape", "indices"))
     probs = b.op("ScatterElements", nothing, "indices", spread, axis=1)
     weights = b.op("ScatterElements", nothing, "indices", "weights", axis=1)
-    limit = {} if form.what.up_max == math.inf else {"swiglu_limit": form.what.up_max}
+    limit: dict[str, Any] = {} if form.what.up_max == math.inf else {"swiglu_limit": form.what.up_max}
     biases = [name if name in form.present else "" for name in ("b13", "b2")]
     return b.op(
         "QMoE",
@@ -130,14 +131,14 @@ def _routed(b: Nodes, form: MoeForm, w13_scales: str, w2_scales: str) -> str:
     )
 
 
-def nbits(b: Nodes, x: str, codes: str, scales: str, *, n: int, k: int, bits: int, group: int, **more: str) -> str:
+def nbits(b: Nodes, x: str, codes: str, scales: str, *, n: int, k: int, bits: int, group: int) -> str:
     """x [.., k] times a weight [n, k] as MatMulNBits holds it, with float activations."""
-    attributes = {"N": n, "K": k, "bits": bits, "block_size": group, "accuracy_level": 0}
-    return b.op("MatMulNBits", x, codes, scales, domain=MICROSOFT, **attributes, **more)
+    attributes: dict[str, Any] = {"N": n, "K": k, "bits": bits, "block_size": group, "accuracy_level": 0}
+    return b.op("MatMulNBits", x, codes, scales, domain=MICROSOFT, **attributes)
 
 
 def _shared(b: Nodes, form: MoeForm, w13_scales: str, w2_scales: str) -> str:
-    how = {"bits": form.bits, "group": form.group_size}
+    how: dict[str, Any] = {"bits": form.bits, "group": form.group_size}
     hidden = nbits(b, "x", "shared_w13", w13_scales, n=form.shared_outer, k=form.width, **how)
     hidden = activate(b, hidden, in_halves(form.what))
     y = nbits(b, hidden, "shared_w2", w2_scales, n=form.width, k=form.shared_width, **how)

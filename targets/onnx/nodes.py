@@ -71,8 +71,8 @@ class Nodes:
         return self.op("Reshape", x, self.ints(*dims), out=out)
 
     def dimension(self, x: str, axis: int) -> str:
-        """int64 [1]: the size of `x` along `axis`."""
-        return self.op("Shape", x, start=axis, **({} if axis == -1 else {"end": axis + 1}))
+        """int64 [1]: the size of `x` along `axis`, counted from the front."""
+        return self.op("Shape", x, start=axis, end=axis + 1)
 
     def subgraph(self) -> Nodes:
         """The nodes of a branch, which may read every value defined so far."""

@@ -80,8 +80,8 @@ class OnnxSession:
         self._traces.clear()
 
     def trace(self, enabled: bool) -> None:
-        """Record every MoE layer of the calls that follow; `take_traces` collects them. The first call loads the model
-        anew with those values as outputs, and it stays so: equal calls give equal bits whether they are traced or not."""
+        """Record every MoE layer of the calls that follow; `take_traces` collects them. The first call loads the
+        model anew with those values as outputs, and it stays so: a call gives the same bits traced or not."""
         self._tracing = enabled
         if enabled and self._taps and not self._traced and self._session is not None:
             self._session = None  # first: two loaded models would take twice the memory

@@ -25,7 +25,7 @@ DATA_FILE = "model.onnx.data"
 # A runtime maps a tensor where it lies; those of a page and more begin on one, small ones on a cache line.
 PAGE, LINE = 4096, 64
 
-ELEMENT = {
+ELEMENT: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.int8: TensorProto.INT8,
@@ -34,7 +34,7 @@ ELEMENT = {
     torch.int32: TensorProto.INT32,
     torch.bool: TensorProto.BOOL,
 }
-BITS = {
+BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.INT8: 8, TensorProto.UINT8: 8, TensorProto.INT4: 4,
     TensorProto.INT64: 64, TensorProto.INT32: 32, TensorProto.BOOL: 8,
 }  # fmt: skip
@@ -42,8 +42,8 @@ BITS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a weight on its way into the file. Equal names are equal changes. It keeps the number of bytes, unless
-    it `widens` floats to float32."""
+    """A change of a weight on its way into the file. Equal names are equal changes. It keeps the number of bytes,
+    unless it `widens` floats to float32."""
 
     name: str
     apply: Callable[[Tensor], Tensor]
@@ -103,10 +103,9 @@ class ExternalWeights:
         if start % 8 or length % 8 or (start + length) // 8 > blob.bytes:
             raise AssertionError(f"{name}: elements {first} to {first + count} of {weight} are no whole bytes of it")
         proto = TensorProto(name=name, data_type=element, dims=dims, data_location=TensorProto.EXTERNAL)
-        for key, value in (
-            ("location", DATA_FILE), ("offset", blob.offset + start // 8), ("length", length // 8)
-        ):  # fmt: skip
-            proto.external_data.add(key=key, value=str(value))
+        place = {"location": DATA_FILE, "offset": blob.offset + start // 8, "length": length // 8}
+        for field, value in place.items():
+            proto.external_data.add(key=field, value=str(value))
         self.initializers[name] = proto
         return name
 
