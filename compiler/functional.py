@@ -129,13 +129,13 @@ class _Functional:
 
     def _reshape(self, node: Node) -> bool:
         source: Any = node.args[0]
+        if node.target is aten.reshape.default:
+            if _viewable(source.meta["val"], node.meta["val"]):  # else it stays a reshape: it copies
+                node.target = aten.view.default
+            return True
         sizes = [self._size(s) for s in node.meta["val"].shape]
         if any(s is None for s in sizes):
             return False
-        if node.target is aten.reshape.default:
-            if not _viewable(source.meta["val"], node.meta["val"]):
-                return True  # stays a reshape: it copies
-            sizes = list(node.args[1])  # type: ignore[arg-type]
         node.target, node.args, node.kwargs = aten.view.default, (source, sizes), {}
         return True
 
