@@ -106,6 +106,12 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
+def shapes_of(folder: Path) -> tuple[Any, nn.Module, int]:
+    """The config of a folder, its module with fake parameters (nothing is allocated), and its context length."""
+    config = read_config(folder)
+    return config, _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder), _length(config)
+
+
 def _length(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 2048)
 

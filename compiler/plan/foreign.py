@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.errors import UserError
-from moec.compiler.frontends.transformers_model import EXPERTS, _build, _config, _length
+from moec.compiler.frontends.transformers_model import shapes_of
 from moec.compiler.plan.account import Architecture, Cache, Experts, Weight
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -24,14 +23,13 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_ex
 
 def architecture_of_transformers(folder: Path, name: str) -> Architecture:
     """The account of `folder`/config.json. MissingExtra without transformers; UserError for shapes it cannot read."""
-    config = _config(folder)
+    config, model, length = shapes_of(folder)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    model = _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder)
     layers, width = (_required(text, key, folder) for key in ("num_hidden_layers", "hidden_size"))
     heads = _required(text, "num_attention_heads", folder)
     experts, chosen = _first(text, _COUNTS), _first(text, _CHOSEN)
     weights = list(_weights(model, experts, chosen))
-    stacks = [w for w in weights if w.role == "expert"]
+    stacks = [w for w in weights if w.role == "expert" and w.columns > 1]
     if bool(stacks) != bool(experts):
         raise UserError(
             f"the config speaks of {experts or 'no'} experts, the module holds {len(stacks)} stacks of experts",
@@ -46,7 +44,7 @@ def architecture_of_transformers(folder: Path, name: str) -> Architecture:
         d_model=width,
         heads=heads,
         vocab_size=int(text.vocab_size),
-        context=_length(text),
+        context=length,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         weights=tuple(weights),
         caches=tuple(_caches(text, layers, heads, width)),
@@ -84,9 +82,11 @@ def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Itera
         role = _role(name, shape, experts)
         if len(shape) == 3:
             yield Weight(role, name, shape[0], shape[1], shape[2], used=min(chosen or shape[0], shape[0]))
+        elif len(shape) == 2 and shape[0] == experts and name.endswith("bias"):  # one of each expert
+            yield Weight("expert", name, shape[0], shape[1], 1, used=min(chosen or shape[0], shape[0]))
         elif len(shape) == 2 and role != "expert":
             yield Weight(role, name, 1, shape[0], shape[1], used=0 if role == "embedding" else None)
-        else:  # vectors; a bias of each expert is a vector, too
+        else:
             yield Weight("norm" if role != "router" else role, name, 1, parameter.numel(), 1)
 
 

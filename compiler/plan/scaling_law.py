@@ -130,7 +130,8 @@ def load_law(file: Path) -> Law:
         ranges = {name: _range(raw[name]) for name in ("parameters", "tokens", "experts")}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"is no scaling law: {error}", place=str(file), remedy=remedy) from None
-    return Law(**numbers, **ranges, source=str(raw.get("source", file)))
+    fields: dict[str, Any] = {**numbers, **ranges, "source": str(raw.get("source", file))}
+    return Law(**fields)
 
 
 def _number(raw: Mapping[str, Any], key: str) -> float:
