@@ -212,6 +212,6 @@ def test_diverged_weights_are_refused(tmp_path: Path) -> None:
     config = config_of()
     weights = random_weights(config)
     weights["model.layers.0.self_attn.q_proj.weight"][3, 4] = 1e6
-    with pytest.raises(CompileError, match="q_proj.weight has weights that float16 scales cannot hold"):
+    with pytest.raises(CompileError, match=r"q_proj\.weight has weights that float16 scales cannot hold"):
         write_checkpoint(tmp_path / "c", config, weights, tokenizer=None, rounding=Rounding(scheme()))
     assert not (tmp_path / "c").exists()
