@@ -220,8 +220,8 @@ def test_continued_with_something_else(whole: RunResult, corpus: Corpus, tmp_pat
         train(spec_of(PRETRAIN, SFT | {"tokens": 9999}, QAT), data=corpus, out=whole.out, resume=True)
     with pytest.raises(UserError, match="the run began with seed 5"):
         train(spec, data=corpus, out=whole.out, resume=True, seed=8)
+    other = corpus_of(tmp_path / "other", vocab=250)
     with pytest.raises(UserError, match="the corpus has changed"):
-        other = corpus_of(tmp_path / "other", vocab=250)
         train(spec, data=other, out=whole.out, resume=True)
     before = records(whole)
     assert train(spec, data=corpus, out=whole.out, resume=True).stages == whole.stages  # nothing left to do
@@ -294,9 +294,10 @@ def test_a_damaged_state(damage: str, corpus: Corpus, tmp_path: Path, monkeypatc
             raise RuntimeError("stopped")
         return step(trainer)
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr(Trainer, "step", stopped)
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(RuntimeError, match="stopped"):
         train(spec_of(PRETRAIN | {"tokens": 99999}), data=corpus, out=out, threads=1)
+    monkeypatch.undo()
     victim = next(p for p in sorted((out / "state").rglob("*")) if p.name.endswith(damage))
     victim.write_bytes(os.urandom(100))
     with pytest.raises(UserError, match="start again in another --out"):
