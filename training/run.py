@@ -297,7 +297,7 @@ class _Run:
     def _stage(self, stage: TrainingStage, position: Position | None, finished: tuple[StageResult, ...]) -> StageResult:
         plan, world = self._plan, self._world
         batches = Batches(
-            plan.corpus, stage.mixture, stage.context, stage.batch_tokens, _seed(f"{plan.seed}:{stage.name}:data")
+            plan.corpus, stage.mixture, stage.context, stage.batch_tokens, data_seed(plan.seed, stage.name)
         )
         model = TrainingDecoder(plan.model, plan.rounding(stage), plan.compute)
         if position is None or position.folder is None:
@@ -414,6 +414,11 @@ def _whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shared = shared_state(model, trainer.world, {name: places[name].detach() for name in names})
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in shared.items()}
+
+
+def data_seed(seed: int, stage: str) -> int:
+    """The seed of a stage's batches: what `Batches` needs to give a run's batches again."""
+    return _seed(f"{seed}:{stage}:data")
 
 
 def _seed(text: str) -> int:
