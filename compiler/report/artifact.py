@@ -141,7 +141,7 @@ def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan |
     tiles = [("size", size(artifact.bytes), "all files of the artifact")]
     if not isinstance(planned, str):
         a = planned.model.architecture
-        tiles.append(("parameters", f"{a.total_parameters / 1e9:.2f} B", f"{a.active_parameters / 1e6:.0f} M active"))
+        tiles.append(("parameters", _count(a.total_parameters), f"{_count(a.active_parameters)} active"))
     moe = (manifest.spec.get("model") or {}).get("moe") or {}
     if manifest.model.moe_layers:
         detail = f"{moe['experts']} experts, {moe['top_k']} a token" if moe.get("experts") else "routed experts"
@@ -163,6 +163,10 @@ def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan |
             (planned.device.name, "fits" if planned.fits else "does not fit", f"budget {size(planned.device.budget)}")
         )
     return tiles
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.4g} M"
 
 
 def _passes(entries: Any, found: Evidence) -> list[dict[str, Any]]:

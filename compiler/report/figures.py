@@ -74,7 +74,7 @@ def sizes(by_role: Mapping[str, int]) -> str:
 def resident(runs: Sequence[Mapping[str, Any]]) -> str:
     """Resident memory of every stream at its contexts, by what holds it."""
     bars = [(f"{run['stream']}\n{p['context']}", p["memory"]) for run in runs for p in run["points"]]
-    figure = new_figure(max(4.5, 0.62 * len(bars) + 2.2), 3.1)
+    figure = new_figure(max(4.5, 0.8 * len(bars) + 2.2), 3.1)
     axes = figure.subplots()
     bottom = [0.0] * len(bars)
     for part, (label, colour) in _PARTS.items():
@@ -154,7 +154,7 @@ def experts(found: Mapping[str, Any]) -> str:
 def budget(plan: Plan, measured: Mapping[int, float]) -> str:
     """Planned memory by context against the device's budget; `measured`: resident bytes here, by context."""
     assert plan.device is not None
-    figure = new_figure(6.4, 3.0)
+    figure = new_figure(5.4, 2.8)
     axes = figure.subplots()
     contexts = [m.context for m in plan.by_context]
     parts = {
@@ -181,7 +181,7 @@ def budget(plan: Plan, measured: Mapping[int, float]) -> str:
 
 def latency(plan: Plan, measured: Mapping[int, float]) -> str:
     """Tokens per second of decoding by context: the device's roofline, what is expected, and what was measured here."""
-    figure = new_figure(5.6, 2.8)
+    figure = new_figure(4.9, 2.8)
     axes = figure.subplots()
     contexts = [m.context for m in plan.by_context]
     axes.plot(contexts, [s.roofline_tokens_per_s for s in plan.decode], "--", color="#888888", label="roofline")

@@ -30,7 +30,8 @@ COLOURS = {
     "xnnpack": "#8a8f98",
     "other": "#d0ccc8",
 }
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 104, 17, 10, 9
+_HEIGHT, _GAP_X, _GAP_Y = 17, 6, 9
+_CHARACTER = 5.4  # average width of the labels' font, a little more than it is
 # no arithmetic of their own: edges run through them
 _SILENT = ("getitem", "sym_size", "_assert_tensor_metadata", "alias", "detach")
 
@@ -83,7 +84,9 @@ def boxes(program: Program) -> list[Box]:
         direct = _direct_roles(program, node)
         reads = sorted({n for a in node.all_input_nodes for n in _sources(a, set(shown))}, key=order.__getitem__)
         # without weights of its own a node belongs to what it reads last: a sigmoid to the router before it
-        inherited = roles[reads[-1]][-1:] if reads else ()
+        # (not to a cache, which only hands on what attention keeps there)
+        behind = [role for n in reversed(reads) for role in roles[n][-1:]]
+        inherited = tuple([role for role in behind if role != Role.CACHE.value] or behind)[:1]
         roles[node] = direct or inherited
         found.append(Box(node.name, _label(node), roles[node], tuple(n.name for n in reads)))
     return found
@@ -124,32 +127,33 @@ def draw(found: list[Box]) -> str:
     for box in found:
         rows[depth[box.name]].append(box)
     widest = max(len(row) for row in rows)
-    width = widest * (_WIDTH + _GAP_X) + _GAP_X
+    size = max(len(_short(box.label)) for box in found) * _CHARACTER + 10
+    width = round(widest * (size + _GAP_X) + _GAP_X)
     height = len(rows) * (_HEIGHT + _GAP_Y) + _GAP_Y
     place: dict[str, tuple[float, float]] = {}
     for index, row in enumerate(rows):
         wanted = {b.name: sum(place[i][0] for i in b.inputs) / len(b.inputs) if b.inputs else width / 2 for b in row}
         row.sort(key=lambda b: wanted[b.name])
-        for x, box in zip(_spread([wanted[b.name] for b in row], width), row, strict=True):
+        for x, box in zip(_spread([wanted[b.name] for b in row], size, width), row, strict=True):
             place[box.name] = (x, _GAP_Y + index * (_HEIGHT + _GAP_Y))
     edges = "".join(_edge(place[i], place[b.name]) for b in found for i in b.inputs)
-    bodies = "".join(_body(b, *place[b.name]) for b in found)
+    bodies = "".join(_body(b, *place[b.name], size) for b in found)
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" class="graph">'
         f"{edges}{bodies}</svg>"
     )
 
 
-def _spread(wanted: list[float], width: float) -> list[float]:
+def _spread(wanted: list[float], size: float, width: float) -> list[float]:
     """Centres as near as possible to those wanted (ascending), without overlap, inside the picture."""
-    step = _WIDTH + _GAP_X
-    low = _GAP_X + _WIDTH / 2
+    step = size + _GAP_X
+    low = _GAP_X + size / 2
     centres: list[float] = []
     for x in wanted:
         low = max(low, x)
         centres.append(low)
         low += step
-    high = width - _GAP_X - _WIDTH / 2
+    high = width - _GAP_X - size / 2
     for i in reversed(range(len(centres))):
         centres[i] = min(centres[i], high)
         high = centres[i] - step
@@ -162,16 +166,19 @@ def _edge(a: tuple[float, float], b: tuple[float, float]) -> str:
     return f'<path d="M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}"/>'
 
 
-def _body(box: Box, x: float, y: float) -> str:
+def _body(box: Box, x: float, y: float, size: float) -> str:
     roles = box.roles or ("other",)
-    left, part = x - _WIDTH / 2, _WIDTH / len(roles)
+    left, part = x - size / 2, size / len(roles)
     stripes = "".join(
         f'<rect x="{left + i * part:.1f}" y="{y:.0f}" width="{part:.1f}" height="{_HEIGHT}" '
         f'fill="{COLOURS.get(role, COLOURS["other"])}"/>'
         for i, role in enumerate(roles)
     )
-    label = box.label if len(box.label) <= 17 else box.label[:16] + "…"
     return (
         f"<g><title>{escape(box.name)} ({escape(', '.join(roles))})</title>{stripes}"
-        f'<text x="{x:.0f}" y="{y + 12:.0f}">{escape(label)}</text></g>'
+        f'<text x="{x:.0f}" y="{y + 12:.0f}">{escape(_short(box.label))}</text></g>'
     )
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 17 else label[:16] + "…"
