@@ -255,12 +255,10 @@ def _pack(order: np.ndarray, lengths: np.ndarray, context: int) -> list[tuple[in
     for example in order.tolist():
         length = int(lengths[example])
         place = next((i for i, (room, _) in enumerate(open_rows) if room >= length), None)
-        if place is None:
-            if len(open_rows) == _OPEN_ROWS:
-                rows.append(tuple(open_rows.pop(0)[1]))
-            room, members = context, []
-        else:
-            room, members = open_rows.pop(place)
+        new: tuple[int, list[int]] = (context, [])
+        if place is None and len(open_rows) == _OPEN_ROWS:
+            rows.append(tuple(open_rows.pop(0)[1]))
+        room, members = new if place is None else open_rows.pop(place)
         members.append(example)
         room -= length
         at = next((i for i, (other, _) in enumerate(open_rows) if other > room), len(open_rows))

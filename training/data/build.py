@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,7 +94,7 @@ def build(
             with progress.stage(f"tokenize {domain.name}"):
                 records[domain.name] = _tokenize(domain, folder, coder, cut)
         with progress.stage("tasks"):
-            write_tasks(folder, coder, {domain.name: lambda d=domain: _split(d, cut, "heldout") for domain in waiting})
+            write_tasks(folder, coder, {domain.name: partial(_split, domain, cut, "heldout") for domain in waiting})
         write_index(
             folder,
             tokenizer=text,

@@ -4,6 +4,8 @@
     tasks/<domain>_choice.yaml          which of four answers belongs to a prompt; the wrong ones answer other prompts
                                         of the same family (chance: 0.25)
     tasks/<domain>_exact.yaml           the greedy answer, compared letter by letter
+    tasks/<domain>_{choice,exact}_plain.yaml    the same questions as running text, `PROMPT` and a line end, which is
+                                        the form in which a base model has met questions
 
 Paths inside are relative to `tasks/`: run the harness from there, or use `moec eval`, which does.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,18 @@ def write_tasks(folder: Path, coder: Coder, heldout: Mapping[str, Callable[[], I
         listed = list(documents())
         random.Random(0).shuffle(listed)
         if listed and listed[0].is_example:
-            _write(out, f"{domain}_choice", _choices(listed, coder), _CHOICE_KEYS)
             end = END_OF_TURN if coder.chat else "\n###"
-            keys = {**_EXACT_KEYS, "generation_kwargs": {**_EXACT_KEYS["generation_kwargs"], "until": [end]}}
-            _write(out, f"{domain}_exact", _exact(listed, coder), keys)
+            for suffix, form, until in (("", coder.prompt_text, end), ("_plain", "{}\n".format, "\n")):
+                _write(out, f"{domain}_choice{suffix}", _choices(listed, form), _CHOICE_KEYS)
+                keys = {**_EXACT_KEYS, "generation_kwargs": {**_EXACT_KEYS["generation_kwargs"], "until": [until]}}
+                _write(out, f"{domain}_exact{suffix}", _exact(listed, form), keys)
         else:
-            rows = [{"text": document.text[:_TEXT_LENGTH]} for document in listed[:_TEXTS]]
-            _write(out, f"heldout_{domain}", rows, _TEXT_KEYS)
+            write_text_task(out, f"heldout_{domain}", [document.text for document in listed[:_TEXTS]])
+
+
+def write_text_task(out: Path, name: str, texts: Sequence[str]) -> None:
+    """A perplexity task of the beginnings of `texts`."""
+    _write(out, name, [{"text": text[:_TEXT_LENGTH]} for text in texts], _TEXT_KEYS)
 
 
 _TEXT_KEYS: dict[str, Any] = {
@@ -85,7 +92,7 @@ def _write(out: Path, name: str, rows: list[dict[str, Any]], keys: Mapping[str, 
     (out / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def _choices(documents: list[Document], coder: Coder) -> list[dict[str, Any]]:
+def _choices(documents: list[Document], form: Callable[[str], str]) -> list[dict[str, Any]]:
     chance = random.Random(1)
     rows = []
     for _, members in _families([d for d in documents if len(d.response) <= _CHOICE_LENGTH]).items():
@@ -97,14 +104,14 @@ def _choices(documents: list[Document], coder: Coder) -> list[dict[str, Any]]:
             choices = [document.response, *chance.sample(others, _CHOICES - 1)]
             chance.shuffle(choices)
             gold = choices.index(document.response)
-            prompt = coder.prompt_text(document.prompt)
+            prompt = form(document.prompt)
             rows.append({"family": document.family, "prompt": prompt, "choices": choices, "gold": gold})
     return _in_turn(rows)[:_QUESTIONS]
 
 
-def _exact(documents: list[Document], coder: Coder) -> list[dict[str, Any]]:
+def _exact(documents: list[Document], form: Callable[[str], str]) -> list[dict[str, Any]]:
     rows = [
-        {"family": d.family, "prompt": coder.prompt_text(d.prompt), "response": d.response}
+        {"family": d.family, "prompt": form(d.prompt), "response": d.response}
         for d in documents
         if len(d.response) <= _EXACT_LENGTH
     ]

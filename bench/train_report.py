@@ -1,0 +1,317 @@
+"""Trains mobilemoe-nano on real text through all four stages and measures what training should show.
+
+    .venv/bin/python bench/train_report.py --out build/train-report          (`make train-report`)
+
+Each part writes OUT/parts/NAME.json; a part that is there is not done again, and training continues from its last
+state, so a stopped report goes on where it was. Nothing is chosen by held-out text: the spec is what the repository
+holds, and every figure comes from its last step.
+
+    corpus    real text from packages (`moec data build`)
+    run       four stages (`moec train`)
+    control   the first quarter of pre-training again, without balancing: same weights, same batches
+    rounding  QAT and, for fairness, the same further training without rounding, then rounded after: paired seeds
+    experts   which experts the domains use after each stage, beside a control with shuffled labels
+    tasks     lm-evaluation-harness on the checkpoints of the stages and on the compiled artifact
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.compiler.progress import Progress
+from moec.compiler.spec import Spec, load_spec
+from moec.compiler.spec.training import TrainingStage
+from moec.training.checkpoints import initial_weights, load_model, load_weights, stored_weights
+from moec.training.data.batches import Batch, Batches, heldout
+from moec.training.data.build import build
+from moec.training.data.fetch import default_cache
+from moec.training.data.shards import INDEX, Corpus
+from moec.training.data.sources import DOMAINS
+from moec.training.model import TrainingDecoder
+from moec.training.parallel import World
+from moec.training.rounding import Rounding
+from moec.training.run import data_seed, train
+from moec.training.stage import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = ROOT / "specs" / "models" / "mobilemoe-nano.yaml"
+SEEDS = (1, 2, 3)
+WIDTHS = (4, 3, 2)
+CONTROL = 0.25  # of pre-training
+ROUNDING_TOKENS = 200_704  # of further training for each seed and width
+HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
+RESAMPLES = 10_000
+
+
+def main() -> None:
+    """Do every part that is missing, then write the report."""
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    report = Report(arguments.out, scaled(load_spec(SPEC), arguments.scale), arguments.scale, arguments.cache)
+    for name in ("corpus", "run", "control", "rounding", "experts", "tasks"):
+        if arguments.only is None or name in arguments.only.split(","):
+            report.part(name, getattr(report, name))
+    if arguments.only is None or "report" in arguments.only.split(","):
+        report.write()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train mobilemoe-nano and report.")
+    parser.add_argument("--out", type=Path, default=Path("build/train-report"))
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for downloads")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--scale", type=float, default=1.0, help="of every stage's tokens")
+    parser.add_argument("--only", help="parts, comma-separated")
+    return parser.parse_args()
+
+
+def scaled(spec: Spec, scale: float) -> Spec:
+    """The spec with `scale` times the tokens in every stage: warm-up and evaluations keep their places in it."""
+    if scale == 1 or spec.training is None:
+        return spec
+    stages = [
+        stage.model_copy(
+            update={
+                "tokens": int(stage.tokens * scale),
+                "eval_every": None if stage.eval_every is None else max(1, int(stage.eval_every * scale)),
+                "learning_rate": stage.learning_rate.model_copy(
+                    update={"warmup": int(stage.learning_rate.warmup * scale)}
+                ),
+            }
+        )
+        for stage in spec.training.stages
+    ]
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"stages": tuple(stages)})})
+
+
+class Report:
+    """The parts; each returns what it measured as plain values."""
+
+    def __init__(self, out: Path, spec: Spec, scale: float, cache: Path) -> None:
+        self.out, self.spec, self.scale, self.cache = out, spec, scale, cache
+        self.progress = Progress()
+        assert spec.training is not None
+        self.training = spec.training
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+
+    def part(self, name: str, make: Callable[[], Any]) -> None:
+        """Run a part unless its result is there."""
+        file = self.out / "parts" / f"{name}.json"
+        if file.exists():
+            return
+        print(f"--- {name}", flush=True)
+        started, cpu = time.perf_counter(), time.process_time()
+        result = make()
+        spent = {"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        self._write(file, {"result": result, **spent, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]})
+
+    def read(self, name: str) -> Any:
+        """The result of a finished part, None of a missing one."""
+        file = self.out / "parts" / f"{name}.json"
+        return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+    @property
+    def corpus_folder(self) -> Path:
+        return self.out / "corpus"
+
+    @property
+    def run_folder(self) -> Path:
+        return self.out / "run"
+
+    def stage(self, name: str) -> TrainingStage:
+        return next(stage for stage in self.training.stages if stage.name == name)
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def corpus(self) -> Any:
+        """The corpus's index: documents, tokens, sources with licences."""
+        if not (self.corpus_folder / INDEX).exists():
+            build(self.corpus_folder, DOMAINS, cache=self.cache, progress=self.progress)
+        return Corpus.open(self.corpus_folder).index
+
+    def run(self) -> Any:
+        """The four stages: their length, time and last held-out losses."""
+        done = train(
+            self.spec,
+            data=self.corpus_folder,
+            out=self.run_folder,
+            resume=(self.run_folder / "run.json").exists(),
+            threads=torch.get_num_threads(),
+            progress=self.progress,
+        )
+        return [vars(stage) for stage in done.stages]
+
+    def control(self) -> Any:
+        """Without balancing: drops and load, at steps that the run logged with it."""
+        stage = self.stage("pretrain")
+        unbalanced = stage.model_copy(update={"balancing": stage.balancing.model_copy(update={"kind": "none"})})
+        trainer = self._trainer(unbalanced, initial_weights(self.spec.model, self.training.seed), self.training.seed)
+        lines = []
+        steps = max(stage.log_every, int(stage.steps * CONTROL))
+        for step in range(1, steps + 1):
+            record = trainer.step()
+            if step % stage.log_every == 0:
+                lines.append({key: record[key] for key in ("step", "loss", "dropped_fraction", "load_max_over_mean")})
+                print(f"control {step}/{steps}: dropped {record['dropped_fraction']:.3f}", flush=True)
+        return lines
+
+    def rounding(self) -> Any:
+        """QAT against the same training without rounding, rounded after; per width, seed and held-out row."""
+        file = self.out / "parts" / "rounding-rows.json"
+        rows: dict[str, list[float]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        sft = self.run_folder / "sft"
+        for bits in WIDTHS:
+            if f"sft:{bits}" not in rows:
+                rows[f"sft:{bits}"] = self._row_losses(load_model(sft, self.spec.model, self._rounding(bits)))
+        if "sft:float" not in rows:
+            rows["sft:float"] = self._row_losses(load_model(sft, self.spec.model))
+        for seed in SEEDS:
+            if f"ptq:{WIDTHS[0]}:{seed}" not in rows:
+                plain = self._continued(seed, None)
+                rows[f"float:{seed}"] = self._row_losses(plain)
+                for bits in WIDTHS:
+                    rounded = TrainingDecoder(self.spec.model, self._rounding(bits))
+                    rounded.load_state_dict(plain.state_dict())
+                    rows[f"ptq:{bits}:{seed}"] = self._row_losses(rounded)
+                self._write(file, rows)
+            for bits in WIDTHS:
+                if f"qat:{bits}:{seed}" not in rows:
+                    rows[f"qat:{bits}:{seed}"] = self._row_losses(self._continued(seed, bits))
+                    self._write(file, rows)
+                    gain = np.mean(rows[f"ptq:{bits}:{seed}"]) - np.mean(rows[f"qat:{bits}:{seed}"])
+                    print(f"int{bits}, seed {seed}: PTQ - QAT = {gain:+.4f} nats", flush=True)
+        return {
+            "rows": len(rows["sft:float"]),
+            "float": float(np.mean(rows["sft:float"])),
+            "widths": {bits: _paired(rows, bits) for bits in WIDTHS},
+        }
+
+    def experts(self) -> Any:
+        """Use of experts by domain after each stage."""
+        from moec.training.utilisation import expert_rows, summary
+
+        found = {}
+        for stage in self.training.stages:
+            model = load_model(self.run_folder / stage.name, self.spec.model)
+            counts_RLE, labels = expert_rows(model, Corpus.open(self.corpus_folder), context=256, rows=24)
+            found[stage.name] = summary(counts_RLE, labels, seed=0)
+        return found
+
+    def tasks(self) -> Any:
+        """Accuracy and perplexity of the stages' checkpoints and of the compiled artifact."""
+        from moec.compiler import build as compiler
+        from moec.training.evaluate import evaluate
+
+        artifact = self.out / "artifact"
+        compiler.compile(self.spec, checkpoint=self.run_folder / "qat", out=artifact, progress=self.progress)
+        found = {}
+        for name in [*(stage.name for stage in self.training.stages), "artifact"]:
+            file = self.out / "parts" / f"tasks-{name}.json"
+            if not file.exists():
+                place = artifact if name == "artifact" else self.run_folder / name
+                tasks = ["instructions_choice", "instructions_exact"]
+                done = evaluate(place, tasks, include=[self.corpus_folder], limit=TASK_ROWS, progress=self.progress)
+                self._write(file, done)
+            found[name] = json.loads(file.read_text("utf-8"))["results"]
+        return found
+
+    def write(self) -> None:
+        """results.json and report.html of whatever parts there are."""
+        from moec.training.report import write_report
+
+        names = ("corpus", "run", "control", "rounding", "experts", "tasks")
+        results = {name: part for name in names if (part := self.read(name)) is not None}
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        everything = {"spec": self.spec.name, "scale": self.scale, "machine": machine, "parts": results}
+        self._write(self.out / "results.json", everything)
+        self._write(self.run_folder / "measured.json", {name: part["result"] for name, part in results.items()})
+        write_report(self.run_folder, self.out / "report.html")
+        print(self.out / "report.html")
+
+    # --- tools --------------------------------------------------------------------------------------------------------
+
+    def _rounding(self, bits: int | None) -> Rounding | None:
+        assert self.spec.quantization is not None
+        return None if bits is None else Rounding(self.spec.quantization, bits)
+
+    def _trainer(
+        self, stage: TrainingStage, weights: Iterator[Any], seed: int, rounding: Rounding | None = None
+    ) -> Trainer:
+        model = TrainingDecoder(self.spec.model, rounding)
+        load_weights(model, weights)
+        data = Batches(
+            self.corpus_folder, stage.mixture, stage.context, stage.batch_tokens, data_seed(seed, stage.name)
+        )
+        return Trainer(model, stage, data, World())
+
+    def _continued(self, seed: int, bits: int | None) -> TrainingDecoder:
+        """The SFT checkpoint trained on as stage `qat` does, for fewer tokens, with or without rounding."""
+        stage = self.stage("qat")
+        rate = stage.learning_rate.model_copy(update={"warmup": ROUNDING_TOKENS // 20})
+        stage = stage.model_copy(update={"tokens": ROUNDING_TOKENS, "learning_rate": rate})
+        weights = stored_weights(self.run_folder / "sft", self.spec.model)
+        trainer = self._trainer(stage, weights, seed, self._rounding(bits))
+        for _ in range(stage.steps):
+            trainer.step()
+        return trainer.model
+
+    @torch.no_grad()
+    def _row_losses(self, model: TrainingDecoder) -> list[float]:
+        """Nats per predicted token of each held-out row, domains one after the other, all in float32."""
+        model.eval()
+        found: list[float] = []
+        for domain in DOMAINS:
+            for batch in heldout(self.corpus_folder, domain, self.stage("qat").context, HELDOUT_TOKENS):
+                found += _losses(model, batch)
+        return found
+
+    @staticmethod
+    def _write(file: Path, value: Any) -> None:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+        part.replace(file)
+
+
+TASK_ROWS = 200
+
+
+def _losses(model: TrainingDecoder, batch: Batch) -> list[float]:
+    (logits_BTV,) = model(batch.tokens_BT, batch.documents_BT)
+    nll_BT = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten(), reduction="none")
+    mask_BT = batch.loss_mask_BT
+    return ((nll_BT.view_as(mask_BT) * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)).tolist()
+
+
+def _paired(rows: dict[str, list[float]], bits: int) -> dict[str, Any]:
+    """PTQ - QAT in nats: the mean, and a 95% interval by bootstrap over seeds and, within each, over rows."""
+    gain_SR = np.stack([np.subtract(rows[f"ptq:{bits}:{s}"], rows[f"qat:{bits}:{s}"]) for s in SEEDS])
+    random = np.random.default_rng(0)
+    seeds = random.integers(0, len(gain_SR), (RESAMPLES, len(gain_SR)))
+    picks = random.integers(0, gain_SR.shape[1], (RESAMPLES, gain_SR.shape[1]))  # the same rows for every seed
+    means = [gain_SR[s][:, r].mean() for s, r in zip(seeds, picks, strict=True)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    mean = {kind: [float(np.mean(rows[f"{kind}:{bits}:{s}"])) for s in SEEDS] for kind in ("ptq", "qat")}
+    return {
+        "ptq_of_sft": float(np.mean(rows[f"sft:{bits}"])),
+        "float_continued": [float(np.mean(rows[f"float:{s}"])) for s in SEEDS],
+        "ptq": mean["ptq"],
+        "qat": mean["qat"],
+        "gain": float(gain_SR.mean()),
+        "gain_by_seed": gain_SR.mean(axis=1).tolist(),
+        "interval": [float(low), float(high)],
+        "stress": bits < 4,
+    }
+
+
+if __name__ == "__main__":
+    main()

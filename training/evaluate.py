@@ -1,0 +1,195 @@
+"""`moec eval`: lm-evaluation-harness on a checkpoint, on one rounded as its artifact will be, or on an artifact.
+
+The harness tokenizes through the model's own `tokenizer.json` and sees one interface; behind it are the training
+model (in batches) or an artifact's session (with its KV cache). Everything runs offline: tasks are YAML files with JSON
+lines beside them, as `moec data build` writes them, and the tasks that come with moec.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from moec.compiler.artifact import MANIFEST
+from moec.compiler.errors import MissingExtra, UserError
+from moec.compiler.progress import Progress
+from moec.training.data.tasks import FOLDER as TASKS
+
+if TYPE_CHECKING:
+    from moec.training.evaluate_models import Model
+
+_CONFIG = "config.json"
+
+
+class EvaluationError(UserError):
+    """A task is unknown or damaged, or the model cannot serve it."""
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    include: Sequence[str | Path] = (),
+    limit: int | None = None,
+    simulate: bool = False,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run `tasks` on a checkpoint or artifact folder; the harness's results by task, plain values.
+
+    include: folders with tasks: corpora, or folders of YAML files. limit: questions of each task. simulate: compute a
+    checkpoint with the rounding of the artifact made of it (weights, activations, KV cache). Returns {"model", "form",
+    "results": {task: {metric: value, metric_stderr: value}}, "questions": {task: count}, "harness"}.
+    """
+    progress = progress or Progress(quiet=True)
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"a limit of {limit} questions", remedy="use 1 or above")
+    harness = _harness()
+    folders = [_task_folder(Path(folder)) for folder in include]
+    with TemporaryDirectory() as scratch, _quiet(), _opened(Path(model), simulate, tokenizer) as (opened, words, form):
+        from moec.training.evaluate_models import HarnessModel
+
+        shipped = Path(scratch, "shipped")
+        _shipped_tasks(shipped)
+        merged = Path(scratch, "tasks")
+        _merge(merged, [shipped, *folders])
+        manager = harness.tasks.TaskManager(include_path=str(merged), include_defaults=False)
+        unknown = [name for name in tasks if name not in manager.all_tasks]
+        if unknown or not tasks:
+            known = ", ".join(manager.all_tasks)
+            what = f"no task {unknown[0]!r}" if unknown else "no task was asked for"
+            raise EvaluationError(what, remedy=f"there are {known}; corpora with more are named by --include")
+        with contextlib.chdir(merged), progress.stage(f"evaluate {', '.join(tasks)} on {Path(model).name}"):
+            raw = harness.simple_evaluate(
+                model=HarnessModel(opened, words),
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+    return {
+        "model": str(model),
+        "form": form,
+        "harness": harness.__version__,
+        "questions": {name: counts["effective"] for name, counts in raw["n-samples"].items()},
+        "results": {name: _plain(values) for name, values in raw["results"].items()},
+    }
+
+
+def list_tasks(include: Sequence[str | Path]) -> list[str]:
+    """The names of all tasks that `evaluate` would find."""
+    names = ["shipped_text"]
+    for folder in include:
+        names += sorted(file.stem for file in _task_folder(Path(folder)).glob("*.yaml"))
+    return names
+
+
+def _plain(values: dict[str, Any]) -> dict[str, float]:
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}` without filters' names and what is no number."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "sample_len":
+            found[key.removesuffix(",none")] = float(value)
+    return found
+
+
+def _harness() -> Any:
+    """The library; it must not look anything up, and its data sets must not outlive the call."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ImportError:
+        raise MissingExtra("lm-evaluation-harness is not installed", remedy="pip install 'moec[eval]'") from None
+    return lm_eval
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Data sets of the call in a folder of their own, and no bars or advice on the terminal."""
+    import datasets
+
+    levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets")}
+    before = datasets.config.HF_DATASETS_CACHE
+    with TemporaryDirectory() as cache:
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        datasets.disable_progress_bars()
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = before
+            datasets.enable_progress_bars()
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, simulate: bool, tokenizer: Path | None) -> Iterator[tuple[Model, Any, str]]:
+    """The model, its tokenizer, and what it is: "artifact", "float" or "simulated"."""
+    from moec.compiler.generate import load_tokenizer
+    from moec.training.evaluate_models import SessionModel, checkpoint_model
+
+    words = load_tokenizer(tokenizer or folder / "tokenizer.json") if folder.is_dir() else None
+    if (folder / MANIFEST).is_file():
+        if simulate:
+            raise EvaluationError("an artifact has its rounding already", place=str(folder), remedy="drop --simulate")
+        from moec.compiler import build
+        from moec.compiler.artifact import Artifact
+
+        artifact = Artifact.open(folder)
+        session = build.load(artifact)
+        try:
+            yield SessionModel(session, artifact.manifest.model), words, "artifact"
+        finally:
+            session.close()
+    elif (folder / _CONFIG).is_file():
+        yield checkpoint_model(folder, simulate), words, "simulated" if simulate else "float"
+    else:
+        found = "neither an artifact nor a checkpoint" if folder.exists() else "no such folder"
+        raise EvaluationError(found, place=str(folder), remedy="name a folder with manifest.json or config.json")
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _task_folder(folder: Path) -> Path:
+    """A corpus's tasks, or the folder itself."""
+    place = folder / TASKS if (folder / TASKS).is_dir() else folder
+    if not any(place.glob("*.yaml")):
+        raise EvaluationError("holds no tasks", place=str(folder), remedy="name a corpus or a folder of YAML tasks")
+    return place
+
+
+def _merge(out: Path, folders: Sequence[Path]) -> None:
+    """Links to the files of all folders, so that the paths in every task are relative to one place."""
+    out.mkdir()
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            link = out / file.name
+            if link.exists():
+                raise EvaluationError(f"two folders have a {file.name}", place=str(folder), remedy="name one of them")
+            link.symlink_to(file.resolve())
+
+
+def _shipped_tasks(out: Path) -> None:
+    """`shipped_text`: the texts that verification uses, a small perplexity task that needs no corpus."""
+    from moec.compiler.verify.prompts import prompts
+    from moec.training.data.tasks import write_text_task
+
+    out.mkdir()
+    write_text_task(out, "shipped_text", list(prompts().values()))

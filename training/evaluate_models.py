@@ -1,0 +1,240 @@
+"""What the harness asks of a model, answered by the training model or by an artifact's session.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows
+from tokenizers import Tokenizer
+
+from moec.compiler.artifact import ModelRecord
+from moec.compiler.checkpoints import spec_from_config
+from moec.compiler.checkpoints.config_json import is_packed, read_json
+from moec.compiler.checkpoints.store import CONFIG
+from moec.compiler.errors import RunError
+from moec.compiler.generate import Sampler, Sampling, encode_prompt
+from moec.compiler.program import Role
+from moec.compiler.spec.loader import parse_spec
+from moec.compiler.spec.model import DecoderConfig
+from moec.compiler.target import Session
+from moec.training.checkpoints import load_model
+from moec.training.model import TrainingDecoder
+from moec.training.rounding import Rounding, WeightRounding
+
+_AT_ONCE = 4096  # tokens of a batch, padding included
+
+
+class Model(Protocol):
+    """A language model over ids. `context` is the most tokens of a row."""
+
+    context: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    def scores(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Logits float32 [T, V] of every position of each row, in order."""
+        ...
+
+    def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: frozenset[int]) -> Iterator[list[int]]:
+        """The likeliest continuation of each prompt, up to `new_tokens` ids, the stop token left out."""
+        ...
+
+
+class SessionModel:
+    """An artifact, one row at a time."""
+
+    def __init__(self, session: Session, record: ModelRecord) -> None:
+        self._session = session
+        self.context, self.bos_id, self.eos_ids = record.context, record.bos_id, record.eos_ids
+
+    def scores(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        for row in rows:
+            self._session.reset()
+            yield self._session.prefill(list(row), logits="all")
+
+    def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: frozenset[int]) -> Iterator[list[int]]:
+        likeliest = Sampler(Sampling())
+        for prompt in prompts:
+            self._session.reset()
+            logits = self._session.prefill(list(prompt), logits="last")
+            new: list[int] = []
+            while len(new) < min(new_tokens, self.context - len(prompt)):
+                token = likeliest(logits)
+                if token in stop:
+                    break
+                new.append(token)
+                if self._session.position >= self.context:
+                    break
+                logits = self._session.decode(token)
+            yield new
+
+
+class EagerModel:
+    """The training model, several rows at a time: rows are padded on the right, where no earlier token looks."""
+
+    def __init__(self, model: TrainingDecoder) -> None:
+        self._model = model
+        config = model.config
+        self.context, self.bos_id, self.eos_ids = config.context, config.bos_id, tuple(config.eos_ids)
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        done: dict[int, np.ndarray] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for batch in _batches(order, [len(row) for row in rows]):
+            logits_BTV = self._logits([rows[i] for i in batch])
+            for place, i in enumerate(batch):
+                done[i] = logits_BTV[place, : len(rows[i])].numpy()
+        yield from (done[i] for i in range(len(rows)))
+
+    @torch.no_grad()
+    def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: frozenset[int]) -> Iterator[list[int]]:
+        """Without a cache: the whole row again for every token, which small models can afford."""
+        rows = [list(prompt) for prompt in prompts]
+        alive = [i for i, row in enumerate(rows) if len(row) < self.context]
+        for _ in range(new_tokens):
+            left: list[int] = []
+            for batch in _batches(sorted(alive, key=lambda i: len(rows[i])), [len(row) for row in rows]):
+                logits_BTV = self._logits([rows[i] for i in batch])
+                for place, i in enumerate(batch):
+                    token = int(logits_BTV[place, len(rows[i]) - 1].argmax())
+                    if token in stop:
+                        continue
+                    rows[i].append(token)
+                    if len(rows[i]) < self.context:
+                        left.append(i)
+            alive = left
+        yield from (row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True))
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        longest = max(len(row) for row in rows)
+        tokens_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        (logits_BTV,) = self._model(tokens_BT)
+        return logits_BTV
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in `order` (shortest first), together as long as they stay below `_AT_ONCE` tokens with their padding."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > _AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+class _CarriedWeights(Rounding):
+    """Rounds activations and the cache. The weights are values of codes already and must not be rounded again."""
+
+    def weight(self, role: Role) -> WeightRounding | None:
+        return None
+
+
+def checkpoint_model(folder: Path, simulate: bool) -> EagerModel:
+    """A checkpoint, computed in float32; with `simulate` as the artifact that `moec compile` makes of it.
+
+    Packed INT4 codes are carried; float weights are rounded as compiling would. CheckpointError for a damaged folder.
+    """
+    spec = parse_spec(spec_from_config(folder))
+    assert isinstance(spec.model, DecoderConfig)
+    rounding: Rounding | None = None
+    if simulate:
+        assert spec.quantization is not None
+        file = folder / CONFIG
+        rounding = (_CarriedWeights if is_packed(read_json(file), file) else Rounding)(spec.quantization)
+    return EagerModel(load_model(folder, spec.model, rounding))
+
+
+# --- the harness's side -----------------------------------------------------------------------------------------------
+
+
+class HarnessModel(TemplateLM):
+    """A `Model` as lm-evaluation-harness asks for it. Special tokens written in a prompt are read as such."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._model, self._tokenizer = model, tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._model.eos_ids[0] if self._model.eos_ids else 0
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        return self.eot_token_id if self._model.bos_id is None else self._model.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids; the model's BOS in front, unless `add_special_tokens` is False."""
+        if add_special_tokens is False:
+            return list(self._tokenizer.encode(string, add_special_tokens=False).ids)
+        return encode_prompt(self._tokenizer, string, self._model.bos_id)
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        pairs = [(list(context), list(continuation)) for _, context, continuation in requests]
+        rows, counts = [], []
+        for context, continuation in pairs:
+            row = (context + continuation)[:-1]
+            if len(continuation) > self._model.context:
+                raise RunError(f"an answer of {len(continuation)} tokens is longer than the model's context")
+            rows.append(row[-self._model.context :])  # the harness's own convention: the beginning is cut off
+            counts.append(len(continuation))
+        scored = self._model.scores(rows)
+        return [
+            log_probabilities(logits[-count:], continuation)
+            for logits, count, (_, continuation) in zip(scored, counts, pairs, strict=True)
+        ]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in windows that do not overlap."""
+        found = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = list(get_rolling_token_windows(ids, self.prefix_token_id, self._model.context, 1))
+            scored = self._model.scores([context for context, _ in windows])
+            sums = (
+                log_probabilities(logits[-len(predicted) :], predicted)[0]
+                for logits, (_, predicted) in zip(scored, windows, strict=True)
+            )
+            found.append(float(sum(sums)))
+        return found
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to a stop token, a stop text or the length asked for. RunError for sampling."""
+        found: dict[int, str] = {}
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for place, request in enumerate(requests):
+            options = request.args[1]
+            if options.get("do_sample"):
+                raise RunError("the task samples", remedy="set do_sample: false in its generation_kwargs")
+            key = (int(options.get("max_gen_toks", 256)), tuple(options.get("until") or ()))
+            groups.setdefault(key, []).append(place)
+        for (longest, until), places in groups.items():
+            ends = {self._tokenizer.token_to_id(text) for text in until} - {None}
+            stop = frozenset({*self._model.eos_ids, *ends})
+            room = max(1, self._model.context - longest)
+            prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
+            for place, ids in zip(places, self._model.greedy(prompts, longest, stop), strict=True):
+                text = self._tokenizer.decode(ids, skip_special_tokens=True)
+                cuts = [at for piece in until if (at := text.find(piece)) >= 0]
+                found[place] = text[: min(cuts)] if cuts else text
+        return [found[place] for place in range(len(requests))]
+
+
+def log_probabilities(logits_TV: np.ndarray, ids_T: Sequence[int]) -> tuple[float, bool]:
+    """The sum of log p(ids), float64, and whether each id was the likeliest. Row t of the logits predicts id t."""
+    wide_TV = np.asarray(logits_TV, np.float64)
+    top_T1 = wide_TV.max(axis=1, keepdims=True)
+    total_T = np.log(np.exp(wide_TV - top_T1).sum(axis=1)) + top_T1[:, 0]
+    chosen_T = wide_TV[np.arange(len(ids_T)), np.asarray(ids_T)]
+    return float((chosen_T - total_T).sum()), bool((wide_TV.argmax(axis=1) == np.asarray(ids_T)).all())
