@@ -25,7 +25,7 @@ KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o 
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes bench-peers clean distclean
+.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes bench-peers paper-tables clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -90,6 +90,15 @@ bench-passes: $(INSTALLED)
 bench-peers: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"
 	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+# S and the dense MobileLLM-Pro (M and L where they fit) as in the paper's tables; BENCH_ARGS=--quick for a look
+paper-tables: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[report]"
+	$(BIN)/python bench/paper_tables.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+# how the experts are multiplied in training; give a quiet machine
+bench-training: $(INSTALLED)
+	$(BIN)/python -W ignore bench/bench_training.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 clean:
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
