@@ -25,7 +25,7 @@ KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o 
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes bench-peers paper-tables clean distclean
+.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes bench-peers bench-training paper-tables clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
