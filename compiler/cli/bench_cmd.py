@@ -31,7 +31,7 @@ def bench_artifact(
     tokens: Annotated[Path | None, typer.Option(help="A file of token ids as the prompt; default: spread ids.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
-    """Time prefill, decoding by context length, and loading, in a process without Python.
+    """Time prefill, decoding by context length, and loading, in a process of its own (without Python for xnnpack).
 
     Example: [bold]moec bench build/s --prefill 512 --context 512,4096,8000[/bold]
     """
@@ -49,7 +49,7 @@ def bench_artifact(
     latest = min(starts) if starts else room - steps
     length = len(ids) if ids is not None else prefill if prefill is not None else max(1, min(512, latest))
     plan = timing.BenchPlan(length, steps, starts, threads, repeats, ids)
-    report = timing.bench(opened.path("model.pte"), plan, Progress())
+    report = timing.bench(opened.path(getattr(timing, "PROGRAM", "model.pte")), plan, Progress())
     report = {"artifact": str(artifact), "name": opened.manifest.name, **report}
     if as_json:
         emit_json(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,7 @@ def _show_artifact(artifact: Artifact) -> None:
         shares = [(role, size(count), f"{count / total:.1%}") for role, count in rows]
         table("\nWeights by role", ["role", "size", "share"], shares, right=[1, 2])
     _show_methods(manifest.details)
+    _show_onnx(manifest.details)
     passes = [(p.name, p.changed, len(p.refusals), f"{p.seconds:.2f}", p.digest) for p in manifest.passes]
     table("\nPasses", ["pass", "changed", "refused", "seconds", "graph"], passes, right=[1, 2, 3])
 
@@ -90,6 +92,49 @@ def _show_methods(details: dict[str, Any]) -> None:
     advice = details.get("chunking", {}).get("advice")
     if advice:
         print(f"\nchunks: {advice}")
+
+
+def _show_onnx(details: dict[str, Any]) -> None:
+    """What an ONNX file holds: interface, nodes by operator set, functions, external data."""
+    from moec.compiler.cli.output import size, table
+
+    graph = details.get("graph")
+    if not isinstance(graph, dict):
+        return
+    opsets = ", ".join(f"{name} {number}" for name, number in details["opsets"].items())
+    rows = [
+        ("flavour", details["flavour"]),
+        ("KV cache", details["kv_cache"]),
+        ("operator sets", f"{opsets}; IR version {details['ir_version']}"),
+        ("inputs", _patterns(graph["inputs"])),
+        ("outputs", _patterns(graph["outputs"])),
+        ("external data", f"{graph['initializers']} tensors, {size(graph['external_bytes'])}"),
+    ]
+    table("\nONNX", ["", ""], rows)
+    bodies = [("graph", graph["nodes"]), *graph["functions"].items()]
+    counted = [(name, domain, count) for name, nodes in bodies for domain, count in _by_domain(nodes)]
+    table("\nNodes by operator set", ["of", "operator set", "nodes"], counted, right=[2])
+    for name, nodes in bodies:
+        table(f"\nOperators of {name}", ["operator", "nodes"], nodes.items(), right=[1])
+
+
+def _patterns(names: list[str]) -> str:
+    """Names that differ in a layer's number only, once: `present.0..3.key`."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"\.(\d+)\.", name)
+        numbers.setdefault(name if found is None else name.replace(found[0], ".{}."), []).append(
+            -1 if found is None else int(found[1])
+        )
+    return ", ".join(pattern.replace("{}", f"{min(ns)}..{max(ns)}") for pattern, ns in numbers.items())
+
+
+def _by_domain(nodes: dict[str, int]) -> list[tuple[str, int]]:
+    domains: dict[str, int] = {}
+    for name, count in nodes.items():
+        domain = name.rpartition("::")[0] or "ai.onnx"
+        domains[domain] = domains.get(domain, 0) + count
+    return sorted(domains.items())
 
 
 def _quantization_text(quantization: Any) -> str:
