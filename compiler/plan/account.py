@@ -90,6 +90,7 @@ class Architecture:
     caches: tuple[Cache, ...]
     experts: Experts | None = None
     ffn_width: int = 0
+    qk_norm: bool = False
     own: bool = True
 
     @property
@@ -135,6 +136,7 @@ def architecture_of(config: DecoderConfig, name: str) -> Architecture:
         caches=tuple(Cache(config.kv_heads, d, d, config.window(n)) for n in range(layers)),
         experts=None if moe is None else Experts(layers, moe.experts, moe.top_k, moe.expert_width, moe.shared_width),
         ffn_width=config.ffn_width or 0,
+        qk_norm=config.qk_norm,
     )
 
 

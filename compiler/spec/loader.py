@@ -35,7 +35,7 @@ def parse_spec(text: str, *, file: str = "<spec>", folder: Path | None = None) -
 
 def load_device_file(file: str | Path) -> Device:
     """Read and check a device file. SpecError with one line per fault."""
-    return parse_section(Device, _read(Path(file)), file=str(file), noun="a device")
+    return parse_section(Device, _read(Path(file), "device"), file=str(file), noun="a device")
 
 
 def parse_section(kind: type[S], text: str, *, file: str, noun: str) -> S:
@@ -63,23 +63,23 @@ def parse_section(kind: type[S], text: str, *, file: str, noun: str) -> S:
     return value
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, noun: str = "spec") -> str:
     try:
         if file.is_dir():
-            raise SpecError("is a folder, expected a YAML spec", place=str(file))
+            raise SpecError(f"is a folder, expected a YAML {noun}", place=str(file))
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise SpecError("no such spec", place=str(file)) from None
+        raise SpecError(f"no such {noun}", place=str(file)) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise SpecError(f"cannot be read: {getattr(error, 'strerror', None) or error}", place=str(file)) from None
     if len(content) > MAX_BYTES:
-        raise SpecError(f"larger than {MAX_BYTES // 1024} KiB, expected a YAML spec", place=str(file))
+        raise SpecError(f"larger than {MAX_BYTES // 1024} KiB, expected a YAML {noun}", place=str(file))
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise SpecError("not UTF-8 text, expected a YAML spec", place=f"{file}:{line}:1") from None
+        raise SpecError(f"not UTF-8 text, expected a YAML {noun}", place=f"{file}:{line}:1") from None
 
 
 def locate(tree: Tree, loc: Path_, *, is_key: bool = False) -> tuple[Path_, Mark]:

@@ -15,8 +15,8 @@ from moec.targets.xnnpack.options import Options
 
 _ROWS, _INPUTS = 16, 8  # kernel/format.h: kBlockRows, kUnit
 _DELEGABLE = {"attention": "attention", "ffn": "ffn", "shared": "ffn", "head": "head", "embedding": "head"}
-# Bytes of the program per instruction of one method (two methods are stored): 242 to 322 seen in four artifacts.
-_PROGRAM_PER_INSTRUCTION = 310
+# Bytes of the program per instruction of one method, with experts and without: 310 to 322 and 241 to 270 seen.
+_PROGRAM_SPARSE, _PROGRAM_DENSE = 310, 250
 # A process of the runner apart from model, arena and scratch: its pages and libexecutorch's, stacks. Measured on x86-64
 # Linux as the peak of small models less what this file computes; `moec device measure` measures it anew.
 _RUNTIME = 7_200_000
@@ -65,7 +65,8 @@ class XnnpackFootprint:
         return positions * 4 * (architecture.caches[0].key_width if architecture.caches else 0)
 
     def program_bytes(self, architecture: Architecture) -> int:
-        return 2 * _PROGRAM_PER_INSTRUCTION * self.instructions(architecture)
+        each = _PROGRAM_SPARSE if architecture.experts else _PROGRAM_DENSE
+        return 2 * each * self.instructions(architecture)  # forward and forward_all
 
     def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
         """The arena of `forward`, as far as `tokens` tokens touch it, the scratch of the widest kernel, and the logits.
@@ -98,9 +99,10 @@ class XnnpackFootprint:
         return _RUNTIME
 
     def instructions(self, architecture: Architecture) -> int:
-        """Of `forward`: 20 a layer with fused experts, 24 with a dense block, and 10 around them."""
+        """Of `forward`: 18 a layer with fused experts, 22 with a dense block, 2 for norms of q and k; 10 around."""
         sparse = architecture.experts.layers if architecture.experts else 0
-        return 10 + 20 * sparse + 24 * (architecture.layers - sparse)
+        norms = 2 * architecture.layers if architecture.qk_norm else 0
+        return 10 + 18 * sparse + 22 * (architecture.layers - sparse) + norms
 
     def chunk(self, options: Any) -> int:
         return options.max_tokens if isinstance(options, Options) else Options().max_tokens
