@@ -33,7 +33,7 @@ from moec.compiler.plan.planner import check_fits
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
-from moec.compiler.spec.model import TransformersSource
+from moec.compiler.spec.model import ExportedProgramSource, PythonSource, TransformersSource
 from moec.compiler.spec.targets import TargetOptions, target_packages
 from moec.compiler.target import LoweredFiles, RunsExactly, Session, Target, registered
 
@@ -130,6 +130,11 @@ def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> t
         from moec.compiler.frontends.transformers_model import export_transformers
 
         program = export_transformers(spec.model.transformers, spec.name, weights=weights, max_tokens=max_tokens)
+    elif isinstance(spec.model, (PythonSource, ExportedProgramSource)):
+        from moec.compiler.frontends.module_model import export_module_model
+
+        store = open_checkpoint(spec, None) if weights is None else weights
+        program = export_module_model(store, spec.name, max_tokens=max_tokens)
     elif isinstance(spec.model, DecoderConfig):
         program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)
     else:
@@ -169,10 +174,10 @@ def find_target(name: str) -> Target:
     try:
         importlib.import_module(f"{packages[name]}.target")
         return registered()[name]()
-    except (ImportError, KeyError) as error:
+    except Exception as error:
         if packages[name].startswith("moec."):
             raise
-        # somebody else's distribution: nothing of ours to report as a bug
+        # somebody else's distribution, whatever is wrong with it: nothing of ours to report as a bug
         what = "does not register it" if isinstance(error, KeyError) else f"cannot be imported: {error}"
         raise UserError(
             f"target {name}: its package {packages[name]} {what}", remedy="reinstall or remove the distribution"
@@ -189,6 +194,15 @@ def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore | 
         from moec.compiler.frontends.transformers_model import TransformersStore
 
         return TransformersStore(Path(folder) if folder is not None else spec.model.transformers)
+    if isinstance(spec.model, (PythonSource, ExportedProgramSource)):
+        from moec.compiler.frontends.module_model import open_exported, open_python
+
+        if folder is not None:
+            what = "a python model and an exported program bring their own weights"
+            raise CheckpointError(what, place=str(folder), remedy="leave the checkpoint out")
+        if isinstance(spec.model, PythonSource):
+            return open_python(spec.model.python)
+        return open_exported(spec.model.exported_program)
     if folder is None:
         raise CheckpointError(
             "the spec names no checkpoint",

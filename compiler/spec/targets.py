@@ -48,7 +48,7 @@ def options_class(name: str) -> type[TargetOptions]:
     package = target_packages()[name]
     try:
         return importlib.import_module(f"{package}.options").Options
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         if package.startswith("moec."):
             raise
         raise UserError(
