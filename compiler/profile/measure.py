@@ -210,8 +210,8 @@ def _notes(manifest: Manifest, runs: Sequence[dict[str, Any]], expert_bytes: flo
         return notes
     if expert_bytes < _MAPPED_TOGETHER:
         notes.append(
-            f"an expert's {expert_bytes / 1e3:.0f} kB are less than the 64 kB that one page fault maps: neighbours count "
-            "as touched, and the ratio says little for a model this small"
+            f"an expert's {expert_bytes / 1e3:.0f} kB are less than the 64 kB that one page fault maps: its neighbours "
+            "count as touched, and the ratio says little for a model this small"
         )
     last = dummy["points"][-1]
     widest = max(
