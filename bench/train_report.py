@@ -48,7 +48,7 @@ SPEC = ROOT / "specs" / "models" / "mobilemoe-nano.yaml"
 SEEDS = (1, 2, 3)
 WIDTHS = (4, 3, 2)
 CONTROL = 0.25  # of pre-training
-ROUNDING_TOKENS = 200_704  # of further training for each seed and width
+ROUNDING_TOKENS = 250_000  # at scale 1, of further training for each seed and width
 HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
 RESAMPLES = 10_000
 
@@ -102,6 +102,7 @@ class Report:
         self.progress = Progress()
         assert spec.training is not None
         self.training = spec.training
+        self.rounding_tokens = int(ROUNDING_TOKENS * scale)
         (out / "parts").mkdir(parents=True, exist_ok=True)
 
     def part(self, name: str, make: Callable[[], Any]) -> None:
@@ -257,8 +258,8 @@ class Report:
     def _continued(self, seed: int, bits: int | None) -> TrainingDecoder:
         """The SFT checkpoint trained on as stage `qat` does, for fewer tokens, with or without rounding."""
         stage = self.stage("qat")
-        rate = stage.learning_rate.model_copy(update={"warmup": ROUNDING_TOKENS // 20})
-        stage = stage.model_copy(update={"tokens": ROUNDING_TOKENS, "learning_rate": rate})
+        rate = stage.learning_rate.model_copy(update={"warmup": self.rounding_tokens // 20})
+        stage = stage.model_copy(update={"tokens": self.rounding_tokens, "learning_rate": rate})
         weights = stored_weights(self.run_folder / "sft", self.spec.model)
         trainer = self._trainer(stage, weights, seed, self._rounding(bits))
         for _ in range(stage.steps):
