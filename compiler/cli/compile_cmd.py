@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def compile_spec(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.")],
-    target: Annotated[str | None, typer.Option(help="One of the spec's targets; needed when it names several.")] = None,
+    target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,

@@ -86,7 +86,7 @@ class Compiled:
         if not count:
             return np.empty(shape, dtype)
         raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(memref.aligned + memref.offset * dtype.itemsize)
-        return np.frombuffer(raw, dtype).reshape(shape).copy()
+        return np.frombuffer(memoryview(raw), dtype).reshape(shape).copy()
 
 
 def _type(kind: Any) -> tuple[np.dtype, int]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 
-def send(stream: BinaryIO, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+def send(stream: IO[bytes], message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
     """Write one message; OSError when the other side is gone."""
     header = {**message, "arrays": [[a.dtype.name, list(a.shape)] for a in arrays]}
     stream.write(json.dumps(header).encode() + b"\n")
@@ -23,7 +23,7 @@ def send(stream: BinaryIO, message: dict[str, Any], arrays: Sequence[np.ndarray]
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], list[np.ndarray]]:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The next message; EOFError when the other side is gone or speaks something else."""
     line = stream.readline()
     if not line.endswith(b"\n"):
