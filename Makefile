@@ -25,7 +25,7 @@ KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o 
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes bench-peers bench-training paper-tables clean distclean
+.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes new-rule bench-peers bench-roles bench-training paper-tables clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -91,6 +91,9 @@ bench-peers: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"
 	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
 
+bench-roles: setup
+	$(BIN)/python -W ignore bench/bench_roles.py --out $(BUILD)/bench $(BENCH_ARGS)
+
 # S and the dense MobileLLM-Pro (M and L where they fit) as in the paper's tables; BENCH_ARGS=--quick for a look
 paper-tables: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[report]"
@@ -99,6 +102,10 @@ paper-tables: setup
 # how the experts are multiplied in training; give a quiet machine
 bench-training: $(INSTALLED)
 	$(BIN)/python -W ignore bench/bench_training.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+new-rule: $(INSTALLED)
+	@test -n "$(NAME)" || { echo "give NAME=verb_what, e.g. make new-rule NAME=fuse_norms" >&2; exit 2; }
+	@$(BIN)/python -m moec.compiler.new_rule $(NAME)
 
 clean:
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

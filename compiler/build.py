@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +26,13 @@ from moec.compiler.artifact import (
     write_manifest,
 )
 from moec.compiler.checkpoints import WeightStore, open_store
+from moec.compiler.dumps import Dumps, both, rewritten
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
 from moec.compiler.export import MAX_TOKENS, export_program
-from moec.compiler.pipeline import Pass, PassRecord, PipelineLog, run_passes
+from moec.compiler.pipeline import Pass, PassRecord, PassResult, PipelineLog, run_passes
 from moec.compiler.plan.devices import load_device
 from moec.compiler.plan.planner import check_fits
-from moec.compiler.program import LazyWeight, Program
+from moec.compiler.program import LazyWeight, Program, module_path
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
 from moec.compiler.spec.model import ExportedProgramSource, PythonSource, TransformersSource
@@ -109,15 +111,29 @@ class Explanation:
     name: str
     records: tuple[PassRecord, ...]
     text: str
+    matched: tuple[tuple[str, str, str, str], ...] = ()  # pass, block, operator, its attributes
+    error: str = ""  # what stops the line, if anything does
 
 
 def explain(spec: Spec | str | Path, target: str | None = None) -> Explanation:
-    """Run the passes of a spec without reading a weight."""
+    """Run the passes of a spec without reading a weight; a program that one refuses is explained as far as it got."""
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     log = PipelineLog()
     program, passes = program_and_passes(spec, None, chosen_target(spec, target)[0])
-    program = run_all(program, passes, log=log)
-    return Explanation(spec.name, tuple(log.records), program.text())
+    reached, matched, error = [program], [], ""
+
+    def after(p: Pass, result: PassResult) -> None:
+        for node in rewritten(reached[-1], result.program)[1] if result.changed else ():
+            if getattr(node.target, "namespace", "") == "moec":
+                values = [str(a) for a in node.args if a is not None and a != "" and not hasattr(a, "op")]
+                matched.append((p.name, module_path(node) or node.name, str(node.target), "; ".join(values)))
+        reached.append(result.program)
+
+    try:
+        run_all(program, passes, log=log, after=after)
+    except CompileError as refused:
+        error = refused.line()
+    return Explanation(spec.name, tuple(log.records), reached[-1].text(), tuple(matched), error)
 
 
 def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> tuple[Program, list[Pass]]:
@@ -143,11 +159,19 @@ def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> t
 
 
 def run_all(
-    program: Program, passes: list[Pass], *, log: PipelineLog | None = None, progress: Progress | None = None
+    program: Program,
+    passes: list[Pass],
+    *,
+    log: PipelineLog | None = None,
+    progress: Progress | None = None,
+    after: Callable[[Pass, PassResult], None] | None = None,
 ) -> Program:
+    """Run passes with progress, and dumps of every graph where MOEC_DUMP names a folder."""
     progress = progress or Progress(quiet=True)
+    dumps = Dumps(program)
     with progress.stage("passes", len(passes)) as step:
-        return run_passes(program, passes, log=log, after=lambda p, result: step(p.name))
+        observers = [lambda p, result: step(p.name), dumps.after, *([] if after is None else [after])]
+        return run_passes(program, passes, log=log, after=both(*observers))
 
 
 def chosen_target(spec: Spec, target: str | None) -> tuple[str, TargetOptions]:

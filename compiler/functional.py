@@ -140,7 +140,18 @@ class _Functional:
         return True
 
     def _size(self, size: Any) -> Any:
-        return size if isinstance(size, int) else self._sizes.get(str(size))
+        """The node whose value is a symbolic size; None for an expression that no input has as a size."""
+        if isinstance(size, int) or str(size) in self._sizes:
+            return size if isinstance(size, int) else self._sizes[str(size)]
+        nodes = self._edit.graph.nodes
+        first = next(n for n in nodes if n.op != "placeholder")
+        for given in (n for n in nodes if n.op == "placeholder" and n.name not in self._buffers):
+            for dim, extent in enumerate(given.meta["val"].shape):
+                if str(extent) == str(size):
+                    with self._edit.graph.inserting_before(first):
+                        self._sizes[str(size)] = self._edit.call(aten.sym_size.int, given, dim)
+                    return self._sizes[str(size)]
+        return None
 
     def _cast(self, node: Node) -> bool:
         source: Any = node.args[0]

@@ -99,6 +99,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
     if block.shared is not None:
         shared_w13, shared_w2 = _stacked_gate_up(edit, block.shared), block.shared.down
     w13, b13, w2, b2 = (_made(edit, w) for w in (block.w13, block.b13, block.w2, block.b2))
+    selection_bias = None if block.selection_bias is None else _flat(edit, block.selection_bias)
     if block.up is not None:
         w13 = _joined_experts(edit, w13, block.up, block.experts.layout)
     with edit.graph.inserting_before(block.end):
@@ -108,7 +109,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
             block.router_input,
             block.router_weight,
             block.router_bias,
-            block.selection_bias,
+            selection_bias,
             w13,
             b13,
             w2,
@@ -127,7 +128,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
     for node, role in (
         (block.router_weight, Role.ROUTER),
         (block.router_bias, Role.ROUTER),
-        (block.selection_bias, Role.ROUTER),
+        (selection_bias, Role.ROUTER),
         (w13, Role.EXPERT),
         (b13, Role.OTHER),
         (b2, Role.OTHER),
@@ -138,6 +139,16 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
         name = edit.weight_of(node) if node is not None else None
         if name is not None:
             edit.roles[name] = role
+
+
+def _flat(edit: Editor, weight: Node) -> Node:
+    """A weight [E], of one that is stored [1, E]."""
+    name = str(edit.weight_of(weight))
+    stored = edit.weights[name]
+    if len(stored.shape) == 1:
+        return weight
+    flat = LazyWeight((max(stored.shape),), stored.dtype, lambda: stored.load().reshape(-1))
+    return edit.add_weight(_unique(edit, f"{name}.flat"), flat, Role.ROUTER)
 
 
 def _made(edit: Editor, weight: Node | Stack | None) -> Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moec.compiler.pipeline import Pass
+from moec.compiler.plugins import installed_rules
 from moec.compiler.spec.quantization import Quantization
 from moec.passes.canonicalize import canonicalize
 from moec.passes.fuse_attention import fuse_attention
@@ -14,9 +15,10 @@ from moec.passes.quantize_weights import quantize_weights
 
 
 def fusion() -> list[Pass]:
-    """EXPORTED -> FUSED."""
+    """EXPORTED -> FUSED. Rules of other distributions (entry points `moec.passes`) run before ours that fuse."""
     return [
         canonicalize(),
+        *installed_rules(),
         fuse_rms_norm(),
         fuse_rope(),
         fuse_moe(),

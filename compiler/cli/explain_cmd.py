@@ -21,7 +21,8 @@ def explain(
 ) -> None:
     """Say what each pass changed and, for every candidate it left alone, the node and the reason.
 
-    No weights are read. A block that must be fused and is not is an error that names it.
+    No weights are read. For a block that must be fused and is not: what of it was understood, the node that stopped it,
+    the reason and the remedy, and exit status 1.
 
     Example: [bold]moec explain specs/models/mobilemoe-tiny.yaml[/bold]
     """
@@ -34,11 +35,27 @@ def explain(
     found = build.explain(loaded, target)
     if as_json:
         records = [asdict(record) for record in found.records]
-        return emit_json({"name": found.name, "passes": records, **({"graph": found.text} if graph else {})})
+        matched = [dict(zip(("pass", "block", "operator", "attributes"), row, strict=True)) for row in found.matched]
+        extra = {"graph": found.text} if graph else {}
+        emit_json({"name": found.name, "passes": records, "matched": matched, "error": found.error, **extra})
+        raise typer.Exit(1 if found.error else 0)
     rows = [(r.name, r.changed, len(r.refusals), f"{r.seconds:.2f}", r.digest) for r in found.records]
     table(found.name, ["pass", "changed", "refused", "seconds", "graph"], rows, right=[1, 2, 3])
-    left = [(r.name, x.where or "-", x.node, x.reason) for r in found.records for x in r.refusals]
+    blocks = [row for row in found.matched if row[0] == "fuse_moe"]
+    if blocks:
+        table("\nMoE blocks", ["block", "operator", "attributes"], [row[1:] for row in blocks])
+    left = [(r.name, x) for r in found.records for x in r.refusals]
     if left:
-        table("\nLeft alone", ["pass", "block", "node", "reason"], left)
+        misses = [(name, x.where or "-", x.node, x.reason) for name, x in left]
+        table("\nLeft alone", ["pass", "block", "node", "reason"], misses)
+        print("\nNearest misses")
+        for name, x in left:
+            understood = "".join(f"\n      {step}" for step in x.read) or "\n      nothing"
+            print(f"  {name} at {x.where or x.node}\n    understood:{understood}\n    then: {x.node}: {x.reason}")
+            if x.remedy:
+                print(f"    remedy: {x.remedy}")
     if graph:
         print("\n" + found.text, end="")
+    if found.error:
+        print(f"\nThis model does not compile: {found.error}")
+        raise typer.Exit(1)

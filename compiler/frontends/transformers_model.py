@@ -7,7 +7,7 @@ exports, and its KV cache as static buffers written at start_pos. Weights are re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moec.compiler.checkpoints.safetensors_file import read_header
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, zeros
+from moec.compiler.frontends.roles import roles_by_use
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 
 EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
@@ -42,14 +43,16 @@ def export_transformers(
     length = min(context or _length(config), _length(config))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)
-    with mode:
-        wrapper = _Cached(model, length, min(max_tokens, length))
     try:
+        with mode:
+            wrapper = _Cached(model, length, min(max_tokens, length))
         exported = export_module(wrapper, context=length, max_tokens=max_tokens, mode=mode)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(
-            f"torch.export failed: {first[0][:300]}", place=str(folder), remedy="this model's code cannot be captured"
+            f"{config.model_type} cannot be exported with static caches: {first[0][:300]}",
+            place=str(folder),
+            remedy="docs/any-moe.md lists what can be; or give a module of your own, model: {python: module:function}",
         ) from error
     stored = {f"model.{n}" for n in wrapper.model.state_dict()}  # a persistent buffer is the checkpoint's to give
     buffers = dict(wrapper.model.named_buffers(prefix="model"))
@@ -65,7 +68,7 @@ def export_transformers(
         for n, p in [*wrapper.named_parameters(remove_duplicate=False), *buffers.items()]
         if n not in constants
     }
-    roles = {**_roles(loaded), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
+    roles = {**roles_by_use(exported), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
     eos = config.eos_token_id
     info = ModelInfo(
         name=name,
@@ -217,21 +220,6 @@ def _constant(value: Tensor) -> LazyWeight:
     return LazyWeight(tuple(value.shape), value.dtype, lambda: value)
 
 
-def _roles(weights: Mapping[str, LazyWeight]) -> dict[str, Role]:
-    """What the module says of itself: input and output tables. Blocks get their roles from the rules."""
-    roles: dict[str, Role] = {}
-    for name, weight in weights.items():
-        if name.endswith("embed_tokens.weight"):
-            roles[name] = Role.EMBEDDING
-        elif name.endswith("lm_head.weight"):
-            roles[name] = Role.HEAD
-        elif ".self_attn." in name and len(weight.shape) == 2:
-            roles[name] = Role.ATTENTION
-        elif ".mlp." in name and len(weight.shape) == 2:
-            roles[name] = Role.FFN
-    return roles
-
-
 class TransformersStore:
     """The checkpoint of a folder, as `build` and the manifest want it. Opened without reading a weight."""
 
@@ -247,6 +235,7 @@ class TransformersStore:
             )
         self._entries = {e.name: e for file in self._files for e in read_header(file).values()}
         self._state: dict[str, Tensor] | None = None
+        self._conversions: Any = None
 
     @property
     def tokenizer(self) -> Path | None:
@@ -272,12 +261,12 @@ class TransformersStore:
         return found.detach().to(torch.float32)
 
     def _tensor(self, name: str) -> Tensor:
-        if name in self._entries:  # stored under the model's own name: one tensor of the mapped file
-            from safetensors import safe_open
-
-            with safe_open(self._entries[name].file, framework="pt") as file:
-                return file.get_tensor(name)
-        if self._state is None:  # renamed, stacked or tied: transformers knows how each family stores its tensors
+        if name in self._entries:  # stored under the model's own name
+            return self._stored(name)
+        made = self._converted(name)
+        if made is not None:
+            return made
+        if self._state is None:  # a conversion that cannot be done tensor by tensor: the whole model, once
             model = _transformers().AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=torch.float32, local_files_only=True
             )
@@ -285,6 +274,21 @@ class TransformersStore:
         if name not in self._state:
             raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self.folder))
         return self._state[name]
+
+    def _converted(self, name: str) -> Tensor | None:
+        """A tensor stored under another name, in pieces (an expert each), or tied to another; None otherwise."""
+        if self._conversions is None:
+            from moec.compiler.frontends.conversions import Conversions
+
+            self._conversions = Conversions(read_config(self.folder), self._entries)
+        return self._conversions.tensor(name, self._stored)
+
+    def _stored(self, name: str) -> Tensor:
+        """One tensor of the mapped files."""
+        from safetensors import safe_open
+
+        with safe_open(self._entries[name].file, framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def _unreadable(name: str) -> Callable[[], Tensor]:

@@ -268,7 +268,8 @@ def _plus_bias(edit: Editor, total: Node, scores: Node) -> Node | None:
     for a, b in (pair, pair[::-1]):
         if a is scores and isinstance(b, Node):
             bias = unview(b)
-            if edit.weight_of(bias) is not None and shape(bias) == (shape(total)[1],):
+            flat = tuple(s for s in shape(bias) if s != 1)  # one row is the same values
+            if edit.weight_of(bias) is not None and flat == (shape(total)[1],):
                 return bias
     return None
 
