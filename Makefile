@@ -25,7 +25,7 @@ KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o 
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes new-rule bench-peers bench-roles bench-training paper-tables clean distclean
+.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes new-rule bench-peers bench-roles bench-training train-report paper-tables clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -102,6 +102,11 @@ paper-tables: setup
 # how the experts are multiplied in training; give a quiet machine
 bench-training: $(INSTALLED)
 	$(BIN)/python -W ignore bench/bench_training.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+# corpus, four stages, controls, QAT against PTQ, tasks: continues where it was stopped; under an hour on two cores
+train-report: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[train,eval,report]"
+	$(BIN)/python -W ignore bench/train_report.py --out $(BUILD)/train-report $(BENCH_ARGS)
 
 new-rule: $(INSTALLED)
 	@test -n "$(NAME)" || { echo "give NAME=verb_what, e.g. make new-rule NAME=fuse_norms" >&2; exit 2; }
