@@ -106,6 +106,7 @@ def _harness() -> Any:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import lm_eval
         import lm_eval.tasks
@@ -116,14 +117,19 @@ def _harness() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Data sets of the call in a folder of their own, and no bars or advice on the terminal."""
+    """Data sets of the call in a folder of their own, no bars or advice on the terminal, no survey of the machine."""
     import datasets
+    from lm_eval import evaluator
 
     levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets")}
     before = datasets.config.HF_DATASETS_CACHE
+    # the harness asks git and torch about the machine for its log, which takes seconds and writes to the terminal
+    surveys = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info")}
     with TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         datasets.disable_progress_bars()
+        for name in surveys:
+            setattr(evaluator, name, lambda *_: None)
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
@@ -131,6 +137,8 @@ def _quiet() -> Iterator[None]:
         finally:
             datasets.config.HF_DATASETS_CACHE = before
             datasets.enable_progress_bars()
+            for name, survey in surveys.items():
+                setattr(evaluator, name, survey)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
 

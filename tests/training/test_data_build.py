@@ -1,0 +1,250 @@
+"""Building corpora: from a user's files and from the running Python, without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.compiler.cli.main import run
+from moec.training.data import build as build_module
+from moec.training.data import sources as sources_module
+from moec.training.data.build import build
+from moec.training.data.dedup import Deduplicator
+from moec.training.data.document import Document
+from moec.training.data.fetch import debian_package
+from moec.training.data.functions import functions
+from moec.training.data.shards import Corpus, DataError
+from moec.training.data.user import parse_addition, user_documents
+from moec.training.tokenizer import Coder
+
+RANDOM = np.random.default_rng(5)
+WORDS = ["".join(RANDOM.choice(list("abcdefghij"), 5)) for _ in range(400)]
+
+
+def sentence(count: int) -> str:
+    return " ".join(RANDOM.choice(WORDS, count))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder of texts (one twice, one nearly twice) and a file of questions."""
+    notes = tmp_path / "notes"
+    (notes / "deep").mkdir(parents=True)
+    texts = [sentence(80) for _ in range(30)]
+    for i, text in enumerate(texts):
+        (notes / f"{i:02}.txt").write_text(text)
+    (notes / "deep" / "copy.md").write_text(texts[3].upper().replace(" ", "\n"))
+    (notes / "deep" / "near.md").write_text(texts[4] + " one more word")
+    (notes / "ignored.bin").write_bytes(b"\xff\xfe")
+    rows = [{"prompt": f"What is {i} plus {i}?", "response": str(2 * i)} for i in range(40)]
+    rows.append({"prompt": "What is 3 plus 3?", "response": "another answer"})
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return tmp_path
+
+
+def make(files: Path, name: str = "c", **more: object) -> Corpus:
+    added = {"notes": files / "notes", "sums": files / "sums.jsonl"}
+    return build(files / name, [], cache=files / "cache", added=added, vocab_size=400, **more)  # type: ignore[arg-type]
+
+
+def decoded(corpus: Corpus, domain: str, split: str) -> list[str]:
+    coder = Coder.from_file(corpus.tokenizer_file)
+    shard = corpus.shard(domain, split)
+    rows = [shard.tokens_N[a:b].tolist() for a, b in zip(shard.starts[:-1], shard.starts[1:], strict=True)]
+    return [coder.tokenizer.decode(row, skip_special_tokens=False) for row in rows]
+
+
+def test_a_users_files_become_a_corpus(files: Path) -> None:
+    corpus = make(files)
+    assert corpus.domains == ("notes", "sums")
+    assert corpus.kind("notes") == "text"
+    assert corpus.kind("sums") == "instruction"
+    record = corpus.index["domains"]["notes"]
+    assert (record["repeated_exactly"], record["repeated_nearly"]) == (1, 1)
+    texts = decoded(corpus, "notes", "train") + decoded(corpus, "notes", "heldout")
+    originals = {(files / "notes" / f"{i:02}.txt").read_text() for i in range(30)}
+    # the copy that comes first in the order of names is kept
+    kept = {text.removeprefix("<|begin_of_text|>").removesuffix("<|end_of_text|>") for text in texts}
+    assert len(kept & originals) >= 28
+    assert len(texts) == 30
+    sums = decoded(corpus, "sums", "train") + decoded(corpus, "sums", "heldout")
+    assert len(sums) == 40  # the second answer to one prompt is left out
+    assert all(text.endswith("<|eot_id|>") for text in sums)
+
+
+def test_splits_share_no_document_and_neither_is_empty(files: Path) -> None:
+    corpus = make(files, heldout_share=0.2)
+    for domain in corpus.domains:
+        train, held = set(decoded(corpus, domain, "train")), set(decoded(corpus, domain, "heldout"))
+        assert train
+        assert held
+        assert not train & held
+
+
+def test_the_same_files_give_the_same_bytes(files: Path) -> None:
+    one, two = make(files, "one"), make(files, "two")
+    for file in sorted(p for p in one.folder.rglob("*") if p.is_file()):
+        assert file.read_bytes() == (two.folder / file.relative_to(one.folder)).read_bytes(), file.name
+
+
+def test_groups_are_held_out_together(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(kind: str) -> Iterator[Document]:
+        for i in range(200):
+            group = f"g{i % 40}"
+            body = f"{kind} {i} " + " ".join(WORDS[i : i + 5])
+            yield Document(body, group=group) if kind == "text" else Document(prompt=body, response="r", group=group)
+
+    template = sources_module.SOURCES[0]
+    table = tuple(
+        replace(template, name=k, domain=d, read=lambda _, k=k: read(k)) for k, d in (("text", "web"), ("pair", "math"))
+    )
+    monkeypatch.setattr(sources_module, "SOURCES", table)
+    corpus = build(files / "c", ["web", "math"], cache=files, vocab_size=400, heldout_share=0.2)
+    cut = corpus.index["heldout_share"]
+    held = {f"g{i}" for i in range(40) if Document("x", group=f"g{i}").group_hash() <= cut}
+    assert 0 < len(held) < 40
+    for domain, kind in (("web", "text"), ("math", "pair")):
+        for split in ("train", "heldout"):
+            groups = {f"g{int(t.split(kind + ' ')[1].split()[0]) % 40}" for t in decoded(corpus, domain, split)}
+            assert groups == (held if split == "heldout" else {f"g{i}" for i in range(40)} - held)
+
+
+def test_a_source_that_cannot_be_had_is_named(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Path) -> Iterator[Document]:
+        raise DataError("no apt-get on this machine", place="some-package")
+
+    good, bad = sources_module.SOURCES[4], replace(sources_module.SOURCES[0], domain="code", name="bad", read=fails)
+    monkeypatch.setattr(sources_module, "SOURCES", (bad, good))
+    corpus = build(files / "c", ["code"], cache=files, limit_mb=0.3, vocab_size=400)
+    assert corpus.index["left_out"] == ["bad: some-package: no apt-get on this machine"]
+    assert [s["name"] for s in corpus.index["domains"]["code"]["sources"]] == ["python-library"]
+    monkeypatch.setattr(sources_module, "SOURCES", (bad,))
+    with pytest.raises(DataError, match="no source of domain 'code'"):
+        build(files / "d", ["code"], cache=files, vocab_size=400)
+    assert not (files / "d").exists()
+
+
+def test_no_apt_is_a_users_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match="no apt-get"):
+        debian_package("wordnet-base", tmp_path)
+    assert not list(tmp_path.rglob("*wordnet*"))
+
+
+def test_what_fails_midway_leaves_nothing(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = make(files)
+    before = (old.folder / "corpus.json").read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "write_tasks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(files)
+    assert (old.folder / "corpus.json").read_bytes() == before
+    assert not [p for p in files.iterdir() if p.name.startswith(".c.")]
+
+
+def test_the_command_builds_and_inspects(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(files / "c")
+    arguments = ["data", "build", "--out", out, "--domains", "code", "--limit-mb", "0.4", "--vocab-size", "600", "-q"]
+    assert run([*arguments, "--cache", str(files / "cache")]) == 0
+    assert "PSF-2.0" in capsys.readouterr().out
+    assert run(["data", "inspect", out, "--json"]) == 0
+    index = json.loads(capsys.readouterr().out)
+    assert 0.3e6 < index["domains"]["code"]["bytes"] < 1.2e6  # documents are whole: the last may pass the limit
+    assert {"heldout_code.yaml", "heldout_code.jsonl"} == {p.name for p in (files / "c" / "tasks").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--domains", "prose"], "no domain 'prose'"),
+        (["--add", "x"], "NAME=PATH"),
+        (["--add", "x=/nowhere"], "no such file"),
+        (["--add", "../x=/"], "cannot name a domain"),
+        (["--domains", "code", "--limit-mb", "0"], "a limit of"),
+        (["--domains", "code", "--limit-mb", "0.1", "--vocab-size", "9"], "too small"),
+        (["--domains", "code", "--tokenizer", "/nowhere"], "cannot be read"),
+        (["--domains", ","], "no domain was asked for"),
+    ],
+)
+def test_faults_are_one_line_and_leave_nothing(
+    arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["data", "build", "--out", str(tmp_path / "c"), "-q", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "not an object"),
+        (b'{"text": 1}', "no text under 'text'"),
+        (b'{"prompt": "a"}', "no text under 'response'"),
+        (b'{"prompt": "a", "response": " "}', "empty"),
+        (b"\xff", "not JSON"),
+        (b'{"text": "\\ud800"}', "half a character"),
+        (b"[" * 100_000, "not"),
+    ],
+)
+def test_damaged_lines_are_named(line: bytes, fault: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"x\.jsonl:2") as caught:
+        list(user_documents(file))
+    assert fault in str(caught.value) or "nested" in str(caught.value)
+
+
+def test_a_folder_without_text_and_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file of text"):
+        list(user_documents(tmp_path))
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="UTF-8 at byte 3"):
+        list(user_documents(tmp_path))
+    assert parse_addition(f"a={tmp_path}") == ("a", tmp_path)
+
+
+# --- repetitions ------------------------------------------------------------------------------------------------------
+
+
+def test_near_repetitions_are_found_and_others_kept() -> None:
+    """Texts at 95% of common shingles are found, at 45% kept: far from the threshold of 80% on both sides."""
+    new = Deduplicator()
+    found = kept = 0
+    for _ in range(60):
+        words = list(RANDOM.choice(WORDS, 300))
+        assert new.is_new(" ".join(words))
+        close = [*words]
+        close[150] = "changed"  # 5 of 296 shingles differ on either side: Jaccard 291 / 301
+        found += not new.is_new(" ".join(close))
+        far = [*words]
+        for place in range(0, 300, 13):  # 23 words, 115 shingles: Jaccard 181 / 411
+            far[place] = "other"
+        kept += new.is_new(" ".join(far))
+    assert found == 60  # each is missed with less than 1e-9
+    assert kept >= 59  # the estimate of 128 bins is 8 standard deviations off at 0.8
+
+
+def test_exact_repetitions_ignore_case_and_space_only() -> None:
+    new = Deduplicator()
+    assert new.is_new("One  two\nthree")
+    assert not new.is_new("one two three")
+    assert new.is_new("one two, three")
+    assert (new.exact, new.near) == (1, 0)
+
+
+def test_functions_lose_their_docstring_and_keep_their_code() -> None:
+    text = 'def add(a, b):\n    """Return the sum of two numbers.\n\n    More."""\n    # why\n    return a + b\n'
+    assert list(functions(text)) == [("add: Return the sum of two numbers.", "def add(a, b):\n    return a + b")]
+    assert list(functions("def broken(:")) == []
+    assert list(functions("def f():\n    '''only words here, twenty of them'''")) == []
