@@ -85,8 +85,7 @@ def test_every_model_on_every_device(file: Path, device: str) -> None:
         else:
             assert step.expected_s is not None
             assert step.expected_s >= step.roofline_s * 0.999
-    assert plan.prefill is not None
-    assert plan.prefill.bound == "compute"
+    assert all(s.bound in ("memory", "compute") for s in plan.decode)
 
 
 def test_a_moe_decodes_faster_than_a_dense_model_of_its_size() -> None:

@@ -127,10 +127,10 @@ def test_no_half_slots() -> None:
 
 
 def test_limits_are_kept() -> None:
-    result = found(memory=6e8, decode=200.0)
+    result = found(memory=6e8, decode=50.0)
     for c in (result.best, *result.front):
         assert c.peak <= 6e8
-        assert c.decode_tokens_per_s >= 200
+        assert c.decode_tokens_per_s >= 50
         assert not c.outside
     assert [c.peak for c in result.front] == sorted(c.peak for c in result.front)
     losses = [c.loss for c in result.front]
