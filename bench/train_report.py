@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from moec.compiler.progress import Progress
-from moec.compiler.spec import Spec, load_spec
+from moec.compiler.spec import DecoderConfig, Spec, load_spec
 from moec.compiler.spec.training import TrainingStage
 from moec.training.checkpoints import initial_weights, load_model, load_weights, stored_weights
 from moec.training.data.batches import Batch, Batches, heldout
@@ -51,6 +51,7 @@ CONTROL = 0.25  # of pre-training
 ROUNDING_TOKENS = 250_000  # at scale 1, of further training for each seed and width
 HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
 RESAMPLES = 10_000
+TASK_ROWS = 120
 
 
 def main() -> None:
@@ -101,7 +102,8 @@ class Report:
         self.out, self.spec, self.scale, self.cache = out, spec, scale, cache
         self.progress = Progress()
         assert spec.training is not None
-        self.training = spec.training
+        assert isinstance(spec.model, DecoderConfig)
+        self.training, self.model = spec.training, spec.model
         self.rounding_tokens = int(ROUNDING_TOKENS * scale)
         (out / "parts").mkdir(parents=True, exist_ok=True)
 
@@ -156,7 +158,7 @@ class Report:
         """Without balancing: drops and load, at steps that the run logged with it."""
         stage = self.stage("pretrain")
         unbalanced = stage.model_copy(update={"balancing": stage.balancing.model_copy(update={"kind": "none"})})
-        trainer = self._trainer(unbalanced, initial_weights(self.spec.model, self.training.seed), self.training.seed)
+        trainer = self._trainer(unbalanced, initial_weights(self.model, self.training.seed), self.training.seed)
         lines = []
         steps = max(stage.log_every, int(stage.steps * CONTROL))
         for step in range(1, steps + 1):
@@ -173,15 +175,15 @@ class Report:
         sft = self.run_folder / "sft"
         for bits in WIDTHS:
             if f"sft:{bits}" not in rows:
-                rows[f"sft:{bits}"] = self._row_losses(load_model(sft, self.spec.model, self._rounding(bits)))
+                rows[f"sft:{bits}"] = self._row_losses(load_model(sft, self.model, self._rounding(bits)))
         if "sft:float" not in rows:
-            rows["sft:float"] = self._row_losses(load_model(sft, self.spec.model))
+            rows["sft:float"] = self._row_losses(load_model(sft, self.model))
         for seed in SEEDS:
             if f"ptq:{WIDTHS[0]}:{seed}" not in rows:
                 plain = self._continued(seed, None)
                 rows[f"float:{seed}"] = self._row_losses(plain)
                 for bits in WIDTHS:
-                    rounded = TrainingDecoder(self.spec.model, self._rounding(bits))
+                    rounded = TrainingDecoder(self.model, self._rounding(bits))
                     rounded.load_state_dict(plain.state_dict())
                     rows[f"ptq:{bits}:{seed}"] = self._row_losses(rounded)
                 self._write(file, rows)
@@ -203,7 +205,7 @@ class Report:
 
         found = {}
         for stage in self.training.stages:
-            model = load_model(self.run_folder / stage.name, self.spec.model)
+            model = load_model(self.run_folder / stage.name, self.model)
             counts_RLE, labels = expert_rows(model, Corpus.open(self.corpus_folder), context=256, rows=24)
             found[stage.name] = summary(counts_RLE, labels, seed=0)
         return found
@@ -215,13 +217,26 @@ class Report:
 
         artifact = self.out / "artifact"
         compiler.compile(self.spec, checkpoint=self.run_folder / "qat", out=artifact, progress=self.progress)
+        chat, plain = (
+            ["instructions_choice", "instructions_exact"],
+            ["instructions_choice_plain", "instructions_exact_plain"],
+        )
+        # the base model has never met the chat form: it is asked as running text too
+        asked = {
+            "pretrain": (self.run_folder / "pretrain", chat + plain, False),
+            "midtrain": (self.run_folder / "midtrain", plain, False),
+            "sft": (self.run_folder / "sft", chat, False),
+            "qat, simulated": (self.run_folder / "qat", chat, True),
+            "artifact": (artifact, chat, False),
+        }
         found = {}
-        for name in [*(stage.name for stage in self.training.stages), "artifact"]:
-            file = self.out / "parts" / f"tasks-{name}.json"
+        for name, (place, tasks, simulate) in asked.items():
+            file = self.out / "parts" / f"tasks-{name.split(',')[0]}.json"
             if not file.exists():
-                place = artifact if name == "artifact" else self.run_folder / name
-                tasks = ["instructions_choice", "instructions_exact"]
-                done = evaluate(place, tasks, include=[self.corpus_folder], limit=TASK_ROWS, progress=self.progress)
+                include = [self.corpus_folder]
+                done = evaluate(
+                    place, tasks, include=include, limit=TASK_ROWS, simulate=simulate, progress=self.progress
+                )
                 self._write(file, done)
             found[name] = json.loads(file.read_text("utf-8"))["results"]
         return found
@@ -248,7 +263,7 @@ class Report:
     def _trainer(
         self, stage: TrainingStage, weights: Iterator[Any], seed: int, rounding: Rounding | None = None
     ) -> Trainer:
-        model = TrainingDecoder(self.spec.model, rounding)
+        model = TrainingDecoder(self.model, rounding)
         load_weights(model, weights)
         data = Batches(
             self.corpus_folder, stage.mixture, stage.context, stage.batch_tokens, data_seed(seed, stage.name)
@@ -260,7 +275,7 @@ class Report:
         stage = self.stage("qat")
         rate = stage.learning_rate.model_copy(update={"warmup": self.rounding_tokens // 20})
         stage = stage.model_copy(update={"tokens": self.rounding_tokens, "learning_rate": rate})
-        weights = stored_weights(self.run_folder / "sft", self.spec.model)
+        weights = stored_weights(self.run_folder / "sft", self.model)
         trainer = self._trainer(stage, weights, seed, self._rounding(bits))
         for _ in range(stage.steps):
             trainer.step()
@@ -281,9 +296,6 @@ class Report:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
         part.replace(file)
-
-
-TASK_ROWS = 200
 
 
 def _losses(model: TrainingDecoder, batch: Batch) -> list[float]:

@@ -211,7 +211,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to a stop token, a stop text or the length asked for. RunError for sampling."""
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for place, request in enumerate(requests):
             options = request.args[1]
@@ -220,15 +220,15 @@ class HarnessModel(TemplateLM):
             key = (int(options.get("max_gen_toks", 256)), tuple(options.get("until") or ()))
             groups.setdefault(key, []).append(place)
         for (longest, until), places in groups.items():
-            ends = {self._tokenizer.token_to_id(text) for text in until} - {None}
+            ends = {end for text in until if (end := self._tokenizer.token_to_id(text)) is not None}
             stop = frozenset({*self._model.eos_ids, *ends})
             room = max(1, self._model.context - longest)
             prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
             for place, ids in zip(places, self._model.greedy(prompts, longest, stop), strict=True):
                 text = self._tokenizer.decode(ids, skip_special_tokens=True)
                 cuts = [at for piece in until if (at := text.find(piece)) >= 0]
-                found[place] = text[: min(cuts)] if cuts else text
-        return [found[place] for place in range(len(requests))]
+                answers[place] = text[: min(cuts)] if cuts else text
+        return [answers[place] for place in range(len(requests))]
 
 
 def log_probabilities(logits_TV: np.ndarray, ids_T: Sequence[int]) -> tuple[float, bool]:

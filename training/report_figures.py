@@ -73,7 +73,7 @@ def balance(steps: Lines, bounds: Mapping[str, int], control: Lines) -> str:
 def loads(by_stage: Mapping[str, np.ndarray]) -> str:
     """How held-out text of all domains is spread over the experts, [L, E] by stage: 1 is an even share."""
     figure = new_figure(9.6, 0.9 + 0.28 * max(len(p) for p in by_stage.values()))
-    all_axes = np.atleast_1d(figure.subplots(1, len(by_stage), sharey=True))
+    all_axes = figure.subplots(1, len(by_stage), sharey=True, squeeze=False)[0]
     for axes, (stage, p_LE) in zip(all_axes, by_stage.items(), strict=True):
         image = axes.imshow(p_LE * p_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
         axes.set(title=stage, xlabel="expert")
@@ -86,7 +86,7 @@ def utilisation(names: Sequence[str], p_DLE: np.ndarray, stage: str) -> str:
     """Normalised frequency by domain: a block of domains for each layer, experts ordered by the domain they serve."""
     domains, layers, _ = p_DLE.shape
     figure = new_figure(9.6, 0.7 + 0.17 * domains * layers)
-    all_axes = np.atleast_1d(figure.subplots(layers, 1))
+    all_axes = figure.subplots(layers, 1, squeeze=False)[:, 0]
     for layer, axes in enumerate(all_axes):
         p_DE = p_DLE[:, layer]
         order = np.lexsort((-p_DE.max(axis=0), p_DE.argmax(axis=0)))
