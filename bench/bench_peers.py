@@ -60,6 +60,7 @@ class Pair:
     name: str
     artifact: Artifact
     gguf: Path
+    window: int | None  # of the model's local attention; llama.cpp's has none
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def prepare(name: str, folder: Path, progress: Progress) -> Pair:
             part = gguf.with_suffix(".part")
             llama_cpp.write_gguf(spec.model, part)
             part.rename(gguf)
-    return Pair(name, Artifact.open(artifact), gguf)
+    window = spec.model.attention_window
+    return Pair(name, Artifact.open(artifact), gguf, window.size if window else None)
 
 
 def run_ours(pair: Pair, test: Test, threads: int) -> Sample:
@@ -143,6 +145,7 @@ def measure(
         rows.append(
             {
                 **asdict(test),
+                "same_attention": pair.window is None or test.prefill + test.context + test.decode <= pair.window,
                 "tokens_per_s": {
                     OURS: spread([s.tokens_per_s for s in ours]),
                     PEER: spread([s.tokens_per_s for s in peer]),
@@ -170,7 +173,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"  file: {OURS} {files[OURS] / 1e6:.0f} MB, {PEER} {files[PEER] / 1e6:.0f} MB")
     starts = {side: f"{v['median']:.2f} s ({v['low']:.2f}-{v['high']:.2f})" for side, v in result["start_s"].items()}
     print(f"  start, load and one token: {OURS} {starts[OURS]}, {PEER} {starts[PEER]}")
-    print(f"  {'test':<12} {'moec tok/s':>22} {'llama.cpp tok/s':>22} {'ratio':>18} {'peak RSS MB':>14}")
+    print(f"  {'test':<14} {'moec tok/s':>22} {'llama.cpp tok/s':>22} {'ratio':>18} {'peak RSS MB':>14}")
     for row in result["tests"]:
         cells = [
             f"{v['median']:.1f} ({v['low']:.1f}-{v['high']:.1f})"
@@ -179,9 +182,11 @@ def show(result: dict[str, Any]) -> None:
         ratio = row["ratio"]
         rss = row["peak_rss_mb"]
         print(
-            f"  {row['name']:<12} {cells[0]:>22} {cells[1]:>22} "
+            f"  {row['name'] + ('' if row['same_attention'] else ' *'):<14} {cells[0]:>22} {cells[1]:>22} "
             f"{ratio['median']:>6.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) {rss[OURS]:>6.0f} / {rss[PEER]:.0f}"
         )
+    if not all(row["same_attention"] for row in result["tests"]):
+        print("  * llama.cpp attends to every position there, we to the model's window in most layers")
 
 
 def plot(results: list[dict[str, Any]], out: Path) -> None:
