@@ -34,10 +34,10 @@ class Updates:
     """The optimizer of one stage. Moments exist from the start, so that a state has the same names at every step."""
 
     def __init__(self, model: TrainingDecoder, stage: TrainingStage, world: World) -> None:
-        self._model, self._stage, self._world = model, stage, world
+        self._stage, self._world = stage, world
         settings: Optimizer = stage.optimizer
         self._experts = {id(p) for block in model.blocks for p in block.experts.parameters()}
-        named = list(model.named_parameters())
+        self.named = named = list(model.named_parameters())  # while they are sharded: forward passes put others there
         expert = [p for _, p in named if id(p) in self._experts]
         matrices = [p for _, p in named if p.dim() > 1 and id(p) not in self._experts]
         vectors = [p for _, p in named if p.dim() == 1]
@@ -62,7 +62,7 @@ class Updates:
     def moments(self) -> dict[str, Tensor]:
         """First and second moments by `NAME/first` and `NAME/second`: with the weights, the whole state."""
         found: dict[str, Tensor] = {}
-        for name, p in self._model.named_parameters():
+        for name, p in self.named:
             found[f"{name}/first"] = self._adamw.state[p]["exp_avg"]
             found[f"{name}/second"] = self._adamw.state[p]["exp_avg_sq"]
         return found
@@ -74,7 +74,7 @@ class Updates:
 
     def step(self, tokens: int) -> float:
         """Clip, update the weights at `tokens` tokens seen, forget the gradients; the norm before clipping."""
-        parameters = list(self._model.parameters())
+        parameters = [p for _, p in self.named]
         shared = [p.grad for p in parameters if p.grad is not None and id(p) not in self._experts]
         expert = [p.grad for p in parameters if p.grad is not None and id(p) in self._experts]
         self._world.average_experts(expert)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moec.compiler.errors import UserError
@@ -129,6 +129,13 @@ def spread(model: TrainingDecoder, world: World) -> TrainingDecoder:
         fully_shard(layer, mesh=flat, ignored_params=ignored)
     fully_shard(model, mesh=flat, ignored_params=ignored)
     return model
+
+
+def reshard(model: TrainingDecoder) -> None:
+    """Put shares back where a forward pass without a backward left whole parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shared_state(model: TrainingDecoder, world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

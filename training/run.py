@@ -411,7 +411,7 @@ class _Run:
 def _whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All weights, put together from the processes; every process must call it."""
     model, names = trainer.model, weight_layout(trainer.model.config)
-    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    places = {**dict(trainer.updates.named), **dict(model.named_buffers())}
     shared = shared_state(model, trainer.world, {name: places[name].detach() for name in names})
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in shared.items()}
 

@@ -21,7 +21,7 @@ from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.shards import Corpus
 from moec.training.model import Forward, TrainingDecoder
 from moec.training.optimizer import Updates, balance
-from moec.training.parallel import World, shared_state
+from moec.training.parallel import World, reshard, shared_state
 
 
 class Stopped(Exception):
@@ -55,7 +55,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a state must hold, by name; loading into these tensors restores it."""
-        found: dict[str, Tensor] = dict(self.model.named_parameters())
+        found: dict[str, Tensor] = dict(self.updates.named)
         found |= {name: value for name, value in self.model.named_buffers() if name.endswith("expert_bias")}
         found |= self.updates.moments()
         return shared_state(self.model, self.world, {name: value.detach() for name, value in found.items()})
@@ -144,6 +144,7 @@ class Trainer:
             found["heldout"][domain] = nll / max(1.0, weight)
             found["heldout_accuracy"][domain] = hits / max(1.0, weight)
             found["expert_load"][domain] = self.world.total(sums.load_LE).tolist()
+        reshard(self.model)
         return found
 
 

@@ -20,7 +20,9 @@ from tests.training.small import PRETRAIN, QAT, SFT, corpus_of, spec_of
 ROOT = Path(__file__).parent.parent.parent
 # fp32 without dropped pairs: which pairs are dropped depends on who is counted together, one process or all. Few steps:
 # sooner or later two scores are equal to the last bit, a token goes to another expert, and the runs part for good.
-EXACT: dict[str, Any] = {"precision": "fp32", "dispatch": {"kind": "dropless"}, "tokens": 256 * 6}
+EXACT: dict[str, Any] = {
+    "precision": "fp32", "dispatch": {"kind": "dropless"}, "tokens": 256 * 6, "checkpoint_every": 5, "eval_every": 5
+}  # fmt: skip
 STAGES = {"pretrain": PRETRAIN | EXACT, "sft": SFT | EXACT, "qat": QAT | EXACT}
 
 
