@@ -26,6 +26,7 @@ from moec.compiler.target import LoweredFiles
 from moec.targets.onnx import aten, handlers
 from moec.targets.onnx.attention import MASK, S, T, declare_cache, past_length
 from moec.targets.onnx.context import Context
+from moec.targets.onnx.genai import GENAI_FILE, write_genai_config
 from moec.targets.onnx.legalize import QUANTIZED
 from moec.targets.onnx.moe_standard import DOMAIN
 from moec.targets.onnx.nodes import IR_VERSION, MICROSOFT, OPSET
@@ -106,9 +107,10 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
     with progress.stage(f"write {MODEL_FILE}"):
         (out / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
         _check(out / MODEL_FILE)
+    for_genai = write_genai_config(c, next(iter(c.layers)), MODEL_FILE, out)
     sizes = {**c.weights.sizes_by_role(), "program": (out / MODEL_FILE).stat().st_size}
     return LoweredFiles(
-        (MODEL_FILE, DATA_FILE),
+        (MODEL_FILE, DATA_FILE, *([GENAI_FILE] if for_genai else [])),
         sizes,
         _details(model, c, program, options),
         digests={DATA_FILE: digest},

@@ -185,6 +185,45 @@ def test_the_file_runs_in_onnx_runtime_as_it_is(make: Make) -> None:
     np.testing.assert_allclose(masked[:, 1:], session.run(["logits"], feeds)[0], atol=1e-4)
 
 
+def test_onnxruntime_genai_finds_the_names_that_it_looks_for(make: Make) -> None:
+    folder = make() / "artifact"
+    config = json.loads((folder / "genai_config.json").read_text())
+    decoder = config["model"]["decoder"]
+    model = onnx.load(str(folder / decoder["filename"]), load_external_data=False)
+    inputs, outputs = ({v.name for v in values} for values in (model.graph.input, model.graph.output))
+
+    def named(names: dict[str, str]) -> set[str]:
+        layers = range(decoder["num_hidden_layers"])
+        return {name % n for name in names.values() for n in layers if "%d" in name} | {
+            name for name in names.values() if "%d" not in name
+        }
+
+    assert named(decoder["inputs"]) == inputs
+    assert named(decoder["outputs"]) == outputs
+    assert config["model"]["eos_token_id"] == [1]
+    assert not (make("", "{weights: int4}", qat=True) / "artifact" / "genai_config.json").exists()  # an INT8 cache
+
+
+def test_onnxruntime_genai_continues_as_we_do(make: Make) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    folder, prompt = make() / "artifact", [0, 5, 9, 100, 7]
+    model = genai.Model(str(folder))
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(prompt) + 6)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(np.array([prompt], np.int32))
+    theirs = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        theirs.append(int(generator.get_next_tokens()[0]))
+    with build.load(folder) as session:  # type: ignore[attr-defined]
+        logits, ours = session.prefill(prompt)[0], []
+        while len(ours) < 6 and (not ours or ours[-1] != 1):
+            ours.append(int(logits.argmax()))
+            logits = session.decode(ours[-1])
+    assert theirs == ours
+
+
 def test_bytes_are_counted_by_role(make: Make) -> None:
     folder = make("", "{weights: int4}", qat=True)
     artifact = Artifact.open(folder / "artifact")
