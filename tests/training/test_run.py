@@ -340,3 +340,22 @@ def test_a_dense_model_trains(corpus: Corpus, tmp_path: Path) -> None:
     assert line["z_loss"] == 0
     store = open_store(result.checkpoint(), spec.model)
     assert all(torch.isfinite(store[name].load()).all() for name in weight_layout(spec.model))
+
+
+def test_the_command(whole: RunResult, corpus: Corpus, tmp_path: Path, capsys: Any) -> None:
+    from moec.compiler.cli.main import run
+
+    file = spec_file(tmp_path, spec_of(*ALL))
+    arguments = ["train", str(file), "--data", str(corpus.folder), "--out", str(whole.out)]
+    assert run([*arguments, "--resume", "-q"]) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["small:", "trained"]
+    assert [row[:3] for row in rows[2:]] == [["pretrain", "12", "3,072"], ["sft", "5", "1,280"], ["qat", "6", "1,536"]]
+    assert err == ""
+    assert run(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"{whole.out}: holds a run of pretrain, sft, qat; continue it with --resume, or choose another --out\n"
+    )
+    assert run([*arguments[:3], str(tmp_path / "nowhere"), *arguments[4:]]) == 2
+    assert "no corpus here" in capsys.readouterr().err
