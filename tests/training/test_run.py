@@ -359,3 +359,8 @@ def test_the_command(whole: RunResult, corpus: Corpus, tmp_path: Path, capsys: A
     )
     assert run([*arguments[:3], str(tmp_path / "nowhere"), *arguments[4:]]) == 2
     assert "no corpus here" in capsys.readouterr().err
+
+
+def test_a_micro_batch_holds_a_row() -> None:
+    with pytest.raises(ValueError, match="must hold at least one sequence of 32 tokens, got 31"):
+        spec_of(PRETRAIN | {"micro_batch_tokens": 31})
