@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.target import MoeTrace
 
-OLDEST = (1, 22)  # the oldest ONNX Runtime of which QMoE's router_weights are known
+# The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
+OLDEST = {"standard": (1, 22), "ort": (1, 32)}
 REMEDY = "compile it again with `moec compile`"
 # ONNX Runtime fuses DequantizeLinear with a product and, unless told otherwise, rounds the activations to INT8 there
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
@@ -44,6 +45,7 @@ class OnnxSession:
         self.threads = threads or _usable_cores()
         self.position = 0
         self._path, self._taps = model, list(details.get("moe_taps", []))
+        self._oldest = OLDEST.get(str(details.get("flavour")), max(OLDEST.values()))
         self._empty = _empty_caches(details, model)
         self._past = dict(self._empty)
         self._tracing = False
@@ -109,10 +111,12 @@ class OnnxSession:
         options.log_severity_level = 4  # faults are raised, and told once
         for key, value in {**EXACT, FOLDER: str(self._path.parent.absolute())}.items():
             options.add_session_config_entry(key, value)
-        if _version(onnxruntime.__version__) < OLDEST:
+        needed = f"install onnxruntime >= {'.'.join(map(str, self._oldest))}"
+        if _version(onnxruntime.__version__) < self._oldest:
             raise RunError(
                 f"ONNX Runtime {onnxruntime.__version__} is too old for this artifact",
-                remedy=f"install onnxruntime >= {'.'.join(map(str, OLDEST))}",
+                place=str(self._path),
+                remedy=needed,
             )
         try:
             source = str(self._path) if not traced else self._with_taps()
@@ -123,7 +127,7 @@ class OnnxSession:
             raise ArtifactError(
                 f"ONNX Runtime {onnxruntime.__version__} does not load it: {_first_line(error)}",
                 place=str(self._path),
-                remedy=f"{REMEDY}, or install onnxruntime >= {'.'.join(map(str, OLDEST))}",
+                remedy=f"{REMEDY}, or {needed}",
             ) from error
 
     def _with_taps(self) -> bytes:
