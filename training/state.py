@@ -12,6 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +84,8 @@ class StateStore:
                 folder.mkdir(parents=True)
             self._world.barrier()
             writer = dcp.FileSystemWriter(folder, sync_files=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
+            with _no_warning_of_one_process():
+                dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
         if self._world.main:
             self._root.mkdir(parents=True, exist_ok=True)
             write_whole(self._root / LATEST, json.dumps(asdict(position)) + "\n")
@@ -94,10 +98,19 @@ class StateStore:
         """Read the state into `tensors`, in place, whatever the number of processes that wrote it."""
         folder = self._root / str(position.folder)
         try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=self._world.size == 1)
+            with _no_warning_of_one_process():
+                dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=self._world.size == 1)
         except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
             what = f"the saved state cannot be read: {str(error).splitlines()[0]}"
             raise UserError(what, place=str(folder), remedy="start again in another --out") from error
+
+
+@contextmanager
+def _no_warning_of_one_process() -> Iterator[None]:
+    """That there is only one process is what `no_dist` said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def random_state() -> str:
