@@ -89,7 +89,8 @@ def unsqueeze(c: Context, n: Node) -> str:
 
 
 def slice_(c: Context, n: Node) -> str:
-    x, dim, start, end, step = (*n.args, *(0, None, None, 1)[len(n.args) - 1 :])
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    x, dim, start, end, step = (*n.args, *defaults[len(n.args) :])
     bounds = [c.extent([0 if start is None else start]), c.extent([LAST if end is None else end])]
     return c.b.op("Slice", c.value(x), *bounds, c.b.ints(int(dim)), c.b.ints(int(step)), out=n.name)
 

@@ -132,9 +132,11 @@ def rope(c: Context, n: Node) -> str:
     heads, width = (int(d) for d in x.meta["val"].shape[2:])
     # [T, d/2] -> [1, T, 1, d/2], and a last dimension for the pair when its elements are neighbours
     axes = (0, 2, 4) if interleaved else (0, 2)
-    angles = [
-        c.once(("angle", t, interleaved), lambda t=t: b.op("Unsqueeze", c.value(t), b.ints(*axes))) for t in (cos, sin)
-    ]
+
+    def angle(table: Node) -> str:
+        return c.once(("angle", table, interleaved), lambda: b.op("Unsqueeze", c.value(table), b.ints(*axes)))
+
+    angles = [angle(cos), angle(sin)]
     value = b.reshape(c.value(x), 1, -1, heads, width // 2, 2) if interleaved else c.value(x)
     first, second = b.split(value, 2)
 

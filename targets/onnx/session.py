@@ -19,7 +19,7 @@ from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.target import MoeTrace
 
 # The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
-OLDEST = {"standard": (1, 22), "ort": (1, 32)}
+OLDEST = {"standard": (1, 22), "ort": (1, 31)}
 REMEDY = "compile it again with `moec compile`"
 # ONNX Runtime fuses DequantizeLinear with a product and, unless told otherwise, rounds the activations to INT8 there
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
