@@ -22,7 +22,7 @@ _PARTS = {
     "program": ("program", "#b279a2"),
     "runtime": ("runtime", "#bab0ac"),
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -185,8 +185,8 @@ def latency(plan: Plan, measured: Mapping[int, float]) -> str:
     axes = figure.subplots()
     contexts = [m.context for m in plan.by_context]
     axes.plot(contexts, [s.roofline_tokens_per_s for s in plan.decode], "--", color="#888888", label="roofline")
-    expected = [s.expected_tokens_per_s for s in plan.decode]
-    if all(e is not None for e in expected):
+    expected = [s.expected_tokens_per_s for s in plan.decode if s.expected_tokens_per_s is not None]
+    if len(expected) == len(contexts):
         axes.plot(contexts, expected, "o-", color="#4c78a8", label="expected")
     if measured:
         axes.plot(list(measured), list(measured.values()), "D", color="black", markersize=5, label="measured here")
