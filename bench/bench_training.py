@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--only", default="", help="cases whose name holds this, such as 'step' or 'layer: 60'")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -135,7 +136,7 @@ def main() -> None:
         makers[f"{title}, bf16"] = lambda c, s=shape: layer_case(s, c, torch.bfloat16)  # type: ignore[misc]
         makers[f"{title}, fp32"] = lambda c, s=shape: layer_case(s, c, torch.float32)  # type: ignore[misc]
     print(f"{report['threads']} threads, medians of {options.rounds} rounds, ms (tokens/s)")
-    for title, make in makers.items():
+    for title, make in ((title, make) for title, make in makers.items() if options.only in title):
         found = measure({name: make(name) for name in COMPUTES}, options.rounds)
         best = min(found, key=lambda name: found[name]["median_ms"])
         behind = found[DEFAULT]["median_ms"] / found[best]["median_ms"] - 1
