@@ -112,6 +112,11 @@ new-rule: $(INSTALLED)
 	@test -n "$(NAME)" || { echo "give NAME=verb_what, e.g. make new-rule NAME=fuse_norms" >&2; exit 2; }
 	@$(BIN)/python -m moec.compiler.new_rule $(NAME)
 
+# planned beside measured memory and speed: `make plan-accuracy PLAN_ARGS="--artifact DIR ..."`; alone on the machine
+.PHONY: plan-accuracy
+plan-accuracy: setup
+	$(BIN)/python bench/plan_accuracy.py $(PLAN_ARGS)
+
 clean:
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

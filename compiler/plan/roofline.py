@@ -29,8 +29,10 @@ class Rates:
     weights: dict[str, float]  # kind -> bytes/s at one token, from DRAM
     cached: dict[str, float]  # kind -> bytes/s at one token, from the last cache
     prefill: dict[str, float]  # kind -> operations/s
-    attention_decode: float  # operations/s
+    attention_decode: float  # operations/s of heads of 64, 4 a key/value head
     attention_cached: float
+    attention_row: float  # seconds of one key/value row apart from its operations, from a cache
+    attention_operation: float  # seconds of one operation, from a cache
     attention_prefill: float
     instruction: float
     last_cache: float
@@ -78,6 +80,7 @@ def _measured(device: Device, k: KernelRates, memory: float, compute: float, bas
         kinds = ("dense", "experts_in", "experts_out")
         return {kind: getattr(k, f"{kind}_{what}_{unit}").number * 1e9 * factor for kind in kinds}
 
+    row, operation = _attention_costs(k)
     return Rates(
         basis=basis,
         weights=table("stream", "gb_per_s", memory),
@@ -85,10 +88,26 @@ def _measured(device: Device, k: KernelRates, memory: float, compute: float, bas
         prefill=table("prefill", "gop_per_s", compute),
         attention_decode=k.attention_decode_gop_per_s.number * 1e9 * compute,
         attention_cached=k.attention_cached_gop_per_s.number * 1e9 * compute,
+        attention_row=row / compute,
+        attention_operation=operation / compute,
         attention_prefill=k.attention_prefill_gop_per_s.number * 1e9 * compute,
         instruction=k.instruction_us.number * 1e-6 / min(1.0, compute),
         last_cache=device.last_cache_mb.number * 1e6 if device.last_cache_mb else 0.0,
     )
+
+
+def _attention_costs(k: KernelRates) -> tuple[float, float]:
+    """Seconds of a key/value row and of an operation, from two shapes: 4 heads of 64 on a row, and 2 of 32.
+
+    A row of the first is 4 * 4 * 64 operations, of the second 4 * 2 * 32; what does not grow with them is the row's own.
+    """
+    wide, narrow = 1024.0, 256.0
+    t_wide = wide / (k.attention_cached_gop_per_s.number * 1e9)
+    t_narrow = min(narrow / (k.attention_narrow_gop_per_s.number * 1e9), t_wide)
+    operation = (t_wide - t_narrow) / (wide - narrow)
+    row = t_narrow - narrow * operation
+    # noise can put the line below the origin: then all is operations
+    return (row, operation) if row >= 0 else (0.0, t_wide / wide)
 
 
 def peak_operations(model: Model, device: Device) -> float:
@@ -113,14 +132,18 @@ def decode(model: Model, device: Device, rates: Rates | None, position: int) -> 
 def _decode_parts(model: Model, rates: Rates, read: float, position: int) -> Iterator[tuple[str, float]]:
     a = model.architecture
     hot = read <= CACHED_SHARE * rates.last_cache
-    table, attending = (rates.cached, rates.attention_cached) if hot else (rates.weights, rates.attention_decode)
+    table = rates.cached if hot else rates.weights
     by_role: dict[str, float] = {}
     for weight in a.weights:
         seconds = model.read_per_token(weight) / table[_kind(model, weight)]
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
     reading = model.cache_read(position) / table["dense"]
-    yield "attention over the cache", max(reading, 2 * a.attention_macs(position) / attending)
+    rows = sum(c.kv_heads * c.seen(position) for c in a.caches)
+    attending = rows * rates.attention_row + 2 * a.attention_macs(position) * rates.attention_operation
+    if not hot:  # from DRAM, slower by what the measured shape was
+        attending *= max(1.0, rates.attention_cached / rates.attention_decode)
+    yield "attention over the cache", max(reading, attending)
     yield "instructions", model.footprint.instructions(a) * rates.instruction
 
 

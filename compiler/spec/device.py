@@ -88,6 +88,7 @@ class KernelRates(Section):
     experts_out_prefill_gop_per_s: Figure
     attention_decode_gop_per_s: Figure
     attention_cached_gop_per_s: Figure
+    attention_narrow_gop_per_s: Figure
     attention_prefill_gop_per_s: Figure
     instruction_us: Figure
 

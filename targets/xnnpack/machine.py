@@ -127,6 +127,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"experts_{axis}_prefill", lambda out=out: _blocks(128, 768, 384, 60, out, 0)  # type: ignore[misc]
     yield "attention_decode", lambda: _attention(1, beyond_cache // 2)
     yield "attention_cached", lambda: _attention(1, 0)
+    yield "attention_narrow", lambda: _attention(1, 0, heads=8, d=32)
     yield "attention_prefill", lambda: _attention(128, 0)
 
 
@@ -213,10 +214,10 @@ class _AttentionArgs(ctypes.Structure):
     )
 
 
-def _attention(t: int, total: int) -> tuple[float, list[Callable[[], object]]]:
-    """16 heads over 4 INT8 key/value heads of 64, 2048 positions. Work: operations."""
+def _attention(t: int, total: int, heads: int = 16, d: int = 64) -> tuple[float, list[Callable[[], object]]]:
+    """`heads` over 4 INT8 key/value heads of `d`, 2048 positions. Work: operations."""
     rng = np.random.default_rng(4)
-    heads, kv, d, positions = 16, 4, 64, 2048
+    kv, positions = 4, 2048
     per_cache = positions * kv * (2 * d + 8)
     q, k, out = (rng.standard_normal((t, h, d), dtype=np.float32) for h in (heads, kv, heads))
     runs: list[Callable[[], object]] = []
