@@ -99,7 +99,7 @@ def _measured(device: Device, k: KernelRates, memory: float, compute: float, bas
 def _attention_costs(k: KernelRates) -> tuple[float, float]:
     """Seconds of a key/value row and of an operation, from two shapes: 4 heads of 64 on a row, and 2 of 32.
 
-    A row of the first is 4 * 4 * 64 operations, of the second 4 * 2 * 32; what does not grow with them is the row's own.
+    A row of the first is 4 * 4 * 64 operations, of the second 4 * 2 * 32; the rest is the row's own.
     """
     wide, narrow = 1024.0, 256.0
     t_wide = wide / (k.attention_cached_gop_per_s.number * 1e9)

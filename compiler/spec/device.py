@@ -71,8 +71,9 @@ class KernelRates(Section):
     `dense` is a linear with groups along the input, `experts_in` and `experts_out` a routed block with groups along
     either dimension. `stream` is packed weights read from DRAM at one token, `cached` the same from the last cache,
     GB/s; `prefill` is at 128 tokens, GOP/s. `attention_decode` and `attention_cached`: one token over 2048 positions of
-    INT8 keys and values, from DRAM and from a cache; `attention_prefill`: 128 tokens. `instruction_us`: one instruction of a program whose tensors are small, the
-    fixed costs of its kernels included.
+    INT8 keys and values, from DRAM and from a cache (`attention_narrow`: heads half as wide, two a key/value head);
+    `attention_prefill`: 128 tokens. `instruction_us`: one instruction of a program whose tensors are small, the fixed
+    costs of its kernels included.
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)]

@@ -1,8 +1,8 @@
 """Sizes of a model in a Metal artifact, and an estimate of the memory of the app that runs it.
 
-Weights are stored as MLX takes them (encode.py): codes, and scales in the target's dtype; the affine bias of every group
-is computed when the file is loaded and stays beside them. A test compares stored sizes with a compiled artifact. Memory
-in use has not been measured on Apple hardware; the runtime's own (Metal, MLX) is not counted.
+Weights are stored as MLX takes them (encode.py): codes, and scales in the target's dtype; the affine bias of every
+group is computed when the file is loaded and stays beside them. A test compares stored sizes with a compiled artifact.
+Memory in use has not been measured on Apple hardware; the runtime's own (Metal, MLX) is not counted.
 """
 
 from __future__ import annotations
