@@ -149,7 +149,7 @@ def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> t
     elif isinstance(spec.model, (PythonSource, ExportedProgramSource)):
         from moec.compiler.frontends.module_model import export_module_model
 
-        store = open_checkpoint(spec, None) if weights is None else weights
+        store: Any = open_checkpoint(spec, None) if weights is None else weights
         program = export_module_model(store, spec.name, max_tokens=max_tokens)
     elif isinstance(spec.model, DecoderConfig):
         program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)

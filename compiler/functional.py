@@ -171,8 +171,9 @@ class _Functional:
         if not isinstance(size, int):
             return False
         given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        chunks: Any = node.args[1]
         node.target, node.kwargs = aten.split.Tensor, {}
-        node.args = (source, -(-size // int(node.args[1])), *(() if given == 0 else (given,)))  # type: ignore[call-overload]
+        node.args = (source, -(-size // chunks), *(() if given == 0 else (given,)))
         return True
 
 

@@ -53,6 +53,7 @@ from moec.compiler.program import Editor
 
 FORWARD_LIMIT = 64  # nodes between gathered weights and the combining sum; fifteen in every spelling seen
 SLICE_LIMIT = 400  # nodes of one block; under sixty in every spelling seen, and of each expert of a loop under thirty
+ROWS_OF_ONE = 3  # the weighted row, its sum over one, and a shape between them
 CANDIDATES = 8  # results that may be those of one router, when the model is as wide as it has experts
 
 
@@ -132,7 +133,9 @@ def combines_of(topk: Node, paths: PostDominators) -> list[Node]:
             wide = static(shape(node)[1])
             if wide != 1 and same_size(shape(node)[0], shape(source)[0]):
                 found.append(node)
-                if wide not in (static(shape(source)[1]), topk.args[1]):
+                clear = wide not in (static(shape(source)[1]), topk.args[1])
+                # with one expert a token, its row before the sum has the shape of the sum
+                if clear and (topk.args[1] != 1 or len(found) == ROWS_OF_ONE):
                     return found
         node = paths.of(node)
     if found:

@@ -120,7 +120,8 @@ def _moved(node: Node, read: Any) -> Any:
             return None
         order = list(range(len(inner.dims)))
         if node.target is aten.permute.default:
-            order = [d % len(order) for d in node.args[1]]  # type: ignore[union-attr,operator]
+            turns: Any = node.args[1]
+            order = [d % len(order) for d in turns]
         elif node.target is aten.transpose.int:
             a, b = (d % len(order) for d in node.args[1:3])  # type: ignore[operator]
             order[a], order[b] = order[b], order[a]
