@@ -90,7 +90,8 @@ def unsqueeze(c: Context, n: Node) -> str:
 
 def slice_(c: Context, n: Node) -> str:
     defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-    x, dim, start, end, step = (*n.args, *defaults[len(n.args) :])
+    given: list[Any] = [*n.args, *defaults[len(n.args) :]]
+    x, dim, start, end, step = given
     bounds = [c.extent([0 if start is None else start]), c.extent([LAST if end is None else end])]
     return c.b.op("Slice", c.value(x), *bounds, c.b.ints(int(dim)), c.b.ints(int(step)), out=n.name)
 
