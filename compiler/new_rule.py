@@ -18,7 +18,7 @@ from moec.compiler.errors import UserError
 
 RULE = '''"""TITLE: say what is rewritten, as an equation, and where it comes from.
 
-    x + x  ->  2 * x
+x + x  ->  2 * x
 """
 
 from __future__ import annotations
