@@ -2,7 +2,7 @@
 #   make demo         synthesize, compile, verify and run a small model
 #   make test         the tests that take seconds;  make test-slow  the others
 #   make lint         ruff and mypy
-# Variables: PYTHON (3.11 to 3.13), TORCH_INDEX (an extra index for torch's CPU wheel), EXTRAS, PYTEST_ARGS.
+# Variables: PYTHON (3.11 to 3.13), TORCH_INDEX (an extra index for torch's CPU wheel), EXTRAS, TEST_EXTRAS, PYTEST_ARGS.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,7 +12,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   && echo $$p && break; done)
-EXTRAS ?= dev,metal,transformers
+EXTRAS ?= dev,metal,transformers,train,report
+TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 
@@ -20,6 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MOEC := $(BIN)/moec
 INSTALLED := $(VENV)/.moec-installed
+TESTABLE := $(VENV)/.moec-testable
 KERNEL := $(VENV)/.moec-kernel
 KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
   -o -name '*.cmake' -o -name native.py)
@@ -42,6 +44,13 @@ $(INSTALLED): pyproject.toml requirements.lock
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
 	@touch $@
 
+# what only tests need; the tests of an extra that has no wheel for this Python skip with a reason
+$(TESTABLE): $(INSTALLED)
+	@echo "installing the extras that tests use: $(TEST_EXTRAS)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[$(EXTRAS),$(TEST_EXTRAS)]' \
+	  || echo "not all of them could be installed: their tests will skip" >&2
+	@touch $@
+
 $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
 	$(BIN)/python -m moec.targets.xnnpack.native build
 	@touch $@
@@ -55,10 +64,10 @@ demo: setup
 	$(MOEC) run $(DEMO)/artifact --prompt "The capital of France is" --max-new-tokens 32
 	$(MOEC) run $(DEMO)/artifact --prompt "def fibonacci(n):" --max-new-tokens 32 --temperature 0.8 --top-p 0.95 --seed 7
 
-test: setup
+test: setup $(TESTABLE)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
-test-slow: setup
+test-slow: setup $(TESTABLE)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # the kernel library under AddressSanitizer and UndefinedBehaviorSanitizer, driven by its own tests
