@@ -121,3 +121,17 @@ def test_int4_codes_without_rounding(file: Path, tmp_path: Path) -> None:
     prefill, decode = artifact_and_eager(spec, tmp_path)
     # the same codes in fp32 arithmetic: what is left is the order of sums, 1e-6 of a logit
     assert min(prefill.min(), decode.min()) > 0.99999
+
+
+@pytest.mark.slow
+def test_a_deeper_and_wider_one(tmp_path: Path) -> None:
+    file = next(f for f in FAMILIES if f.stem == "mixtral")
+    wider = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 96, "num_local_experts": 24}
+    spec = with_checkpoint(file, tmp_path / "model", EXACT, **wider, num_experts_per_tok=5)
+    prefill, decode = artifact_and_eager(spec, tmp_path)
+    # as above; six layers add up rounding of 1e-6 each, and a near tie may choose another of 24 experts for a token
+    assert min(np.median(prefill), np.median(decode)) > 0.99999
+    assert min(prefill.min(), decode.min()) > 0.99
+    rounded = with_checkpoint(file, tmp_path / "rounded", {}, **wider, num_experts_per_tok=5)
+    prefill, decode = artifact_and_eager(rounded, tmp_path / "rounded")
+    assert min(np.median(prefill), np.median(decode)) > 0.99
