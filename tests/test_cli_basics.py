@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from moec.compiler.cli import main as cli
 from moec.compiler.errors import UserError
@@ -34,18 +37,20 @@ def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
     return call
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], ["compile"], ["run"], ["verify"], ["inspect"], ["schema"], ["explain"], ["checkpoint"]]
-    + [["checkpoint", name] for name in ("synthesize", "inspect", "spec")],
-    ids=" ".join,
-)
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> list[list[str]]:
+    """Every command and group of commands of the program."""
+    group = group or typer.main.get_command(cli.app)
+    below = [commands(command, (*path, name)) for name, command in getattr(group, "commands", {}).items()]
+    return [list(path), *(found for deeper in below for found in deeper)]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_help_of_every_command(moec: Moec, command: list[str]) -> None:
     status, out, err = moec(*command, "--help")
     assert (status, err) == (0, "")
     assert "Usage: moec" in out
-    if command not in ([], ["checkpoint"]):
-        assert "Example: moec" in out
+    if "COMMAND" not in out.splitlines()[1]:  # a group shows its commands instead
+        assert re.search(r"Examples?:\s+moec", out)
 
 
 def test_version(moec: Moec) -> None:
@@ -57,7 +62,7 @@ def test_version(moec: Moec) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cmpile"], "Did you mean 'compile'?"),
+        (["cmpile"], "Did you mean 'compile'"),
         (["compile"], "Missing argument 'SPEC'"),
         (["compile", TINY, "--targt", "x"], "No such option"),
         (["run", "a", "--max-new-tokens", "x"], "--max-new-tokens"),
