@@ -12,11 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Compute = Literal["grouped", "loop", "padded"]
+Compute = Literal["auto", "grouped", "loop", "padded"]
 COMPUTES: tuple[Compute, ...] = ("grouped", "loop", "padded")
 Rounding = Callable[[Tensor], Tensor]
 
 _ALIGNMENT = 16  # bytes that the rows of grouped_mm's operands must be a multiple of
+
+
+_FEW = 32  # experts up to which a loop is at least as fast on the CPU; measured at 16 (loop) and 60 (grouped)
+
+
+def chosen(compute: Compute, experts: int, device: str) -> Compute:
+    """What `auto` stands for: the fastest by bench_training.py on the CPU, grouped on anything else."""
+    if compute != "auto":
+        return compute
+    return "loop" if device == "cpu" and experts <= _FEW else "grouped"
 
 
 def expert_products(
@@ -40,6 +50,7 @@ def expert_products(
         h = F.silu(gate) * up
         return h if round_hidden is None else round_hidden(h)
 
+    compute = chosen(compute, counts_E.shape[0], rows_RD.device.type)
     if compute == "padded":
         return _padded(rows_RD, counts_E, gate_up_ED2F, down_EFD, hidden)
     if compute == "loop" or not _aligned(rows_RD.element_size(), *gate_up_ED2F.shape[1:], *down_EFD.shape[1:]):

@@ -139,7 +139,7 @@ class TrainingDecoder(nn.Module):
     rope_cos: Tensor
     rope_sin: Tensor
 
-    def __init__(self, config: DecoderConfig, rounding: Rounding | None = None, compute: Compute = "grouped") -> None:
+    def __init__(self, config: DecoderConfig, rounding: Rounding | None = None, compute: Compute = "auto") -> None:
         super().__init__()
         self.config = config
         self.model = _Body(config, rounding, compute)

@@ -90,7 +90,7 @@ def train(
     threads: int | None = None,
     device: str | None = None,
     bits: int | None = None,
-    compute: Compute = "grouped",
+    compute: Compute = "auto",
     progress: Progress | None = None,
 ) -> RunResult:
     """Run the stages of a spec's `training:` section, or only `stage`, on a corpus that `moec data` built.
