@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "greedy.h"
+
 namespace {
 
 double now() {
@@ -29,7 +31,7 @@ class Run {
     return true;
   }
 
-  int64_t best() const { return std::max_element(logits_.begin(), logits_.end()) - logits_.begin(); }
+  int64_t best() const { return best_token(logits_); }
 
   bool decode(int64_t start, bool first, BenchResult* result) {
     const double begin = now();

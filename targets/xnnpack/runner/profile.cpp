@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "greedy.h"
+
 namespace {
 
 double now() {
@@ -102,7 +104,7 @@ class Pass {
     return true;
   }
 
-  int64_t best() const { return std::max_element(logits_.begin(), logits_.end()) - logits_.begin(); }
+  int64_t best() const { return best_token(logits_); }
 
   bool forward(const int64_t* ids, int64_t n, int64_t start, Selections::Counts* counts) {
     selections_.begin_call(counts);
