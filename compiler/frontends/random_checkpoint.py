@@ -22,8 +22,12 @@ SPREAD = 0.15  # standard deviation of every weight: logits of order one at widt
 SELECTION_SPREAD = 0.2  # of the bias that only shifts which experts are chosen; scores lie between 0 and 1
 
 
-def save_random(folder: Path, out: Path, *, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Path:
+def save_random(
+    folder: Path, out: Path, *, seed: int = 0, changes: Mapping[str, Any] | None = None, spread: float = SPREAD
+) -> Path:
     """Write config.json and safetensors of the model in `folder` (or its config.json) with random weights to `out`.
+
+    `spread`: their standard deviation; with inputs^-0.5 a layer amplifies neither its input nor its rounding.
 
     MissingExtra without transformers; CheckpointError or CompileError for a config that it does not know.
     """
@@ -42,7 +46,7 @@ def save_random(folder: Path, out: Path, *, seed: int = 0, changes: Mapping[str,
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and parameter.dim() == 1 else 0.0
-            parameter.copy_(torch.randn_like(parameter) * SPREAD + centre)
+            parameter.copy_(torch.randn_like(parameter) * spread + centre)
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.copy_(torch.randn_like(buffer) * SELECTION_SPREAD)
