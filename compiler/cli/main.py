@@ -87,11 +87,11 @@ def run(arguments: list[str] | None = None) -> int:
         _say(f"{place}{error.strerror or error}")
         return USER_ERROR
     except Exception as error:
-        status = _status_of_signal(error)
-        if status is None:
+        stopped = _status_of_signal(error)
+        if stopped is None:
             return _bug()
         _say("interrupted")
-        return status
+        return stopped
 
 
 def _invoke(arguments: list[str] | None) -> int:

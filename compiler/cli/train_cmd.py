@@ -35,7 +35,7 @@ def train_spec(
 
     After a stop: [bold]moec train specs/models/mobilemoe-nano.yaml --data corpus --out run --resume[/bold]
 
-    Many processes: [bold]python -m torch.distributed.run --nproc-per-node 4 -m moec.compiler.cli.main train SPEC ...[/bold]
+    In 4 processes: [bold]python -m torch.distributed.run --nproc-per-node 4 -m moec.compiler.cli.main train SPEC[/bold]
     """
     from moec.compiler.cli.output import emit_json, table
     from moec.compiler.progress import Progress
