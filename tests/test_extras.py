@@ -111,7 +111,8 @@ def running(home: Path, name: str) -> list[str]:
 NEAR = {
     "metal": (["run metal"], ["compile metal", "inspect metal"]),
     "onnx": (["compile onnx", "run onnx"], ["run xnnpack", "inspect onnx"]),
-    "mlir": (["compile mlir", "run mlir"], ["inspect mlir"]),
+    # IREE reads the text that torch-mlir writes, and runs what it has compiled without it
+    "mlir": (["compile mlir", "run mlir", "compile iree"], ["inspect mlir"]),
     "iree": (["compile iree", "run iree"], ["run xnnpack", "inspect iree"]),
     "transformers": ([], ["compile xnnpack", "run xnnpack"]),
     "train": ([], ["run xnnpack"]),

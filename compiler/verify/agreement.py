@@ -426,7 +426,8 @@ def row_distance(a: Run, b: Run, tied: Mapping[str, np.ndarray]) -> tuple[float,
         y_TV = b.logits[name]
         difference_T = np.abs(x_TV.astype(np.float64) - y_TV).max(-1)
         size_T = np.maximum(np.maximum(np.abs(x_TV).max(-1), np.abs(y_TV).max(-1)), 1e-30)
-        ratio_T = np.where(np.isfinite(difference_T) & np.isfinite(size_T), difference_T / size_T, np.inf)
+        with np.errstate(invalid="ignore"):
+            ratio_T = np.where(np.isfinite(difference_T) & np.isfinite(size_T), difference_T / size_T, np.inf)
         excused_T = np.logical_or.accumulate(tied[name]) & (ratio_T > ROW_CODES.limit) & np.isfinite(ratio_T)
         left_out += int(excused_T.sum())
         worst = max(worst, float(ratio_T[~excused_T].max(initial=0.0)))

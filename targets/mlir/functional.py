@@ -38,15 +38,9 @@ class Signature:
 
 
 def signature_of(program: Program) -> Signature:
-    """CompileError if the program writes a buffer in a way that no attention operator of ours does."""
-    for spec in program.exported.graph_signature.output_specs:
-        if spec.kind != OutputKind.USER_OUTPUT:
-            raise CompileError(
-                f"the model writes {spec.target} outside an attention block that was recognised",
-                place=program.info.name,
-                remedy="see `moec explain` for the block that was not fused",
-            )
-    caches: list[str] = []
+    """Caches are what attention operators write, and what the graph itself returns as a buffer's new content."""
+    outputs = program.exported.graph_signature.output_specs
+    caches: list[str] = [str(s.target) for s in outputs if s.kind == OutputKind.BUFFER_MUTATION]
     layers = 0
     for node in program.graph.nodes:
         layers += node.target in ROUTED
@@ -93,6 +87,7 @@ class _Model(nn.Module):
         super().__init__()
         self._how: Callable[[], _Functional] = lambda: _Functional(program, expand=expand)
         self._inputs = list(program.exported.graph_signature.input_specs)
+        self._outputs = list(program.exported.graph_signature.output_specs)
         self._signature = signature
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -102,8 +97,12 @@ class _Model(nn.Module):
         values = [next(user) if s.kind == InputKind.USER_INPUT else by_name[str(s.target)] for s in self._inputs]
         runner = self._how()
         results = runner.run(*values)
+        for spec, result in zip(self._outputs, results, strict=True):
+            if spec.kind == OutputKind.BUFFER_MUTATION:
+                runner.caches[str(spec.target)] = result
+        logits = next(r for s, r in zip(self._outputs, results, strict=True) if s.kind == OutputKind.USER_OUTPUT)
         taps = [getattr(tap, field) for tap in runner.taps for field in TAPS]
-        return results[0], *(runner.caches[name] for name in self._signature.caches), *taps
+        return logits, *(runner.caches[name] for name in self._signature.caches), *taps
 
 
 def exported(program: Program, signature: Signature, *, expand: bool) -> ExportedProgram:

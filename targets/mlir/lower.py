@@ -41,6 +41,9 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
         require("iree.compiler", "iree", "compiling for mlir with `engine: iree`")
     signature = signature_of(program)
     model = program.info.name
+    for name in signature.caches:  # a sequence starts from zeros, in the worker
+        if bool(program.weights[name].load().any()):
+            raise CompileError(f"the model writes {name}, which does not start at zero", place=model)
     arguments, results = _arguments(program, signature), _results(signature)
     files = [FUSED, TORCH]
     with progress.stage("text of the fused graph"):

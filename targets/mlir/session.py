@@ -81,7 +81,7 @@ class MlirSession:
         return self.prefill([token])[0]
 
     def reset(self) -> None:
-        """Forget the sequence: attention ends at the current position, so what a cache holds is not seen again."""
+        """Forget the sequence: the next call starts from empty caches."""
         self.position = 0
         self._traces.clear()
 

@@ -60,7 +60,8 @@ class Server:
     def __init__(self, setup: dict[str, Any]) -> None:
         weights = Weights(Path(setup["weights"]))
         arguments = [weights[name] for name in setup["arguments"]]
-        self._caches = [np.zeros(shape, dtype) for dtype, shape in setup["caches"]]
+        self._kinds = [(np.dtype(dtype), tuple(shape)) for dtype, shape in setup["caches"]]
+        self._caches: list[np.ndarray] = []
         self._engine: Any
         if setup["engine"] == "jit":
             from moec.targets.mlir.jit import Compiled
@@ -75,6 +76,8 @@ class Server:
 
     def call(self, message: dict[str, Any], tokens_1T: np.ndarray) -> list[np.ndarray]:
         start = np.array([message["start_pos"]], np.int64)
+        if not message["start_pos"]:  # a new sequence
+            self._caches = [np.zeros(shape, dtype) for dtype, shape in self._kinds]
         logits, *rest = self._call([*self._caches, tokens_1T, start])
         count = len(self._caches)
         self._caches = [np.asarray(c) for c in rest[:count]]
