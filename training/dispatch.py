@@ -46,8 +46,9 @@ def plan(indices_NK: Tensor, weights_NK: Tensor, experts: int, capacity_factor: 
     if capacity_factor is None:
         pair_R = torch.argsort(expert_P, stable=True)
         return Plan(pair_R // top_k, pair_R, _inverse(pair_R, indices_NK), load_E, load_E, None)
-    # by expert, and by falling weight within an expert: weights are below 1 once divided by their largest
-    weight_P = weights_NK.flatten().double()
+    # by expert, and by falling weight within an expert: weights are below 1 once divided by their largest. A weight
+    # that is not finite, as in a run that diverges, counts as 0: the order must stay one by expert
+    weight_P = weights_NK.flatten().double().nan_to_num(0.0, 0.0, 0.0)
     order_P = torch.argsort(expert_P.double() - weight_P / (2 * weight_P.max()).clamp(min=1e-300), stable=True)
     place_P = torch.arange(expert_P.numel(), device=expert_P.device) - (load_E.cumsum(0) - load_E)[expert_P[order_P]]
     room = capacity(tokens, top_k, experts, capacity_factor)

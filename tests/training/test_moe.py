@@ -119,6 +119,18 @@ def test_dropped_pairs_are_the_lightest() -> None:
     assert planned.kept_NK.flatten().tolist() == [False, True, True, True]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_keep_the_rows_by_expert(bad: float) -> None:
+    # a run that diverges must reach the check of its loss, not fail in a split
+    indices_NK = torch.rand(50, 6, generator=torch.manual_seed(1)).topk(2).indices
+    weights_NK = torch.rand(50, 2)
+    weights_NK[::3] = bad
+    planned = plan(indices_NK, weights_NK, 6, 1.1)
+    expert_R = indices_NK.flatten()[planned.pair_R]
+    assert (expert_R.diff() >= 0).all()
+    assert torch.equal(torch.bincount(expert_R, minlength=6), planned.counts_E)
+
+
 def test_all_pairs_dropped_or_none_there() -> None:
     """An expert-parallel process may receive no row at all: its experts still have gradients, of zero."""
     up, down = torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
