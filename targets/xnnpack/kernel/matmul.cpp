@@ -14,6 +14,7 @@ void ask_for(const uint8_t* p, int64_t bytes) {
 
 void ask_for_blocks(const Matrix& w, int64_t first, int64_t last) {
   if (w.format.kind == MOEC_F32) return;
+  if (w.format.axis_out) ask_for(w.group_scales(first / w.blocks_together()), w.k * w.format.scale_bytes());
   const int64_t bytes = (last - first) * w.block_bytes();
   ask_for(w.codes(first), bytes < kAhead ? bytes : kAhead);
 }

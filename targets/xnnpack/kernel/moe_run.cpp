@@ -364,6 +364,7 @@ void narrow_up(const Run& run, const Expert& e, int64_t begin, int64_t end, cons
     up_column = e.width;
   } else {
     up_column = n;
+    ask_for_blocks(e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows);
     matmul(run.isa, e.w13, begin / kBlockRows, end / kBlockRows, input, e.b13, h13, stride, scratch);
     matmul(run.isa, e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows, input, e.b13, h13 + n, stride, scratch);
   }
@@ -507,6 +508,7 @@ int32_t run_narrow(Run& run) {
     for (int64_t h = 0; h < run.hits; ++h) {
       const int64_t e = run.hit[h], at = run.first[e];
       const Expert expert = routed_expert(moe, e);
+      if (h + 1 < run.hits) ask_for_blocks(routed_expert(moe, run.hit[h + 1]).w2, block, last);
       const Rows rows{run.count(e), hidden + at * f, f, round_hidden ? hidden_q.from(at) : QuantizedRows{}};
       matmul(run.isa, expert.w2, block, last, rows, expert.b2, outputs + at * n, n, scratch_w);
     }
