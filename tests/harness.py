@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.dialect import check_dialect
 from moec.compiler.export import assemble, export_module, zeros
-from moec.compiler.interpret import Interpreter
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.verify.weights import unkind_weights
 from moec.passes.canonicalize import canonicalize
+from tests.interpreter import Interpreter
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = os.environ.get("MOEC_UPDATE_GOLDEN") == "1"

@@ -45,14 +45,14 @@ def prepare(folder: Path, quantization: Any, *targets: str) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifacts whose activations are float."""
-    pytest.importorskip("mlx.core")
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
+    pytest.importorskip("onnxruntime", reason="needs the onnx extra: pip install 'moec[onnx]'")
     return prepare(tmp_path_factory.mktemp("exact"), FLOAT, "xnnpack", "metal", "onnx")
 
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
     return prepare(tmp_path_factory.mktemp("rounded"), ROUNDED, "xnnpack", "metal")
 
 
@@ -114,7 +114,7 @@ def test_siblings_are_compiled_here(exact: dict[str, Path], tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_all_four_toolchains(exact: dict[str, Path], rounded: dict[str, Path]) -> None:
-    pytest.importorskip("torch_mlir")
+    pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
     for artifacts in (exact, rounded):
         report = verify_agreement(artifacts["xnnpack"], ["onnx", "mlir", "metal"], tokens=TOKENS)
         assert report.passed, report.text()
@@ -187,7 +187,7 @@ def test_one_expert_with_other_weights_is_noticed(exact: dict[str, Path], tmp_pa
 
 @pytest.mark.slow
 def test_a_miscompiled_mlir_artifact_is_named(exact: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("torch_mlir")
+    pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
     spec = Spec.model_validate(Artifact.open(exact["xnnpack"]).manifest.spec)
     right = build.compile(
         spec, target="mlir", checkpoint=exact["xnnpack"].parent / "checkpoint", out=tmp_path / "mlir"

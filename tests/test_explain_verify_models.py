@@ -61,7 +61,7 @@ def test_a_block_that_is_fused(
     assert written[:2] == ["000_exported.txt", "001_canonicalize.txt"]
     fused = next(f for f in written if f.endswith("_fuse_moe.txt"))
     assert "moec.fused_moe" in (tmp_path / "dump" / fused).read_text()
-    pytest.importorskip("pygraphviz")
+    pytest.importorskip("pygraphviz", reason="needs the pictures extra: pip install 'moec[pictures]'")
     for part in ("before", "after"):
         picture = (tmp_path / "dump" / fused.replace(".txt", f".{part}.svg")).read_text()
         assert "<svg" in picture
@@ -89,7 +89,7 @@ def test_a_block_that_is_not(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_every_pass_of_a_shipped_family(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
     report = tmp_path / "report.json"
     assert run(["verify", str(FAMILIES / f"{name}.yaml"), "--json", str(report), "--quiet"]) == 0
     assert json.loads(report.read_text())["checks"]

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moec.compiler import build
 from moec.compiler.export import assemble, export_module, zeros
 from moec.compiler.functional import functional
-from moec.compiler.interpret import Interpreter
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
 from moec.compiler.spec import Spec
 from moec.passes.canonicalize import canonicalize
+from tests.interpreter import Interpreter
 from tests.passes.moe_zoo import parameter
 
 D, S = 6, 12

@@ -115,7 +115,9 @@ def test_another_checkpoint_is_an_error_not_a_failed_check(compiled, tmp_path):
 @slow
 @pytest.mark.parametrize("quantization", ["none", {**INT4, "expert_group_axis": "in"}], ids=["float", "int4"])
 def test_a_transformers_model_passes_and_a_wrong_one_fails(quantization, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
+    )
     import torch
 
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -201,8 +202,9 @@ def run(
     context: int = 0,
     threads: int = 2,
     warm_up: bool = True,
+    repeats: int = 1,
 ) -> Run:
-    """`prefill` or `decode` tokens (not both) after `context` tokens already in the cache."""
+    """`prefill` or `decode` tokens (not both) after `context` tokens in the cache: the median of the repeats."""
     command = [
         str(binary),
         "-m",
@@ -219,7 +221,7 @@ def run(
     command += ["-lm", "mmap", *([] if warm_up else ["--no-warmup"])]
     with tempfile.TemporaryFile() as out:
         began = time.perf_counter()
-        child = subprocess.Popen([*command, "-r", "1", "-o", "json"], stdout=out, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen([*command, "-r", str(repeats), "-o", "json"], stdout=out, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(child.pid, 0)
         wall_s = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -232,4 +234,4 @@ def run(
             remedy="run it by hand: " + " ".join(command),
         )
     (row,) = json.loads(text)
-    return Run(tokens_per_s=row["avg_ts"], peak_rss_mb=usage.ru_maxrss / 1024, wall_s=wall_s)
+    return Run(tokens_per_s=statistics.median(row["samples_ts"]), peak_rss_mb=usage.ru_maxrss / 1024, wall_s=wall_s)

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from moec.compiler.errors import ArtifactError
+from moec.compiler.session import joined_layer
 from moec.compiler.target import MoeTrace, Session
 
 
@@ -67,16 +68,7 @@ def joined_traces(traces: Sequence[MoeTrace]) -> tuple[MoeTrace, ...]:
     by_layer: dict[int, list[MoeTrace]] = {}
     for t in traces:
         by_layer.setdefault(t.layer, []).append(t)
-    return tuple(
-        MoeTrace(
-            layer=layer,
-            x_TD=np.concatenate([t.x_TD for t in parts]),
-            indices_TK=np.concatenate([t.indices_TK for t in parts]),
-            weights_TK=np.concatenate([t.weights_TK for t in parts]),
-            y_TD=np.concatenate([t.y_TD for t in parts]),
-        )
-        for layer, parts in sorted(by_layer.items())
-    )
+    return tuple(joined_layer(parts) for _, parts in sorted(by_layer.items()))
 
 
 def bounds(tokens: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.session import checked_ids, joined_layer
 from moec.compiler.target import MoeTrace
 from moec.targets.metal.payload import PteFile
 from moec.targets.metal.replay import Machine, Store
@@ -55,7 +56,7 @@ class MetalSession:
         """
         if logits not in ("all", "last"):
             raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
-        tokens = self._checked(ids)
+        tokens = checked_ids(self, ids, closed=self._store is None, place=str(self._path))
         machine = self._machine("forward_all" if logits == "all" else "forward")
         rows: list[np.ndarray] = []
         layers: list[list[MoeTrace]] = []
@@ -70,7 +71,7 @@ class MetalSession:
             rows.append(np.array(result).reshape(-1, self.vocab_size))
             layers.append(seen)
         self.position += len(tokens)
-        self._traces += [_joined(parts) for parts in zip(*layers, strict=True)]
+        self._traces += [joined_layer(parts) for parts in zip(*layers, strict=True)]
         return np.concatenate(rows) if logits == "all" else rows[-1]
 
     def decode(self, token: int) -> np.ndarray:
@@ -129,28 +130,6 @@ class MetalSession:
                 remedy="compile it again with `moec compile`",
             ) from e
 
-    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        if self._store is None:
-            raise RunError("the session is closed", place=str(self._path), remedy="load the artifact again")
-        given = np.asarray(ids)
-        if given.size == 0:
-            raise RunError("the prompt is empty", remedy="give at least one token")
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
-        wrong = given[(given < 0) | (given >= self.vocab_size)]
-        if wrong.size:
-            raise RunError(
-                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
-            )
-        room = self.context - self.position
-        if given.size > room:
-            state = f", {self.position} of which are used" if self.position else ""
-            raise RunError(
-                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
-                remedy="reset() the session or shorten the prompt" if self.position else "shorten the prompt",
-            )
-        return given.astype(np.int64)
-
 
 def _check_payloads(file: PteFile, methods: Mapping[str, Any]) -> None:
     """The instructions are what the manifest says they are: a flatbuffer has no checksum of its own."""
@@ -166,11 +145,3 @@ def _check_payloads(file: PteFile, methods: Mapping[str, Any]) -> None:
 
 def _type(machine: Machine, field: str) -> Any:
     return machine.mx.int32 if field == "indices" else machine.mx.float32
-
-
-def _joined(parts: tuple[MoeTrace, ...]) -> MoeTrace:
-    """One layer's traces of consecutive chunks as one."""
-    if len(parts) == 1:
-        return parts[0]
-    fields = {f: np.concatenate([getattr(p, f) for p in parts]) for f in ("x_TD", "indices_TK", "weights_TK", "y_TD")}
-    return MoeTrace(layer=parts[0].layer, **fields)

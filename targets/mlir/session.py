@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.session import checked_ids
 from moec.compiler.target import MoeTrace
 from moec.targets.mlir.functional import TAPS
 from moec.targets.mlir.toolchain import ended, environment, last_line, worker_command
@@ -64,7 +65,7 @@ class MlirSession:
         """
         if logits not in ("all", "last"):
             raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
-        tokens = self._checked(ids)
+        tokens = checked_ids(self, ids, closed=self._worker is None, place=self._place)
         rows: list[np.ndarray] = []
         for begin in range(0, len(tokens), self.max_tokens):
             chunk = tokens[begin : begin + self.max_tokens]
@@ -151,28 +152,6 @@ class MlirSession:
                 taps[width * n : width * (n + 1)] for n in range(self._moe_layers)
             )
         ]
-
-    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        if self._worker is None:
-            raise RunError("the session is closed", place=self._place, remedy="load the artifact again")
-        given = np.asarray(ids)
-        if given.size == 0:
-            raise RunError("the prompt is empty", remedy="give at least one token")
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
-        wrong = given[(given < 0) | (given >= self.vocab_size)]
-        if wrong.size:
-            raise RunError(
-                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
-            )
-        room = self.context - self.position
-        if given.size > room:
-            state = f", {self.position} of which are used" if self.position else ""
-            raise RunError(
-                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
-                remedy="reset() the session or shorten the prompt" if self.position else "shorten the prompt",
-            )
-        return given.astype(np.int64)
 
 
 def _setup(program: Path, weights: Path, details: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.session import checked_ids, joined_layer
 from moec.compiler.target import MoeTrace
 
 # The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
@@ -61,14 +62,14 @@ class OnnxSession:
         """
         if logits not in ("all", "last"):
             raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
-        tokens = self._checked(ids)
+        tokens = checked_ids(self, ids, closed=self._session is None, place=str(self._path))
         rows: list[np.ndarray] = []
         layers: list[list[MoeTrace]] = []
         for begin in range(0, len(tokens), self.max_tokens):
             result, seen = self._forward(tokens[begin : begin + self.max_tokens])
             rows.append(result if logits == "all" else result[-1:])
             layers.append(seen)
-        self._traces += [_joined(parts) for parts in zip(*layers, strict=True)]
+        self._traces += [joined_layer(parts) for parts in zip(*layers, strict=True)]
         return np.concatenate(rows) if logits == "all" else rows[-1]
 
     def decode(self, token: int) -> np.ndarray:
@@ -181,28 +182,6 @@ class OnnxSession:
             y_TD=found[tap["y"]],
         )
 
-    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        if self._session is None:
-            raise RunError("the session is closed", place=str(self._path), remedy="load the artifact again")
-        given = np.asarray(ids)
-        if given.size == 0:
-            raise RunError("the prompt is empty", remedy="give at least one token")
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
-        wrong = given[(given < 0) | (given >= self.vocab_size)]
-        if wrong.size:
-            raise RunError(
-                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
-            )
-        room = self.context - self.position
-        if given.size > room:
-            state = f", {self.position} of which are used" if self.position else ""
-            raise RunError(
-                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
-                remedy="reset() the session or shorten the prompt" if self.position else "shorten the prompt",
-            )
-        return given.astype(np.int64)
-
 
 def _empty_caches(details: Mapping[str, Any], model: Path) -> dict[str, np.ndarray]:
     """Caches of no position, by the name that follows `past_key_values.`."""
@@ -233,11 +212,3 @@ def _version(text: str) -> tuple[int, ...]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:300]
-
-
-def _joined(parts: tuple[MoeTrace, ...]) -> MoeTrace:
-    """One layer's traces of consecutive chunks as one."""
-    if len(parts) == 1:
-        return parts[0]
-    fields = {f: np.concatenate([getattr(p, f) for p in parts]) for f in ("x_TD", "indices_TK", "weights_TK", "y_TD")}
-    return MoeTrace(layer=parts[0].layer, **fields)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.session import checked_ids, joined_layer
 from moec.compiler.target import MoeTrace
 from moec.targets.xnnpack.native import runtime_library
 
@@ -117,7 +118,7 @@ class CpuSession:
                 place=str(self._path),
                 remedy='use logits="last"',
             )
-        tokens = self._checked(ids)
+        tokens = checked_ids(self, ids, closed=self._handle is None, place=str(self._path))
         every = logits == "all"
         out = np.empty((len(tokens) if every else 1, self.vocab_size), np.float32)
         chunks: list[list[MoeTrace]] = []
@@ -128,7 +129,7 @@ class CpuSession:
             chunks.append(self._call)
         self.position += len(tokens)
         if self._tracing:
-            self._traces += [_joined(layer) for layer in zip(*chunks, strict=True)]
+            self._traces += [joined_layer(layer) for layer in zip(*chunks, strict=True)]
         return out
 
     def decode(self, token: int) -> np.ndarray:
@@ -171,28 +172,6 @@ class CpuSession:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
-
-    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        if self._handle is None:
-            raise RunError("the session is closed", place=str(self._path), remedy="load the artifact again")
-        given = np.asarray(ids)
-        if given.size == 0:
-            raise RunError("the prompt is empty", remedy="give at least one token")
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise RunError(f"token ids must be a list of integers, not {given.dtype} of {given.ndim} dimensions")
-        wrong = given[(given < 0) | (given >= self.vocab_size)]
-        if wrong.size:
-            raise RunError(
-                f"token id {int(wrong[0])} is not in the vocabulary", remedy=f"ids are 0 to {self.vocab_size - 1}"
-            )
-        room = self.context - self.position
-        if given.size > room:
-            state = f", {self.position} of which are used" if self.position else ""
-            raise RunError(
-                f"{given.size} tokens do not fit: the context holds {self.context}{state}",
-                remedy="shorten the prompt" if not self.position else "reset() the session or shorten the prompt",
-            )
-        return np.ascontiguousarray(given, np.int64)
 
     def _forward(self, tokens: np.ndarray, start: int, out: np.ndarray | None, every: bool) -> None:
         runtime = _runtime()
@@ -259,16 +238,3 @@ def _copied(pointer: Any, rows: int, columns: int, dtype: type) -> np.ndarray:
     if rows == 0 or columns == 0:
         return np.empty((rows, columns), dtype)
     return np.ctypeslib.as_array(pointer, (rows, columns)).copy()
-
-
-def _joined(parts: tuple[MoeTrace, ...]) -> MoeTrace:
-    """One layer's traces of consecutive chunks as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return MoeTrace(
-        layer=parts[0].layer,
-        x_TD=np.concatenate([p.x_TD for p in parts]),
-        indices_TK=np.concatenate([p.indices_TK for p in parts]),
-        weights_TK=np.concatenate([p.weights_TK for p in parts]),
-        y_TD=np.concatenate([p.y_TD for p in parts]),
-    )

@@ -23,7 +23,9 @@ from moec.compiler.spec.model import TransformersSource
 from moec.compiler.verify.rounding import as_stored, quantized_weights
 from moec.passes.pipelines import pipeline
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
+)
 
 FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yaml"))
 EXACT = {"activations": "fp32", "kv_cache": "fp32"}

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from moec.compiler.errors import CompileError
-from moec.compiler.interpret import Interpreter
 from moec.compiler.matching.read import aten, is_op
 from moec.compiler.ops import Experts, Routing, fused_moe, fused_moe_q
 from moec.compiler.pipeline import run_passes
@@ -19,8 +18,11 @@ from moec.compiler.program import Program
 from moec.compiler.spec.quantization import Quantization
 from moec.passes.fuse_moe import fuse_moe
 from moec.passes.pipelines import fusion, pipeline
+from tests.interpreter import Interpreter
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
+)
 
 # fp32 sums in another order: at most 5e-6 was seen on logits up to 5; a wrong formula gives differences above 1e-2
 ATOL, RTOL = 1e-5, 1e-4

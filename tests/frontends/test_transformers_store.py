@@ -16,7 +16,9 @@ from moec.compiler.frontends.transformers_model import TransformersStore
 from moec.compiler.spec import load_spec
 from moec.compiler.spec.model import TransformersSource
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
+)
 FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yaml"))
 
 

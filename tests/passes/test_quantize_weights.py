@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from moec.compiler.dialect import check_dialect
 from moec.compiler.errors import CompileError
-from moec.compiler.interpret import Interpreter
 from moec.compiler.ops import fused_moe_q, linear_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program, Role, Stage
@@ -22,6 +21,7 @@ from moec.compiler.spec.quantization import Quantization
 from moec.passes.pipelines import fusion
 from moec.passes.quantize_weights import quantize_weights
 from tests.harness import CALLS, VOCABULARY, check_golden, export_toy, run
+from tests.interpreter import Interpreter
 from tests.passes.moe_zoo import Linear, parameter
 from tests.passes.test_fuse_attention import Attention as SmallAttention
 

@@ -14,7 +14,7 @@ from moec.compiler.errors import MissingExtra, UserError
 from moec.compiler.plan.fit import check_fittable, fit, read_runs
 from moec.compiler.plan.scaling_law import COEFFICIENTS, PUBLISHED, load_law
 
-pytest.importorskip("scipy", reason="scipy is not installed")
+pytest.importorskip("scipy", reason="needs the plan extra: pip install 'moec[plan]'")
 
 Moec = Callable[..., tuple[int, str, str]]
 HEADER = "active_parameters,tokens,experts,loss"

@@ -57,7 +57,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     target = "metal" if request.param.endswith("metal") else "xnnpack"
     if target == "metal":
-        pytest.importorskip("mlx.core", reason="mlx is not installed")
+        pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
     spec = parse_spec(DENSE) if request.param == "dense" else load_spec(TINY)
     synthesize(spec, folder / "checkpoint", seed=1, qat=request.param != "dense")
     build.compile(spec, target, folder / "checkpoint", folder / "artifact")

@@ -184,7 +184,9 @@ def test_models_whose_shapes_nobody_knows() -> None:
 @pytest.mark.parametrize("family", sorted(f.stem for f in (SPECS / "families").glob("*.yaml")))
 def test_models_of_transformers(family: str) -> None:
     """Every parameter of the module once, experts and router recognised, and the peak a sum of parts."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
+    )
     import torch
 
     from moec.compiler.frontends.transformers_model import read_config

@@ -183,7 +183,7 @@ def test_the_spec_written_is_the_shape_found(device: str, experts: int) -> None:
 
 def test_search_command(moec: Moec, tmp_path: Path) -> None:
     out, picture = tmp_path / "mine.yaml", tmp_path / "front.svg"
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("matplotlib", reason="needs the plan extra: pip install 'moec[plan]'")
     arguments = ("search", "--device", "galaxy-s25", "--max-memory-mb", 600, "--out", out, "--plot", picture)
     status, text, err = moec(*arguments)
     assert status == 0

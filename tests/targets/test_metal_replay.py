@@ -19,7 +19,6 @@ import torch
 pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
 
 from moec.compiler.errors import CompileError, RunError
-from moec.compiler.interpret import Interpreter
 from moec.compiler.ops import Experts, Routing
 from moec.compiler.ops.moe_math import route
 from moec.compiler.program import Program
@@ -28,6 +27,7 @@ from moec.targets.metal.encode import unpack_codes
 from moec.targets.metal.lower import lower
 from moec.targets.metal.options import Options
 from moec.targets.metal.session import MetalSession
+from tests.interpreter import Interpreter
 from tests.targets.metal_models import Shape, Weights, make_weights, program_of
 
 ATOL = 1e-5

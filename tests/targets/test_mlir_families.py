@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from moec.compiler import build
-from moec.compiler.interpret import Interpreter
 from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.model import TransformersSource
 from moec.targets.mlir.functional import exported, signature_of
+from tests.interpreter import Interpreter
 
-pytest.importorskip("transformers")
-pytest.importorskip("torch_mlir")
-pytest.importorskip("iree.compiler")
-pytest.importorskip("iree.runtime")
+pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
+pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
+pytest.importorskip("iree.compiler", reason="needs the iree extra: pip install 'moec[iree]'")
+pytest.importorskip("iree.runtime", reason="needs the iree extra: pip install 'moec[iree]'")
 slow = pytest.mark.slow
 
 FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yaml"))

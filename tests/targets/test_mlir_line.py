@@ -18,13 +18,13 @@ from moec.compiler.artifact import Artifact, record_file, write_manifest
 from moec.compiler.checkpoints import synthesize
 from moec.compiler.cli.main import run
 from moec.compiler.errors import ArtifactError, CompileError, RunError
-from moec.compiler.interpret import Interpreter
 from moec.compiler.spec import Spec
 from moec.targets.mlir import toolchain
 from moec.targets.mlir.functional import exported, signature_of
 from moec.targets.mlir.session import MlirSession
+from tests.interpreter import Interpreter
 
-pytest.importorskip("torch_mlir")
+pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
 slow = pytest.mark.slow
 
 MOE = {
@@ -299,8 +299,8 @@ def test_every_form_is_executed_and_verified(
     model: Any, quantization: Any, limit: float, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if engine == "iree":
-        pytest.importorskip("iree.compiler")
-        pytest.importorskip("iree.runtime")
+        pytest.importorskip("iree.compiler", reason="needs the iree extra: pip install 'moec[iree]'")
+        pytest.importorskip("iree.runtime", reason="needs the iree extra: pip install 'moec[iree]'")
     artifact, spec = make(tmp_path, model, quantization, engine=engine)
     opened = build.load(artifact)
     got = [opened.prefill(IDS[:8], logits="all"), *(opened.decode(t)[None] for t in IDS[8:])]

@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from moec.compiler.errors import CompileError
-from moec.compiler.interpret import Interpreter
 from moec.compiler.ops import Experts, Routing
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.targets.onnx.lower import MODEL_FILE, build, lower
 from moec.targets.onnx.options import Options
 from moec.targets.onnx.session import OnnxSession
+from tests.interpreter import Interpreter
 from tests.targets import metal_models as models
 
 Shape = models.Shape

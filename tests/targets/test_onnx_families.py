@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("onnx", reason="needs the onnx extra: pip install 'moec[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs the onnx extra: pip install 'moec[onnx]'")
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
 
 import transformers
 

@@ -11,7 +11,6 @@ import torch
 
 from moec.compiler import build
 from moec.compiler.checkpoints import open_store, synthesize
-from moec.compiler.interpret import Interpreter
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program, Stage
 from moec.compiler.spec import Spec
@@ -19,6 +18,7 @@ from moec.passes.pipelines import pipeline
 from moec.targets.xnnpack.legalize import legalize_passes
 from moec.targets.xnnpack.legalize_last_token import last_token
 from moec.targets.xnnpack.options import Kernels, Options
+from tests.interpreter import Interpreter
 
 ROPE = {"theta": 10000.0, "interleaved": True}
 COMMON = {"layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab_size": 300, "context": 40}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="needs the eval extra: pip install 'moec[eval]'")
 
 from moec.compiler.cli.main import run as command
 from moec.compiler.verify.prompts import prompts

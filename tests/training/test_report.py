@@ -134,7 +134,7 @@ class _Page(HTMLParser):
 
 
 def page_of(folder: Path) -> str:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the report extra: pip install 'moec[report]'")
     out = folder.parent / "out" / "page.html"
     write_report(folder, out)
     text = out.read_text("utf-8")
@@ -205,7 +205,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_damage_is_named(folder: Path
 
 
 def test_the_command_writes_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the report extra: pip install 'moec[report]'")
     out = folder.parent / "r.html"
     assert command(["report", str(folder), "--out", str(out)]) == 0
     assert "Expert load by layer and stage" in out.read_text("utf-8")

@@ -59,7 +59,7 @@ def test_every_digit_is_a_token() -> None:
 
 
 def test_the_runtime_of_executorch_gives_the_same_ids(tmp_path: Path) -> None:
-    cpp = pytest.importorskip("pytorch_tokenizers").CppHFTokenizer()
+    cpp = pytest.importorskip("pytorch_tokenizers", reason="executorch's tokenizers are not installed").CppHFTokenizer()
     file = tmp_path / "tokenizer.json"
     file.write_text(TRAINED)
     cpp.load(str(file))
