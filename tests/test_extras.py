@@ -60,9 +60,9 @@ slow = pytest.mark.slow
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A spec and its checkpoint; `artifact` adds what is compiled."""
-    for modules in MODULES.values():
+    for extra, modules in MODULES.items():
         for module in modules:
-            pytest.importorskip(module)
+            pytest.importorskip(module, reason=f"needs the {extra} extra: pip install 'moec[{extra}]'")
     folder = tmp_path_factory.mktemp("extras")
     (folder / "spec.yaml").write_text(SPEC, "utf-8")
     (folder / "iree.yaml").write_text(SPEC.replace("{max_tokens: 8}", "{max_tokens: 8, engine: iree}"), "utf-8")

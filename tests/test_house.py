@@ -60,7 +60,11 @@ def test_nothing_outside_imports_a_room_by_its_bare_name() -> None:
 
 
 def test_files_have_one_subject() -> None:
-    files = [*sources("*.py", "*.cpp", "*.h", "*.cc"), *(ROOT / "tests").rglob("*.py")]
+    kinds = ("*.py", "*.cpp", "*.h", "*.cc", "*.inl")
+    files = [
+        *sources(*kinds),
+        *(f for room in ("tests", "bench", "samples") for k in kinds for f in (ROOT / room).rglob(k)),
+    ]
     long = {str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text("utf-8").splitlines())) > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
 
@@ -79,6 +83,53 @@ def test_no_unfinished_work() -> None:
     files = [*sources("*.py", "*.cpp", "*.h", "*.cc", "*.yaml"), ROOT / "Makefile"]
     found = [str(f.relative_to(ROOT)) for f in files if marks.search(f.read_text("utf-8"))]
     assert not found
+
+
+def committed() -> list[Path]:
+    """The files git tracks, links left out; skips where this is no checkout of ours."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout: what is committed is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    return [f for f in files if f.is_file() and not f.is_symlink()]
+
+
+def test_no_path_of_one_machine_is_committed() -> None:
+    """A folder at a machine's root is nobody else's. `/data/local/tmp` is the same on every Android device."""
+    path = re.compile(rb"(?<![\w.~$})-])/(?:work|root|home|Users|tmp)/\w")
+    wrong = []
+    for file in committed():
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            if path.search(line.replace(b"/data/local/tmp", b"")):
+                wrong.append(f"{file.relative_to(ROOT)}:{number}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_large_or_generated_is_committed() -> None:
+    """The largest file is the prompts of the expert profile, 158 kB; weights, artifacts and builds are larger."""
+    large = {str(f.relative_to(ROOT)): f.stat().st_size for f in committed() if f.stat().st_size > 200_000}
+    assert not large
+    generated = re.compile(r"\.(pte|onnx|gguf|safetensors|so|o|a|pyc|log|bin)$")
+    assert not [str(f.relative_to(ROOT)) for f in committed() if generated.search(f.name)]
+
+
+def test_contributing_names_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    tops = {f.relative_to(ROOT).parts[0] for f in committed() if len(f.relative_to(ROOT).parts) > 1} - {".ci", "src"}
+    inner = {f"{f.parent.parent.name}/{f.parent.name}" for room in ROOMS for f in (ROOT / room).glob("*/*.py")}
+    missing = sorted(room for room in tops | inner if f"`{room}/`" not in text)
+    assert not missing, f"CONTRIBUTING.md does not say what lives in {missing}"
+
+
+def test_skipping_tests_say_what_they_need() -> None:
+    silent = []
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"), str(file))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr == "importorskip" and "reason" not in {k.arg for k in node.keywords}:
+                silent.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not silent, "\n".join(silent)
 
 
 def test_no_init_in_folders_of_cpp() -> None:
