@@ -186,6 +186,7 @@ def _check_file(file: Path, record: FileRecord) -> None:
 
 
 def file_digest(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -198,6 +199,7 @@ def record_file(file: Path, sha256: str | None = None) -> FileRecord:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into an artifact that is being made."""
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 

@@ -75,7 +75,7 @@ def compile(
         clock.lap("passes")
         lowered = backend.lower(program, folder, options, progress)
         clock.lap("lower")
-        manifest = _manifest(spec, name, backend, store, program, log, lowered, folder, clock.laps)
+        manifest = _manifest(spec, name, store, program, log, lowered, folder, clock.laps)
         write_manifest(folder, manifest)
     return Artifact.open(Path(out) if out is not None else Path(f"{spec.name}-{name}"))
 
@@ -266,7 +266,6 @@ class _Clock:
 def _manifest(
     spec: Spec,
     target: str,
-    backend: Target,
     store: WeightStore,
     program: Program,
     log: PipelineLog,

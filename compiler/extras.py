@@ -36,6 +36,7 @@ def installed(module: str) -> bool:
 
 
 def install_command(extra: str) -> str:
+    """What a user types to get an extra."""
     return f"pip install 'moec[{extra}]'"
 
 

@@ -56,6 +56,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassRecord:
+    """What one run of a pass did: rewrites, seconds, candidates refused, the digest of the graph after it."""
+
     name: str
     changed: int
     seconds: float

@@ -80,10 +80,12 @@ _TARGETS: dict[str, Callable[[], Target]] = {}
 
 
 def register(name: str, make: Callable[[], Target]) -> None:
+    """Make a target known by `name`; `make` is called when it is first needed. A second entry is our mistake."""
     if name in _TARGETS:
         raise AssertionError(f"target {name} is registered twice")
     _TARGETS[name] = make
 
 
 def registered() -> dict[str, Callable[[], Target]]:
+    """Every registered target: name -> how it is made."""
     return dict(_TARGETS)

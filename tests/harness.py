@@ -147,13 +147,3 @@ def check_refused(rule: Pass, program: Program, reason: str, *, count: int = 0) 
     reasons = [f"{r.node}: {r.reason}" for r in result.refusals]
     assert any(re.search(reason, text) for text in reasons), f"{reason!r} is not among {reasons}"
     return result
-
-
-def refused_or_equal(rule: Pass, program: Program) -> str:
-    """A mutant is either left alone with a reason, which is returned, or still computes the same ("equal")."""
-    result = run(rule, program)
-    if result.changed:
-        check_equal(program, result.program)
-        return "equal"
-    assert result.refusals, "a candidate was left alone without a reason"
-    return result.refusals[0].reason

@@ -251,7 +251,7 @@ def tensor_faults(folder: Path, entries: Mapping[str, Entry], config: DecoderCon
     if packed and (odd := _unpackable(config)):
         return [f"{folder / CONFIG}: {odd} are not a multiple of the packed group size {GROUP_SIZE}"]
     expected = expected_tensors(config, packed=packed)
-    wrong_layout = _other_layout(folder, entries, config, packed=packed)
+    wrong_layout = _other_layout(folder, entries, packed=packed)
     if wrong_layout:
         return [wrong_layout]
     unexpected = [name for name in entries if name not in expected]
@@ -284,7 +284,7 @@ def _unpackable(config: DecoderConfig) -> str | None:
     return None
 
 
-def _other_layout(folder: Path, entries: Mapping[str, Entry], config: DecoderConfig, *, packed: bool) -> str | None:
+def _other_layout(folder: Path, entries: Mapping[str, Entry], *, packed: bool) -> str | None:
     """One line instead of hundreds when config.json names one layout and the tensors are in the other."""
     weight = "model.embed_tokens.weight"
     codes, _ = packed_names(weight)

@@ -81,7 +81,7 @@ def search(
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if out is not None:
-        write_text(out, spec_text(found.best, _name(out), _device_word(device, out), target, fitted.source))
+        write_text(out, spec_text(found.best, _name(out), _device_word(device), target, fitted.source))
     if plot is not None:
         draw(found, plot, f"{chosen.name}, {train_tokens / 1e9:g} B tokens")
     if as_json:
@@ -104,7 +104,7 @@ def _name(out: Path) -> str:
     return word or "searched"
 
 
-def _device_word(device: str, out: Path) -> str:
+def _device_word(device: str) -> str:
     """How the spec names the device: a shipped name as it is, a file by its absolute path."""
     from moec.compiler.spec.device import is_device_file
 

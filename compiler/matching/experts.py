@@ -83,6 +83,7 @@ def expert_indexed(edit: Editor, node: Node) -> bool:
 
 
 def is_grouped(node: Any) -> bool:
+    """Whether a node is a grouped matrix product: rows [T, K] sorted by expert, weights [E, K, N]."""
     schema = getattr(getattr(node, "target", None), "_schema", None)
     return schema is not None and schema.name in GROUPED
 

@@ -174,6 +174,7 @@ def check_alike(experts: tuple[OneExpert, ...]) -> None:
 
 
 def piece_shape(piece: Piece) -> tuple[int, ...]:
+    """The shape of one expert's weight: of the whole tensor, or of its slice along the first dimension."""
     full = shape(piece.weight)
     return tuple(int(s) for s in (full if piece.index is None else full[1:]))
 

@@ -68,6 +68,7 @@ def advises(remedy: str) -> Callable[[F], F]:
 
 
 def is_op(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of these operators."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
@@ -77,10 +78,12 @@ def value(node: Node) -> torch.Tensor:
 
 
 def shape(node: Node) -> tuple[Any, ...]:
+    """Sizes of a node's value: numbers, or symbols where they are dynamic."""
     return tuple(value(node).shape)
 
 
 def rank(node: Node) -> int:
+    """How many dimensions a node's value has."""
     return value(node).dim()
 
 
@@ -97,6 +100,7 @@ def same_size(a: Any, b: Any) -> bool:
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Equal shapes, decided without adding a guard."""
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -161,6 +165,7 @@ def with_scalar(node: Any, *targets: Any) -> tuple[Node, float] | None:
 
 
 def only_user(node: Node) -> Node | None:
+    """The one node that reads this one; None when there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

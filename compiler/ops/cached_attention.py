@@ -46,6 +46,7 @@ def _eager(
 
 
 def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, window: int) -> None:
+    """q [1, T, H, d], k [1, T, KV, d], v [1, T, KV, e], caches [1, S, KV, d or e]; H a multiple of KV."""
     for name, value in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         require(value.dim() == 4, op, f"{name} must have four dimensions")
     require(q.shape[3] == k.shape[3] == k_cache.shape[3], op, "q, k and k_cache must have the same head width")

@@ -65,6 +65,7 @@ def check_router(
     top_k: int,
     routing: Routing,
 ) -> None:
+    """x, router_input [N, D]; router_weight float32 [E, D]; biases [E]; groups divide E."""
     require(x.dim() == 2 and router_input.dim() == 2, op, "x and router_input must be [N, D]")
     require(
         router_weight.dim() == 2 and router_weight.shape[1] == router_input.shape[1], op, "router_weight must be [E, D]"
@@ -94,11 +95,13 @@ def expert_shapes(
 
 
 def check_biases(op: str, b13: Tensor | None, b2: Tensor | None, e: int, wide: int, d: int) -> None:
+    """b13 [E, wide], b2 [E, D]."""
     require(b13 is None or tuple(b13.shape) == (e, wide), op, "b13 must be [E, outputs of w13]")
     require(b2 is None or tuple(b2.shape) == (e, d), op, "b2 must be [E, D]")
 
 
 def check_shared_gate(op: str, shared_gate: Tensor | None, d: int, has_shared: bool) -> None:
+    """shared_gate [1, D], and only beside a shared expert."""
     require(shared_gate is None or has_shared, op, "a shared gate without a shared expert")
     require(shared_gate is None or tuple(shared_gate.shape) == (1, d), op, "shared_gate must be [1, D]")
 

@@ -56,6 +56,7 @@ def combine_weights(scores: Tensor, indices_NK: Tensor, routing: Routing) -> Ten
 
 
 def router_logits(router_input_ND: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> Tensor:
+    """Float32 [N, E] from router_input [N, D], router_weight [E, D] and router_bias [E]."""
     bias = None if router_bias is None else router_bias.to(torch.float32)
     return functional.linear(router_input_ND.to(torch.float32), router_weight.to(torch.float32), bias)
 

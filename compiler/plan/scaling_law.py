@@ -113,6 +113,7 @@ def training_flops(parameters: float, tokens: float) -> float:
 
 
 def law_text(law: Law) -> str:
+    """A law as the JSON file that `moec search --law` reads."""
     return json.dumps(asdict(law), indent=2) + "\n"
 
 

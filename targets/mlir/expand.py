@@ -65,6 +65,7 @@ def dequantized(codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Te
 def expand_linear_q(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
 ) -> Tensor:
+    """`linear_q`: x [..., K] times codes [N, K] with scales [N, K / group_size] -> float32 [..., N]."""
     w = dequantized(codes, scales, bits, group_size)
     if int8_activations:
         q, scale = quantize_rows(x)
@@ -75,12 +76,14 @@ def expand_linear_q(
 
 
 def expand_embedding_q(ids: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    """`embedding_q`: ids [...] -> float32 [..., D], only the picked rows dequantized."""
     rows = ids.flatten()
     picked = dequantized(codes.index_select(0, rows), scales.index_select(0, rows), bits, group_size)
     return picked.reshape(*ids.shape, picked.shape[-1])
 
 
 def expand_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`rms_norm` over the last dimension, in float32; the result has the type of x."""
     value = x.to(torch.float32)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -89,6 +92,7 @@ def expand_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def expand_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rope`: x [1, T, H, d], cos and sin [T, d / 2]."""
     c, s = cos[None, :, None, :], sin[None, :, None, :]
     if interleaved:
         pairs = x.unflatten(-1, (-1, 2))
@@ -243,6 +247,7 @@ def expand_fused_moe(
     routing: str,
     experts: str,
 ) -> tuple[Tensor, Tap]:
+    """`fused_moe`: (y float32 [T, D], what a trace records). Every expert runs on every token."""
     how, what = Routing.parse(routing), Experts.parse(experts)
 
     def multiply(weight: Tensor, bias: Tensor | None) -> Batched:
@@ -319,6 +324,7 @@ def expand_fused_moe_q(
     group_size: int,
     int8_activations: bool,
 ) -> tuple[Tensor, Tap]:
+    """`fused_moe_q`: (y float32 [T, D], what a trace records). Every expert runs on every token."""
     how, what = Routing.parse(routing), Experts.parse(experts)
     form = (what.layout, bits, group_size, int8_activations)
     indices, weights, y = _routed(

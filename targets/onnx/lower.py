@@ -112,9 +112,9 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
     return LoweredFiles(
         (MODEL_FILE, DATA_FILE, *([GENAI_FILE] if for_genai else [])),
         sizes,
-        _details(model, c, program, options),
+        _details(model, c, options),
         digests={DATA_FILE: digest},
-        notes=_notes(program, options, c),
+        notes=_notes(program, options),
     )
 
 
@@ -141,7 +141,7 @@ def _counts(nodes: Iterable[NodeProto]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _details(model: ModelProto, c: Context, program: Program, options: Options) -> dict[str, Any]:
+def _details(model: ModelProto, c: Context, options: Options) -> dict[str, Any]:
     cache = "int8" if c.int8_cache else "fp32"
     computes = {"activations": "fp32", **({"kv_cache": "fp32"} if options.kv_cache == "fp32" else {})}
     return {
@@ -168,7 +168,7 @@ def _details(model: ModelProto, c: Context, program: Program, options: Options) 
     }
 
 
-def _notes(program: Program, options: Options, c: Context) -> tuple[str, ...]:
+def _notes(program: Program, options: Options) -> tuple[str, ...]:
     notes = []
     if any(n.target in QUANTIZED for n in program.graph.nodes):
         notes.append("activations are float32: products do not round them to INT8, whatever the spec says")

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moec.compiler.ops import Experts, Routing, fused_moe, fused_moe_q
-
-MOE = (fused_moe, fused_moe_q)
+from moec.compiler.ops import Experts, Routing, fused_moe_q
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ def operands(node: Node) -> dict[str, Any]:
 
 
 def form_of(node: Node) -> MoeForm:
+    """The attributes and sizes of a fused node, read from its operands."""
     given = operands(node)
     quantized = node.target is fused_moe_q
     what = Experts.parse(given["experts"])

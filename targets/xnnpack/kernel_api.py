@@ -306,10 +306,12 @@ def moe(config: Sequence[int], params: Sequence[float], tensors: MoeTensors, x: 
 
 
 def set_isa(name: str) -> None:
+    """Use the kernels of one instruction set, by a name of `available_isas`; KernelError where it is not available."""
     _check(library().moec_set_isa(name.encode()))
 
 
 def get_isa() -> str:
+    """The instruction set in use."""
     return library().moec_get_isa().decode()
 
 

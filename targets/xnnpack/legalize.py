@@ -14,7 +14,7 @@ def legalize_passes(options: Options) -> list[Pass]:
     return [
         pack_moe(),
         pack_linears(options),
-        pack_embeddings(options),
+        pack_embeddings(),
         delegate_linears(),
         Pass("legal", _legal, needs=Stage.FUSED, gives=Stage.LEGAL),
     ]

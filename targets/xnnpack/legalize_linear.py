@@ -30,10 +30,12 @@ EMBEDDINGS = (embedding_q, aten.embedding.default)
 
 
 def pack_linears(options: Options) -> Pass:
+    """Linears that our kernel serves (`kernel_of`) -> `linear_packed`."""
     return Pass("pack_linears", lambda program: _linears(program, options), needs=Stage.FUSED, gives=Stage.FUSED)
 
 
-def pack_embeddings(options: Options) -> Pass:
+def pack_embeddings() -> Pass:
+    """`embedding_q` and float tables -> `embedding_packed`."""
     return Pass("pack_embeddings", _embeddings, needs=Stage.FUSED, gives=Stage.FUSED)
 
 

@@ -19,6 +19,7 @@ from moec.targets.xnnpack.packed import Source, float_source, pack_into, quantiz
 
 
 def pack_moe() -> Pass:
+    """`fused_moe`, `fused_moe_q` -> `fused_moe_packed`: weights as the blobs that the kernel reads."""
     return Pass("pack_moe", _run, needs=Stage.FUSED, gives=Stage.FUSED)
 
 
@@ -42,7 +43,7 @@ def _rewrite(edit: Editor, node: Node) -> None:
     in_out = what.layout == "in_out"
     sources = _float_sources(given) if node.target is fused_moe else _quantized_sources(given, in_out)
     experts, d_model = (int(s) for s in given["router_weight"].meta["val"].shape)
-    width = _width(given, what, experts)
+    width = _width(given, what)
     halves = 2 if what.gated else 1
     transposed = in_out and node.target is fused_moe
 
@@ -111,7 +112,7 @@ def _quantized_sources(given: dict[str, Any], in_out: bool) -> dict[str, Source]
     return found
 
 
-def _width(given: dict[str, Any], what: Experts, experts: int) -> int:
+def _width(given: dict[str, Any], what: Experts) -> int:
     """F, from a down projection: [E, D, F] (out_in) or [E, F, D] (in_out), codes packed along the last dimension."""
     weight = given.get("w2", given.get("w2_codes"))
     shape = weight.meta["val"].shape  # type: ignore[union-attr]

@@ -68,18 +68,22 @@ def native_files(*, progress: Progress | None = None) -> NativeFiles:
 
 
 def kernels_library() -> Path:
+    """The kernel library, built on first use."""
     return native_files().kernels
 
 
 def runtime_library() -> Path:
+    """The runtime library, built on first use."""
     return native_files().runtime
 
 
 def runner_binary() -> Path:
+    """The command-line runner, built on first use."""
     return native_files().runner
 
 
 def cache_folder() -> Path:
+    """Where built libraries are kept: MOEC_NATIVE_DIR, or moec/native in the user's cache folder."""
     override = os.environ.get("MOEC_NATIVE_DIR")
     if override:
         return Path(override).expanduser().resolve()

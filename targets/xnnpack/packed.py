@@ -35,6 +35,7 @@ class Source:
 def quantized_source(
     codes: Node, scales: Node, *, bits: int, group_size: int, int8_activations: bool, axis_out: bool = False
 ) -> Source:
+    """Codes and scales of a weight [N, K] (`axis_out`: grouped along N), and the format they are packed in."""
     return Source(
         codes,
         scales,
@@ -49,6 +50,7 @@ def quantized_source(
 
 
 def float_source(weight: Node) -> Source:
+    """A float weight, in the default format."""
     return Source(weight, None, WeightFormat())
 
 
