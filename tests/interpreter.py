@@ -1,4 +1,7 @@
-"""Run a Program with torch: the reference for every rewrite. Weights are loaded once; caches live between calls."""
+"""Run a Program with torch: the tests' reference for every rewrite. Weights are loaded once; caches live between calls.
+
+It shares nothing with `moec.compiler.verify.interpret`, which is one of the things that tests check.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from moec.compiler.program import Program, Role
 
 
 class Interpreter:
-    """`interpreter(tokens, start_pos) -> logits`. Holds all weights in memory: for tests and small models."""
+    """`interpreter(tokens, start_pos) -> logits`. Holds all weights in memory: for small models."""
 
     def __init__(self, program: Program) -> None:
         self.program = program

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from moec.compiler.profile.experts import counts_array
 from moec.targets.xnnpack import native
 from moec.targets.xnnpack.session import CpuSession
 from tests.targets import runtime_model as m
-
-Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
