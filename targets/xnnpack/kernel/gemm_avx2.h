@@ -47,7 +47,9 @@ inline __m256i dot_signed(__m256i sum, __m256i w, __m256i magnitude, __m256i q) 
 template <int kKind, bool kVnni, int kM>
 inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_t block_bytes, const int8_t* q, int64_t stride,
                                                     __m256i (&sum)[2][kM]) {
-  __builtin_prefetch(codes + block_bytes);  // the next block, while this one is multiplied
+  // the next block, while this one is multiplied; for one token it is read once and needs no room in outer caches
+  constexpr int kLocality = kM == 1 ? 0 : 3;
+  __builtin_prefetch(codes + block_bytes, 0, kLocality);
   if (kKind == MOEC_INT4) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256i w[2] = {_mm256_and_si256(load256(codes), low), _mm256_and_si256(load256(codes + 32), low)};
@@ -67,7 +69,7 @@ inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_
     }
     return;
   }
-  __builtin_prefetch(codes + block_bytes + 64);
+  __builtin_prefetch(codes + block_bytes + 64, 0, kLocality);
   MOEC_UNROLL
   for (int part = 0; part < 2; ++part) {
     const __m256i w[2] = {load256(codes + 64 * part), load256(codes + 64 * part + 32)};

@@ -32,8 +32,10 @@ inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_
   MOEC_UNROLL
   for (int b = 0; b < kB; ++b) {
     const uint8_t* const p = codes + b * block_bytes;
-    __builtin_prefetch(p + kB * block_bytes);  // the next blocks, while these are multiplied
-    if (kKind == MOEC_INT8) __builtin_prefetch(p + kB * block_bytes + 64);
+    // the next blocks, while these are multiplied; for one token they are read once and need no room in outer caches
+    constexpr int kLocality = kM == 1 ? 0 : 3;
+    __builtin_prefetch(p + kB * block_bytes, 0, kLocality);
+    if (kKind == MOEC_INT8) __builtin_prefetch(p + kB * block_bytes + 64, 0, kLocality);
     if (kKind == MOEC_INT4) {
       const __m512i low = _mm512_set1_epi8(15);
       w[0][b] = _mm512_and_si512(load512(p), low);

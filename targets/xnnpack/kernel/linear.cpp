@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t kTokenTile = 48;         // rows that share one reading of a chunk of weights
 constexpr int64_t kChunkBytes = 96 << 10;  // of weights per unit of work: stays in the second-level cache
-constexpr int64_t kUnitsPerWorker = 6;     // enough to even out workers that run at different speeds
+// Of a matrix of a few hundred kB: each unit begins with a wait for its first bytes, and two still let a fast worker take
+// three of four. Six cost a fifth of the speed of a 768 x 768 matrix at one token.
+constexpr int64_t kUnitsPerWorker = 2;
 
 // Row blocks per unit of work.
 int64_t chunk_blocks(const Matrix& w, int64_t threads) {

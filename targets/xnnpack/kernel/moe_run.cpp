@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kMostTile = 48;                // rows of an expert that share one reading of its weights
 constexpr int64_t kRouterTile = 16;              // tokens routed together
 constexpr int64_t kNarrowPairsPerThread = 8;     // up to here rows of weights are shared out, above it whole experts
-constexpr int64_t kUnitsPerWorker = 6;
+constexpr int64_t kUnitsPerWorker = 2;
 constexpr int64_t kTileBytes = 3 << 20;          // activations of one worker's tile
 constexpr int64_t kChunkBytes = int64_t{48} << 20;  // of expert outputs awaiting their combination
 
