@@ -24,7 +24,7 @@ def build_corpus(
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PATH: a text file, a folder of them, or .jsonl with text, or prompt and response."),
+        typer.Option(help="NAME=PATH: a folder of text files, or .jsonl with text, or prompt and response."),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps downloads. Default: in the user's cache.")

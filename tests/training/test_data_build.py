@@ -214,6 +214,17 @@ def test_a_folder_without_text_and_a_file_that_is_not_utf8(tmp_path: Path) -> No
     assert parse_addition(f"a={tmp_path}") == ("a", tmp_path)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_domain_of_few_documents_does_not_hold_out_the_others(files: Path, seed: int) -> None:
+    """Its only document must not be held out, nor draw the cut that holds for all domains up to its own hash."""
+    book = files / "book.txt"
+    book.write_text(f"{seed} {sentence(200)}")
+    with pytest.raises(DataError, match="'book' has too few documents") as caught:
+        build(files / "few", [], cache=files / "cache", added={"notes": files / "notes", "book": book}, vocab_size=400)
+    assert "documents" in caught.value.remedy
+    assert not (files / "few").exists()
+
+
 # --- repetitions ------------------------------------------------------------------------------------------------------
 
 

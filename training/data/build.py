@@ -30,6 +30,7 @@ from moec.training.data.user import user_documents
 from moec.training.tokenizer import Coder, train_tokenizer
 
 HELDOUT_SHARE = 0.05
+_MOST_HELDOUT = 0.25  # of 20 documents the least hash is above it once in 300 times, of 5 once in 4
 _TOKENIZER_BYTES = 20_000_000  # more text does not change a small vocabulary
 _BATCH = 512  # documents tokenized at a time
 
@@ -65,7 +66,8 @@ def build(
 
     tokenizer: a tokenizer.json to use; else one of `vocab_size` ids is trained on the training split. limit_mb: about
     this much text in all, shared evenly by the domains, drawn without regard to order. A source that cannot be had
-    (no apt, no network) is left out and named under `left_out` in corpus.json; DataError when a domain has none left.
+    (no apt, no network) is left out and named under `left_out` in corpus.json; DataError when a domain has none left,
+    or has too few documents to be split.
     """
     progress = progress or Progress(quiet=True)
     added = dict(added or {})
@@ -85,8 +87,7 @@ def build(
         left_out: list[str] = []
         waiting = [_collect(name, Path(spool), cache, quota, left_out, progress) for name in dict.fromkeys(domains)]
         waiting += [_collect_user(name, path, Path(spool), quota, progress) for name, path in added.items()]
-        # every domain holds something out, and a group is held out in all domains or in none
-        cut = max([heldout_share, *(domain.least_hash for domain in waiting)])
+        cut = _cut(waiting, heldout_share)
         text = _tokenizer(waiting, cut, tokenizer, vocab_size, progress)
         coder = Coder.from_text(text)
         records = {}
@@ -194,6 +195,21 @@ def _drawn(read: Sequence[tuple[str, Iterable[Document]]], quota: float | None) 
                 shuffled.remove(pair)
             else:
                 yield pair[0], document
+
+
+def _cut(waiting: Sequence[_Domain], heldout_share: float) -> float:
+    """Groups whose hash is at most this are held out, in all domains or in none, so that every domain holds some out.
+
+    DataError naming a domain of so few documents that its share of all would have to be large, or that none is left.
+    """
+    cut = max([heldout_share, *(domain.least_hash for domain in waiting)])
+    for domain in sorted(waiting, key=lambda domain: -domain.least_hash):  # the one that draws the cut is at fault
+        if domain.least_hash > max(heldout_share, _MOST_HELDOUT) or next(_split(domain, cut, "train"), None) is None:
+            raise DataError(
+                f"domain {domain.name!r} has too few documents ({domain.documents}) to hold some out",
+                remedy="cut its text into 20 documents or more: files of a folder, or JSON lines",
+            )
+    return cut
 
 
 def _split(domain: _Domain, cut: float, split: str) -> Iterator[Document]:
