@@ -146,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"no {MANIFEST} in this folder", place=str(folder), remedy=_REMEDY) from None
     except OSError as error:
         raise ArtifactError(error.strerror or str(error), place=str(file)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"damaged: {_one_line(error)}", place=str(file), remedy=_REMEDY) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if version != FORMAT:

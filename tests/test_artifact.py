@@ -91,6 +91,7 @@ def flip(folder: Path, at: int = 100) -> None:
 DAMAGE = {
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "no manifest.json"),
     "not JSON": (lambda f: (f / MANIFEST).write_text("{"), "damaged"),
+    "nested too deeply": (lambda f: (f / MANIFEST).write_text("[" * 100_000), "damaged"),
     "not text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"), "damaged"),
     "not an object": (lambda f: (f / MANIFEST).write_text("[]"), "format None"),
     "a later format": (edit(lambda m: m.update(format=FORMAT + 1)), f"format {FORMAT + 1}"),

@@ -124,7 +124,7 @@ def load_law(file: Path) -> Law:
         raw = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", place=str(file), remedy=remedy) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError("is no JSON", place=str(file), remedy=remedy) from None
     try:
         numbers = {name: _number(raw, name) for name in (*COEFFICIENTS, "rmse")}

@@ -84,7 +84,7 @@ def _parse_lines(text: str, name: str) -> list[Prompt]:
         place = f"{name}:{number}"
         try:
             raw = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"not JSON: {error}", place=place, remedy="write one JSON object a line") from None
         if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
             raise UserError("no `text`", place=place, remedy='write lines such as {"domain": "code", "text": "..."}')

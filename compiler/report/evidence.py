@@ -65,7 +65,7 @@ def _read(file: Path, kind: str, artifact: Artifact) -> tuple[dict[str, Any] | N
         data = json.loads(file.read_text("utf-8"))
     except OSError as error:
         return None, f"cannot be read: {error.strerror}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error).splitlines()[0]}"
     if not isinstance(data, dict) or not _is_a(data, kind):
         return None, {"profile": "not a profile", "passes": "not a verification of a spec's passes"}.get(

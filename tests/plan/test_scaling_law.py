@@ -234,6 +234,7 @@ def test_laws_go_through_files(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
         ("[]", "is no scaling law"),
         ('{"A": 1}', "is no scaling law: 'delta'"),
         (law_text(PUBLISHED).replace("0.2388", "NaN"), "A is nan"),

@@ -41,6 +41,7 @@ def test_reads_json_lines_and_plain_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": 1}', "a.jsonl:2: no `text`"),
         ("a.jsonl", b"[1]", "a.jsonl:1: no `text`"),
         ("a.jsonl", b"{", "a.jsonl:1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
         ("a.jsonl", b'{"domain": "dummy", "text": "x"}', "'dummy' is no name of a domain"),
         ("a.txt", b"", "the prompt is empty"),
         ("a.txt", b"\xff\xfe", "not UTF-8 text"),

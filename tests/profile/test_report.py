@@ -113,6 +113,7 @@ def test_evidence_of_another_artifact_is_not_shown(moec: Moec, line: Path, page:
     [
         ("--profile", "{}", "not a profile"),
         ("--profile", "[", "not JSON"),
+        ("--profile", "[" * 100_000, "not JSON"),
         ("--verify", '{"kind": "passes", "checks": []}', "not a verification of an artifact"),
         ("--passes", '{"kind": "passes", "checks": [], "subject": "x"}', "about 'x', not 'mobilemoe-tiny'"),
     ],

@@ -211,9 +211,10 @@ def test_what_a_reader_sees_of_damage(tmp_path: Path) -> None:
         file.unlink()
         with pytest.raises(DataError, match="missing"):
             Corpus.open(corpus.folder).shard("web")
-        (corpus.folder / "corpus.json").write_text("{")
-        with pytest.raises(DataError, match="damaged"):
-            Corpus.open(corpus.folder)
+        for text in ("{", "[" * 100_000):
+            (corpus.folder / "corpus.json").write_text(text)
+            with pytest.raises(DataError, match="damaged"):
+                Corpus.open(corpus.folder)
 
 
 def test_a_large_vocabulary_takes_wide_tokens(tmp_path: Path) -> None:

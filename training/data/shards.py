@@ -73,7 +73,7 @@ class Corpus:
             index = json.loads(file.read_text("utf-8"))
         except FileNotFoundError:
             raise DataError(f"no corpus here (no {INDEX})", place=str(folder), remedy=_REMEDY) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"damaged: {str(error).splitlines()[0]}", place=str(file), remedy=_REMEDY) from None
         version = index.get("format") if isinstance(index, dict) else None
         if version != FORMAT:
