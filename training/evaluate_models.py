@@ -180,6 +180,20 @@ class HarnessModel(TemplateLM):
             return list(self._tokenizer.encode(string, add_special_tokens=False).ids)
         return encode_prompt(self._tokenizer, string, self._model.bos_id)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a question and of an answer, split where generating would split them.
+
+        The harness moves all white space at the question's end into the answer and then takes the answer to be what is
+        behind as many ids as the question alone has. Where `?` and a line end are one id, nothing or too little of the
+        answer is left. Here only spaces move, which belong to the word behind them.
+        """
+        question = context.rstrip(" ")
+        answer = context[len(question) :] + continuation
+        given, whole = self.tok_encode(question), self.tok_encode(question + answer)
+        if whole[: len(given)] == given:
+            return given, whole[len(given) :]
+        return given, self.tok_encode(answer, add_special_tokens=False)
+
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         pairs = [(list(context), list(continuation)) for _, context, continuation in requests]
         rows, counts = [], []
@@ -191,7 +205,7 @@ class HarnessModel(TemplateLM):
             counts.append(len(continuation))
         scored = self._model.scores(rows)
         return [
-            log_probabilities(logits[-count:], continuation)
+            log_probabilities(logits[len(logits) - count :], continuation)
             for logits, count, (_, continuation) in zip(scored, counts, pairs, strict=True)
         ]
 
@@ -231,10 +245,11 @@ class HarnessModel(TemplateLM):
         return [answers[place] for place in range(len(requests))]
 
 
-def log_probabilities(logits_TV: np.ndarray, ids_T: Sequence[int]) -> tuple[float, bool]:
+def log_probabilities(logits_TV: np.ndarray, ids: Sequence[int]) -> tuple[float, bool]:
     """The sum of log p(ids), float64, and whether each id was the likeliest. Row t of the logits predicts id t."""
     wide_TV = np.asarray(logits_TV, np.float64)
+    ids_T = np.asarray(ids, np.int64)  # an empty list is of floats otherwise
     top_T1 = wide_TV.max(axis=1, keepdims=True)
     total_T = np.log(np.exp(wide_TV - top_T1).sum(axis=1)) + top_T1[:, 0]
-    chosen_T = wide_TV[np.arange(len(ids_T)), np.asarray(ids_T)]
-    return float((chosen_T - total_T).sum()), bool((wide_TV.argmax(axis=1) == np.asarray(ids_T)).all())
+    chosen_T = wide_TV[np.arange(len(ids_T)), ids_T]
+    return float((chosen_T - total_T).sum()), bool((wide_TV.argmax(axis=1) == ids_T).all())

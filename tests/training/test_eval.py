@@ -68,6 +68,23 @@ def test_log_probabilities_are_those_of_the_softmax() -> None:
     assert log_probabilities(logits, logits.argmax(1).tolist())[1]
 
 
+def test_an_empty_answer_is_certain() -> None:
+    assert log_probabilities(np.zeros((0, 50), np.float32), []) == (0.0, True)
+
+
+def test_an_answer_keeps_its_ids_behind_a_line_end() -> None:
+    # `?` and a line end are one id in many tokenizers, which left nothing of the answer
+    harness = HarnessModel(MODEL, CODER.tokenizer)
+    for question in ('the text "a b"?\n', "2 + 2?\n\n", "name it: ", "Is it so?", "  \n", ""):
+        for answer in ("5", "57", " five", "yes\nno", "\n"):
+            given, ids = harness._encode_pair(question, answer)
+            assert ids, (question, answer)
+            text = CODER.tokenizer.decode(given + ids, skip_special_tokens=True)
+            assert text == question + answer
+            moved = len(question) - len(question.rstrip(" "))
+            assert CODER.tokenizer.decode(ids) == question[len(question) - moved :] + answer
+
+
 def test_rows_of_a_batch_score_as_they_do_alone() -> None:
     rows = random_rows(1, 80, 7, 33, 7, 64, 2)
     together = list(MODEL.scores(rows))
