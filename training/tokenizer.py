@@ -36,6 +36,7 @@ BOS, EOS, START_HEADER, END_HEADER, END_OF_TURN = SPECIALS = (
 )
 _BOS_NAMES = (BOS, "<s>", "<bos>", "<|startoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
+_MOST = 1 << 20  # several times the largest vocabularies in use
 _LEAST = 256 + len(SPECIALS)  # every byte and the special tokens
 # Llama 3's pattern with single digits: contractions, words with one leading mark or space, a digit, marks, line ends
 _SPLIT = (
@@ -46,12 +47,14 @@ _SPLIT = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """The text of a `tokenizer.json` of at most `vocab_size` ids learned from `texts`; equal texts give equal files.
 
-    DataError if the vocabulary has no room for every byte and the special tokens.
+    DataError if the vocabulary has no room for every byte and the special tokens, or is beyond reason.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < _LEAST:
         raise DataError(f"a vocabulary of {vocab_size} is too small", remedy=f"use at least {_LEAST}")
+    if vocab_size > _MOST:
+        raise DataError(f"a vocabulary of {vocab_size} is too large", remedy=f"use at most {_MOST}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -103,7 +106,8 @@ class Coder:
         try:
             return Coder.from_text(file.read_text("utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot be read: {error}", place=str(file), remedy="name a tokenizer.json") from None
+            fault = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise DataError(f"cannot be read: {fault}", place=str(file), remedy="name a tokenizer.json") from None
 
     @property
     def vocab_size(self) -> int:

@@ -83,12 +83,10 @@ def inspect_corpus(
 
 def _show(folder: Path, as_json: bool) -> None:
     from moec.compiler.cli.output import emit_json, size, table
-    from moec.training.data.shards import SPLITS, Corpus
+    from moec.training.data.shards import Corpus
 
     corpus = Corpus.open(folder)
-    for domain in corpus.domains:
-        for split in SPLITS:
-            corpus.shard(domain, split)
+    corpus.check()
     if as_json:
         emit_json(corpus.index)
         return

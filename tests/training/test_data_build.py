@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,10 @@ def test_the_command_builds_and_inspects(files: Path, capsys: pytest.CaptureFixt
         (["--add", "x"], "NAME=PATH"),
         (["--add", "x=/nowhere"], "no such file"),
         (["--add", "../x=/"], "cannot name a domain"),
+        (["--add", "tasks=/"], "cannot name a domain"),
+        (["--add", "corpus.json=/"], "cannot name a domain"),
         (["--domains", "code", "--limit-mb", "0"], "a limit of"),
+        (["--domains", "code", "--limit-mb", "0.1", "--vocab-size", "99999999999999999999"], "too large"),
         (["--domains", "code", "--limit-mb", "0.1", "--vocab-size", "9"], "too small"),
         (["--domains", "code", "--tokenizer", "/nowhere"], "cannot be read"),
         (["--domains", ","], "no domain was asked for"),
@@ -182,6 +186,44 @@ def test_faults_are_one_line_and_leave_nothing(
     assert fault in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder, index: index["domains"]["notes"].pop("kind"),
+        lambda folder, index: index["domains"]["notes"].update(kind=["text"]),
+        lambda folder, index: index["domains"]["notes"].pop("sources"),
+        lambda folder, index: index["domains"]["notes"].update(sources=[3]),
+        lambda folder, index: index["domains"]["notes"]["sources"][0].pop("licence"),
+        lambda folder, index: index["domains"]["notes"].update(train=[]),
+        lambda folder, index: index["domains"]["notes"].update(bytes="many"),
+        lambda folder, index: index["domains"].update(notes=1),
+        lambda folder, index: index.update(left_out=5),
+        lambda folder, index: (folder / "tokenizer.json").unlink(),
+        lambda folder, index: (folder / "tokenizer.json").write_text("{}"),
+    ],
+)
+def test_inspect_names_what_is_damaged(
+    damage: Callable[[Path, dict[str, Any]], object], files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(files).folder
+    assert run(["data", "inspect", str(folder)]) == 0
+    index = json.loads((folder / "corpus.json").read_text())
+    damage(folder, index)
+    (folder / "corpus.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    assert run(["data", "inspect", str(folder)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert str(folder) in output.err
+    assert "moec data build" in output.err
+
+
+def test_inspect_of_a_file_is_one_line_with_a_remedy(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "inspect", str(files / "sums.jsonl")]) == 2
+    assert "no corpus here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

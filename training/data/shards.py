@@ -29,6 +29,7 @@ from moec.compiler.errors import UserError
 FORMAT = 1
 INDEX = "corpus.json"
 TOKENIZER = "tokenizer.json"
+TASKS = "tasks"  # the folder of evaluation tasks
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 Kind = Literal["text", "instruction"]
@@ -71,7 +72,7 @@ class Corpus:
         file = folder / INDEX
         try:
             index = json.loads(file.read_text("utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"no corpus here (no {INDEX})", place=str(folder), remedy=_REMEDY) from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"damaged: {str(error).splitlines()[0]}", place=str(file), remedy=_REMEDY) from None
@@ -112,6 +113,23 @@ class Corpus:
             self._shards[domain, split] = self._map(domain, split)
         return self._shards[domain, split]
 
+    def check(self) -> None:
+        """DataError unless the index holds all that a corpus says of itself, and agrees with shards and tokenizer."""
+        for name, record in self.index["domains"].items():
+            wrong = _wrong_record(record)
+            if wrong:
+                raise DataError(f"damaged: {wrong} of domain {name!r}", place=str(self.folder / INDEX), remedy=_REMEDY)
+            for split in SPLITS:
+                self.shard(name, split)
+        if not isinstance(self.index.get("left_out", []), list):
+            raise DataError("damaged: left_out", place=str(self.folder / INDEX), remedy=_REMEDY)
+        try:
+            digest = hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            raise DataError("the file is missing", place=str(self.tokenizer_file), remedy=_REMEDY) from None
+        if digest != self.index.get("tokenizer_sha256"):
+            raise DataError("not the tokenizer of these tokens", place=str(self.tokenizer_file), remedy=_REMEDY)
+
     def _require(self, domain: str) -> None:
         if domain not in self.index["domains"]:
             known = ", ".join(self.domains) or "none"
@@ -135,6 +153,30 @@ class Corpus:
         if wrong:
             raise DataError("damaged: its files and corpus.json disagree", place=str(base), remedy=_REMEDY)
         return Shard(tokens_N, starts, mask_N)
+
+
+_SOURCE_KEYS = ("name", "client", "package", "licence", "url")
+
+
+def _wrong_record(record: Any) -> str:
+    """Which part of a domain's record in the index is not what it should be; empty if none."""
+    if not isinstance(record, dict):
+        return "the record"
+    if record.get("kind") not in ("text", "instruction"):
+        return "kind"
+    if not all(isinstance(record.get(split), dict) for split in SPLITS):
+        return "train or heldout"
+    if not isinstance(record.get("bytes", 0), int):
+        return "bytes"
+    sources = record.get("sources")
+    if not isinstance(sources, list):
+        return "sources"
+    for source in sources:
+        if not isinstance(source, dict) or not isinstance(source.get("documents"), int):
+            return "sources"
+        if not all(isinstance(source.get(key), str) for key in _SOURCE_KEYS):
+            return "sources"
+    return ""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -195,9 +237,10 @@ class ShardWriter:
 def check_domain_name(name: str) -> None:
     """DataError unless `name` can be a folder and a key of a mixture."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
-        raise DataError(
-            f"{name!r} cannot name a domain", remedy="use up to 64 letters, digits, _ . - and begin with a letter"
-        )
+        remedy = "use up to 64 letters, digits, _ . - and begin with a letter or a digit"
+        raise DataError(f"{name!r} cannot name a domain", remedy=remedy)
+    if name in (INDEX, TOKENIZER, TASKS):
+        raise DataError(f"{name!r} cannot name a domain: the corpus has that", remedy="use another name")
 
 
 def write_tokens(

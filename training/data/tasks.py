@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from moec.training.data.document import Document
+from moec.training.data.shards import TASKS
 from moec.training.tokenizer import END_OF_TURN, Coder
 
-FOLDER = "tasks"
+FOLDER = TASKS
 _TEXTS, _TEXT_LENGTH = 40, 1500  # documents of a perplexity task, characters of each
 _QUESTIONS = 240
 _CHOICES, _CHOICE_LENGTH = 4, 200
