@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from moec.compiler.spec.training import Optimizer, Schedule, TrainingStage
+from moec.compiler.spec.training import Balancing, Optimizer, Schedule, TrainingStage
 from moec.training.model import TrainingDecoder
 from moec.training.parallel import World
 
@@ -23,6 +23,11 @@ def learning_rate(schedule: Schedule, tokens: int, total: int) -> float:
     fraction = min(1.0, (tokens - schedule.warmup) / max(1, total - schedule.warmup))
     fall = fraction if schedule.shape == "linear" else 0.5 * (1 - math.cos(math.pi * fraction))
     return schedule.peak * (1 - (1 - schedule.final) * fall)
+
+
+def bias_rate(balancing: Balancing, tokens: int, total: int) -> float:
+    """How far the selection biases move in the step that ends with `tokens` of `total` tokens seen."""
+    return balancing.update_rate * (1 - (1 - balancing.final) * min(1.0, tokens / total))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from moec.compiler.spec.training import TrainingStage
 from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.shards import Corpus
 from moec.training.model import Forward, TrainingDecoder
-from moec.training.optimizer import Updates, balance
+from moec.training.optimizer import Updates, balance, bias_rate
 from moec.training.parallel import World, reshard, shared_state
 
 
@@ -92,7 +92,7 @@ class Trainer:
         self.done += 1
         norm = self.updates.step(self.tokens)
         if stage.balancing.kind == "bias" and load_LE.numel():
-            balance(self.model, load_LE, stage.balancing.update_rate)
+            balance(self.model, load_LE, bias_rate(stage.balancing, self.tokens, stage.tokens))
         return {
             "stage": stage.name,
             "step": self.done,

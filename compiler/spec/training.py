@@ -53,10 +53,15 @@ class Dispatch(Section):
 
 
 class Balancing(Section):
-    """Auxiliary-loss-free balancing (Wang et al. 2024): the selection bias moves by `update_rate` per step."""
+    """Auxiliary-loss-free balancing (Wang et al. 2024): the selection bias moves by `update_rate` per step.
+
+    The rate falls linearly to `final * update_rate` over the stage: short runs need a fast rate to balance at all, and
+    biases that keep moving as fast swing about the balance.
+    """
 
     kind: Literal["bias", "none"] = "bias"
     update_rate: Rate = 1e-3
+    final: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class TrainingStage(Section):

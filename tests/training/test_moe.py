@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.compiler.spec import MoeConfig
+from moec.compiler.spec.training import Balancing
 from moec.training.dispatch import capacity, from_rows, plan, to_rows
 from moec.training.experts import COMPUTES, expert_products
 from moec.training.moe import MoeBlock
-from moec.training.optimizer import balance
+from moec.training.optimizer import balance, bias_rate
 from tests.training.small import config_of, model_of, random_weights
 
 
@@ -190,6 +191,15 @@ def test_balancing_evens_the_load() -> None:
     indices, weights = block.route(block.router(x))
     scores = block.router(x).sigmoid().gather(-1, indices)
     torch.testing.assert_close(weights, 2.5 * scores / scores.sum(-1, keepdim=True), atol=1e-6, rtol=1e-6)
+
+
+def test_balancing_slows_down() -> None:
+    steady, slowing = Balancing(update_rate=0.01), Balancing(update_rate=0.01, final=0.1)
+    assert [bias_rate(steady, tokens, 1000) for tokens in (0, 500, 1000)] == [0.01] * 3
+    # (1 - 0.9 f) * 0.01 at f of the stage; rounding of a few float64 operations
+    assert [bias_rate(slowing, tokens, 1000) for tokens in (0, 500, 1000, 1200)] == pytest.approx(
+        [0.01, 0.0055, 0.001, 0.001], rel=1e-12
+    )
 
 
 def test_balancing_moves_by_the_sign() -> None:
