@@ -174,6 +174,8 @@ def _check_file(file: Path, record: FileRecord) -> None:
             head = stream.read(_HEAD_BYTES)
     except FileNotFoundError:
         raise ArtifactError("the file is missing", place=str(file), remedy=_REMEDY) from None
+    except IsADirectoryError:
+        raise ArtifactError("is a folder, not a file", place=str(file), remedy=_REMEDY) from None
     except OSError as error:
         raise ArtifactError(error.strerror or str(error), place=str(file)) from error
     if size != record.bytes:
@@ -213,7 +215,10 @@ def replacing(out: Path, *, marker: str = MANIFEST, kind: str = "an artifact") -
     _check_replaceable(out, marker, kind)
     temporary = out.parent / f".{out.name}{_TEMPORARY}{os.getpid()}"
     with _disk_faults(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{out.parent} is no folder", place=str(out), remedy="choose another --out") from None
         _remove_stale(out)
         try:
             temporary.mkdir()

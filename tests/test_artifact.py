@@ -99,6 +99,7 @@ DAMAGE = {
     "a wrong type": (edit(lambda m: m["model"].update(context="many")), r"model\.context"),
     "a key too many": (edit(lambda m: m.update(extra=1)), "extra"),
     "a file outside": (edit(lambda m: m["files"][0].update(name="../x")), "file name"),
+    "a folder as program": (lambda f: ((f / "model.pte").unlink(), (f / "model.pte").mkdir()), "compile it again"),
     "no program": (lambda f: (f / "model.pte").unlink(), "missing"),
     "truncated": (cut, "truncated: 1000 bytes"),
     "too long": (lambda f: (f / "model.pte").open("ab").write(b"x"), "too long"),

@@ -86,7 +86,8 @@ def _token_ids(file: Path) -> tuple[int, ...]:
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", place=str(file), remedy="give a file of token ids") from None
+        fault = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(fault, place=str(file), remedy="give a file of token ids") from None
     words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
     wrong = [word for word in words if not word.isdecimal()]
     if wrong or not words:

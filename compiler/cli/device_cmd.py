@@ -126,10 +126,11 @@ def measure(
 
     Example: [bold]moec device measure --out this-machine.yaml[/bold]
     """
-    from moec.compiler.cli.output import emit_json, write_text
+    from moec.compiler.cli.output import check_writable, emit_json, write_text
     from moec.compiler.plan.measured import device_yaml
     from moec.compiler.progress import Progress
 
+    check_writable(out)
     made = measured_device(name, threads, rounds, Progress())
     if out is not None:
         comment = f"Measured by `moec device measure --rounds {rounds}`: the best round, and all rounds as the spread."

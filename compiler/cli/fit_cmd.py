@@ -29,11 +29,12 @@ def fit(
 
     Example: [bold]moec fit runs.csv --bootstrap 500 --out law.json[/bold]
     """
-    from moec.compiler.cli.output import emit_json, write_text
+    from moec.compiler.cli.output import check_writable, emit_json, write_text
     from moec.compiler.plan.fit import fit as run
     from moec.compiler.plan.fit import read_runs
     from moec.compiler.plan.scaling_law import law_text
 
+    check_writable(out)
     table = read_runs(runs)
     found = run(table, bootstrap=bootstrap, seed=seed, source=f"fit to {runs.name}, {len(table)} runs")
     if out is not None:

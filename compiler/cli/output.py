@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,20 @@ def json_text(value: Any) -> str:
 
 def emit_json(value: Any) -> None:
     print(json_text(value))
+
+
+def check_writable(*files: Path | None) -> None:
+    """UserError naming the first file that could not be written, before work is spent on it. None and `-` are none."""
+    for file in files:
+        if file is None or str(file) == "-":
+            continue
+        if file.is_dir():
+            raise UserError("is a folder", place=str(file), remedy="choose another file")
+        above = next(folder for folder in file.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"cannot be written: {above} is no folder", place=str(file), remedy="choose another file")
+        if not os.access(file if file.exists() else above, os.W_OK):
+            raise UserError("cannot be written: no permission", place=str(file), remedy="choose another file")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -56,6 +56,7 @@ def profile(
       [bold]moec profile build/s --adb --runner build/android --dry-run[/bold]
     """
     from moec.compiler.artifact import Artifact
+    from moec.compiler.cli.output import check_writable
     from moec.compiler.profile.measure import measure, report
     from moec.compiler.profile.settings import Settings, parse_contexts, plan_runs
     from moec.compiler.progress import Progress
@@ -63,6 +64,7 @@ def profile(
     on_device = adb or serial is not None
     if (dry_run or runner is not None) and not on_device:
         raise UserError(f"{'--dry-run' if dry_run else '--runner'} is for devices", remedy="add --adb")
+    check_writable(json_file)
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
     opened = Artifact.open(artifact)
     target = _profiling_of(opened)

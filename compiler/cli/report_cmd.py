@@ -40,11 +40,13 @@ def report(
 
     Example: [bold]moec profile build/s --json build/s.profile.json; moec report build/s --device galaxy-s25[/bold]
     """
+    from moec.compiler.cli.output import check_writable
     from moec.compiler.progress import Progress
 
     page = out if out is not None else path.parent / f"{path.resolve().name}.report.html"
     if page.is_dir():
         raise UserError("is a folder", place=str(page), remedy="name an .html file with --out")
+    check_writable(page)
     if (path / RUN).is_file():
         for option, value in (("--device", device), ("--profile", profile), ("--verify", verify), ("--passes", passes)):
             if value is not None:

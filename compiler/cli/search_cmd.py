@@ -42,7 +42,7 @@ def search(
     """
     import sys
 
-    from moec.compiler.cli.output import emit_json, write_text
+    from moec.compiler.cli.output import check_writable, emit_json, write_text
     from moec.compiler.plan.devices import check_runs, load_device
     from moec.compiler.plan.scaling_law import PUBLISHED, load_law
     from moec.compiler.plan.search import Limits
@@ -51,6 +51,7 @@ def search(
     from moec.compiler.plan.searched import plot as draw
     from moec.compiler.spec.targets import footprint_of, options_class
 
+    check_writable(out)
     _check_positive(
         {
             "--train-tokens": train_tokens,

@@ -47,9 +47,11 @@ def verify(
     Examples: [bold]moec verify build/s --json report.json[/bold],
     [bold]moec verify build/tiny --against onnx,mlir,metal[/bold]
     """
+    from moec.compiler.cli.output import check_writable
     from moec.compiler.errors import UserError
     from moec.compiler.progress import Progress
 
+    check_writable(json_file, junit_file)
     progress = Progress(quiet=quiet)
     if path.is_file():
         from moec.compiler.spec import load_spec
@@ -155,10 +157,16 @@ def _read(text: Path | None) -> str | None:
 
     if text is None:
         return None
+    remedy = "name a text file in UTF-8"
     try:
-        return text.read_text("utf-8")
+        read = text.read_text("utf-8")
     except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", place=str(text)) from None
+        raise UserError("not UTF-8 text", place=str(text), remedy=remedy) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", place=str(text), remedy=remedy) from None
+    if not read.strip():
+        raise UserError("there is no token in the text to verify with", place=str(text), remedy="give a longer text")
+    return read
 
 
 def _show(report: Report, json_file: Path | None, junit_file: Path | None) -> None:
