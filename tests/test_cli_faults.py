@@ -74,3 +74,16 @@ def test_a_file_of_ids_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixtu
         _token_ids(tmp_path / "none")
     assert str(caught.value).count("none") == 1
     assert "Errno" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("device", "fault"), [("gpu0", "'gpu0' is not known"), ("cuda", "has no CUDA")])
+def test_a_device_to_train_on_is_checked_before_the_work(
+    device: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    spec, out = "specs/models/mobilemoe-nano.yaml", tmp_path / "run"
+    assert run(["train", spec, "--data", str(tmp_path / "none"), "--out", str(out), "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+    assert not out.exists()

@@ -38,12 +38,19 @@ def train_spec(
     In 4 processes: [bold]python -m torch.distributed.run --nproc-per-node 4 -m moec.compiler.cli.main train SPEC[/bold]
     """
     from moec.compiler.cli.output import emit_json, table
+    from moec.compiler.errors import UserError
     from moec.compiler.progress import Progress
     from moec.compiler.spec import load_spec
 
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device!r} is not known", remedy="use cpu or cuda")
     loaded = load_spec(spec)
-    from moec.training.run import train  # torch: seconds, which a fault in the spec need not wait for
+    import torch  # seconds, which a fault in the spec need not wait for
 
+    from moec.training.run import train
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA that torch can use", remedy="use --device cpu")
     result = train(
         loaded,
         data=data,
