@@ -1,5 +1,5 @@
 # Everything here works in a fresh clone: each target sets up what it needs, once.
-#   make demo         synthesize, compile, verify and run a small model
+#   make demo         train a small model on real text, compile, verify and prompt it
 #   make test         the tests that take seconds;  make test-slow  the others
 #   make lint         ruff and mypy
 # Variables: PYTHON (3.11 to 3.13), TORCH_INDEX (an extra index for torch's CPU wheel), EXTRAS, TEST_EXTRAS, PYTEST_ARGS.
@@ -55,14 +55,18 @@ $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
 	$(BIN)/python -m moec.targets.xnnpack.native build
 	@touch $@
 
+# text of the running Python's own library: nothing is downloaded. What is there already is not done again.
 DEMO := $(BUILD)/demo
+DEMO_SPEC := specs/models/mobilemoe-tiny.yaml
 demo: setup
-	$(MOEC) checkpoint synthesize specs/models/mobilemoe-tiny.yaml --out $(DEMO)/checkpoint --seed 1 --qat
-	$(MOEC) compile specs/models/mobilemoe-tiny.yaml --checkpoint $(DEMO)/checkpoint --out $(DEMO)/artifact
+	@test -e $(DEMO)/corpus/corpus.json || { set -x; \
+	  $(MOEC) data build --out $(DEMO)/corpus --domains code --vocab-size 4096; }
+	$(MOEC) train $(DEMO_SPEC) --data $(DEMO)/corpus --out $(DEMO)/run $$(test ! -e $(DEMO)/run/run.json || echo --resume)
+	$(MOEC) compile $(DEMO_SPEC) --checkpoint $(DEMO)/run/qat --out $(DEMO)/artifact
 	$(MOEC) inspect $(DEMO)/artifact
 	$(MOEC) verify $(DEMO)/artifact --json $(DEMO)/verify.json
-	$(MOEC) run $(DEMO)/artifact --prompt "The capital of France is" --max-new-tokens 32
-	$(MOEC) run $(DEMO)/artifact --prompt "def fibonacci(n):" --max-new-tokens 32 --temperature 0.8 --top-p 0.95 --seed 7
+	$(MOEC) run $(DEMO)/artifact --prompt "    def __init__(self" --max-new-tokens 64
+	$(MOEC) run $(DEMO)/artifact --prompt "class Connection" --max-new-tokens 96 --temperature 0.7 --top-p 0.9 --seed 7
 
 test: setup $(TESTABLE)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)

@@ -179,8 +179,15 @@ def heldout_table(run: Run) -> list[dict[str, Any]]:
 
 
 def balance_table(run: Run) -> list[dict[str, Any]]:
-    """Means over the last tenth of each stage's lines, and of the control's, at the same steps of pre-training."""
-    rows = [_balance(stage, [s for s in run.steps if s["stage"] == stage]) for stage in run.bounds]
+    """Means over the last tenth of each stage's lines, and of the control's, at the same steps of pre-training.
+
+    `heldout`: busiest expert over the mean on held-out text in the stage's mixture, at its end, of the worst layer. One
+    batch is a few dozen rows of text, whose topics make its load uneven; the held-out text has many.
+    """
+    rows = [
+        _balance(stage, [s for s in run.steps if s["stage"] == stage]) | {"heldout": _heldout_load(run, stage)}
+        for stage in run.bounds
+    ]
     control = run.measured.get("control") or []
     if control:
         reached = {line["step"] for line in control}
@@ -199,7 +206,21 @@ def _balance(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
         "dropped": float(np.mean([line["dropped_fraction"] for line in tail])),
         "mean": float(load_SL.mean()),
         "worst": float(load_SL.mean(axis=0).max()),
+        "heldout": None,
     }
+
+
+def _heldout_load(run: Run, stage: str) -> float | None:
+    own = [line["expert_load"] for line in run.evaluations if line["stage"] == stage and line.get("expert_load")]
+    if not own:
+        return None
+    names, counts_DLE = from_loads(own[-1])
+    mixture = next(s["mixture"] for s in run.record["spec"]["training"]["stages"] if s["name"] == stage)
+    share_D = np.asarray([mixture.get(name, 0.0) for name in names])
+    if not share_D.any():
+        return None
+    p_LE = np.tensordot(share_D / share_D.sum(), frequencies(counts_DLE), axes=1)
+    return float((p_LE.max(axis=-1) / p_LE.mean(axis=-1)).max())
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:

@@ -177,6 +177,17 @@ def test_what_was_measured_is_shown(folder: Path) -> None:
     assert rows[-2]["dropped"] == pytest.approx((0.1 + 0.05) / 2)
 
 
+def test_the_held_out_load_has_the_mixture_of_its_stage(folder: Path) -> None:
+    rows = {row["name"]: row for row in balance_table(read_run(folder))}
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "expert_load" in line]
+    loads = {line["stage"]: line["expert_load"] for line in last}  # the last of each stage stays
+    p = {d: np.asarray(c, float) / np.sum(c, axis=-1, keepdims=True) for d, c in loads["pretrain"].items()}
+    mixed_LE = 0.75 * p["web"] + 0.25 * p["code"]
+    assert rows["pretrain"]["heldout"] == pytest.approx((4 * mixed_LE).max(), rel=1e-12)  # 4 experts: the mean is 1/4
+    chat_LE = np.asarray(loads["sft"]["chat"], float)
+    assert rows["sft"]["heldout"] == pytest.approx((chat_LE.max(-1) / chat_LE.mean(-1)).max(), rel=1e-12)
+
+
 def test_tables_hold_the_first_and_the_last(folder: Path) -> None:
     first, second = heldout_table(read_run(folder))
     assert first["shares"] == {"web": 0.75, "code": 0.25}
