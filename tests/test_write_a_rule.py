@@ -31,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "passes", tmp_path / "passes", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "src" / "moec" / "passes").symlink_to(tmp_path / "passes")
     (tmp_path / "tests" / "passes").mkdir(parents=True)
-    for file in ("harness.py", "passes/moe_zoo.py"):
+    for file in ("harness.py", "interpreter.py", "passes/moe_zoo.py"):
         shutil.copy(ROOT / "tests" / file, tmp_path / "tests" / file)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path

@@ -237,6 +237,8 @@ def _owned(out: Path, world: World) -> Iterator[None]:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not (out / RUN).exists() and any(file.name != ".lock" for file in out.iterdir()):
+            raise UserError("holds something that is not a run", place=str(out), remedy="choose another --out")
         lock = (out / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", place=str(out), remedy="choose another --out") from None

@@ -274,6 +274,13 @@ def test_divergence_is_said(corpus: Corpus, tmp_path: Path) -> None:
         train(spec, data=corpus, out=tmp_path / "out", threads=1)
 
 
+def test_a_folder_of_something_else_is_left_alone(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds something that is not a run; choose another --out"):
+        train(spec_of(PRETRAIN), data=corpus, out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_two_runs_in_one_folder(corpus: Corpus, tmp_path: Path) -> None:
     import fcntl
 
