@@ -3,9 +3,11 @@
 *Which domain.* Rows are numbered through the whole run; a fixed pattern of domains, as even as the shares allow,
 repeats along them. Row i of all rows is row k of its domain, and k is a count in that pattern, not a state.
 
-*Text.* In every epoch the documents of a domain are put end to end in an order drawn from (seed, domain, epoch). Row k
-holds the tokens k*T to (k+1)*T of that endless stream, so each document is read once an epoch, whole. The last token of
-a document (EOS) has no target: nothing is predicted across documents.
+*Text.* In every epoch the documents of a domain are put end to end in an order drawn from (seed, domain, epoch), cut
+into rows of T tokens, and the rows are read in an order drawn likewise: the rows of one batch come from many
+documents. Read in sequence, a long document would fill whole batches, and experts cannot be balanced on a single file.
+What remains at the end of an epoch, less than a row, is not read in it. The last token of a document (EOS) has no
+target: nothing is predicted across documents.
 
 *Instructions.* Whole examples are packed into rows once (drawn from the seed), and the rows are reordered every epoch.
 Only tokens of responses are targets. What is left of a row is padding: EOS, no target, a document of its own.
@@ -163,31 +165,42 @@ def _stream(corpus: Corpus, domain: str, split: str, context: int, seed: int) ->
 
 
 class _RunningText:
-    """Documents end to end, cut into rows."""
+    """Documents end to end, cut into rows. Text shorter than a row is repeated without end, in ever new order."""
 
     skipped = 0
 
     def __init__(self, shard: Shard, domain: str, context: int, seed: int, eos_id: int) -> None:
         self._shard, self._context, self._eos_id = shard, context, eos_id
         self._length = int(shard.starts[-1])
-        self.rows_per_epoch = self._length / context
+        whole = self._length // context
+        self.rows_per_epoch = whole or self._length / context
         self.epoch_rows = -(-self._length // context)
         self._epoch = lru_cache(maxsize=2)(lambda epoch: self._order(_key(domain), seed, epoch))
+        # epochs of documents and of rows draw from different words: 2e and 2e + 1 of one sequence
+        self._rows = lru_cache(maxsize=2)(lambda epoch: _permutation(whole, seed, _key(domain), 2 * epoch + 1))
+        self._whole = whole
 
     def _order(self, key: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in order, and where each begins in the epoch's stream."""
-        order = _permutation(self._shard.documents, seed, key, epoch)
+        order = _permutation(self._shard.documents, seed, key, 2 * epoch)
         ends = np.cumsum(self._shard.lengths[order])
         return order, ends - self._shard.lengths[order]
+
+    def _begin(self, k: int, *, once: bool) -> int:
+        """Where row k begins in the endless stream of epochs."""
+        if once or not self._whole:
+            return k * self._context
+        epoch, place = divmod(k, self._whole)
+        return epoch * self._length + int(self._rows(epoch)[place]) * self._context
 
     def row(self, k: int, *, once: bool = False) -> _Row:
         tokens = np.full(self._context, self._eos_id, np.int64)
         targets = np.zeros(self._context, np.int64)
         mask = np.zeros(self._context, np.float32)
         documents = np.zeros(self._context, np.int32)
-        filled, number = 0, 0
+        filled, number, begin = 0, 0, self._begin(k, once=once)
         while filled < self._context:
-            epoch, offset = divmod(k * self._context + filled, self._length)
+            epoch, offset = divmod(begin + filled, self._length)
             if once and epoch > 0:  # the end of an evaluation: padding, as a document of its own
                 documents[filled:] = number
                 break
