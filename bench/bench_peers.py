@@ -251,8 +251,9 @@ def main() -> int:
     for result in results:
         show(result)
     report = {"machine": platform.processor() or platform.machine(), "isa": options.isa, "models": results}
-    (options.out / "peers.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(results, options.out / "peers.png")
+    stem = "peers" if options.isa == "native" else f"peers-{options.isa}"
+    (options.out / f"{stem}.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(results, options.out / f"{stem}.png")
     return 0
 
 

@@ -52,7 +52,7 @@ def read_run(folder: Path) -> Run:
     for number, line in enumerate(raw, 1):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(raw) and not line.endswith(b"\n"):
                 break
             raise ReportError("damaged", place=f"{file}:{number}", remedy="restore it, or train again") from None
@@ -73,7 +73,7 @@ def _json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise ReportError(f"no {file.name} here", place=str(file.parent), remedy="name a training run") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"damaged: {str(error).splitlines()[0]}", place=str(file)) from None
     if not isinstance(found, dict):
         raise ReportError("damaged: not an object", place=str(file))

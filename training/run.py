@@ -191,12 +191,14 @@ def _check(plan: _Plan) -> None:
             raise SpecError(
                 f"stage {stage.name} has rows of {stage.context} tokens, the model's context is {plan.model.context}",
                 place=place,
+                remedy="lower the stage's context, or raise the model's",
             )
         missing = [domain for domain, share in stage.mixture.items() if share > 0 and domain not in corpus.domains]
         if missing:
             raise SpecError(
                 f"stage {stage.name} wants domain {missing[0]!r}, the corpus has {', '.join(corpus.domains)}",
                 place=place,
+                remedy="change the stage's mixture, or build a corpus with that domain",
             )
         if stage.quantization == "from_spec":
             _check_rounding(plan, stage)
@@ -288,12 +290,16 @@ class _Run:
             raise UserError(what, place=place, remedy="continue it with --resume, or choose another --out")
         if plan.stage is not None and unfinished and plan.stage != position.stage:
             raise UserError(f"stage {position.stage} is not finished", place=place, remedy="continue it with --resume")
-        before = read_json(file)
+        try:
+            before = read_json(file)
+            digests, seed = dict(before["digests"]), before["seed"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
         for key, what in (("training", "the spec"), ("corpus", "the corpus"), ("tokenizer", "the tokenizer")):
-            if before["digests"][key] != record["digests"][key]:
+            if digests.get(key) != record["digests"][key]:
                 raise UserError(f"{what} has changed since the run began", place=place, remedy="choose another --out")
-        if before["seed"] != record["seed"]:
-            raise UserError(f"the run began with seed {before['seed']}", place=place, remedy="continue it with that")
+        if seed != record["seed"]:
+            raise UserError(f"the run began with seed {seed}", place=place, remedy="continue it with that")
         return position
 
     def _stage(self, stage: TrainingStage, position: Position | None, finished: tuple[StageResult, ...]) -> StageResult:

@@ -72,7 +72,7 @@ class StateStore:
             return Position(**raw)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
 
     def save(self, position: Position, tensors: dict[str, Tensor] | None = None) -> None:

@@ -231,7 +231,7 @@ def test_continued_with_something_else(whole: RunResult, corpus: Corpus, tmp_pat
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"mixture": {"poetry": 1}}, {}, "stage pretrain wants domain 'poetry', the corpus has web, code, chat"),
+        ({"mixture": {"poetry": 1}}, {}, "pretrain wants domain 'poetry', the corpus has web, code, chat; change"),
         ({"context": 90, "batch_tokens": 90}, {}, "rows of 90 tokens, the model's context is 80"),
         ({}, {"stage": "midtrain"}, "the spec has no stage 'midtrain'; it has pretrain"),
         ({}, {"init": "/nowhere"}, "no such checkpoint folder"),
@@ -292,7 +292,7 @@ def test_two_runs_in_one_folder(corpus: Corpus, tmp_path: Path) -> None:
             train(spec_of(PRETRAIN), data=corpus, out=out)
 
 
-@pytest.mark.parametrize("damage", ["latest.json", ".metadata", ".distcp"])
+@pytest.mark.parametrize("damage", ["run.json", "latest.json", ".metadata", ".distcp"])
 def test_a_damaged_state(damage: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, step = tmp_path / "run", Trainer.step
 
@@ -305,7 +305,7 @@ def test_a_damaged_state(damage: str, corpus: Corpus, tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeError, match="stopped"):
         train(spec_of(PRETRAIN | {"tokens": 99999}), data=corpus, out=out, threads=1)
     monkeypatch.undo()
-    victim = next(p for p in sorted((out / "state").rglob("*")) if p.name.endswith(damage))
+    victim = next(p for p in sorted(out.rglob("*")) if p.name.endswith(damage))
     victim.write_bytes(os.urandom(100))
     with pytest.raises(UserError, match="start again in another --out"):
         train(spec_of(PRETRAIN | {"tokens": 99999}), data=corpus, out=out, resume=True, threads=1)
