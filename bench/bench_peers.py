@@ -209,21 +209,31 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
-        names = [row["name"] for row in result["tests"]]
-        medians = [row["ratio"]["median"] for row in result["tests"]]
+    figure, axes = pyplot.subplots(2, len(results), figsize=(6 * len(results), 6.4), squeeze=False, sharex="col")
+    for (speed, memory), result in zip(axes.T, results, strict=True):
+        rows = result["tests"]
+        names = [row["name"] + ("" if row["same_attention"] else " *") for row in rows]
+        medians = [row["ratio"]["median"] for row in rows]
         errors = [
-            [m - row["ratio"]["low"] for m, row in zip(medians, result["tests"], strict=True)],
-            [row["ratio"]["high"] - m for m, row in zip(medians, result["tests"], strict=True)],
+            [m - row["ratio"]["low"] for m, row in zip(medians, rows, strict=True)],
+            [row["ratio"]["high"] - m for m, row in zip(medians, rows, strict=True)],
         ]
-        axis.bar(names, medians, yerr=errors, color="#3b6ea5", capsize=3)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{result['model']}, {result['threads']} threads")
-        axis.set_ylabel("tokens/s, moec over llama.cpp")
-        axis.tick_params(axis="x", rotation=35)
-    figure.tight_layout()
-    figure.savefig(out, dpi=120)
+        bars = speed.bar(names, medians, yerr=errors, color="#3b6ea5", capsize=3)
+        speed.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=8)
+        speed.axhline(1.0, color="black", linewidth=0.8)
+        speed.set_title(f"{result['model']}, {result['threads']} threads")
+        speed.set_ylabel("tokens/s, moec over llama.cpp")
+        places = range(len(names))
+        for side, shift, color in ((OURS, -0.2, "#3b6ea5"), (PEER, 0.2, "#b0b0b0")):
+            sizes = [row["peak_rss_mb"][side] for row in rows]
+            memory.bar([place + shift for place in places], sizes, 0.4, color=color, label=side)
+        memory.set_ylabel("peak RSS, MB")
+        memory.legend(fontsize=8, loc="upper left")
+        memory.tick_params(axis="x", rotation=35)
+    if any(not row["same_attention"] for result in results for row in result["tests"]):
+        figure.text(0.01, 0.005, "* llama.cpp attends to every position, we to the model's window", fontsize=8)
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.savefig(out, dpi=110)
 
 
 def main() -> int:
