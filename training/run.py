@@ -280,6 +280,8 @@ class _Run:
         if position is None:
             if self._world.main:
                 write_whole(file, json.dumps(record | {"processes": self._world.size}, indent=1) + "\n")
+                if plan.resume:
+                    self._progress.write(f"{plan.out} has nothing to resume: training begins")
             self._world.barrier()
             return None
         place = str(plan.out)

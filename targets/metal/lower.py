@@ -23,9 +23,9 @@ from moec.compiler.errors import CompileError
 from moec.compiler.ops import cached_attention, cached_attention_q8, linear_q
 from moec.compiler.program import Editor, Program, Role, module_path
 from moec.compiler.target import LoweredFiles
+from moec.passes.float_activations import QUANTIZED
 from moec.targets.metal.delegate_package import activate
 from moec.targets.metal.encode import Encoding, weight_sqnr_db
-from moec.targets.metal.legalize import QUANTIZED
 from moec.targets.metal.options import Options
 from moec.targets.metal.pte import Method, write_pte
 

@@ -10,7 +10,7 @@ from moec.compiler.extras import Need
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.target import LoweredFiles, Session, register
-from moec.targets.metal.legalize import float_activations
+from moec.passes.float_activations import float_activations
 from moec.targets.metal.options import Options
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from moec.compiler.errors import CompileError
 from moec.compiler.ops import cached_attention, cached_attention_q8
 from moec.compiler.program import Program, module_path
 from moec.compiler.target import LoweredFiles
+from moec.passes.float_activations import QUANTIZED
 from moec.targets.onnx import aten, handlers
 from moec.targets.onnx.attention import MASK, S, T, declare_cache, past_length
 from moec.targets.onnx.context import Context
 from moec.targets.onnx.genai import GENAI_FILE, write_genai_config
-from moec.targets.onnx.legalize import QUANTIZED
 from moec.targets.onnx.moe_standard import DOMAIN
 from moec.targets.onnx.nodes import IR_VERSION, MICROSOFT, OPSET
 from moec.targets.onnx.options import Options

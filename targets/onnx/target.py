@@ -11,7 +11,7 @@ from moec.compiler.extras import Need
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.target import LoweredFiles, Session, register
-from moec.targets.onnx.legalize import float_activations
+from moec.passes.float_activations import float_activations
 from moec.targets.onnx.options import Options
 
 if TYPE_CHECKING:

@@ -371,3 +371,11 @@ def test_the_command(whole: RunResult, corpus: Corpus, tmp_path: Path, capsys: A
 def test_a_micro_batch_holds_a_row() -> None:
     with pytest.raises(ValueError, match="must hold at least one sequence of 32 tokens, got 31"):
         spec_of(PRETRAIN | {"micro_batch_tokens": 31})
+
+
+def test_resume_with_nothing_there_says_so(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = spec_of(PRETRAIN | {"tokens": 256})
+    train(spec, data=corpus, out=tmp_path / "run", resume=True, threads=1, progress=Progress())
+    assert "nothing to resume: training begins" in capsys.readouterr().err
+    train(spec, data=corpus, out=tmp_path / "run", resume=True, threads=1, progress=Progress())
+    assert "nothing to resume" not in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""What Metal computes otherwise than the quantized program says, made explicit in the graph.
+"""Float activations: quantized operators whose target multiplies quantized weights with float activations say so.
 
-MLX multiplies quantized weights with float activations: INT8 rounding of activations is dropped, which is closer to the
-float model than what the spec asks for, and faster there. The weights stay as they are, code for code.
+MLX does, and so do ONNX's `DequantizeLinear`, QMoE and MatMulNBits at accuracy level 0: INT8 rounding of activations is
+dropped, which is closer to the float model than what the spec asks for. The weights stay as they are, code for code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ QUANTIZED = (fused_moe_q, linear_q)
 
 def float_activations() -> Pass:
     """`int8_activations=True` -> False on every quantized operator."""
-    return Pass("metal_float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL)
+    return Pass("float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL)
 
 
 def _run(program: Program) -> PassResult:

@@ -1,0 +1,41 @@
+"""float_activations: the flag of every quantized operator and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from moec.compiler.pipeline import run_passes
+from moec.compiler.program import Program, Stage
+from moec.passes.float_activations import QUANTIZED, float_activations
+from moec.passes.pipelines import fusion
+from moec.passes.quantize_weights import quantize_weights
+from tests.harness import export_toy, run
+from tests.passes.test_quantize_weights import ROLES, Toy, scheme
+
+
+@pytest.fixture(scope="module")
+def fused() -> Program:
+    return run_passes(export_toy(Toy, ROLES), fusion())
+
+
+def _flags(program: Program) -> list[object]:
+    return [node.args[-1] for node in program.graph.nodes if node.target in QUANTIZED]
+
+
+def test_the_flag_of_every_quantized_operator_and_nothing_else(fused: Program) -> None:
+    quantized = run(quantize_weights(scheme(activations="int8")), fused).program
+    assert _flags(quantized)
+    assert all(flag is True for flag in _flags(quantized))
+    legal = run(float_activations(), quantized)
+    assert legal.changed == len(_flags(quantized))
+    assert legal.program.stage is Stage.LEGAL
+    assert all(flag is False for flag in _flags(legal.program))
+    assert legal.program.text().count("True") + legal.changed == quantized.text().count("True")
+    assert legal.program.weights.keys() == quantized.weights.keys()
+    assert _flags(quantized)[0] is True  # the program it was given is as it was
+
+
+def test_idempotent_and_nothing_in_a_float_program(fused: Program) -> None:
+    legal = run(float_activations(), fused)
+    assert legal.changed == 0
+    assert legal.program.text() == fused.text().replace("stage=FUSED", "stage=LEGAL")
