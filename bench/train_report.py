@@ -8,7 +8,7 @@ holds, and every figure comes from its last step.
 
     corpus    real text from packages (`moec data build`)
     run       four stages (`moec train`)
-    control   the first quarter of pre-training again, without balancing: same weights, same batches
+    control   the first tenth of pre-training again, without balancing: same weights, same batches
     rounding  QAT and, for fairness, the same further training without rounding, then rounded after: paired seeds
     experts   which experts the domains use after each stage, beside a control with shuffled labels
     tasks     lm-evaluation-harness on the checkpoints of the stages and on the compiled artifact
@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "models" / "mobilemoe-nano.yaml"
 SEEDS = (1, 2, 3)
 WIDTHS = (4, 3, 2)
-CONTROL = 0.25  # of pre-training
+CONTROL = 0.1  # of pre-training
 ROUNDING_TOKENS = 100_000  # at scale 1, of further training for each seed and width
 HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
 RESAMPLES = 10_000

@@ -52,6 +52,26 @@ linear_packed = define(
 )
 
 
+def _gated(x: Tensor, w: Tensor, f: int, k: int, format: int, activation: int) -> Tensor:
+    require(
+        x.dtype == torch.float32 and x.shape[-1] == k, "gated_linear_packed", f"x must be float32 with {k} features"
+    )
+    y = kernel_api.gated_linear(_array(x).reshape(-1, k), _array(w), f, WeightFormat.decode(format), activation)
+    return torch.from_numpy(y).view(*x.shape[:-1], f)
+
+
+def _gated_fake(x: Tensor, w: Tensor, f: int, k: int, format: int, activation: int) -> Tensor:
+    require(x.dtype == torch.float32, "gated_linear_packed", "x must be float32")
+    require(w.dtype == torch.uint8 and w.dim() == 1, "gated_linear_packed", "w must be uint8 [bytes]")
+    require(x.shape[-1] == k, "gated_linear_packed", f"x has {x.shape[-1]} features, the weight {k}")
+    return x.new_empty((*x.shape[:-1], f))
+
+
+gated_linear_packed = define(
+    "gated_linear_packed(Tensor x, Tensor w, int f, int k, int format, int activation) -> Tensor", _gated, _gated_fake
+)
+
+
 def _embedding(ids: Tensor, w: Tensor, n: int, k: int, format: int) -> Tensor:
     require(ids.dtype == torch.int64, "embedding_packed", "ids must be int64")
     y = kernel_api.embedding(_array(ids).reshape(-1), _array(w), n, k, WeightFormat.decode(format))
@@ -164,6 +184,7 @@ OUT_FORMS = {
         "cached_attention",
         "cached_attention_q8",
         "linear_packed",
+        "gated_linear_packed",
         "embedding_packed",
         "fused_moe_packed",
     )

@@ -71,13 +71,13 @@ class XnnpackFootprint:
     def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
         """The arena of `forward`, as far as `tokens` tokens touch it, the scratch of the widest kernel, and the logits.
 
-        Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q and k) and a dense
-        feed-forward block (gate and up, both halves, their product twice); the logits of one token share its space.
+        Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q, with norms of q and k
+        rotated k) and a dense feed-forward block (its input, activated gate times up); the logits of one token share its space.
         """
         d, cache = architecture.d_model, architecture.caches[0]
         q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
-        attention = 2 * (q + 2 * kv) + q + kv
-        arena = 4 * tokens * (d + max(attention, 5 * architecture.ffn_width) + cache.key_width)
+        attention = 2 * (q + 2 * kv) + q + (kv if architecture.qk_norm else 0)
+        arena = 4 * tokens * (d + max(attention, d + architecture.ffn_width) + cache.key_width)
         logits = 4 * architecture.vocab_size
         threads = (options.threads if isinstance(options, Options) else None) or _THREADS
         return max(arena, logits) + logits + self._scratch(architecture, tokens, threads)
@@ -99,10 +99,10 @@ class XnnpackFootprint:
         return _RUNTIME
 
     def instructions(self, architecture: Architecture) -> int:
-        """Of `forward`: 18 a layer with fused experts, 22 with a dense block, 2 for norms of q and k; 10 around."""
+        """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around."""
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0
-        return 10 + 18 * sparse + 22 * (architecture.layers - sparse) + norms
+        return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms
 
     def chunk(self, options: Any) -> int:
         return options.max_tokens if isinstance(options, Options) else Options().max_tokens

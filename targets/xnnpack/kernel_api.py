@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moec.compiler.errors import UserError
 from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 F32 = NDArray[np.float32]
 _TRANSPOSE = 1 << 4  # MOEC_AXIS_OUT on an f32 format, in moec_pack only
 
@@ -86,6 +86,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moec_pack": (_i32, (_i64, _i64, _i64, _i32, _Buffer, _Buffer, _Buffer)),
     "moec_unpack": (_i32, (_i64, _i64, _i64, _i32, _Buffer, _Buffer, _Buffer)),
     "moec_linear": (_i32, (_i64, _i64, _i64, _i32, _Buffer, _Buffer, _Buffer, _Buffer)),
+    "moec_gated_linear": (_i32, (_i64, _i64, _i64, _i32, _i32, _Buffer, _Buffer, _Buffer)),
     "moec_embedding": (_i32, (_i64, _i64, _i64, _i32, _Buffer, _Buffer, _Buffer)),
     "moec_moe": (_i32, (ctypes.POINTER(_MoeArgs),)),
     "moec_set_trace": (None, (_TRACE, ctypes.c_void_p)),
@@ -214,6 +215,14 @@ def linear(
     t, k = x.shape
     y = np.empty((t, n), np.float32) if out is None else out
     _check(library().moec_linear(t, n, k, fmt.encode(), _buffer(x), _buffer(w), _buffer(_floats(bias)), _buffer(y)))
+    return y
+
+
+def gated_linear(x: F32, w: NDArray[np.uint8], f: int, fmt: WeightFormat, activation: int) -> F32:
+    """float32 [T, F]: activation(gate) * up, where [gate, up] = x [T, K] times the packed matrix [2F, K]."""
+    t, k = x.shape
+    y = np.empty((t, f), np.float32)
+    _check(library().moec_gated_linear(t, f, k, fmt.encode(), activation, _buffer(x), _buffer(w), _buffer(y)))
     return y
 
 

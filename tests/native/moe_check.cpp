@@ -151,6 +151,7 @@ void linear_case() {
   const int32_t format = uniform(0, 7) ? random_format(axis_out) : MOEC_F32;
   const int64_t group = format ? group_of(format) : 1;
   int64_t n = uniform(1, 100), k = uniform(1, 200);
+  if (uniform(0, 1)) n = 32 * uniform(1, 20);  // gate and up of whole blocks
   if (format) (axis_out ? n : k) = group * uniform(1, 4);
   const int64_t t = uniform(0, 3) ? uniform(0, 20) : uniform(40, 110);
   const Packed w(1, n, k, format);
@@ -163,6 +164,14 @@ void linear_case() {
     expect(moec_linear(t, n, k, format, in(x), w.buffer(), with_bias ? in(bias) : moec_in{nullptr, 0}, out(y)) == MOEC_OK, "linear");
     return y;
   });
+  if (n % 2 == 0 && n / 2 % (axis_out && format ? (group > 16 ? group : 16) : 16) == 0) {
+    const int32_t activation = static_cast<int32_t>(uniform(0, 4));
+    compare("gated linear", [&] {
+      std::vector<float> y(static_cast<size_t>(t * (n / 2)), 7.0f);
+      expect(moec_gated_linear(t, n / 2, k, format, activation, in(x), w.buffer(), out(y)) == MOEC_OK, "gated linear");
+      return y;
+    });
+  }
   std::vector<int64_t> ids(static_cast<size_t>(t));
   for (int64_t& id : ids) id = uniform(0, n - 1);
   compare("embedding", [&] {

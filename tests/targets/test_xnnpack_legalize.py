@@ -74,8 +74,10 @@ def test_every_pass_keeps_what_is_computed(name: str, model: dict, quantization:
 def test_linears_of_one_input_become_one(tmp_path: Path) -> None:
     program = fused(DENSE, INT4, tmp_path)
     legal = run_passes(program, legalize_passes(Options()))
-    # a layer: q+k+v, o, gate+up, down; and the head
-    assert operators(legal)["moec.linear_packed.default"] == 2 * 4 + 1
+    # a layer: q+k+v, o, down; and the head
+    assert operators(legal)["moec.linear_packed.default"] == 2 * 3 + 1
+    assert operators(legal)["moec.gated_linear_packed.default"] == 2, "gate+up"
+    assert operators(legal)["aten.silu.default"] == operators(legal)["aten.mul.Tensor"] == 0
     assert "model.layers.0.self_attn.q_proj+k_proj+v_proj.packed" in legal.weights
     assert not any("qweight" in name for name in legal.weights), "what was packed is not kept beside it"
 

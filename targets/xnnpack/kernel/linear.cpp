@@ -1,5 +1,6 @@
-// moec_linear and moec_embedding.
+// moec_linear, moec_gated_linear and moec_embedding.
 #include <cinttypes>
+#include <cmath>
 #include <cstring>
 
 #include "matmul.h"
@@ -15,19 +16,22 @@ constexpr int64_t kChunkBytes = 96 << 10;  // of weights per unit of work: stays
 // Of a matrix of a few hundred kB: each unit begins with a wait for its first bytes, and two still let a fast worker take
 // three of four. Six cost a fifth of the speed of a 768 x 768 matrix at one token.
 constexpr int64_t kUnitsPerWorker = 2;
+constexpr int64_t kMostGated = 16;  // blocks of gate and of up whose outputs wait for their activation: 98 kB for 48 rows
 
-// Row blocks per unit of work.
-int64_t chunk_blocks(const Matrix& w, int64_t threads) {
+// Row blocks per unit of work, out of `blocks`, when a unit reads `sides` times as many.
+int64_t chunk_blocks(const Matrix& w, int64_t blocks, int64_t sides, int64_t threads) {
   const int64_t bytes = w.format.kind == MOEC_F32 ? kBlockRows * w.k * 4 : w.block_bytes();
-  const int64_t together = w.blocks_together(), blocks = w.blocks();
-  int64_t chunk = kChunkBytes / bytes;
+  int64_t chunk = kChunkBytes / (sides * bytes);
   const int64_t fair = divide_up(blocks, threads * kUnitsPerWorker);
   if (chunk > fair) chunk = fair;
-  return round_up(chunk < 1 ? 1 : chunk, together);
+  if (sides > 1 && chunk > kMostGated) chunk = kMostGated;
+  return round_up(chunk < 1 ? 1 : chunk, w.blocks_together());
 }
 
-int32_t run_linear(const Matrix& w, int64_t t, const float* x, const float* bias, float* y) {
+// y [t, N], or with an activation [t, N / 2]: the two halves of w's rows are gate and up.
+int32_t run_linear(const Matrix& w, int64_t t, const float* x, const float* bias, const Activation* activation, float* y) {
   const Kernels& isa = kernels();
+  const int64_t sides = activation ? 2 : 1, blocks = w.blocks() / sides, width = w.n / sides;
   const int32_t threads = workers();
   const bool rounded = needs_quantized(w.format);
   MatmulScratch worker;
@@ -36,27 +40,37 @@ int32_t run_linear(const Matrix& w, int64_t t, const float* x, const float* bias
   QuantizedPlan rounded_plan;
   if (rounded) rounded_plan.add(plan, t, w.padded_k(), w.groups());
   worker.add(worker_plan);
+  const int64_t tiles = divide_up(t, kTokenTile), tile = divide_up(t, tiles);
+  const int64_t chunk = chunk_blocks(w, blocks, sides, threads), chunks = divide_up(blocks, chunk);
+  const int64_t stride = sides * chunk * kBlockRows;  // of the gate and up of a unit
+  const size_t both_at = activation ? worker_plan.add<float>(tile * stride) : 0;
   const size_t shared_bytes = plan.total();
   uint8_t* const base = scratch(shared_bytes + worker_plan.total() * size_t(threads));
   if (!base) return fail(MOEC_OUT_OF_MEMORY, "linear: no memory for the scratch of %" PRId64 " tokens", t);
 
   const QuantizedRows all = rounded ? rounded_plan.at(base) : QuantizedRows{};
-  const int64_t tiles = divide_up(t, kTokenTile), tile = divide_up(t, tiles);
   if (rounded) {
     for_each_unit(t > 8 ? threads : 1, tiles, [&](int32_t, int64_t i) {
       const int64_t row = i * tile, m = row + tile < t ? tile : t - row;
       if (m > 0) quantize_for(isa, w, x + row * w.k, w.k, m, all.from(row));
     });
   }
-  const int64_t chunk = chunk_blocks(w, threads), chunks = divide_up(w.blocks(), chunk);
   for_each_unit(threads, chunks * tiles, [&](int32_t index, int64_t unit) {
     MatmulScratch mine = worker;
-    mine.place(base + shared_bytes + worker_plan.total() * size_t(index));
-    const int64_t first = unit / tiles * chunk, last = first + chunk < w.blocks() ? first + chunk : w.blocks();
+    uint8_t* const own = base + shared_bytes + worker_plan.total() * size_t(index);
+    mine.place(own);
+    const int64_t first = unit / tiles * chunk, last = first + chunk < blocks ? first + chunk : blocks;
     const int64_t row = unit % tiles * tile, m = row + tile < t ? tile : t - row;
     if (m <= 0) return;
     Rows rows{m, x + row * w.k, w.k, rounded ? all.from(row) : QuantizedRows{}};
-    matmul(isa, w, first, last, rows, bias, y + row * w.n + first * kBlockRows, w.n, mine);
+    float* const out = y + row * width + first * kBlockRows;
+    if (!activation) return matmul(isa, w, first, last, rows, bias, out, width, mine);
+    const int64_t outputs = (last - first) * kBlockRows;
+    auto* const gate = reinterpret_cast<float*>(own + both_at);
+    float* const up = gate + outputs;
+    matmul(isa, w, first, last, rows, nullptr, gate, stride, mine);
+    matmul(isa, w, blocks + first, blocks + last, rows, nullptr, up, stride, mine);
+    isa.activate({gate, up, 1, stride, m, outputs, *activation, 1.0f, -INFINITY, INFINITY, -INFINITY, INFINITY, 0.0f, out, width});
   });
   return MOEC_OK;
 }
@@ -109,7 +123,27 @@ int32_t moec_linear(int64_t t, int64_t n, int64_t k, int32_t format, moec_in x, 
   if (bias.data || bias.bytes) MOEC_RETURN_IF_ERROR(check_buffer("bias", bias.data, bias.bytes, 1, n, 4));
   if (t == 0) return MOEC_OK;
   return run_linear(matrix, t, static_cast<const float*>(x.data), static_cast<const float*>(bias.data),
-                    static_cast<float*>(y.data));
+                    nullptr, static_cast<float*>(y.data));
+}
+
+int32_t moec_gated_linear(int64_t t, int64_t f, int64_t k, int32_t format, int32_t activation, moec_in x, moec_in w,
+                          moec_out y) {
+  uint64_t n = 0;
+  if (!checked_product(2, f, 1, &n) || n > INT64_MAX) return fail(MOEC_INVALID_ARGUMENT, "f = %" PRId64 " is not a width", f);
+  Matrix matrix;
+  MOEC_RETURN_IF_ERROR(open_matrices("w", 1, int64_t(n), k, format, w, &matrix, nullptr));
+  const int64_t together = kBlockRows * matrix.blocks_together();
+  if (f % together) {
+    return fail(MOEC_INVALID_ARGUMENT, "a width of %" PRId64 " does not divide into blocks of %" PRId64 " rows", f, together);
+  }
+  if (activation < 0 || activation > int32_t(Activation::kRelu2)) {
+    return fail(MOEC_INVALID_ARGUMENT, "activation %" PRId32 " is not known", activation);
+  }
+  MOEC_RETURN_IF_ERROR(check_buffer("x", x.data, x.bytes, t, k, 4));
+  MOEC_RETURN_IF_ERROR(check_buffer("y", y.data, y.bytes, t, f, 4));
+  if (t == 0) return MOEC_OK;
+  const auto kind = static_cast<Activation>(activation);
+  return run_linear(matrix, t, static_cast<const float*>(x.data), nullptr, &kind, static_cast<float*>(y.data));
 }
 
 int32_t moec_embedding(int64_t t, int64_t n, int64_t k, int32_t format, moec_in ids, moec_in w, moec_out y) {

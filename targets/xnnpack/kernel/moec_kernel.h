@@ -43,7 +43,7 @@ enum {
 MOEC_API const char* moec_last_error(void);
 
 // Changes when a signature, a packed layout or the MoE config table changes.
-#define MOEC_ABI_VERSION 1
+#define MOEC_ABI_VERSION 2
 MOEC_API int32_t moec_abi_version(void);
 
 typedef struct moec_in {
@@ -103,6 +103,12 @@ MOEC_API int32_t moec_unpack(int64_t count, int64_t n, int64_t k, int32_t format
 // y [T, N] f32 = x [T, K] f32 @ w^T (+ bias [N] f32, may be absent). w: one packed matrix.
 MOEC_API int32_t moec_linear(int64_t t, int64_t n, int64_t k, int32_t format, moec_in x, moec_in w, moec_in bias,
                              moec_out y);
+
+// y [T, F] f32 = activation(gate) * up, where gate and up are the first and the second F columns of x [T, K] f32 @ w^T.
+// w: one packed matrix of N = 2F outputs; F is a multiple of 16, and of the group size with groups along the output.
+// activation: as MOEC_CONFIG_ACTIVATION counts them (moe_config.h).
+MOEC_API int32_t moec_gated_linear(int64_t t, int64_t f, int64_t k, int32_t format, int32_t activation, moec_in x, moec_in w,
+                                   moec_out y);
 
 // y [T, K] f32 = row ids[t] (int64 [T], 0 <= id < N) of the packed matrix w, dequantized.
 MOEC_API int32_t moec_embedding(int64_t t, int64_t n, int64_t k, int32_t format, moec_in ids, moec_in w, moec_out y);

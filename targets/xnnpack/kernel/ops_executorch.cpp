@@ -241,6 +241,21 @@ Tensor& linear_packed_out(KernelRuntimeContext& context, const Tensor& x, const 
   return out;
 }
 
+Tensor& gated_linear_packed_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& w, int64_t f, int64_t k,
+                                int64_t format, int64_t activation, Tensor& out) {
+  Check check(context, "gated_linear_packed");
+  SizesType sizes[kMostDims];
+  int32_t code = 0;
+  if (!check.tensor_from("x", x, ScalarType::Float, 1) || !check.tensor_from("w", w, ScalarType::Byte, 1) ||
+      !as_format(check, format, &code) || !check.same("last dimension of x and k", x.size(x.dim() - 1), k) ||
+      !check.same("f and itself as a size", f, static_cast<SizesType>(f)) ||
+      !check.same("activation and its low 32 bits", activation, static_cast<int32_t>(activation)))
+    return out;
+  if (!sizes_with_last(x, f, sizes) || !check.resize(out, sizes, x.dim())) return out;
+  check.done(moec_gated_linear(rows_of(x), f, k, code, static_cast<int32_t>(activation), in(x), in(w), out_of(out)));
+  return out;
+}
+
 Tensor& embedding_packed_out(KernelRuntimeContext& context, const Tensor& ids, const Tensor& w, int64_t n, int64_t k,
                              int64_t format, Tensor& out) {
   Check check(context, "embedding_packed");
@@ -313,6 +328,7 @@ EXECUTORCH_LIBRARY(moec, "rope.out", rope_out);
 EXECUTORCH_LIBRARY(moec, "cached_attention.out", cached_attention_out);
 EXECUTORCH_LIBRARY(moec, "cached_attention_q8.out", cached_attention_q8_out);
 EXECUTORCH_LIBRARY(moec, "linear_packed.out", linear_packed_out);
+EXECUTORCH_LIBRARY(moec, "gated_linear_packed.out", gated_linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "embedding_packed.out", embedding_packed_out);
 EXECUTORCH_LIBRARY(moec, "fused_moe_packed.out", fused_moe_packed_out);
 
