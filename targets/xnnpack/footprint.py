@@ -71,8 +71,9 @@ class XnnpackFootprint:
     def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
         """The arena of `forward`, as far as `tokens` tokens touch it, the scratch of the widest kernel, and the logits.
 
-        Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q, with norms of q and k
-        rotated k) and a dense feed-forward block (its input, activated gate times up); the logits of one token share its space.
+        Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q, with norms of q
+        and k rotated k) and a dense feed-forward block (its input, activated gate times up); the logits of one token
+        share its space.
         """
         d, cache = architecture.d_model, architecture.caches[0]
         q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width

@@ -34,7 +34,8 @@ def _run(program: Program) -> PassResult:
         if found is None:
             continue
         halves, act, product, activation = found
-        x, w, _, n, k, code = node.args
+        arguments: tuple[Any, ...] = node.args
+        x, w, _, n, k, code = arguments
         with edit.graph.inserting_before(product):
             y = edit.call(gated_linear_packed, x, w, n // 2, k, code, activation, like=product)
         product.replace_all_uses_with(y)
@@ -48,8 +49,9 @@ def _gated(node: Node) -> tuple[tuple[Node, Node], Node, Node, int] | None:
     """((gate, up), activation, product, number of the activation) of a packed linear, if that is all it is for."""
     if node.op != "call_function" or node.target is not linear_packed or node.args[2] is not None:
         return None
-    n, users = node.args[3], list(node.users)
-    if len(users) != 2 or n % 2 or not _whole_blocks(n // 2, WeightFormat.decode(node.args[5])):
+    given: tuple[Any, ...] = node.args
+    n, fmt, users = given[3], WeightFormat.decode(given[5]), list(node.users)
+    if len(users) != 2 or n % 2 or not _whole_blocks(n // 2, fmt):
         return None
     gate, up = sorted(users, key=lambda user: user.args[2:3] != (0,))
     last = node.meta["val"].dim() - 1
