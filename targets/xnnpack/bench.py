@@ -85,4 +85,5 @@ def _run(model: Path, plan: BenchPlan, context: int | None) -> dict[str, Any]:
 
 
 def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; 256 threads are the most that the kernels take."""
+    return min(256, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

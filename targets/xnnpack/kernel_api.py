@@ -214,7 +214,8 @@ def linear(
     """float32 [T, N] from x [T, K]."""
     t, k = x.shape
     y = np.empty((t, n), np.float32) if out is None else out
-    _check(library().moec_linear(t, n, k, fmt.encode(), _buffer(x), _buffer(w), _buffer(_floats(bias)), _buffer(y)))
+    bias = _floats(bias)  # a copy of it must outlive the call
+    _check(library().moec_linear(t, n, k, fmt.encode(), _buffer(x), _buffer(w), _buffer(bias), _buffer(y)))
     return y
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,7 @@ class CpuSession:
         """Open `model`. `threads` None: one per core this process may use. The thread pool is the process's: the
         session opened last decides its size."""
         self._handle: int | None = None
+        self._busy = threading.RLock()
         path = Path(model)
         if not path.is_file():
             raise ArtifactError("the file does not exist", place=str(path), remedy="compile the artifact again")
@@ -157,9 +159,10 @@ class CpuSession:
 
     def close(self) -> None:
         """Release the model. Calls after this raise RunError; closing twice is fine."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            _runtime().moec_model_close(handle)
+        with self._busy:  # a call on another thread ends first
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                _runtime().moec_model_close(handle)
 
     def __enter__(self) -> CpuSession:
         return self
@@ -174,6 +177,12 @@ class CpuSession:
             self.close()
 
     def _forward(self, tokens: np.ndarray, start: int, out: np.ndarray | None, every: bool) -> None:
+        with self._busy:
+            if self._handle is None:
+                raise RunError("the session was closed during the call", place=str(self._path))
+            self._locked_forward(tokens, start, out, every)
+
+    def _locked_forward(self, tokens: np.ndarray, start: int, out: np.ndarray | None, every: bool) -> None:
         runtime = _runtime()
         self._call = []
         if self._tracing:
@@ -191,11 +200,11 @@ class CpuSession:
         finally:
             if self._tracing:
                 runtime.moec_model_trace(_TRACE(), None)
-        if status:
-            raise RunError(runtime.moec_model_error(self._handle).decode(errors="replace"), place=str(self._path))
         fault, self._trace_fault = self._trace_fault, None
         if fault is not None:
             raise fault
+        if status:
+            raise RunError(runtime.moec_model_error(self._handle).decode(errors="replace"), place=str(self._path))
 
     def _on_moe(self, user: Any, t: int, d: int, k: int, x: Any, indices: Any, weights: Any, y: Any) -> None:
         try:
@@ -231,7 +240,8 @@ def isa() -> str:
 
 
 def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; 256 threads are the most that the kernels take."""
+    return min(256, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _copied(pointer: Any, rows: int, columns: int, dtype: type) -> np.ndarray:

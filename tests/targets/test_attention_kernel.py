@@ -70,6 +70,18 @@ def _batch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy())[None]
 
 
+def test_a_window_beyond_the_cache_sees_everything(isa: str) -> None:
+    """Also the largest integer: a sum with it must not wrap, which once made the scratch too small."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((5, 2, 8), dtype=np.float32) for _ in range(3))
+    k_cache, v_cache = (rng.standard_normal((3005, 2, 8), dtype=np.float32) for _ in range(2))
+    found = [
+        _attend(q, k, v, k_cache, v_cache, None, None, 3000, 0.3, window) for window in (0, 3005, 1 << 20, 2**63 - 1)
+    ]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["f32", "int8"])
 @pytest.mark.parametrize("seed", range(12))
 def test_cached_attention_is_its_definition(isa: str, seed: int, quantized: bool) -> None:

@@ -276,3 +276,28 @@ def test_a_gated_linear_refuses_what_it_cannot_compute() -> None:
                     2, width, 64, fmt.encode(), 0, *(kernel_api._buffer(b) for b in (x, whole, x))
                 )
             )
+
+
+@pytest.mark.parametrize(("kind", "most"), [(Kind.INT8, 1 << 17), (Kind.INT4, 1 << 20)])
+def test_sums_that_could_leave_32_bits_are_refused(kind: Kind, most: int) -> None:
+    group = WeightFormat(kind, 2 * most, int8_activations=True)
+    out = WeightFormat(kind, 32, axis_out=True, int8_activations=True)
+    for n, k, fmt in ((16, 2 * most, group), (32, most + 8, out)):
+        with pytest.raises(kernel_api.KernelError, match=f"int8 activations the limit is {most}"):
+            kernel_api.packed_bytes(n, k, fmt)
+    fmt = WeightFormat(Kind.INT8, 32, axis_out=True, int8_activations=True)
+    if kind == Kind.INT8:  # the longest sum of the largest products is exact
+        packed = kernel_api.pack(np.full((most, 32), -128, np.int8), np.ones((most, 1), np.float16), 32, most, fmt)
+        for isa in kernel_api.available_isas():
+            kernel_api.set_isa(isa)
+            y = kernel_api.linear(np.full((1, most), 127.0, np.float32), packed, 32, fmt)
+            assert (y == np.float32(-128 * 127 * most)).all()
+
+
+def test_a_bias_of_another_dtype_outlives_the_call() -> None:
+    fmt = WeightFormat(Kind.INT4, 32, int8_activations=True)
+    w = random_weight(np.random.default_rng(3), fmt, 4096, 32)
+    bias = np.random.default_rng(4).standard_normal(4096)
+    x = np.zeros((1, 32), np.float32)
+    for _ in range(20):
+        assert np.array_equal(kernel_api.linear(x, w.packed, 4096, fmt, bias)[0], bias.astype(np.float32))

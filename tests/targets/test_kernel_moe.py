@@ -285,6 +285,28 @@ def _everywhere_nan(block: Block, x: np.ndarray) -> tuple[np.ndarray, ...]:
     return results[0]
 
 
+def test_a_trace_may_turn_itself_off() -> None:
+    block = random_block(np.random.default_rng(1), experts=6, d=64, width=32, top_k=2, routed=INT4_OUT)
+    x = np.zeros((2, 64), np.float32)
+    seen: list[tuple[np.ndarray, ...]] = []
+
+    def once(*arrays: np.ndarray) -> None:
+        seen.append(arrays)
+        kernel_api.library().moec_set_trace(kernel_api._TRACE(), None)  # the binding would free what is running
+
+    kernel_api.set_trace(once)
+    for _ in range(2):
+        block.prepared.run(x, x, np.empty_like(x))
+    assert len(seen) == 1
+
+
+def test_an_output_over_its_input_is_refused() -> None:
+    block = random_block(np.random.default_rng(1), experts=6, d=64, width=32, top_k=2, routed=INT4_OUT)
+    x = np.zeros((2, 64), np.float32)
+    with pytest.raises(kernel_api.KernelError, match="y: overlaps"):
+        block.prepared.run(x, x, x)
+
+
 def test_a_trace_sees_every_block() -> None:
     rng = np.random.default_rng(1)
     block = random_block(rng, experts=6, d=64, width=32, top_k=2, routed=INT4_OUT)

@@ -81,9 +81,11 @@ def test_stop_tokens_end_generation(model: Path) -> None:
         (["MODEL", "--prompt-length"], "not a number from 1 up: nothing"),
         (["MODEL", "--prompt-length", "4", "--colour"], "unknown argument --colour"),
         (["MODEL", "--prompt-length", "4", "--threads", "1000"], "1000 threads: at most 256"),
-        (["MODEL", "--prompt-length", str(m.S + 1)], f"exceed the model's context of {m.S}"),
+        (["MODEL", "--prompt-length", str(m.S + 1)], f"exceeds the model's context of {m.S}"),
         (["MODEL", "--prompt-length", "4", "--decode", str(m.S)], f"exceed the model's context of {m.S}"),
+        (["MODEL", "--prompt-length", "2000000000"], f"exceeds the model's context of {m.S}"),
         (["MODEL", "--tokens", "/nonexistent/ids"], "/nonexistent/ids: No such file"),
+        (["MODEL", "--tokens", "/"], "/: Is a directory"),
         (["/nonexistent/model.pte", "--prompt-length", "4"], "/nonexistent/model.pte: No such file"),
     ],
 )
@@ -100,9 +102,20 @@ def test_refuses(model: Path, arguments: list[str], message: str) -> None:
         ("", "the prompt is empty"),
         ("-1", "token -1 is not in"),
         ("97", "token 97 is not"),
+        ("1 2 3\0 4 5", "not a token id: 3"),
+        ("1-2", "not a token id: 1-2"),
     ],
 )
 def test_refuses_tokens(model: Path, text: str, message: str) -> None:
     done = _run(model, "--tokens", "-", stdin=text)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_an_error(model: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [str(native.runner_binary()), str(model), "--prompt-length", "4", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "could not be written: No space left" in done.stderr

@@ -221,7 +221,7 @@ int32_t moec_cached_attention(const moec_attention_args* args) {
   call.value_dim = a.value_dim;
   call.capacity = a.capacity;
   call.start = a.start_pos;
-  call.window = a.window;
+  call.window = a.window >= a.capacity ? 0 : a.window;  // sees everything; sums with it must not overflow
   call.scale = a.scale;
   call.q = static_cast<const float*>(a.q.data);
   call.k_cache = a.k_cache.data;
@@ -238,7 +238,7 @@ int32_t moec_rms_norm(int64_t rows, int64_t n, float eps, moec_in x, moec_in wei
     return fail(MOEC_INVALID_ARGUMENT, "rms_norm: impossible sizes: %" PRId64 " rows of %" PRId64, rows, n);
   MOEC_RETURN_IF_ERROR(check_in("rms_norm: x", x, rows, n, 1));
   MOEC_RETURN_IF_ERROR(check_out("rms_norm: y", y, rows, n, 1));
-  if (weight.data) MOEC_RETURN_IF_ERROR(check_in("rms_norm: weight", weight, n, 1, 1));
+  if (weight.data || weight.bytes) MOEC_RETURN_IF_ERROR(check_in("rms_norm: weight", weight, n, 1, 1));
   const AttentionIsa& chosen = isa();
   const float* from = static_cast<const float*>(x.data);
   const float* w = static_cast<const float*>(weight.data);

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kMostExperts = 1 << 20;
 constexpr int64_t kMostWidth = 1 << 24;
 
-std::mutex trace_mutex;
+std::recursive_mutex trace_mutex;  // after moec_set_trace no callback runs; one may call it itself
 std::atomic<moec_trace_fn> trace_callback{nullptr};
 void* trace_user = nullptr;
 
@@ -165,6 +165,11 @@ int32_t open_weights(const moec_moe_args& a, Moe* moe) {
   return open_matrices("shared_w2", 1, d, s, format(MOEC_CONFIG_SHARED_W2_FORMAT), a.shared_w2, &moe->shared_w2, nullptr);
 }
 
+bool overlap(const moec_out& a, const moec_in& b) {
+  const auto p = reinterpret_cast<uintptr_t>(a.data), q = reinterpret_cast<uintptr_t>(b.data);
+  return p < q + b.bytes && q < p + a.bytes;
+}
+
 int32_t run(const moec_moe_args& a) {
   Moe moe;
   MOEC_RETURN_IF_ERROR(decode(a, &moe));
@@ -176,6 +181,9 @@ int32_t run(const moec_moe_args& a) {
   const bool wants_indices = a.indices.data || a.indices.bytes, wants_weights = a.weights.data || a.weights.bytes;
   if (wants_indices) MOEC_RETURN_IF_ERROR(check_buffer("indices", a.indices.data, a.indices.bytes, t, k, 4));
   if (wants_weights) MOEC_RETURN_IF_ERROR(check_buffer("weights", a.weights.data, a.weights.bytes, t, k, 4));
+  if (overlap(a.y, a.x) || overlap(a.y, a.router_input)) {
+    return fail(MOEC_INVALID_ARGUMENT, "y: overlaps x or router_input");
+  }
   if (t > INT32_MAX / k) return fail(MOEC_INVALID_ARGUMENT, "tokens: %" PRId64 " of top_k %" PRId64 " are too many", t, k);
   if ((!wants_indices || !wants_weights) && !selection.reserve(t * k)) {
     return fail(MOEC_OUT_OF_MEMORY, "moe: no memory for the routing of %" PRId64 " tokens", t);
@@ -191,7 +199,7 @@ int32_t run(const moec_moe_args& a) {
     MOEC_RETURN_IF_ERROR(run_moe(moe, n, x + i * d, router_input + i * d, y + i * d, indices + i * k, weights + i * k));
   }
   if (trace_callback.load(std::memory_order_acquire)) {
-    std::lock_guard<std::mutex> lock(trace_mutex);
+    std::lock_guard<std::recursive_mutex> lock(trace_mutex);
     if (const moec_trace_fn callback = trace_callback.load(std::memory_order_relaxed)) {
       callback(trace_user, t, d, k, x, indices, weights, y);
     }
@@ -210,7 +218,7 @@ int32_t moec_moe(const moec_moe_args* args) {
 }
 
 void moec_set_trace(moec_trace_fn callback, void* user) {
-  std::lock_guard<std::mutex> lock(moec::trace_mutex);
+  std::lock_guard<std::recursive_mutex> lock(moec::trace_mutex);
   moec::trace_user = user;
   moec::trace_callback.store(callback, std::memory_order_release);
 }

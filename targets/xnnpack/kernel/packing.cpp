@@ -214,6 +214,12 @@ int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Fo
       return fail(MOEC_INVALID_ARGUMENT, "%s: groups of %" PRId64 " along %" PRId64 " (a multiple of 32 that divides it is needed)",
                   name, f.group, along);
     }
+    // products of a code (8 or 128 at most) and 127 are summed in 32 bits
+    const int64_t summed = f.axis_out ? k : f.group, most = int64_t{1} << (f.kind == MOEC_INT8 ? 17 : 20);
+    if (f.int8_activations && summed > most) {
+      return fail(MOEC_INVALID_ARGUMENT, "%s: sums over %" PRId64 " inputs; with int8 activations the limit is %" PRId64, name,
+                  summed, most);
+    }
   }
   *out = f;
   return MOEC_OK;

@@ -43,7 +43,7 @@ class Pool {
     stopping_ = false;
     try {
       for (int32_t i = 1; i < n; ++i) threads_.emplace_back([this] { work(); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // no more threads, or no memory for one
       stop();
       size_ = 1;
       return fail(MOEC_OUT_OF_MEMORY, "the system does not allow %d threads", n);

@@ -7,6 +7,8 @@
 
 namespace {
 
+const char kNoToken[] = "no logit is a number: the weights or the inputs are damaged";
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -37,6 +39,7 @@ class Run {
     const double begin = now();
     for (int64_t i = 0; i < options_.decode; ++i) {
       const int64_t id = best();
+      if (id < 0) return false;
       if (first) result->generated.push_back(id);
       if (options_.stop && std::find(stops_.begin(), stops_.end(), id) != stops_.end()) break;
       const double before = now();
@@ -79,7 +82,10 @@ std::string run_bench(moec_model* model, const BenchOptions& options, BenchResul
     result->prefill_s.push_back(now() - begin);
     // what a repeat wrote behind the prompt is overwritten or, being later than every query, not seen by the next one
     if (repeat == 0 && !filler.empty() && !run.prefill(filler, prompt)) return moec_model_error(model);
-    if (options.decode > 0 && !run.decode(start, repeat == 0, result)) return moec_model_error(model);
+    if (options.decode > 0 && !run.decode(start, repeat == 0, result)) {
+      const std::string fault = moec_model_error(model);
+      return fault.empty() ? kNoToken : fault;
+    }
   }
   return "";
 }

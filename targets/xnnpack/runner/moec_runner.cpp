@@ -1,11 +1,11 @@
 // moec_runner MODEL.pte: runs a compiled model without Python or torch, and says how fast and how large it was.
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <iterator>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -122,24 +122,30 @@ bool parse(int argc, char** argv, Options* o) {
 
 bool read_tokens(const std::string& file, std::vector<int64_t>* ids) {
   std::string text;
-  if (file == "-") {
+  const auto append = [&](FILE* from) {
     char buffer[4096];
-    for (size_t got; (got = std::fread(buffer, 1, sizeof buffer, stdin)) > 0;) text.append(buffer, got);
+    for (size_t got; (got = std::fread(buffer, 1, sizeof buffer, from)) > 0;) text.append(buffer, got);
+  };
+  if (file == "-") {
+    append(stdin);
   } else {
-    std::ifstream stream(file);
+    const std::unique_ptr<FILE, int (*)(FILE*)> stream(std::fopen(file.c_str(), "rb"), std::fclose);
     if (!stream) return fail(file + ": " + std::strerror(errno));
-    text.assign(std::istreambuf_iterator<char>(stream), {});
+    append(stream.get());
+    if (std::ferror(stream.get())) return fail(file + ": " + std::strerror(errno));
   }
+  const auto space = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
   for (char& c : text)
     if (c == ',' || c == '[' || c == ']') c = ' ';
-  const char* p = text.c_str();
+  const char *p = text.c_str(), *const last = p + text.size();
   for (;;) {
-    while (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t') ++p;
-    if (*p == '\0') return true;
+    while (p < last && space(*p)) ++p;
+    if (p == last) return true;
     char* end = nullptr;
     errno = 0;
     const long long id = std::strtoll(p, &end, 10);
-    if (end == p || errno != 0) return fail(file + ": not a token id: " + std::string(p).substr(0, 20));
+    if (end == p || errno != 0 || (end < last && !space(*end)))
+      return fail(file + ": not a token id: " + std::string(p, std::min<size_t>(20, last - p)));
     ids->push_back(id);
     p = end;
   }
@@ -181,6 +187,13 @@ void report(const Options& o, const moec_model_info& info, double load_s, const 
               moec_model_isa(), peak, anonymous);
 }
 
+// What was printed has arrived: a full disk is not a success.
+int written() {
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return 0;
+  fail(std::string("the output could not be written: ") + std::strerror(errno));
+  return 1;
+}
+
 int profile(const Options& o, LoadReport load, moec_model* model) {
   ProfileOptions options = o.points;
   options.prompt = o.bench.prompt;
@@ -193,12 +206,10 @@ int profile(const Options& o, LoadReport load, moec_model* model) {
     return kUserError;
   }
   std::printf("%s\n", profile_json(o.model, model, load, options, result).c_str());
-  return 0;
+  return written();
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   Options o;
   if (!parse(argc, argv, &o)) {
     std::fputs(kUsage, stderr);
@@ -220,6 +231,10 @@ int main(int argc, char** argv) {
   }
   moec_model_info info = {};
   moec_model_get_info(model.get(), &info);
+  if (o.prompt_length > info.context) {
+    fail("a prompt of " + std::to_string(o.prompt_length) + " tokens exceeds the model's context of " + std::to_string(info.context));
+    return kUserError;
+  }
   if (o.prompt_length > 0) o.bench.prompt = spread_tokens(o.prompt_length, info.vocab_size, static_cast<uint64_t>(o.seed));
   if (o.profile) return profile(o, load, model.get());
   BenchResult result;
@@ -229,5 +244,16 @@ int main(int argc, char** argv) {
     return kUserError;
   }
   report(o, info, load.seconds, result);
-  return 0;
+  return written();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& e) {
+    fail(e.what());
+    return kUserError;
+  }
 }

@@ -315,7 +315,7 @@ bool moec_model::open(int32_t threads) {
 
 // One pool does the work, the other has no threads: see ops_executorch.h.
 bool moec_model::set_threads(int32_t threads) {
-  if (threads <= 0) threads = static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency()));
+  if (threads <= 0) threads = static_cast<int32_t>(std::min(256u, std::max(1u, std::thread::hardware_concurrency())));
   if (threads > 256) return fail(text("%d threads: at most 256", threads));
   const bool delegated = module->method_meta("forward")->uses_backend("XnnpackBackend");
   const size_t theirs = delegated ? static_cast<size_t>(threads) : 1;
@@ -383,16 +383,26 @@ moec_model* moec_model_open(const char* path, int32_t threads) {
     model->path = path ? path : "";
     return model->open(threads);
   });
+  if (!model->error.empty()) {
+    guarded(model, [&] {
+      Watch watch;
+      model->module.reset();  // half open is closed: a call says so
+      return true;
+    });
+  }
   return model;
 }
 
 void moec_model_close(moec_model* model) {
   if (!model) return;
-  guarded(model, [&] {
-    Watch watch;
-    model->module.reset();
-    return true;
-  });
+  {
+    std::lock_guard<std::mutex> lock(model->busy);  // a call that runs ends first
+    guarded(model, [&] {
+      Watch watch;
+      model->module.reset();
+      return true;
+    });
+  }
   delete model;
 }
 

@@ -104,7 +104,8 @@ class Pass {
     return true;
   }
 
-  int64_t best() const { return best_token(logits_); }
+  // where no logit is a number any token will do: what it costs is measured all the same
+  int64_t best() const { return std::max<int64_t>(0, best_token(logits_)); }
 
   bool forward(const int64_t* ids, int64_t n, int64_t start, Selections::Counts* counts) {
     selections_.begin_call(counts);
