@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moec.compiler.errors import ArtifactError, UserError
 
@@ -63,15 +63,19 @@ class Digests(_Record):
     kernel: str | None = None
 
 
+_Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
 class ModelRecord(_Record):
     """What a runtime must know; lengths in tokens. `moe_layers` are module paths in the order they run."""
 
     name: str
-    vocab_size: int
-    context: int
-    max_tokens: int
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
+    vocab_size: _Count
+    context: _Count
+    max_tokens: _Count
+    bos_id: _Id | None
+    eos_ids: tuple[_Id, ...]
     moe_layers: tuple[str, ...]
 
 
@@ -140,6 +144,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         found = "is a file, not an artifact folder" if folder.exists() else "no such artifact folder"
         raise ArtifactError(found, place=str(folder), remedy="name a folder that `moec compile` wrote")
+    if file.exists() and not file.is_file():
+        raise ArtifactError("is not a file", place=str(file), remedy=_REMEDY)
     try:
         raw = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -158,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"damaged: {where}: {first['msg']}", place=str(file), remedy=_REMEDY) from error
     for record in manifest.files:  # a manifest is input: it may not point outside its folder
-        if Path(record.name).name != record.name:
+        if Path(record.name).name != record.name or "\0" in record.name:
             raise ArtifactError(f"damaged: file name {record.name!r}", place=str(file), remedy=_REMEDY)
     return manifest
 
@@ -168,6 +174,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_file(file: Path, record: FileRecord) -> None:
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ArtifactError("is not a file", place=str(file), remedy=_REMEDY)
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -29,6 +29,7 @@ from moec.compiler.checkpoints import WeightStore, open_store
 from moec.compiler.dumps import Dumps, both, rewritten
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
 from moec.compiler.export import MAX_TOKENS, export_program
+from moec.compiler.generate import load_tokenizer
 from moec.compiler.pipeline import Pass, PassRecord, PassResult, PipelineLog, run_passes
 from moec.compiler.plan.devices import load_device
 from moec.compiler.plan.planner import check_fits
@@ -67,6 +68,9 @@ def compile(
         check_fits(spec, load_device(spec.device), name)
     with replacing(Path(out) if out is not None else Path(f"{spec.name}-{name}")) as folder:
         store = open_checkpoint(spec, checkpoint)
+        # a damaged tokenizer is a fault now, not when the artifact is run; {} is that of a corpus which came as ids
+        if store.tokenizer is not None and store.tokenizer.read_bytes().strip() != b"{}":
+            load_tokenizer(store.tokenizer)
         clock.lap("checkpoint")
         log = PipelineLog()
         program, passes = program_and_passes(spec, store.weights, name)

@@ -166,13 +166,24 @@ def load_tokenizer(file: Path) -> Tokenizer:
             "no such tokenizer", place=str(file), remedy="put tokenizer.json into the checkpoint folder"
         )
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_buffer(file.read_bytes())  # from_file takes no path that is not UTF-8
     except Exception as error:  # the library raises bare Exception for every fault of the file
-        raise ArtifactError(f"not a tokenizer: {str(error).splitlines()[0]}", place=str(file)) from None
+        raise ArtifactError(
+            f"not a tokenizer: {str(error).splitlines()[0]}", place=str(file), remedy="take the model's tokenizer.json"
+        ) from None
+
+
+def check_unicode(text: str, place: str) -> None:
+    """RunError for half characters: bytes that were no UTF-8, or a lone surrogate of a JSON file."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RunError("holds half a character", place=place, remedy="give it as UTF-8") from None
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos_id: int | None) -> list[int]:
     """Ids of `text`, starting with `bos_id` if the model has one: once, whether or not the tokenizer adds it itself."""
+    check_unicode(text, "--prompt")
     ids = list(tokenizer.encode(text, add_special_tokens=True).ids)
     if bos_id is not None and (not ids or ids[0] != bos_id):
         ids.insert(0, bos_id)

@@ -41,7 +41,10 @@ class Progress:
             return
         end = "" if live else "\n"
         lead = "\r\x1b[2K" if self._live else ""
-        print(lead + text, end=end, file=sys.stderr, flush=True)
+        try:
+            print(lead + text, end=end, file=sys.stderr, flush=True)
+        except OSError:  # nobody can read it: no reason to stop the work
+            self._quiet = True
 
 
 class _Step:

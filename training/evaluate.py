@@ -60,13 +60,15 @@ def evaluate(
         _shipped_tasks(shipped)
         merged = Path(scratch, "tasks")
         _merge(merged, [shipped, *folders])
-        manager = harness.tasks.TaskManager(include_path=str(merged), include_defaults=False)
+        with _task_faults(include):
+            manager = harness.tasks.TaskManager(include_path=str(merged), include_defaults=False)
         unknown = [name for name in tasks if name not in manager.all_tasks]
         if unknown or not tasks:
             known = ", ".join(manager.all_tasks)
             what = f"no task {unknown[0]!r}" if unknown else "no task was asked for"
             raise EvaluationError(what, remedy=f"there are {known}; corpora with more are named by --include")
-        with contextlib.chdir(merged), progress.stage(f"evaluate {', '.join(tasks)} on {Path(model).name}"):
+        stage = progress.stage(f"evaluate {', '.join(tasks)} on {Path(model).name}")
+        with contextlib.chdir(merged), _task_faults(include), stage:
             raw = harness.simple_evaluate(
                 model=HarnessModel(opened, words),
                 tasks=list(tasks),
@@ -82,6 +84,25 @@ def evaluate(
         "questions": {name: counts["effective"] for name, counts in raw["n-samples"].items()},
         "results": {name: _plain(values) for name, values in raw["results"].items()},
     }
+
+
+@contextlib.contextmanager
+def _task_faults(include: Sequence[str | Path]) -> Iterator[None]:
+    """What a task file of the user asks for and cannot have; a fault without such files is ours.
+
+    The harness and the library that reads its data say it by exceptions of every kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ConnectionError, OSError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if not include:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        place = ", ".join(map(str, include))
+        remedy = "mend the task's YAML: its data must be files beside it"
+        raise EvaluationError(f"a task cannot be used: {reason}", place=place, remedy=remedy) from error
 
 
 def list_tasks(include: Sequence[str | Path]) -> list[str]:

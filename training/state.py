@@ -84,8 +84,13 @@ class StateStore:
                 folder.mkdir(parents=True)
             self._world.barrier()
             writer = dcp.FileSystemWriter(folder, sync_files=True)
-            with _no_warning_of_one_process():
-                dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
+            try:
+                with _no_warning_of_one_process():
+                    dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
+            except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last is no Exception
+                what = f"the state cannot be written: {str(error).strip().splitlines()[-1]}"
+                remedy = "is the disk full? free some space and continue with --resume"
+                raise UserError(what, place=str(folder), remedy=remedy) from error
         if self._world.main:
             self._root.mkdir(parents=True, exist_ok=True)
             write_whole(self._root / LATEST, json.dumps(asdict(position)) + "\n")

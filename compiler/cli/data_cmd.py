@@ -54,7 +54,11 @@ def build_corpus(
     added = dict(parse_addition(argument) for argument in add or ())
     if len(added) < len(add or ()):
         raise UserError("--add names a domain twice", remedy="put its files into one folder")
-    names = [name.strip() for name in (domains or ("" if added else _DOMAINS)).split(",") if name.strip()]
+    names = [
+        name.strip()
+        for name in (("" if added else _DOMAINS) if domains is None else domains).split(",")
+        if name.strip()
+    ]
     corpus = build(
         out,
         names,

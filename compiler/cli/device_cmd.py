@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,9 +147,11 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
     from pydantic import ValidationError
 
     from moec.compiler.plan.measured import figure, known
-    from moec.compiler.spec.device import Device
+    from moec.compiler.spec.device import NAME, Device
     from moec.targets.xnnpack import kernel_api, machine
 
+    if not re.fullmatch(NAME, name):  # said before half a minute of work
+        raise UserError("is no name of a device", place=f"--name {name}", remedy="use a-z, 0-9, '.' and '-'")
     big, little = machine.cores()
     threads = threads or big + little
     isa = kernel_api.get_isa()

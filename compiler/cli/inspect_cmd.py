@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.compiler.errors import UserError
+from moec.compiler.errors import ArtifactError, UserError
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
@@ -67,12 +67,18 @@ def _show_artifact(artifact: Artifact) -> None:
     )
     table("\nFiles", ["file", "size", "sha256"], [(f.name, size(f.bytes), f.sha256) for f in manifest.files], right=[1])
     if manifest.sizes_by_role:
-        total = sum(manifest.sizes_by_role.values())
+        total = sum(manifest.sizes_by_role.values()) or 1
         rows = sorted(manifest.sizes_by_role.items(), key=lambda item: -item[1])
         shares = [(role, size(count), f"{count / total:.1%}") for role, count in rows]
         table("\nWeights by role", ["role", "size", "share"], shares, right=[1, 2])
-    _show_methods(manifest.details)
-    _show_onnx(manifest.details)
+    try:
+        _show_methods(manifest.details)
+        _show_onnx(manifest.details)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what a target wrote is known to it alone
+        remedy = "compile the artifact again"
+        raise ArtifactError(
+            f"damaged: details: {error}", place=str(artifact.folder / "manifest.json"), remedy=remedy
+        ) from error
     passes = [(p.name, p.changed, len(p.refusals), f"{p.seconds:.2f}", p.digest) for p in manifest.passes]
     table("\nPasses", ["pass", "changed", "refused", "seconds", "graph"], passes, right=[1, 2, 3])
 

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a check failed, 2 the user's fault (one line on stderr), 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status, with every fault already printed to stderr."""
     _hush()
+    _open_streams()
     try:
         status = _invoke(arguments)
         sys.stdout.flush()
@@ -98,6 +100,10 @@ def _invoke(arguments: list[str] | None) -> int:
     command = typer.main.get_command(app)
     try:
         result: Any = command.main(args=arguments, prog_name="moec", standalone_mode=False)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes of it the status of a failed check
+            raise stop.__context__ from None
+        raise
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.Exit as stop:
@@ -145,9 +151,17 @@ def _status_of_signal(error: BaseException) -> int | None:
     return None
 
 
+def _open_streams() -> None:
+    """A stream that was closed before we began (`>&-`) is None: it becomes one that takes all and gives nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the rest of the process)
+
+
 def _say(text: str) -> None:
     live = sys.stderr.isatty()
-    print(("\r\x1b[2K" if live else "") + text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # where nothing can be said the status still tells
+        print(("\r\x1b[2K" if live else "") + text, file=sys.stderr, flush=True)
 
 
 def _bug() -> int:

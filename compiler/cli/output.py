@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def check_writable(*files: Path | None) -> None:
             continue
         if file.is_dir():
             raise UserError("is a folder", place=str(file), remedy="choose another file")
+        if _belongs(file):
+            raise UserError("is part of what lies in its folder", place=str(file), remedy="choose another file")
         above = next(folder for folder in file.absolute().parents if folder.exists())
         if not above.is_dir():
             raise UserError(f"cannot be written: {above} is no folder", place=str(file), remedy="choose another file")
@@ -50,12 +53,41 @@ def check_writable(*files: Path | None) -> None:
             raise UserError("cannot be written: no permission", place=str(file), remedy="choose another file")
 
 
+def check_apart(a: Path | None, b: Path | None) -> None:
+    """UserError if two options name one file."""
+    if a is not None and b is not None and str(a) != "-" and a.resolve() == b.resolve():
+        raise UserError("two outputs go to this file", place=str(a), remedy="choose another file for one of them")
+
+
+#: What makes a folder an artifact, a checkpoint, a run or a corpus; and what in it no report may take the place of.
+_MARKERS = ("manifest.json", "config.json", "run.json", "corpus.json")
+_PARTS = (*_MARKERS, "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "model.safetensors.index.json")
+_PART_SUFFIXES = (".pte", ".onnx", ".data", ".mlir", ".vmfb", ".safetensors", ".tokens", ".docs", ".mask")
+
+
+def _belongs(file: Path) -> bool:
+    file = file.resolve()
+    if not file.exists() or not any((file.parent / marker).exists() for marker in _MARKERS):
+        return False
+    return file.name in _PARTS or file.suffix in _PART_SUFFIXES
+
+
 def write_text(file: Path, text: str) -> None:
-    """Write `text`; UserError naming the file when it cannot be written."""
+    """Write `text`: whole, or what was there stays. UserError naming the file when it cannot be written."""
+    check_writable(file)
+    part: Path | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, "utf-8")
+        if file.exists() and not stat.S_ISREG(file.stat().st_mode):  # a pipe or a device takes no other's place
+            file.write_text(text, "utf-8")
+            return
+        whole = file.resolve()
+        part = whole.with_name(f".{whole.name}.part{os.getpid()}")
+        part.write_text(text, "utf-8")
+        part.replace(whole)
     except OSError as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
         raise UserError(f"cannot be written: {error.strerror}", place=str(file), remedy="choose another file") from None
 
 

@@ -47,11 +47,12 @@ def verify(
     Examples: [bold]moec verify build/s --json report.json[/bold],
     [bold]moec verify build/tiny --against onnx,mlir,metal[/bold]
     """
-    from moec.compiler.cli.output import check_writable
+    from moec.compiler.cli.output import check_apart, check_writable
     from moec.compiler.errors import UserError
     from moec.compiler.progress import Progress
 
     check_writable(json_file, junit_file)
+    check_apart(json_file, junit_file)
     progress = Progress(quiet=quiet)
     if path.is_file():
         from moec.compiler.spec import load_spec

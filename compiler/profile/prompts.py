@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from moec.compiler.errors import RunError, UserError
+from moec.compiler.generate import check_unicode
 
 DUMMY = "dummy"
 REAL = "real"
@@ -144,6 +145,7 @@ def dummy_stream(token: int, length: int) -> Stream:
 
 
 def _encoded(prompt: Prompt, encode: Callable[[str], Sequence[int]], bos_id: int | None) -> list[int]:
+    check_unicode(prompt.text, prompt.place)
     ids = list(encode(prompt.text))
     if bos_id is not None and (not ids or ids[0] != bos_id):
         ids.insert(0, bos_id)

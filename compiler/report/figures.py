@@ -63,10 +63,10 @@ def sizes(by_role: Mapping[str, int]) -> str:
     names = [role for role, _ in rows]
     values = [count / 1e6 for _, count in rows]
     bars = axes.barh(names, values, color=[COLOURS.get(role, COLOURS["other"]) for role in names])
-    total = sum(values)
+    total = sum(values) or 1.0
     labels = [f"{v:,.1f} MB  {v / total:.1%}" if v >= 0.1 else f"{v * 1e3:,.1f} kB  {v / total:.1%}" for v in values]
     axes.bar_label(bars, labels, padding=4)
-    axes.set_xlim(0, max(values) * 1.25)
+    axes.set_xlim(0, (max(values, default=0) or 1) * 1.25)
     axes.set_xlabel("MB in the file")
     return svg(figure, "stored bytes by role")
 

@@ -94,10 +94,13 @@ class KernelRates(Section):
     instruction_us: Figure
 
 
+NAME = r"^[a-z0-9][a-z0-9.-]{0,63}$"
+
+
 class Device(Section):
     """One device. `backend` is the target that a spec without `targets` would use there."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     title: Annotated[str, Field(min_length=1, max_length=120)]
     backend: Literal["xnnpack", "metal"]
     memory_budget_mb: Figure

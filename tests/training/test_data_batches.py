@@ -245,3 +245,18 @@ def test_a_large_vocabulary_takes_wide_tokens(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="outside"):
         write_tokens(tmp_path / "d", {"web": {"train": [[100_000]]}}, vocab_size=100_000, eos_id=1)
     assert not (tmp_path / "d").exists()
+
+
+def test_ids_that_the_vocabulary_lacks_are_found_where_they_are_read(tmp_path: Path) -> None:
+    documents = {"web": {"train": random_documents(1, 40, 60), "heldout": random_documents(2, 5, 60)}}
+    write_tokens(tmp_path / "corpus", documents, vocab_size=VOCAB, eos_id=EOS)
+    file = tmp_path / "corpus" / "web" / "train.tokens"
+    raw = bytearray(file.read_bytes())
+    raw[20:40] = b"\xff" * 20
+    file.write_bytes(raw)
+    damaged = Corpus.open(tmp_path / "corpus")
+    with pytest.raises(DataError, match="damaged: token 65535 in a vocabulary of"):
+        damaged.check()
+    batches = Batches(damaged, {"web": 1.0}, 64, 256, seed=1)
+    with pytest.raises(DataError, match="damaged: token 65535"):
+        _ = [batches.batch(step) for step in range(200)]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.training.data.shards import Corpus, DataError, Shard
+from moec.training.data.shards import Corpus, DataError, Shard, check_ids
 
 _PATTERN = 10_000  # rows until the pattern of domains repeats: shares are met to 1 in 10,000
 _OPEN_ROWS = 32  # rows that packing fills at the same time; more wastes less and mixes lengths less
@@ -92,7 +92,8 @@ class Batches:
         assert 0 <= rank < world
         assert step >= 0
         chosen = [self._row_of(step * self.rows + row) for row in range(rank, self.rows, world)]
-        return _batch([self._streams[name].row(k) for name, k in chosen], tuple(name for name, _ in chosen))
+        batch = _batch([self._streams[name].row(k) for name, k in chosen], tuple(name for name, _ in chosen))
+        return _checked(batch, self.corpus)
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each domain is read in `steps` steps, in epochs."""
@@ -125,7 +126,14 @@ def heldout(corpus: str | Path | Corpus, domain: str, context: int, limit_tokens
         rows = min(rows, max(1, limit_tokens // context))
     for first in range(0, rows, _HELDOUT_ROWS):
         numbers = range(first, min(first + _HELDOUT_ROWS, rows))
-        yield _batch([stream.row(k, once=True) for k in numbers], (domain,) * len(numbers))
+        yield _checked(_batch([stream.row(k, once=True) for k in numbers], (domain,) * len(numbers)), opened)
+
+
+def _checked(batch: Batch, corpus: Corpus) -> Batch:
+    """DataError for an id that the vocabulary does not have: a damaged shard, found where it is read."""
+    for ids_BT in (batch.tokens_BT, batch.targets_BT):
+        check_ids(ids_BT.numpy(), corpus.vocab_size, f"{corpus.folder}, {', '.join(dict.fromkeys(batch.domains_B))}")
+    return batch
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

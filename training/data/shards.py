@@ -58,6 +58,13 @@ class Shard:
         return np.diff(self.starts)
 
 
+def check_ids(tokens_N: np.ndarray, vocab_size: int, place: str) -> None:
+    """DataError for an id that the corpus's vocabulary does not have."""
+    if tokens_N.size and int(tokens_N.max()) >= vocab_size:
+        what = f"damaged: token {int(tokens_N.max())} in a vocabulary of {vocab_size}"
+        raise DataError(what, place=place, remedy=_REMEDY)
+
+
 class Corpus:
     """An opened corpus folder: `index` is corpus.json as read; shards are mapped when first asked for."""
 
@@ -120,7 +127,7 @@ class Corpus:
             if wrong:
                 raise DataError(f"damaged: {wrong} of domain {name!r}", place=str(self.folder / INDEX), remedy=_REMEDY)
             for split in SPLITS:
-                self.shard(name, split)
+                check_ids(self.shard(name, split).tokens_N, self.vocab_size, f"{self.folder}, {name}/{split}.tokens")
         if not isinstance(self.index.get("left_out", []), list):
             raise DataError("damaged: left_out", place=str(self.folder / INDEX), remedy=_REMEDY)
         try:
