@@ -90,7 +90,7 @@ def test_tokens_from_a_file(moec: Moec, folder: Path, tmp_path: Path) -> None:
         (["--context", "64,x"], "--context: x is not a position of this model"),
         (["--context", "64,"], "--context: an empty entry is not a position"),
         (["--context", str(m.S)], f"give positions from 1 to {m.S - 1}"),
-        (["--prefill", str(m.S + 1)], f"exceed the model's context of {m.S}"),
+        (["--prefill", str(m.S + 1)], f"a prompt of {m.S + 1} tokens exceeds the model's context of {m.S}"),
         (["--decode", str(m.S)], f"exceed the model's context of {m.S}"),
         (["--tokens", "/nonexistent"], "/nonexistent: cannot be read"),
     ],
