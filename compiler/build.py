@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from moec.compiler.plan.devices import load_device
 from moec.compiler.plan.planner import check_fits
 from moec.compiler.program import LazyWeight, Program, module_path
 from moec.compiler.progress import Progress
-from moec.compiler.spec import DecoderConfig, Spec, load_spec
+from moec.compiler.spec import DecoderConfig, Spec, as_spec
 from moec.compiler.spec.model import ExportedProgramSource, PythonSource, TransformersSource
 from moec.compiler.spec.targets import TargetOptions, target_packages
 from moec.compiler.target import LoweredFiles, RunsExactly, Session, Target, registered
@@ -45,7 +45,7 @@ _VERSIONED = ("torch", "executorch", "torchao", "numpy")
 
 
 def compile(
-    spec: Spec | str | Path,
+    spec: Spec | Mapping[str, Any] | str | Path,
     target: str | None = None,
     checkpoint: str | Path | None = None,
     out: str | Path | None = None,
@@ -54,6 +54,8 @@ def compile(
 ) -> Artifact:
     """Compile a spec into an artifact folder and open it. `out` defaults to NAME-TARGET in the working directory.
 
+    `spec`: a YAML file, a mapping of the same keys, or a `Spec`.
+
     A spec that names a `device:` which it does not fit is refused, unless `force`.
 
     UserError (SpecError, CheckpointError, CompileError ...) for a fault of the input; an artifact that stood at `out`
@@ -61,7 +63,7 @@ def compile(
     """
     progress = progress or Progress(quiet=True)
     clock = _Clock()
-    spec = spec if isinstance(spec, Spec) else load_spec(spec)
+    spec = as_spec(spec)
     name, options = chosen_target(spec, target)
     backend = find_target(name)
     if spec.device is not None and not force:
@@ -119,9 +121,9 @@ class Explanation:
     error: str = ""  # what stops the line, if anything does
 
 
-def explain(spec: Spec | str | Path, target: str | None = None) -> Explanation:
+def explain(spec: Spec | Mapping[str, Any] | str | Path, target: str | None = None) -> Explanation:
     """Run the passes of a spec without reading a weight; a program that one refuses is explained as far as it got."""
-    spec = spec if isinstance(spec, Spec) else load_spec(spec)
+    spec = as_spec(spec)
     log = PipelineLog()
     program, passes = program_and_passes(spec, None, chosen_target(spec, target)[0])
     reached, matched, error = [program], [], ""

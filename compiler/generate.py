@@ -81,8 +81,9 @@ class TextStream:
         """The text that became certain with this id; may be empty."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        unfinished = text.endswith("�")
-        certain = text[:-1] if unfinished else text
+        # every one at the end: SentencePiece's byte fallback gives one for each byte of an unfinished character
+        certain = text.rstrip("�")
+        unfinished = len(certain) < len(text)
         piece = certain[len(self._shown) :]
         self._shown = certain if len(certain) > len(self._shown) else self._shown
         if not unfinished and len(self._ids) > self._context:

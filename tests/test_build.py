@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.checkpoints import synthesize
-from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
+from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, SpecError, UserError
 from moec.compiler.program import Stage
 from moec.compiler.spec import Spec
 
@@ -124,3 +125,18 @@ def test_a_scheme_that_xnnpack_cannot_hold_is_refused(checkpoint: Path, tmp_path
 def test_a_missing_artifact_is_the_users_fault(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such artifact"):
         build.load(tmp_path / "a")
+
+
+def test_a_spec_may_be_a_mapping(checkpoint: Path, artifact: Artifact, tmp_path: Path) -> None:
+    """The same keys as in YAML, from a program; faults all at once, a line each, as those of a file."""
+    given = {"name": "one", "model": MappingProxyType(MODEL), "quantization": INT4, "checkpoint": str(checkpoint)}
+    built = build.compile(MappingProxyType(given), target="xnnpack", out=tmp_path / "a")
+    assert built.manifest.files == artifact.manifest.files
+    wrong = {**given, "quantisation": "none", "model": {**MODEL, "head_dim": 3}}
+    with pytest.raises(SpecError) as raised:
+        build.compile(wrong, out=tmp_path / "b")
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 2
+    assert any(line.startswith("one: quantisation: unknown key; did you mean 'quantization'?") for line in lines)
+    assert any(line.startswith("one: model.head_dim: must be even") for line in lines)
+    assert not (tmp_path / "b").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.generate import Generation, Sampler, Sampling, TextStream, encode_prompt, load_tokenizer
@@ -66,6 +66,20 @@ def test_leading_spaces_of_words_survive() -> None:
     assert (
         "".join(streamed(tokenizer, [0, 1, 1, 2, 0])) == "Hello world world! Hello" == tokenizer.decode([0, 1, 1, 2, 0])
     )
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=20))
+def test_bytes_of_a_sentencepiece_tokenizer(text: str) -> None:
+    """Characters without an id are bytes <0xE2> <0x82> <0xAC>, one U+FFFD each until the last has come."""
+    text = "w" + text.encode("utf-8", "replace").decode().replace("�", "")
+    vocabulary = {"<unk>": 0, "w": 1, "▁": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pieces = streamed(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(pieces) == text.replace("▁", " ")
+    assert not any("�" in piece for piece in pieces)
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:

@@ -1,6 +1,6 @@
 """Specs: what a user asks for, read strictly and with the place of every fault."""
 
-from moec.compiler.spec.loader import load_spec, parse_spec
+from moec.compiler.spec.loader import as_spec, load_spec, parse_spec
 from moec.compiler.spec.model import DecoderConfig, MoeConfig, Quantization, Spec, WeightScheme, parameter_counts
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Quantization",
     "Spec",
     "WeightScheme",
+    "as_spec",
     "load_spec",
     "parameter_counts",
     "parse_spec",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,32 @@ def parse_spec(text: str, *, file: str = "<spec>", folder: Path | None = None) -
     """A spec from text; `file` is the name in messages, `folder` the base of relative paths (default: as written)."""
     spec = parse_section(Spec, text, file=file, noun="a spec")
     return spec if folder is None else _resolved(spec, folder)
+
+
+def as_spec(given: Spec | Mapping[str, Any] | str | Path) -> Spec:
+    """A `Spec` as it is, a mapping of a spec's keys checked, or the file of that path read.
+
+    Relative paths of a mapping stay relative to the working directory. Errors: SpecError with one line per fault.
+    """
+    if isinstance(given, Spec):
+        return given
+    if not isinstance(given, Mapping):
+        return load_spec(given)
+    values = _plain(given)
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        name = values.get("name")
+        place = name if isinstance(name, str) and name.isprintable() else "spec"
+        faults = {path_text(tuple(d["loc"])): d["msg"].removeprefix("Value error, ") for d in error.errors()}
+        raise SpecError("\n".join(f"{place}: {path}: {what}" for path, what in faults.items())) from None
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of any kind as dictionaries, all the way down: what the sections of a spec take."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def load_device_file(file: str | Path) -> Device:

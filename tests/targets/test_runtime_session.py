@@ -156,13 +156,15 @@ def test_traces_are_one_per_layer_and_call(case: Case, session: CpuSession) -> N
         ([2**40], f"token id {2**40} is not in the vocabulary"),
         ([1.5], "must be a list of integers"),
         ([[1, 2]], "must be a list of integers"),
+        ([[1], [1, 2]], "must be a list of integers"),
         (["a"], "must be a list of integers"),
         ([1] * (m.S + 1), f"{m.S + 1} tokens do not fit: the context holds {m.S}"),
     ],
 )
 def test_a_prompt_that_cannot_be_served(session: CpuSession, ids: list, message: str) -> None:
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(RunError, match=rf"^\S*\.pte: .*{message}") as raised:
         session.prefill(ids)
+    assert raised.value.remedy
     assert session.position == 0
 
 
