@@ -38,7 +38,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, as_spec
 from moec.compiler.spec.model import ExportedProgramSource, PythonSource, TransformersSource
 from moec.compiler.spec.targets import TargetOptions, target_packages
-from moec.compiler.target import LoweredFiles, RunsExactly, Session, Target, registered
+from moec.compiler.target import LoweredFiles, RunsExactly, RunsUnrounded, Session, Target, registered
 
 TOKENIZER = "tokenizer.json"
 _VERSIONED = ("torch", "executorch", "torchao", "numpy")
@@ -102,6 +102,12 @@ def load_exact(artifact: Artifact) -> Session:
     if isinstance(target, RunsExactly) and target.rounds(artifact):
         return target.load_exact(artifact)
     return target.load(artifact)
+
+
+def load_unrounded(artifact: Artifact) -> Session | None:
+    """The artifact with its codes and fp32 activations; None if its target rounds none, or cannot leave it out."""
+    target = find_target(artifact.manifest.target)
+    return target.load_unrounded(artifact) if isinstance(target, RunsUnrounded) else None
 
 
 def has_exact(artifact: Artifact) -> bool:

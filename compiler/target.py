@@ -60,6 +60,13 @@ class RunsExactly(Protocol):
     def load_exact(self, artifact: Artifact) -> Session: ...
 
 
+@runtime_checkable
+class RunsUnrounded(Protocol):
+    """A target that rounds activations and can also run an artifact's own codes without: whole runs are comparable."""
+
+    def load_unrounded(self, artifact: Artifact) -> Session | None: ...
+
+
 @dataclass(frozen=True)
 class LoweredFiles:
     """What `lower` wrote, relative to the artifact folder, and what the manifest should say of it.

@@ -46,6 +46,8 @@ def test_passes(model, quantization, tmp_path):
     assert report.exit_status == 0, [c.line() for c in report.failures]
     assert len(report.layers) == (2 if "moe" in model else 0)
     assert any(c.name.startswith("free run") for c in report.checks)
+    rounds = quantization != "none" and quantization["activations"] == "int8"
+    assert any(c.name.startswith("free run, float activations") for c in report.checks) == rounds
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,8 @@ def test_a_transformers_model_passes_and_a_wrong_one_fails(quantization, tmp_pat
     report = verify_artifact(artifact, tokens=160)
     assert report.exit_status == 0, [c.line() for c in report.failures]
     assert len(report.layers) == 2
+    strict = any(c.name == "exported model, float activations: median cosine" for c in report.checks)
+    assert strict == (quantization != "none")
     experts = next(p for n, p in model.named_parameters() if "experts" in n and p.dim() == 3)
     experts.data[3] = experts.data[3].flip(0)
     model.save_pretrained(tmp_path / "wrong")

@@ -17,7 +17,9 @@ PROMPTS = prompt_ids(WordHashEncoder(211), tokens=160)
 NAMES = [f"model.layers.{n}.feed_forward" for n in range(3)]
 
 
-def _compare(session, against=None, *, quantized=False, prompts=PROMPTS, names=NAMES, floats=None) -> Comparison:
+def _compare(
+    session, against=None, *, quantized=False, prompts=PROMPTS, names=NAMES, floats=None, unrounded=None
+) -> Comparison:
     with torch.no_grad():
         return compare(
             session,
@@ -26,6 +28,7 @@ def _compare(session, against=None, *, quantized=False, prompts=PROMPTS, names=N
             layer_names=names,
             quantized=quantized,
             float_reference=floats,
+            unrounded=unrounded,
             progress=Progress(quiet=True),
         )
 
@@ -41,6 +44,19 @@ def test_equal_models_pass(quantized):
     assert [row.layer for row in found.layers] == [0, 1, 2]
     assert all(row.passed and row.tokens == 200 for row in found.layers)
     assert found.figures["against float activations: top-1 agreement"] == 1.0
+
+
+def test_without_rounding_no_drift_is_allowed():
+    """A run that rounds nothing is held to the limits themselves: drift lowers only those of runs that round."""
+    good, bad = FakeSession(decoder()), FakeSession(decoder(1))
+    floats = reference(decoder())
+    found = _compare(good, quantized=True, floats=floats, unrounded=good)
+    checks = {c.name: c for c in found.checks if c.name.startswith("free run, float activations")}
+    assert {name.split(": ")[1] for name in checks} == {"median cosine", "top-1 agreement", "expert sets equal"}
+    assert all(c.passed for c in checks.values())
+    assert checks["free run, float activations: median cosine"].tolerance.limit == 0.9999
+    wrong = _compare(good, quantized=True, floats=floats, unrounded=bad)
+    assert _failed(wrong) == set(checks)
 
 
 def test_a_dense_model_has_no_layers_to_check():

@@ -52,6 +52,9 @@ def verify_artifact(
     spec = spec_of(artifact)
     store = open_artifact_checkpoint(artifact, spec, checkpoint)
     session = build.load_exact(artifact)
+    unrounded = None
+    if rounds_activations(artifact, spec):
+        unrounded = build.load_unrounded(artifact)
     threads = torch.get_num_threads()
     # the reference multiplies many small matrices: the barriers of a second thread cost more than it gives, and on a
     # busy machine many times as much
@@ -62,13 +65,15 @@ def verify_artifact(
             raise UserError("there is no token in the text to verify with", remedy="give a longer text")
         prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
         if isinstance(spec.model, DecoderConfig):
-            found = _compare_ours(artifact, spec, spec.model, store, session, prompts, progress)
+            found = _compare_ours(artifact, spec, spec.model, store, session, unrounded, prompts, progress)
         else:
-            found = _compare_foreign(artifact, spec, store, session, prompts, progress)
+            found = _compare_foreign(artifact, spec, store, session, unrounded, prompts, progress)
         found.figures.update(_rounding_figures(artifact, session, prompts))
     finally:
         torch.set_num_threads(threads)
         session.close()
+        if unrounded is not None:
+            unrounded.close()
     return _report(artifact, store, prompts, found, time.perf_counter() - started)
 
 
@@ -78,6 +83,7 @@ def _compare_ours(
     config: DecoderConfig,
     store: WeightStore,
     session: Session,
+    unrounded: Session | None,
     prompts: Mapping[str, list[int]],
     progress: Progress,
 ) -> Comparison:
@@ -90,6 +96,7 @@ def _compare_ours(
         layer_names=artifact.manifest.model.moe_layers,
         quantized=scheme is not None,
         float_reference=_float_reference(config, store, scheme, roles),
+        unrounded=unrounded,
         progress=progress,
     )
 
@@ -99,6 +106,7 @@ def _compare_foreign(
     spec: Spec,
     store: WeightStore | Any,
     session: Session,
+    unrounded: Session | None,
     prompts: Mapping[str, list[int]],
     progress: Progress,
 ) -> Comparison:
@@ -111,6 +119,7 @@ def _compare_foreign(
         prompts,
         quantized=scheme is not None,
         rounds_activations=scheme is not None and (scheme.activations == "int8" or scheme.kv_cache == "int8"),
+        unrounded=unrounded,
         progress=progress,
     )
 
@@ -171,6 +180,12 @@ def computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
     return spec.quantization.model_copy(update=dict(manifest.details.get("computes", {})))
 
 
+def rounds_activations(artifact: Artifact, spec: Spec) -> bool:
+    """Whether the artifact rounds activations to INT8 as it runs."""
+    scheme = computed_scheme(artifact.manifest, spec)
+    return scheme is not None and scheme.activations == "int8"
+
+
 def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, list[int]]) -> dict[str, Any]:
     """How far the artifact's own arithmetic is from its exact twin; nothing for targets whose arithmetic is float32."""
     if not build.has_exact(artifact):
@@ -201,10 +216,10 @@ def asymmetric_roles(manifest: Manifest) -> Collection[Role]:
 def _float_reference(
     config: DecoderConfig, store: WeightStore, scheme: Quantization | None, roles: Collection[Role]
 ) -> Reference | None:
-    """The same codes without rounding of activations or cache; None when the scheme rounds neither."""
-    if scheme is None or (scheme.activations == "fp32" and scheme.kv_cache == "fp32"):
+    """The same codes and cache without rounding of activations; None when the scheme rounds none."""
+    if scheme is None or scheme.activations == "fp32":
         return None
-    return Reference(config, store, scheme, activations=False, xnnpack_roles=roles)
+    return Reference(config, store, scheme.model_copy(update={"activations": "fp32"}), xnnpack_roles=roles)
 
 
 def _report(

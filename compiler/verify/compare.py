@@ -5,7 +5,9 @@
                     output with the routing forced (experts, shared expert), the router on the same input, and the
                     selections that the reference arrives at by itself
     logits          of the last layer, norm and head, started likewise
-    free run        whole prompts from token ids on, each side with its own routing and its own errors accumulated
+    free run        whole prompts from token ids on, each side with its own routing and its own errors accumulated; and
+                    where the session can, once more without rounding of activations, so that errors accumulate but the
+                    drift that rounding makes of them does not
     consistency     odd chunks and decoding against one prefill; a second run against the first
 
 The longest prompt is run twice, at once and in odd chunks and single tokens; both are compared layer by layer.
@@ -55,10 +57,12 @@ def compare(
     layer_names: Sequence[str],
     quantized: bool,
     float_reference: Reference | None = None,
+    unrounded: Session | None = None,
     progress: Progress,
 ) -> Comparison:
     """Run everything. `layer_names` are the MoE layers in order. `quantized` chooses the tolerances. `float_reference`
-    has the same codes and rounds no activations: the distance from it is reported."""
+    has the same codes and rounds no activations: the distance from it is reported, and `unrounded`, the artifact run
+    likewise, must equal it."""
     found = Comparison(quantized)
     replays = {}
     with progress.stage("run the artifact", len(prompts) + 1) as step:
@@ -74,9 +78,7 @@ def compare(
     drift, tied = free_run(found, reference, replays, len(layer_names), progress)
     consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
     if float_reference is not None:
-        with progress.stage("run the reference with float activations"):
-            float_logits = float_reference.run(prompts)
-        found.figures.update(logits_figures("against float activations: ", replays, float_logits))
+        _without_rounding(found, float_reference, unrounded, replays, len(layer_names), progress)
     return found
 
 
@@ -340,6 +342,43 @@ def _free_run_float(
     found.checks.append(Check("free run: tokens compared", 1 - explained / tokens, tolerances.COMPARED))
     top1 = float(found.figures["free run: top-1 agreement"])
     found.checks.append(Check("free run: top-1 agreement", top1, tolerances.TOP1))
+
+
+UNROUNDED = "free run, float activations: "
+
+
+def _without_rounding(
+    found: Comparison,
+    reference: Reference,
+    session: Session | None,
+    replays: Mapping[str, Replay],
+    moe_layers: int,
+    progress: Progress,
+) -> None:
+    """How far rounding takes the artifact from float activations; and its codes, run without rounding, end to end.
+
+    The second needs no allowance for drift: nothing but the KV cache rounds, and no linear makes a last bit a step.
+    """
+    prompts = {name: replay.ids for name, replay in replays.items()}
+    routed: dict[int, Mapping[str, Routed]] = {}
+    with progress.stage("run the reference with float activations", max(moe_layers, 1)) as step:
+        logits = reference.run(prompts, _keeping(routed, step))
+    found.figures.update(logits_figures("against float activations: ", replays, logits))
+    if session is None:
+        return
+    with progress.stage("run the artifact with float activations", len(prompts)) as step:
+        unrounded = {}
+        for name, ids in prompts.items():
+            unrounded[name] = replay_prompt(session, ids, moe_layers)
+            step(name)
+    figures = logits_figures(UNROUNDED, unrounded, logits)
+    found.figures.update(figures)
+    for name, limit in (("median cosine", tolerances.MEDIAN_COSINE), ("top-1 agreement", tolerances.TOP1)):
+        found.checks.append(Check(f"{UNROUNDED}{name}", figures[f"{UNROUNDED}{name}"], limit))
+    if moe_layers:
+        sets = _sets(routed, lambda name, layer: unrounded[name].layers[layer].indices_TK)
+        name, detail = f"{UNROUNDED}expert sets equal", f"{sets.ties} ties of {sets.tokens} left out"
+        found.checks.append(Check(name, sets.fraction, tolerances.ROUTER_SETS, detail=detail))
 
 
 def _keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
 """Artifacts of models that are not ours: the exported graph is the eager model, and fused nodes give the blocks.
 
-    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights
+    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights; where the
+                          session can, the artifact runs without rounding of activations as well, and must be closer
     free run, quantized   the last graph before the target's passes, rounding like the artifact, against measured drift
     blocks                each fused node, taken apart, on the artifact's own input and routing
 
@@ -22,7 +23,7 @@ from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.target import Session
-from moec.compiler.verify import compare, metrics, tolerances
+from moec.compiler.verify import compare, tolerances
 from moec.compiler.verify.blocks import FusedBlock, block_of, fused_nodes
 from moec.compiler.verify.graphs import close_rows, moe_selection_scores
 from moec.compiler.verify.interpret import GraphRunner, Override, WeightCache
@@ -30,6 +31,7 @@ from moec.compiler.verify.replay import Replay, replay_in_pieces, replay_prompt
 from moec.compiler.verify.report import Check
 from moec.compiler.verify.rounding import shaken_operators, with_weights_of
 from moec.compiler.verify.structure import has_target_operators
+from moec.compiler.verify.tolerances import Tolerance
 
 OnLayer = Callable[[int, FusedBlock, Mapping[str, Routed]], None]
 
@@ -112,9 +114,11 @@ def compare_foreign(
     *,
     quantized: bool,
     rounds_activations: bool,
+    unrounded: Session | None,
     progress: Progress,
 ) -> compare.Comparison:
-    """`exported`: the program before any pass; `last`: before the target's passes (see `before_target`)."""
+    """`exported`: the program before any pass; `last`: before the target's passes (see `before_target`). `unrounded`:
+    the artifact run with float activations: of its rounding only that of the cache is left."""
     found = compare.Comparison(quantized)
     cache = WeightCache()
     reference = GraphReference(last, cache)
@@ -137,31 +141,56 @@ def compare_foreign(
     compare.judge_layers(found)
     drift, tied = compare.free_run(found, reference, replays, len(layers), progress)
     compare.consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
-    _exported(found, with_weights_of(exported, last), replays, tied, rounds_activations, cache, progress)
+    logits = _exported_logits(with_weights_of(exported, last), prompts, cache, progress)
+    found.figures.update(compare.logits_figures("against the exported model: ", replays, logits))
+    if rounds_activations:
+        _exported_cosine(found, "exported model", replays, logits, tolerances.EXPORTED_COSINE)
+    else:
+        _exported_elements(found, replays, logits, tied)
+    if unrounded is not None:
+        with progress.stage("run the artifact with float activations", len(prompts)):
+            replays = {name: replay_prompt(unrounded, ids, len(layers)) for name, ids in prompts.items()}
+        _exported_cosine(found, "exported model, float activations", replays, logits, tolerances.MEDIAN_COSINE)
+        _exported_top1(found, "exported model, float activations", replays, logits)
     return found
 
 
-def _exported(
-    found: compare.Comparison,
-    program: Program,
-    replays: Mapping[str, Replay],
-    tied: Mapping[str, np.ndarray],
-    rounds_activations: bool,
-    cache: WeightCache,
-    progress: Progress,
-) -> None:
-    """The artifact against the model as it was exported: the passes and the kernels together."""
+def _exported_logits(
+    program: Program, prompts: Mapping[str, Sequence[int]], cache: WeightCache, progress: Progress
+) -> dict[str, np.ndarray]:
     runner = GraphRunner(program, cache=cache)
-    with progress.stage("run the exported model", len(replays)), torch.no_grad():
-        logits = {n: run_chunks(runner, r.ids, program.info.max_tokens) for n, r in replays.items()}
-    figures = compare.logits_figures("against the exported model: ", replays, logits)
-    found.figures.update(figures)
-    if rounds_activations:
-        value = figures["against the exported model: median cosine"]
-        found.checks.append(Check("exported model: median cosine", value, tolerances.EXPORTED_COSINE))
-        return
+    with progress.stage("run the exported model", len(prompts)), torch.no_grad():
+        return {name: run_chunks(runner, ids, program.info.max_tokens) for name, ids in prompts.items()}
+
+
+# The artifact against the model as it was exported: passes and kernels together.
+
+
+def _exported_cosine(
+    found: compare.Comparison,
+    label: str,
+    replays: Mapping[str, Replay],
+    logits: Mapping[str, np.ndarray],
+    limit: Tolerance,
+) -> None:
+    value = compare.logits_figures("", replays, logits)["median cosine"]
+    found.checks.append(Check(f"{label}: median cosine", value, limit))
+
+
+def _exported_top1(
+    found: compare.Comparison, label: str, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray]
+) -> None:
+    value = compare.logits_figures("", replays, logits)["top-1 agreement"]
+    found.checks.append(Check(f"{label}: top-1 agreement", value, tolerances.TOP1))
+
+
+def _exported_elements(
+    found: compare.Comparison,
+    replays: Mapping[str, Replay],
+    logits: Mapping[str, np.ndarray],
+    tied: Mapping[str, np.ndarray],
+) -> None:
     ratios = {name: close_rows(logits[name], r.logits_TV, tied[name])[0] for name, r in replays.items()}
     where = max(ratios, key=lambda name: ratios[name])
     found.checks.append(Check("exported model: every element", ratios[where], tolerances.FLOAT_CLOSE, where))
-    top1 = float(np.mean(np.concatenate([metrics.top1_matches(logits[n], r.logits_TV) for n, r in replays.items()])))
-    found.checks.append(Check("exported model: top-1 agreement", top1, tolerances.TOP1))
+    _exported_top1(found, "exported model", replays, logits)

@@ -93,6 +93,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moec_set_isa": (_i32, (ctypes.c_char_p,)),
     "moec_get_isa": (ctypes.c_char_p, ()),
     "moec_available_isas": (ctypes.c_char_p, ()),
+    "moec_set_float_activations": (None, (_i32,)),
     "moec_set_threads": (_i32, (_i32,)),
     "moec_get_threads": (_i32, ()),
     "moec_set_parallel": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
@@ -328,6 +329,11 @@ def get_isa() -> str:
 def available_isas() -> list[str]:
     """Best first."""
     return library().moec_available_isas().decode().split(",")
+
+
+def set_float_activations(on: bool) -> None:
+    """Whether the calling thread's operators compute in fp32 where their formats ask for INT8 activations."""
+    library().moec_set_float_activations(int(on))
 
 
 def set_threads(n: int) -> None:

@@ -62,6 +62,7 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_trace": (None, [_TRACE, ctypes.c_void_p]),
         "moec_model_set_isa": (i32, [ctypes.c_char_p]),
         "moec_model_isa": (ctypes.c_char_p, []),
+        "moec_model_float_activations": (None, [handle, i32]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -72,9 +73,10 @@ def _runtime() -> ctypes.CDLL:
 class CpuSession:
     """The `Session` protocol over a `.pte`. Faults of the caller are RunError, a bad file is ArtifactError."""
 
-    def __init__(self, model: Path, *, threads: int | None = None) -> None:
+    def __init__(self, model: Path, *, threads: int | None = None, float_activations: bool = False) -> None:
         """Open `model`. `threads` None: one per core this process may use. The thread pool is the process's: the
-        session opened last decides its size."""
+        session opened last decides its size. `float_activations`: compute in fp32 on the same codes, where the program
+        would round activations to INT8; a delegate's linears still round."""
         self._handle: int | None = None
         self._busy = threading.RLock()
         path = Path(model)
@@ -89,6 +91,7 @@ class CpuSession:
         if error:
             self.close()
             raise ArtifactError(error, place=str(path), remedy="compile the artifact again")
+        runtime.moec_model_float_activations(self._handle, int(float_activations))
         info = _Info()
         runtime.moec_model_get_info(self._handle, ctypes.byref(info))
         self.vocab_size = int(info.vocab_size)

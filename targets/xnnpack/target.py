@@ -36,13 +36,24 @@ class XnnpackTarget:
         return obstacle()
 
     def load(self, artifact: Artifact) -> Session:
+        return self._session(artifact, float_activations=False)
+
+    def load_unrounded(self, artifact: Artifact) -> Session | None:
+        """The artifact with fp32 activations on the same codes; None where the XNNPACK delegate rounds some of them."""
+        if artifact.manifest.details.get("asymmetric_roles"):
+            return None
+        return self._session(artifact, float_activations=True)
+
+    def _session(self, artifact: Artifact, *, float_activations: bool) -> Session:
         from moec.targets.xnnpack.session import CpuSession
 
         manifest = artifact.manifest
         if manifest.target != self.name:
             raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
         options = manifest.spec.get("targets", {}).get(self.name) or {}
-        return CpuSession(artifact.path("model.pte"), threads=options.get("threads"))
+        return CpuSession(
+            artifact.path("model.pte"), threads=options.get("threads"), float_activations=float_activations
+        )
 
 
 def _own(options: Any) -> Options:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -301,3 +302,23 @@ def test_a_bias_of_another_dtype_outlives_the_call() -> None:
     x = np.zeros((1, 32), np.float32)
     for _ in range(20):
         assert np.array_equal(kernel_api.linear(x, w.packed, 4096, fmt, bias)[0], bias.astype(np.float32))
+
+
+@pytest.mark.parametrize("axis_out", [False, True], ids=["in", "out"])
+def test_float_activations_take_the_rounding_away_on_one_thread_only(axis_out: bool) -> None:
+    rng = np.random.default_rng(5)
+    rounding = WeightFormat(Kind.INT4, 32, axis_out, int8_activations=True)
+    w = random_weight(rng, rounding, 64, 96)
+    x = rng.standard_normal((7, w.k), dtype=np.float32)
+    plain = kernel_api.linear(x, w.packed, w.n, WeightFormat(Kind.INT4, 32, axis_out, int8_activations=False))
+    rounded = kernel_api.linear(x, w.packed, w.n, rounding)
+    assert not np.array_equal(plain, rounded)
+    kernel_api.set_float_activations(True)
+    try:
+        np.testing.assert_array_equal(kernel_api.linear(x, w.packed, w.n, rounding), plain)
+        with ThreadPoolExecutor(1) as other:
+            elsewhere = other.submit(kernel_api.linear, x, w.packed, w.n, rounding).result()
+        np.testing.assert_array_equal(elsewhere, rounded)
+    finally:
+        kernel_api.set_float_activations(False)
+    np.testing.assert_array_equal(kernel_api.linear(x, w.packed, w.n, rounding), rounded)

@@ -155,6 +155,13 @@ MOEC_API const char* moec_get_isa(void);
 // Comma-separated names that moec_set_isa would accept here, best first.
 MOEC_API const char* moec_available_isas(void);
 
+// ------------------------------------------------------------------------------------------------------ float activations
+
+// on != 0: operators that this thread calls from now on compute as if no format had MOEC_INT8_ACTIVATIONS: fp32 arithmetic on
+// the same codes and scales. Rounding makes two right runs of a deep model drift apart; without it a whole run can be
+// compared closely. The cache of attention stays as it is.
+MOEC_API void moec_set_float_activations(int32_t on);
+
 // --------------------------------------------------------------------------------------------------------------- threads
 
 // Runs task(context, i) once for every i in [0, n), in any order, on any threads, and returns when all are done. n is at

@@ -189,6 +189,8 @@ int32_t measure(int64_t count, int64_t n, int64_t k, int32_t format, uint64_t co
   return MOEC_OK;
 }
 
+thread_local bool float_activations = false;  // operators decode their formats on the thread that calls them
+
 int32_t check_pointer(const char* name, const void* data, uint64_t bytes) {
   return bytes && !data ? fail(MOEC_INVALID_ARGUMENT, "%s: the pointer is null", name) : int32_t(MOEC_OK);
 }
@@ -202,7 +204,7 @@ int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Fo
   Format f;
   f.kind = format & 0xF;
   f.axis_out = format & MOEC_AXIS_OUT;
-  f.int8_activations = format & MOEC_INT8_ACTIVATIONS;
+  f.int8_activations = format & MOEC_INT8_ACTIVATIONS && !float_activations;
   f.f32_scales = format & MOEC_F32_SCALES;
   f.group = format >> MOEC_GROUP_SHIFT;
   if (format < 0 || f.kind > MOEC_INT8 || (format & 0x80) || (f.kind == MOEC_F32 && format != MOEC_F32)) {
@@ -266,6 +268,8 @@ int32_t open_matrices(const char* name, int64_t count, int64_t n, int64_t k, int
 }  // namespace moec
 
 using namespace moec;
+
+void moec_set_float_activations(int32_t on) { moec::float_activations = on != 0; }
 
 int32_t moec_packed_bytes(int64_t n, int64_t k, int32_t format, uint64_t* bytes) {
   if (!bytes) return fail(MOEC_INVALID_ARGUMENT, "bytes: the pointer is null");

@@ -129,6 +129,22 @@ class Arena {
   size_t size_;
 };
 
+// While it lives, operators of this thread compute without rounding activations, if `on`.
+class FloatActivations {
+ public:
+  explicit FloatActivations(bool on) : on_(on) {
+    if (on_) moec_set_float_activations(1);
+  }
+  FloatActivations(const FloatActivations&) = delete;
+  FloatActivations& operator=(const FloatActivations&) = delete;
+  ~FloatActivations() {
+    if (on_) moec_set_float_activations(0);
+  }
+
+ private:
+  bool on_;
+};
+
 struct Method {
   std::vector<Span<uint8_t>> buffers;
   std::unique_ptr<HierarchicalAllocator> memory;
@@ -161,6 +177,7 @@ struct moec_model {
   std::unique_ptr<Module> module;
   moec_model_info info = {};
   std::vector<int64_t> eos_ids;
+  bool float_activations = false;
 
   bool fail(std::string what) {
     error = std::move(what);
@@ -348,6 +365,7 @@ bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all,
   auto tokens = executorch::extension::from_blob(const_cast<int64_t*>(ids), {1, static_cast<int32_t>(n)}, ScalarType::Long);
   auto position = executorch::extension::from_blob(&start, {1}, ScalarType::Long);
   Watch watch;
+  const FloatActivations arithmetic(float_activations);
   const auto result = module->execute(name, {EValue(tokens), EValue(position)});
   if (!result.ok()) return fail(name.c_str(), result.error(), watch);
   const auto& output = (*result)[0].toTensor();
@@ -440,6 +458,12 @@ void moec_model_trace(moec_model_trace_fn callback, void* user) { moec_set_trace
 int32_t moec_model_set_isa(const char* name) { return moec_set_isa(name) == MOEC_OK ? 0 : -1; }
 
 const char* moec_model_isa(void) { return moec_get_isa(); }
+
+void moec_model_float_activations(moec_model* model, int32_t on) {
+  if (!model) return;
+  std::lock_guard<std::mutex> lock(model->busy);
+  model->float_activations = on != 0;
+}
 
 int64_t moec_peak_rss(void) { return peak_resident(); }
 

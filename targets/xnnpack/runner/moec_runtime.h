@@ -53,6 +53,9 @@ MOEC_RUNTIME_API void moec_model_trace(moec_model_trace_fn callback, void* user)
 MOEC_RUNTIME_API int32_t moec_model_set_isa(const char* name);
 MOEC_RUNTIME_API const char* moec_model_isa(void);
 
+// on != 0: the calls of this model compute as moec_set_float_activations says. Delegates know nothing of it.
+MOEC_RUNTIME_API void moec_model_float_activations(moec_model* model, int32_t on);
+
 // Largest resident set of the process so far, bytes; anonymous memory now, bytes (0 where the system does not tell).
 MOEC_RUNTIME_API int64_t moec_peak_rss(void);
 MOEC_RUNTIME_API int64_t moec_anonymous_rss(void);
