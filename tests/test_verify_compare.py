@@ -47,14 +47,14 @@ def test_equal_models_pass(quantized):
 
 
 def test_without_rounding_no_drift_is_allowed():
-    """A run that rounds nothing is held to the limits themselves: drift lowers only those of runs that round."""
+    """A run that rounds nothing drifts by nothing: its limits are the limits of single layers."""
     good, bad = FakeSession(decoder()), FakeSession(decoder(1))
     floats = reference(decoder())
     found = _compare(good, quantized=True, floats=floats, unrounded=good)
     checks = {c.name: c for c in found.checks if c.name.startswith("free run, float activations")}
     assert {name.split(": ")[1] for name in checks} == {"median cosine", "top-1 agreement", "expert sets equal"}
     assert all(c.passed for c in checks.values())
-    assert checks["free run, float activations: median cosine"].tolerance.limit == 0.9999
+    assert checks["free run, float activations: median cosine"].tolerance.limit == pytest.approx(0.9999, abs=1e-7)
     wrong = _compare(good, quantized=True, floats=floats, unrounded=bad)
     assert _failed(wrong) == set(checks)
 

@@ -16,7 +16,6 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
 from moec.compiler.checkpoints import WeightStore
 from moec.compiler.errors import ArtifactError, CheckpointError, UserError
-from moec.compiler.model.simulate import Reference
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
 from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
@@ -215,11 +214,11 @@ def asymmetric_roles(manifest: Manifest) -> Collection[Role]:
 
 def _float_reference(
     config: DecoderConfig, store: WeightStore, scheme: Quantization | None, roles: Collection[Role]
-) -> Reference | None:
+) -> VerifyingReference | None:
     """The same codes and cache without rounding of activations; None when the scheme rounds none."""
     if scheme is None or scheme.activations == "fp32":
         return None
-    return Reference(config, store, scheme.model_copy(update={"activations": "fp32"}), xnnpack_roles=roles)
+    return VerifyingReference(config, store, scheme.model_copy(update={"activations": "fp32"}), xnnpack_roles=roles)
 
 
 def _report(

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moec.compiler.model.simulate import MoeReference, Reference, Routed
+from moec.compiler.model.simulate import MoeReference, Routed
 from moec.compiler.progress import Progress
 from moec.compiler.target import MoeTrace, Session
 from moec.compiler.verify import metrics, tolerances
@@ -56,7 +56,7 @@ def compare(
     *,
     layer_names: Sequence[str],
     quantized: bool,
-    float_reference: Reference | None = None,
+    float_reference: FreeReference | None = None,
     unrounded: Session | None = None,
     progress: Progress,
 ) -> Comparison:
@@ -294,31 +294,50 @@ def free_run(
     for by_prompt in routed.values():
         for name, r in by_prompt.items():
             tied[name] |= metrics.selection_gaps(r.scores_TE, r.indices_TK.shape[-1]) < tolerances.TIE_GAP
-    figures = logits_figures("free run: ", replays, logits)
-    found.figures.update(figures)
-    sets = _sets(routed, lambda name, layer: replays[name].layers[layer].indices_TK)
-    if not found.quantized:
-        _free_run_float(found, reference, replays, logits, tied)
-        return 0.0, tied
+    if found.quantized:
+        with progress.stage("run the reference shaken", max(moe_layers, 1)) as step:
+            return _beyond_drift(found, "free run: ", reference, (logits, routed), replays, step), tied
+    found.figures.update(logits_figures("free run: ", replays, logits))
+    _free_run_float(found, reference, replays, logits, tied)
+    return 0.0, tied
+
+
+def _beyond_drift(
+    found: Comparison,
+    prefix: str,
+    reference: FreeReference,
+    free: tuple[Mapping[str, np.ndarray], Mapping[int, Mapping[str, Routed]]],
+    replays: Mapping[str, Replay],
+    step: Callable[[str], None],
+) -> float:
+    """Whole runs of the artifact against those of the reference, `free`: no further than both drift, which the shaken
+    reference tells. Returns that drift, 1 - median cosine."""
+    logits, routed = free
+    prompts = {name: replay.ids for name, replay in replays.items()}
     shaken_routed: dict[int, Mapping[str, Routed]] = {}
-    with progress.stage("run the reference shaken", max(moe_layers, 1)) as step:
-        shaken = reference.shaken(prompts, _keeping(shaken_routed, step))
+    shaken = reference.shaken(prompts, _keeping(shaken_routed, step))
+    figures = logits_figures(prefix, replays, logits)
+    found.figures.update(figures)
     drift = _figures("", {name: (logits[name], shaken[name]) for name in prompts})
-    drift_sets = _sets(routed, lambda name, layer: shaken_routed[layer][name].indices_TK)
     tokens = sum(len(ids) for ids in prompts.values())
-    pairs: list[tuple[str, float, Tolerance, float, int | None]] = [
-        ("median cosine", figures["free run: median cosine"], tolerances.MEDIAN_COSINE, drift["median cosine"], None),
-        ("top-1 agreement", figures["free run: top-1 agreement"], tolerances.TOP1, drift["top-1 agreement"], tokens),
-    ]
-    if moe_layers:
-        pairs.append(
-            ("expert sets equal", sets.fraction, tolerances.ROUTER_SETS, drift_sets.fraction, drift_sets.compared)
+    values: list[tuple[str, float, Tolerance, float, int | None, str]] = [
+        (name, figures[f"{prefix}{name}"], tolerance, drift[name], count, "")
+        for name, tolerance, count in (
+            ("median cosine", tolerances.MEDIAN_COSINE, None),
+            ("top-1 agreement", tolerances.TOP1, tokens),
         )
-    for name, value, tolerance, itself, count in pairs:
-        limit = tolerances.beyond_drift(tolerance, 1 - itself, count)
-        detail = f"the reference with itself, shaken: {itself:.7g}"
-        found.checks.append(Check(f"free run: {name}", value, limit, detail=detail))
-    return 1 - drift["median cosine"], tied
+    ]
+    if routed:
+        sets = _sets(routed, lambda name, layer: replays[name].layers[layer].indices_TK)
+        itself = _sets(routed, lambda name, layer: shaken_routed[layer][name].indices_TK)
+        ties = f"; {sets.ties} ties of {sets.tokens} left out"
+        limit = tolerances.ROUTER_SETS
+        values.append(("expert sets equal", sets.fraction, limit, itself.fraction, itself.compared, ties))
+    for name, value, tolerance, same, count, more in values:
+        limit = tolerances.beyond_drift(tolerance, 1 - same, count)
+        detail = f"the reference with itself, shaken: {same:.7g}{more}"
+        found.checks.append(Check(f"{prefix}{name}", value, limit, detail=detail))
+    return 1 - drift["median cosine"]
 
 
 def _free_run_float(
@@ -344,12 +363,9 @@ def _free_run_float(
     found.checks.append(Check("free run: top-1 agreement", top1, tolerances.TOP1))
 
 
-UNROUNDED = "free run, float activations: "
-
-
 def _without_rounding(
     found: Comparison,
-    reference: Reference,
+    reference: FreeReference,
     session: Session | None,
     replays: Mapping[str, Replay],
     moe_layers: int,
@@ -357,7 +373,7 @@ def _without_rounding(
 ) -> None:
     """How far rounding takes the artifact from float activations; and its codes, run without rounding, end to end.
 
-    The second needs no allowance for drift: nothing but the KV cache rounds, and no linear makes a last bit a step.
+    The second drifts little, since only the KV cache rounds: its limits are close to those of a single layer.
     """
     prompts = {name: replay.ids for name, replay in replays.items()}
     routed: dict[int, Mapping[str, Routed]] = {}
@@ -366,19 +382,9 @@ def _without_rounding(
     found.figures.update(logits_figures("against float activations: ", replays, logits))
     if session is None:
         return
-    with progress.stage("run the artifact with float activations", len(prompts)) as step:
-        unrounded = {}
-        for name, ids in prompts.items():
-            unrounded[name] = replay_prompt(session, ids, moe_layers)
-            step(name)
-    figures = logits_figures(UNROUNDED, unrounded, logits)
-    found.figures.update(figures)
-    for name, limit in (("median cosine", tolerances.MEDIAN_COSINE), ("top-1 agreement", tolerances.TOP1)):
-        found.checks.append(Check(f"{UNROUNDED}{name}", figures[f"{UNROUNDED}{name}"], limit))
-    if moe_layers:
-        sets = _sets(routed, lambda name, layer: unrounded[name].layers[layer].indices_TK)
-        name, detail = f"{UNROUNDED}expert sets equal", f"{sets.ties} ties of {sets.tokens} left out"
-        found.checks.append(Check(name, sets.fraction, tolerances.ROUTER_SETS, detail=detail))
+    with progress.stage("run the artifact with float activations", max(moe_layers, 1)) as step:
+        unrounded = {name: replay_prompt(session, ids, moe_layers) for name, ids in prompts.items()}
+        _beyond_drift(found, "free run, float activations: ", reference, (logits, routed), unrounded, step)
 
 
 def _keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]
