@@ -10,9 +10,11 @@ so a spec for it says `bos_id: 0, eos_ids: [1, 4]`. The chat form is Llama 3's:
     <|begin_of_text|><|start_header_id|>user<|end_header_id|>\\n\\nPROMPT<|eot_id|>
     <|start_header_id|>assistant<|end_header_id|>\\n\\nRESPONSE<|eot_id|>          (all on one line)
 
+and so on for more turns, `system` among them.
+
 A given tokenizer that has these markers is used in the same way; one without them gets the plain form
 
-    PROMPT in `### Instruction:\\n...\\n\\n### Response:\\n`, then RESPONSE and EOS.
+    PROMPT in `### Instruction:\\n...\\n\\n### Response:\\n`, then RESPONSE and EOS, for every response.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moec.training.data.document import ASSISTANT, ROLES, Turns
 from moec.training.data.shards import DataError
 
 if TYPE_CHECKING:
@@ -119,26 +122,50 @@ class Coder:
         begin = [] if self.bos_id is None else [self.bos_id]
         return [[*begin, *ids, self.eos_id] for ids in self._plain(texts)]
 
-    def encode_examples(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(prompt, response) pairs as ids, and per token whether it belongs to the response (its end included)."""
-        responses = self._plain([response for _, response in pairs])
-        prompts = self.encode_prompts([prompt for prompt, _ in pairs])
-        end = self._id(END_OF_TURN) if self.chat else self.eos_id
-        return [
-            ([*before, *after, end], [0] * len(before) + [1] * (len(after) + 1))
-            for before, after in zip(prompts, responses, strict=True)
-        ]
-
-    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """What a model is given to answer: the prompt in the chat form, up to where the response begins."""
-        begin = [] if self.bos_id is None else [self.bos_id]
+    def encode_conversations(self, conversations: Sequence[Turns]) -> list[tuple[list[int], list[int]]]:
+        """Conversations as ids, and per token whether it belongs to a turn of the assistant (its end included)."""
         if not self.chat:
-            return [begin + ids for ids in self._plain([_plain_form(prompt) for prompt in prompts])]
+            return self._plain_conversations(conversations)
         start, end, turn = self._id(START_HEADER), self._id(END_HEADER), self._id(END_OF_TURN)
-        user, assistant, line = self._plain(["user", "assistant", "\n\n"])
-        after = [turn, start, *assistant, end, *line]
-        bodies = self._plain([f"\n\n{prompt}" for prompt in prompts])
-        return [[*begin, start, *user, end, *body, *after] for body in bodies]
+        *names, line = self._plain([*ROLES, "\n\n"])
+        roles = dict(zip(ROLES, names, strict=True))
+        texts = (text if role == ASSISTANT else f"\n\n{text}" for turns in conversations for role, text in turns)
+        bodies = iter(self._plain(list(texts)))
+        found = []
+        for turns in conversations:
+            ids: list[int] = [] if self.bos_id is None else [self.bos_id]
+            mask = [0] * len(ids)
+            for role, _ in turns:
+                answers = role == ASSISTANT
+                head, body = [start, *roles[role], end, *(line if answers else ())], [*next(bodies), turn]
+                ids += head + body
+                mask += [0] * len(head) + [int(answers)] * len(body)
+            found.append((ids, mask))
+        return found
+
+    def _plain_conversations(self, conversations: Sequence[Turns]) -> list[tuple[list[int], list[int]]]:
+        """In the plain form what was said before a response, by whomever, is its instruction."""
+        texts: list[list[str]] = []
+        for turns in conversations:
+            texts.append([])
+            asked: list[str] = []
+            for role, text in turns:
+                if role == ASSISTANT:
+                    texts[-1] += [_plain_form("\n\n".join(asked)), text]
+                    asked = []
+                else:
+                    asked.append(text)
+        bodies = iter(self._plain([text for parts in texts for text in parts]))
+        found = []
+        for parts in texts:
+            ids: list[int] = [] if self.bos_id is None else [self.bos_id]
+            mask = [0] * len(ids)
+            for _ in range(len(parts) // 2):
+                prompt, response = next(bodies), [*next(bodies), self.eos_id]
+                ids += prompt + response
+                mask += [0] * len(prompt) + [1] * len(response)
+            found.append((ids, mask))
+        return found
 
     def prompt_text(self, prompt: str) -> str:
         """The chat form as text, for programs that tokenize themselves; without BOS, which they add."""

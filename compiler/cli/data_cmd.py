@@ -24,7 +24,7 @@ def build_corpus(
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PATH: a folder of text files, or .jsonl with text, or prompt and response."),
+        typer.Option(help="NAME=PATH: a folder of text files, or .jsonl with text, prompt and response, or messages."),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps downloads. Default: in the user's cache.")
@@ -43,7 +43,7 @@ def build_corpus(
 
     Example: [bold]moec data build --out corpus --limit-mb 40[/bold]
 
-    Your own: [bold]moec data build --out corpus --add notes=notes/ --add support=pairs.jsonl[/bold]
+    Your own: [bold]moec data build --out corpus --add notes=notes/ --add support=chats.jsonl[/bold]
     """
     from moec.compiler.errors import UserError
     from moec.compiler.progress import Progress

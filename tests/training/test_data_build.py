@@ -78,6 +78,28 @@ def test_a_users_files_become_a_corpus(files: Path) -> None:
     assert all(text.endswith("<|eot_id|>") for text in sums)
 
 
+def test_chats_become_examples(tmp_path: Path) -> None:
+    """A chat of one question is the same example in all three forms; a longer one has a loss on every answer."""
+    said = {"user": "How much is it?", "assistant": "Seven."}
+    turns = [{"role": role, "content": text} for role, text in said.items()]
+    rows = [{"prompt": f"{i}? {said['user']}", "response": "Seven."} for i in range(40)]
+    longer = [{"role": "system", "content": "Be brief."}, *turns, *turns]
+    file = tmp_path / "chats.jsonl"
+    forms = [{"messages": turns}, {"prompt": said["user"], "completion": said["assistant"]}, {"messages": longer}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*forms, *rows]))
+    one, two, long, *_ = user_documents(file)
+    assert one == two == Document(prompt=said["user"], response="Seven.", group=said["user"])
+    assert [role for role, _ in long.conversation] == ["system", "user", "assistant", "user", "assistant"]
+    corpus = build(tmp_path / "c", [], cache=tmp_path, added={"chats": file}, vocab_size=400)
+    texts = decoded(corpus, "chats", "train") + decoded(corpus, "chats", "heldout")
+    assert len(texts) == 42  # the same question twice is one
+    (whole,) = [text for text in texts if "Be brief" in text]
+    assert whole.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
+    assert whole.count("Seven.<|eot_id|>") == 2
+    tasks = (corpus.folder / "tasks" / "chats_exact.jsonl").read_text()
+    assert "Be brief" not in tasks
+
+
 def test_splits_share_no_document_and_neither_is_empty(files: Path) -> None:
     corpus = make(files, heldout_share=0.2)
     for domain in corpus.domains:
@@ -200,6 +222,7 @@ def test_faults_are_one_line_and_leave_nothing(
         lambda folder, index: index["domains"]["notes"].update(bytes="many"),
         lambda folder, index: index["domains"].update(notes=1),
         lambda folder, index: index.update(left_out=5),
+        lambda folder, index: index.pop("eos_id"),
         lambda folder, index: (folder / "tokenizer.json").unlink(),
         lambda folder, index: (folder / "tokenizer.json").write_text("{}"),
     ],
@@ -233,6 +256,13 @@ def test_inspect_of_a_file_is_one_line_with_a_remedy(files: Path, capsys: pytest
         (b"[]", "not an object"),
         (b'{"text": 1}', "no text under 'text'"),
         (b'{"prompt": "a"}', "no text under 'response'"),
+        (b'{"prompt": " ", "completion": "a"}', "an empty prompt or response"),
+        (b'{"messages": "hello"}', "messages is no list of objects"),
+        (b'{"messages": []}', "messages of nobody"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "messages of user; after a system message, if any"),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', "a message of role 'tool'; roles are system, user"),
+        (b'{"messages": [{"role": "user", "content": [1]}]}', "no text under 'content'"),
+        (b'{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}', "an empty message"),
         (b'{"prompt": "a", "response": " "}', "empty"),
         (b"\xff", "not JSON"),
         (b'{"text": "\\ud800"}', "half a character"),

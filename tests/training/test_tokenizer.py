@@ -44,13 +44,29 @@ def test_any_text_comes_back_and_markers_in_it_are_text(text: str) -> None:
 @given(st.text("abc 019.\n?", min_size=1, max_size=40), st.text("xyz 7\n!", min_size=1, max_size=40))
 def test_a_conversation_as_ids_is_its_text(prompt: str, response: str) -> None:
     prompt, response = prompt.strip() or "a", response.strip() or "b"
-    ((ids, mask),) = CODER.encode_examples([(prompt, response)])
+    ((ids, mask),) = CODER.encode_conversations([(("user", prompt), ("assistant", response))])
     text = CODER.prompt_text(prompt) + response + "<|eot_id|>"
     assert ids == [0, *CODER.tokenizer.encode(text).ids]
-    (before,) = CODER.encode_prompts([prompt])
+    before = [0, *CODER.tokenizer.encode(CODER.prompt_text(prompt)).ids]
     assert ids[: len(before)] == before
     assert mask == [0] * len(before) + [1] * (len(ids) - len(before))
     assert CODER.tokenizer.decode(ids[len(before) :], skip_special_tokens=True) == response
+
+
+LONG = (("system", "Be brief."), ("user", "a 1?"), ("assistant", "b\n"), ("user", "c <|eot_id|>"), ("assistant", "d 2"))
+
+
+def test_every_answer_of_a_conversation_has_a_loss_and_nothing_else() -> None:
+    """Several at once, each as Llama 3 writes it; a marker in a text stays text."""
+    (first, mask), (second, _) = CODER.encode_conversations([LONG, LONG[1:3]])
+    text = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{said}<|eot_id|>" for role, said in LONG)
+    assert CODER.tokenizer.decode(first[1:], skip_special_tokens=False) == text
+    assert first.count(4) == len(LONG)  # the one in the text is not the marker
+    learned = [
+        CODER.tokenizer.decode([i], skip_special_tokens=False) for i, flag in zip(first, mask, strict=True) if flag
+    ]
+    assert "".join(learned) == "b\n<|eot_id|>d 2<|eot_id|>"
+    assert second == [0, *CODER.tokenizer.encode(CODER.prompt_text("a 1?") + "b\n<|eot_id|>").ids]
 
 
 def test_every_digit_is_a_token() -> None:
@@ -77,10 +93,15 @@ def test_a_tokenizer_without_markers_gets_the_plain_form() -> None:
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     coder = Coder.from_text(plain.to_str())
     assert (coder.bos_id, coder.eos_id, coder.chat) == (None, 0, False)
-    ((ids, mask),) = coder.encode_examples([("ab", "cd")])
+    ((ids, mask),) = coder.encode_conversations([(("user", "ab"), ("assistant", "cd"))])
     assert ids[-3:] == [*coder.encode_documents(["cd"])[0][:-1], 0]
     assert mask[-3:] == [1, 1, 1]
     assert sum(mask) == 3
+    ((ids, mask),) = coder.encode_conversations([LONG])
+    form = "### Instruction:\n{}\n\n### Response:\n{}"
+    parts = form.format("Be brief.\n\na 1?", "b\n"), form.format("c <|eot_id|>", "d 2")
+    assert ids == [i for part in coder.encode_documents(parts) for i in part]
+    assert sum(mask) == len("b\n") + len("d 2") + 2
 
 
 def test_faults_are_the_users() -> None:

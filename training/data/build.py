@@ -215,7 +215,8 @@ def _cut(waiting: Sequence[_Domain], heldout_share: float) -> float:
 def _split(domain: _Domain, cut: float, split: str) -> Iterator[Document]:
     with domain.file.open(encoding="utf-8") as stream:
         for line in stream:
-            document = Document(**json.loads(line))
+            row = json.loads(line)
+            document = Document(**row | {"turns": tuple((role, text) for role, text in row["turns"])})
             if (document.group_hash() <= cut) == (split == "heldout"):
                 yield document
 
@@ -256,8 +257,7 @@ def _tokenize(domain: _Domain, folder: Path, coder: Coder, cut: float) -> dict[s
                 for ids in coder.encode_documents([document.text for document in documents]):
                     writer.add(ids)
             else:
-                pairs = [(document.prompt, document.response) for document in documents]
-                for ids, mask in coder.encode_examples(pairs):
+                for ids, mask in coder.encode_conversations([document.conversation for document in documents]):
                     writer.add(ids, mask)
         record[split] = writer.close()
     return record

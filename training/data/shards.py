@@ -86,8 +86,9 @@ class Corpus:
         version = index.get("format") if isinstance(index, dict) else None
         if version != FORMAT:
             raise DataError(f"format {version!r}, this moec reads {FORMAT}", place=str(file), remedy=_REMEDY)
-        if not isinstance(index.get("domains"), dict) or not isinstance(index.get("vocab_size"), int):
-            raise DataError("damaged: no domains or no vocab_size", place=str(file), remedy=_REMEDY)
+        wrong = _wrong_index(index)
+        if wrong:
+            raise DataError(f"damaged: {wrong}", place=str(file), remedy=_REMEDY)
         return Corpus(folder, index)
 
     @property
@@ -121,15 +122,10 @@ class Corpus:
         return self._shards[domain, split]
 
     def check(self) -> None:
-        """DataError unless the index holds all that a corpus says of itself, and agrees with shards and tokenizer."""
-        for name, record in self.index["domains"].items():
-            wrong = _wrong_record(record)
-            if wrong:
-                raise DataError(f"damaged: {wrong} of domain {name!r}", place=str(self.folder / INDEX), remedy=_REMEDY)
+        """DataError unless every id is one of the vocabulary and the tokenizer is the one that made them."""
+        for name in self.domains:
             for split in SPLITS:
                 check_ids(self.shard(name, split).tokens_N, self.vocab_size, f"{self.folder}, {name}/{split}.tokens")
-        if not isinstance(self.index.get("left_out", []), list):
-            raise DataError("damaged: left_out", place=str(self.folder / INDEX), remedy=_REMEDY)
         try:
             digest = hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
         except FileNotFoundError:
@@ -163,6 +159,17 @@ class Corpus:
 
 
 _SOURCE_KEYS = ("name", "client", "package", "licence", "url")
+
+
+def _wrong_index(index: Mapping[str, Any]) -> str:
+    """What of corpus.json is not what it should be; empty if nothing."""
+    for key, kind in (("domains", dict), ("vocab_size", int), ("eos_id", int), ("tokenizer_sha256", str)):
+        if not isinstance(index.get(key), kind):
+            return f"no {key}"
+    if not isinstance(index.get("left_out", []), list):
+        return "left_out"
+    faults = ((name, _wrong_record(record)) for name, record in index["domains"].items())
+    return next((f"{wrong} of domain {name!r}" for name, wrong in faults if wrong), "")
 
 
 def _wrong_record(record: Any) -> str:

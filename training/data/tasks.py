@@ -39,6 +39,7 @@ def write_tasks(folder: Path, coder: Coder, heldout: Mapping[str, Callable[[], I
         listed = list(documents())
         random.Random(0).shuffle(listed)
         if listed and listed[0].is_example:
+            listed = [document for document in listed if not document.turns]  # a question is one prompt
             end = END_OF_TURN if coder.chat else "\n###"
             for suffix, form, until in (("", coder.prompt_text, end), ("_plain", "{}\n".format, "\n")):
                 _write(out, f"{domain}_choice{suffix}", _choices(listed, form), _CHOICE_KEYS)

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.training.data.document import Document
+from moec.training.data.document import ASSISTANT, ROLES, SYSTEM, USER, Document, Turns
 from moec.training.data.shards import DataError, check_domain_name
 
 _TEXTS = {".txt", ".md", ".rst", ".py", ".tex", ".text"}
 _LINES = {".jsonl", ".ndjson"}
-_FORMS = 'each line is {"text": ...} or {"prompt": ..., "response": ...}'
+_FORMS = 'each line is {"text": ...}, {"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}]}'
 
 
 def parse_addition(argument: str) -> tuple[str, Path]:
@@ -74,16 +74,41 @@ def _lines(file: Path) -> Iterator[Document]:
 def _row(row: object, place: str) -> Document:
     if not isinstance(row, dict):
         raise DataError("not an object", place=place, remedy=_FORMS)
-    keys = ("prompt", "response") if "prompt" in row else ("text",)
-    for key in keys:
-        if not isinstance(row.get(key), str):
-            raise DataError(f"no text under {key!r}", place=place, remedy=_FORMS)
-        try:
-            row[key].encode("utf-8")
-        except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which is no character
-            raise DataError(f"{key!r} holds half a character", place=place, remedy="write valid Unicode") from None
-    if "text" in keys:
-        return Document(row["text"].strip())
-    if not row["prompt"].strip() or not row["response"].strip():
+    if "messages" in row:
+        return Document.of_conversation(_turns(row["messages"], place))
+    if "prompt" not in row:
+        return Document(_text(row, "text", place).strip())
+    answer = "completion" if "completion" in row and "response" not in row else "response"
+    prompt, response = (_text(row, key, place).strip() for key in ("prompt", answer))
+    if not prompt or not response:
         raise DataError("an empty prompt or response", place=place, remedy=_FORMS)
-    return Document(prompt=row["prompt"].strip(), response=row["response"].strip(), group=row["prompt"].strip())
+    return Document.of_conversation(((USER, prompt), (ASSISTANT, response)))
+
+
+def _turns(messages: object, place: str) -> Turns:
+    """The turns of a chat: perhaps one of the system, then user and assistant in turns, the assistant's the last."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError("messages is no list of objects", place=place, remedy=_FORMS)
+    turns = tuple((_text(message, "role", place), _text(message, "content", place).strip()) for message in messages)
+    roles = [role for role, _ in turns]
+    unknown = next((role for role in roles if role not in ROLES), None)
+    if unknown is not None:
+        raise DataError(f"a message of role {unknown!r}", place=place, remedy=f"roles are {', '.join(ROLES)}")
+    spoken = roles[1:] if roles[:1] == [SYSTEM] else roles
+    if not spoken or len(spoken) % 2 or spoken != [USER, ASSISTANT] * (len(spoken) // 2):
+        remedy = "after a system message, if any, user and assistant alternate, and the assistant has the last word"
+        raise DataError(f"messages of {', '.join(roles) or 'nobody'}", place=place, remedy=remedy)
+    if not all(text for _, text in turns):
+        raise DataError("an empty message", place=place, remedy="leave the line out")
+    return turns
+
+
+def _text(row: dict[str, object], key: str, place: str) -> str:
+    text = row.get(key)
+    if not isinstance(text, str):
+        raise DataError(f"no text under {key!r}", place=place, remedy=_FORMS)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which is no character
+        raise DataError(f"{key!r} holds half a character", place=place, remedy="write valid Unicode") from None
+    return text
