@@ -18,6 +18,11 @@ class Progress:
         self._quiet = quiet
         self._live = sys.stderr.isatty()
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether live lines are shown, each in the place of the one before it: on a terminal."""
+        return self._live
+
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[_Step]:
         step = _Step(self, name, total)

@@ -12,29 +12,36 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moec.compiler.progress import Progress
+from moec.training.state import disk_faults
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
+_EVERY = 30.0  # seconds between lines where none can be overwritten: a log
 
 
 class Metrics:
     """Appends to OUT/metrics.jsonl and OUT/tensorboard. `quiet` processes (not the first) write nothing."""
 
     def __init__(self, out: Path, *, keep_bytes: int, first_step: int, writes: bool = True) -> None:
-        """keep_bytes: what of metrics.jsonl is valid; the rest was written after the state that is continued.
+        """UserError, here and below, for what the disk refuses.
+
+        keep_bytes: what of metrics.jsonl is valid; the rest was written after the state that is continued.
 
         first_step: the next step of the run, over all stages; TensorBoard forgets what it has of later ones.
         """
         self._stream, self._events = None, None
         if not writes:
             return
-        file = out / FILE
-        self._stream = file.open("ab")
-        self._stream.truncate(keep_bytes)
-        self._events = _summary_writer(out / EVENTS, first_step)
+        self._out = out
+        with disk_faults(out / FILE):
+            self._stream = (out / FILE).open("ab")
+            self._stream.truncate(min(keep_bytes, self._stream.tell()))  # a file cut by someone else is not padded
+        with disk_faults(out / EVENTS):
+            self._events = _summary_writer(out / EVENTS, first_step)
 
     @property
     def has_events(self) -> bool:
@@ -44,26 +51,31 @@ class Metrics:
         """One line; scalars become events at `run_step`, the step counted over all stages."""
         if self._stream is None:
             return
-        self._stream.write(json.dumps(record).encode() + b"\n")
-        self._stream.flush()
+        with disk_faults(self._out / FILE):
+            self._stream.write(json.dumps(record).encode() + b"\n")
+            self._stream.flush()
         if self._events is not None:
-            for tag, value in _scalars(record):
-                self._events.add_scalar(tag, value, run_step)
+            with disk_faults(self._out / EVENTS):
+                for tag, value in _scalars(record):
+                    self._events.add_scalar(tag, value, run_step)
 
     def durable_bytes(self) -> int:
         """Flush to the disk; the length of metrics.jsonl."""
         if self._stream is None:
             return 0
-        os.fsync(self._stream.fileno())
+        with disk_faults(self._out / FILE):
+            os.fsync(self._stream.fileno())
         if self._events is not None:
-            self._events.flush()
+            with disk_faults(self._out / EVENTS):
+                self._events.flush()
         return self._stream.tell()
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        if self._events is not None:
-            self._events.close()
+        """What the disk refuses here it has refused before: `write` and `durable_bytes` flush."""
+        for stream in (self._stream, self._events):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:
@@ -94,18 +106,21 @@ class Live:
 
     def __init__(self, progress: Progress, stage: str, done: int, steps: int) -> None:
         self._progress, self._stage, self._first, self._steps = progress, stage, done, steps
-        self._started = time.perf_counter()
+        self._started = self._said = time.perf_counter()
 
     def step(self, step: int, record: Mapping[str, Any]) -> None:
-        """Show `step` steps done."""
-        spent = time.perf_counter() - self._started
+        """Show `step` steps done; in a log not every time."""
+        now = time.perf_counter()
+        if not self._progress.overwrites and now - self._said < _EVERY:
+            return
+        self._said, spent = now, now - self._started
         left = spent / max(1, step - self._first) * (self._steps - step)
         load = record["load_max_over_mean"]
         balance = f", expert load max/mean {max(load):.2f}, dropped {record['dropped_fraction']:.1%}" if load else ""
         self._progress.write(
             f"{self._stage} {step}/{self._steps}, {clock(left)} left: loss {record['loss']:.3f}, "
             f"{record['tokens_per_s']:,.0f} tokens/s{balance}",
-            live=True,
+            live=self._progress.overwrites,
         )
 
     def heldout(self, step: int, losses: Mapping[str, float]) -> None:

@@ -77,22 +77,28 @@ class Updates:
         for state in self._adamw.state.values():
             state["step"].fill_(step)
 
-    def step(self, tokens: int) -> float:
-        """Clip, update the weights at `tokens` tokens seen, forget the gradients; the norm before clipping."""
-        parameters = [p for _, p in self.named]
-        shared = [p.grad for p in parameters if p.grad is not None and id(p) not in self._experts]
-        expert = [p.grad for p in parameters if p.grad is not None and id(p) in self._experts]
+    def norm(self) -> float:
+        """The L2 norm of all gradients, before clipping; once a step, as it averages those of experts."""
+        shared, expert = self._gradients()
         self._world.average_experts(expert)
-        norm = self._norm(shared, expert)
+        return self._norm(shared, expert)
+
+    def step(self, tokens: int, norm: float) -> None:
+        """Clip gradients of that norm, update the weights at `tokens` tokens seen, forget the gradients."""
         factor = min(1.0, self._stage.optimizer.clip_norm / (norm + 1e-6))
         if factor < 1.0:
-            torch._foreach_mul_([local(g) for g in (*shared, *expert)], factor)
+            torch._foreach_mul_([local(g) for grads in self._gradients() for g in grads], factor)
         self.rate = learning_rate(self._stage.learning_rate, tokens, self._stage.tokens)
         for group in self._adamw.param_groups:
             group["lr"] = self.rate
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        return norm
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(of what every process shares, of experts)."""
+        shared = [p.grad for _, p in self.named if p.grad is not None and id(p) not in self._experts]
+        expert = [p.grad for _, p in self.named if p.grad is not None and id(p) in self._experts]
+        return shared, expert
 
     def _norm(self, shared: list[Tensor], expert: list[Tensor]) -> float:
         """The L2 norm over all gradients, each counted once however it is spread."""

@@ -292,9 +292,13 @@ class _Run:
             raise UserError(what, place=place, remedy="continue it with --resume, or choose another --out")
         if plan.stage is not None and unfinished and plan.stage != position.stage:
             raise UserError(f"stage {position.stage} is not finished", place=place, remedy="continue it with --resume")
+        last = position.stage if unfinished else finished[-1]
+        if plan.stage not in (None, *finished) and plan.names.index(plan.stage) < plan.names.index(last):
+            what = f"stage {plan.stage} comes before {last}, which the run holds"
+            raise UserError(what, place=place, remedy="choose another --out")
         try:
             before = read_json(file)
-            digests, seed = dict(before["digests"]), before["seed"]
+            digests, seed, init = dict(before["digests"]), before["seed"], before["init"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
         for key, what in (("training", "the spec"), ("corpus", "the corpus"), ("tokenizer", "the tokenizer")):
@@ -302,6 +306,13 @@ class _Run:
                 raise UserError(f"{what} has changed since the run began", place=place, remedy="choose another --out")
         if seed != record["seed"]:
             raise UserError(f"the run began with seed {seed}", place=place, remedy="continue it with that")
+        if plan.init is not None and record["init"] != init:
+            what = f"the run began with {init or 'random weights'}, and --init is where a run begins"
+            raise UserError(what, place=place, remedy="leave --init out, or choose another --out")
+        began, now = (before.get("threads"), before.get("processes")), (record["threads"], self._world.size)
+        if began != now and self._world.main and (unfinished or position.stage != plan.names[-1]):
+            was, here = ("{} threads in {} process(es)".format(*pair) for pair in (began, now))
+            self._progress.write(f"begun with {was}, continued with {here}: sums may differ in their last bits")
         return position
 
     def _stage(self, stage: TrainingStage, position: Position | None, finished: tuple[StageResult, ...]) -> StageResult:
@@ -326,6 +337,7 @@ class _Run:
             self._store.load(position, trainer.tensors())
             trainer.restore(position.step)
             restore_random_state(position.random)
+        self._announce(stage, batches, position.step)
         metrics = Metrics(
             plan.out, keep_bytes=position.metrics_bytes, first_step=before + position.step + 1, writes=world.main
         )
@@ -335,20 +347,34 @@ class _Run:
         finally:
             metrics.close()
 
+    def _announce(self, stage: TrainingStage, batches: Batches, done: int) -> None:
+        """What lies ahead: how often each domain is read, and what of it never is."""
+        if not self._world.main:
+            return
+        read = ", ".join(f"{domain} {epochs:.2f}" for domain, epochs in batches.epochs(stage.steps).items())
+        where = f", continued behind step {done:,}" if done else ""
+        self._progress.write(
+            f"{stage.name}: {stage.steps:,} steps of {stage.rows * stage.context:,} tokens{where}; epochs of {read}"
+        )
+        for domain, count in batches.skipped.items():
+            if count:
+                what = f"{count:,} examples of {domain} are longer than the {stage.context} tokens of a row"
+                self._progress.write(f"{stage.name}: {what} and are left out; a longer context would hold them")
+
     def _start(self, stage: TrainingStage, finished: tuple[StageResult, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that a stage begins with."""
-        plan = self._plan
-        if finished:
-            return stored_weights(plan.out / finished[-1].checkpoint, plan.model)
-        if plan.init is not None:
+        plan, place = self._plan, self._plan.names.index(stage.name)
+        if not finished and plan.init is not None:
             return stored_weights(plan.init, plan.model)
-        if stage.name == plan.names[0]:
+        if place == 0:
             return initial_weights(plan.model, plan.seed)
-        before = plan.names[plan.names.index(stage.name) - 1]
+        before = plan.names[place - 1]
+        if finished and finished[-1].name == before:
+            return stored_weights(plan.out / finished[-1].checkpoint, plan.model)
         raise UserError(
             f"stage {stage.name} needs weights, and {before} has not been trained here",
             place=str(plan.out),
-            remedy=f"train {before} first, or give --init CHECKPOINT",
+            remedy=f"train {before} first, or begin a run with --init CHECKPOINT",
         )
 
     def _loop(self, trainer: Trainer, position: Position, metrics: Metrics, before: int) -> StageResult:

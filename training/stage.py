@@ -24,10 +24,6 @@ from moec.training.optimizer import Updates, balance, bias_rate
 from moec.training.parallel import World, reshard, shared_state
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and its state is saved."""
-
-
 def autocast(stage: TrainingStage, world: World) -> AbstractContextManager[Any]:
     """The stage's precision: products in bfloat16, everything that is not a product in float32."""
     return torch.autocast(world.device.type, torch.bfloat16, enabled=stage.precision == "bf16")
@@ -85,12 +81,13 @@ class Trainer:
         z_loss = float(world.total(sums.z)) / positions
         load_LE, dropped_L = world.total(sums.load_LE), world.total(sums.dropped_L)
         loss = lm_loss + stage.z_loss * z_loss
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {self.done + 1} of {stage.name}", remedy="lower learning_rate.peak"
-            )
+        norm = self.updates.norm()
+        for what, value in (("the loss", loss), ("the gradient's norm", norm)):
+            if not math.isfinite(value):
+                remedy = "lower learning_rate.peak"
+                raise RunError(f"{what} is {value} at step {self.done + 1} of {stage.name}", remedy=remedy)
         self.done += 1
-        norm = self.updates.step(self.tokens)
+        self.updates.step(self.tokens, norm)
         if stage.balancing.kind == "bias" and load_LE.numel():
             balance(self.model, load_LE, bias_rate(stage.balancing, self.tokens, stage.tokens))
         return {

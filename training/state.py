@@ -81,7 +81,8 @@ class StateStore:
             folder = self._root / str(position.folder)
             if self._world.main:
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
+                with disk_faults(folder):
+                    folder.mkdir(parents=True)
             self._world.barrier()
             writer = dcp.FileSystemWriter(folder, sync_files=True)
             try:
@@ -92,7 +93,8 @@ class StateStore:
                 remedy = "is the disk full? free some space and continue with --resume"
                 raise UserError(what, place=str(folder), remedy=remedy) from error
         if self._world.main:
-            self._root.mkdir(parents=True, exist_ok=True)
+            with disk_faults(self._root):
+                self._root.mkdir(parents=True, exist_ok=True)
             write_whole(self._root / LATEST, json.dumps(asdict(position)) + "\n")
             for old in self._root.iterdir():
                 if old.is_dir() and old.name != position.folder:
@@ -126,14 +128,30 @@ def restore_random_state(text: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8))
 
 
+@contextmanager
+def disk_faults(file: Path) -> Iterator[None]:
+    """What the disk refuses to write is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        remedy = "is the disk full? free some space and continue with --resume"
+        raise UserError(what, place=str(file), remedy=remedy) from error
+
+
 def write_whole(file: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old text or the new, also after a power cut."""
+    """Write beside and rename: a reader sees the old text or the new, also after a power cut. UserError if it fails."""
     beside = file.with_name(file.name + ".new")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
+    with disk_faults(file):
+        try:
+            with beside.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(beside, file)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def read_json(file: Path) -> Any:

@@ -22,6 +22,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec
 from moec.compiler.spec.training import Schedule, TrainingStage
 from moec.training.data.shards import Corpus
+from moec.training.metrics import Live, Metrics
 from moec.training.optimizer import learning_rate
 from moec.training.run import RunResult, train
 from moec.training.stage import Trainer
@@ -228,6 +229,21 @@ def test_continued_with_something_else(whole: RunResult, corpus: Corpus, tmp_pat
     assert records(whole) == before
 
 
+def test_a_stage_begins_where_the_one_before_it_ended(whole: RunResult, corpus: Corpus, tmp_path: Path) -> None:
+    """No stage is skipped or trained out of turn, and weights that were asked for are used or refused."""
+    spec, out, init = spec_of(*ALL), tmp_path / "run", whole.checkpoint("pretrain")
+    train(spec, data=corpus, out=out, stage="sft", init=init, threads=1)
+    with pytest.raises(UserError, match="stage pretrain comes before sft, which the run holds; choose another --out"):
+        train(spec, data=corpus, out=out, stage="pretrain", threads=1)
+    with pytest.raises(UserError, match="and --init is where a run begins; leave --init out, or choose another --out"):
+        train(spec, data=corpus, out=out, stage="qat", init=whole.checkpoint("sft"), threads=1)
+    same = train(spec, data=corpus, out=out, stage="qat", init=init, threads=1)  # the run's own, said again
+    assert same_weights(same.out, whole.out, ("sft", "qat"))
+    train(spec, data=corpus, out=tmp_path / "first", stage="pretrain", threads=1)
+    with pytest.raises(UserError, match="stage qat needs weights, and sft has not been trained here; train sft first"):
+        train(spec, data=corpus, out=tmp_path / "first", stage="qat", threads=1)
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -319,6 +335,22 @@ def test_without_tensorboard(corpus: Corpus, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "out" / "tensorboard").exists()
 
 
+def test_a_log_shows_where_training_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where lines cannot be overwritten one comes every half minute, however often steps are logged."""
+    now = [1000.0]
+    monkeypatch.setattr("moec.training.metrics.time.perf_counter", lambda: now[0])
+    live = Live(Progress(), "pretrain", 0, 100)
+    record = {"loss": 3.0, "tokens_per_s": 1200.0, "load_max_over_mean": [1.2, 1.31], "dropped_fraction": 0.004}
+    for step in range(1, 71):
+        now[0] += 1
+        live.step(step, record)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"pretrain {n}/100, {left} left: loss 3.000, 1,200 tokens/s, expert load max/mean 1.31, dropped 0.4%"
+        for n, left in ((30, "1:10"), (60, "0:40"))
+    ]
+
+
 def test_schedules() -> None:
     cosine = Schedule(peak=2.0, warmup=100, final=0.1)
     assert learning_rate(cosine, 50, 1100) == 1.0
@@ -371,6 +403,47 @@ def test_the_command(whole: RunResult, corpus: Corpus, tmp_path: Path, capsys: A
 def test_a_micro_batch_holds_a_row() -> None:
     with pytest.raises(ValueError, match="must hold at least one sequence of 32 tokens, got 31"):
         spec_of(PRETRAIN | {"micro_batch_tokens": 31})
+
+
+def test_another_number_of_threads_is_said(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, out = spec_of(PRETRAIN | {"tokens": 256}, SFT | {"tokens": 256}), tmp_path / "run"
+    said = "begun with 1 threads in 1 process(es), continued with 2 threads in 1 process(es): sums may differ"
+    train(spec, data=corpus, out=out, stage="pretrain", threads=1, progress=Progress())
+    assert "begun with" not in capsys.readouterr().err
+    train(spec, data=corpus, out=out, resume=True, threads=2, progress=Progress())
+    assert said in capsys.readouterr().err
+    train(spec, data=corpus, out=out, resume=True, threads=2, progress=Progress())
+    assert "begun with" not in capsys.readouterr().err  # nothing is left to do
+    torch.set_num_threads(1)
+
+
+def test_metrics_that_were_cut_are_not_padded(corpus: Corpus, tmp_path: Path) -> None:
+    spec, out = spec_of(PRETRAIN | {"tokens": 256}, SFT | {"tokens": 256}), tmp_path / "run"
+    train(spec, data=corpus, out=out, stage="pretrain", threads=1)
+    (out / "metrics.jsonl").write_text("")
+    train(spec, data=corpus, out=out, resume=True, threads=1)
+    assert {line["stage"] for line in records(out)} == {"sft"}
+
+
+def test_a_full_disk_is_one_line(corpus: Corpus, tmp_path: Path) -> None:
+    """Said with the file; what was saved before stands, and the run goes on once there is space."""
+    spec, out = spec_of(PRETRAIN | {"tokens": 256}, SFT | {"tokens": 256}), tmp_path / "run"
+    full = r"cannot be written: No space left on device; is the disk full\? free some space and continue with --resume"
+    train(spec, data=corpus, out=out, stage="pretrain", threads=1)
+    (out / "state" / "latest.json.new").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"latest.json: {full}"):
+        train(spec, data=corpus, out=out, resume=True, threads=1)
+    assert not list(out.rglob("*.new"))
+    assert [stage.name for stage in train(spec, data=corpus, out=out, resume=True, threads=1).stages] == [
+        "pretrain", "sft"
+    ]  # fmt: skip
+    metrics = Metrics(tmp_path, keep_bytes=0, first_step=1)
+    assert metrics._stream is not None
+    metrics._stream.close()
+    metrics._stream = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(UserError, match=f"metrics.jsonl: {full}"):
+        metrics.write({"stage": "sft", "step": 1}, 1)
+    metrics.close()
 
 
 def test_resume_with_nothing_there_says_so(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
