@@ -293,7 +293,8 @@ class _Run:
         if plan.stage is not None and unfinished and plan.stage != position.stage:
             raise UserError(f"stage {position.stage} is not finished", place=place, remedy="continue it with --resume")
         last = position.stage if unfinished else finished[-1]
-        if plan.stage not in (None, *finished) and plan.names.index(plan.stage) < plan.names.index(last):
+        out_of_turn = plan.stage is not None and plan.names.index(plan.stage) < plan.names.index(last)
+        if out_of_turn and plan.stage not in finished:
             what = f"stage {plan.stage} comes before {last}, which the run holds"
             raise UserError(what, place=place, remedy="choose another --out")
         try:
