@@ -12,6 +12,7 @@ holds, and every figure comes from its last step.
     rounding  QAT and, for fairness, the same further training without rounding, then rounded after: paired seeds
     experts   which experts the domains use after each stage, beside a control with shuffled labels
     tasks     lm-evaluation-harness on the checkpoints of the stages and on the compiled artifact
+    responses right next tokens of held-out responses, asked in the chat form and as running text, question by question
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ ROUNDING_TOKENS = 100_000  # at scale 1, of further training for each seed and w
 HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
 RESAMPLES = 10_000
 TASK_ROWS = 120
+PARTS = ("corpus", "run", "control", "rounding", "experts", "tasks", "responses")
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     report = Report(arguments.out, scaled(load_spec(SPEC), arguments.scale), arguments.scale, arguments.cache)
-    for name in ("corpus", "run", "control", "rounding", "experts", "tasks"):
+    for name in PARTS:
         if arguments.only is None or name in arguments.only.split(","):
             report.part(name, getattr(report, name))
     if arguments.only is None or "report" in arguments.only.split(","):
@@ -241,12 +243,32 @@ class Report:
             found[name] = json.loads(file.read_text("utf-8"))["results"]
         return found
 
+    def responses(self) -> Any:
+        """Share of right next tokens in the right answers of the choice task, and what SFT adds to the better base.
+
+        Free of chance and of one wrong token spoiling an answer. The base model is asked in both forms: it has met
+        questions as running text only.
+        """
+        rights: dict[str, list[tuple[int, int]]] = {}
+        for stage, form in (("midtrain", ""), ("midtrain", "_plain"), ("sft", ""), ("qat", "")):
+            file = self.corpus_folder / "tasks" / f"instructions_choice{form}.jsonl"
+            rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+            rights[stage + form] = right_tokens(self.run_folder / stage, rows, simulate=stage == "qat")
+        whole = [place for place, row in enumerate(zip(*rights.values(), strict=True)) if all(of for _, of in row)]
+        rights = {name: [pairs[place] for place in whole] for name, pairs in rights.items()}
+        base = max(("midtrain", "midtrain_plain"), key=lambda name: _share(rights[name]))
+        return {
+            "questions": len(whole),
+            "right": {name: _share(pairs) for name, pairs in rights.items()},
+            "base": base,
+            "gain": {name: _gain(rights[name], rights[base]) for name in ("sft", "qat")},
+        }
+
     def write(self) -> None:
         """results.json and report.html of whatever parts there are."""
         from moec.training.report import write_report
 
-        names = ("corpus", "run", "control", "rounding", "experts", "tasks")
-        results = {name: part for name in names if (part := self.read(name)) is not None}
+        results = {name: part for name in PARTS if (part := self.read(name)) is not None}
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         everything = {"spec": self.spec.name, "scale": self.scale, "machine": machine, "parts": results}
         self._write(self.out / "results.json", everything)
@@ -296,6 +318,46 @@ class Report:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
         part.replace(file)
+
+
+@torch.no_grad()
+def right_tokens(checkpoint: Path, rows: list[dict[str, Any]], *, simulate: bool) -> list[tuple[int, int]]:
+    """(tokens of the answer that were the likeliest, given the question and the answer before them; tokens) a row.
+
+    (0, 0) for a row that does not fit into the model's context.
+    """
+    from moec.compiler.generate import load_tokenizer
+    from moec.training.evaluate_models import HarnessModel, checkpoint_model
+
+    model = checkpoint_model(checkpoint, simulate)
+    harness = HarnessModel(model, load_tokenizer(checkpoint / "tokenizer.json"))
+    pairs = [
+        (harness.tok_encode(row["prompt"]), harness.tok_encode(row["choices"][row["gold"]], add_special_tokens=False))
+        for row in rows
+    ]
+    found = [(0, 0)] * len(rows)
+    fits = [place for place, (question, answer) in enumerate(pairs) if len(question) + len(answer) <= model.context]
+    scored = model.scores([[*pairs[place][0], *pairs[place][1]][:-1] for place in fits])
+    for place, logits_TV in zip(fits, scored, strict=True):
+        question, answer = pairs[place]
+        likeliest = logits_TV[len(question) - 1 :].argmax(axis=1)
+        found[place] = (int((likeliest == np.asarray(answer)).sum()), len(answer))
+    return found
+
+
+def _share(pairs: list[tuple[int, int]]) -> float:
+    right, of = np.asarray(pairs).sum(axis=0)
+    return float(right / of)
+
+
+def _gain(after: list[tuple[int, int]], before: list[tuple[int, int]]) -> dict[str, Any]:
+    """The difference of the shares, with a 95% interval by bootstrap over the questions, which are the same."""
+    a_Q2, b_Q2 = np.asarray(after), np.asarray(before)
+    random = np.random.default_rng(0)
+    picks = random.integers(0, len(a_Q2), (RESAMPLES, len(a_Q2)))
+    sums_a, sums_b = a_Q2[picks].sum(axis=1), b_Q2[picks].sum(axis=1)
+    low, high = np.quantile(sums_a[:, 0] / sums_a[:, 1] - sums_b[:, 0] / sums_b[:, 1], (0.025, 0.975))
+    return {"gain": _share(after) - _share(before), "interval": [float(low), float(high)]}
 
 
 def _losses(model: TrainingDecoder, batch: Batch) -> list[float]:

@@ -194,6 +194,10 @@ class HarnessModel(TemplateLM):
             return given, whole[len(given) :]
         return given, self.tok_encode(answer, add_special_tokens=False)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness has it, without its bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         pairs = [(list(context), list(continuation)) for _, context, continuation in requests]
         rows, counts = [], []

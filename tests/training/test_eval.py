@@ -197,7 +197,9 @@ def test_a_packed_checkpoint_is_computed_with_its_codes(checkpoint: Path) -> Non
 def test_the_command(checkpoint: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", str(checkpoint), "--include", str(tasks), "--limit", "3", "-q"]
     assert command([*arguments, "--tasks", "sums_choice,shipped_text", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "Tokenizing" not in printed.err  # the harness's own bar
+    result = json.loads(printed.out)
     assert result["form"] == "float"
     assert result["questions"] == {"sums_choice": 3, "shipped_text": 3}
     assert 1 < result["results"]["shipped_text"]["bits_per_byte"] < 20
