@@ -250,13 +250,14 @@ class Report:
         questions as running text only.
         """
         rights: dict[str, list[tuple[int, int]]] = {}
-        for stage, form in (("midtrain", ""), ("midtrain", "_plain"), ("sft", ""), ("qat", "")):
+        for name, form in (("midtrain", ""), ("midtrain, running text", "_plain"), ("sft", ""), ("qat", "")):
             file = self.corpus_folder / "tasks" / f"instructions_choice{form}.jsonl"
             rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-            rights[stage + form] = right_tokens(self.run_folder / stage, rows, simulate=stage == "qat")
+            stage = name.split(",")[0]
+            rights[name] = right_tokens(self.run_folder / stage, rows, simulate=stage == "qat")
         whole = [place for place, row in enumerate(zip(*rights.values(), strict=True)) if all(of for _, of in row)]
         rights = {name: [pairs[place] for place in whole] for name, pairs in rights.items()}
-        base = max(("midtrain", "midtrain_plain"), key=lambda name: _share(rights[name]))
+        base = max((name for name in rights if name.startswith("midtrain")), key=lambda name: _share(rights[name]))
         return {
             "questions": len(whole),
             "right": {name: _share(pairs) for name, pairs in rights.items()},

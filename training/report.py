@@ -138,6 +138,7 @@ def _content(run: Run) -> dict[str, Any]:
         "rounding": measured.get("rounding"),
         "rounding_figure": figures.rounding(measured["rounding"]["widths"]) if "rounding" in measured else None,
         "tasks": _task_rows(measured.get("tasks") or {}),
+        "responses": measured.get("responses"),
         "throughput": figures.throughput(run.steps, run.bounds),
         "speeds": _speeds(run),
         "corpus": measured.get("corpus"),

@@ -164,12 +164,19 @@ def test_what_was_measured_is_shown(folder: Path) -> None:
         ],
         "rounding": {"rows": 7, "float": 5.0, "widths": {"4": width, "2": width | {"stress": True}}},
         "tasks": {"sft": {"chat_exact": {"exact_match": 0.25, "exact_match_stderr": 0.03}}},
+        "responses": {
+            "questions": 9,
+            "right": {"midtrain": 0.125, "sft": 0.352},
+            "base": "midtrain",
+            "gain": {"sft": {"gain": 0.227, "interval": [0.15, 0.3]}},
+        },
     }
     (folder / "measured.json").write_text(json.dumps(measured))
     text = page_of(folder)
     assert text.count("<svg") == 7
     assert re.search(r"INT2 \(stress test\).*\+0\.0300 to \+0\.0500", text, re.DOTALL)
     assert "0.250" in text
+    assert re.search(r"midtrain</td>.*12\.5%.*sft</td>.*35\.2%.*\+22\.7 points.*\+15\.0 to \+30\.0", text, re.DOTALL)
     rows = balance_table(read_run(folder))
     assert rows[-1]["name"] == "pretrain, to step 20, no balancing"
     assert rows[-1]["dropped"] == pytest.approx(0.3)
