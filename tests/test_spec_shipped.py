@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from moec.compiler.cli.output import json_text
+from moec.compiler.errors import SpecError
 from moec.compiler.program import Role
-from moec.compiler.spec import DecoderConfig, WeightScheme, load_spec, parameter_counts, parse_spec
+from moec.compiler.spec import DecoderConfig, WeightScheme, as_spec, load_spec, parameter_counts, parse_spec
 from moec.compiler.spec.schema import spec_schema
 
 SPECS = Path(__file__).parent.parent / "specs"
@@ -77,6 +78,68 @@ def test_schema_accepts_the_shipped_specs() -> None:
     broken = yaml.safe_load(MODELS[0].read_text())
     broken["quantization"]["routr"] = "fp32"
     assert list(validator.iter_errors(broken))
+
+
+# dotted path, value (DROPPED: the key goes), whether it makes a spec; a change of mobilemoe-tiny each
+DROPPED = object()
+CHANGES: list[tuple[str, object, bool]] = [
+    ("targets", "xnnpack", True),
+    ("targets", ["metal", {"xnnpack": {"threads": 2}}], True),
+    ("targets", {"xnnpack": None}, True),
+    ("targets", {"xnnpack": {"threads": 0}}, False),
+    ("targets", ["xnpack"], False),
+    ("targets", [], False),
+    ("name", "my model", False),
+    ("name", "a" * 101, False),
+    ("checkpoint", "../weights", True),
+    ("quantization", "none", True),
+    ("quantization", None, False),
+    ("quantization", "int4", False),
+    ("quantization.weights", DROPPED, False),
+    ("quantization.router", "int8", False),
+    ("quantization.group_size", 48, False),
+    ("quantization.embedding", {"weights": "int8", "group_size": 64}, True),
+    ("quantization.embedding", {"weights": "int8", "groupsize": 64}, False),
+    ("model.moe", DROPPED, False),
+    ("model.moe", None, False),
+    ("model.ffn_width", 128, False),
+    ("model.ffn_width", None, True),
+    ("model.architecture", "mobilellm", False),
+    ("model.head_dim", 31, False),
+    ("model.layers", "4", False),
+    ("model.rope.theta", 500000, True),
+    ("model.rope.theta", 0, False),
+    ("model.rope.scaling", None, True),
+    ("model.moe.score", "softmax", False),
+    ("model.eos_ids", [], True),
+    ("model.eos_ids", 1, False),
+    ("model", {"transformers": "folder"}, True),
+    ("model", {"python": "module:function"}, True),
+    ("model", {"transformers": "folder", "architecture": "mobilemoe"}, False),
+    ("training.stages", [], False),
+    ("training", None, True),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "valid"), CHANGES, ids=lambda v: v if isinstance(v, str) else None)
+def test_schema_and_loader_agree(path: str, value: object, valid: bool) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="the jsonschema package is not installed")
+    raw = yaml.safe_load((SPECS / "models" / "mobilemoe-tiny.yaml").read_text())
+    *parents, key = path.split(".")
+    section = raw
+    for parent in parents:
+        section = section[parent]
+    section.pop(key, None)
+    if value is not DROPPED:
+        section[key] = value
+    schema = json.loads((SPECS / "schema.json").read_text())
+    assert jsonschema.Draft202012Validator(schema).is_valid(raw) == valid
+    try:
+        as_spec(raw)
+    except SpecError:
+        assert not valid
+    else:
+        assert valid
 
 
 def test_scheme_by_role() -> None:

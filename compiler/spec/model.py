@@ -49,6 +49,7 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Count = Annotated[int, Field(ge=1, le=1 << 16)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 # YAML gives lists and strings; these two conversions are the only ones that a spec makes.
 LoosePath = Annotated[Path, Field(strict=False)]
 
@@ -225,7 +226,7 @@ def _none(value: Any) -> Any:
 
 
 def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+    if not re.fullmatch(NAME_PATTERN, value):
         raise ValueError(f"use letters, digits, '.', '_' and '-' (it names files), got {shown(value)}")
     return value
 

@@ -1,4 +1,8 @@
-"""The JSON Schema of a spec: completion and checks while typing. The loader stays the judge."""
+"""The JSON Schema of a spec: completion and checks while typing. The loader stays the judge.
+
+It accepts whatever the loader accepts. What it cannot say stays with the loader: relations between numbers (top_k and
+experts, widths and group sizes, token ids and the vocabulary), and 4.0 where an integer belongs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moec.compiler.spec.device import Device
-from moec.compiler.spec.model import Spec
+from moec.compiler.spec.model import NAME_PATTERN, Spec
 from moec.compiler.spec.targets import options_class, target_packages
 
 
@@ -14,7 +18,15 @@ def spec_schema(targets: Iterable[str] | None = None) -> dict[str, Any]:
     """The schema with the options of `targets` (default: every installed one)."""
     schema = Spec.model_json_schema()
     schema["properties"]["quantization"] = {"anyOf": [{"const": "none"}, {"$ref": "#/$defs/Quantization"}]}
+    schema["properties"]["name"]["pattern"] = f"^{NAME_PATTERN}$"
     definitions = schema.setdefault("$defs", {})
+    decoder = definitions["DecoderConfig"]
+    decoder["properties"]["head_dim"]["multipleOf"] = 2
+    decoder |= {
+        "if": {"properties": {"architecture": {"const": "mobilemoe"}}},
+        "then": _one_of_two("moe", "ffn_width"),
+        "else": _one_of_two("ffn_width", "moe"),
+    }
     properties: dict[str, Any] = {}
     for name in sorted(target_packages() if targets is None else targets):
         options = options_class(name).model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
@@ -23,13 +35,19 @@ def spec_schema(targets: Iterable[str] | None = None) -> dict[str, Any]:
         definitions[f"{name}.Options"] = options
         properties[name] = {"anyOf": [{"$ref": f"#/$defs/{name}.Options"}, {"type": "null"}]}
     mapping = {"type": "object", "properties": properties, "additionalProperties": False, "minProperties": 1}
-    item = {"anyOf": [{"enum": sorted(properties)}, {**mapping, "maxProperties": 1}]}
+    names = {"enum": sorted(properties)}
+    item = {"anyOf": [names, {**mapping, "maxProperties": 1}]}
     schema["properties"]["targets"] = {
         "title": "Targets",
-        "description": "target names, or a mapping of target to its options",
-        "anyOf": [{"type": "array", "items": item, "minItems": 1}, mapping],
+        "description": "a target's name, a list of names, or a mapping of target to its options",
+        "anyOf": [names, {"type": "array", "items": item, "minItems": 1}, mapping],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moec spec"}
+
+
+def _one_of_two(needed: str, other: str) -> dict[str, Any]:
+    """`needed` is there, and `other` is not or null."""
+    return {"required": [needed], "properties": {needed: {"not": {"type": "null"}}, other: {"type": "null"}}}
 
 
 def device_schema() -> dict[str, Any]:
