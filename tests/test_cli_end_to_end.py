@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -74,6 +75,9 @@ def test_inspect(moec: Moec, line: Path) -> None:
     assert (status, err) == (0, "")
     assert "mobilemoe-tiny for xnnpack" in out
     assert "expert" in out
+    methods = re.search(r"^forward +\d+ +0 +[\d.]+ kB +[\d.]+ kB$", out, re.MULTILINE)
+    assert methods, "instructions, delegate calls, activations and caches of a method"
+    assert re.search(r"^moec::fused_moe_packed\.out +\d+$", out, re.MULTILINE)
     manifest = json.loads(moec("inspect", line / "artifact", "--json")[1])
     assert manifest["target"] == "xnnpack"
     assert manifest["model"]["context"] == CONTEXT

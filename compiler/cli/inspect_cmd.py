@@ -73,6 +73,7 @@ def _show_artifact(artifact: Artifact) -> None:
         table("\nWeights by role", ["role", "size", "share"], shares, right=[1, 2])
     try:
         _show_methods(manifest.details)
+        _show_cpu_methods(manifest.details)
         _show_onnx(manifest.details)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # what a target wrote is known to it alone
         remedy = "compile the artifact again"
@@ -98,6 +99,23 @@ def _show_methods(details: dict[str, Any]) -> None:
     advice = details.get("chunking", {}).get("advice")
     if advice:
         print(f"\nchunks: {advice}")
+
+
+def _show_cpu_methods(details: dict[str, Any]) -> None:
+    """Entry points with what they call and the memory planned for them, and how often each operator is called."""
+    from moec.compiler.cli.output import size, table
+
+    methods = {n: m for n, m in details.get("methods", {}).items() if isinstance(m.get("instructions"), int)}
+    if not methods:
+        return
+    rows = [
+        # memory planning puts activations into the first arena, what methods share (the caches) into those behind it
+        (n, m["instructions"], m["delegate_calls"], size(sum(m["arena_bytes"][:1])), size(sum(m["arena_bytes"][1:])))
+        for n, m in methods.items()
+    ]
+    table("\nMethods", ["method", "instructions", "delegate calls", "activations", "caches"], rows, right=[1, 2, 3, 4])
+    calls = sorted(details["operators"].items(), key=lambda item: (-item[1], item[0]))
+    table("\nOperators of all methods", ["operator", "calls"], calls, right=[1])
 
 
 def _show_onnx(details: dict[str, Any]) -> None:
