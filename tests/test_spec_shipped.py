@@ -153,3 +153,15 @@ def test_scheme_by_role() -> None:
     assert found[Role.EMBEDDING] == found[Role.HEAD] == WeightScheme(8, 64, "in")
     for role in (Role.ATTENTION, Role.ROUTER, Role.NORM, Role.CACHE, Role.CONSTANT, Role.OTHER):
         assert found[role] is None, role
+
+
+def test_the_spec_of_the_documentation() -> None:
+    """docs/specs.md shows the spec of MobileMoE-S, and the faults of two mistakes in it as they are reported."""
+    page = (SPECS.parent / "docs" / "specs.md").read_text()
+    block = page.split("```yaml\n")[1].split("```")[0]
+    spec = parse_spec(block)
+    assert isinstance(spec.model, DecoderConfig)
+    assert tuple(parameter_counts(spec.model).values()) == PUBLISHED["mobilemoe-s"]
+    with pytest.raises(SpecError) as raised:
+        parse_spec(block.replace("kv_heads:", "kv_head:").replace("top_k: 4", "top_k: 64"), file="my.yaml")
+    assert str(raised.value).splitlines() == [line for line in page.splitlines() if line.startswith("my.yaml:")]
