@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ import typer
 
 from moec.compiler.cli import main as cli
 from moec.compiler.errors import UserError
+from tests.conftest import Moec
 
 SPECS = Path(__file__).parent.parent / "specs" / "models"
 TINY = str(SPECS / "mobilemoe-tiny.yaml")
-Moec = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
-    """Run a command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> list[list[str]]:

@@ -25,23 +25,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec.compiler.cli import main as cli
+from tests.conftest import Moec, refused
 
 SPECS = Path(__file__).parent.parent / "specs" / "models"
-Moec = Callable[..., tuple[int, str, str]]
 PROMPT = "The quick brown fox"
 CONTEXT = 96
-
-
-@pytest.fixture
-def moec(capfd: pytest.CaptureFixture[str]) -> Moec:
-    """Run a command in this process, native output included: (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +43,6 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.run(["checkpoint", "synthesize", spec, "--out", checkpoint, "--seed", "1", "--qat", "--quiet"]) == 0
     assert cli.run(["compile", spec, "--out", str(folder / "artifact"), "--quiet"]) == 0
     return folder
-
-
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    """One line on stderr with all of `parts`, exit status 2, nothing on stdout."""
-    status, out, err = result
-    assert (status, out) == (2, ""), err
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    assert all(part in err for part in parts), err
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moec.compiler.cli import main as cli
 from moec.compiler.cli.output import json_text
 from moec.compiler.errors import SpecError, UserError
 from moec.compiler.plan.devices import REFERENCE, check_runs, load_device
@@ -17,21 +15,11 @@ from moec.compiler.plan.measured import device_yaml, figure, known
 from moec.compiler.spec.device import Device, device_files
 from moec.compiler.spec.loader import load_device_file, load_spec, parse_spec
 from moec.compiler.spec.schema import device_schema
+from tests.conftest import Moec
 
 SPECS = Path(__file__).parents[2] / "specs"
 FILES = sorted((SPECS / "devices").glob("*.yaml"))
 TINY = (SPECS / "models" / "mobilemoe-tiny.yaml").read_text()
-Moec = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def test_the_devices_that_ship() -> None:

@@ -9,25 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moec.compiler.cli import main as cli
 from moec.compiler.errors import MissingExtra, UserError
 from moec.compiler.plan.fit import check_fittable, fit, read_runs
 from moec.compiler.plan.scaling_law import COEFFICIENTS, PUBLISHED, load_law
+from tests.conftest import Moec
 
 pytest.importorskip("scipy", reason="needs the plan extra: pip install 'moec[plan]'")
 
-Moec = Callable[..., tuple[int, str, str]]
 HEADER = "active_parameters,tokens,experts,loss"
-
-
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def runs(noise: float = 0.0, seed: int = 0) -> np.ndarray:

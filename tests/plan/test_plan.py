@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moec.compiler import build
 from moec.compiler.checkpoints import synthesize
-from moec.compiler.cli import main as cli
 from moec.compiler.errors import CompileError, UserError
 from moec.compiler.plan.devices import load_device, reference
 from moec.compiler.plan.planner import check_fits, plan_spec
 from moec.compiler.plan.roofline import decode, prefill, rates_of
 from moec.compiler.spec import load_spec, parse_spec
 from moec.compiler.spec.device import device_files
+from tests.conftest import Moec
 
 SPECS = Path(__file__).parents[2] / "specs"
 TINY = (SPECS / "models" / "mobilemoe-tiny.yaml").read_text()
 S, L, PRO = (SPECS / "models" / f"{name}.yaml" for name in ("mobilemoe-s", "mobilemoe-l", "mobilellm-pro"))
-Moec = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 # ---------------------------------------------------------------------------------------------------- published figures

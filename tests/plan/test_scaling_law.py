@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.compiler.cli import main as cli
 from moec.compiler.errors import UserError
 from moec.compiler.plan.devices import load_device
 from moec.compiler.plan.scaling_law import PUBLISHED, Law, effective_experts, law_text, load_law, training_flops
@@ -20,25 +18,15 @@ from moec.compiler.plan.search import EXPERTS, Found, Limits, search, shape, sha
 from moec.compiler.plan.searched import spec_text
 from moec.compiler.spec import DecoderConfig, load_spec, parameter_counts, parse_spec
 from moec.compiler.spec.targets import footprint_of, options_class
+from tests.conftest import Moec
 
 SPECS = Path(__file__).parents[2] / "specs"
-Moec = Callable[..., tuple[int, str, str]]
 
 # N (B), D (B), and the loss for E = 1, 2, 4, 8, 16, 32: the check values of the published coefficients, as printed.
 CHECKS = [
     (0.272, 500.0, (2.400, 2.364, 2.3535, 2.3534, 2.357, 2.362), (3, 3, 4, 4, 3, 3)),
     (0.922, 500.0, (2.299, 2.269, 2.263, 2.269, 2.278, 2.287), (3, 3, 3, 3, 3, 3)),
 ]
-
-
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 @cache

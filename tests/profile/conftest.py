@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,6 @@ from moec.compiler.cli import main as cli
 
 SPECS = Path(__file__).parents[2] / "specs" / "models"
 CONTEXT = 512
-
-Moec = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def moec(capfd: pytest.CaptureFixture[str]) -> Moec:
-    """Run a command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="session")

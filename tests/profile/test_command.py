@@ -11,15 +11,7 @@ from pathlib import Path
 import pytest
 
 from moec.targets.xnnpack import native
-from tests.profile.conftest import Moec
-
-
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    status, out, err = result
-    assert (status, out) == (2, "")
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert all(part in lines[0] for part in parts), err
+from tests.conftest import Moec, refused
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.profile.conftest import Moec
+from tests.conftest import Moec
 
 pytest.importorskip("matplotlib", reason="the report's plots need matplotlib (extra: report)")
 pytest.importorskip("jinja2", reason="the report's page needs jinja2 (extra: report)")

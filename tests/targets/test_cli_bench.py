@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moec.compiler import artifact
-from moec.compiler.cli import main as cli
+from tests.conftest import Moec
 from tests.targets import runtime_model as m
-
-Moec = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Moec:
-    """Run a command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def _write_artifact(folder: Path, target: str) -> Path:
