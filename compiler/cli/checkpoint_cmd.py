@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.compiler.cli.status import CHECK_FAILED
 from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> Non
     for problem in found.problems:
         print(problem, file=sys.stderr)
     if found.problems:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _show(found: Inspection) -> None:

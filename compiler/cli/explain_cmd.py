@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moec.compiler.cli.status import CHECK_FAILED, DONE
+
 
 def register(app: typer.Typer) -> None:
     app.command("explain")(explain)
@@ -38,7 +40,7 @@ def explain(
         matched = [dict(zip(("pass", "block", "operator", "attributes"), row, strict=True)) for row in found.matched]
         extra = {"graph": found.text} if graph else {}
         emit_json({"name": found.name, "passes": records, "matched": matched, "error": found.error, **extra})
-        raise typer.Exit(1 if found.error else 0)
+        raise typer.Exit(CHECK_FAILED if found.error else DONE)
     rows = [(r.name, r.changed, len(r.refusals), f"{r.seconds:.2f}", r.digest) for r in found.records]
     table(found.name, ["pass", "changed", "refused", "seconds", "graph"], rows, right=[1, 2, 3])
     blocks = [row for row in found.matched if row[0] == "fuse_moe"]
@@ -58,4 +60,4 @@ def explain(
         print("\n" + found.text, end="")
     if found.error:
         print(f"\nThis model does not compile: {found.error}")
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)

@@ -19,9 +19,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from moec.compiler.cli.status import BUG, INTERRUPTED, TERMINATED, USER_ERROR
 from moec.compiler.errors import UserError
-
-CHECK_FAILED, USER_ERROR, BUG, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
 
 app = typer.Typer(
     name="moec",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.compiler.cli.status import CHECK_FAILED
+
 if TYPE_CHECKING:
     from moec.compiler.verify.diff import Difference
     from moec.compiler.verify.report import Report
@@ -127,7 +129,7 @@ def bisect(
     else:
         print(found.text())
     if found.culprit is not None:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def diff(
@@ -150,7 +152,7 @@ def diff(
     else:
         _print_difference(found)
     if not found.same:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _read(text: Path | None) -> str | None:
