@@ -6,7 +6,7 @@
 N active parameters and D training tokens, both in billions; E experts, each as wide as the dense block (granularity
 divides them further and leaves N and E as they are). The coefficients are those of the paper's sweep over E; its
 coefficients for each granularity are not public, and of the sweep over a shared expert only two numbers are:
-A is .1224 with and .1670 without (`SHARED_EXPERT`), of which we use that the first is smaller.
+A is .1224 with and .1670 without, of which we use that the first is smaller.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from moec.compiler.errors import UserError
 
 COEFFICIENTS = ("A", "delta", "alpha", "gamma", "B", "omega", "beta", "zeta", "c")
 E_START, E_MAX = 1.0, 32.0
-SHARED_EXPERT = {"with": 0.1224, "without": 0.1670}
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Both sides of one layer as SVG, and how many operators each has."""
+    """Both sides of one layer as SVG."""
 
     before: str
     after: str
-    before_count: int
-    after_count: int
 
 
 def layer_pictures(spec: Spec, target: str) -> Pictures | str:
@@ -69,7 +67,7 @@ def layer_pictures(spec: Spec, target: str) -> Pictures | str:
     after = boxes(build.run_all(program, passes))
     if not before or not after:
         return "the exported graph does not say which nodes are the layer's"
-    return Pictures(draw(before), draw(after), len(before), len(after))
+    return Pictures(draw(before), draw(after))
 
 
 def boxes(program: Program) -> list[Box]:

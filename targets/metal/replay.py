@@ -9,8 +9,7 @@ which tells the rounding of a 16-bit run from a wrong instruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,10 +68,6 @@ class Store:
             self.caches[name] = self.mx.zeros(shape, dtype=wanted)
         elif (tuple(known.shape), known.dtype) != (shape, wanted):
             raise ValueError(f"the methods disagree on cache {name}")
-
-    def forget(self) -> None:
-        """Empty the caches."""
-        self.caches = {name: self.mx.zeros_like(value) for name, value in self.caches.items()}
 
 
 class Machine:
@@ -245,9 +240,3 @@ class Machine:
         low, high = int(self.mx.min(index).item()), int(self.mx.max(index).item())
         if low < 0 or high >= size:
             raise ValueError(f"an index from {low} to {high} into {size} elements")
-
-
-def open_methods(path: Path, names: Iterable[str], *, wide: bool = False) -> dict[str, Machine]:
-    """The machines of several methods of one file, over the same constants and caches."""
-    store = Store(PteFile(path), wide=wide)
-    return {name: Machine(store, name) for name in names}
