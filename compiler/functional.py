@@ -95,7 +95,7 @@ class _Functional:
         output = next(reversed(self._edit.graph.nodes))
         order = {n: i for i, n in enumerate(self._edit.graph.nodes)}
         written = sorted(self._written.items(), key=lambda item: order[item[0]])
-        output.args = ((*(value for _, value in written), *output.args[0]),)  # type: ignore[misc]
+        output.args = ((*(value for _, value in written), *output.args[0]),)
         output.meta.pop("val", None)
         self._edit.output_specs[:0] = [
             OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(value.name), self._buffers[buffer.name])
@@ -117,7 +117,7 @@ class _Functional:
             return False  # a view of it was taken before, and sees the write
         if into.meta["val"].dtype != node.meta["val"].dtype:
             return False
-        node.target = target  # type: ignore[assignment]
+        node.target = target
         if _changes_shape_or_type(node, into):
             return False
         for user in [u for u in into.users if u is not node and self._order.get(u, here) > here]:
@@ -166,7 +166,7 @@ class _Functional:
 
     def _chunk(self, node: Node) -> bool:
         source: Any = node.args[0]
-        dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % source.meta["val"].dim()  # type: ignore[operator]
+        dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % source.meta["val"].dim()
         size = source.meta["val"].shape[dim]
         if not isinstance(size, int):
             return False

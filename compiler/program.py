@@ -359,7 +359,7 @@ def program_text(program: Program) -> str:
         names[node] = f"%{counter}"
         counter += 1
         plain = callable(node.target) and not hasattr(node.target, "_schema")
-        target = node.target.__name__ if plain else str(node.target)  # type: ignore[union-attr]
+        target = node.target.__name__ if plain else str(node.target)
         lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))} = {target}({', '.join(args)})")
     return _rename_symbols("\n".join(lines)) + "\n"
 

@@ -89,7 +89,7 @@ class _Fuser:
         keys, values = self._cache(k), self._cache(v)
         if keys.buffer is values.buffer or keys.length != values.length or keys.heads != values.heads:
             raise Stuck(node, "keys and values do not come from two caches of one shape")
-        heads = int(shape(q)[1])  # type: ignore[arg-type]
+        heads = int(shape(q)[1])
         if heads % keys.heads:
             raise Stuck(node, f"{heads} query heads over {keys.heads} key heads")
         for cache in (keys, values):
@@ -97,8 +97,8 @@ class _Fuser:
         window = self._window(arg(node, 3, "attn_mask"), node, keys.length)
         end = self._merged_heads(node)
         scale = arg(node, 6, "scale")
-        width = int(shape(q)[3])  # type: ignore[arg-type]
-        self._rewrite(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)  # type: ignore[arg-type]
+        width = int(shape(q)[3])
+        self._rewrite(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)
 
     def _rewrite(self, node: Node, end: Node, q: Node, keys: _Cache, values: _Cache, scale: float, window: int) -> None:
         edit = self._edit
@@ -198,7 +198,7 @@ def _swaps_heads(node: Any) -> bool:
 def _swap(edit: Editor, node: Node) -> Node:
     """[1, a, b, d] -> [1, b, a, d], undoing a transpose that is already there."""
     if _swaps_heads(node):
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     return edit.call(aten.transpose.int, node, 1, 2, like=node)
 
 

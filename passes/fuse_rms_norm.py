@@ -28,11 +28,11 @@ def _run(program: Program) -> PassResult:
     changed = 0
     for node in list(edit.graph.nodes):
         if is_op(node, aten.rms_norm.default):
-            if len(node.args[1]) != 1:  # type: ignore[arg-type]
+            if len(node.args[1]) != 1:
                 refusals.append(Refusal.at(RULE, node, "the norm spans more than the last dimension", REMEDY))
                 continue
             weight, eps = arg(node, 2, "weight"), arg(node, 3, "eps")
-            _replace(edit, node, node.args[0], weight, torch.finfo(torch.float32).eps if eps is None else eps)  # type: ignore[arg-type]
+            _replace(edit, node, node.args[0], weight, torch.finfo(torch.float32).eps if eps is None else eps)
             changed += 1
         elif is_op(node, aten.rsqrt.default):
             changed += _spelled_out(edit, node)

@@ -149,8 +149,8 @@ def _rotate_half(edit: Editor, node: Node, tables: dict[tuple[Node, ...], Node])
     if any(p is None for p in products):
         return 0
     for plain, turned in (products, products[::-1]):
-        for x, cos in (plain, plain[::-1]):  # type: ignore[index,misc]
-            for rotated, sin in (turned, turned[::-1]):  # type: ignore[index,misc]
+        for x, cos in (plain, plain[::-1]):
+            for rotated, sin in (turned, turned[::-1]):
                 if _is_rotate_half(rotated, x):
                     return _replace_rotate_half(edit, node, x, cos, sin, tables)
     return 0
@@ -180,7 +180,7 @@ def _replace_rotate_half(
     half = shape(x)[3] // 2
     with edit.graph.inserting_before(node):
         halves = [_half_table(edit, t, half, tables) for t in (cos, sin)]
-        if is_op(x, aten.transpose.int) and {x.args[1] % 4, x.args[2] % 4} == {1, 2}:  # type: ignore[operator]
+        if is_op(x, aten.transpose.int) and {x.args[1] % 4, x.args[2] % 4} == {1, 2}:
             source = x.args[0]
         else:
             source = edit.call(aten.transpose.int, x, 1, 2, like=node)
@@ -211,7 +211,7 @@ def repeats_halves(node: Any) -> bool:
     while isinstance(node, Node):
         if is_op(node, aten.cat.default):
             parts = node.args[0]
-            return len(parts) == 2 and parts[0] is parts[1] and dim_of(node, 1, "dim", rank(node), 0) == rank(node) - 1  # type: ignore[arg-type,index]
+            return len(parts) == 2 and parts[0] is parts[1] and dim_of(node, 1, "dim", rank(node), 0) == rank(node) - 1
         if is_op(node, aten.unsqueeze.default):
             if dim_of(node, 1, "dim", rank(node)) == rank(node) - 1:
                 return False

@@ -95,7 +95,7 @@ def _scheme(edit: Editor, name: str | None, quantization: Quantization) -> Weigh
 
 
 def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
-    weight: Node = node.args[1]  # type: ignore[assignment]
+    weight: Node = node.args[1]
     scheme = _scheme(edit, edit.weight_of(weight), quantization)
     if scheme is None:
         return None
@@ -107,7 +107,7 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
 
 
 def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | None:
-    weight: Node = node.args[0]  # type: ignore[assignment]
+    weight: Node = node.args[0]
     scheme = _scheme(edit, edit.weight_of(weight), quantization)
     if scheme is None:
         return None
@@ -132,8 +132,8 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
         return None
     experts = Experts.parse(str(text))
     layout: Layout = "in_out" if experts.layout == "in_out" else "out_in"
-    codes13, scales13, new_layout = quantized(edit, w13, scheme, layout)  # type: ignore[arg-type]
-    codes2, scales2, _ = quantized(edit, w2, scheme, layout)  # type: ignore[arg-type]
+    codes13, scales13, new_layout = quantized(edit, w13, scheme, layout)
+    codes2, scales2, _ = quantized(edit, w2, scheme, layout)
     packed: list[Node | None] = [None] * 4
     if isinstance(shared13, Node) and isinstance(shared2, Node):
         in_groups = WeightScheme(scheme.bits, scheme.group_size, "in")
@@ -215,7 +215,7 @@ def _cache(edit: Editor, node: Node) -> Node:
     q, k, v, k_cache, v_cache, start_pos, scale, window = node.args
     scales = []
     for cache in (k_cache, v_cache):
-        name = str(edit.weight_of(cache))  # type: ignore[arg-type]
+        name = str(edit.weight_of(cache))
         shape = edit.weights[name].shape
         edit.retype_weight(name, _zeros(shape, torch.int8))
         scales.append(edit.add_weight(name + "_scale", _zeros(shape[:-1], torch.float32), Role.CACHE, mutable=True))

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 _BYTES = 256  # a byte-level vocabulary holds at least every byte
 _TRAINED = 8192  # tokens; more would not be learned from this much text
@@ -55,7 +56,7 @@ def _train(vocab_size: int) -> str:
     return tokenizer.to_str()
 
 
-def _with_specials(raw: dict, specials: dict[str, int]) -> dict:
+def _with_specials(raw: dict[str, Any], specials: dict[str, int]) -> dict[str, Any]:
     """Move the learned tokens to the ids that the special tokens leave free, and add these."""
     taken = set(specials.values())
     learned = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)

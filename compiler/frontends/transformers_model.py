@@ -161,11 +161,11 @@ def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
                 param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
         original(self, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = original
 
 
 class _Cached(nn.Module):

@@ -140,5 +140,5 @@ def _clamped(node: Node) -> tuple[Node, float, float]:
         if max(low, new_low) > min(high, new_high):
             raise Stuck(node, "these clamps contradict each other")
         low, high = max(low, new_low), min(high, new_high)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node, low, high

@@ -85,7 +85,7 @@ class PositionEvaluator:
                 env[node] = self._constants[name]
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args, **kwargs)
         return env
 
 

@@ -163,23 +163,23 @@ def _repeated(node: Node, pairs: Pairs) -> Node | None:
     """x [N, D] of its rows for each pair."""
     k = pairs.top_k
     if pairs.order is not None:
-        if not is_op(node, aten.index.Tensor) or len(node.args[1]) != 1 or rank(node.args[0]) != 2:  # type: ignore[arg-type]
+        if not is_op(node, aten.index.Tensor) or len(node.args[1]) != 1 or rank(node.args[0]) != 2:
             return None
-        token = node.args[1][0]  # type: ignore[index]
+        token = node.args[1][0]
         divided = is_op(token, aten.floor_divide.default) or (
             is_op(token, aten.div.Tensor_mode, aten.div.Scalar_mode) and token.kwargs.get("rounding_mode") == "floor"
         )
-        return node.args[0] if divided and tuple(token.args[:2]) == (pairs.order, k) else None  # type: ignore[return-value]
+        return node.args[0] if divided and tuple(token.args[:2]) == (pairs.order, k) else None
     if is_op(node, aten.repeat_interleave.self_int):
         x, dim = node.args[0], arg(node, 2, "dim")
         fits = isinstance(x, Node) and rank(x) == 2 and dim is not None and dim % 2 == 0 and node.args[1] == k
-        return x if fits else None  # type: ignore[return-value]
+        return x if fits else None
     if is_op(node, aten.expand.default) and is_op(node.args[0], aten.unsqueeze.default):
         one = node.args[0]
-        x = one.args[0]  # type: ignore[union-attr]
+        x = one.args[0]
         if not isinstance(x, Node) or rank(x) != 2 or rank(node) != 3:
             return None
-        inner = static(shape(node)[1]) == k and shape(one)[1] == 1  # type: ignore[arg-type]
+        inner = static(shape(node)[1]) == k and shape(one)[1] == 1
         kept = same_size(shape(node)[0], shape(x)[0]) and same_size(shape(node)[2], shape(x)[1])
         return x if inner and kept else None
     return None
@@ -211,13 +211,13 @@ def _product(edit: Editor, node: Node, pairs: Pairs) -> _Product:
 def _bias(edit: Editor, node: Node, product: _Product, pairs: Pairs) -> Node:
     """The bias [E, out] gathered for each row."""
     source, picks = node.args[0], node.args[1]
-    if edit.weight_of(source) is None or len(picks) != 1:  # type: ignore[arg-type]
+    if edit.weight_of(source) is None or len(picks) != 1:
         raise Stuck(node, "the bias is not a weight [E, out] gathered by the expert indices")
-    chosen = unview(picks[0]) if pairs.order is None else _sorted_indices(picks[0], pairs)  # type: ignore[index]
+    chosen = unview(picks[0]) if pairs.order is None else _sorted_indices(picks[0], pairs)
     out = shape(product.weight)[2 if product.in_out else 1]
-    if chosen is not product.indices or shape(source) != (shape(product.weight)[0], out):  # type: ignore[arg-type]
+    if chosen is not product.indices or shape(source) != (shape(product.weight)[0], out):
         raise Stuck(node, "the bias does not belong to the row's expert")
-    return source  # type: ignore[return-value]
+    return source
 
 
 def _sorted_indices(ids: Any, pairs: Pairs) -> Node | None:
@@ -230,7 +230,7 @@ def _sorted_indices(ids: Any, pairs: Pairs) -> Node | None:
 
 def _einsum(edit: Editor, node: Node, pairs: Pairs) -> _Product:
     """einsum of [N, D] or [N, K, F] with gathered weights [N, K, ., .] (or [N*K, F] with [N*K, ., .]), any letters."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
     wrong = Stuck(node, f"einsum {equation} does not multiply each token with its own experts")
@@ -288,7 +288,7 @@ def _bmm(edit: Editor, node: Node, pairs: Pairs) -> _Product:
     else:
         raise Stuck(node, "it does not multiply one row with each gathered expert")
     n = rank(weights)
-    turned = is_op(weights, aten.transpose.int) and {d % n for d in weights.args[1:3]} == {n - 2, n - 1}  # type: ignore[operator]
+    turned = is_op(weights, aten.transpose.int) and {d % n for d in weights.args[1:3]} == {n - 2, n - 1}
     stack, picked = _gathered(edit, weights.args[0] if turned else weights)
     if rank(picked) != n - 2:
         raise Stuck(picked, "the experts are not gathered by indices [N, K]")

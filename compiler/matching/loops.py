@@ -141,7 +141,7 @@ def read_stacked(edit: Editor, outputs: Node, weights: Node) -> Unrolled | None:
         weights, indices = dense.weights, dense.indices
     x = None
     experts = []
-    for number, part in enumerate(source.args[0]):  # type: ignore[arg-type,var-annotated]
+    for number, part in enumerate(source.args[0]):
         mlp, rows = read_mlp(edit, unpad(part))
         x = x or rows
         if unview(rows) is not unview(x):
@@ -213,8 +213,8 @@ def _added_rows(node: Node) -> tuple[Node, Positions, Node]:
     into: Any = node.args[0]
     if is_op(node, aten.index_add.default) and node.kwargs.get("alpha", 1) == 1 and dim_of(node, 1, "dim", 2) == 0:
         where, rows = node.args[2], node.args[3]
-    elif is_op(node, aten.index_put.default) and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        where, rows = node.args[1][0], node.args[2]  # type: ignore[index]
+    elif is_op(node, aten.index_put.default) and len(node.args[1]) == 1:
+        where, rows = node.args[1][0], node.args[2]
         if arg(node, 3, "accumulate", False) is not True:
             rows = _plus_own_rows(node, into, where, rows)
     elif is_op(node, aten.scatter_add.default) and dim_of(node, 1, "dim", 2) == 0:
@@ -228,7 +228,7 @@ def _added_rows(node: Node) -> tuple[Node, Positions, Node]:
         raise Stuck(node, "rows are added at tokens that are not those which select one expert")
     if rank(into) != 2:
         raise Stuck(node, "rows are added to what is not [N, D]")
-    return into, tokens, rows  # type: ignore[return-value]
+    return into, tokens, rows
 
 
 def _plus_own_rows(node: Node, into: Node, where: Any, rows: Any) -> Any:
@@ -272,7 +272,7 @@ def _row_weighted(term: _Term) -> tuple[Node, Node]:
     assert tokens is not None
     value = unpad(term.value)
     while is_op(value, *CASTS):
-        value = unpad(value.args[0])  # type: ignore[arg-type]
+        value = unpad(value.args[0])
     pair = binary(value, *MULTIPLY)
     for rows, factor in () if pair is None else (pair, pair[::-1]):
         if not isinstance(rows, Node) or not isinstance(factor, Node) or rank(rows) != 2 or rank(factor) != 2:
@@ -288,17 +288,17 @@ def _row_weighted(term: _Term) -> tuple[Node, Node]:
 def _weights_of_rows(factor: Node, tokens: Positions) -> Node | None:
     """weights [N, K] when `factor` is weights[t, k] of the pairs of one expert, or dense[t, e]."""
     if is_op(factor, aten.index.Tensor):
-        source, picks = factor.args[0], list(factor.args[1])  # type: ignore[arg-type]
+        source, picks = factor.args[0], list(factor.args[1])
         dense = read_dense(source)
         if len(picks) == 1 and dense is not None and dense.dims == ("token",):
             same = _same_tokens(picks[0], tokens) and dense.expert == tokens.expert and dense.indices is tokens.indices
             return dense.weights if same else None
         if rank(source) == 3 and static(shape(source)[2]) == 1:
             source = unpad(source)  # the weights of the pairs as a column
-        if len(picks) == 2 and rank(source) == 2 and _same_tokens(picks[0], tokens):  # type: ignore[arg-type]
+        if len(picks) == 2 and rank(source) == 2 and _same_tokens(picks[0], tokens):
             ranks = read_positions(picks[1])
             same = ranks is not None and replace(ranks, meaning="token", mask=tokens.mask) == tokens
-            return source if same and ranks is not None and ranks.meaning == "rank" else None  # type: ignore[return-value]
+            return source if same and ranks is not None and ranks.meaning == "rank" else None
     if is_op(factor, aten.select.int) and is_op(factor.args[0], aten.index.Tensor) and dim_of(factor, 1, "dim", 2) == 1:
         gathered: Any = factor.args[0]
         dense = read_dense(gathered.args[0])
@@ -318,17 +318,17 @@ def _rows_of(rows: Node, tokens: Positions) -> Node:
     """x [N, D] of x[tokens]."""
     node = unpad(rows)
     if is_op(node, aten.index.Tensor):
-        source, picks = node.args[0], [p for p in node.args[1] if p is not None]  # type: ignore[union-attr]
-        lead = len(node.args[1]) - len(picks)  # type: ignore[arg-type]
-        ones = all(static(s) == 1 for s in shape(source)[:lead])  # type: ignore[arg-type]
-        if len(picks) == 1 and node.args[1][-1] is picks[0] and ones and _same_tokens(picks[0], tokens):  # type: ignore[index]
-            while rank(source) > 2 and is_op(source, aten.unsqueeze.default):  # type: ignore[arg-type]
-                source = source.args[0]  # type: ignore[union-attr]
-            return source  # type: ignore[return-value]
+        source, picks = node.args[0], [p for p in node.args[1] if p is not None]
+        lead = len(node.args[1]) - len(picks)
+        ones = all(static(s) == 1 for s in shape(source)[:lead])
+        if len(picks) == 1 and node.args[1][-1] is picks[0] and ones and _same_tokens(picks[0], tokens):
+            while rank(source) > 2 and is_op(source, aten.unsqueeze.default):
+                source = source.args[0]
+            return source
     elif (
         is_op(node, aten.index_select.default) and dim_of(node, 1, "dim", 2) == 0 and _same_tokens(node.args[2], tokens)
     ):
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     raise Stuck(node, f"expert {tokens.expert} does not read the tokens that select it")
 
 
@@ -372,7 +372,7 @@ def _linear(edit: Editor, node: Node) -> _Linear:
         piece = _piece(edit, node.args[1], 2)
         bias = arg(node, 2, "bias")
         if piece is not None:
-            return _Linear(node.args[0], piece[0], _bias(edit, bias, node), piece[1])  # type: ignore[arg-type]
+            return _Linear(node.args[0], piece[0], _bias(edit, bias, node), piece[1])
     pair = binary(node, aten.add.Tensor)
     if pair is not None:
         for product, bias in (pair, pair[::-1]):
@@ -383,7 +383,7 @@ def _linear(edit: Editor, node: Node) -> _Linear:
     if is_op(node, aten.matmul.default, aten.mm.default):
         piece = _piece(edit, node.args[1], 2)
         if piece is not None and rank(node) == 2:
-            return _Linear(node.args[0], piece[0], None, not piece[1])  # type: ignore[arg-type]
+            return _Linear(node.args[0], piece[0], None, not piece[1])
     raise Stuck(node, "expected a linear of one expert's own weight")
 
 

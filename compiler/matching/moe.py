@@ -118,7 +118,7 @@ def combines_of(topk: Node, paths: PostDominators) -> list[Node]:
     More than one only where the width of a row does not tell a result of the experts from scores or weights. Empty for
     a topk that only prepares another one (groups of experts), or that nothing reads.
     """
-    source: Node = topk.args[0]  # type: ignore[assignment]
+    source: Node = topk.args[0]
     if not topk.users or _prepares_another(topk):
         return []
     if rank(source) != 2:
@@ -277,11 +277,11 @@ def _combined(end: Node) -> tuple[Node, Node | None, Pairs]:
     node = unview(end)
     if is_op(node, aten.einsum.default):
         return _combined_by_einsum(node)
-    if not is_op(node, aten.sum.dim_IntList) or rank(node.args[0]) != 3:  # type: ignore[arg-type]
+    if not is_op(node, aten.sum.dim_IntList) or rank(node.args[0]) != 3:
         raise Stuck(node, "the experts' outputs are not summed over the experts of each token")
     if dim_of(node, 1, "dim", 3) != 1:
         raise Stuck(node, "the experts are not summed over their rank dimension")
-    ranked: Node = node.args[0]  # type: ignore[assignment]
+    ranked: Node = node.args[0]
     top_k = static(shape(ranked)[1])
     if top_k is None:
         raise Stuck(node, "the number of experts per token is not fixed")
@@ -304,7 +304,7 @@ def _combined(end: Node) -> tuple[Node, Node | None, Pairs]:
 
 def _combined_by_einsum(node: Node) -> tuple[Node, Node | None, Pairs]:
     """einsum("tkd,tk->td", outputs, weights), in any letters and order."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])
     left, _, result = equation.partition("->")
     terms = left.split(",")
     if len(terms) == 2 and len(terms[0]) == 2:
@@ -322,18 +322,18 @@ def _combined_by_einsum(node: Node) -> tuple[Node, Node | None, Pairs]:
 def _sorted_back(node: Node, pairs: Pairs) -> tuple[Node, Pairs]:
     """(rows sorted by expert, pairs with that order) of rows brought back by the inverse permutation."""
     picks = node.args[1]
-    inverse = picks[0] if len(picks) == 1 else None  # type: ignore[arg-type,index]
+    inverse = picks[0] if len(picks) == 1 else None
     order: Any = None
     if is_op(inverse, aten.index_put.default, aten.scatter.src):
         order = _inverted(inverse)
     elif isinstance(inverse, Node) and inverse.target is operator.getitem and inverse.args[1] == 1:
         sort = inverse.args[0]  # the argsort of a permutation is its inverse
-        order = sort.args[0] if _ascending(sort) else None  # type: ignore[union-attr]
+        order = sort.args[0] if _ascending(sort) else None
     is_order = isinstance(order, Node) and order.target is operator.getitem and order.args[1] == 1
     sort = order.args[0] if is_order else None
     if not _ascending(sort):
         raise Stuck(node, "the rows are not brought back to the order of the tokens by the inverse of their sort")
-    return node.args[0], replace(pairs, order=order)  # type: ignore[return-value]
+    return node.args[0], replace(pairs, order=order)
 
 
 def _ascending(node: Any) -> bool:
@@ -364,10 +364,10 @@ def _weights_NK(weights: Node, pairs: Pairs) -> Node:
     """[N, K] of combine weights in the order of the pairs."""
     value = unview(weights)
     if pairs.order is not None:
-        picked = is_op(value, aten.index.Tensor) and list(value.args[1]) == [pairs.order]  # type: ignore[arg-type]
+        picked = is_op(value, aten.index.Tensor) and list(value.args[1]) == [pairs.order]
         if not picked:
             raise Stuck(value, "the combine weights are not sorted like the rows")
-        value = unview(value.args[0])  # type: ignore[arg-type]
+        value = unview(value.args[0])
     if rank(value) != 2 or static(shape(value)[1]) != pairs.top_k:
         raise Stuck(weights, "the combine weights are not [N, K]")
     return value
@@ -414,7 +414,7 @@ def _read_gated_mlp(edit: Editor, node: Node, block: MoeBlock) -> SharedExpert |
         return None
     hidden, down = node.args[0], node.args[1]
     pair = binary(hidden, *MULTIPLY)
-    if pair is None or edit.weight_of(down) is None:  # type: ignore[arg-type]
+    if pair is None or edit.weight_of(down) is None:
         return None
     for acted, up in (pair, pair[::-1]):
         kind = activation_of(acted)
@@ -422,7 +422,7 @@ def _read_gated_mlp(edit: Editor, node: Node, block: MoeBlock) -> SharedExpert |
             continue
         gate_weight, up_weight = _linear_of(edit, kind[2], block.x), _linear_of(edit, up, block.x)
         if gate_weight is not None and up_weight is not None and gate_weight is not up_weight:
-            return SharedExpert(gate_weight, up_weight, down, scale_weight)  # type: ignore[arg-type]
+            return SharedExpert(gate_weight, up_weight, down, scale_weight)
     return None
 
 

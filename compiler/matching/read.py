@@ -109,14 +109,14 @@ def unview(node: Node, passed: list[Node] | None = None) -> Node:
     while is_op(node, *VIEWS):
         if passed is not None:
             passed.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
 def unpad(node: Node) -> Node:
     """Through reshapes that only insert or drop dimensions of size one."""
-    while is_op(node, *VIEWS) and _without_ones(node) == _without_ones(node.args[0]):  # type: ignore[arg-type]
-        node = node.args[0]  # type: ignore[assignment]
+    while is_op(node, *VIEWS) and _without_ones(node) == _without_ones(node.args[0]):
+        node = node.args[0]
     return node
 
 
@@ -174,7 +174,7 @@ def piece(node: Any) -> tuple[Node, int, int, int, int] | None:
     if not isinstance(node, Node):
         return None
     if is_op(node, aten.slice.Tensor):
-        source: Node = node.args[0]  # type: ignore[assignment]
+        source: Node = node.args[0]
         dim = dim_of(node, 1, "dim", rank(source), 0)
         size = static(shape(source)[dim]) if dim is not None else None
         start, stop, step = arg(node, 2, "start", None), arg(node, 3, "end", None), arg(node, 4, "step", 1)
@@ -187,8 +187,8 @@ def piece(node: Any) -> tuple[Node, int, int, int, int] | None:
     parent = node.args[0] if node.target is operator.getitem else None
     if not isinstance(parent, Node) or not is_op(parent, *SPLITS):
         return None
-    index: int = node.args[1]  # type: ignore[assignment]
-    source = parent.args[0]  # type: ignore[assignment]
+    index: int = node.args[1]
+    source = parent.args[0]
     dim = dim_of(parent, 2, "dim", rank(source), 0)
     sizes = [static(v.shape[dim]) for v in parent.meta["val"]] if dim is not None else []
     if dim is None or any(s is None for s in sizes):

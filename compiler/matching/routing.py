@@ -56,8 +56,8 @@ def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
     """The router that gives `indices` and `weights`, both [N, K]."""
     if indices.target is not operator.getitem or not is_op(indices.args[0], aten.topk.default) or indices.args[1] != 1:
         raise Stuck(indices, "the expert indices do not come from topk")
-    topk: Node = indices.args[0]  # type: ignore[assignment]
-    choice: Node = topk.args[0]  # type: ignore[assignment]
+    topk: Node = indices.args[0]
+    choice: Node = topk.args[0]
     if rank(choice) != 2 or dim_of(topk, 2, "dim", 2, -1) != 1 or arg(topk, 3, "largest", True) is not True:
         raise Stuck(topk, "topk does not take the largest over the experts")
     if not isinstance(topk.args[1], int):
@@ -102,7 +102,7 @@ def _read_weights(node: Node, indices: Node, topk: Node) -> tuple[Routing, Node]
     if is_op(node, aten.gather.default):
         if dim_of(node, 1, "dim", 2) != 1 or node.args[2] is not indices:
             raise Stuck(node, "the combine weights are not gathered with the experts' indices")
-        return routing, node.args[0]  # type: ignore[return-value]
+        return routing, node.args[0]
     if node.target is operator.getitem and node.args[0] is topk and node.args[1] == 0:
         return routing, topk
     raise Stuck(node, "this step from scores to combine weights is not one that the operator has")
@@ -137,8 +137,8 @@ def _read_groups(choice: Node, routing: Routing) -> tuple[Node, Routing, float |
     source, keep_mask, fill = masked
     count = static(shape(choice)[1])
     groups_kept = _read_kept(keep_mask, choice)
-    topk: Node = groups_kept.args[0]  # type: ignore[assignment]
-    group_scores: Node = topk.args[0]  # type: ignore[assignment]
+    topk: Node = groups_kept.args[0]
+    group_scores: Node = topk.args[0]
     groups = static(shape(group_scores)[-1])
     if count is None or groups is None or rank(group_scores) != 2 or count % groups:
         raise Stuck(group_scores, "the scores of expert groups are not [N, groups]")
@@ -151,7 +151,7 @@ def _read_groups(choice: Node, routing: Routing) -> tuple[Node, Routing, float |
         name = "ninf"
     else:
         raise Stuck(choice, f"masked groups are filled with {fill}; the operator has 0 and -inf")
-    routing = replace(routing, groups=groups, keep=int(topk.args[1]), group_score=kind, fill=name)  # type: ignore[arg-type]
+    routing = replace(routing, groups=groups, keep=int(topk.args[1]), group_score=kind, fill=name)
     return source, routing, fill
 
 
@@ -162,14 +162,14 @@ def _read_mask(choice: Node) -> tuple[Node, tuple[Node, bool], float] | None:
         fill = scalar(choice.args[2])
         if fill is None:
             raise Stuck(choice, "masked groups are filled with a tensor")
-        return unview(choice.args[0]), (choice.args[1], False), fill  # type: ignore[return-value,arg-type]
+        return unview(choice.args[0]), (choice.args[1], False), fill
     if is_op(choice, aten.where.ScalarOther):
-        return unview(choice.args[1]), (choice.args[0], True), float(choice.args[2])  # type: ignore[return-value,arg-type]
+        return unview(choice.args[1]), (choice.args[0], True), float(choice.args[2])
     if is_op(choice, aten.where.self):
         fill = _constant(choice.args[2])
         if fill is None:
             raise Stuck(choice, "masked groups are filled with a tensor")
-        return unview(choice.args[1]), (choice.args[0], True), fill  # type: ignore[return-value,arg-type]
+        return unview(choice.args[1]), (choice.args[0], True), fill
     return None
 
 
@@ -187,30 +187,30 @@ def _read_kept(mask: tuple[Node, bool], at: Node) -> Node:
     while True:
         node = unview(node)
         if is_op(node, *CASTS) and value(node).dtype == torch.bool:
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         elif is_op(node, aten.bitwise_not.default, aten.logical_not.default):
-            node, kept = node.args[0], not kept  # type: ignore[assignment]
+            node, kept = node.args[0], not kept
         elif is_op(node, aten.expand.default, aten.repeat_interleave.self_int):
             node = _repeated(node)
         elif is_op(node, aten.eq.Scalar, aten.ne.Scalar) and node.args[1] == 0:
             kept = not kept if node.target is aten.eq.Scalar else kept
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         else:
             break
     if not is_op(node, aten.scatter.value) or _constant(node.args[0]) != 0.0 or node.args[3] != 1:
         raise Stuck(node, "the mask of groups is not made by scattering ones into zeros")
     picks = node.args[2]
-    from_topk = picks.target is operator.getitem and is_op(picks.args[0], aten.topk.default)  # type: ignore[union-attr]
-    if not from_topk or picks.args[1] != 1 or dim_of(node, 1, "dim", 2) != 1:  # type: ignore[union-attr]
+    from_topk = picks.target is operator.getitem and is_op(picks.args[0], aten.topk.default)
+    if not from_topk or picks.args[1] != 1 or dim_of(node, 1, "dim", 2) != 1:
         raise Stuck(node, "the mask of groups does not come from a topk over group scores")
     if not kept:
         raise Stuck(at, "the best groups are masked, not kept")
-    return picks  # type: ignore[return-value]
+    return picks
 
 
 def _repeated(node: Node) -> Node:
     """Each of [N, G] repeated for the experts of its group."""
-    source: Node = node.args[0]  # type: ignore[assignment]
+    source: Node = node.args[0]
     if is_op(node, aten.repeat_interleave.self_int):
         if dim_of(node, 2, "dim", 2) != 1:
             raise Stuck(node, "the mask of groups is not repeated over the experts of a group")
@@ -224,14 +224,14 @@ def _group_score(scores: Node, source: Node, groups: int, size: int) -> str:
     """max, or the sum of the two best, of `source` seen as [N, groups, size]."""
     inner: Node
     if is_op(scores, aten.amax.default) and dim_of(scores, 1, "dim", 3) == 2:
-        kind, inner = "max", scores.args[0]  # type: ignore[assignment]
+        kind, inner = "max", scores.args[0]
     elif scores.target is operator.getitem and is_op(scores.args[0], aten.max.dim) and scores.args[1] == 0:
-        best: Node = scores.args[0]  # type: ignore[assignment]
-        kind, inner = "max", best.args[0]  # type: ignore[assignment]
+        best: Node = scores.args[0]
+        kind, inner = "max", best.args[0]
         if dim_of(best, 1, "dim", 3) != 2:
             raise Stuck(best, "the group score is not taken over the experts of a group")
     elif is_op(scores, aten.sum.dim_IntList) and dim_of(scores, 1, "dim", 3) == 2:
-        values: Node = scores.args[0]  # type: ignore[assignment]
+        values: Node = scores.args[0]
         top: Any = values.args[0] if values.target is operator.getitem and values.args[1] == 0 else None
         two_best = is_op(top, aten.topk.default) and top.args[1] == 2 and arg(top, 3, "largest", True) is True
         if not two_best or dim_of(top, 2, "dim", 3, -1) != 2:
@@ -287,12 +287,12 @@ def _read_score(scores: Node, routing: Routing) -> tuple[Routing, Node]:
 def _score_of(node: Node) -> tuple[str, Node] | None:
     node = _uncast(node)
     if is_op(node, aten.sigmoid.default):
-        return "sigmoid", node.args[0]  # type: ignore[return-value]
+        return "sigmoid", node.args[0]
     if is_op(node, *SOFTMAX) and rank(node) == 2 and dim_of(node, 1, "dim", 2) == 1:
         _check_float(node)
-        return "softmax", node.args[0]  # type: ignore[return-value]
-    if is_op(node, aten.sqrt.default) and is_op(node.args[0], aten.softplus.default) and len(node.args[0].args) == 1:  # type: ignore[union-attr]
-        return "sqrtsoftplus", node.args[0].args[0]  # type: ignore[union-attr,return-value]
+        return "softmax", node.args[0]
+    if is_op(node, aten.sqrt.default) and is_op(node.args[0], aten.softplus.default) and len(node.args[0].args) == 1:
+        return "sqrtsoftplus", node.args[0].args[0]
     return None
 
 
@@ -309,11 +309,11 @@ def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, Node | None]:
         if w is not None and edit.weight_of(w) is None:
             raise Stuck(logits, "the router's weight is computed")
     for operand in (source, weight):
-        dtype = value(operand).dtype  # type: ignore[arg-type]
+        dtype = value(operand).dtype
         if dtype != torch.float32:
             name = str(dtype).removeprefix("torch.")
             raise Stuck(logits, f"the router is computed in {name}: keep its weight and its input in float32")
-    return source, weight, bias  # type: ignore[return-value]
+    return source, weight, bias
 
 
 def _uncast(node: Any) -> Node:

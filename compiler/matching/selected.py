@@ -75,9 +75,9 @@ def read_mask(node: Any) -> Mask | None:
         return read_mask(node.args[0])
     if is_op(node, aten.eq.Scalar) and rank(node) == 2:
         expert = node.args[1]
-        return Mask(node.args[0], (TOKENS, RANKS), expert) if isinstance(expert, int) else None  # type: ignore[arg-type]
+        return Mask(node.args[0], (TOKENS, RANKS), expert) if isinstance(expert, int) else None
     if is_op(node, aten.one_hot.default) and rank(node) == 3:
-        return Mask(node.args[0], (TOKENS, RANKS, EXPERTS), None)  # type: ignore[arg-type]
+        return Mask(node.args[0], (TOKENS, RANKS, EXPERTS), None)
     if is_op(node, aten.eq.Tensor):
         return _one_hot(node)
     if is_op(node, aten.eq.Scalar, aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar):
@@ -91,10 +91,10 @@ def _one_hot(node: Node) -> Mask | None:
     if pair is None or rank(node) != 3:
         return None
     for picks, counted in (pair, pair[::-1]):
-        if not isinstance(picks, Node) or not is_op(picks, aten.unsqueeze.default) or rank(picks.args[0]) != 2:  # type: ignore[arg-type]
+        if not isinstance(picks, Node) or not is_op(picks, aten.unsqueeze.default) or rank(picks.args[0]) != 2:
             continue
         if dim_of(picks, 1, "dim", 3) == 2 and _counts(counted, shape(node)[2]):
-            return Mask(picks.args[0], (TOKENS, RANKS, EXPERTS), None)  # type: ignore[arg-type]
+            return Mask(picks.args[0], (TOKENS, RANKS, EXPERTS), None)
     return None
 
 
@@ -123,7 +123,7 @@ def _moved(node: Node, read: Any) -> Any:
             turns: Any = node.args[1]
             order = [d % len(order) for d in turns]
         elif node.target is aten.transpose.int:
-            a, b = (d % len(order) for d in node.args[1:3])  # type: ignore[operator]
+            a, b = (d % len(order) for d in node.args[1:3])
             order[a], order[b] = order[b], order[a]
         else:
             order.reverse()
@@ -139,7 +139,7 @@ def _moved(node: Node, read: Any) -> Any:
         dim = dim_of(source, 1, "dim", rank(source.args[0]), 0)
         if inner is None or dim is None or inner.dims[dim] != EXPERTS:
             return None
-        return _with(inner, dims=_without(inner.dims, dim), expert=int(node.args[1]))  # type: ignore[call-overload]
+        return _with(inner, dims=_without(inner.dims, dim), expert=int(node.args[1]))
     return None
 
 
@@ -217,7 +217,7 @@ def read_dense(node: Any) -> Dense | None:
     if is_op(node, aten.scatter.src, aten.scatter_add.default):
         base, dim, picks, weights = node.args[0], dim_of(node, 1, "dim", 2), node.args[2], node.args[3]
         if rank(node) == 2 and dim == 1 and _zeros(base):
-            return Dense(weights, picks, (TOKENS, EXPERTS))  # type: ignore[arg-type]
+            return Dense(weights, picks, (TOKENS, EXPERTS))
         return None
     if is_op(node, aten.sum.dim_IntList):
         return _summed(node)
@@ -229,7 +229,7 @@ def read_dense(node: Any) -> Dense | None:
 def _inserts_one(node: Node) -> bool:
     """A reshape that adds or drops dimensions of size one."""
     a = [s for s in map(str, shape(node)) if s != "1"]
-    b = [s for s in map(str, shape(node.args[0])) if s != "1"]  # type: ignore[arg-type]
+    b = [s for s in map(str, shape(node.args[0])) if s != "1"]
     return a == b
 
 
@@ -283,7 +283,7 @@ def _aligned(weights: Node, mask: Mask) -> Node | None:
     if mask.dims == (TOKENS, RANKS) and rank(weights) == 2:
         return weights
     if mask.dims == (TOKENS, RANKS, EXPERTS) and is_op(weights, aten.unsqueeze.default) and rank(weights) == 3:
-        return weights.args[0] if dim_of(weights, 1, "dim", 3) == 2 else None  # type: ignore[return-value]
+        return weights.args[0] if dim_of(weights, 1, "dim", 3) == 2 else None
     return None
 
 

@@ -61,8 +61,8 @@ class Cores(Section):
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
         big, little, threads = raw.get("big"), raw.get("little", 0), raw.get("threads")
         counted = [n for n in (big, little, threads) if type(n) is int and n >= 0]
-        if len(counted) == 3 and threads > big + little:  # type: ignore[operator]
-            yield Fault(("threads",), f"must be at most big + little ({big + little}), got {shown(threads)}")  # type: ignore[operator]
+        if len(counted) == 3 and threads > big + little:
+            yield Fault(("threads",), f"must be at most big + little ({big + little}), got {shown(threads)}")
 
 
 class KernelRates(Section):

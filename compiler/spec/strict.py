@@ -78,7 +78,7 @@ def collected(title: str, found: Iterable[Fault]) -> ValidationError:
     details = [
         InitErrorDetails(
             # the braces of a message are not a template: it is passed as the value of one
-            type=PydanticCustomError(fault.kind, "{text}", {"text": fault.message}),  # type: ignore[arg-type]
+            type=PydanticCustomError(fault.kind, "{text}", {"text": fault.message}),
             loc=fault.loc,
             input=None,
         )

@@ -91,7 +91,7 @@ def _compose(text: str) -> tuple[Node, set[int]]:
         raise YamlError(Mark(1, 1), f"the file is larger than {MAX_BYTES // 1024} KiB")
     try:
         loader = _Loader(text)
-        root = loader.get_single_node()  # type: ignore[no-untyped-call]
+        root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         problem = " ".join(str(error.problem or error.context or "not YAML").split())
         raise YamlError(_mark(error.problem_mark or error.context_mark), problem) from None

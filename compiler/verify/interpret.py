@@ -112,7 +112,7 @@ class GraphRunner:
 
         args = torch.fx.map_arg(node.args, resolve)
         kwargs = torch.fx.map_arg(node.kwargs, resolve)
-        target: Callable[..., Any] = self._overrides.get(node.target, node.target)  # type: ignore[assignment]
+        target: Callable[..., Any] = self._overrides.get(node.target, node.target)
         value = target(*args, **kwargs)
         values[node] = value
         if observe is not None:

@@ -134,11 +134,7 @@ def build_method(program: Program, options: Options, *, every_token: bool) -> Bu
 
 def _caches(graph: Graph) -> dict[Node, int]:
     """Placeholders that our operators write, with the index of their argument."""
-    return {
-        node.args[index]: index  # type: ignore[misc]
-        for node in graph.nodes
-        for index in CACHES.get(node.target, ())
-    }
+    return {node.args[index]: index for node in graph.nodes for index in CACHES.get(node.target, ())}
 
 
 def _retype(edit: Editor, caches: Mapping[Node, int], dtype: torch.dtype) -> None:

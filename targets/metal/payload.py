@@ -100,7 +100,7 @@ class PteFile:
 
     def _read(self) -> None:
         view = memoryview(self._map)
-        if len(view) < 40 or view[4:8] != b"ET12" or view[8:12] != b"eh00":
+        if len(view) < 40 or bytes(view[4:12]) != b"ET12eh00":
             raise ValueError("it is not an ExecuTorch program of this version")
         length, program_size, base = (int.from_bytes(view[a:b], "little") for a, b in ((12, 16), (16, 24), (24, 32)))
         if length < 24 or program_size > len(view) or base > len(view):

@@ -28,10 +28,10 @@ def _memref(rank: int) -> type[ctypes.Structure]:
 
 def _described(array: np.ndarray) -> ctypes.Structure:
     made = _memref(array.ndim)()
-    made.allocated = made.aligned = array.ctypes.data  # type: ignore[attr-defined]
+    made.allocated = made.aligned = array.ctypes.data
     if array.ndim:
         strides = [s // array.itemsize for s in array.strides]
-        made.sizes, made.strides = (ctypes.c_int64 * array.ndim)(*array.shape), (ctypes.c_int64 * array.ndim)(*strides)  # type: ignore[attr-defined]
+        made.sizes, made.strides = (ctypes.c_int64 * array.ndim)(*array.shape), (ctypes.c_int64 * array.ndim)(*strides)
     return made
 
 

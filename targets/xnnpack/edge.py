@@ -115,7 +115,7 @@ def _keep(graph: Graph, node: Node) -> None:
 
 
 def _to_edge(graph: Graph, node: Node) -> None:
-    node.target = aten_to_edge(VIEWS.get(node.target, node.target))  # type: ignore[arg-type]
+    node.target = aten_to_edge(VIEWS.get(node.target, node.target))
 
 
 def _expand_silu(graph: Graph, node: Node) -> None:
@@ -144,6 +144,6 @@ def _mutations(exported: ExportedProgram, graph: Graph) -> list[OutputSpec]:
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
                 written[value] = buffers[value.name]
     output = next(reversed(graph.nodes))
-    output.args = ((*written, *output.args[0]),)  # type: ignore[misc]
+    output.args = ((*written, *output.args[0]),)
     output.meta.pop("val", None)
     return [OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(n.name), name) for n, name in written.items()]

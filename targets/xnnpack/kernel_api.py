@@ -136,7 +136,7 @@ def _check(code: int) -> None:
         raise KernelError(code, library().moec_last_error().decode(errors="replace"))
 
 
-def _buffer(array: NDArray | None) -> _Buffer:
+def _buffer(array: np.ndarray | None) -> _Buffer:
     if array is None:
         return _Buffer(None, 0)
     if not array.flags.c_contiguous:
@@ -144,7 +144,7 @@ def _buffer(array: NDArray | None) -> _Buffer:
     return _Buffer(array.ctypes.data, array.nbytes)
 
 
-def _floats(array: NDArray | None) -> F32 | None:
+def _floats(array: np.ndarray | None) -> F32 | None:
     return None if array is None else np.ascontiguousarray(array, dtype=np.float32)
 
 
@@ -156,8 +156,8 @@ def packed_bytes(n: int, k: int, fmt: WeightFormat) -> int:
 
 
 def pack(
-    codes: NDArray,
-    scales: NDArray | None,
+    codes: np.ndarray,
+    scales: np.ndarray | None,
     n: int,
     k: int,
     fmt: WeightFormat,
@@ -174,8 +174,8 @@ def pack(
 
 def pack_into(
     out: NDArray[np.uint8],
-    codes: NDArray,
-    scales: NDArray | None,
+    codes: np.ndarray,
+    scales: np.ndarray | None,
     n: int,
     k: int,
     fmt: WeightFormat,
@@ -192,10 +192,10 @@ def pack_into(
 
 def unpack(
     packed: NDArray[np.uint8], n: int, k: int, fmt: WeightFormat, *, count: int = 1
-) -> tuple[NDArray, NDArray | None]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(codes, scales) as they were given to `pack`."""
     rows, columns = (k, n) if fmt.axis_out else (n, k)
-    codes: NDArray
+    codes: np.ndarray
     if fmt.kind == Kind.F32:
         codes, scales = np.empty((count, n, k), np.float32), None
     else:
@@ -258,7 +258,7 @@ class PreparedMoe:
 
     config: MoeConfig
     tensors: MoeTensors
-    _kept: list[NDArray] = field(default_factory=list)
+    _kept: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config, params = self.config.encode()
@@ -358,7 +358,7 @@ def set_trace(callback: TraceCallback | None) -> None:
         return
 
     def forward(_user: int, t: int, d: int, k: int, x: int, indices: int, weights: int, y: int) -> None:
-        def view(address: int, dtype: type[np.generic], shape: tuple[int, int]) -> NDArray:
+        def view(address: int, dtype: type[np.generic], shape: tuple[int, int]) -> np.ndarray:
             if not shape[0]:
                 return np.empty(shape, dtype)
             raw = bytearray((ctypes.c_char * (shape[0] * shape[1] * 4)).from_address(address))

@@ -32,11 +32,11 @@ def last_token(program: Program) -> Program:
     """The program with logits [1, V] of the last token where `program` gives [1, T, V]."""
     edit = program.edit()
     output = next(reversed(edit.graph.nodes))
-    logits = output.args[0][-1]  # type: ignore[index]
+    logits = output.args[0][-1]
     with edit.graph.inserting_before(output):
         rows = _last(edit, logits, {})
         result = edit.call(aten.select.int, rows, 1, 0, like=logits)
-    output.args = ((*output.args[0][:-1], result),)  # type: ignore[index]
+    output.args = ((*output.args[0][:-1], result),)
     return edit.done()
 
 

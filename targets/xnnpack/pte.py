@@ -86,7 +86,7 @@ class _LazyEmitter(_TopLevelEmitter):
             return super()._tensor_spec_to_evalue(spec, constant_tag)
         node = self.node
         while node.name not in self._names:  # a view of a weight: the same bytes in another shape
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         name = self._names[node.name]
         known = self.exported_program.state_dict.get(name, self.exported_program.constants.get(name))
         if isinstance(known, torch.Tensor) and not _is_fake(known):  # a small constant that a lowering pass made
