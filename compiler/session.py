@@ -1,16 +1,98 @@
-"""What every target's session does alike: checks the ids of a request, joins the traces of consecutive calls.
+"""What every target's session does alike: checks a request, feeds it in chunks, keeps position and traces.
 
-T tokens, D width, K experts of a token.
+T tokens, V vocabulary, D width, K experts of a token. A session runs one sequence.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
 from moec.compiler.errors import RunError
 from moec.compiler.target import MoeTrace, Session
+
+
+class SessionBase(ABC):
+    """The `Session` protocol over two operations that a target brings: `_forward` one chunk, `close`.
+
+    `place`: the artifact's file, which every fault names. `max_tokens`: the longest chunk that a call takes.
+    """
+
+    def __init__(self, place: str, *, vocab_size: int, context: int, max_tokens: int) -> None:
+        self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
+        self.position = 0
+        self._place = place
+        self._tracing = False
+        self._traces: list[MoeTrace] = []
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether the model was released."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the model. Calls after this raise RunError; closing twice is fine."""
+
+    @abstractmethod
+    def _forward(self, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool) -> list[MoeTrace]:
+        """Append int64 tokens [T <= max_tokens] at position `start`; while tracing, a trace per MoE layer.
+
+        rows: float32, where the logits go: [T, V] of every token, or [1, V] of the last. None: nobody reads them.
+        """
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
+        """Append tokens. Returns float32 [T, V] for logits="all", [1, V] for "last".
+
+        RunError: the session is closed, no tokens, an id that is not in the vocabulary, or more tokens than the context
+        has room for. Nothing has been appended then.
+        """
+        if logits not in ("all", "last"):
+            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
+        tokens = checked_ids(self, ids, closed=self.closed, place=self._place)
+        every = logits == "all"
+        out = np.empty((len(tokens) if every else 1, self.vocab_size), np.float32)
+        chunks: list[list[MoeTrace]] = []
+        for begin in range(0, len(tokens), self.max_tokens):
+            chunk = tokens[begin : begin + self.max_tokens]
+            if every:
+                rows: np.ndarray | None = out[begin : begin + len(chunk)]
+            else:
+                rows = out if begin + len(chunk) == len(tokens) else None
+            chunks.append(self._forward(chunk, self.position + begin, rows, every))
+        self.position += len(tokens)
+        if self._tracing:
+            self._traces += [joined_layer(layer) for layer in zip(*chunks, strict=True)]
+        return out
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
+        return np.asarray(self.prefill([token])[0])
+
+    def reset(self) -> None:
+        """Forget the sequence. What a cache holds is not seen again: attention ends at the current position."""
+        self.position = 0
+        self._traces.clear()
+
+    def trace(self, enabled: bool) -> None:
+        """Record every MoE layer of the calls that follow; `take_traces` collects them."""
+        self._tracing = enabled
+        if not enabled:
+            self._traces.clear()
+
+    def take_traces(self) -> list[MoeTrace]:
+        """The traces since the last call of this, in order of execution: layer by layer for each prefill or decode."""
+        taken, self._traces = self._traces, []
+        return taken
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def checked_ids(session: Session, ids: Sequence[int] | np.ndarray, *, closed: bool, place: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.errors import ArtifactError, RunError
-from moec.compiler.session import checked_ids
+from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.targets.mlir.functional import TAPS
 from moec.targets.mlir.toolchain import ended, environment, last_line, worker_command
@@ -23,7 +23,7 @@ from moec.targets.mlir.wire import receive, send
 _REMEDY = "compile it again with `moec compile`"
 
 
-class MlirSession:
+class MlirSession(SessionBase):
     """`details` are the manifest's; `program` is the text (`jit`) or the compiled module (`iree`)."""
 
     def __init__(
@@ -37,12 +37,8 @@ class MlirSession:
         moe_layers: int,
         details: Mapping[str, Any],
     ) -> None:
-        self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
-        self.position = 0
+        super().__init__(str(program.parent), vocab_size=vocab_size, context=context, max_tokens=max_tokens)
         self._moe_layers = moe_layers
-        self._place = str(program.parent)
-        self._tracing = False
-        self._traces: list[MoeTrace] = []
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the session)
         self._worker: subprocess.Popen[bytes] | None = subprocess.Popen(
             worker_command("serve"),
@@ -57,45 +53,9 @@ class MlirSession:
             self.close()
             raise
 
-    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
-        """Append tokens. Returns float32 [T, V] for logits="all", [1, V] for "last".
-
-        RunError: no tokens, an id that is not in the vocabulary, or more tokens than the context has room for (nothing
-        has been appended then); or the native code died.
-        """
-        if logits not in ("all", "last"):
-            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
-        tokens = checked_ids(self, ids, closed=self._worker is None, place=self._place)
-        rows: list[np.ndarray] = []
-        for begin in range(0, len(tokens), self.max_tokens):
-            chunk = tokens[begin : begin + self.max_tokens]
-            call = {"start_pos": self.position + begin, "last": logits == "last", "taps": self._tracing}
-            logits_1TV, *taps = self._ask(call, [chunk[None, :]])
-            rows.append(logits_1TV[0])
-            if self._tracing:
-                self._traces += self._traces_of(taps)
-        self.position += len(tokens)
-        return np.concatenate(rows) if logits == "all" else rows[-1]
-
-    def decode(self, token: int) -> np.ndarray:
-        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
-        return self.prefill([token])[0]
-
-    def reset(self) -> None:
-        """Forget the sequence: the next call starts from empty caches."""
-        self.position = 0
-        self._traces.clear()
-
-    def trace(self, enabled: bool) -> None:
-        """Record every MoE layer of the calls that follow; `take_traces` collects them."""
-        self._tracing = enabled
-        if not enabled:
-            self._traces.clear()
-
-    def take_traces(self) -> list[MoeTrace]:
-        """The traces since the last call of this, in order of execution; one a layer and chunk."""
-        taken, self._traces = self._traces, []
-        return taken
+    @property
+    def closed(self) -> bool:
+        return self._worker is None
 
     def close(self) -> None:
         """End the worker. Calls after this raise RunError; closing twice is fine."""
@@ -115,11 +75,12 @@ class MlirSession:
             worker.wait()
         self._stderr.close()
 
-    def __enter__(self) -> MlirSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _forward(self, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool) -> list[MoeTrace]:
+        call = {"start_pos": start, "last": not every, "taps": self._tracing}
+        logits_1TV, *taps = self._ask(call, [tokens[None, :]])
+        if rows is not None:
+            rows[:] = logits_1TV[0]
+        return self._traces_of(taps) if self._tracing else []
 
     def _ask(self, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
         worker = self._worker

@@ -6,7 +6,7 @@ T tokens, V vocabulary, D width, K experts of a token. One session runs one sequ
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from moec.compiler.errors import ArtifactError, RunError
-from moec.compiler.session import checked_ids, joined_layer
+from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 
 # The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
@@ -28,7 +28,7 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 _TAP_FIELDS = ("x", "indices", "weights", "y")
 
 
-class OnnxSession:
+class OnnxSession(SessionBase):
     """Runs the file unchanged. While it traces, values of the MoE blocks are outputs as well; nothing else differs."""
 
     def __init__(
@@ -42,69 +42,36 @@ class OnnxSession:
         threads: int | None = None,
     ) -> None:
         """`details` are the manifest's: shapes of the caches, and where the values of each MoE layer lie."""
-        self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
+        super().__init__(str(model), vocab_size=vocab_size, context=context, max_tokens=max_tokens)
         self.threads = threads or _usable_cores()
-        self.position = 0
         self._path, self._taps = model, list(details.get("moe_taps", []))
         self._oldest = OLDEST.get(str(details.get("flavour")), max(OLDEST.values()))
         self._empty = _empty_caches(details, model)
         self._past = dict(self._empty)
-        self._tracing = False
-        self._traces: list[MoeTrace] = []
         self._traced = False  # whether the loaded model has the outputs of the taps
         self._session: onnxruntime.InferenceSession | None = self._open(traced=False)
 
-    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
-        """Append tokens. Returns float32 [T, V] for logits="all", [1, V] for "last".
-
-        RunError: no tokens, an id that is not in the vocabulary, or more tokens than the context has room for. Nothing
-        has been appended then.
-        """
-        if logits not in ("all", "last"):
-            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
-        tokens = checked_ids(self, ids, closed=self._session is None, place=str(self._path))
-        rows: list[np.ndarray] = []
-        layers: list[list[MoeTrace]] = []
-        for begin in range(0, len(tokens), self.max_tokens):
-            result, seen = self._forward(tokens[begin : begin + self.max_tokens])
-            rows.append(result if logits == "all" else result[-1:])
-            layers.append(seen)
-        self._traces += [joined_layer(parts) for parts in zip(*layers, strict=True)]
-        return np.concatenate(rows) if logits == "all" else rows[-1]
-
-    def decode(self, token: int) -> np.ndarray:
-        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
-        return self.prefill([token])[0]
+    @property
+    def closed(self) -> bool:
+        return self._session is None
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self.position = 0
+        super().reset()
         self._past = dict(self._empty)
-        self._traces.clear()
 
     def trace(self, enabled: bool) -> None:
         """Record every MoE layer of the calls that follow; `take_traces` collects them. The first call loads the
         model anew with those values as outputs, and it stays so: a call gives the same bits traced or not."""
-        self._tracing = enabled
+        super().trace(enabled)
         if enabled and self._taps and not self._traced and self._session is not None:
             self._session = None  # first: two loaded models would take twice the memory
             self._session, self._traced = self._open(traced=True), True
-
-    def take_traces(self) -> list[MoeTrace]:
-        """The traces since the last call of this, in order of execution."""
-        taken, self._traces = self._traces, []
-        return taken
 
     def close(self) -> None:
         """Release the model. Calls after this raise RunError; closing twice is fine."""
         self._session = None
         self._past = {}
-
-    def __enter__(self) -> OnnxSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open(self, *, traced: bool) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
@@ -116,7 +83,7 @@ class OnnxSession:
         if _version(onnxruntime.__version__) < self._oldest:
             raise RunError(
                 f"ONNX Runtime {onnxruntime.__version__} is too old for this artifact",
-                place=str(self._path),
+                place=self._place,
                 remedy=needed,
             )
         try:
@@ -127,7 +94,7 @@ class OnnxSession:
         except Exception as error:  # the runtime raises a class of its own for each status
             raise ArtifactError(
                 f"ONNX Runtime {onnxruntime.__version__} does not load it: {_first_line(error)}",
-                place=str(self._path),
+                place=self._place,
                 remedy=f"{REMEDY}, or {needed}",
             ) from error
 
@@ -149,14 +116,13 @@ class OnnxSession:
                 model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
         return model.SerializeToString()
 
-    def _forward(self, tokens: np.ndarray) -> tuple[np.ndarray, list[MoeTrace]]:
-        """Logits [T, V] and a trace per MoE layer."""
+    def _forward(self, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool) -> list[MoeTrace]:
         assert self._session is not None
-        end = self.position + len(tokens)
         feeds = {
             "input_ids": tokens[None],
-            "attention_mask": np.ones((1, end), np.int64),
-            **{f"past_key_values.{name}": value for name, value in self._past.items()},
+            "attention_mask": np.ones((1, start + len(tokens)), np.int64),
+            # no more than `start` positions: a call that stopped between two chunks has left some behind them
+            **{f"past_key_values.{name}": value[:, :, :start] for name, value in self._past.items()},
         }
         names = ["logits", *(f"present.{name}" for name in self._past)]
         taps = [tap[field] for tap in self._taps for field in _TAP_FIELDS] if self._tracing else []
@@ -164,15 +130,13 @@ class OnnxSession:
         try:
             found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
         except Exception as error:
-            raise RunError(
-                f"ONNX Runtime stopped: {_first_line(error)}", place=str(self._path), remedy=REMEDY
-            ) from error
+            raise RunError(f"ONNX Runtime stopped: {_first_line(error)}", place=self._place, remedy=REMEDY) from error
         self._past = {name: found[f"present.{name}"] for name in self._past}
-        self.position = end
-        traces = [self._trace(layer, found) for layer in range(len(self._taps))] if taps else []
-        return np.asarray(found["logits"])[0], traces
+        if rows is not None:
+            rows[:] = found["logits"][0, -len(rows) :]
+        return [self._trace_of(layer, found) for layer in range(len(self._taps))] if taps else []
 
-    def _trace(self, layer: int, found: Mapping[str, np.ndarray]) -> MoeTrace:
+    def _trace_of(self, layer: int, found: Mapping[str, np.ndarray]) -> MoeTrace:
         tap = self._taps[layer]
         return MoeTrace(
             layer=layer,

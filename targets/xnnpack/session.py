@@ -12,13 +12,12 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from moec.compiler.errors import ArtifactError, RunError
-from moec.compiler.session import checked_ids, joined_layer
+from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.targets.xnnpack.native import runtime_library
 
@@ -70,7 +69,7 @@ def _runtime() -> ctypes.CDLL:
     return library
 
 
-class CpuSession:
+class CpuSession(SessionBase):
     """The `Session` protocol over a `.pte`. Faults of the caller are RunError, a bad file is ArtifactError."""
 
     def __init__(self, model: Path, *, threads: int | None = None, float_activations: bool = False) -> None:
@@ -94,71 +93,34 @@ class CpuSession:
         runtime.moec_model_float_activations(self._handle, int(float_activations))
         info = _Info()
         runtime.moec_model_get_info(self._handle, ctypes.byref(info))
-        self.vocab_size = int(info.vocab_size)
-        self.context = int(info.context)
-        self.max_tokens = int(info.max_tokens)
+        super().__init__(
+            str(path), vocab_size=int(info.vocab_size), context=int(info.context), max_tokens=int(info.max_tokens)
+        )
         self.threads = int(info.threads)
         self.bos_id = None if info.bos_id < 0 else int(info.bos_id)
         self.eos_ids = self._eos_ids()
-        self.position = 0
         self._has_all = bool(info.has_all)
-        self._path = path
-        self._tracing = False
-        self._traces: list[MoeTrace] = []
         self._callback = _TRACE(self._on_moe)
         self._call: list[MoeTrace] = []  # the layers of the native call that is running
         self._trace_fault: BaseException | None = None
 
+    @property
+    def closed(self) -> bool:
+        return self._handle is None
+
     def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
-        """Append tokens to the sequence. Returns float32 [T, V] for logits="all", [1, V] for "last".
-
-        RunError: no tokens, an id that is not in the vocabulary, or more tokens than the context has room for. Nothing
-        has been appended then.
-        """
-        if logits not in ("all", "last"):
-            raise RunError(f'logits="{logits}"', remedy='ask for "all" or "last"')
+        """As `SessionBase.prefill`; RunError too for logits="all" of an artifact that gives the last row only."""
         if logits == "all" and not self._has_all:
-            raise RunError(
-                "the artifact gives the logits of the last token only",
-                place=str(self._path),
-                remedy='use logits="last"',
-            )
-        tokens = checked_ids(self, ids, closed=self._handle is None, place=str(self._path))
-        every = logits == "all"
-        out = np.empty((len(tokens) if every else 1, self.vocab_size), np.float32)
-        chunks: list[list[MoeTrace]] = []
-        for begin in range(0, len(tokens), self.max_tokens):
-            chunk = tokens[begin : begin + self.max_tokens]
-            wanted = every or begin + len(chunk) == len(tokens)
-            self._forward(chunk, self.position + begin, out[begin if every else 0 :] if wanted else None, every)
-            chunks.append(self._call)
-        self.position += len(tokens)
-        if self._tracing:
-            self._traces += [joined_layer(layer) for layer in zip(*chunks, strict=True)]
-        return out
-
-    def decode(self, token: int) -> np.ndarray:
-        """Append one token; its logits, float32 [V]. RunError as `prefill`."""
-        return self.prefill([token])[0]
-
-    def reset(self) -> None:
-        """Forget the sequence. What the cache holds is never seen again: attention ends at the current position."""
-        self.position = 0
-        self._traces.clear()
+            what = "the artifact gives the logits of the last token only"
+            raise RunError(what, place=self._place, remedy='use logits="last"')
+        return super().prefill(ids, logits)
 
     def trace(self, enabled: bool) -> None:
         """Record every MoE layer of the calls that follow; `take_traces` collects them.
 
         The kernels have one trace for the process: while one session records, do not run another in a second thread.
         """
-        self._tracing = enabled
-        if not enabled:
-            self._traces.clear()
-
-    def take_traces(self) -> list[MoeTrace]:
-        """The traces since the last call of this, in order of execution: layer by layer for each prefill or decode."""
-        taken, self._traces = self._traces, []
-        return taken
+        super().trace(enabled)
 
     def close(self) -> None:
         """Release the model. Calls after this raise RunError; closing twice is fine."""
@@ -167,23 +129,16 @@ class CpuSession:
             if handle is not None:
                 _runtime().moec_model_close(handle)
 
-    def __enter__(self) -> CpuSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
 
-    def _forward(self, tokens: np.ndarray, start: int, out: np.ndarray | None, every: bool) -> None:
+    def _forward(self, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool) -> list[MoeTrace]:
         with self._busy:
             if self._handle is None:
-                raise RunError("the session was closed during the call", place=str(self._path))
-            self._locked_forward(tokens, start, out, every)
+                raise RunError("the session was closed during the call", place=self._place)
+            self._locked_forward(tokens, start, rows, every)
+            return self._call
 
     def _locked_forward(self, tokens: np.ndarray, start: int, out: np.ndarray | None, every: bool) -> None:
         runtime = _runtime()
@@ -207,7 +162,7 @@ class CpuSession:
         if fault is not None:
             raise fault
         if status:
-            raise RunError(runtime.moec_model_error(self._handle).decode(errors="replace"), place=str(self._path))
+            raise RunError(runtime.moec_model_error(self._handle).decode(errors="replace"), place=self._place)
 
     def _on_moe(self, user: Any, t: int, d: int, k: int, x: Any, indices: Any, weights: Any, y: Any) -> None:
         try:
