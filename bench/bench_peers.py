@@ -23,6 +23,7 @@ from peers import llama_cpp
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.checkpoints import synthesize
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, load_spec
@@ -245,7 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where results, models and llama.cpp go")
     parser.add_argument("--models", default="mobilemoe-s,mobilellm-pro", help="shipped specs, separated by commas")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tests", default="", help="names such as pp512,tg64; default: all")
     parser.add_argument("--isa", choices=("native", "avx2"), default="native", help="instruction sets of both sides")

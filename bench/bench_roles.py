@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import yaml
 
 from moec.compiler import build
 from moec.compiler.checkpoints import synthesize
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import load_spec
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--models", default="mobilellm-pro", help="shipped specs, separated by commas")
     parser.add_argument("--layers", type=int, help="fewer layers than the spec says, for a quick look")
     parser.add_argument("--choices", default=",".join(CHOICES), help="of: " + ", ".join(CHOICES))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     choices = [c.strip() for c in options.choices.split(",")]

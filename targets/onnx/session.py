@@ -5,7 +5,6 @@ T tokens, V vocabulary, D width, K experts of a token. One session runs one sequ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
@@ -43,7 +43,7 @@ class OnnxSession(SessionBase):
     ) -> None:
         """`details` are the manifest's: shapes of the caches, and where the values of each MoE layer lie."""
         super().__init__(str(model), vocab_size=vocab_size, context=context, max_tokens=max_tokens)
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self._path, self._taps = model, list(details.get("moe_taps", []))
         self._oldest = OLDEST.get(str(details.get("flavour")), max(OLDEST.values()))
         self._empty = _empty_caches(details, model)
@@ -163,10 +163,6 @@ def _empty_caches(details: Mapping[str, Any], model: Path) -> dict[str, np.ndarr
             "damaged: details.caches", place=str(model.parent / "manifest.json"), remedy=REMEDY
         ) from error
     return found
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(text: str) -> tuple[int, ...]:

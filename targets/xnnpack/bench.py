@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
+from moec.targets.xnnpack.kernel_api import MAX_THREADS
 from moec.targets.xnnpack.native import runner_binary
 
 
@@ -75,15 +76,10 @@ def _run(model: Path, plan: BenchPlan, context: int | None) -> dict[str, Any]:
     else:
         command += ["--prompt-length", str(plan.prefill)]
     command += ["--context", str(context)] if context else []
-    command += ["--threads", str(plan.threads or _usable_cores())]
+    command += ["--threads", str(plan.threads or usable_cores(MAX_THREADS))]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
     if done.returncode == 0:
         return dict(json.loads(done.stdout))
     lines = done.stderr.strip().splitlines()
     reason = lines[0].removeprefix("error: ") if lines else f"the runner ended with status {done.returncode}"
     raise RunError(reason, remedy="ask for fewer tokens, or compile the artifact again if its file is damaged")
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use; 256 threads are the most that the kernels take."""
-    return min(256, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

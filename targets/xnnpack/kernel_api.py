@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
 
 ABI_VERSION = 2
+MAX_THREADS = 256  # kMostThreads of kernel/parallel.cpp
 F32 = NDArray[np.float32]
 _TRANSPOSE = 1 << 4  # MOEC_AXIS_OUT on an f32 format, in moec_pack only
 
@@ -120,8 +122,7 @@ def library() -> ctypes.CDLL:
         raise KernelError(0, f"{path} has ABI version {found}, this package needs {ABI_VERSION}")
     # ExecuTorch's pool, the library's default, writes to stderr when it starts; a session chooses again when it opens
     loaded.moec_set_parallel(None, None, None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loaded.moec_set_threads(min(cores, 256))
+    loaded.moec_set_threads(usable_cores(MAX_THREADS))
     asked, offered = os.environ.get("MOEC_ISA", ""), loaded.moec_available_isas().decode()
     if asked not in ("", "auto", *offered.split(",")):
         # the library itself has nobody to tell and would quietly use the best

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
+from moec.targets.xnnpack.kernel_api import MAX_THREADS
 from moec.targets.xnnpack.native import runtime_library
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -81,9 +83,9 @@ class CpuSession(SessionBase):
         path = Path(model)
         if not path.is_file():
             raise ArtifactError("the file does not exist", place=str(path), remedy="compile the artifact again")
-        wanted = threads if threads is not None else _usable_cores()
-        if not 1 <= wanted <= 256:
-            raise RunError(f"{wanted} threads asked for", remedy="give a number from 1 to 256")
+        wanted = threads if threads is not None else usable_cores(MAX_THREADS)
+        if not 1 <= wanted <= MAX_THREADS:
+            raise RunError(f"{wanted} threads asked for", remedy=f"give a number from 1 to {MAX_THREADS}")
         runtime = _runtime()
         self._handle = runtime.moec_model_open(os.fsencode(path), wanted)
         error = runtime.moec_model_error(self._handle).decode(errors="replace")
@@ -195,11 +197,6 @@ def set_isa(name: str | None) -> None:
 def isa() -> str:
     """The kernels' instruction set in use."""
     return str(_runtime().moec_model_isa().decode())
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use; 256 threads are the most that the kernels take."""
-    return min(256, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _copied(pointer: Any, rows: int, columns: int, dtype: type) -> np.ndarray:
