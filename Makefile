@@ -1,8 +1,11 @@
-# Everything here works in a fresh clone: each target sets up what it needs, once.
-#   make demo         train a small model on real text, compile, verify and prompt it
-#   make test         the tests that take seconds;  make test-slow  the others
-#   make lint         ruff and mypy
-# Variables: PYTHON (3.11 to 3.13), TORCH_INDEX (an extra index for torch's CPU wheel), EXTRAS, TEST_EXTRAS, PYTEST_ARGS.
+# Everything here works in a fresh clone: each target sets up what it needs, once. `make help` lists targets (the text
+# behind ##) and variables (the lines that begin with #:).
+#: PYTHON        the interpreter of .venv, 3.11 to 3.13 (default: the first of python3.11, .12, .13, python3 that fits)
+#: TORCH_INDEX   an extra package index for torch's CPU wheel, which is smaller than the default one
+#: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
+#: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
+#: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
+#: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,6 +19,9 @@ EXTRAS ?= dev,metal,transformers,train,report
 TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+PLAN_ARGS ?=
+NAME ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,12 +33,15 @@ KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o 
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock bench-kernel bench-passes new-rule bench-peers bench-roles bench-training train-report paper-tables clean distclean
+.PHONY: help setup demo test test-slow test-sanitize lint format lock new-rule bench-kernel bench-peers bench-roles \
+  bench-passes bench-training plan-accuracy paper-tables train-report clean distclean
 
-help:
-	@sed -n 's/^#   //p' Makefile
+help: ## this list
+	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
+	  printf '  %-16s%s\n' "$$name" "$$what"; done
+	@echo "variables:"; sed -n 's/^#: /  /p' Makefile
 
-setup: $(INSTALLED) $(KERNEL)
+setup: $(INSTALLED) $(KERNEL) ## everything into .venv, kernels built; instant when nothing changed
 	@:
 
 $(INSTALLED): pyproject.toml requirements.lock
@@ -58,7 +67,7 @@ $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
 # text of the running Python's own library: nothing is downloaded. What is there already is not done again.
 DEMO := $(BUILD)/demo
 DEMO_SPEC := specs/models/mobilemoe-tiny.yaml
-demo: setup
+demo: setup ## train a small model on real text, compile, verify and prompt it
 	@test -e $(DEMO)/corpus/corpus.json || { set -x; \
 	  $(MOEC) data build --out $(DEMO)/corpus --domains code --vocab-size 4096; }
 	$(MOEC) train $(DEMO_SPEC) --data $(DEMO)/corpus --out $(DEMO)/run $$(test ! -e $(DEMO)/run/run.json || echo --resume)
@@ -68,71 +77,70 @@ demo: setup
 	$(MOEC) run $(DEMO)/artifact --prompt "    def __init__(self" --max-new-tokens 64
 	$(MOEC) run $(DEMO)/artifact --prompt "class Connection" --max-new-tokens 96 --temperature 0.7 --top-p 0.9 --seed 7
 
-test: setup $(TESTABLE)
+test: setup $(TESTABLE) ## the tests that take seconds, on all cores
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
-test-slow: setup $(TESTABLE)
+test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # the kernel library under AddressSanitizer and UndefinedBehaviorSanitizer, driven by its own tests
-test-sanitize: $(INSTALLED)
+test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m moec.targets.xnnpack.native sanitize
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(INSTALLED)
+format: $(INSTALLED) ## ruff's formatter
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 
 # the versions that this checkout's environment holds, as constraints; no index, no hashes
-lock: $(INSTALLED)
+lock: $(INSTALLED) ## requirements.lock anew, from the environment that the tests passed in
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip list --format freeze --exclude-editable \
 	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(pip|setuptools)=' | LC_ALL=C sort -f; } > $(BUILD)-lock
 	mv $(BUILD)-lock requirements.lock
 	touch $(INSTALLED)
 
-bench-kernel: setup
+bench-kernel: setup ## one MoE layer against its peers and the machine's limits (bench/README.md, likewise the others)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[bench]'
 	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
 
-bench-passes: $(INSTALLED)
+bench-passes: $(INSTALLED) ## seconds of export and passes by the number of layers
 	$(BIN)/python bench/bench_passes.py
 
-bench-peers: setup
+bench-peers: setup ## whole models against llama.cpp
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"
 	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
 
-bench-roles: setup
+bench-roles: setup ## which kernel should serve which dense role
 	$(BIN)/python -W ignore bench/bench_roles.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 # S and the dense MobileLLM-Pro (M and L where they fit) as in the paper's tables; BENCH_ARGS=--quick for a look
-paper-tables: setup
+paper-tables: setup ## memory, decoding and prefill of whole models as in the paper's tables
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[report]"
 	$(BIN)/python bench/paper_tables.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 # how the experts are multiplied in training; give a quiet machine
-bench-training: $(INSTALLED)
+bench-training: $(INSTALLED) ## how the experts are multiplied in training
 	$(BIN)/python -W ignore bench/bench_training.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 # corpus, four stages, controls, QAT against PTQ, tasks: continues where it was stopped; under an hour on two cores
-train-report: setup
+train-report: setup ## corpus, stages, controls and tasks of the training report; under an hour on two cores
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[train,eval,report]"
 	$(BIN)/python -W ignore bench/train_report.py --out $(BUILD)/train-report $(BENCH_ARGS)
 
-new-rule: $(INSTALLED)
+new-rule: $(INSTALLED) ## a pass and its test to start from: NAME=verb_what
 	@test -n "$(NAME)" || { echo "give NAME=verb_what, e.g. make new-rule NAME=fuse_norms" >&2; exit 2; }
 	@$(BIN)/python -m moec.compiler.new_rule $(NAME)
 
 # planned beside measured memory and speed: `make plan-accuracy PLAN_ARGS="--artifact DIR ..."`; alone on the machine
-.PHONY: plan-accuracy
-plan-accuracy: setup
+plan-accuracy: setup ## planned beside measured memory and speed
 	$(BIN)/python bench/plan_accuracy.py $(PLAN_ARGS)
 
-clean:
+clean: ## remove builds and caches
 	rm -rf $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
-distclean: clean
+distclean: clean ## and .venv
 	rm -rf $(VENV)
