@@ -21,8 +21,8 @@ from moec.compiler.artifact import (
     Manifest,
     ModelRecord,
     PassEntry,
+    new_artifact,
     record_file,
-    replacing,
     write_manifest,
 )
 from moec.compiler.checkpoints import WeightStore, open_store
@@ -68,7 +68,8 @@ def compile(
     backend = find_target(name)
     if spec.device is not None and not force:
         check_fits(spec, load_device(spec.device), name)
-    with replacing(Path(out) if out is not None else Path(f"{spec.name}-{name}")) as folder:
+    place = Path(out) if out is not None else Path(f"{spec.name}-{name}")
+    with new_artifact(place) as folder:
         store = open_checkpoint(spec, checkpoint)
         # a damaged tokenizer is a fault now, not when the artifact is run; {} is that of a corpus which came as ids
         if store.tokenizer is not None and store.tokenizer.read_bytes().strip() != b"{}":
@@ -83,7 +84,7 @@ def compile(
         clock.lap("lower")
         manifest = _manifest(spec, name, store, program, log, lowered, folder, clock.laps)
         write_manifest(folder, manifest)
-    return Artifact.open(Path(out) if out is not None else Path(f"{spec.name}-{name}"))
+    return Artifact.open(place)
 
 
 def load(artifact: Artifact | str | Path) -> Session:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.compiler import artifact as artifacts
+from moec.compiler import replacing
 from moec.compiler.artifact import (
     FORMAT,
     MANIFEST,
@@ -18,8 +18,8 @@ from moec.compiler.artifact import (
     Digests,
     Manifest,
     ModelRecord,
+    new_artifact,
     record_file,
-    replacing,
     write_manifest,
 )
 from moec.compiler.errors import ArtifactError, UserError
@@ -53,7 +53,7 @@ def write(folder: Path, content: bytes = b"program" * 20_000) -> None:
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    with replacing(tmp_path / "a") as folder:
+    with new_artifact(tmp_path / "a") as folder:
         write(folder)
     return tmp_path / "a"
 
@@ -146,15 +146,15 @@ def leftovers(place: Path) -> list[str]:
 
 
 def test_a_new_artifact_replaces_the_old(good: Path) -> None:
-    with replacing(good) as folder:
+    with new_artifact(good) as folder:
         write(folder, b"second")
     assert Artifact.open(good).bytes == 6
     assert not leftovers(good)
 
 
 def test_it_replaces_without_an_atomic_exchange(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "_exchange", lambda a, b: False)
-    with replacing(good) as folder:
+    monkeypatch.setattr(replacing, "_exchange", lambda a, b: False)
+    with new_artifact(good) as folder:
         write(folder, b"second")
     assert Artifact.open(good).bytes == 6
     assert not leftovers(good)
@@ -163,7 +163,7 @@ def test_it_replaces_without_an_atomic_exchange(good: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("crash"), OSError(errno.ENOSPC, "no space")])
 def test_the_old_artifact_survives(good: Path, failure: BaseException) -> None:
     wanted = UserError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(wanted), replacing(good) as folder:  # noqa: PT012 (the failure comes half-way)
+    with pytest.raises(wanted), new_artifact(good) as folder:  # noqa: PT012 (the failure comes half-way)
         (folder / "model.pte").write_bytes(b"half")
         raise failure
     Artifact.open(good).check_contents()
@@ -171,7 +171,7 @@ def test_the_old_artifact_survives(good: Path, failure: BaseException) -> None:
 
 
 def test_the_old_artifact_survives_a_failed_rename(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(replacing, "_exchange", lambda a, b: False)
     real, calls = os.rename, []
 
     def rename(a: Path, b: Path) -> None:
@@ -181,20 +181,20 @@ def test_the_old_artifact_survives_a_failed_rename(good: Path, monkeypatch: pyte
         real(a, b)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(RuntimeError), replacing(good) as folder:
+    with pytest.raises(RuntimeError), new_artifact(good) as folder:
         write(folder, b"second")
     assert Artifact.open(good).bytes == 140_000
 
 
 def test_a_full_disk_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="free some space"), replacing(tmp_path / "a"):
+    with pytest.raises(UserError, match="free some space"), new_artifact(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_folder_of_something_else_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     entered = False
-    with pytest.raises(UserError, match="another"), replacing(tmp_path):
+    with pytest.raises(UserError, match="another"), new_artifact(tmp_path):
         entered = True
     assert not entered
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -202,20 +202,20 @@ def test_a_folder_of_something_else_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(UserError, match="not a folder"), replacing(tmp_path / "a"):
+    with pytest.raises(UserError, match="not a folder"), new_artifact(tmp_path / "a"):
         pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write"), replacing(tmp_path / "a"):
+    with pytest.raises(UserError, match="cannot write"), new_artifact(tmp_path / "a"):
         pass
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with replacing(tmp_path / "a") as folder:
+    with new_artifact(tmp_path / "a") as folder:
         write(folder)
     Artifact.open(tmp_path / "a")
 
@@ -223,6 +223,6 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 def test_what_a_killed_compile_left_is_removed(good: Path) -> None:
     stale = good.parent / f".{good.name}.moec-part-{2**22 + 1}"  # above the largest process id of Linux
     stale.mkdir()
-    with replacing(good) as folder:
+    with new_artifact(good) as folder:
         write(folder, b"second")
     assert not leftovers(good)

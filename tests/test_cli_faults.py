@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.compiler.artifact import replacing
+from moec.compiler.artifact import new_artifact
 from moec.compiler.cli.main import run
 from moec.compiler.cli.output import check_writable
 from moec.compiler.errors import UserError
@@ -46,7 +46,10 @@ def test_outputs_that_can_be_written_are_left_alone(tmp_path: Path) -> None:
 
 def test_an_output_below_a_file_is_no_other_compile(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="file is no folder; choose another --out"), replacing(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(UserError, match="file is no folder; choose another --out"),
+        new_artifact(tmp_path / "file" / "x"),
+    ):
         pass
 
 

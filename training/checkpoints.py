@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moec.compiler.artifact import replacing
 from moec.compiler.checkpoints import open_store
 from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
@@ -21,6 +20,7 @@ from moec.compiler.errors import CompileError
 from moec.compiler.model.layout import WeightInfo, weight_layout
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor
+from moec.compiler.replacing import replacing
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.quantization import Quantization
 from moec.training.model import TrainingDecoder

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from moec.compiler.artifact import replacing
 from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
 from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, packed_names
@@ -38,6 +37,7 @@ from moec.compiler.model.layout import WeightInfo, weight_layout
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
 from moec.compiler.quant import quantize_weight
+from moec.compiler.replacing import replacing
 from moec.compiler.spec.model import DecoderConfig
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from moec.compiler.artifact import replacing
 from moec.compiler.progress import Progress
+from moec.compiler.replacing import replacing
 from moec.training.data.dedup import Deduplicator
 from moec.training.data.document import Document
 from moec.training.data.shards import INDEX, SPLITS, Corpus, DataError, Kind, ShardWriter, write_index

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moec.compiler.artifact import replacing
 from moec.compiler.errors import UserError
+from moec.compiler.replacing import replacing
 
 FORMAT = 1
 INDEX = "corpus.json"
