@@ -15,7 +15,7 @@ from torch import Tensor
 from moec.compiler.checkpoints import open_store
 from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
-from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, packed_names
+from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, stored_tensors
 from moec.compiler.errors import CompileError
 from moec.compiler.model.layout import WeightInfo, weight_layout
 from moec.compiler.program import Role
@@ -118,16 +118,9 @@ def write_checkpoint(
 
 
 def _parts(info: WeightInfo, packed: bool, rounding: Rounding | None) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    if packed and info.role in PACKED_ROLES:
-        codes, scales = packed_names(info.name)
-        lead, width = info.shape[:-1], info.shape[-1]
-        return [
-            (codes, torch.uint8, (*lead, width // 2)),
-            (scales, torch.float16, (*lead, width // GROUP_SIZE)),
-        ]
-    is_router = info.role is Role.ROUTER and len(info.shape) == 2
-    is_rounded = rounding is not None and info.role in PACKED_ROLES
-    return [(info.name, torch.float32 if is_router or is_rounded else torch.bfloat16, info.shape)]
+    if rounding is not None and not packed and info.role in PACKED_ROLES:
+        return [(info.name, torch.float32, info.shape)]  # rounded values that no packed layout holds
+    return stored_tensors(info, packed=packed)
 
 
 def _values(info: WeightInfo, value: Tensor, packed: bool, rounding: Rounding | None) -> Iterator[tuple[str, Tensor]]:

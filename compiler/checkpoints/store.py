@@ -61,6 +61,19 @@ def packed_names(name: str) -> tuple[str, str]:
     return f"{stem}.{short}_qweight", f"{stem}.{short}_scale"
 
 
+def stored_tensors(info: WeightInfo, *, packed: bool) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """The tensors that a weight is written as: (name, type, shape) of its codes and scales, or of its BF16 values.
+
+    A router matrix is float32 in either layout; only the roles that the packed layout packs have codes.
+    """
+    if packed and info.role in PACKED_ROLES:
+        codes, scales = packed_names(info.name)
+        lead, width = info.shape[:-1], info.shape[-1]
+        return [(codes, torch.uint8, (*lead, width // 2)), (scales, torch.float16, (*lead, width // GROUP_SIZE))]
+    is_router_matrix = info.role is Role.ROUTER and len(info.shape) == 2
+    return [(info.name, torch.float32 if is_router_matrix else torch.bfloat16, info.shape)]
+
+
 def expected_tensors(config: DecoderConfig, *, packed: bool) -> dict[str, Expected]:
     """What a checkpoint of `config` holds, by stored name, in the order of the model."""
     found: list[Expected] = []
@@ -69,10 +82,9 @@ def expected_tensors(config: DecoderConfig, *, packed: bool) -> dict[str, Expect
             # the router is float32 in packed checkpoints, and may be in others
             found.append(Expected(info.name, _FLOATS, info.shape, info, "value"))
             continue
-        codes, scales = packed_names(info.name)
-        lead, width = info.shape[:-1], info.shape[-1]
-        found.append(Expected(codes, ("U8",), (*lead, width // 2), info, "codes"))
-        found.append(Expected(scales, ("F16",), (*lead, width // GROUP_SIZE), info, "scales"))
+        (codes, _, codes_shape), (scales, _, scales_shape) = stored_tensors(info, packed=True)
+        found.append(Expected(codes, ("U8",), codes_shape, info, "codes"))
+        found.append(Expected(scales, ("F16",), scales_shape, info, "scales"))
     return {expected.name: expected for expected in found}
 
 

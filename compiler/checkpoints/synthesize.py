@@ -29,7 +29,7 @@ import torch
 
 from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
-from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, packed_names
+from moec.compiler.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, stored_tensors
 from moec.compiler.checkpoints.tokenizer import train_tokenizer
 from moec.compiler.checkpoints.topics import TOPICS, token_topics
 from moec.compiler.errors import CheckpointError, SpecError
@@ -100,24 +100,11 @@ def synthesize(
     return out
 
 
-def _stored(info: WeightInfo, *, qat: bool) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """The tensors of a weight in the file: (name, type, shape)."""
-    if qat and info.role in PACKED_ROLES:
-        codes, scales = packed_names(info.name)
-        lead, width = info.shape[:-1], info.shape[-1]
-        return [
-            (codes, torch.uint8, (*lead, width // 2)),
-            (scales, torch.float16, (*lead, width // GROUP_SIZE)),
-        ]
-    is_router_matrix = info.role is Role.ROUTER and len(info.shape) == 2
-    return [(info.name, torch.float32 if is_router_matrix else torch.bfloat16, info.shape)]
-
-
 def _write_weights(file: Path, source: _Weights, layout: list[WeightInfo], *, qat: bool, progress: Progress) -> None:
-    names = [stored for info in layout for stored in _stored(info, qat=qat)]
+    names = [stored for info in layout for stored in stored_tensors(info, packed=qat)]
     with SafetensorsWriter(file, names) as writer, progress.stage("synthesize", len(layout)) as step:
         for info in layout:
-            tensors = _stored(info, qat=qat)
+            tensors = stored_tensors(info, packed=qat)
             if len(tensors) == 1:
                 name, dtype, _ = tensors[0]
                 writer.write(name, (piece.to(dtype) for piece in source.pieces(info)))
