@@ -107,7 +107,7 @@ bench-kernel: setup ## one MoE layer against its peers and the machine's limits 
 	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-passes: $(INSTALLED) ## seconds of export and passes by the number of layers
-	$(BIN)/python bench/bench_passes.py
+	$(BIN)/python bench/bench_passes.py $(BENCH_ARGS)
 
 bench-peers: setup ## whole models against llama.cpp
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"

@@ -125,3 +125,12 @@ def test_make_help_lists_every_target_and_variable() -> None:
 def test_python_m_moec() -> None:
     code = [sys.executable, "-m", "moec", "--version"]
     assert subprocess.run(code, capture_output=True, text=True, check=True).stdout.startswith("moec ")
+
+
+def test_every_measurement_is_introduced() -> None:
+    """A make target of each script of bench/, in the Makefile and on the page about them."""
+    page, makefile = (ROOT / "bench" / "README.md").read_text("utf-8"), (ROOT / "Makefile").read_text("utf-8")
+    scripts = [f.stem for f in (ROOT / "bench").glob("*.py") if "__main__" in f.read_text("utf-8")]
+    assert len(scripts) > 5
+    assert not [name for name in scripts if f"bench/{name}.py" not in makefile]
+    assert not [name for name in scripts if f"make {name.replace('_', '-')}" not in page]
