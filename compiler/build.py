@@ -26,7 +26,7 @@ from moec.compiler.artifact import (
     write_manifest,
 )
 from moec.compiler.checkpoints import WeightStore, open_store
-from moec.compiler.dumps import Dumps, both, rewritten
+from moec.compiler.dumps import Dumps, in_turn, rewritten
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
 from moec.compiler.export import MAX_TOKENS, export_program
 from moec.compiler.generate import load_tokenizer
@@ -184,7 +184,7 @@ def run_all(
     dumps = Dumps(program)
     with progress.stage("passes", len(passes)) as step:
         observers = [lambda p, result: step(p.name), dumps.after, *([] if after is None else [after])]
-        return run_passes(program, passes, log=log, after=both(*observers))
+        return run_passes(program, passes, log=log, after=in_turn(*observers))
 
 
 def chosen_target(spec: Spec, target: str | None) -> tuple[str, TargetOptions]:

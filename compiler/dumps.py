@@ -103,7 +103,7 @@ def _label(node: Node) -> str:
     return f"{name}\\n[{', '.join(map(str, shape))}]" if shape is not None else name
 
 
-def both(*observers: Callable[[Pass, PassResult], None]) -> Callable[[Pass, PassResult], None]:
+def in_turn(*observers: Callable[[Pass, PassResult], None]) -> Callable[[Pass, PassResult], None]:
     """One observer that calls several."""
 
     def after(p: Pass, result: PassResult) -> None:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from moec.compiler.dialect import check_dialect
 from moec.compiler.errors import CompileError
-from moec.compiler.program import Program, Stage
+from moec.compiler.program import Program, Stage, module_path
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,6 @@ class Refusal:
         rule: str, node: Node, reason: str, remedy: str = "", *, block: Node | None = None, read: Sequence[str] = ()
     ) -> Refusal:
         """`block` lends its place when `node` (a weight, say) has none."""
-        from moec.compiler.program import module_path
-
         where = module_path(node) or (module_path(block) if block is not None else "")
         return Refusal(rule, reason, f"{node.name} ({node.target})", where, remedy, tuple(read))
 

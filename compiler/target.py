@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -14,6 +14,8 @@ from moec.compiler.program import Program
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec.targets import TargetOptions
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class MoeTrace:
 
 
 class Session(Protocol):
-    """A loaded artifact with a KV cache. Ids are checked; faults are RunError."""
+    """A loaded artifact with a KV cache. Ids are checked; faults are RunError. `SessionBase` says what each gives."""
 
     vocab_size: int
     context: int
     position: int
 
-    def prefill(self, ids: list[int] | np.ndarray, logits: str = "last") -> np.ndarray: ...
+    def prefill(self, ids: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray: ...
     def decode(self, token: int) -> np.ndarray: ...
     def reset(self) -> None: ...
     def trace(self, enabled: bool) -> None: ...
@@ -47,8 +49,8 @@ class Target(Protocol):
 
     name: str
 
-    def legalize(self, options: Any) -> list[Pass]: ...
-    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles: ...
+    def legalize(self, options: TargetOptions) -> list[Pass]: ...
+    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles: ...
     def load(self, artifact: Artifact) -> Session: ...
 
 

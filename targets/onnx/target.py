@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.compiler.errors import ArtifactError, CompileError, MissingExtra
-from moec.compiler.extras import Need
+from moec.compiler.errors import ArtifactError, CompileError
+from moec.compiler.extras import Need, require
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 from moec.compiler.target import LoweredFiles, Session, register
@@ -29,7 +28,7 @@ class OnnxTarget:
         return [float_activations()]
 
     def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles:
-        _require("onnx", "compiling for onnx")
+        require("onnx", "onnx", "compiling for onnx")
         from moec.targets.onnx.lower import lower
 
         if not isinstance(options, Options):
@@ -41,7 +40,7 @@ class OnnxTarget:
         if manifest.target != self.name:
             raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
         for package in ("onnxruntime", "onnx"):
-            _require(package, "running an ONNX artifact")
+            require(package, "onnx", "running an ONNX artifact")
         from moec.targets.onnx.session import OnnxSession
 
         options = manifest.spec.get("targets", {}).get(self.name) or {}
@@ -53,11 +52,6 @@ class OnnxTarget:
             details=manifest.details,
             threads=options.get("threads"),
         )
-
-
-def _require(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtra(f"{what} needs the package {package}", remedy="install it with: pip install 'moec[onnx]'")
 
 
 register("onnx", OnnxTarget)
