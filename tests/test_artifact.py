@@ -217,7 +217,8 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with new_artifact(tmp_path / "a") as folder:
         write(folder)
-    Artifact.open(tmp_path / "a")
+    assert Artifact.open(tmp_path / "a").manifest.name == "m"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_a_killed_compile_left_is_removed(good: Path) -> None:
