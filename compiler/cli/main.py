@@ -110,7 +110,7 @@ def _invoke(arguments: list[str] | None) -> int:
     except _USAGE as error:
         context = getattr(error, "ctx", None)
         name = context.command_path if context is not None else "moec"
-        _say(" ".join(error.format_message().split()) + f"; see `{name} --help`")  # type: ignore[attr-defined]
+        _say(" ".join(error.format_message().split()).rstrip(".") + f"; see `{name} --help`")  # type: ignore[attr-defined]
         return USER_ERROR
     if result == INTERRUPTED:  # typer's own reading of Ctrl-C, in some versions
         raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import UserError
+from moec.compiler.units import size as size  # commands take it from here with the rest of what they print with
 
 
 def plain(value: Any) -> Any:
@@ -118,12 +119,3 @@ def words(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as file managers and data sheets use them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -18,6 +18,7 @@ from moec.compiler.report import figures
 from moec.compiler.report.evidence import Evidence, find_evidence
 from moec.compiler.report.graphs import COLOURS, Pictures, layer_pictures
 from moec.compiler.spec import Spec
+from moec.compiler.units import size
 
 if TYPE_CHECKING:
     from moec.compiler.plan.planner import Plan
@@ -82,15 +83,6 @@ def artifact_page(
         text = page.render(context)
         step("page")
     return text
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def number(value: Any) -> str:
