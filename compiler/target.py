@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from moec.compiler.errors import ArtifactError, CompileError
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
 
 if TYPE_CHECKING:
-    from moec.compiler.artifact import Artifact
+    from moec.compiler.artifact import Artifact, Manifest
     from moec.compiler.progress import Progress
     from moec.compiler.spec.targets import TargetOptions
 
@@ -83,6 +84,23 @@ class LoweredFiles:
     digests: Mapping[str, str] = field(default_factory=dict)
     kernel_digest: str | None = None
     notes: tuple[str, ...] = ()
+
+
+OwnOptions = TypeVar("OwnOptions")
+
+
+def own_options(options: object, kind: type[OwnOptions]) -> OwnOptions:
+    """`options` as a target's own class; CompileError for those of another."""
+    if not isinstance(options, kind):
+        raise CompileError(f"options of another target: {type(options).__name__}")
+    return options
+
+
+def own_manifest(artifact: Artifact, name: str) -> Manifest:
+    """The manifest of an artifact for target `name`; ArtifactError for one of another."""
+    if artifact.manifest.target != name:
+        raise ArtifactError(f"is an artifact for {artifact.manifest.target}", place=str(artifact.folder))
+    return artifact.manifest
 
 
 _TARGETS: dict[str, Callable[[], Target]] = {}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moec.compiler.errors import ArtifactError, CompileError
 from moec.compiler.extras import Need
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, register
+from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
 from moec.passes.float_activations import float_activations
 from moec.targets.metal.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec.targets import TargetOptions
 
 
 class MetalTarget:
@@ -24,15 +25,13 @@ class MetalTarget:
     about = "Apple GPUs: a .pte with one MLX delegate; run here by MLX"
     needs = (Need("mlx.core", "metal", "run"),)
 
-    def legalize(self, options: Any) -> list[Pass]:
+    def legalize(self, options: TargetOptions) -> list[Pass]:
         return [float_activations()]
 
-    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles:
+    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
         from moec.targets.metal.lower import lower  # the delegate's builder: seconds to import
 
-        if not isinstance(options, Options):
-            raise CompileError(f"options of another target: {type(options).__name__}")
-        return lower(program, out, options, progress)
+        return lower(program, out, own_options(options, Options), progress)
 
     def load(self, artifact: Artifact) -> Session:
         """The artifact with its own types: 16-bit activations are rounded as on the GPU."""
@@ -48,9 +47,7 @@ class MetalTarget:
     def _session(self, artifact: Artifact, *, wide: bool) -> Session:
         from moec.targets.metal.session import MetalSession
 
-        manifest = artifact.manifest
-        if manifest.target != self.name:
-            raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
+        manifest = own_manifest(artifact, self.name)
         return MetalSession(
             artifact.path("model.pte"),
             vocab_size=manifest.model.vocab_size,

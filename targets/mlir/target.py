@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moec.compiler.errors import ArtifactError, CompileError
+from moec.compiler.errors import ArtifactError
 from moec.compiler.extras import Need, require
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, register
+from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
 from moec.targets.mlir.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec.targets import TargetOptions
 
 
 class MlirTarget:
@@ -28,24 +30,20 @@ class MlirTarget:
         Need("iree.runtime", "iree", "run", when="engine: iree"),
     )
 
-    def legalize(self, options: Any) -> list[Pass]:
+    def legalize(self, options: TargetOptions) -> list[Pass]:
         from moec.targets.mlir.legalize import legalize_passes
 
         return legalize_passes()
 
-    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles:
+    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
         from moec.targets.mlir.lower import lower  # torch-mlir: seconds to import
 
-        if not isinstance(options, Options):
-            raise CompileError(f"options of another target: {type(options).__name__}")
-        return lower(program, out, options, progress)
+        return lower(program, out, own_options(options, Options), progress)
 
     def load(self, artifact: Artifact) -> Session:
         from moec.targets.mlir.session import MlirSession
 
-        manifest = artifact.manifest
-        if manifest.target != self.name:
-            raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
+        manifest = own_manifest(artifact, self.name)
         iree = manifest.details.get("engine") == "iree"
         module, extra = ("iree.runtime", "iree") if iree else ("torch_mlir", "mlir")
         require(module, extra, "running this MLIR artifact")

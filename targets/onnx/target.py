@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moec.compiler.errors import ArtifactError, CompileError
 from moec.compiler.extras import Need, require
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, register
+from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
 from moec.passes.float_activations import float_activations
 from moec.targets.onnx.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec.targets import TargetOptions
 
 
 class OnnxTarget:
@@ -24,21 +25,17 @@ class OnnxTarget:
     about = "ONNX with INT4 weights and the fused node as a local function; run here by ONNX Runtime"
     needs = (Need("onnx", "onnx", "compile"), Need("onnx", "onnx", "run"), Need("onnxruntime", "onnx", "run"))
 
-    def legalize(self, options: Any) -> list[Pass]:
+    def legalize(self, options: TargetOptions) -> list[Pass]:
         return [float_activations()]
 
-    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles:
+    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
         require("onnx", "onnx", "compiling for onnx")
         from moec.targets.onnx.lower import lower
 
-        if not isinstance(options, Options):
-            raise CompileError(f"options of another target: {type(options).__name__}")
-        return lower(program, out, options, progress)
+        return lower(program, out, own_options(options, Options), progress)
 
     def load(self, artifact: Artifact) -> Session:
-        manifest = artifact.manifest
-        if manifest.target != self.name:
-            raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
+        manifest = own_manifest(artifact, self.name)
         for package in ("onnxruntime", "onnx"):
             require(package, "onnx", "running an ONNX artifact")
         from moec.targets.onnx.session import OnnxSession

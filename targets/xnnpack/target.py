@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moec.compiler.errors import ArtifactError, CompileError
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, register
+from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
 from moec.targets.xnnpack.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec.targets import TargetOptions
 
 
 class XnnpackTarget:
     name = "xnnpack"
     about = "phones' CPUs: a .pte with our kernels and the XNNPACK delegate; run here by the same runtime"
 
-    def legalize(self, options: Any) -> list[Pass]:
+    def legalize(self, options: TargetOptions) -> list[Pass]:
         from moec.targets.xnnpack.legalize import legalize_passes
 
-        return legalize_passes(_own(options))
+        return legalize_passes(own_options(options, Options))
 
-    def lower(self, program: Program, out: Path, options: Any, progress: Any) -> LoweredFiles:
+    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
         from moec.targets.xnnpack.lower import lower  # ExecuTorch's compiler: seconds to import
 
-        return lower(program, out, _own(options), progress)
+        return lower(program, out, own_options(options, Options), progress)
 
     def obstacle(self) -> str | None:
         """Why artifacts cannot be run here: neither built kernels nor a compiler for them; None if they can."""
@@ -47,19 +48,11 @@ class XnnpackTarget:
     def _session(self, artifact: Artifact, *, float_activations: bool) -> Session:
         from moec.targets.xnnpack.session import CpuSession
 
-        manifest = artifact.manifest
-        if manifest.target != self.name:
-            raise ArtifactError(f"is an artifact for {manifest.target}", place=str(artifact.folder))
+        manifest = own_manifest(artifact, self.name)
         options = manifest.spec.get("targets", {}).get(self.name) or {}
         return CpuSession(
             artifact.path("model.pte"), threads=options.get("threads"), float_activations=float_activations
         )
-
-
-def _own(options: Any) -> Options:
-    if not isinstance(options, Options):
-        raise CompileError(f"options of another target: {type(options).__name__}")
-    return options
 
 
 register("xnnpack", XnnpackTarget)
