@@ -37,9 +37,11 @@ MODEL = "model.pte"
 
 
 class LinearPartitioner(XnnpackPartitioner):
-    """Takes linears only, float or dynamically quantized. XNNPACK's other rewrites of a delegate's graph are not
-    needed
-    for those; skipping them gives the same bytes in a quarter of the time."""
+    """Takes linears only, float or dynamically quantized.
+
+    XNNPACK's other rewrites of a delegate's graph are not needed for those; skipping them gives the same bytes in a
+    quarter of the time.
+    """
 
     def __init__(self) -> None:
         super().__init__(
