@@ -27,7 +27,8 @@ from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, load_spec
-from moec.targets.xnnpack.bench import BenchPlan, bench
+from moec.compiler.timing import BenchPlan
+from moec.targets.xnnpack.bench import bench
 
 SPECS = Path(__file__).parent.parent / "specs" / "models"
 OURS, PEER = "moec", "llama.cpp"

@@ -24,7 +24,8 @@ from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import load_spec
-from moec.targets.xnnpack.bench import BenchPlan, bench
+from moec.compiler.timing import BenchPlan
+from moec.targets.xnnpack.bench import bench
 
 SPECS = Path(__file__).parent.parent / "specs" / "models"
 CHOICES: dict[str, dict[str, str]] = {

@@ -38,6 +38,7 @@ def bench_artifact(
     from moec.compiler.artifact import Artifact
     from moec.compiler.cli.output import emit_json
     from moec.compiler.progress import Progress
+    from moec.compiler.timing import BenchPlan
 
     opened = Artifact.open(artifact)
     timing = _timing_of(opened)
@@ -48,7 +49,7 @@ def bench_artifact(
     steps = decode if decode is not None else max(1, min(64, room // 4))
     latest = min(starts) if starts else room - steps
     length = len(ids) if ids is not None else prefill if prefill is not None else max(1, min(512, latest))
-    plan = timing.BenchPlan(length, steps, starts, threads, repeats, ids)
+    plan = BenchPlan(length, steps, starts, threads, repeats, ids)
     report = timing.bench(opened.path(getattr(timing, "PROGRAM", "model.pte")), plan, Progress())
     report = {"artifact": str(artifact), "name": opened.manifest.name, **report}
     if as_json:

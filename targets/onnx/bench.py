@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,9 @@ import numpy as np
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.progress import Progress
+from moec.compiler.timing import BenchPlan
 
 PROGRAM = "model.onnx"
-
-
-@dataclass(frozen=True)
-class BenchPlan:
-    """What to time. `contexts` are the positions where decoding starts; empty: right behind the prompt. `tokens` are
-    the prompt's ids; None: `prefill` ids spread over the vocabulary, since repeated tokens touch few experts."""
-
-    prefill: int = 512
-    decode: int = 64
-    contexts: tuple[int, ...] = ()
-    threads: int | None = None
-    repeats: int = 3
-    tokens: tuple[int, ...] | None = None
 
 
 def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:

@@ -5,31 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moec.compiler.cores import usable_cores
 from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
+from moec.compiler.timing import BenchPlan
 from moec.targets.xnnpack.kernel_api import MAX_THREADS
 from moec.targets.xnnpack.native import runner_binary
-
-
-@dataclass(frozen=True)
-class BenchPlan:
-    """What to time. `contexts` are the positions where decoding starts; empty: right behind the prompt.
-
-    `tokens` are the prompt's ids; None: `prefill` ids spread over the vocabulary, since a prompt of repeated tokens
-    touches few experts and flatters speed and memory.
-    """
-
-    prefill: int = 512
-    decode: int = 64
-    contexts: tuple[int, ...] = ()
-    threads: int | None = None
-    repeats: int = 3
-    tokens: tuple[int, ...] | None = None
 
 
 def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
