@@ -145,8 +145,8 @@ def _table(node: Node) -> Node | None:
 
 def _rotate_half(edit: Editor, node: Node, tables: dict[tuple[Node, ...], Node]) -> int:
     pair = binary(node, aten.add.Tensor)
-    products = [binary(p, aten.mul.Tensor) for p in pair] if pair is not None else [None]
-    if any(p is None for p in products):
+    products = [p for p in (binary(term, aten.mul.Tensor) for term in pair or ()) if p is not None]
+    if len(products) != 2:
         return 0
     for plain, turned in (products, products[::-1]):
         for x, cos in (plain, plain[::-1]):

@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
         self.depth = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         tag = getattr(event, "tag", None)
         self.depth += 1
         if self.depth > MAX_DEPTH:
