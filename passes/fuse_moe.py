@@ -100,6 +100,9 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
         shared_w13, shared_w2 = _stacked_gate_up(edit, block.shared), block.shared.down
     w13, b13, w2, b2 = (_made(edit, w) for w in (block.w13, block.b13, block.w2, block.b2))
     selection_bias = None if block.selection_bias is None else _flat(edit, block.selection_bias)
+    router_weight = _router_rows(edit, block.router_weight) if block.router_in_out else block.router_weight
+    if block.expert_scale is not None:  # sum_k w_k s_k (W2 h + b2) = sum_k w_k ((s_k W2) h + s_k b2)
+        w2, b2 = _scaled(edit, w2, block.expert_scale), None if b2 is None else _scaled(edit, b2, block.expert_scale)
     if block.up is not None:
         w13 = _joined_experts(edit, w13, block.up, block.experts.layout)
     with edit.graph.inserting_before(block.end):
@@ -107,7 +110,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
             fused_moe,
             block.x,
             block.router_input,
-            block.router_weight,
+            router_weight,
             block.router_bias,
             selection_bias,
             w13,
@@ -126,7 +129,7 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
             fused = edit.call(view.target, fused, *view.args[1:], like=view, **view.kwargs)
     block.end.replace_all_uses_with(fused)
     for node, role in (
-        (block.router_weight, Role.ROUTER),
+        (router_weight, Role.ROUTER),
         (block.router_bias, Role.ROUTER),
         (selection_bias, Role.ROUTER),
         (w13, Role.EXPERT),
@@ -149,6 +152,26 @@ def _flat(edit: Editor, weight: Node) -> Node:
         return weight
     flat = LazyWeight((max(stored.shape),), stored.dtype, lambda: stored.load().reshape(-1))
     return edit.add_weight(_unique(edit, f"{name}.flat"), flat, Role.ROUTER)
+
+
+def _router_rows(edit: Editor, weight: Node) -> Node:
+    """A weight [E, D], of one that is stored [D, E]."""
+    name = str(edit.weight_of(weight))
+    stored = edit.weights[name]
+    rows = LazyWeight(stored.shape[::-1], stored.dtype, lambda: stored.load().t().contiguous())
+    return edit.add_weight(_unique(edit, f"{name}.rows"), rows, Role.ROUTER)
+
+
+def _scaled(edit: Editor, weight: Node, scale: Node) -> Node:
+    """A weight (or bias) of all experts, [E, ...], each times its scale [E]."""
+    name = str(edit.weight_of(weight))
+    plain, factors = edit.weights[name], edit.weights[str(edit.weight_of(scale))]
+
+    def load() -> torch.Tensor:
+        return plain.load() * factors.load().reshape(-1, *[1] * (len(plain.shape) - 1))
+
+    scaled = LazyWeight(plain.shape, plain.dtype, load)
+    return edit.add_weight(_unique(edit, f"{name}.scaled"), scaled, edit.roles[name])
 
 
 def _made(edit: Editor, weight: Node | Stack | None) -> Node | None:

@@ -6,10 +6,12 @@ from moec.compiler.pipeline import Pass
 from moec.compiler.plugins import installed_rules
 from moec.compiler.spec.quantization import Quantization
 from moec.passes.canonicalize import canonicalize
+from moec.passes.flatten_tokens import flatten_tokens
 from moec.passes.fuse_attention import fuse_attention
 from moec.passes.fuse_moe import fuse_moe
 from moec.passes.fuse_rms_norm import fuse_rms_norm
 from moec.passes.fuse_rope import fuse_rope
+from moec.passes.narrow_routing import narrow_routing
 from moec.passes.pin_router import pin_router
 from moec.passes.quantize_weights import quantize_weights
 
@@ -21,6 +23,8 @@ def fusion() -> list[Pass]:
         *installed_rules(),
         fuse_rms_norm(),
         fuse_rope(),
+        flatten_tokens(),
+        narrow_routing(),
         fuse_moe(),
         fuse_attention(),
         pin_router(),

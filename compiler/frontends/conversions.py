@@ -29,12 +29,13 @@ class Conversions:
             self._renamed, self._groups = {}, {}
 
     def _collect(self, stored: Iterable[str]) -> None:
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
+        from moec.compiler.frontends.transformers_model import auto_model
+
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
+            model = auto_model(self._config).from_config(self._config, dtype=torch.float32)
         tied = getattr(model, "all_tied_weights_keys", None)
         self._tied = dict(tied) if isinstance(tied, dict) else {}
         mapping = get_model_conversion_mapping(model)

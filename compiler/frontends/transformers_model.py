@@ -7,6 +7,7 @@ exports, and its KV cache as static buffers written at start_pos. Weights are re
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from moec.compiler.checkpoints.safetensors_file import read_header
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
@@ -43,14 +48,14 @@ def export_transformers(
     length = min(context or _length(config), _length(config))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)
+    _settle_frequencies(model, length)
     try:
         with mode:
             wrapper = _Cached(model, length, min(max_tokens, length))
         exported = export_module(wrapper, context=length, max_tokens=max_tokens, mode=mode)
     except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(
-            f"{config.model_type} cannot be exported with static caches: {first[0][:300]}",
+            f"{config.model_type} cannot be exported with static caches: {_why_not(error)}",
             place=str(folder),
             remedy="docs/any-moe.md lists what can be; or give a module of your own, model: {python: module:function}",
         ) from error
@@ -69,18 +74,66 @@ def export_transformers(
         if n not in constants
     }
     roles = {**roles_by_use(exported), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
-    eos = config.eos_token_id
+    text = config.get_text_config()
+    bos = getattr(text, "bos_token_id", None)
     info = ModelInfo(
         name=name,
-        vocab_size=int(config.vocab_size),
+        vocab_size=int(text.vocab_size),
         context=length,
         max_tokens=min(max_tokens, length),
-        bos_id=config.bos_token_id if isinstance(config.bos_token_id, int) else None,
-        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
+        bos_id=bos if isinstance(bos, int) else None,
+        eos_ids=_eos_ids(text, folder),
     )
     lifted = {n: _constant(t) for n, t in exported.constants.items() if isinstance(t, Tensor) and n not in constants}
     roles |= dict.fromkeys((n for n in lifted if n not in caches), Role.CONSTANT)
     return assemble(exported, {**lifted, **loaded, **constants, **caches}, roles, info)
+
+
+def _why_not(error: Exception) -> str:
+    """What an export failed at, in words where torch has only the name of an operator."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"its forward goes by the values of a tensor ({error.func}), which no export can follow"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Constraints violated"):
+        return "its forward fixes the number of tokens of a call"
+    return lines[0][:300]
+
+
+def _settle_frequencies(model: nn.Module, length: int) -> None:
+    """Rotary frequencies that change with the length of the text: up to `length` positions they are one set, if so."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+            module.rope_type = _settled(module, kinds, parameters, length)
+        elif isinstance(kinds, dict):
+            every = module.config.rope_parameters
+            module.rope_type = {t: _settled(module, kind, every.get(t), length) for t, kind in kinds.items()}
+
+
+def _settled(module: Any, kind: str, parameters: Any, length: int) -> str:
+    """`default`, which leaves the frequencies as they were made, when no text of `length` positions changes them."""
+    limit = 0
+    if "dynamic" in kind:
+        limit = int(getattr(module, "max_seq_len_cached", 0))
+    elif kind == "longrope" and isinstance(parameters, dict):
+        limit = int(parameters.get("original_max_position_embeddings") or 0)
+    return "default" if length <= limit else kind
+
+
+def _eos_ids(text: Any, folder: Path) -> tuple[int, ...]:
+    """The ids that end a text: of generation_config.json (which ends a chat model's turns), then of config.json."""
+    file = (folder if folder.is_dir() else folder.parent) / "generation_config.json"
+    given: Any = None
+    if file.is_file():
+        try:
+            given = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"it is not JSON: {error}", place=str(file)) from error
+    found: list[int] = []
+    for ids in (given.get("eos_token_id") if isinstance(given, dict) else None, getattr(text, "eos_token_id", None)):
+        found += [i for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if isinstance(i, int)]
+    return tuple(dict.fromkeys(i for i in found if 0 <= i < int(text.vocab_size)))
 
 
 def _transformers() -> Any:
@@ -116,38 +169,50 @@ def shapes_of(folder: Path) -> tuple[Any, nn.Module, int]:
 
 
 def _length(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", 0) or 2048)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2048)
 
 
 def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:
     """The model with fake float32 parameters and real buffers (rotary frequencies are computed at construction)."""
-    transformers = _transformers()
     config._experts_implementation = experts
     try:
         with _fake_parameters(mode), torch.no_grad():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=_attention(config)
-            )
+            # the attention is transformers' choice: sdpa where the model has it, eager for those with attention sinks
+            model = auto_model(config).from_config(config, dtype=torch.float32)
+    except CompileError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
     return model.eval()
+
+
+def auto_model(config: Any) -> Any:
+    """The factory of `config`'s model that writes text: of one that reads images too, the text part is exported."""
+    transformers = _transformers()
+    for factory, mapping in (
+        ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
+    ):
+        if type(config) in getattr(transformers, mapping, ()):
+            return getattr(transformers, factory)
+    raise CompileError(
+        f"transformers {transformers.__version__} has no model of {config.model_type} that writes text",
+        remedy="give the config.json of a whole language model",
+    )
 
 
 def random_model(config: Any, folder: Path) -> nn.Module:
     """A float32 model of a config, initialised as transformers does. CompileError when it cannot be built."""
-    transformers = _transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_model(config).from_config(config, dtype=torch.float32)
+    except CompileError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
     return model.eval()
-
-
-def _attention(config: Any) -> str:
-    """sdpa where the model has it; models with attention sinks only have the eager form."""
-    return "eager" if config.model_type in ("gpt_oss",) else "sdpa"
 
 
 @contextmanager
@@ -267,7 +332,7 @@ class TransformersStore:
         if made is not None:
             return made
         if self._state is None:  # a conversion that cannot be done tensor by tensor: the whole model, once
-            model = _transformers().AutoModelForCausalLM.from_pretrained(
+            model = auto_model(read_config(self.folder)).from_pretrained(
                 str(self.folder), dtype=torch.float32, local_files_only=True
             )
             self._state = dict(model.state_dict())

@@ -29,6 +29,7 @@ from moec.compiler.matching.read import (
     same_size,
     shape,
     static,
+    token_rows,
     unview,
 )
 from moec.compiler.ops.attributes import Experts
@@ -79,7 +80,7 @@ def expert_indexed(edit: Editor, node: Node) -> bool:
         return False
     if is_op(node, aten.index.Tensor, aten.index_select.default, aten.select.int):
         return _stacked(edit, node.args[0])
-    return is_grouped(node) and _stacked(edit, _turned(node.args[1])[0])
+    return is_grouped(node) and _stacked(edit, turned(node.args[1])[0])
 
 
 def is_grouped(node: Any) -> bool:
@@ -93,8 +94,8 @@ def _stacked(edit: Editor, node: Any) -> bool:
     return isinstance(node, Node) and edit.weight_of(node) is not None and rank(node) == 3
 
 
-def _turned(node: Any) -> tuple[Any, bool]:
-    """(source, True) of a transpose of the last two of three dimensions."""
+def turned(node: Any) -> tuple[Any, bool]:
+    """(source, True) of a transpose of the last two of three dimensions; (node, False) of anything else."""
     if is_op(node, aten.transpose.int) and {d % 3 for d in node.args[1:3]} == {1, 2} and rank(node) == 3:
         return node.args[0], True
     if is_op(node, aten.permute.default) and [d % 3 for d in node.args[1]] == [0, 2, 1]:
@@ -154,9 +155,20 @@ def _token_rows(product: _Product, pairs: Pairs) -> tuple[Node, Node | None]:
     if pair is not None:
         for source, weights in (pair, pair[::-1]):
             x = _repeated(unview(source), pairs) if isinstance(source, Node) else None
+            if x is None and isinstance(source, Node) and _broadcast(source, weights, pairs):
+                x = token_rows(source, shape(source)[2])
             if x is not None and isinstance(weights, Node) and shape(weights)[-1] == 1:
                 return x, weights
     raise Stuck(rows, "the experts of one token do not read the same row")
+
+
+def _broadcast(source: Node, weights: Any, pairs: Pairs) -> bool:
+    """rows [N, 1, D] times weights [N, K, 1]: one row for the experts of a token."""
+    three = pairs.order is None and isinstance(weights, Node) and rank(source) == rank(weights) == 3
+    if not three or static(shape(source)[1]) != 1 or static(shape(weights)[1]) != pairs.top_k:
+        return False
+    rows = token_rows(source, shape(source)[2])
+    return rank(rows) == 2 and same_size(shape(rows)[0], shape(source)[0])
 
 
 def _repeated(node: Node, pairs: Pairs) -> Node | None:
@@ -288,14 +300,15 @@ def _bmm(edit: Editor, node: Node, pairs: Pairs) -> _Product:
     else:
         raise Stuck(node, "it does not multiply one row with each gathered expert")
     n = rank(weights)
-    turned = is_op(weights, aten.transpose.int) and {d % n for d in weights.args[1:3]} == {n - 2, n - 1}
-    stack, picked = _gathered(edit, weights.args[0] if turned else weights)
+    exchanged = is_op(weights, aten.transpose.int) and {d % n for d in weights.args[1:3]} == {n - 2, n - 1}  # type: ignore[operator]
+    stack, picked = _gathered(edit, weights.args[0] if exchanged else weights)
     if rank(picked) != n - 2:
         raise Stuck(picked, "the experts are not gathered by indices [N, K]")
     # rows x weights wants [in, out] as gathered; weights x rows wants [out, in]
-    in_out = row_first != turned
+    in_out = row_first != exchanged
     if n == 4 and shape(rows)[1] == 1 and pairs.top_k != 1:  # matmul repeats one row for the K experts of a token
-        return _Product(unview(rows), True, stack, in_out, None, _indices(picked, pairs), node)
+        x = token_rows(rows, shape(stack)[1 if in_out else 2])
+        return _Product(x, True, stack, in_out, None, _indices(picked, pairs), node)
     return _Product(unview(rows), False, stack, in_out, None, _indices(picked, pairs), node)
 
 
@@ -306,11 +319,11 @@ def _grouped(edit: Editor, node: Node, pairs: Pairs) -> _Product:
         raise Stuck(node, "a grouped product of rows that are not sorted back")
     if arg(node, 3, "bias") is not None:
         raise Stuck(node, "a grouped product with a bias of its own")
-    stack, turned = _turned(weights)
+    stack, exchanged = turned(weights)
     if not _stacked(edit, stack):
         raise Stuck(node, "expected expert weights [E, ., .]")
     indices = _group_ends(ends, pairs, int(shape(stack)[0]))
-    return _Product(rows, False, stack, not turned, None, indices, node)
+    return _Product(rows, False, stack, not exchanged, None, indices, node)
 
 
 def _group_ends(ends: Any, pairs: Pairs, count: int) -> Node:

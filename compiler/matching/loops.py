@@ -69,6 +69,7 @@ class Unrolled:
     weights: Node  # [N, K]
     indices: Node  # [N, K]
     experts: tuple[OneExpert, ...]
+    apply: str = "output"  # the weights multiply the experts' outputs, or their inputs
 
 
 @dataclass(frozen=True)
@@ -293,12 +294,16 @@ def _weights_of_rows(factor: Node, tokens: Positions) -> Node | None:
         if len(picks) == 1 and dense is not None and dense.dims == ("token",):
             same = _same_tokens(picks[0], tokens) and dense.expert == tokens.expert and dense.indices is tokens.indices
             return dense.weights if same else None
+        if len(picks) == 1 and static(shape(tokens.indices)[1]) == 1 and _same_tokens(picks[0], tokens):
+            one = unview(source)  # one expert a token: its weights as [N], or [N, 1]
+            fits = rank(one) == 2 and static(shape(one)[1]) == 1 and rank(source) <= 2  # type: ignore[arg-type]
+            return one if fits else None
         if rank(source) == 3 and static(shape(source)[2]) == 1:
             source = unpad(source)  # the weights of the pairs as a column
         if len(picks) == 2 and rank(source) == 2 and _same_tokens(picks[0], tokens):
             ranks = read_positions(picks[1])
-            same = ranks is not None and replace(ranks, meaning="token", mask=tokens.mask) == tokens
-            return source if same and ranks is not None and ranks.meaning == "rank" else None
+            same = ranks is not None and replace(ranks, meaning="token") == tokens  # listed in one order
+            return source if same and ranks is not None and ranks.meaning == "rank" else None  # type: ignore[return-value]
     if is_op(factor, aten.select.int) and is_op(factor.args[0], aten.index.Tensor) and dim_of(factor, 1, "dim", 2) == 1:
         gathered: Any = factor.args[0]
         dense = read_dense(gathered.args[0])
@@ -309,7 +314,7 @@ def _weights_of_rows(factor: Node, tokens: Positions) -> Node | None:
 
 
 def _same_tokens(node: Any, tokens: Positions) -> bool:
-    """The tokens of the same expert, from the same mask: the same rows in the same order."""
+    """The tokens of the same expert, listed in the same order."""
     found = read_positions(node)
     return found is not None and found == tokens
 

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from moec.compiler.matching.activation import MULTIPLY, activation_of
+from moec.compiler.matching.dense import read_all_experts
 from moec.compiler.matching.experts import Pairs, read_experts
 from moec.compiler.matching.graph import PostDominators
 from moec.compiler.matching.loops import (
@@ -49,6 +50,7 @@ from moec.compiler.matching.read import (
 )
 from moec.compiler.matching.routing import read_router
 from moec.compiler.ops.attributes import Experts, Routing
+from moec.compiler.ops.fused_moe import check_router
 from moec.compiler.program import Editor
 
 FORWARD_LIMIT = 64  # nodes between gathered weights and the combining sum; fifteen in every spelling seen
@@ -85,7 +87,7 @@ class MoeBlock:
     end: Node  # [N, D]: replaced by the fused node
     x: Node  # [N, D]
     router_input: Node  # [N, D]
-    router_weight: Node
+    router_weight: Node  # [E, D], or [D, E] when `router_in_out`
     router_bias: Node | None
     selection_bias: Node | None
     w13: Node | Stack
@@ -95,6 +97,8 @@ class MoeBlock:
     top_k: int
     routing: Routing
     experts: Experts
+    router_in_out: bool = False
+    expert_scale: Node | None = None  # [E]: multiplies what each expert gives
     up: Node | None = None  # the weight of the up projection, when w13 holds the gates only
     shared: SharedExpert | None = None
     views: tuple[
@@ -103,7 +107,13 @@ class MoeBlock:
 
     def weights(self) -> list[Node]:
         """Every weight the fused node reads."""
-        nodes: list[Node | None] = [self.router_weight, self.router_bias, self.selection_bias, self.up]
+        nodes: list[Node | None] = [
+            self.router_weight,
+            self.router_bias,
+            self.selection_bias,
+            self.expert_scale,
+            self.up,
+        ]
         for weight in (self.w13, self.b13, self.w2, self.b2):
             nodes += [p.weight for e in weight.pieces for p in e] if isinstance(weight, Stack) else [weight]
         if self.shared is not None:
@@ -168,10 +178,29 @@ def read_block(edit: Editor, end: Node) -> MoeBlock:
     """The block whose routed output is `end` [N, D] = sum over K of weighted expert outputs."""
     read: list[str] = []
     try:
-        return _read_block(edit, end, read)
+        block = _read_block(edit, end, read)
+        _check_operator(block)
+        return block
+    except ValueError as error:  # the operator's own limits: no experts chosen, fewer in the kept groups than chosen
+        stuck = Stuck(end, f"the operator does not take it: {error}")
+        stuck.read = tuple(read)
+        raise stuck from error
     except Stuck as stuck:
         stuck.read = tuple(read)
         raise
+
+
+def _check_operator(block: MoeBlock) -> None:
+    """Stuck or ValueError for a router that the operator refuses. A selection bias [1, E] is flattened by the rule."""
+    if block.expert_scale is not None:
+        if block.routing.apply == "input":
+            raise Stuck(block.expert_scale, "experts that are weighted before they compute have a scale of their own")
+        if shape(block.expert_scale) != (shape(block.router_weight)[1 if block.router_in_out else 0],):
+            raise Stuck(block.expert_scale, "it does not hold one scale for each expert")
+    x, rows, weight = (n.meta["val"] for n in (block.x, block.router_input, block.router_weight))
+    weight = weight.t() if block.router_in_out else weight
+    bias = None if block.router_bias is None else block.router_bias.meta["val"]
+    check_router("fused_moe", x, rows, weight, bias, None, block.top_k, block.routing)
 
 
 def _read_block(edit: Editor, end: Node, read: list[str]) -> MoeBlock:
@@ -179,6 +208,10 @@ def _read_block(edit: Editor, end: Node, read: list[str]) -> MoeBlock:
     if is_unrolled(end):
         read.append(f"a sum over experts, one by one, ends at {end.name}")
         return _loop_block(edit, end, read_unrolled(edit, end), read)
+    every = read_all_experts(edit, end)
+    if every is not None:
+        read.append(f"a sum over all experts of every token ends at {end.name}")
+        return _loop_block(edit, end, every, read)
     outputs, weights, pairs = _combined(end)
     read.append(f"a sum over {pairs.top_k} rows of each token ends at {end.name}")
     stacked = None if weights is None else read_stacked(edit, outputs, weights)
@@ -196,8 +229,8 @@ def _read_block(edit: Editor, end: Node, read: list[str]) -> MoeBlock:
         raise Stuck(outputs, "the experts' outputs are not multiplied by combine weights")
     router = read_router(edit, _weights_NK(weights, pairs), routed.indices)
     read.append(f"a router ({router.routing}) reads {router.input.name}")
-    if shape(router.weight)[0] != count:
-        raise Stuck(router.weight, f"the router scores {shape(router.weight)[0]} experts, the weights hold {count}")
+    if router.experts != count:
+        raise Stuck(router.weight, f"the router scores {router.experts} experts, the weights hold {count}")
     if router.top_k != pairs.top_k:
         raise Stuck(end, f"{pairs.top_k} experts are summed, {router.top_k} are selected")
     if rank(routed.x) != 2:
@@ -216,6 +249,8 @@ def _read_block(edit: Editor, end: Node, read: list[str]) -> MoeBlock:
         top_k=pairs.top_k,
         routing=replace(router.routing, apply=apply),
         experts=routed.experts,
+        router_in_out=router.in_out,
+        expert_scale=router.expert_scale,
         up=routed.up,
     )
 
@@ -225,8 +260,8 @@ def _loop_block(edit: Editor, end: Node, loop: Unrolled, read: list[str]) -> Moe
     read.append(f"{len(loop.experts)} experts ({loop.experts[0].experts}) read {loop.x.name}")
     router = read_router(edit, unview(loop.weights), loop.indices)
     first, count = loop.experts[0], len(loop.experts)
-    if shape(router.weight)[0] != count:
-        raise Stuck(router.weight, f"the router scores {shape(router.weight)[0]} experts, {count} are added")
+    if router.experts != count:
+        raise Stuck(router.weight, f"the router scores {router.experts} experts, {count} are added")
     if rank(loop.x) != 2:
         raise Stuck(loop.x, "the experts do not read tokens [N, D]")
     out = 1 if first.experts.layout == "in_out" else 0
@@ -249,8 +284,10 @@ def _loop_block(edit: Editor, end: Node, loop: Unrolled, read: list[str]) -> Moe
         w2=_whole(down) or down,
         b2=_stacked_biases(loop.experts, lambda e: (e.down_bias,)),
         top_k=router.top_k,
-        routing=router.routing,
+        routing=replace(router.routing, apply=loop.apply),
         experts=first.experts,
+        router_in_out=router.in_out,
+        expert_scale=router.expert_scale,
         up=up,
     )
 

@@ -113,6 +113,13 @@ def unview(node: Node, passed: list[Node] | None = None) -> Node:
     return node
 
 
+def token_rows(node: Node, width: Any) -> Node:
+    """Through reshapes to the first value that is rows [N, width]; below all reshapes if none is."""
+    while is_op(node, *VIEWS) and not (rank(node) == 2 and same_size(shape(node)[1], width)):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def unpad(node: Node) -> Node:
     """Through reshapes that only insert or drop dimensions of size one."""
     while is_op(node, *VIEWS) and _without_ones(node) == _without_ones(node.args[0]):

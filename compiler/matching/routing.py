@@ -23,6 +23,7 @@ from moec.compiler.matching.read import (
     dim_of,
     is_op,
     rank,
+    same_shape,
     scalar,
     shape,
     static,
@@ -34,6 +35,7 @@ from moec.compiler.ops.attributes import Routing
 from moec.compiler.program import Editor
 
 MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
+DIVIDE = (aten.div.Tensor, aten.div.Scalar)
 ADD = (aten.add.Tensor, aten.add.Scalar)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 CASTS = (aten._to_copy.default, aten.to.dtype)
@@ -44,11 +46,17 @@ class Router:
     """What a fused node needs of a router; `bias` is part of the logits, `selection_bias` of the choice only."""
 
     input: Node
-    weight: Node
+    weight: Node  # [E, D], or [D, E] when `in_out`
+    in_out: bool
     bias: Node | None
     selection_bias: Node | None
     top_k: int
     routing: Routing
+    expert_scale: Node | None = None  # [E]: multiplies the weight of each chosen expert
+
+    @property
+    def experts(self) -> int:
+        return int(shape(self.weight)[1 if self.in_out else 0])
 
 
 @advises("write the router in float32 as linear, score, topk, then gather, normalise and scale the weights")
@@ -62,7 +70,7 @@ def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
         raise Stuck(topk, "topk does not take the largest over the experts")
     if not isinstance(topk.args[1], int):
         raise Stuck(topk, "the number of experts per token is not fixed")
-    routing, source = _read_weights(weights, indices, topk)
+    routing, source, expert_scale = _read_weights(edit, weights, indices, topk)
     choice, routing, fill = _read_groups(choice, routing)
     scores = source
     if source is topk:  # the weights are topk's own values: what topk saw
@@ -70,26 +78,41 @@ def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
             raise Stuck(topk, "weights taken from masked logits differ from the logits' own")
         scores = choice
     selection_bias = None
+    rising = None if scores is choice or routing.after_topk or routing.groups else _score_of(scores)
+    if rising is not None and rising[1] is choice:  # chosen by logits, weighted by a score that rises with them
+        if rising[0] == "softmax":  # over all experts: choosing by it is choosing by the logits
+            choice = scores
+        else:
+            scores, routing = choice, replace(routing, score=rising[0], after_topk=True)
     if scores is not choice:
         routing, scores, selection_bias = _read_bias(edit, choice, scores, routing)
     routing, logits = _read_score(scores, routing)
     if source is topk and fill is not None and routing.score == "sqrtsoftplus":
         raise Stuck(topk, "weights taken from masked scores differ from the scores' own")
-    source_input, weight, bias = _read_logits(edit, logits)
-    return Router(source_input, weight, bias, selection_bias, topk.args[1], routing)
+    source_input, weight, in_out, bias = _read_logits(edit, logits)
+    return Router(source_input, weight, in_out, bias, selection_bias, topk.args[1], routing, expert_scale)
 
 
 # ------------------------------------------------------------------------------------------- steps 7 to 4: the weights
 
 
-def _read_weights(node: Node, indices: Node, topk: Node) -> tuple[Routing, Node]:
-    """(scale, normalisation and a score after topk; the scores gathered from, or `topk` itself for its values)."""
-    routing = Routing()
-    node = _uncast(node)
-    scaled = with_scalar(node, *MULTIPLY)
-    if scaled is not None:
-        node, scale = _uncast(scaled[0]), scaled[1]
-        routing = replace(routing, scale=scale)
+def _read_weights(edit: Editor, node: Node, indices: Node, topk: Node) -> tuple[Routing, Node, Node | None]:
+    """(scale, normalisation and a score after topk; the scores gathered from, or `topk` itself; a scale per expert)."""
+    routing, expert_scale = Routing(), None
+    scale = 1.0
+    while True:
+        node = _uncast(node)
+        scaled, divided = with_scalar(node, *MULTIPLY), with_scalar(node, *DIVIDE)
+        by_expert = _scale_of_experts(edit, node, indices)
+        if scaled is not None:
+            node, scale = scaled[0], scale * scaled[1]
+        elif divided is not None and divided[1] != 0:
+            node, scale = divided[0], scale / divided[1]
+        elif by_expert is not None and expert_scale is None:
+            node, expert_scale = by_expert
+        else:
+            break
+    routing = replace(routing, scale=scale)
     ratio = binary(node, aten.div.Tensor)
     if ratio is not None and isinstance(ratio[1], Node):
         node, total = _uncast(ratio[0]), ratio[1]
@@ -100,17 +123,32 @@ def _read_weights(node: Node, indices: Node, topk: Node) -> tuple[Routing, Node]
     elif is_op(node, aten.sigmoid.default):
         node, routing = _uncast(node.args[0]), replace(routing, score="sigmoid", after_topk=True)
     if is_op(node, aten.gather.default):
-        if dim_of(node, 1, "dim", 2) != 1 or node.args[2] is not indices:
+        picks: Any = node.args[2]
+        same = unview(picks) is indices and same_shape(shape(picks), shape(indices))
+        if dim_of(node, 1, "dim", 2) != 1 or not same:
             raise Stuck(node, "the combine weights are not gathered with the experts' indices")
-        return routing, node.args[0]
+        return routing, node.args[0], expert_scale  # type: ignore[return-value]
     if node.target is operator.getitem and node.args[0] is topk and node.args[1] == 0:
-        return routing, topk
+        return routing, topk, expert_scale
     raise Stuck(node, "this step from scores to combine weights is not one that the operator has")
 
 
+def _scale_of_experts(edit: Editor, node: Node, indices: Node) -> tuple[Node, Node] | None:
+    """(weights, scale [E]) of weights * scale[indices]."""
+    pair = binary(node, aten.mul.Tensor)
+    for weights, factor in () if pair is None else (pair, pair[::-1]):
+        if not is_op(factor, aten.index.Tensor) or list(factor.args[1]) != [indices] or not isinstance(weights, Node):
+            continue
+        if edit.weight_of(factor.args[0]) is not None and rank(factor.args[0]) == 1:
+            return weights, factor.args[0]
+    return None
+
+
 def _read_total(weights: Node, total: Node, routing: Routing) -> Routing:
-    """weights / max(sum(weights) + eps, clamp_min)."""
+    """weights / max(sum(weights) + eps, clamp_min). Weights are scores, none is negative: their 1-norm is their sum."""
     total = _uncast(total)
+    if is_op(total, aten.expand.default) and shape(total.args[0])[1:] == (1,):  # type: ignore[arg-type]
+        total = _uncast(total.args[0])
     if is_op(total, aten.clamp.default, aten.clamp_min.default) and arg(total, 2, "max") is None:
         low = scalar(arg(total, 1, "min"))
         if low is None or low <= 0:
@@ -120,8 +158,15 @@ def _read_total(weights: Node, total: Node, routing: Routing) -> Routing:
     if shifted is not None:
         total, eps = _uncast(shifted[0]), shifted[1]
         routing = replace(routing, eps=eps)
-    summed = is_op(total, aten.sum.dim_IntList) and arg(total, 2, "keepdim", False) is True
-    if not summed or dim_of(total, 1, "dim", 2) != 1 or _uncast(total.args[0]) is not weights:
+    if is_op(total, aten.linalg_vector_norm.default):
+        summed, dim = (
+            arg(total, 1, "ord", 2) == 1 and arg(total, 3, "keepdim", False) is True,
+            dim_of(total, 2, "dim", 2),
+        )
+    else:
+        summed = is_op(total, aten.sum.dim_IntList) and arg(total, 2, "keepdim", False) is True
+        dim = dim_of(total, 1, "dim", 2) if summed else None
+    if not summed or dim != 1 or _uncast(total.args[0]) is not weights:
         raise Stuck(total, "the combine weights are not divided by their own sum")
     return replace(routing, normalize="sum")
 
@@ -296,13 +341,21 @@ def _score_of(node: Node) -> tuple[str, Node] | None:
     return None
 
 
-def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, Node | None]:
-    """(input [N, D], weight [E, D], bias [E])."""
+def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, bool, Node | None]:
+    """(input [N, D], weight [E, D], or [D, E] when the third is true, bias [E])."""
     logits = unview(_uncast(logits))
-    if is_op(logits, aten.linear.default):
-        source, weight, bias = logits.args[0], logits.args[1], arg(logits, 2, "bias")
-    else:
+    total = binary(logits, aten.add.Tensor)
+    for product, bias in () if total is None else (total, total[::-1]):
+        flat = isinstance(bias, Node) and edit.weight_of(unview(bias)) is not None and rank(unview(bias)) == 1
+        if flat and isinstance(product, Node) and shape(product)[1:] == shape(unview(bias)):
+            source, weight, in_out, none = _read_logits(edit, product)
+            if none is not None or value(bias).dtype != torch.float32:
+                break
+            return source, weight, in_out, unview(bias)
+    found = _linear(logits)
+    if found is None:
         raise Stuck(logits, "the router's logits do not come from a linear")
+    source, weight, in_out, bias = found
     if not isinstance(source, Node) or rank(source) != 2:
         raise Stuck(logits, "the router does not score tokens [N, D]")
     for w in (weight, bias):
@@ -313,7 +366,34 @@ def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, Node | None]:
         if dtype != torch.float32:
             name = str(dtype).removeprefix("torch.")
             raise Stuck(logits, f"the router is computed in {name}: keep its weight and its input in float32")
-    return source, weight, bias
+    return source, weight, in_out, bias
+
+
+def _linear(node: Node) -> tuple[Any, Any, bool, Any] | None:
+    """(rows, weight, whether the weight is [in, out], bias) of a product of rows with a matrix."""
+    if is_op(node, aten.linear.default):
+        rows, weight, in_out, bias = node.args[0], node.args[1], False, arg(node, 2, "bias")
+    elif is_op(node, aten.mm.default, aten.matmul.default) and rank(node) == 2:
+        rows, weight, in_out, bias = node.args[0], node.args[1], True, None
+    elif is_op(node, aten.einsum.default):
+        terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+        left, _, right = terms.partition(",")
+        operands: Any = node.args[1]
+        if len(operands) != 2 or len(left) != 2 or len(set(left + right)) != 3 or len(right) != 2 or len(result) != 2:
+            return None
+        n, d = left
+        if result[0] != n or d not in right or result[1] not in right or not (left + right).isalpha():
+            return None
+        rows, weight, in_out, bias = operands[0], operands[1], right[0] == d, None
+    else:
+        return None
+    if is_op(weight, aten.t.default, aten.numpy_T.default) or (
+        (is_op(weight, aten.transpose.int) and {d % 2 for d in weight.args[1:3]} == {0, 1})
+        or (is_op(weight, aten.permute.default) and [d % 2 for d in weight.args[1]] == [1, 0])
+    ):
+        weight, in_out = weight.args[0], not in_out
+    two = isinstance(weight, Node) and rank(weight) == 2
+    return (rows, weight, in_out, bias) if two else None
 
 
 def _uncast(node: Any) -> Node:

@@ -25,9 +25,11 @@ from moec.compiler.matching.read import (
     dim_of,
     is_op,
     rank,
+    same_size,
     scalar,
     shape,
     static,
+    unview,
     value,
 )
 
@@ -46,9 +48,12 @@ class Mask:
 
 @dataclass(frozen=True)
 class Positions:
-    """One column of nonzero(mask): the token (or the rank) of every pair of an expert."""
+    """One column of nonzero(mask): the token (or the rank) of every pair of an expert.
 
-    mask: Node
+    Equal ones are equal values: the dimensions of the mask, in their order, say in which order the pairs are listed.
+    """
+
+    dims: tuple[str, ...]
     meaning: str
     expert: int
     indices: Node
@@ -75,7 +80,13 @@ def read_mask(node: Any) -> Mask | None:
         return read_mask(node.args[0])
     if is_op(node, aten.eq.Scalar) and rank(node) == 2:
         expert = node.args[1]
-        return Mask(node.args[0], (TOKENS, RANKS), expert) if isinstance(expert, int) else None
+        return Mask(node.args[0], (TOKENS, RANKS), expert) if isinstance(expert, int) else None  # type: ignore[arg-type]
+    if is_op(node, aten.eq.Scalar) and rank(node) == 1:
+        one, expert = _one_rank(node.args[0]), node.args[1]
+        return Mask(one, (TOKENS,), expert) if one is not None and isinstance(expert, int) else None
+    if is_op(node, aten.one_hot.default) and rank(node) == 2:
+        one = _one_rank(node.args[0])
+        return None if one is None else Mask(one, (TOKENS, EXPERTS), None)
     if is_op(node, aten.one_hot.default) and rank(node) == 3:
         return Mask(node.args[0], (TOKENS, RANKS, EXPERTS), None)
     if is_op(node, aten.eq.Tensor):
@@ -83,6 +94,13 @@ def read_mask(node: Any) -> Mask | None:
     if is_op(node, aten.eq.Scalar, aten.gt.Scalar, aten.ne.Scalar, aten.ge.Scalar):
         return None
     return _moved(node, read_mask)
+
+
+def _one_rank(node: Any) -> Node | None:
+    """[N, 1] of what is read as [N]: the indices, or the weights, of routers that choose one expert."""
+    source = unview(node)
+    one = rank(source) == 2 and static(shape(source)[1]) == 1 and same_size(shape(source)[0], shape(node)[0])
+    return source if one else None
 
 
 def _one_hot(node: Node) -> Mask | None:
@@ -170,10 +188,14 @@ def read_hit(node: Any) -> Mask | None:
 
 
 def read_positions(node: Any) -> Positions | None:
-    """A column of nonzero(mask)."""
+    """A column of nonzero(mask), or the mask of tokens itself: rows picked by it are those, in the same order."""
     column: int | None = 0
     while is_op(node, *VIEWS):
         node = node.args[0]
+    if isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor) and value(node).dtype == torch.bool:
+        hit = read_mask(node) or read_hit(node)
+        whole = hit is not None and hit.expert is not None and hit.dims == (TOKENS,)
+        return Positions(hit.dims, TOKENS, hit.expert, hit.indices) if whole else None  # type: ignore[union-attr,arg-type]
     source = node
     if is_op(node, aten.select.int) and dim_of(node, 1, "dim", 2) == 1:
         column, source = node.args[2], node.args[0]
@@ -191,7 +213,7 @@ def read_positions(node: Any) -> Positions | None:
         return None
     if len(found.dims) > 1 and source is node:
         return None  # all columns at once
-    return Positions(mask, found.dims[column], found.expert, found.indices)
+    return Positions(found.dims, found.dims[column], found.expert, found.indices)
 
 
 def _truth(node: Any) -> Any:
@@ -223,14 +245,39 @@ def read_dense(node: Any) -> Dense | None:
         return _summed(node)
     if is_op(node, aten.slice.Tensor):
         return _column(node)
+    if is_op(node, *MULTIPLY):
+        return _one_chosen(node)
     return _moved(node, read_dense)
+
+
+def _one_chosen(node: Node) -> Dense | None:
+    """weights * mask, both [N] (or [N, 1]), of a router that chooses one expert."""
+    pair = binary(node, *MULTIPLY)
+    for weights, picked in () if pair is None else (pair, pair[::-1]):
+        while is_op(picked, *CASTS, *VIEWS):
+            picked = picked.args[0]
+        mask = read_mask(picked)
+        if (
+            mask is None
+            or mask.dims != (TOKENS,)
+            or not isinstance(weights, Node)
+            or not _inserts_one_of(node, weights)
+        ):
+            continue
+        one = _one_rank(weights)
+        if one is not None:
+            return Dense(one, mask.indices, (TOKENS,), mask.expert)
+    return None
 
 
 def _inserts_one(node: Node) -> bool:
     """A reshape that adds or drops dimensions of size one."""
-    a = [s for s in map(str, shape(node)) if s != "1"]
-    b = [s for s in map(str, shape(node.args[0])) if s != "1"]
-    return a == b
+    return _inserts_one_of(node, node.args[0])  # type: ignore[arg-type]
+
+
+def _inserts_one_of(node: Node, source: Node) -> bool:
+    """Two values of the same sizes, but for dimensions of size one."""
+    return [s for s in map(str, shape(node)) if s != "1"] == [s for s in map(str, shape(source)) if s != "1"]
 
 
 def _column(node: Node) -> Dense | None:

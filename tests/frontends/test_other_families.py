@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from moec.compiler.errors import CompileError
+from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.frontends.random_checkpoint import save_random
-from moec.compiler.frontends.transformers_model import TransformersStore, export_transformers
+from moec.compiler.frontends.transformers_model import (
+    TransformersStore,
+    auto_model,
+    export_transformers,
+    read_config,
+)
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import run_passes
 from moec.passes.pipelines import fusion
@@ -80,7 +85,33 @@ EQUAL: dict[str, tuple[str, dict[str, Any], int]] = {
          "head_dim": 16, **FULL},
         1,
     ),
+    "gemma4": (
+        "gemma4_text",
+        {**WIDTHS, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "head_dim": 16, **FULL,
+         "global_head_dim": 16, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 0,
+         "vocab_size_per_layer_input": 96},
+        2,
+    ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        {**WIDTHS, **EIGHT, "head_dim": 16, "v_head_dim": 16, "swa_num_attention_heads": 4,
+         "swa_num_key_value_heads": 2, "mlp_layer_types": ["dense", "sparse"], **FULL},
+        1,
+    ),
+    "text of qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {"text_config": {**COMMON, **WIDTHS, **SIX, "head_dim": 16},
+         "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+                           "out_hidden_size": 64, "deepstack_visual_indexes": [0]}},
+        2,
+    ),
     # the seven, in configs that nobody tuned them for
+    "frequencies that no text of this length changes": (
+        "qwen3_moe",
+        {**WIDTHS, **SIX, "head_dim": 16,
+         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        2,
+    ),
     "as many experts as features": (
         "qwen3_moe",
         {**WIDTHS, "num_experts": 64, "num_experts_per_tok": 1, "head_dim": 16, "mlp_only_layers": [0]},
@@ -125,7 +156,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def _saved(kind: str, changes: dict[str, Any], folder: Path) -> Path:
-    transformers.AutoConfig.for_model(kind, **{**COMMON, **changes}).save_pretrained(folder / "config")
+    common = {} if "text_config" in changes else COMMON
+    transformers.AutoConfig.for_model(kind, **{**common, **changes}).save_pretrained(folder / "config")
     return save_random(folder / "config", folder / "model", seed=3)
 
 
@@ -137,7 +169,7 @@ def test_fused_and_equal(name: str, tmp_path: Path) -> None:
     exported = export_transformers(folder, "other", weights=TransformersStore(folder), max_tokens=16)
     program = run_passes(exported, fusion())
     assert sum(n.target is fused_moe for n in program.graph.nodes) == layers
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = auto_model(read_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
     run = Interpreter(program)
     parts = [run(ids[:, a:b], torch.tensor([a])) for a, b in itertools.pairwise([0, 9, 10, 11, 23])]
@@ -155,3 +187,16 @@ def test_refused_by_name(kind: str, tmp_path: Path) -> None:
         run_passes(export_transformers(folder, "other", max_tokens=16), fusion())
     assert "\n" not in str(caught.value)
     assert ";" in str(caught.value), "a remedy is missing"
+
+
+def test_ends_of_a_text(tmp_path: Path) -> None:
+    """Those of generation_config.json first, which generate() reads; an id beyond the vocabulary ends nothing."""
+    from moec.compiler.frontends.transformers_model import _eos_ids
+
+    text = transformers.AutoConfig.for_model("qwen3_moe", **{**COMMON, "eos_token_id": 2})
+    assert _eos_ids(text, tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2, 96]}')
+    assert _eos_ids(text, tmp_path) == (7, 2)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        _eos_ids(text, tmp_path)
