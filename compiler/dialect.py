@@ -1,7 +1,8 @@
 """What is legal at each stage, as data, checked after every pass.
 
 From FUSED on no expert weight is read by anything but a fused MoE node (a block that stayed unmatched would gather
-[tokens, k, 2F, D] of weights at run time), no topk is left, and the router of every such node is FP32.
+[tokens, k, 2F, D] of weights at run time), no topk is left, no rows are picked by value, and the
+router of every such node is FP32.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def check_dialect(program: Program, *, after: str) -> None:
             _check_router(node, after)
         elif _operator(node) == "aten::topk":
             _refuse_topk(node, after)
+        elif picks_rows(node):
+            _refuse_rows(node, after)
 
 
 def _operator(node: Node) -> str:
@@ -68,6 +71,23 @@ def _refuse_topk(node: Node, after: str) -> None:
 
     raise CompileError(
         f"after {after} {node.name} ({node.target}) still selects: this MoE block was not fused",
+        place=module_path(node) or node.name,
+        remedy="see what was tried with `moec explain`",
+    )
+
+
+def picks_rows(node: Node) -> bool:
+    """Whether the size of a result depends on values: rows of the tokens that chose an expert."""
+    name = _operator(node)
+    return name in ("aten::nonzero", "aten::nonzero_numpy") or (name == "aten::where" and len(node.args) == 1)
+
+
+def _refuse_rows(node: Node, after: str) -> None:
+    """A dispatch that is still spelled out: no target computes as many rows as a value says."""
+    from moec.compiler.program import module_path
+
+    raise CompileError(
+        f"after {after} {node.name} ({node.target}) still picks rows by value: this MoE block was not fused",
         place=module_path(node) or node.name,
         remedy="see what was tried with `moec explain`",
     )

@@ -235,6 +235,7 @@ class _Region:
         flat = self.flat[parent]  # type: ignore[index]
         if not isinstance(flat, Node) or not isinstance(index, int):
             raise _Unknown
+        index %= len(flat.meta["val"]) + (parent.target in POSITIONS)  # type: ignore[union-attr]
         if parent.target not in POSITIONS:  # type: ignore[union-attr]
             self._made(node, self.edit.call(operator.getitem, flat, index, like=node), 1)
         else:

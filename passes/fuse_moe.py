@@ -13,6 +13,7 @@ import itertools
 import torch
 from torch.fx import Node
 
+from moec.compiler.dialect import picks_rows
 from moec.compiler.errors import CompileError
 from moec.compiler.matching.experts import expert_indexed
 from moec.compiler.matching.graph import PostDominators
@@ -62,13 +63,13 @@ def _run(program: Program) -> PassResult:
     if changed:
         edit.graph.eliminate_dead_code(is_impure_node=writes)
     if not refusals:  # a dispatch that no topk leads to
-        left = next((n for n in edit.graph.nodes if expert_indexed(edit, n)), None)
+        left = next((n for n in edit.graph.nodes if expert_indexed(edit, n) or picks_rows(n)), None)
         if left is not None:
             refusals.append(
                 Refusal.at(
                     RULE,
                     left,
-                    "experts are read here, and no topk over a router's scores leads here",
+                    "experts are read here (or rows of their tokens), and no topk over a router's scores leads here",
                     "select the experts with torch.topk over scores [N, E]",
                 )
             )

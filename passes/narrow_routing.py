@@ -66,8 +66,13 @@ def _shape_of(node: Node) -> Node:
     return next(n for n in node.all_input_nodes if _alike(n, node))
 
 
-def _alike(a: Node, b: Node) -> bool:
-    x, y = a.meta.get("val"), b.meta.get("val")
+def _of_shape(mask: Any, node: Node) -> bool:
+    """A mask of its own for every row: none is broadcast."""
+    return isinstance(mask, Node) and str(shape(mask)) == str(shape(node))
+
+
+def _alike(a: Any, b: Node) -> bool:
+    x, y = (n.meta.get("val") if isinstance(n, Node) else None for n in (a, b))
     same = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
     return same and x.dtype == y.dtype and str(tuple(x.shape)) == str(tuple(y.shape))
 
@@ -182,7 +187,7 @@ def _narrowed(edit: Editor, node: Node) -> tuple[Node, Node] | None:
     pair = binary(node, aten.mul.Tensor)
     for scores, mask in () if pair is None else (pair, pair[::-1]):
         chosen = _chosen(mask)
-        if chosen is not None and chosen[1] and isinstance(scores, Node) and _alike(scores, node):
+        if chosen is not None and chosen[1] and _of_shape(mask, node) and _alike(scores, node):
             return _gathered(edit, node, scores, chosen[0]), chosen[0]
     return None
 
@@ -209,7 +214,9 @@ def _masked(edit: Editor, at: Node, node: Any, fill: float) -> tuple[Node, Node]
     else:
         return None
     chosen = _chosen(mask)
-    if chosen is None or chosen[1] is not kept or not _is(other, fill) or not _alike(scores, node):
+    if chosen is None or chosen[1] is not kept or not _is(other, fill):
+        return None
+    if not _of_shape(mask, node) or not _alike(scores, node):
         return None
     return _gathered(edit, at, scores, chosen[0]), chosen[0]
 

@@ -240,7 +240,7 @@ def _product(edit: Editor, node: Node, dims: str) -> _Product:
     if is_op(node, aten.permute.default, aten.transpose.int) and rank(node) == 3:
         order = [0, 1, 2]
         if node.target is aten.permute.default:
-            order = [d % 3 for d in node.args[1]]  # type: ignore[union-attr]
+            order = [int(d) % 3 for d in node.args[1]]  # type: ignore[union-attr,arg-type]
         else:
             a, b = (d % 3 for d in node.args[1:3])  # type: ignore[operator]
             order[a], order[b] = order[b], order[a]

@@ -380,6 +380,18 @@ def expert_choice(s: Block, h: Tensor) -> Tensor:
     return y.view_as(h)
 
 
+@refused("no topk over a router's scores")
+def by_threshold(s: Block, h: Tensor) -> Tensor:
+    """As many experts as score above a number: the rows of each are picked by value."""
+    x = rows(h)
+    scores = F.linear(x, s.router).sigmoid()
+    y = torch.zeros_like(x)
+    for e in range(E):
+        tokens = (scores[:, e] > 0.5).nonzero().squeeze(-1)
+        y = y.index_add(0, tokens, s.experts[e](x[tokens]) * scores[tokens, e, None])
+    return y.view_as(h)
+
+
 @refused("not summed over the experts|is not one expert times its weight")
 def capacity(s: Block, h: Tensor) -> Tensor:
     """Tokens beyond an expert's capacity are dropped."""
