@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moec.compiler.matching.graph import PostDominators
 from moec.compiler.matching.read import arg, aten, is_op, rank
@@ -64,7 +65,7 @@ def _run(program: Program) -> PassResult:
         try:
             _Region(edit, root, end).flatten()
             changed += 1
-        except _Unknown:
+        except (_Unknown, GuardOnDataDependentSymNode):  # the latter: a size that only a value tells
             pass  # what was made so far is read by nobody
         edit.graph.eliminate_dead_code(is_impure_node=writes)
     return PassResult(edit.done(), changed) if changed else PassResult(program, 0)
