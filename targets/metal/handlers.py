@@ -12,7 +12,6 @@ import torch
 from torch.fx import Node
 
 import moec.compiler.ops as ops
-from moec.compiler.errors import CompileError
 from moec.targets.metal.context import Context
 from moec.targets.metal.emitter import Emitter, Slot
 
@@ -150,21 +149,6 @@ def positions(c: Context, q: Node, start_pos: Node) -> tuple[Slot, Slot]:
     return start, stop
 
 
-def gather(c: Context, n: Node) -> Slot:
-    """aten.gather, of which the delegate's own handlers know nothing: all dimensions but `dim` must agree."""
-    x, dim, index, *_ = operands(n)
-    shapes = [list(v.meta["val"].shape) for v in (x, index)]
-    for shape in shapes:
-        del shape[dim]
-    if shapes[0] != shapes[1]:
-        raise CompileError(
-            f"{n.name} gathers from {shapes[0]} by {shapes[1]}: Metal needs equal sizes outside dimension {dim}",
-            place=c.program.info.name,
-        )
-    out = c.P.make_or_get_slot(n)
-    return c.e.emit("TakeAlongAxis", x=slot_of(c, x), indices=slot_of(c, index), axis=int(dim), out=out)
-
-
 def operands(n: Node) -> tuple[Any, ...]:
     """The arguments, which their operator's schema types."""
     return n.args
@@ -191,5 +175,4 @@ HANDLERS = {
     ops.rope: rope,
     ops.cached_attention: cached_attention,
     ops.cached_attention_q8: cached_attention_q8,
-    torch.ops.aten.gather.default: gather,
 }

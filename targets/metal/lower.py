@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from executorch.backends.mlx.builder.op_registry import REGISTRY  # noqa: E402
 from executorch.backends.mlx.builder.program_builder import MLXProgramBuilder  # noqa: E402
 from executorch.backends.mlx.serialization.mlx_graph_serialize import serialize_mlx_graph  # noqa: E402
 
-from moec.targets.metal import handlers, moe_handlers  # noqa: E402
+from moec.targets.metal import aten_handlers, handlers, moe_handlers  # noqa: E402
 from moec.targets.metal.context import Context  # noqa: E402
 from moec.targets.metal.emitter import Slot  # noqa: E402
 
@@ -56,7 +56,7 @@ UNCHECKED = (
 
 
 def _register() -> None:
-    for target, handler in {**handlers.HANDLERS, **moe_handlers.HANDLERS}.items():
+    for target, handler in {**handlers.HANDLERS, **moe_handlers.HANDLERS, **aten_handlers.HANDLERS}.items():
         REGISTRY.register(target=[target])(_calling(handler))
 
 
@@ -118,7 +118,9 @@ def build_method(program: Program, options: Options, *, every_token: bool) -> Bu
         take_last_token(edit)
     caches = _caches(edit.graph)
     _retype(edit, caches, dtype)
-    builder: Any = _Builder(_Lowerable(edit.graph, _signature(edit, caches)))
+    builder: Any = _Builder(
+        _Lowerable(edit.graph, _signature(edit, [*caches, *_written_by_graph(edit, program.info.name)]))
+    )
     builder.faults = []
     context = builder.moec = Context(program, builder, dtype)
     try:
@@ -152,27 +154,42 @@ def _retype(edit: Editor, caches: Mapping[Node, int], dtype: torch.dtype) -> Non
                 node.meta["val"] = torch.empty(shape, dtype=kind)
 
 
-def _signature(edit: Editor, caches: Mapping[Node, int]) -> ExportGraphSignature:
+def _written_by_graph(edit: Editor, model: str) -> list[Node]:
+    """Placeholders of caches that the graph writes itself, where attention was not fused: by `index_copy`, in place."""
+    by_name = {node.name: node for node in edit.graph.nodes}
+    found = []
     for spec in edit.output_specs:
-        if spec.kind != OutputKind.USER_OUTPUT:
+        if spec.kind == OutputKind.USER_OUTPUT:
+            continue
+        source = by_name[spec.arg.name]
+        if spec.kind != OutputKind.BUFFER_MUTATION or source.target is not torch.ops.aten.index_copy.default:
             raise CompileError(
-                f"the model writes {spec.target} outside an attention block that was recognised",
-                remedy="see `moec explain` for the block that was not fused",
+                f"the model writes {spec.target} in a way that was not recognised: by {source.target}",
+                place=model,
+                remedy="write each cache at start_pos with index_copy; see `moec explain`",
             )
+        found.append(source.args[0])
+    return found  # type: ignore[return-value]
+
+
+def _signature(edit: Editor, caches: Sequence[Node]) -> ExportGraphSignature:
+    """`caches` are written in place: their outputs are themselves, and nothing is copied back."""
     written = [
         OutputSpec(kind=OutputKind.BUFFER_MUTATION, arg=TensorArgument(node.name), target=edit.weight_of(node))
         for node in caches
     ]
     kinds = {node.name: InputKind.BUFFER for node in caches}
     inputs = [replace(s, kind=kinds.get(getattr(s.arg, "name", ""), s.kind)) for s in edit.input_specs]
-    return ExportGraphSignature(input_specs=inputs, output_specs=[*written, *edit.output_specs])
+    results = [s for s in edit.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    return ExportGraphSignature(input_specs=inputs, output_specs=[*written, *results])
 
 
 def take_last_token(edit: Editor) -> None:
     """Turn logits [1, T, V] into [1, V] of the last token, before the head where it is a plain product."""
     graph = edit.graph
     output = graph.output_node()
-    logits: Any = output.args[0][0]  # type: ignore[index]
+    # caches that the graph writes come first
+    logits: Any = output.args[0][[s.kind for s in edit.output_specs].index(OutputKind.USER_OUTPUT)]  # type: ignore[index]
     head = logits.target in (linear_q, torch.ops.aten.linear.default)
     source: Any = logits.args[0] if head else logits
     with graph.inserting_after(source):
@@ -180,7 +197,10 @@ def take_last_token(edit: Editor) -> None:
     last.meta["val"] = source.meta["val"].select(1, -1)
     if not head:
         output.replace_input_with(logits, last)
-        edit.output_specs = [replace(s, arg=TensorArgument(last.name)) for s in edit.output_specs]
+        edit.output_specs = [
+            replace(s, arg=TensorArgument(last.name)) if s.kind == OutputKind.USER_OUTPUT else s
+            for s in edit.output_specs
+        ]
         return
     logits.replace_input_with(source, last)
     values = [a.meta["val"] if isinstance(a, Node) else a for a in logits.args]

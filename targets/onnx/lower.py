@@ -82,8 +82,9 @@ def _check_signature(program: Program) -> None:
     for spec in program.exported.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
             raise CompileError(
-                f"the model writes {spec.target} outside an attention block that was recognised",
-                remedy="see `moec explain` for the block that was not fused",
+                f"the model writes {spec.target} outside an attention block that was recognised: no ONNX form",
+                place=program.info.name,
+                remedy="see `moec explain` for the block that was not fused; metal, mlir and xnnpack take it as it is",
             )
 
 

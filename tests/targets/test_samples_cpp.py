@@ -47,34 +47,15 @@ def run(sample: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(sample), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_it_generates_what_eager_does(sample: Path, model: tuple[Path, m.OneLayer]) -> None:
-    path, eager = model
-    prompt = [
-        5,
-        6,
-        7,
-        90,
-        11,
-        3,
-        4,
-        8,
-        9,
-        10,
-        12,
-        13,
-        14,
-        15,
-        16,
-        17,
-        18,
-        19,
-        20,
-    ]  # 19 tokens: two chunks of at most 16
-    done = run(sample, path, 6, *prompt)
-    assert done.returncode == 0, done.stderr
+# 19 tokens: two chunks of at most 16
+PROMPT = [5, 6, 7, 90, 11, 3, 4, 8, 9, 10, *range(12, 21)]
+
+
+def continued(eager: m.OneLayer, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of the eager model, the prompt in the chunks that a sample makes."""
     ids, chunk, position = [], torch.tensor([prompt]), 0
     with torch.no_grad():
-        for _ in range(6):
+        for _ in range(count):
             logits = None
             for piece in chunk.split(m.MAX_TOKENS, dim=1):
                 logits = eager(piece, torch.tensor([position]))
@@ -82,7 +63,14 @@ def test_it_generates_what_eager_does(sample: Path, model: tuple[Path, m.OneLaye
             assert logits is not None
             ids.append(int(logits[0, -1].argmax()))
             chunk = torch.tensor([[ids[-1]]])
-    assert [int(line) for line in done.stdout.split()] == ids
+    return ids
+
+
+def test_it_generates_what_eager_does(sample: Path, model: tuple[Path, m.OneLayer]) -> None:
+    path, eager = model
+    done = run(sample, path, 6, *PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == continued(eager, PROMPT, 6)
 
 
 @pytest.mark.parametrize(

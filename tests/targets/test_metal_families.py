@@ -1,0 +1,79 @@
+"""Models of the transformers library for Metal, replayed, against the library's own logits.
+
+Where attention is not fused (latent attention, sinks) it is lowered operator by operator, and its caches are written by
+the graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
+pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
+
+import transformers
+
+from moec.compiler.errors import CompileError
+from moec.compiler.frontends.transformers_model import TransformersStore, export_transformers
+from moec.compiler.pipeline import run_passes
+from moec.compiler.progress import Progress
+from moec.passes.pipelines import fusion
+from moec.targets.metal.lower import lower
+from moec.targets.metal.options import Options
+from moec.targets.metal.session import MetalSession
+from tests.frontends.test_transformers_families import FAMILIES, _saved
+
+# fp32 sums in another order: at most 4e-6 was seen on logits up to 4; a wrong formula gives differences above 1e-2
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+# float16 has 11 bits: a thousandth of the largest logit a layer
+HALF = 2e-2
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_family(name: str, tmp_path: Path) -> None:
+    model_folder = tmp_path / "model"
+    model_folder.mkdir()
+    _saved(name, model_folder)
+    exported = export_transformers(model_folder, "tiny", weights=TransformersStore(model_folder), max_tokens=16)
+    program = run_passes(exported, fusion())
+    ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(ids).logits[0].numpy()
+    ends = [0, 9, 10, 11, 23]
+    for dtype in ("float32", "float16"):
+        out = tmp_path / dtype
+        out.mkdir()
+        files = lower(program, out, Options(dtype=dtype), Progress(quiet=True))
+        details = files.details
+        assert {m["delegates"] for m in details["methods"].values()} == {1}
+        assert len(details["methods"]["forward"]["moe_taps"]) == FAMILIES[name][1]
+        session = MetalSession(out / "model.pte", vocab_size=96, context=48, max_tokens=16, details=details)
+        for _ in range(2):  # a second sequence: nothing of the first is seen
+            session.reset()
+            got = np.concatenate([session.prefill(ids[0, a:b].numpy(), "all") for a, b in itertools.pairwise(ends)])
+            if dtype == "float32":
+                np.testing.assert_allclose(got, wanted, **CLOSE)
+            else:
+                assert float(np.median(np.abs(got - wanted).max(-1))) < HALF * float(np.abs(wanted).max())
+
+
+def test_a_cache_that_is_written_otherwise_is_refused(tmp_path: Path) -> None:
+    model_folder = tmp_path / "model"
+    model_folder.mkdir()
+    _saved("gpt_oss", model_folder)
+    exported = export_transformers(model_folder, "tiny", weights=TransformersStore(model_folder), max_tokens=16)
+    program = run_passes(exported, fusion())
+    edit = program.edit()
+    write = next(n for n in edit.graph.nodes if n.target is torch.ops.aten.index_copy.default)
+    write.target = torch.ops.aten.index_add.default
+    with pytest.raises(
+        CompileError, match=r"writes cache_k_0 in a way that was not recognised: by aten\.index_add"
+    ) as e:
+        lower(edit.done(), tmp_path, Options(), Progress(quiet=True))
+    assert e.value.remedy
