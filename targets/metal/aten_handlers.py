@@ -74,10 +74,10 @@ def filled(value: float) -> Callable[[Context, Node], Slot]:
     """`new_ones`, `new_zeros`, and `new_empty`, of which nothing is read before it is written."""
 
     def lower(c: Context, n: Node) -> Slot:
-        dtype = n.meta["val"].dtype
+        dtype, sizes = n.meta["val"].dtype, operands(n)[1]
         return c.e.emit(
             "Full",
-            shape=[c.e.int_or_vid(slot_of(c, d) if isinstance(d, Node) else int(d)) for d in n.args[1]],  # type: ignore[union-attr]
+            shape=[c.e.int_or_vid(slot_of(c, d) if isinstance(d, Node) else int(d)) for d in sizes],
             v=c.P.to_float_or_vid(value),
             scalar_type=scalar_type(c.dtype if dtype == torch.float32 else dtype),
             out=c.P.make_or_get_slot(n),
