@@ -174,11 +174,11 @@ def test_native_checks_hold_here() -> None:
 
 def test_native_checks_hold_on_aarch64() -> None:
     """NEON, emulated: correctness only."""
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    # Debian's qemu-user has the first name, qemu-user-static the second
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
-        pytest.skip(
-            "needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian: g++-aarch64-linux-gnu, qemu-user-static)"
-        )
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
     for program in native.build_checks(cross_compiler=compiler, processor="aarch64"):
         command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), "3"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
