@@ -5,6 +5,8 @@
 // sleeps, so that a busy machine loses no core to it.
 #include "parallel.h"
 
+#include <pthread.h>
+
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -58,7 +60,7 @@ class Pool {
       for (int32_t i = 0; i < n; ++i) task(context, i);
       return;
     }
-    const uint64_t generation = (claim_.load(std::memory_order_relaxed) >> 32) + 1;
+    const uint64_t generation = ((claim_.load(std::memory_order_relaxed) >> 32) + 1) & 0xffffffffu;
     task_.store(task, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     total_.store(n, std::memory_order_relaxed);
@@ -145,10 +147,29 @@ class Pool {
   std::atomic<void*> context_{nullptr};
 };
 
+// Never destroyed: joining threads while the process unloads its libraries can hang.
+std::atomic<Pool*> process_pool{nullptr};
+std::atomic<int32_t> inherited{1};  // threads of the pool that a forked child starts
+
+// A child of fork has none of its parent's threads: they would take no work, to join them is undefined (on some systems it
+// waits for ever), and what they held is held for ever.
+// It leaves the parent's pool alone and starts its own when an operator first asks for it.
+void after_fork() {
+  if (const Pool* const parents = process_pool.exchange(nullptr)) inherited = parents->size();
+}
+
 Pool& pool() {
-  // never destroyed: joining threads while the process unloads its libraries can hang
-  static Pool* const instance = new Pool;
-  return *instance;
+  if (Pool* const found = process_pool.load(std::memory_order_acquire)) return *found;
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+  (void)registered;
+  Pool* const made = new Pool;
+  Pool* first = nullptr;
+  if (!process_pool.compare_exchange_strong(first, made)) {  // another thread was faster
+    delete made;
+    return *first;
+  }
+  if (inherited > 1) made->resize(inherited);  // where that fails the pool has one thread
+  return *made;
 }
 
 std::atomic<moec_parallel_fn> external_run{nullptr};
