@@ -26,7 +26,7 @@ def bench_artifact(
     context: Annotated[
         str | None, typer.Option(help="Positions to decode at, such as 256,1024,8000; default: behind the prompt.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per core.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rates are medians over this many runs.")] = 3,
     tokens: Annotated[Path | None, typer.Option(help="A file of token ids as the prompt; default: spread ids.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,

@@ -116,7 +116,7 @@ def _show(d: Device) -> None:
 def measure(
     out: Annotated[Path | None, typer.Option(help="Device file to write; default: only print.")] = None,
     name: Annotated[str, typer.Option(help="The device's name.")] = "this-machine",
-    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per core.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
     rounds: Annotated[int, typer.Option(min=2, max=100, help="Rounds of each figure: the best counts.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the device as JSON.")] = False,
 ) -> None:
@@ -153,7 +153,7 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
     if not re.fullmatch(NAME, name):  # said before half a minute of work
         raise UserError("is no name of a device", place=f"--name {name}", remedy="use a-z, 0-9, '.' and '-'")
     big, little = machine.cores()
-    threads = threads or big + little
+    threads = threads or big
     isa = kernel_api.get_isa()
     with progress.stage("measure bandwidth and peak", total=None):
         peaks = machine.peaks(isa, threads, rounds)

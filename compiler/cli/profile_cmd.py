@@ -31,7 +31,7 @@ def profile(
     ] = None,
     decode: Annotated[int, typer.Option(min=1, help="Tokens to decode at each length.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Cold processes for each prompt.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per core.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="One prompt that changes domain every 256 tokens.")] = False,
     warm: Annotated[int, typer.Option(min=0, help="Warm passes after each cold one; rates are of the last.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the profile here; - is stdout.")] = None,

@@ -13,7 +13,7 @@ class Request:
 
     decode: tokens decoded at each point. follow: they are the ids that come next, not the model's own choice.
     warm: further passes for rates alone, with every page in memory. cold: forget the file's cached pages first.
-    threads None: one per core.
+    threads None: one per fast core.
     """
 
     ids: tuple[int, ...]

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.cores import usable_cores
 from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
 from moec.compiler.timing import BenchPlan
-from moec.targets.xnnpack.kernel_api import MAX_THREADS
 from moec.targets.xnnpack.native import runner_binary
 
 
@@ -60,7 +58,7 @@ def _run(model: Path, plan: BenchPlan, context: int | None) -> dict[str, Any]:
     else:
         command += ["--prompt-length", str(plan.prefill)]
     command += ["--context", str(context)] if context else []
-    command += ["--threads", str(plan.threads or usable_cores(MAX_THREADS))]
+    command += ["--threads", str(plan.threads)] if plan.threads else []
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
     if done.returncode == 0:
         return dict(json.loads(done.stdout))

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
 
@@ -98,6 +97,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moec_set_float_activations": (None, (_i32,)),
     "moec_set_threads": (_i32, (_i32,)),
     "moec_get_threads": (_i32, ()),
+    "moec_fast_cores": (_i32, ()),
     "moec_set_parallel": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
     "moec_release_scratch": (None, ()),
 }
@@ -122,7 +122,7 @@ def library() -> ctypes.CDLL:
         raise KernelError(0, f"{path} has ABI version {found}, this package needs {ABI_VERSION}")
     # ExecuTorch's pool, the library's default, writes to stderr when it starts; a session chooses again when it opens
     loaded.moec_set_parallel(None, None, None)
-    loaded.moec_set_threads(usable_cores(MAX_THREADS))
+    loaded.moec_set_threads(loaded.moec_fast_cores())
     asked, offered = os.environ.get("MOEC_ISA", ""), loaded.moec_available_isas().decode()
     if asked not in ("", "auto", *offered.split(",")):
         # the library itself has nobody to tell and would quietly use the best

@@ -86,14 +86,10 @@ def memory_bytes() -> int:
 
 
 def cores() -> tuple[int, int]:
-    """Usable cores, (big, little): little ones have less than two thirds of the largest `cpu_capacity`."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    capacity = {}
-    for cpu in usable:
-        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/cpu_capacity")
-        capacity[cpu] = int(file.read_text()) if file.is_file() else 1
-    big = sum(1 for c in capacity.values() if 3 * c >= 2 * max(capacity.values()))
-    return big, len(usable) - big
+    """Usable cores, (big, little): big ones are those that sessions use unless told otherwise (moec_fast_cores)."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    big = min(int(kernel_api.library().moec_fast_cores()), usable)
+    return big, usable - big
 
 
 def kernel_rates(threads: int, rounds: int, progress: Progress) -> dict[str, Rounds]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.cores import usable_cores
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
@@ -75,19 +74,18 @@ class CpuSession(SessionBase):
     """The `Session` protocol over a `.pte`. Faults of the caller are RunError, a bad file is ArtifactError."""
 
     def __init__(self, model: Path, *, threads: int | None = None, float_activations: bool = False) -> None:
-        """Open `model`. `threads` None: one per core this process may use. The thread pool is the process's: the
-        session opened last decides its size. `float_activations`: compute in fp32 on the same codes, where the program
-        would round activations to INT8; a delegate's linears still round."""
+        """Open `model`. `threads` None: one per core this process may use, without the slow ones where cores differ.
+        The thread pool is the process's: the session opened last decides its size. `float_activations`: compute in fp32
+        on the same codes, where the program would round activations to INT8; a delegate's linears still round."""
         self._handle: int | None = None
         self._busy = threading.RLock()
         path = Path(model)
         if not path.is_file():
             raise ArtifactError("the file does not exist", place=str(path), remedy="compile the artifact again")
-        wanted = threads if threads is not None else usable_cores(MAX_THREADS)
-        if not 1 <= wanted <= MAX_THREADS:
-            raise RunError(f"{wanted} threads asked for", remedy=f"give a number from 1 to {MAX_THREADS}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise RunError(f"{threads} threads asked for", remedy=f"give a number from 1 to {MAX_THREADS}")
         runtime = _runtime()
-        self._handle = runtime.moec_model_open(os.fsencode(path), wanted)
+        self._handle = runtime.moec_model_open(os.fsencode(path), threads or 0)
         error = runtime.moec_model_error(self._handle).decode(errors="replace")
         if error:
             self.close()

@@ -6,6 +6,7 @@
 // - A buffer is a pointer and its length in bytes. {NULL, 0} stands for an optional buffer that is absent. Buffers of
 //   floats and integers must be aligned to their element, which is checked; packed weights need no alignment (64 bytes is
 //   fastest), except that packed f32 is floats.
+// - An output may not overlap an input, unless its function says so.
 // - Tensors are contiguous and row-major. Sizes are elements unless the name ends in `bytes`.
 // - Results do not depend on the number of threads, on how tokens are batched, or on the instruction set: integer and
 //   float sums are taken in one fixed order everywhere.
@@ -173,8 +174,13 @@ typedef void (*moec_parallel_fn)(void* user, int32_t n, moec_task_fn task, void*
 // of each operator. NULL, NULL: back to the library's own pool.
 MOEC_API void moec_set_parallel(moec_parallel_fn run, int32_t (*threads)(void* user), void* user);
 
-// Threads of the library's own pool, 1 <= n <= 256 (default 1: everything on the caller). Not while an operator runs.
+// Threads of the library's own pool, 1 <= n <= 256 (default 1: everything on the caller). An operator that runs meanwhile is
+// waited for; MOEC_OUT_OF_MEMORY, and one thread from then on, where the system allows no more. A child of fork() gets a pool
+// of its own with as many threads when it first needs one.
 MOEC_API int32_t moec_set_threads(int32_t n);
+// Cores worth a thread each: those this process may use, without the slow ones of a processor that has cores of several
+// speeds (less than half of the fastest core's capacity, as the system states it). At least 1, at most 256.
+MOEC_API int32_t moec_fast_cores(void);
 // Threads that the next operator will use, whichever pool serves it.
 MOEC_API int32_t moec_get_threads(void);
 

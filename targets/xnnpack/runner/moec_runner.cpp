@@ -28,7 +28,7 @@ const char kUsage[] =
     "  --chunk N          most tokens of one prefill call (default: what the program takes)\n"
     "  --repeats N        repeat prefill and decode, report medians (default 1)\n"
     "  --stop             end at a stop token\n"
-    "  --threads N        threads (default: one per core)\n"
+    "  --threads N        threads (default: one per core, without the slow ones of a phone)\n"
     "  --seed N           of --prompt-length (default 1)\n"
     "  --json             one JSON object instead of text\n"
     "  --profile          memory, rates and expert use along one pass over the prompt, as JSON\n"

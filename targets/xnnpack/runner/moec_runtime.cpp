@@ -24,7 +24,6 @@
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -332,7 +331,7 @@ bool moec_model::open(int32_t threads) {
 
 // One pool does the work, the other has no threads: see ops_executorch.h.
 bool moec_model::set_threads(int32_t threads) {
-  if (threads <= 0) threads = static_cast<int32_t>(std::min(256u, std::max(1u, std::thread::hardware_concurrency())));
+  if (threads <= 0) threads = moec_fast_cores();
   if (threads > 256) return fail(text("%d threads: at most 256", threads));
   const bool delegated = module->method_meta("forward")->uses_backend("XnnpackBackend");
   const size_t theirs = delegated ? static_cast<size_t>(threads) : 1;

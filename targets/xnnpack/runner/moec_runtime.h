@@ -29,8 +29,8 @@ typedef struct moec_model_info {
   int64_t threads;
 } moec_model_info;
 
-// Never NULL, except when memory is out: a handle whose moec_model_error() is empty is open. threads <= 0: one per core.
-// The number of threads is the process's, not the model's: the latest call wins.
+// Never NULL, except when memory is out: a handle whose moec_model_error() is empty is open. threads <= 0: one per
+// fast core (moec_fast_cores of moec_kernel.h). The number of threads is the process's, not the model's: the latest call wins.
 MOEC_RUNTIME_API moec_model* moec_model_open(const char* path, int32_t threads);
 MOEC_RUNTIME_API void moec_model_close(moec_model* model);
 MOEC_RUNTIME_API const char* moec_model_error(const moec_model* model);
