@@ -260,6 +260,7 @@ int32_t moec_rope(int64_t tokens, int64_t heads, int64_t d, int32_t interleaved,
   MOEC_RETURN_IF_ERROR(check_in("rope: cos", cos, tokens, d / 2, 1));
   MOEC_RETURN_IF_ERROR(check_in("rope: sin", sin, tokens, d / 2, 1));
   MOEC_RETURN_IF_ERROR(check_out("rope: y", y, tokens, heads, d));
+  if (tokens == 0) return MOEC_OK;  // heads and d may be any then, and their product no number
   const AttentionIsa& chosen = isa();
   const float* from = static_cast<const float*>(x.data);
   const float* c = static_cast<const float*>(cos.data);
