@@ -48,9 +48,10 @@ class Buffers {
  public:
   // a * b * c * size bytes if that is a sensible length, or another length; sometimes misaligned, sometimes no pointer
   moec_out make(int64_t a, int64_t b, int64_t c, int64_t element) {
-    const __int128 product = static_cast<__int128>(a) * b * c;
+    const double product = static_cast<double>(a) * static_cast<double>(b) * static_cast<double>(c);
     const bool sensible = a >= 0 && b >= 0 && c >= 0 && product < (1 << 20);
-    uint64_t bytes = sensible ? static_cast<uint64_t>(product) * static_cast<uint64_t>(element) : 64;
+    const uint64_t count = static_cast<uint64_t>(a) * static_cast<uint64_t>(b) * static_cast<uint64_t>(c);
+    uint64_t bytes = sensible ? count * static_cast<uint64_t>(element) : 64;
     if (uniform(0, 19) == 0) bytes = static_cast<uint64_t>(uniform(0, 300));
     if (uniform(0, 39) == 0) return {nullptr, bytes};
     const size_t shift = uniform(0, 39) ? 0 : 1;
