@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.progress import Progress
@@ -87,7 +88,7 @@ def memory_bytes() -> int:
 
 def cores() -> tuple[int, int]:
     """Usable cores, (big, little): big ones are those that sessions use unless told otherwise (moec_fast_cores)."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     big = min(int(kernel_api.library().moec_fast_cores()), usable)
     return big, usable - big
 
