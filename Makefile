@@ -83,8 +83,8 @@ test: setup $(TESTABLE) ## the tests that take seconds, on all cores
 test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-# the kernel library under AddressSanitizer and UndefinedBehaviorSanitizer, driven by its own tests
-test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# the kernel library under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer
+test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	$(BIN)/python -m moec.targets.xnnpack.native sanitize
 
 lint: $(INSTALLED) ## ruff and mypy

@@ -21,8 +21,9 @@ void expect(bool ok, const char* what) {
 class Root {
  public:
   Root() {
-    char path[] = "/tmp/moec_cores_XXXXXX";
-    if (mkdtemp(path)) path_ = path;
+    const char* const base = getenv("TMPDIR");
+    std::string path = std::string(base ? base : P_tmpdir) + "/moec_cores_XXXXXX";
+    if (mkdtemp(&path[0])) path_ = path;
     expect(!path_.empty(), "a folder for made-up processors");
   }
   ~Root() {

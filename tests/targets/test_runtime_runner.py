@@ -113,6 +113,13 @@ def test_refuses_tokens(model: Path, text: str, message: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_help_is_no_error() -> None:
+    for option in ("--help", "-h"):
+        done = _run(option)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: moec_runner MODEL.pte")
+
+
 def test_output_that_cannot_be_written_is_an_error(model: Path) -> None:
     with Path("/dev/full").open("w") as full:
         command = [str(native.runner_binary()), str(model), "--prompt-length", "4", "--json"]

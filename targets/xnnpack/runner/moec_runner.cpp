@@ -35,12 +35,14 @@ const char kUsage[] =
     "  --points N,N,...   lengths of context to measure at (default: the whole prompt)\n"
     "  --follow           decode the ids that follow in the prompt, not the model's own\n"
     "  --warm N           further passes with every page in memory, for rates alone (default 0)\n"
-    "  --drop-cache       first let the system forget the file, so that only what is used is read\n";
+    "  --drop-cache       first let the system forget the file, so that only what is used is read\n"
+    "MOEC_ISA in the environment chooses the instruction set of the kernels (default: the best of this machine).\n"
+    "example: moec_runner model.pte --prompt-length 512 --decode 64 --repeats 3\n";
 
 struct Options {
   std::string model, tokens;
   int64_t prompt_length = 0, threads = 0, seed = 1;
-  bool json = false, profile = false, drop_cache = false;
+  bool json = false, profile = false, drop_cache = false, help = false;
   BenchOptions bench;
   ProfileOptions points;
 };
@@ -92,6 +94,10 @@ bool parse(int argc, char** argv, Options* o) {
       ++i;
     }
     if (known) continue;
+    if (name == "--help" || name == "-h") {
+      o->help = true;
+      return true;
+    }
     if (name == "--json") {
       o->json = true;
     } else if (name == "--stop") {
@@ -214,6 +220,10 @@ int run(int argc, char** argv) {
   if (!parse(argc, argv, &o)) {
     std::fputs(kUsage, stderr);
     return kUserError;
+  }
+  if (o.help) {
+    std::fputs(kUsage, stdout);
+    return written();
   }
   if (!o.tokens.empty() && !read_tokens(o.tokens, &o.bench.prompt)) return kUserError;
   LoadReport load;
