@@ -35,11 +35,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PassResult:
-    """`program` is a new Program (or the same object when `changed` is 0); `changed` counts rewrites."""
+    """`program` is a new Program (or the same object when `changed` is 0); `changed` counts rewrites.
+
+    `folded` names weights that are read no more because others were multiplied by them.
+    """
 
     program: Program
     changed: int
     refusals: tuple[Refusal, ...] = ()
+    folded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def run_passes(
         try:
             check_dialect(result.program, after=p.name)
         except CompileError as error:
-            raise _with_reason(error, refusals) from None
+            raise with_reason(error, refusals) from None
         if log is not None:
             log.records.append(
                 PassRecord(
@@ -106,7 +110,7 @@ def run_passes(
     return program
 
 
-def _with_reason(error: CompileError, refusals: Sequence[Refusal]) -> CompileError:
+def with_reason(error: CompileError, refusals: Sequence[Refusal]) -> CompileError:
     """`error` with the reason of the refusal whose place shares the longest path with its own."""
     place = (error.place or "").split(".")
 

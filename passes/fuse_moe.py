@@ -42,6 +42,7 @@ def fuse_moe() -> Pass:
 def _run(program: Program) -> PassResult:
     edit = program.edit()
     refusals: list[Refusal] = []
+    folded: list[str] = []
     changed = 0
     paths = PostDominators(edit.graph)
     candidates: dict[tuple[Node, ...], None] = {}
@@ -60,6 +61,8 @@ def _run(program: Program) -> PassResult:
             continue
         _rewrite(edit, block)
         changed += 1
+        if block.expert_scale is not None:
+            folded.append(str(edit.weight_of(block.expert_scale)))
     if changed:
         edit.graph.eliminate_dead_code(is_impure_node=writes)
     if not refusals:  # a dispatch that no topk leads to
@@ -73,7 +76,9 @@ def _run(program: Program) -> PassResult:
                     "select the experts with torch.topk over scores [N, E]",
                 )
             )
-    return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
+    if not changed:
+        return PassResult(program, 0, tuple(refusals))
+    return PassResult(edit.done(), changed, tuple(refusals), tuple(folded))
 
 
 def _refusal(stuck: Stuck, block: Node) -> Refusal:

@@ -15,7 +15,7 @@ T tokens, V vocabulary, E experts, K selected experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -374,9 +374,10 @@ def pass_checks(
     changed: int,
     samples: Sequence[Sample],
     cache: WeightCache | None = None,
+    folded: Collection[str] = (),
 ) -> list[Check]:
-    """All checks of one rewrite, named `pass: check`."""
-    faults = structure_faults(before, after, changed)
+    """All checks of one rewrite, named `pass: check`. `folded`: see `PassResult`."""
+    faults = structure_faults(before, after, changed, folded)
     checks = []
     if changed or before.digest() != after.digest():
         comparisons = compare_programs(before, after, samples, cache)

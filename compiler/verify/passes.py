@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.compiler.dialect import check_dialect
-from moec.compiler.errors import UserError
-from moec.compiler.pipeline import Pass
+from moec.compiler.errors import CompileError, UserError
+from moec.compiler.pipeline import Pass, PassResult, Refusal, with_reason
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.verify.graphs import Region, Sample, compare_regions, pass_checks
@@ -33,20 +33,31 @@ def verify_passes(
         raise UserError(f"there is no pass {only!r}", remedy=f"name one of {names}")
     progress = progress or Progress(quiet=True)
     checks: list[Check] = []
+    refusals: list[Refusal] = []
     cache = WeightCache()
     figures: dict[str, Any] = {}
     with progress.stage("verify passes", len(passes)) as step:
         for p in passes:
             result = p.run(program)
-            check_dialect(result.program, after=p.name)
+            refusals += result.refusals
+            try:
+                check_dialect(result.program, after=p.name)
+            except CompileError as error:
+                raise with_reason(error, refusals) from None
             if only in (None, p.name):
-                checks += pass_checks(p.name, program, result.program, result.changed, samples, cache)
+                checks += _checks(p, program, result, samples, cache)
             refused = f", {len(result.refusals)} refused" if result.refusals else ""
             figures[p.name] = f"{result.changed} changed{refused}, graph {result.program.digest()}"
             program = result.program
             step(p.name)
     tokens = ", ".join(f"{s.name} {len(s.ids)}" for s in samples)
     return Report("passes", program.info.name, tuple(checks), figures={"tokens": tokens, **figures})
+
+
+def _checks(
+    p: Pass, program: Program, result: PassResult, samples: Sequence[Sample], cache: WeightCache
+) -> list[Check]:
+    return pass_checks(p.name, program, result.program, result.changed, samples, cache, result.folded)
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,7 @@ def bisect_passes(
         for p in passes:
             result = p.run(program)
             ran.append(p.name)
-            failures = tuple(
-                c for c in pass_checks(p.name, program, result.program, result.changed, samples, cache) if not c.passed
-            )
+            failures = tuple(c for c in _checks(p, program, result, samples, cache) if not c.passed)
             if failures:
                 wrong = [r for r in compare_regions(program, result.program, samples[0]) if r.failed]
                 region = wrong[0] if wrong else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -14,15 +14,15 @@ from moec.compiler.verify.rounding import quantized_weights
 _OURS = frozenset(op for op in vars(ops).values() if isinstance(op, torch._ops.OpOverload))
 
 
-def structure_faults(before: Program, after: Program, changed: int) -> list[str]:
-    """What is wrong with a rewrite by its form alone: one line per fault."""
+def structure_faults(before: Program, after: Program, changed: int, folded: Collection[str] = ()) -> list[str]:
+    """What is wrong with a rewrite by its form alone: one line per fault. `folded`: see `PassResult`."""
     faults = []
     if changed and before.digest() == after.digest():
         faults.append(f"it reports {changed} changes, but the graph is the same")
     if not changed and _body(before) != _body(after):
         faults.append("it reports no change, but the graph differs")
     faults += _weight_faults(after)
-    faults += _lost_weights(before, after)
+    faults += _lost_weights(before, after, folded)
     return faults
 
 
@@ -57,13 +57,17 @@ def _weight_faults(program: Program) -> Iterable[str]:
             yield f"{name} is read by {readers[name]} nodes, not by one"
 
 
-def logical_elements(program: Program) -> dict[Role, int]:
-    """Weight elements by role: codes count as the elements they stand for, scales and caches do not count."""
+def logical_elements(program: Program, folded: Collection[str] = ()) -> dict[Role, int]:
+    """Elements of the weights that are read, by role: codes count as what they stand for; scales and caches do not.
+
+    Weights that nobody reads (a vision tower of which the text part was exported) and `folded` ones do not count.
+    """
     counts: dict[Role, int] = {}
+    read = {program.weight_of(n) for n in program.graph.nodes if n.op == "placeholder" and n.users}
     scales = {s for _, s in quantized_weights(program).values()}
     for name, weight in program.weights.items():
         role = program.roles.get(name, Role.OTHER)
-        if name in scales or role in (Role.CACHE, Role.CONSTANT):
+        if name in scales or name in folded or name not in read or role in (Role.CACHE, Role.CONSTANT):
             continue
         packed = 2 if weight.dtype == torch.uint8 else 1
         counts[role] = counts.get(role, 0) + packed * int(np.prod(weight.shape))
@@ -74,11 +78,11 @@ def logical_elements(program: Program) -> dict[Role, int]:
 _GENERAL = (Role.OTHER, Role.FFN)
 
 
-def _lost_weights(before: Program, after: Program) -> Iterable[str]:
+def _lost_weights(before: Program, after: Program, folded: Collection[str]) -> Iterable[str]:
     """Weights may be joined, quantized and recognised, but every element stays. Packed weights no longer show it."""
     if has_target_operators(after):
         return
-    a, b = logical_elements(before), logical_elements(after)
+    a, b = logical_elements(before, folded), logical_elements(after)
     learnt = sum(a.get(r, 0) - b.get(r, 0) for r in _GENERAL)
     found = sum(b.get(r, 0) - a.get(r, 0) for r in {*a, *b} - {*_GENERAL})
     for role in sorted({*a, *b} - {*_GENERAL}):

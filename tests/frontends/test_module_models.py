@@ -11,11 +11,13 @@ import torch
 
 from moec.compiler import build
 from moec.compiler.errors import CheckpointError, CompileError
-from moec.compiler.frontends.module_model import export_module_model, open_exported, open_python
+from moec.compiler.frontends.module_model import ModuleStore, export_module_model, open_exported, open_python
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Role
 from moec.compiler.spec import Spec
+from moec.compiler.verify.structure import structure_faults
+from moec.passes.canonicalize import canonicalize
 from moec.passes.pipelines import fusion
 from tests.frontends import own_models
 
@@ -125,3 +127,13 @@ def test_faults_of_a_file(tmp_path: Path) -> None:
 def test_a_checkpoint_beside_a_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="bring their own weights"):
         build.open_checkpoint(spec({"python": f"{HERE}:cached"}), tmp_path)
+
+
+def test_a_weight_that_nobody_reads_is_no_loss() -> None:
+    module = own_models.cached()
+    module.unused = torch.nn.Linear(5, 3)
+    program = export_module_model(ModuleStore(module, "own", Path()), "own")
+    result = canonicalize().run(program)
+    assert any("unused" in name for name in program.weights)
+    assert not any("unused" in name for name in result.program.weights)
+    assert structure_faults(program, result.program, result.changed) == []

@@ -10,6 +10,7 @@ from moec.compiler.errors import CompileError
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program, module_path
+from moec.compiler.verify.structure import structure_faults
 from moec.passes.flatten_tokens import flatten_tokens
 from moec.passes.fuse_moe import fuse_moe
 from moec.passes.narrow_routing import narrow_routing
@@ -36,6 +37,18 @@ def test_all_are_equal(before: Program, after: Program) -> None:
 def test_fused(after: Program, name: str) -> None:
     fused = [module_path(n) for n in after.graph.nodes if n.target is fused_moe]
     assert sum(f".is_{name}." in f"{path}." for path in fused) == 1
+
+
+def test_no_weight_is_lost(before: Program) -> None:
+    """`moec verify` on every pass: a scale that became part of its experts' weights is said to be."""
+    program = before
+    for rule in fusion():
+        result = run(rule, program)
+        assert structure_faults(program, result.program, result.changed, result.folded) == [], rule.name
+        if result.folded:
+            unsaid = structure_faults(program, result.program, result.changed)
+            assert f"{hand_zoo.E} elements of weights are read no more" in unsaid[0]
+        program = result.program
 
 
 @pytest.mark.parametrize("rule", [flatten_tokens, narrow_routing])
