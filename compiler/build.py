@@ -158,7 +158,9 @@ def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> t
     if isinstance(spec.model, TransformersSource):
         from moec.compiler.frontends.transformers_model import export_transformers
 
-        program = export_transformers(spec.model.transformers, spec.name, weights=weights, max_tokens=max_tokens)
+        program = export_transformers(
+            spec.model.transformers, spec.name, weights=weights, max_tokens=max_tokens, context=spec.model.context
+        )
     elif isinstance(spec.model, (PythonSource, ExportedProgramSource)):
         from moec.compiler.frontends.module_model import export_module_model
 

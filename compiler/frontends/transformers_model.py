@@ -45,7 +45,7 @@ def export_transformers(
     MissingExtra without transformers; CompileError for a model that it cannot build or export.
     """
     config = read_config(folder)
-    length = min(context or _length(config), _length(config))
+    length = _length(config, folder, context)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)
     _settle_frequencies(model, length)
@@ -118,6 +118,11 @@ def _settled(module: Any, kind: str, parameters: Any, length: int) -> str:
         limit = int(getattr(module, "max_seq_len_cached", 0))
     elif kind == "longrope" and isinstance(parameters, dict):
         limit = int(parameters.get("original_max_position_embeddings") or 0)
+        if length > limit:
+            raise CompileError(
+                f"its rotary frequencies change when a text is longer than {limit} positions, the context is {length}",
+                remedy=f"bound it: `model: {{transformers: ..., context: {limit}}}`",
+            )
     return "default" if length <= limit else kind
 
 
@@ -162,14 +167,23 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
-def shapes_of(folder: Path) -> tuple[Any, nn.Module, int]:
+def shapes_of(folder: Path, context: int | None = None) -> tuple[Any, nn.Module, int]:
     """The config of a folder, its module with fake parameters (nothing is allocated), and its context length."""
     config = read_config(folder)
-    return config, _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder), _length(config)
+    model = _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder)
+    return config, model, _length(config, folder, context)
 
 
-def _length(config: Any) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2048)
+def _length(config: Any, folder: Path, context: int | None) -> int:
+    """Positions of the KV cache: `context`, or what the model was trained for. CompileError if that is less."""
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2048)
+    if context is not None and context > longest:
+        raise CompileError(
+            f"a context of {context} is more than the {longest} positions of the model",
+            place=str(folder),
+            remedy=f"set context to at most {longest}",
+        )
+    return context or longest
 
 
 def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:

@@ -21,9 +21,12 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 
 
-def architecture_of_transformers(folder: Path, name: str) -> Architecture:
-    """The account of `folder`/config.json. MissingExtra without transformers; UserError for shapes it cannot read."""
-    config, model, length = shapes_of(folder)
+def architecture_of_transformers(folder: Path, name: str, context: int | None = None) -> Architecture:
+    """The account of `folder`/config.json. MissingExtra without transformers; UserError for shapes it cannot read.
+
+    `context`: positions of the KV cache, default those of the config.
+    """
+    config, model, length = shapes_of(folder, context)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers, width = (_required(text, key, folder) for key in ("num_hidden_layers", "hidden_size"))
     heads = _required(text, "num_attention_heads", folder)

@@ -131,7 +131,7 @@ def architecture_of_spec(spec: Spec) -> Architecture:
     if isinstance(spec.model, TransformersSource):
         from moec.compiler.plan.foreign import architecture_of_transformers  # torch: only for these
 
-        return architecture_of_transformers(Path(spec.model.transformers), spec.name)
+        return architecture_of_transformers(Path(spec.model.transformers), spec.name, spec.model.context)
     raise UserError(
         f"a model of the form `{next(iter(type(spec.model).model_fields))}:` has no config that gives its shapes",
         place=spec.name,

@@ -151,7 +151,9 @@ def _resolved(spec: Spec, folder: Path) -> Spec:
     if spec.checkpoint is not None:
         changes["checkpoint"] = _absolute(spec.checkpoint, folder)
     if isinstance(spec.model, TransformersSource):
-        changes["model"] = TransformersSource(transformers=_absolute(spec.model.transformers, folder))
+        changes["model"] = TransformersSource(
+            transformers=_absolute(spec.model.transformers, folder), context=spec.model.context
+        )
     if isinstance(spec.model, ExportedProgramSource):
         changes["model"] = ExportedProgramSource(exported_program=_absolute(spec.model.exported_program, folder))
     if spec.device is not None and is_device_file(spec.device):

@@ -169,9 +169,13 @@ class DecoderConfig(Section):
 
 
 class TransformersSource(Section):
-    """A model of the transformers library: a folder with config.json (and weights), or a config.json alone."""
+    """A model of the transformers library: a folder with config.json (and weights), or a config.json alone.
+
+    `context`: positions of its KV cache; default: as many as the model was trained for, which may be more than fit.
+    """
 
     transformers: LoosePath
+    context: Tokens | None = None
 
 
 class ExportedProgramSource(Section):

@@ -216,3 +216,20 @@ def test_ends_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
         _eos_ids(text, tmp_path)
+
+
+def test_a_context_bounds_the_cache(tmp_path: Path) -> None:
+    """Of the model's 48 positions 20 are kept; more than 48 there are not; longrope stays as it is up to its 16."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}  # fmt: skip
+    for name, changes in (("plain", {}), ("long", {"rope_parameters": rope})):
+        settings = {**COMMON, **WIDTHS, **SIX, "head_dim": 16, "num_hidden_layers": 1, **changes}
+        transformers.AutoConfig.for_model("qwen3_moe", **settings).save_pretrained(tmp_path / name)
+    program = export_transformers(tmp_path / "plain", "plain", max_tokens=8, context=20)
+    assert program.info.context == 20
+    assert {w.shape[2] for n, w in program.weights.items() if n.startswith("cache_")} == {20}
+    with pytest.raises(CompileError, match="a context of 49 is more than the 48"):
+        export_transformers(tmp_path / "plain", "plain", context=49)
+    with pytest.raises(CompileError, match=r"longer than 16 positions.*context: 16"):
+        export_transformers(tmp_path / "long", "long", context=17)
+    assert export_transformers(tmp_path / "long", "long", max_tokens=8, context=16).info.context == 16
