@@ -310,11 +310,12 @@ def _plus_bias(edit: Editor, total: Node, scores: Node) -> Node | None:
     pair = binary(total, aten.add.Tensor)
     if pair is None:
         return None
+    experts = shape(total)[1]
     for a, b in (pair, pair[::-1]):
         if a is scores and isinstance(b, Node):
             bias = unview(b)
             flat = tuple(s for s in shape(bias) if s != 1)  # one row is the same values
-            if edit.weight_of(bias) is not None and flat == (shape(total)[1],):
+            if edit.weight_of(bias) is not None and flat == (() if experts == 1 else (experts,)):
                 return bias
     return None
 

@@ -107,6 +107,7 @@ MATCHES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unsorted": ({"select": _unsorted}, ["@router"]),
     "one_expert": ({"top_k": 1}, ["@router"]),
     "all_experts": ({"top_k": 5}, ["@router"]),
+    "the_only_expert": ({"experts": 1, "top_k": 1}, ["@router, None, @bias"]),
     "other_router_input": ({"logits": _other_input}, ["@router"]),
     "shared_gate": ({"join": _gated_shared}, ["@shared_gate.weight"]),
 }
