@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 
 from moec.compiler.errors import ArtifactError
 from moec.targets.xnnpack import native
@@ -66,6 +67,26 @@ def test_a_structure_that_points_nowhere(tmp_path: Path, good: bytes) -> None:
     data = bytearray(good)
     data[0:4] = (len(good) // 2).to_bytes(4, "little")  # the root of the flatbuffer
     assert "damaged" in _refused(tmp_path / "model.pte", bytes(data))
+
+
+INSTRUCTIONS = {
+    "operator": lambda call, plan: setattr(call, "op_index", 8199),
+    "operator just outside": lambda call, plan: setattr(call, "op_index", len(plan.operators)),
+    "negative operator": lambda call, plan: setattr(call, "op_index", -1),
+    "value": lambda call, plan: call.args.__setitem__(0, len(plan.values)),
+    "negative value": lambda call, plan: call.args.__setitem__(-1, -(2**31)),
+}
+
+
+@pytest.mark.parametrize("what", INSTRUCTIONS)
+@pytest.mark.parametrize("where", [0, -1])
+def test_instructions_that_name_what_is_not_there(tmp_path: Path, good: bytes, what: str, where: int) -> None:
+    """The flatbuffer is whole, so that ExecuTorch's verifier lets it pass; it would follow the index."""
+    file = deserialize_pte_binary(good)
+    plan = next(p for p in file.program.execution_plan if p.name == "forward")
+    INSTRUCTIONS[what](plan.chains[0].instructions[where].instr_args, plan)
+    reason = _refused(tmp_path / "model.pte", bytes(serialize_pte_binary(file)))
+    assert "damaged: an instruction names " + what.split()[-1 if "negative" in what else 0] in reason
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -30,6 +30,7 @@
 #include "memory.h"
 #include "moec_kernel.h"
 #include "ops_executorch.h"
+#include "program_check.h"
 
 // The wheel ships this class without its header.
 namespace executorch::extension::threadpool {
@@ -317,6 +318,8 @@ bool moec_model::open(int32_t threads) {
   Watch watch;
   const Error code = module->load(executorch::runtime::Program::Verification::InternalConsistency);
   if (code != Error::Ok) return fail("damaged, or written by another version of ExecuTorch", code, watch);
+  const std::string fault = program_fault(path);
+  if (!fault.empty()) return fail("damaged: " + fault);
   const auto present = module->method_names();
   if (!present.ok()) return fail("no list of methods", present.error(), watch);
   if (!present->count("forward")) return fail("there is no method named forward");
