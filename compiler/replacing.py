@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moec.compiler.errors import UserError
 
-_TEMPORARY = ".moec-part-"
+_TEMPORARY, _ASIDE = ".moec-part-", "-old"
 
 
 @contextmanager
@@ -78,12 +78,18 @@ def _disk_faults(out: Path) -> Iterator[None]:
 
 
 def _remove_stale(out: Path) -> None:
-    """Remove what a killed compile left beside `out`; a living one keeps its folder."""
+    """Remove what a killed compile left beside `out`; a living one keeps its folder.
+
+    One that was killed while it put its folder in place has left the good one aside, and that comes back.
+    """
     for folder in out.parent.glob(f".{_glob_escaped(out.name)}{_TEMPORARY}*"):
-        pid = folder.name.rpartition("-")[2]
+        pid = folder.name.removesuffix(_ASIDE).rpartition("-")[2]
         if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
             continue
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name.endswith(_ASIDE) and not out.exists():
+            os.rename(folder, out)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _glob_escaped(name: str) -> str:
@@ -114,12 +120,13 @@ def _put_in_place(new: Path, out: Path) -> None:
         return
     if _exchange(new, out):
         return  # the old artifact now bears the temporary name, and is removed with it
-    old = new.with_name(new.name + "-old")
-    os.rename(out, old)
+    old = new.with_name(new.name + _ASIDE)
     try:
+        os.rename(out, old)
         os.rename(new, out)
     except BaseException:
-        os.rename(old, out)
+        if not out.exists():
+            os.rename(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -186,6 +186,37 @@ def test_the_old_artifact_survives_a_failed_rename(good: Path, monkeypatch: pyte
     assert Artifact.open(good).bytes == 140_000
 
 
+@pytest.mark.parametrize("stop", ["before", "after"])
+def test_the_old_artifact_survives_ctrl_c_between_the_renames(
+    good: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    monkeypatch.setattr(replacing, "_exchange", lambda a, b: False)
+    real, calls = os.rename, []
+
+    def rename(a: Path, b: Path) -> None:
+        calls.append(b)
+        if len(calls) == 1 and stop == "before":
+            raise KeyboardInterrupt
+        real(a, b)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), replacing.replacing(good) as folder:
+        write(folder, b"second")
+    assert Artifact.open(good).bytes == 140_000
+    assert not leftovers(good)
+
+
+def test_what_a_killed_compile_put_aside_comes_back(good: Path) -> None:
+    """Killed between the two renames: the good artifact bears a temporary name, and the next compile fails."""
+    good.rename(good.with_name(f".{good.name}.moec-part-{2**22 + 1}-old"))  # beyond the largest pid
+    with pytest.raises(RuntimeError), replacing.replacing(good):
+        raise RuntimeError("fails")
+    assert Artifact.open(good).bytes == 140_000
+    assert not leftovers(good)
+
+
 def test_a_full_disk_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="free some space"), new_artifact(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -25,7 +25,7 @@ from moec.compiler.model import weight_layout
 from moec.compiler.model.simulate import Reference
 from moec.compiler.quant import QuantizedTensor, quantize_weight, unpack_int4
 from moec.compiler.spec.loader import load_spec, parse_spec
-from moec.compiler.spec.model import Spec
+from moec.compiler.spec.model import DecoderConfig, Spec
 
 SPARSE = {
     "architecture": "mobilemoe", "layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
@@ -285,9 +285,17 @@ def test_damaged_config(tmp_path: Path, text: bytes) -> None:
 def test_config_that_is_not_supported(tmp_path: Path) -> None:
     folder = make(tmp_path / "c")
     scaling = {"rope_type": "yarn", "factor": 4.0}
-    edit_config(folder, attention_bias=True, no_rope_layers=[1, 0], rope_scaling=scaling, hidden_size="64")
+    edit_config(
+        folder, attention_bias=True, no_rope_layers=[1, 0], rope_scaling=scaling, hidden_size="64", hidden_act="gelu"
+    )
     lines = refusal(folder).splitlines()
-    for wanted in ("attention_bias: True", "no_rope_layers: [1, 0]", "rope_type 'yarn'", "hidden_size: expected int"):
+    for wanted in (
+        "attention_bias: True",
+        "hidden_act: 'gelu'",
+        "no_rope_layers: [1, 0]",
+        "rope_type 'yarn'",
+        "hidden_size: expected int",
+    ):
         assert any(wanted in line for line in lines), wanted
 
 
@@ -463,3 +471,16 @@ def test_inspect_of_rubbish(tmp_path: Path) -> None:
     assert found.tokenizer is not None
     assert found.tokenizer.vocab_size is None
     json.dumps(found.to_json())
+
+
+def test_spec_takes_special_tokens_from_where_transformers_keeps_them(tmp_path: Path) -> None:
+    """A released config.json need not name them; without a stop token `moec run` would not stop."""
+    folder = make(tmp_path / "c")
+    edit_config(folder, eos_token_id=None, bos_token_id=5)
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 3]}))
+    model = parse_spec(checkpoints.spec_from_config(folder)).model
+    assert isinstance(model, DecoderConfig)
+    assert (model.bos_id, model.eos_ids) == (5, (2, 3))
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: no valid JSON"):
+        checkpoints.spec_from_config(folder)

@@ -249,6 +249,7 @@ def _fields(reader: _Reader) -> dict[str, Any]:
         "eos_ids": _eos_ids(raw.get("eos_token_id")),
     }
     reader.expect("attention_bias", False, False)
+    reader.expect("hidden_act", "silu", "silu")
     if isinstance(layers, int) and 0 < layers <= 1024:
         reader.expect("no_rope_layers", [1] * layers, [1] * layers)
     if architecture == "mobilemoe":

@@ -13,6 +13,8 @@ from moec.compiler.checkpoints.store import CONFIG
 from moec.compiler.errors import CheckpointError
 from moec.compiler.spec.model import DecoderConfig
 
+GENERATION = "generation_config.json"
+
 
 def spec_from_config(folder: str | Path) -> str:
     """YAML text of a spec for the checkpoint in `folder`: its model, and INT4 weights on the axes that it stores.
@@ -24,6 +26,7 @@ def spec_from_config(folder: str | Path) -> str:
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
     raw = read_json(file)
+    raw |= {key: token for key, token in _special_tokens(folder).items() if raw.get(key) is None}
     config, packed = config_from_json(raw, file), is_packed(raw, file)
     spec: dict[str, Any] = {
         "name": _name(folder),
@@ -34,6 +37,13 @@ def spec_from_config(folder: str | Path) -> str:
     }
     about = "packed INT4 codes are carried through unchanged" if packed else "float weights are quantized when compiled"
     return f"# From {CONFIG} of {folder.resolve().name}; {about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
+
+
+def _special_tokens(folder: Path) -> dict[str, Any]:
+    """First and last tokens of a text from generation_config.json, where transformers keeps them too."""
+    file = folder / GENERATION
+    raw = read_json(file) if file.is_file() else {}
+    return {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}
 
 
 def _name(folder: Path) -> str:
