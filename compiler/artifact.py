@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moec.compiler.errors import ArtifactError
 from moec.compiler.replacing import replacing
+from moec.compiler.spec.targets import TargetOptions, options_class
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -93,6 +95,13 @@ class Manifest(_Record):
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
 
+    def section(self, *names: str) -> Mapping[str, Any]:
+        """A mapping inside `spec`, such as ("model", "moe"); empty where there is none."""
+        found: Any = self.spec
+        for name in names:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
 
 class Artifact:
     """An artifact folder whose manifest was read and whose files have the right length and head."""
@@ -109,6 +118,17 @@ class Artifact:
         if all(f.name != name for f in self.manifest.files):
             raise ArtifactError(f"the manifest lists no {name}", place=str(self.folder), remedy=_REMEDY)
         return self.folder / name
+
+    def options(self) -> TargetOptions:
+        """The options that its spec gave its target; ArtifactError if they are damaged."""
+        target = self.manifest.target
+        try:
+            return options_class(target).model_validate(self.manifest.section("targets").get(target) or {})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in ("spec", "targets", target, *first["loc"]))
+            place = str(self.folder / MANIFEST)
+            raise ArtifactError(f"damaged: {where}: {first['msg']}", place=place, remedy=_REMEDY) from error
 
     @property
     def bytes(self) -> int:

@@ -39,10 +39,11 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens from logits, float32 [V]."""
+    """Draws tokens from logits, float32 [V]. `place` names the artifact in messages."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, place: str | None = None) -> None:
         self._sampling = sampling
+        self._place = place
         self._random = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits_V: np.ndarray) -> int:
@@ -50,7 +51,8 @@ class Sampler:
         logits_V = np.asarray(logits_V, dtype=np.float64).reshape(-1)
         top = logits_V.max(initial=-np.inf)
         if not np.isfinite(top):
-            raise ArtifactError("the logits are not finite", remedy="check the artifact with `moec verify`")
+            remedy = "check the artifact with `moec verify`"
+            raise ArtifactError("the logits are not finite", place=self._place, remedy=remedy)
         if self._sampling.temperature == 0.0:
             return int(logits_V.argmax())
         weights_V = np.exp((logits_V - top) / self._sampling.temperature)
@@ -130,13 +132,14 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
     stats: Stats = field(default_factory=Stats)
+    place: str | None = None  # the artifact, for messages
 
     def __iter__(self) -> Iterator[int]:
         if not len(self.prompt):
             raise RunError("the prompt has no tokens", remedy="give --prompt some text")
         if self.max_new_tokens < 0:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
-        sampler = Sampler(self.sampling)
+        sampler = Sampler(self.sampling, self.place)
         started = time.perf_counter()
         logits = self.session.prefill(list(self.prompt), logits="last")
         self.stats.prompt_tokens = len(self.prompt)

@@ -23,6 +23,7 @@ from moec.compiler.artifact import (
     write_manifest,
 )
 from moec.compiler.errors import ArtifactError, UserError
+from moec.compiler.spec.targets import options_class
 
 
 def write(folder: Path, content: bytes = b"program" * 20_000) -> None:
@@ -202,7 +203,7 @@ def test_the_old_artifact_survives_ctrl_c_between_the_renames(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(KeyboardInterrupt), replacing.replacing(good) as folder:
+    with pytest.raises(KeyboardInterrupt), new_artifact(good) as folder:
         write(folder, b"second")
     assert Artifact.open(good).bytes == 140_000
     assert not leftovers(good)
@@ -211,7 +212,7 @@ def test_the_old_artifact_survives_ctrl_c_between_the_renames(
 def test_what_a_killed_compile_put_aside_comes_back(good: Path) -> None:
     """Killed between the two renames: the good artifact bears a temporary name, and the next compile fails."""
     good.rename(good.with_name(f".{good.name}.moec-part-{2**22 + 1}-old"))  # beyond the largest pid
-    with pytest.raises(RuntimeError), replacing.replacing(good):
+    with pytest.raises(RuntimeError), new_artifact(good):
         raise RuntimeError("fails")
     assert Artifact.open(good).bytes == 140_000
     assert not leftovers(good)
@@ -258,3 +259,23 @@ def test_what_a_killed_compile_left_is_removed(good: Path) -> None:
     with new_artifact(good) as folder:
         write(folder, b"second")
     assert not leftovers(good)
+
+
+@pytest.mark.parametrize("options", [{"threads": "two"}, {"threads": 2**31}, 5, [1], {"thread": 1}])
+def test_damaged_options_of_the_target_are_named(good: Path, options: object) -> None:
+    edit(lambda m: m.update(spec={"targets": {"xnnpack": options}}))(good)
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST}: damaged: spec\.targets\.xnnpack.*compile it") as caught:
+        Artifact.open(good).options()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [{}, {"targets": []}, {"targets": {"onnx": {}}}, {"targets": {"xnnpack": None}}])
+def test_a_target_without_options_has_its_defaults(good: Path, spec: dict) -> None:
+    edit(lambda m: m.update(spec=spec))(good)
+    assert Artifact.open(good).options() == options_class("xnnpack")()
+
+
+def test_a_section_of_the_spec_is_a_mapping_whatever_is_there(good: Path) -> None:
+    for spec, found in (({"model": {"moe": {"experts": 3}}}, {"experts": 3}), ({"model": "x"}, {}), ({}, {})):
+        edit(lambda m, spec=spec: m.update(spec=spec))(good)
+        assert Artifact.open(good).manifest.section("model", "moe") == found

@@ -116,8 +116,8 @@ def test_extreme_logits_do_not_overflow() -> None:
     logits = np.array([1e30, -1e30, -np.inf], np.float32)
     assert Sampler(Sampling(temperature=1e-3, seed=0))(logits) == 0
     for bad in ([np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf], []):
-        with pytest.raises(ArtifactError, match="not finite"):
-            Sampler(Sampling())(np.array(bad))
+        with pytest.raises(ArtifactError, match=r"^build/a: the logits are not finite"):
+            Sampler(Sampling(), "build/a")(np.array(bad))
 
 
 @pytest.mark.parametrize(

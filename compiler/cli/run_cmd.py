@@ -54,7 +54,8 @@ def run_artifact(
 
     session = build.load(opened)
     try:
-        generation = Generation(session, prompt_ids, max_new_tokens, sampling, frozenset(model.eos_ids))
+        stops = frozenset(model.eos_ids)
+        generation = Generation(session, prompt_ids, max_new_tokens, sampling, stops, place=str(opened.folder))
         new_ids, new_text = _stream(generation, stream, show=not as_json)
     finally:
         session.close()

@@ -163,8 +163,9 @@ def _ratios(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _experts(manifest: Manifest, measured: Sequence[Measured]) -> dict[str, Any] | None:
     """Utilisation by stream, prefill and decode together; None for a model without experts."""
-    known = ((manifest.spec.get("model") or {}).get("moe") or {}).get("experts")
-    width = known or max((len(row) for m in measured for row in m.answers[0]["prefill_counts"]), default=0)
+    width = manifest.section("model", "moe").get("experts")
+    if not isinstance(width, int):
+        width = max((len(row) for m in measured for row in m.answers[0]["prefill_counts"]), default=0)
     counts = {
         m.stream.name: counts_array(m.answers[0]["prefill_counts"], width)
         + counts_array(m.answers[0]["decode_counts"] or [[]] * len(m.answers[0]["prefill_counts"]), width)

@@ -134,9 +134,10 @@ def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan |
     if not isinstance(planned, str):
         a = planned.model.architecture
         tiles.append(("parameters", _count(a.total_parameters), f"{_count(a.active_parameters)} active"))
-    moe = (manifest.spec.get("model") or {}).get("moe") or {}
+    moe = manifest.section("model", "moe")
     if manifest.model.moe_layers:
-        detail = f"{moe['experts']} experts, {moe['top_k']} a token" if moe.get("experts") else "routed experts"
+        known = {"experts", "top_k"} <= set(moe)
+        detail = f"{moe['experts']} experts, {moe['top_k']} a token" if known else "routed experts"
         tiles.append(("MoE layers", str(len(manifest.model.moe_layers)), detail))
     tiles.append(("context", f"{manifest.model.context:,}", "tokens"))
     verified = evidence["verify"].data

@@ -40,14 +40,13 @@ class OnnxTarget:
             require(package, "onnx", "running an ONNX artifact")
         from moec.targets.onnx.session import OnnxSession
 
-        options = manifest.spec.get("targets", {}).get(self.name) or {}
         return OnnxSession(
             artifact.path("model.onnx"),
             vocab_size=manifest.model.vocab_size,
             context=manifest.model.context,
             max_tokens=manifest.model.max_tokens,
             details=manifest.details,
-            threads=options.get("threads"),
+            threads=own_options(artifact.options(), Options).threads,
         )
 
 

@@ -48,11 +48,9 @@ class XnnpackTarget:
     def _session(self, artifact: Artifact, *, float_activations: bool) -> Session:
         from moec.targets.xnnpack.session import CpuSession
 
-        manifest = own_manifest(artifact, self.name)
-        options = manifest.spec.get("targets", {}).get(self.name) or {}
-        return CpuSession(
-            artifact.path("model.pte"), threads=options.get("threads"), float_activations=float_activations
-        )
+        own_manifest(artifact, self.name)
+        threads = own_options(artifact.options(), Options).threads
+        return CpuSession(artifact.path("model.pte"), threads=threads, float_activations=float_activations)
 
 
 register("xnnpack", XnnpackTarget)
