@@ -61,14 +61,14 @@ def _show(f: Fit) -> None:
         low, high = f.intervals.get(name, (None, None))
         interval = "" if low is None else f"{low:.4f} to {high:.4f}"
         rows.append((name, f"{getattr(law, name):.4f}", interval, f"{getattr(PUBLISHED, name):.4f}"))
-    title = f"{f.runs} runs, RMSE {law.rmse:.5f}, {f.bootstrap} resamples"
+    title = f"{f.runs} runs, RMSE {law.rmse:.5f}, {f.explained:.1%} of the variance, {f.bootstrap} resamples"
     table(title, ["coefficient", "fit", "95%", "published"], rows, right=[1, 2, 3])
     n, d = f.at
     loss = law.loss(n, d, f.best_experts)
-    low, high = f.intervals.get("loss at the middle", (loss, loss))
+    low, high = f.intervals.get("loss at the middle", (None, None))
+    interval = "" if low is None else f" ({low:.4f} to {high:.4f})"
     agreed = f", in {f.best_experts_share:.0%} of the resamples" if f.bootstrap else ""
-    print(f"\nat {n:g} B active, {d:g} B tokens: least loss {loss:.4f} ({low:.4f} to {high:.4f})", end="")
-    print(f" with E = {f.best_experts}{agreed}")
+    print(f"\nat {n:g} B active, {d:g} B tokens: least loss {loss:.4f}{interval} with E = {f.best_experts}{agreed}")
     print(
         f"fitted from {law.parameters.low:g} to {law.parameters.high:g} B active parameters, {law.tokens.low:g} to "
         f"{law.tokens.high:g} B tokens, {law.experts.low:g} to {law.experts.high:g} experts"

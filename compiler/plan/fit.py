@@ -1,7 +1,8 @@
 """`moec fit`: the scaling law of scaling_law.py fitted to a user's own runs, with bootstrap intervals.
 
-Least squares over the nine coefficients (scipy's trust region, from several starts; A and B are kept positive). Runs
-are resampled with replacement for the intervals; a resample that no longer determines the coefficients is drawn again.
+Least squares over the nine coefficients (scipy's trust region, from several starts). A, B and c are kept positive: no
+loss is below zero however large a model is. Runs are resampled with replacement for the intervals; a resample that no
+longer determines the coefficients is drawn again.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ from moec.compiler.spec.strict import suggestion
 COLUMNS = ("active_parameters", "tokens", "experts", "loss")
 LEAST_RUNS = 12  # nine coefficients, and something left to judge the fit by
 LEAST_SIZES, LEAST_TOKENS, LEAST_EXPERTS = 3, 3, 2  # a power law with a constant needs three points of each axis
+LEAST_EXPLAINED = 0.5  # of the losses' variance: below it the law says less of a run than it leaves open
 _MOST_ROWS = 100_000
+_LEAST_COUNT = 1e4  # fewer parameters or tokens are no training run: they are written in millions or billions
+_LOGARITHMS = tuple(COEFFICIENTS.index(name) for name in ("A", "B", "c"))
 Runs = np.ndarray  # float64 [runs, 4] in the order of COLUMNS, the first two in billions
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The law, and for each coefficient (and the loss and best E at the middle of the runs) its 95% interval."""
+    """The law, and for each coefficient (and the loss and best E at the middle of the runs) its 95% interval.
+
+    explained: the share of the losses' variance that the law gives back.
+    """
 
     law: Law
     runs: int
+    explained: float
     bootstrap: int
     intervals: dict[str, tuple[float, float]]
     at: tuple[float, float]  # the middle: billions of parameters, billions of tokens
@@ -85,10 +93,17 @@ def _number(text: Any, column: str, place: str) -> float:
         ) from None
     least = 1.0 if column == "experts" else 0.0
     if not math.isfinite(value) or value < least or (value == 0.0 and least == 0.0):
+        diverged = column == "loss" and not math.isfinite(value)
         raise UserError(
             f"{column} is {value:g}, expected a finite number {'from 1 up' if least else 'above 0'}",
             place=place,
-            remedy="a run that diverged tells nothing of the law: remove it",
+            remedy="a run that diverged tells nothing of the law: remove it" if diverged else "mend or remove the run",
+        )
+    if column in ("active_parameters", "tokens") and value < _LEAST_COUNT:
+        raise UserError(
+            f"{column} is {value:g}: it is counted in ones, not in millions or billions",
+            place=place,
+            remedy="write 0.3 billion as 0.3e9",
         )
     return value
 
@@ -119,11 +134,21 @@ def check_fittable(runs: Runs, place: str) -> None:
 
 
 def fit(runs: Runs, *, bootstrap: int = 0, seed: int = 0, source: str = "moec fit") -> Fit:
-    """Fit the law to checked runs. MissingExtra without scipy; UserError when no start converges to finite numbers."""
+    """Fit the law to checked runs. MissingExtra without scipy; UserError when no start converges to finite numbers,
+    and when the law that comes closest leaves more of the losses open than it explains.
+    """
     best = _solve(runs, _starts(runs, seed))
     if best is None:
         raise UserError("no fit converged", place=source, remedy="check the runs: losses must follow some trend")
     law = _law(best, runs, source)
+    explained = 1.0 - law.rmse**2 / float(np.var(runs[:, 3]))
+    if explained < LEAST_EXPLAINED:
+        raise UserError(
+            f"these runs do not follow the law: it explains {max(explained, 0.0):.0%} of the variance of their losses "
+            f"(an error of {law.rmse:.3g} in a spread of {float(np.std(runs[:, 3])):.3g})",
+            place=source,
+            remedy="give final losses of runs that differ in parameters, tokens and experts alone",
+        )
     middle = float(np.median(runs[:, 0])), float(np.median(runs[:, 1]))
     choices = sorted({int(e) for e in np.unique(runs[:, 2])})
     samples = list(_resamples(runs, bootstrap, seed, best))
@@ -135,7 +160,7 @@ def fit(runs: Runs, *, bootstrap: int = 0, seed: int = 0, source: str = "moec fi
         for name in COEFFICIENTS:
             intervals[name] = _interval([getattr(other, name) for other in laws])
         intervals["loss at the middle"] = _interval([other.loss(*middle, chosen) for other in laws])
-    return Fit(law, len(runs), len(laws), intervals, middle, chosen, agreed / len(laws) if laws else 1.0)
+    return Fit(law, len(runs), explained, len(laws), intervals, middle, chosen, agreed / len(laws) if laws else 1.0)
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -155,31 +180,29 @@ def _law(theta: np.ndarray, runs: Runs, source: str) -> Law:
 
 
 def _natural(theta: np.ndarray) -> list[float]:
-    """A and B are fitted as logarithms."""
-    values = [float(t) for t in theta]
-    values[0], values[4] = math.exp(values[0]), math.exp(values[4])
-    return values
+    return [math.exp(t) if i in _LOGARITHMS else float(t) for i, t in enumerate(theta)]
 
 
 def _residuals(theta: np.ndarray, runs: Runs) -> np.ndarray:
-    log_a, delta, alpha, gamma, log_b, omega, beta, zeta, c = theta
+    log_a, delta, alpha, gamma, log_b, omega, beta, zeta, log_c = theta
     n, d, experts, loss = runs.T
     effective = 1.0 / (1.0 / (experts - 1.0 + 1.0 / (1.0 / E_START - 1.0 / E_MAX)) + 1.0 / E_MAX)
     log_e, log_n, log_d = np.log(effective), np.log(n), np.log(d)
     capacity = np.exp(np.clip(log_a + delta * log_e + (alpha + gamma * log_e) * log_n, -60, 60))
     data = np.exp(np.clip(log_b + omega * log_e + (beta + zeta * log_e) * log_d, -60, 60))
-    return capacity + data + c - loss
+    return capacity + data + np.exp(np.clip(log_c, -60, 60)) - loss
 
 
 def _starts(runs: Runs, seed: int) -> list[np.ndarray]:
     """The published law shifted to the runs' level, and others around it."""
     published = np.array([getattr(PUBLISHED, name) for name in COEFFICIENTS])
-    published[0], published[4] = math.log(published[0]), math.log(published[4])
+    for index in _LOGARITHMS:
+        published[index] = math.log(published[index])
     rng = np.random.default_rng(seed)
     starts = [published]
     for _ in range(7):
         other = published * rng.uniform(0.3, 1.7, published.size)
-        other[8] = runs[:, 3].min() * rng.uniform(0.5, 0.98)
+        other[8] = math.log(runs[:, 3].min() * rng.uniform(0.5, 0.98))
         starts.append(other)
     return starts
 

@@ -100,6 +100,8 @@ def test_fit_command(moec: Moec, tmp_path: Path) -> None:
         (lambda r: [[*r[0][:2], 0.5, 2.3], *r[1:]], r":2: experts is 0\.5, expected a finite number from 1 up"),
         (lambda r: [[*r[0][:2], "eight", 2.3], *r[1:]], r":2: experts is 'eight', expected a number"),
         (lambda r: [r[0][:2], *r[1:]], r":2: experts is nothing, expected a number"),
+        (lambda r: [[0.3, *r[0][1:]], *r[1:]], r":2: active_parameters is 0\.3: it is counted in ones.*0\.3e9"),
+        (lambda r: [[r[0][0], 500, *r[0][2:]], *r[1:]], r":2: tokens is 500: it is counted in ones"),
     ],
 )
 def test_runs_that_cannot_be_fitted(tmp_path: Path, change: Callable[[list], list], message: str) -> None:
@@ -109,6 +111,27 @@ def test_runs_that_cannot_be_fitted(tmp_path: Path, change: Callable[[list], lis
         read_runs(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_losses_that_follow_no_law_give_none(moec: Moec, tmp_path: Path) -> None:
+    """Losses by lot: nine coefficients cannot explain half of the variance of ninety of them."""
+    table = runs()
+    table[:, 3] = np.random.default_rng(0).uniform(1.0, 5.0, len(table))
+    file, out = tmp_path / "runs.csv", tmp_path / "law.json"
+    file.write_text(text_of(rows_of(table)))
+    status, printed, err = moec("fit", file, "--out", out)
+    assert (status, printed, err.count("\n")) == (2, "", 1)
+    assert "do not follow the law" in err
+    assert not out.exists()
+
+
+def test_no_loss_below_zero() -> None:
+    """Few noisy runs leave c open; every resample's law must be one that losses can have."""
+    table = runs(0.0076, seed=1)
+    found = fit(table, bootstrap=30)
+    assert 0.9 < found.explained < 1
+    low, high = found.intervals["c"]
+    assert 0 <= low <= PUBLISHED.c <= high < table[:, 3].min()
 
 
 @pytest.mark.parametrize(
