@@ -64,6 +64,7 @@ def plan_facts(p: Plan) -> dict[str, Any]:
             for r in p.roles
         ],
         "memory": _memory_facts(p.peak),
+        "memory_of_mapped_file": p.mapped,
         "memory_by_context": [_memory_facts(m) for m in p.by_context],
         "expert_bytes_touched_by_512_uniform_tokens": p.touched_512,
         "sizes_checked_with": p.model.footprint.checked,
@@ -158,13 +159,18 @@ def _show_verdict(p: Plan) -> None:
 
     assert p.device is not None
     budget = size(p.device.budget)
+    mapped = p.mapped
+    if mapped:
+        print(
+            f"\nof {size(p.peak.peak)}, {size(mapped)} are pages of the file, which the system can drop and read again "
+            f"when memory is short; {size(p.peak.peak - mapped)} are not"
+        )
     if p.fits:
         print(f"\nfits: {size(p.peak.peak)} of the {budget} that {p.device.name} gives an app")
         return
     longest = f"the longest context that fits is {p.longest}" if p.longest else "no context fits"
     print(f"\ndoes not fit: {size(p.peak.peak)}, {p.device.name} gives an app {budget}; {longest}")
-    rows = [
-        (a.change, size(a.saves), size(a.peak), "yes" if a.fits else "no", "trained anew" if a.retrain else "")
-        for a in p.advice
-    ]
-    table("\nWhat to change", ["change", "saves", "peak", "fits", ""], rows, right=[1, 2])
+    rows = [(a.change, size(a.saves), size(a.peak), "yes" if a.fits else "no", a.weights) for a in p.advice]
+    table("\nWhat to change", ["change", "saves", "peak", "fits", "weights"], rows, right=[1, 2])
+    if not any(a.fits for a in p.advice):
+        print(f"\nno single change is enough: `moec search --device {p.device.name}` finds shapes that fit")

@@ -45,16 +45,33 @@ class Weight:
 
 @dataclass(frozen=True)
 class Cache:
-    """One layer's keys and values: `kv_heads` rows of both widths a position; `window` 0 means all positions."""
+    """One layer's keys and values: `kv_heads` rows of both widths a position; `window` 0 means all positions.
+
+    `whole`: attention that is not one kernel keeps FP32 rows and goes over all of so many positions in every call,
+    masked or not; 0: one kernel, which reads those seen. `head_width`: of a query head's key and value together where
+    heads are made from the stored row (latent attention), which then happens to the whole cache; 0: as stored.
+    """
 
     kv_heads: int
     key_width: int
     value_width: int
     window: int = 0
+    whole: int = 0
+    head_width: int = 0
 
     def seen(self, position: int) -> int:
         """Positions that a token at `position` (from 0) attends to, itself included."""
+        if self.whole:
+            return self.whole
         return min(position + 1, self.window) if self.window else position + 1
+
+    def macs(self, heads: int, position: int) -> int:
+        """Multiply-accumulates of `heads` query heads of the token at `position`: scores and weighted values."""
+        return heads * (self.head_width or self.key_width + self.value_width) * self.seen(position)
+
+    def call_macs(self, heads: int) -> int:
+        """Multiply-accumulates of one call, whatever its tokens: heads made from the stored rows."""
+        return self.whole * self.key_width * heads * max(self.head_width - self.value_width, 0)
 
 
 @dataclass(frozen=True)
@@ -106,18 +123,24 @@ class Architecture:
 
     def attention_macs(self, position: int) -> int:
         """Multiply-accumulates of scores and weighted values of the token at `position` (from 0), all layers."""
-        return sum(self.heads * (c.key_width + c.value_width) * c.seen(position) for c in self.caches)
+        return sum(c.macs(self.heads, position) for c in self.caches)
 
     def flops(self, position: int) -> int:
-        """Multiplies and adds of one token at `position`: every product of its weights, and attention."""
+        """Multiplies and adds of a call of the token at `position`: every product of its weights, and attention."""
         head = self.vocab_size * self.d_model if self.tied else 0
-        return 2 * (sum(w.macs for w in self.weights) + head + self.attention_macs(position))
+        return 2 * (sum(w.macs for w in self.weights) + head + self.attention_macs(position) + self.call_macs)
+
+    @property
+    def call_macs(self) -> int:
+        """Multiply-accumulates that every call has, whatever its tokens."""
+        return sum(c.call_macs(self.heads) for c in self.caches)
 
     def prefill_flops(self, tokens: int) -> int:
-        """Of a prompt of `tokens` tokens; the head is computed once, for the last."""
+        """Of a prompt of `tokens` tokens in one call; the head is computed once, for the last."""
         head = self.vocab_size * self.d_model
         body = sum(w.macs for w in self.weights) - (0 if self.tied else head)
-        return 2 * (tokens * body + head + sum(self.attention_macs(p) for p in range(tokens)))
+        attention = sum(self.attention_macs(p) for p in range(tokens)) + self.call_macs
+        return 2 * (tokens * body + head + attention)
 
 
 def architecture_of(config: DecoderConfig, name: str) -> Architecture:

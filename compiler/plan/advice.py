@@ -16,13 +16,25 @@ _ROLES = ("embedding", "head", "experts", "shared", "attention", "ffn")
 
 @dataclass(frozen=True)
 class Advice:
-    """One change: the peak after it, what it saves, whether the model then fits, whether it must be trained anew."""
+    """One change: the peak after it, what it saves, whether the model then fits, and which weights it takes.
+
+    requantize: codes that a checkpoint carries cannot be kept, so it needs one in floating point. retrain: no weights
+    of the old shape will do.
+    """
 
     change: str
     peak: int
     saves: int
     fits: bool
+    requantize: bool
     retrain: bool
+
+    @property
+    def weights(self) -> str:
+        """Which weights the changed model takes, for people."""
+        if self.retrain:
+            return "trained anew"
+        return "quantized anew, from a checkpoint in floating point" if self.requantize else "the same"
 
 
 def advise(spec: Spec, model: Model, budget: int, context: int) -> list[Advice]:
@@ -31,7 +43,8 @@ def advise(spec: Spec, model: Model, budget: int, context: int) -> list[Advice]:
 
     def judged(change: str, other: Model, positions: int, retrain: bool) -> Advice:
         peak = memory(other, positions).peak
-        return Advice(change, peak, now - peak, peak <= budget, retrain)
+        requantize = not retrain and _stored(other.quantization) != _stored(model.quantization)
+        return Advice(change, peak, now - peak, peak <= budget, requantize, retrain)
 
     found = [judged(*proposal) for proposal in _proposals(spec, model, budget, context)]
     # a change that another one contains is named once: the first of equal peaks
@@ -62,6 +75,11 @@ def _proposals(spec: Spec, model: Model, budget: int, context: int) -> Iterator[
     if isinstance(spec.model, DecoderConfig):
         for change, config in _smaller_models(spec.model):
             yield change, replace(model, architecture=architecture_of(config, spec.name)), context, True
+
+
+def _stored(q: Quantization | None) -> Quantization | None:
+    """What of a quantization the weights' codes depend on."""
+    return None if q is None else q.model_copy(update={"kv_cache": "int8"})
 
 
 def _smaller(q: Quantization) -> Iterator[tuple[str, Quantization]]:

@@ -12,10 +12,11 @@ from moec.compiler.spec.quantization import WeightScheme
 
 
 class Footprint(Protocol):
-    """`checked` says what its sizes were compared with, for people."""
+    """`checked` says what its sizes were compared with, for people; `mapped`: stored weights are used in the file."""
 
     target: str
     checked: str
+    mapped: bool
 
     def weight_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         """Stored bytes of all `weight.count` matrices; `scheme` None is a float weight."""

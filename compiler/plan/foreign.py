@@ -50,7 +50,7 @@ def architecture_of_transformers(folder: Path, name: str, context: int | None = 
         context=length,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         weights=tuple(weights),
-        caches=tuple(_caches(text, layers, heads, width)),
+        caches=tuple(_caches(text, layers, heads, width, length, _is_eager(model))),
         experts=None
         if down is None
         else Experts(
@@ -110,12 +110,35 @@ def _role(name: str, shape: tuple[int, ...], experts: int | None) -> str:
     return "ffn" if len(shape) == 2 else "norm"
 
 
-def _caches(config: Any, layers: int, heads: int, width: int) -> Iterator[Cache]:
-    """Keys and values as the exported program caches them: expanded, also for latent attention."""
+def _caches(config: Any, layers: int, heads: int, width: int, length: int, eager: bool) -> Iterator[Cache]:
+    """Keys and values as the exported program caches them, and whether attention over them becomes one kernel.
+
+    It does not where heads are expanded from a latent row (DeepSeek: cached is the latent and the rotated key of all
+    heads), nor in the eager form that models with attention sinks have.
+    """
     if getattr(config, "kv_lora_rank", None):
-        key = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
-        yield from (Cache(heads, key, int(config.v_head_dim)) for _ in range(layers))
+        rope, nope, value = (int(getattr(config, k)) for k in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+        latent = Cache(1, int(config.kv_lora_rank), rope, whole=length, head_width=nope + rope + value)
+        yield from (latent for _ in range(layers))
         return
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
     head = int(getattr(config, "head_dim", None) or width // heads)
-    yield from (Cache(kv, head, head) for _ in range(layers))
+    if eager:
+        yield from (Cache(kv, head, head, whole=length) for _ in range(layers))
+        return
+    yield from (Cache(kv, head, head, _window(config, layer)) for layer in range(layers))
+
+
+def _is_eager(model: Any) -> bool:
+    """Whether transformers chose the form without a fused attention: it has nothing else for attention sinks."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return getattr(config, "_attn_implementation", None) == "eager"
+
+
+def _window(config: Any, layer: int) -> int:
+    """Positions that a layer attends to, 0 for all: by its type, or one window for all layers."""
+    size = getattr(config, "sliding_window", None)
+    if not isinstance(size, int) or size < 1 or getattr(config, "use_sliding_window", True) is False:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    return size if kinds is None or kinds[layer] == "sliding_attention" else 0

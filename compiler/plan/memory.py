@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.compiler.plan.account import Architecture, Weight
+from moec.compiler.plan.account import Architecture, Cache, Weight
 from moec.compiler.plan.footprint import Footprint
 from moec.compiler.spec.quantization import Quantization, WeightScheme
 
@@ -46,11 +46,14 @@ class Model:
 
     def cache_bytes(self, positions: int) -> int:
         """KV cache of `positions` positions, all layers. Windowed layers keep every position, as our caches do."""
-        return sum(self.footprint.cache_bytes(c, self.cache_kind, positions) for c in self.architecture.caches)
+        return sum(self._rows(c, positions) for c in self.architecture.caches)
 
     def cache_read(self, position: int) -> int:
         """Bytes of keys and values that the token at `position` attends to."""
-        return sum(self.footprint.cache_bytes(c, self.cache_kind, c.seen(position)) for c in self.architecture.caches)
+        return sum(self._rows(c, c.seen(position)) for c in self.architecture.caches)
+
+    def _rows(self, cache: Cache, positions: int) -> int:
+        return self.footprint.cache_bytes(cache, "fp32" if cache.whole else self.cache_kind, positions)
 
 
 @dataclass(frozen=True)

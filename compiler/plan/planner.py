@@ -58,6 +58,11 @@ class Plan:
         """Whether the peak is within the device's budget; None without a device."""
         return None if self.device is None else self.peak.peak <= self.device.budget
 
+    @property
+    def mapped(self) -> int:
+        """Bytes of the peak that are clean pages of the program file: the system can drop them and read them again."""
+        return self.peak.weights + self.peak.tables if self.model.footprint.mapped else 0
+
 
 def plan_spec(
     spec: Spec, device: Device | None = None, *, target: str | None = None, context: int | None = None

@@ -233,10 +233,15 @@ def _nothing(built: Sequence[Candidate], limits: Limits) -> UserError:
         for name in _broken(c, limits):
             counts[name] = counts.get(name, 0) + 1
     worst = max(counts, key=lambda name: counts[name])
-    smallest = min(c.peak for c in built) / 1e6
+    nearest = {
+        "memory": f"the smallest shape needs {min(c.peak for c in built) / 1e6:,.0f} MB",
+        "active parameters": f"the smallest shape has {min(c.active for c in built) / 1e9:.3f} B",
+        "decoding rate": f"the fastest shape decodes {max(c.decode_tokens_per_s for c in built):,.1f} tokens/s",
+        "training operations": f"they leave the smallest shape {max(c.tokens for c in built):,.0f} tokens",
+    }
     return UserError(
         f"none of {len(built)} shapes is within the limits; {worst} excludes {counts[worst]}",
-        remedy=f"loosen it (the smallest shape needs {smallest:,.0f} MB)",
+        remedy=f"loosen it ({nearest[worst]})",
     )
 
 

@@ -66,6 +66,7 @@ def check_plot(file: Path) -> None:
 def plot(found: Found, file: Path, title: str) -> None:
     """The front: predicted loss against peak memory, one mark a number of experts."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -77,6 +78,9 @@ def plot(found: Found, file: Path, title: str) -> None:
         axes.plot([c.peak / 1e6 for c in marks], [c.loss for c in marks], "o", markersize=5, label=label)
     axes.plot([found.best.peak / 1e6], [found.best.loss], "*", markersize=14, color="black", label=found.best.label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("peak memory, MB")
     axes.set_ylabel("predicted loss")
     axes.set_title(title, fontsize=10)

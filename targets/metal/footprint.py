@@ -22,6 +22,7 @@ _PROGRAM_PER_LAYER, _AROUND = 2 * 10_800, 18_000
 class MetalFootprint:
     target = "metal"
     checked = "stored sizes: compiled artifacts; memory in use: never measured on Apple hardware, runtime not counted"
+    mapped = False  # whether the delegate keeps the file's pages or copies was never seen
 
     def _dtype(self, options: Any) -> int:
         return _WIDTH[options.dtype if isinstance(options, Options) else Options().dtype]
@@ -45,8 +46,9 @@ class MetalFootprint:
         return positions * cache.kv_heads * (width + 8 if kind == "int8" else 2 * width)
 
     def constant_bytes(self, architecture: Architecture, positions: int) -> int:
-        """Cosines and sines, float32 [context, d / 2] each, loaded whole."""
-        return architecture.context * 4 * (architecture.caches[0].key_width if architecture.caches else 0)
+        """Cosines and sines, float32 [context, d / 2] each, loaded whole; of our own decoders."""
+        rows = architecture.caches[:1] if architecture.own else ()
+        return sum(architecture.context * 4 * cache.key_width for cache in rows)
 
     def program_bytes(self, architecture: Architecture) -> int:
         return _AROUND + _PROGRAM_PER_LAYER * architecture.layers

@@ -31,6 +31,7 @@ def _up(value: int, multiple: int) -> int:
 class XnnpackFootprint:
     target = "xnnpack"
     checked = "artifacts and processes of x86-64 Linux"
+    mapped = True
 
     def weight_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         if scheme is None or weight.columns == 1:
@@ -61,8 +62,8 @@ class XnnpackFootprint:
         return positions * cache.kv_heads * (width + 8 if kind == "int8" else 4 * width)
 
     def constant_bytes(self, architecture: Architecture, positions: int) -> int:
-        """Cosines and sines, float32 [positions, d / 2] each."""
-        return positions * 4 * (architecture.caches[0].key_width if architecture.caches else 0)
+        """Cosines and sines, float32 [positions, d / 2] each; models that are not ours compute them in every call."""
+        return positions * 4 * architecture.caches[0].key_width if architecture.own and architecture.caches else 0
 
     def program_bytes(self, architecture: Architecture) -> int:
         each = _PROGRAM_SPARSE if architecture.experts else _PROGRAM_DENSE
@@ -81,7 +82,16 @@ class XnnpackFootprint:
         arena = 4 * tokens * (d + max(attention, d + architecture.ffn_width) + cache.key_width)
         logits = 4 * architecture.vocab_size
         threads = (options.threads if isinstance(options, Options) else None) or _THREADS
+        arena += max((self._unfused(c, architecture.heads, tokens) for c in architecture.caches), default=0)
         return max(arena, logits) + logits + self._scratch(architecture, tokens, threads)
+
+    def _unfused(self, cache: Cache, heads: int, tokens: int) -> int:
+        """Attention as single operators: every head's keys and values, made from latent rows or repeated, and scores,
+        mask and softmax, over all positions that the cache has room for.
+        """
+        made = heads * (cache.head_width or cache.key_width + cache.value_width)
+        latent = heads * (cache.head_width - cache.value_width) if cache.head_width else 0
+        return 4 * cache.whole * (made + latent + 4 * heads * tokens)
 
     def _scratch(self, architecture: Architecture, tokens: int, threads: int) -> int:
         """Routed blocks (kernel/moe_run.cpp, run_wide): every pair's output and each worker's tile; a quarter of slack.
@@ -100,10 +110,14 @@ class XnnpackFootprint:
         return _RUNTIME
 
     def instructions(self, architecture: Architecture) -> int:
-        """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around."""
+        """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around.
+
+        Models that are not ours have some 12 more, and 75 in a layer whose attention is single operators.
+        """
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0
-        return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms
+        foreign = 0 if architecture.own else 12 + 75 * sum(c.whole > 0 for c in architecture.caches)
+        return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms + foreign
 
     def chunk(self, options: Any) -> int:
         return options.max_tokens if isinstance(options, Options) else Options().max_tokens

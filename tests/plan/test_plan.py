@@ -137,6 +137,9 @@ def test_advice_is_what_planning_the_change_gives() -> None:
     saved = [a.saves for a in plan.advice if not a.retrain]
     assert saved == sorted(saved, reverse=True)
     assert all(a.saves > 0 for a in plan.advice)
+    assert advice["weights: int4"].requantize
+    assert not advice["kv_cache: int8"].requantize  # a checkpoint's codes stay as they are
+    assert not advice["2 layers instead of 4"].requantize
 
 
 def test_advice_names_only_what_the_spec_can_be() -> None:

@@ -147,10 +147,15 @@ def test_it_warns_outside_the_fitted_range() -> None:
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(UserError, match=r"none of \d+ shapes is within the limits; memory excludes"):
+    """The limit that excludes most, and how near any shape comes to that limit."""
+    with pytest.raises(UserError, match=r"none of \d+ shapes .* limits; memory excludes .*smallest shape needs \d+ MB"):
         found(memory=1e6)
-    with pytest.raises(UserError, match="decoding rate excludes"):
+    with pytest.raises(UserError, match=r"decoding rate excludes .*the fastest shape decodes [\d,.]+ tokens/s"):
         found(decode=1e9)
+    with pytest.raises(UserError, match=r"active parameters excludes .*the smallest shape has 0\.\d+ B"):
+        found(active=1e6)
+    with pytest.raises(UserError, match=r"training operations excludes .*they leave the smallest shape \d+ tokens"):
+        found(train_flops=1e10)
 
 
 def test_metal_devices_are_searched_by_their_roofline() -> None:
