@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in (*names, *given) if name not in SPECS]
     if unknown:
         parser.error(f"{unknown[0]!r} is none of {', '.join(SPECS)}")
+    for option, value in (("--repeats", a.repeats), ("--threads", a.threads)):
+        if value is not None and value < 1:
+            parser.error(f"{option} {value}: give 1 or more")
     if a.quick:
         names = [name for name in names if name in ("s", "pro")]
     options = Options(
@@ -110,10 +113,12 @@ def run(names: Sequence[str], options: Options) -> int:
             print(f"{SPECS[name]}: left out, {reason}", file=sys.stderr)
             continue
         profiles[name] = _profile(name, options)
+    if not profiles:
+        raise UserError("no model was measured", remedy="give --models s, which needs 1 GB")
     text = _tables(profiles, left_out)
     print(text)
     result = {
-        "machine": next(iter(profiles.values()))["machine"] if profiles else None,
+        "machine": next(iter(profiles.values()))["machine"],
         "seconds": round(time.perf_counter() - started, 1),
         "left_out": left_out,
         "profiles": profiles,

@@ -22,6 +22,7 @@ from moec.compiler.artifact import Manifest, read_manifest
 from moec.compiler.checkpoints import synthesize
 from moec.compiler.cli.device_cmd import measured_device
 from moec.compiler.cli.output import table
+from moec.compiler.errors import UserError
 from moec.compiler.plan.devices import load_device
 from moec.compiler.plan.memory import memory, weight_bytes
 from moec.compiler.plan.planner import model_of
@@ -110,6 +111,14 @@ def _spec_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def main() -> int:
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, nargs="*", default=[])
     parser.add_argument("--specs", nargs="*", default=list(SPECS))

@@ -84,7 +84,8 @@ def search(
     if out is not None:
         write_text(out, spec_text(found.best, _name(out), _device_word(device), target, fitted.source))
     if plot is not None:
-        draw(found, plot, f"{chosen.name}, {train_tokens / 1e9:g} B tokens")
+        budget = f", at most {train_flops:g} operations" if train_flops is not None else ""
+        draw(found, plot, f"{chosen.name}, {train_tokens / 1e9:g} B training tokens{budget}")
     if as_json:
         emit_json(_facts(found, chosen.name, fitted.source))
         return

@@ -56,6 +56,7 @@ def artifact_page(
     spec = _spec(artifact)
     with progress.stage("report", 4) as step:
         evidence["verify"] = _verified(artifact, evidence["verify"])
+        evidence["passes"] = _checked(artifact, spec, evidence["passes"])
         step("verification")
         pictures = _pictures(spec, manifest.target)
         step("graphs")
@@ -67,7 +68,7 @@ def artifact_page(
             "sizes": figures.sizes(manifest.sizes_by_role) if manifest.sizes_by_role else None,
             "pictures": pictures if isinstance(pictures, Pictures) else None,
             "no_pictures": pictures if isinstance(pictures, str) else "",
-            "colours": {role: COLOURS[role] for role in _picture_roles(manifest.sizes_by_role)},
+            "colours": {r: COLOURS[r] for r in pictures.roles} if isinstance(pictures, Pictures) else {},
             "passes": _passes(manifest.passes, evidence["passes"]),
             "no_passes": evidence["passes"].reason,
             "verify": evidence["verify"],
@@ -78,11 +79,16 @@ def artifact_page(
         environment = jinja2.Environment(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
-        environment.filters |= {"size": size, "number": number}
+        environment.filters |= {"size": size, "number": number, "sentence": sentence}
         page = environment.from_string((files("moec") / "compiler" / "report" / "page.html").read_text("utf-8"))
         text = page.render(context)
         step("page")
     return text
+
+
+def sentence(text: str) -> str:
+    """With a capital letter first; the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def number(value: Any) -> str:
@@ -114,6 +120,20 @@ def _verified(artifact: Artifact, found: Evidence) -> Evidence:
     return Evidence(report.to_json(), None, f"verified for this page with {_VERIFY_TOKENS} tokens")
 
 
+def _checked(artifact: Artifact, spec: Spec | str, found: Evidence) -> Evidence:
+    """The checks of each pass that were found; those of a small artifact are made now if there are none."""
+    own = Path(artifact.manifest.checkpoint)
+    if found.data is not None or isinstance(spec, str) or artifact.bytes > SMALL_BYTES or not own.is_dir():
+        return found
+    from moec.compiler.verify.spec import verify_spec
+
+    try:
+        report = verify_spec(spec, checkpoint=own, target=artifact.manifest.target)
+    except UserError as error:
+        return Evidence(None, None, f"not checked: {error}")
+    return Evidence(report.to_json(), None, "each was checked against its input for this page")
+
+
 def _pictures(spec: Spec | str, target: str) -> Pictures | str:
     if isinstance(spec, str):
         return spec
@@ -121,10 +141,6 @@ def _pictures(spec: Spec | str, target: str) -> Pictures | str:
         return layer_pictures(spec, target)
     except UserError as error:
         return f"the model could not be exported: {error}"
-
-
-def _picture_roles(sizes: Mapping[str, int]) -> list[str]:
-    return [role for role in COLOURS if role in sizes and role not in ("constant", "other")]
 
 
 def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan | str) -> list[tuple[str, str, str]]:

@@ -147,14 +147,15 @@ def experts(found: Mapping[str, Any]) -> str:
             axes.spines[side].set_visible(True)
     grid[-1].set_xlabel(f"experts of each layer, by their use in {next(iter(found['domains']))}")
     assert image is not None
-    figure.colorbar(image, ax=list(grid), label="selections over an even share", shrink=0.7, pad=0.01)
+    bar = figure.colorbar(image, ax=list(grid), label="selections over an even share", shrink=0.7, pad=0.01)
+    bar.set_ticks([0.1, 1, 10], labels=["0.1", "1", "10"])
     return svg(figure, "expert utilisation by layer and domain")
 
 
 def budget(plan: Plan, measured: Mapping[int, float]) -> str:
     """Planned memory by context against the device's budget; `measured`: resident bytes here, by context."""
     assert plan.device is not None
-    figure = new_figure(5.4, 2.8)
+    figure = new_figure(5.1, 2.8)
     axes = figure.subplots()
     contexts = [m.context for m in plan.by_context]
     parts = {
@@ -171,7 +172,7 @@ def budget(plan: Plan, measured: Mapping[int, float]) -> str:
     axes.axhline(plan.device.budget / 1e6, color="#c1121f", linewidth=1.4, label="budget of an app")
     known = [(i, measured[c] / 1e6) for i, c in enumerate(contexts) if c in measured]
     if known:
-        axes.plot(*zip(*known, strict=True), "D", color="black", markersize=5, label="measured here")
+        axes.plot(*zip(*known, strict=True), "D", color="black", markersize=5, label="measured")
     axes.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("MB")
@@ -181,7 +182,7 @@ def budget(plan: Plan, measured: Mapping[int, float]) -> str:
 
 def latency(plan: Plan, measured: Mapping[int, float]) -> str:
     """Tokens per second of decoding by context: the device's roofline, what is expected, and what was measured here."""
-    figure = new_figure(4.9, 2.8)
+    figure = new_figure(4.7, 2.8)
     axes = figure.subplots()
     contexts = [m.context for m in plan.by_context]
     axes.plot(contexts, [s.roofline_tokens_per_s for s in plan.decode], "--", color="#888888", label="roofline")
@@ -189,7 +190,7 @@ def latency(plan: Plan, measured: Mapping[int, float]) -> str:
     if len(expected) == len(contexts):
         axes.plot(contexts, expected, "o-", color="#4c78a8", label="expected")
     if measured:
-        axes.plot(list(measured), list(measured.values()), "D", color="black", markersize=5, label="measured here")
+        axes.plot(list(measured), list(measured.values()), "D", color="black", markersize=5, label="measured")
     _contexts(axes, contexts)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("decode, tokens/s")

@@ -48,10 +48,13 @@ class Box:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Both sides of one layer as SVG."""
+    """Both sides of one layer as SVG, how many operators each has, and the roles whose colours they show."""
 
     before: str
     after: str
+    before_count: int
+    after_count: int
+    roles: tuple[str, ...]
 
 
 def layer_pictures(spec: Spec, target: str) -> Pictures | str:
@@ -67,7 +70,8 @@ def layer_pictures(spec: Spec, target: str) -> Pictures | str:
     after = boxes(build.run_all(program, passes))
     if not before or not after:
         return "the exported graph does not say which nodes are the layer's"
-    return Pictures(draw(before), draw(after))
+    seen = {role for box in (*before, *after) for role in box.roles}
+    return Pictures(draw(before), draw(after), len(before), len(after), tuple(r for r in COLOURS if r in seen))
 
 
 def boxes(program: Program) -> list[Box]:

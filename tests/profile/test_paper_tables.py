@@ -68,3 +68,15 @@ def test_refuses(paper_tables: ModuleType, tmp_path: Path, capsys: pytest.Captur
     assert "'xl' is none of s, pro, m, l" in capsys.readouterr().err
     assert paper_tables.main(["--models", "s", "--artifact", "s=/nonexistent", "--out", str(tmp_path)]) == 2
     assert "/nonexistent: no such artifact folder" in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_said(
+    paper_tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper_tables, "_available_bytes", lambda: 2_000_000_000)
+    assert paper_tables.main(["--models", "l", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "error: no model was measured" in err
+    assert not (tmp_path / "paper-tables.json").exists()
+    with pytest.raises(SystemExit):
+        paper_tables.main(["--repeats", "0", "--out", str(tmp_path)])

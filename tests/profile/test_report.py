@@ -59,6 +59,18 @@ def test_page_has_every_section_and_loads_nothing(page: Path) -> None:
     assert "Not shown" not in text
     for part in ("fused_moe_packed", "fuse_moe", "verified for this page", "Galaxy S25", "Real over dummy", "sha256"):
         assert part in text
+    # every pass, checked on the spot as the artifact is small
+    assert "each was checked against its input for this page" in text
+    assert text.count('<span class="ok">equal</span>') >= 8
+    assert "DIFFERS" not in text
+    assert "of it are pages of the file" in text
+
+
+def test_the_key_names_every_colour_of_the_graphs(page: Path) -> None:
+    text = page.read_text("utf-8")
+    graphs = text[text.index('<section id="graph">') : text.index('<section id="passes">')]
+    key = set(re.findall(r'<i style="background:(#\w+)">', graphs))
+    assert key == set(re.findall(r'fill="(#\w+)"', graphs))
 
 
 def test_both_graphs_are_drawn(page: Path) -> None:
