@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import MissingExtra, UserError
+from moec.compiler.plan.devices import load_device
 from moec.compiler.progress import Progress
 from moec.compiler.report import figures
 from moec.compiler.report.evidence import Evidence, find_evidence
@@ -22,6 +23,7 @@ from moec.compiler.units import size
 
 if TYPE_CHECKING:
     from moec.compiler.plan.planner import Plan
+    from moec.compiler.spec.device import Device
 
 #: An artifact up to this size is verified on the spot when no verification is found: seconds.
 SMALL_BYTES = 20_000_000
@@ -54,13 +56,15 @@ def artifact_page(
         "profile": find_evidence(artifact, "profile", profile),
     }
     spec = _spec(artifact)
+    named = device or (spec.device if isinstance(spec, Spec) else None)
+    chosen = None if named is None else load_device(named)  # a wrong name is said before any work
     with progress.stage("report", 4) as step:
         evidence["verify"] = _verified(artifact, evidence["verify"])
         evidence["passes"] = _checked(artifact, spec, evidence["passes"])
         step("verification")
         pictures = _pictures(spec, manifest.target)
         step("graphs")
-        planned = _plan(spec, manifest.target, device or (spec.device if isinstance(spec, Spec) else None))
+        planned = _plan(spec, manifest.target, chosen)
         context = {
             "manifest": manifest,
             "total_bytes": artifact.bytes,
@@ -218,16 +222,14 @@ def _profile_parts(found: Evidence) -> dict[str, Any]:
         ) from None
 
 
-def _plan(spec: Spec | str, target: str, device: str | None) -> Plan | str:
+def _plan(spec: Spec | str, target: str, device: Device | None) -> Plan | str:
     """The plan for the device; without one, or where nothing can be planned, the reason."""
     if isinstance(spec, str):
         return spec
-    from moec.compiler.plan.devices import load_device
     from moec.compiler.plan.planner import plan_spec
 
-    chosen = None if device is None else load_device(device)  # a wrong name is the user's to mend
     try:
-        return plan_spec(spec, chosen, target=target)
+        return plan_spec(spec, device, target=target)
     except UserError as error:
         return str(error)
 
