@@ -70,7 +70,7 @@ def layer_pictures(spec: Spec, target: str) -> Pictures | str:
     after = boxes(build.run_all(program, passes))
     if not before or not after:
         return "the exported graph does not say which nodes are the layer's"
-    seen = {role for box in (*before, *after) for role in box.roles}
+    seen = {role for box in (*before, *after) for role in box.roles or ("other",)}
     return Pictures(draw(before), draw(after), len(before), len(after), tuple(r for r in COLOURS if r in seen))
 
 
