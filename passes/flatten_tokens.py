@@ -63,7 +63,9 @@ def _run(program: Program) -> PassResult:
         if root is None or end is None:
             continue
         try:
-            _Region(edit, root, end).flatten()
+            # sizes that only values tell are those of the graph, not of its result: no export waits for them
+            with edit.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+                _Region(edit, root, end).flatten()
             changed += 1
         except (_Unknown, GuardOnDataDependentSymNode):  # the latter: a size that only a value tells
             pass  # what was made so far is read by nobody

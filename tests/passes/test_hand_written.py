@@ -9,7 +9,7 @@ import pytest
 from moec.compiler.errors import CompileError
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import run_passes
-from moec.compiler.program import Program, module_path
+from moec.compiler.program import Program, fake_mode_of, module_path
 from moec.compiler.verify.structure import structure_faults
 from moec.passes.flatten_tokens import flatten_tokens
 from moec.passes.fuse_moe import fuse_moe
@@ -49,6 +49,12 @@ def test_no_weight_is_lost(before: Program) -> None:
             unsaid = structure_faults(program, result.program, result.changed)
             assert f"{hand_zoo.E} elements of weights are read no more" in unsaid[0]
         program = result.program
+
+
+def test_no_size_is_left_pending(before: Program) -> None:
+    """Sizes made for rows that are picked by value would fail the next trace of the graph, a target's."""
+    environment = fake_mode_of(run(flatten_tokens(), before).program.graph).shape_env
+    assert not environment.pending_fresh_unbacked_symbols
 
 
 @pytest.mark.parametrize("rule", [flatten_tokens, narrow_routing])
