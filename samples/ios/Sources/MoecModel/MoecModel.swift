@@ -4,7 +4,7 @@ import Foundation
 
 public enum MoecError: Error {
   case noModel(URL)
-  case noConstant(String)
+  case noTokens(URL)  // the file's `forward` takes no tokens: another compiler wrote it
   case doesNotFit(tokens: Int, position: Int, context: Int)
   case notInVocabulary(Int64)
 }
@@ -25,20 +25,21 @@ public final class MoecModel {
     setenv("MLX_ENABLE_TF32", "0", 1)
     let file = artifact.appendingPathComponent("model.pte")
     guard FileManager.default.fileExists(atPath: file.path) else { throw MoecError.noModel(file) }
-    module = Module(filePath: file.path, loadMode: .mmap)
+    let module = Module(filePath: file.path, loadMode: .mmap)
     try module.load("forward")
-    func constant(_ name: String) throws -> Int {
-      guard let value: Int = try module.execute(name).first?.integer else { throw MoecError.noConstant(name) }
-      return value
-    }
-    vocabSize = try constant("get_vocab_size")
-    context = try constant("get_max_context_len")
+    // Methods of the file that return constants; the module converts them, or throws when there is none of that name.
+    let vocabSize: Int = try module.execute("get_vocab_size")
+    let context: Int = try module.execute("get_max_context_len")
+    let stopTokens: [Int] = try module.execute("get_eos_ids")
     // The longest chunk of one call is the upper bound of the first input, tokens [1, T].
-    guard let bound = try module.methodMetadata("forward").inputTensorMetadata[0]?.shape.last else {
-      throw MoecError.noConstant("forward")
+    guard let maxTokens = try module.methodMetadata("forward").inputTensorMetadata[0]?.shape.last else {
+      throw MoecError.noTokens(file)
     }
-    maxTokens = Int(truncating: bound as NSNumber)
-    stopTokens = Set(try module.execute("get_eos_ids").map { Int64($0.integer) })
+    self.module = module
+    self.vocabSize = vocabSize
+    self.context = context
+    self.maxTokens = maxTokens
+    self.stopTokens = Set(stopTokens.map { Int64($0) })
   }
 
   /// Append tokens; the logits of the last one. A prompt goes through in chunks of up to `maxTokens` tokens, at least 32
@@ -53,7 +54,7 @@ public final class MoecModel {
       let chunk = Array(ids[begin..<min(begin + maxTokens, ids.count)])
       let tokens = Tensor<Int64>(chunk, shape: [1, chunk.count])
       let start = Tensor<Int64>([Int64(position)], shape: [1])
-      let output: Tensor<Float> = try Tensor<Float>(module.forward([tokens, start]))
+      let output: Tensor<Float> = try module.forward([tokens, start])
       logits = Array(output.scalars().suffix(vocabSize))
       position += chunk.count
     }
