@@ -59,6 +59,9 @@ def test_cosine_ignores_the_length_of_a_row_but_not_its_direction(seed, rows, co
 
 def test_cosine_edges():
     zero, one = np.zeros((1, 3)), np.ones((1, 3))
+    assert metrics.row_error(zero, zero) == 0.0
+    assert metrics.row_error(zero, one) == np.inf
+    assert metrics.row_error(one[:0], one[:0]) == 0.0
     assert metrics.row_cosines(zero, zero) == [1.0]
     assert metrics.row_cosines(zero, one) == [0.0]
     assert metrics.row_cosines(one, zero) == [0.0]
@@ -89,6 +92,9 @@ def test_errors_find_the_one_wrong_element(seed, rows, columns, where):
     expected = error / (1e-5 + 1e-4 * abs(float(r.flat[where % a.size])))
     assert metrics.tolerance_ratio(r, a, atol=1e-5, rtol=1e-4) == pytest.approx(expected)
     assert metrics.tolerance_ratio(r, r, atol=1e-5, rtol=1e-4) == 0.0
+    size = float(np.abs(r[where % a.size // columns]).max())
+    assert metrics.row_error(r, a) == pytest.approx(error / size)
+    assert metrics.row_error(r, r) == 0.0
 
 
 @given(seeds, small, small)
@@ -108,6 +114,7 @@ def test_a_value_that_is_not_finite_passes_nothing(poison):
     assert metrics.Cosine.of(r, a).minimum == -1.0
     assert not metrics.top1_matches(r, a)[4]
     assert metrics.max_abs_error(r, a) == np.inf
+    assert metrics.row_error(r, a) == np.inf
     assert metrics.tolerance_ratio(r, a, atol=1e-5, rtol=1e-4) == np.inf
 
 

@@ -99,6 +99,7 @@ def _figures(prefix: str, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) ->
         f"{prefix}SQNR dB (worst prompt)": min(metrics.sqnr_db(r, a) for r, a in pairs.values()),
         f"{prefix}median cosine": float(np.median(cosines)),
         f"{prefix}min cosine": float(cosines.min()),
+        f"{prefix}relative error (worst row)": max(metrics.row_error(r, a) for r, a in pairs.values()),
         f"{prefix}top-1 agreement": float(
             np.concatenate([metrics.top1_matches(r, a) for r, a in pairs.values()]).mean()
         ),

@@ -86,6 +86,21 @@ def max_abs_error(reference: np.ndarray, actual: np.ndarray) -> float:
     return worst
 
 
+def row_error(reference_TV: np.ndarray, actual_TV: np.ndarray) -> float:
+    """Largest |r - a| of a row over that row's largest |r|, the worst row's: 1e-7 is one fp32 rounding. inf if not finite
+    or if a row of zeros is not met exactly; 0 for no rows."""
+    _same_shape(reference_TV, actual_TV)
+    worst = 0.0
+    for r, a in _blocks(reference_TV, actual_TV):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            error, size = np.abs(r - a).max(-1, initial=0.0), np.abs(r).max(-1, initial=0.0)
+            ratio = np.where(error == 0, 0.0, error / size)
+        if not np.isfinite(ratio).all():
+            return np.inf
+        worst = max(worst, float(ratio.max(initial=0.0)))
+    return worst
+
+
 def tolerance_ratio(reference: np.ndarray, actual: np.ndarray, *, atol: float, rtol: float) -> float:
     """Largest |r - a| / (atol + rtol |r|) over all elements: at most 1 exactly when `allclose` holds. inf if not
     finite.
