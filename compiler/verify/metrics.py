@@ -87,8 +87,10 @@ def max_abs_error(reference: np.ndarray, actual: np.ndarray) -> float:
 
 
 def row_error(reference_TV: np.ndarray, actual_TV: np.ndarray) -> float:
-    """Largest |r - a| of a row over that row's largest |r|, the worst row's: 1e-7 is one fp32 rounding. inf if not finite
-    or if a row of zeros is not met exactly; 0 for no rows."""
+    """Largest |r - a| of a row over that row's largest |r|, the worst row's; 1e-7 is one fp32 rounding.
+
+    inf if a value is not finite or a row of zeros is not met exactly; 0 for no rows.
+    """
     _same_shape(reference_TV, actual_TV)
     worst = 0.0
     for r, a in _blocks(reference_TV, actual_TV):
