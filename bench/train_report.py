@@ -13,6 +13,7 @@ holds, and every figure comes from its last step.
     experts   which experts the domains use after each stage, beside a control with shuffled labels
     tasks     lm-evaluation-harness on the checkpoints of the stages and on the compiled artifact
     responses right next tokens of held-out responses, asked in the chat form and as running text, question by question
+    exported  logits of the QAT model beside those of its artifact, with float activations and with INT8
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ ROUNDING_TOKENS = 100_000  # at scale 1, of further training for each seed and w
 HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
 RESAMPLES = 10_000
 TASK_ROWS = 120
-PARTS = ("corpus", "run", "control", "rounding", "experts", "tasks", "responses")
+PARTS = ("corpus", "run", "control", "rounding", "experts", "tasks", "responses", "exported")
 
 
 def main() -> None:
@@ -265,6 +266,30 @@ class Report:
             "gain": {name: _gain(rights[name], rights[base]) for name in ("sft", "qat")},
         }
 
+    def exported(self) -> Any:
+        """Cosines between the two models' logits at every position of one held-out row of each domain."""
+        from moec.compiler import build as compiler
+        from moec.training.evaluate_models import checkpoint_model
+
+        corpus, qat = Corpus.open(self.corpus_folder), self.run_folder / "qat"
+        context = self.stage("qat").context
+        rows = [next(heldout(corpus, d, context, context)).tokens_BT[0].tolist() for d in corpus.domains]
+        found = {}
+        for activations in ("fp32", "int8"):
+            assert self.spec.quantization is not None
+            rounds = self.spec.quantization.model_copy(update={"activations": activations, "kv_cache": activations})
+            spec = self.spec.model_copy(update={"quantization": rounds})
+            out = self.out / f"artifact-{activations}"
+            session = compiler.load(compiler.compile(spec, checkpoint=qat, out=out, progress=self.progress))
+            model = checkpoint_model(qat, simulate=activations == "int8")
+            pairs = []
+            for row, logits_TV in zip(rows, model.scores(rows), strict=True):
+                session.reset()
+                pairs.append((np.array(session.prefill(row, logits="all")), logits_TV))
+            session.close()
+            found[activations] = _agreement(pairs)
+        return found
+
     def write(self) -> None:
         """results.json and report.html of whatever parts there are."""
         from moec.training.report import write_report
@@ -344,6 +369,23 @@ def right_tokens(checkpoint: Path, rows: list[dict[str, Any]], *, simulate: bool
         likeliest = logits_TV[len(question) - 1 :].argmax(axis=1)
         found[place] = (int((likeliest == np.asarray(answer)).sum()), len(answer))
     return found
+
+
+def _agreement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Of the cosines at all positions the least, a low quantile and the median; how often the likeliest ids agree."""
+    cosines, same = [], []
+    for a_TV, b_TV in pairs:
+        norms_T = np.linalg.norm(a_TV, axis=1) * np.linalg.norm(b_TV, axis=1)
+        cosines += ((a_TV * b_TV).sum(axis=1) / norms_T).tolist()
+        same += (a_TV.argmax(axis=1) == b_TV.argmax(axis=1)).tolist()
+    low, median = np.quantile(cosines, (0.01, 0.5))
+    return {
+        "positions": len(cosines),
+        "least": min(cosines),
+        "one_in_100_below": float(low),
+        "median": float(median),
+        "same_likeliest": float(np.mean(same)),
+    }
 
 
 def _share(pairs: list[tuple[int, int]]) -> float:
