@@ -30,7 +30,7 @@ from moec.compiler.verify import metrics, tolerances
 from moec.compiler.verify.blocks import FusedBlock
 from moec.compiler.verify.graphs import close_rows
 from moec.compiler.verify.metrics import RouterAgreement
-from moec.compiler.verify.reference import Followed, VerifyingReference
+from moec.compiler.verify.reference import FLOAT_SHAKE, SHAKE, Followed, VerifyingReference
 from moec.compiler.verify.replay import Replay, experts_used, replay_in_pieces, replay_prompt
 from moec.compiler.verify.report import Check, LayerRow
 from moec.compiler.verify.tolerances import Tolerance
@@ -275,7 +275,9 @@ class FreeReference(Protocol):
     """What a free run needs: the model on its own, and shaken. `on_layer(n, block, selections by prompt)`."""
 
     def run(self, prompts: Mapping[str, Sequence[int]], on_layer: Any = None) -> Mapping[str, np.ndarray]: ...
-    def shaken(self, prompts: Mapping[str, Sequence[int]], on_layer: Any = None) -> Mapping[str, np.ndarray]: ...
+    def shaken(
+        self, prompts: Mapping[str, Sequence[int]], on_layer: Any = None, *, shake: float = SHAKE
+    ) -> Mapping[str, np.ndarray]: ...
 
 
 def free_run(
@@ -310,13 +312,14 @@ def _beyond_drift(
     free: tuple[Mapping[str, np.ndarray], Mapping[int, Mapping[str, Routed]]],
     replays: Mapping[str, Replay],
     step: Callable[[str], None],
+    shake: float = SHAKE,
 ) -> float:
     """Whole runs of the artifact against those of the reference, `free`: no further than both drift, which the shaken
     reference tells. Returns that drift, 1 - median cosine."""
     logits, routed = free
     prompts = {name: replay.ids for name, replay in replays.items()}
     shaken_routed: dict[int, Mapping[str, Routed]] = {}
-    shaken = reference.shaken(prompts, _keeping(shaken_routed, step))
+    shaken = reference.shaken(prompts, _keeping(shaken_routed, step), shake=shake)
     figures = logits_figures(prefix, replays, logits)
     found.figures.update(figures)
     drift = _figures("", {name: (logits[name], shaken[name]) for name in prompts})
@@ -385,7 +388,7 @@ def _without_rounding(
         return
     with progress.stage("run the artifact with float activations", max(moe_layers, 1)) as step:
         unrounded = {name: replay_prompt(session, ids, moe_layers) for name, ids in prompts.items()}
-        _beyond_drift(found, "free run, float activations: ", reference, (logits, routed), unrounded, step)
+        _beyond_drift(found, "free run, float activations: ", reference, (logits, routed), unrounded, step, FLOAT_SHAKE)
 
 
 def _keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]

@@ -27,6 +27,7 @@ from moec.compiler.verify import compare, tolerances
 from moec.compiler.verify.blocks import FusedBlock, block_of, fused_nodes
 from moec.compiler.verify.graphs import close_rows, moe_selection_scores
 from moec.compiler.verify.interpret import GraphRunner, Override, WeightCache
+from moec.compiler.verify.reference import SHAKE
 from moec.compiler.verify.replay import Replay, replay_in_pieces, replay_prompt
 from moec.compiler.verify.report import Check
 from moec.compiler.verify.rounding import shaken_operators, with_weights_of
@@ -57,9 +58,11 @@ class GraphReference:
         """Logits float32 [T, V] by prompt; `on_layer` sees the selections of every fused node."""
         return self._run(prompts, on_layer, {})
 
-    def shaken(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
-        """`run` with noise in the last places of every norm's output."""
-        return self._run(prompts, on_layer, shaken_operators())
+    def shaken(
+        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None, *, shake: float = SHAKE
+    ) -> dict[str, np.ndarray]:
+        """`run` with relative noise of `shake` in every norm's output."""
+        return self._run(prompts, on_layer, shaken_operators(shake))
 
     def block(self, layer: int) -> FusedBlock:
         """The fused node of the `layer`-th MoE layer with its weights."""

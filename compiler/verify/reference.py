@@ -28,6 +28,8 @@ from moec.compiler.verify.replay import Replay
 
 # Relative, per element: what an fp32 sum of about a thousand terms (a norm, a dot product) loses by its order.
 SHAKE = 5e-7
+# The same of kernels that add products of unrounded activations one after the other: 2^-24 sqrt(K) for K of about 1000.
+FLOAT_SHAKE = 2e-6
 # Elements whose norm weight is this much smaller than the median say nothing of the stream they came from.
 _BLIND = 1e-2
 
@@ -50,6 +52,7 @@ class VerifyingReference(Reference):
     _replays: Mapping[str, Replay] | None = None
     _predicted: dict[str, np.ndarray]
     _noise: torch.Generator | None = None
+    _shake = SHAKE
 
     def follow(self, replays: Mapping[str, Replay], on_layer: OnFollowed) -> dict[str, np.ndarray]:
         """Logits [T, V] by prompt. Every part starts from the artifact's own values: attention from the stream that the
@@ -73,9 +76,11 @@ class VerifyingReference(Reference):
         finally:
             self._replays = None
 
-    def shaken(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
-        """`run` with noise in the last places of every block's input; the same noise at every call."""
-        self._noise = torch.Generator().manual_seed(0)
+    def shaken(
+        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None, *, shake: float = SHAKE
+    ) -> dict[str, np.ndarray]:
+        """`run` with relative noise of `shake` in every block's input; the same noise at every call."""
+        self._noise, self._shake = torch.Generator().manual_seed(0), shake
         try:
             return self.run(prompts, on_layer)
         finally:
@@ -87,7 +92,7 @@ class VerifyingReference(Reference):
         streams, inputs = super()._block_inputs(layer, streams)
         noise = self._noise
         if noise is not None:
-            shaken = {n: x * (1 + SHAKE * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
+            shaken = {n: x * (1 + self._shake * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
             return streams, shaken
         if self._replays is None:
             return streams, inputs

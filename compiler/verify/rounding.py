@@ -92,18 +92,18 @@ def unrounded_operators() -> dict[Any, Override]:
     return {ops.cached_attention_q8: attention, ops.fused_moe_q: moe, ops.linear_q: linear}
 
 
-def shaken_operators() -> dict[Any, Override]:
+def shaken_operators(shake: float = SHAKE) -> dict[Any, Override]:
     """Norms with noise in the last places: how far a rounding program drifts from itself. See `reference.py`."""
     noise = torch.Generator().manual_seed(0)
 
     def norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         y = ops.rms_norm(x, weight, eps)
-        return y * (1 + SHAKE * torch.randn(y.shape, generator=noise))
+        return y * (1 + shake * torch.randn(y.shape, generator=noise))
 
     def plain(
         x: torch.Tensor, shape: list[int], weight: torch.Tensor | None = None, eps: float | None = None
     ) -> torch.Tensor:
         y = torch.ops.aten.rms_norm.default(x, shape, weight, eps)
-        return y * (1 + SHAKE * torch.randn(y.shape, generator=noise))
+        return y * (1 + shake * torch.randn(y.shape, generator=noise))
 
     return {ops.rms_norm: norm, torch.ops.aten.rms_norm.default: plain}
