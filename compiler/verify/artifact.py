@@ -18,7 +18,7 @@ from moec.compiler.checkpoints import WeightStore
 from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
-from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.model import DecoderConfig, ExportedProgramSource, PythonSource, Quantization, Spec
 from moec.compiler.target import Session
 from moec.compiler.verify.compare import Comparison, compare
 from moec.compiler.verify.foreign import before_target, compare_foreign
@@ -136,15 +136,20 @@ def spec_of(artifact: Artifact) -> Spec:
 
 
 def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> WeightStore | Any:
-    """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says."""
+    """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says.
+
+    Of a python model that is the folder where its module is found, of an exported program the file.
+    """
     folder = Path(given) if given is not None else Path(artifact.manifest.checkpoint)
-    if not folder.is_dir():
+    if isinstance(spec.model, ExportedProgramSource):
+        folder = Path(given) if given is not None else spec.model.exported_program
+    elif not folder.is_dir():
         raise CheckpointError(
             f"the checkpoint of {artifact.folder} is not there",
             place=str(folder),
             remedy="name the folder where it is now with --checkpoint",
         )
-    store = build.open_checkpoint(spec, folder)
+    store = _opened(spec, folder)
     if store.digest() != artifact.manifest.digests.checkpoint:
         raise CheckpointError(
             f"is not the checkpoint that {artifact.folder} was compiled from (their tensors differ)",
@@ -152,6 +157,14 @@ def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path |
             remedy="name the right folder with --checkpoint, or compile again",
         )
     return store
+
+
+def _opened(spec: Spec, place: Path) -> WeightStore | Any:
+    if not isinstance(spec.model, (PythonSource, ExportedProgramSource)):
+        return build.open_checkpoint(spec, place)
+    from moec.compiler.frontends.module_model import open_exported, open_python
+
+    return open_python(spec.model.python, place) if isinstance(spec.model, PythonSource) else open_exported(place)
 
 
 def encoder(artifact: Artifact) -> TextEncoder:

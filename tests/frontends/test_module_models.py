@@ -16,6 +16,7 @@ from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Role
 from moec.compiler.spec import Spec
+from moec.compiler.verify.artifact import verify_artifact
 from moec.compiler.verify.structure import structure_faults
 from moec.passes.canonicalize import canonicalize
 from moec.passes.pipelines import fusion
@@ -68,6 +69,16 @@ def sources(tmp_path: Path) -> dict[str, dict[str, str]]:
 def test_float_artifact_equals_the_module(kind: str, tmp_path: Path) -> None:
     # the order of fp32 sums, on logits of order one
     np.testing.assert_allclose(logits(spec(sources(tmp_path)[kind]), tmp_path / "a"), expected(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["python", "exported"])
+def test_its_artifact_is_verified_against_it(kind: str, tmp_path: Path) -> None:
+    wanted = spec(sources(tmp_path)[kind], {"weights": "int4", "group_size": 32, "expert_group_axis": "in"})
+    artifact = build.compile(wanted, out=tmp_path / "a").folder
+    report = verify_artifact(artifact, tokens=40)
+    assert report.exit_status == 0, [c.line() for c in report.failures]
+    with pytest.raises((CheckpointError, CompileError), match=r"no such file|is not there|cannot import"):
+        verify_artifact(artifact, checkpoint=tmp_path / "nowhere", tokens=40)
 
 
 def test_int4(tmp_path: Path) -> None:

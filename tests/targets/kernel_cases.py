@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +18,24 @@ from moec.compiler.ops.moe_math import apply_experts, route, shared_expert
 from moec.compiler.quant import QuantizedTensor, pack_int4
 from moec.targets.xnnpack import kernel_api, packing
 from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
+
+_COMPILED = {
+    "x86_64": ("avx512vnni", "avxvnni", "avx2", "scalar"),
+    "aarch64": ("i8mm", "neon", "scalar"),
+    "arm64": ("i8mm", "neon", "scalar"),
+}
+
+
+def instruction_sets() -> list[Any]:
+    """Test parameters: every instruction set that the kernels are compiled for here. One that this machine cannot run
+    is skipped with that reason."""
+    available = kernel_api.available_isas()
+    names = _COMPILED.get(platform.machine(), ("scalar",))
+    assert set(available) <= set(names), "an instruction set without tests"
+    return [
+        pytest.param(name, marks=() if name in available else pytest.mark.skip(reason=f"this machine has no {name}"))
+        for name in names
+    ]
 
 
 @dataclass

@@ -17,13 +17,11 @@ import torch
 
 from moec.compiler.quant import quantize_rows
 from moec.targets.xnnpack import cpu_ops, kernel_api, native  # noqa: F401  (cpu_ops registers moec::*)
+from tests.targets.kernel_cases import instruction_sets
 
 # Both sides sum the same fp32 products in other orders: d <= 128 products of order 1 give scores an error of about
 # 1e-6, the softmax turns it into the same relative error of the weights, and values are of order 3.
 ATOL = 2e-5
-
-_ISAS = kernel_api.available_isas()
-
 
 _SIZES = ("tokens", "heads", "kv_heads", "head_dim", "value_dim", "capacity", "start_pos", "window")
 
@@ -42,7 +40,7 @@ class _Arguments(ctypes.Structure):
     )
 
 
-@pytest.fixture(params=_ISAS)
+@pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernel_api.set_isa(request.param)
     yield request.param

@@ -12,7 +12,7 @@ import torch
 from moec.compiler.ops.attributes import ACTIVATIONS, Experts, Routing
 from moec.targets.xnnpack import kernel_api
 from moec.targets.xnnpack.moe_config import Kind, WeightFormat
-from tests.targets.kernel_cases import Block, random_block
+from tests.targets.kernel_cases import Block, instruction_sets, random_block
 
 INT4_IN = WeightFormat(Kind.INT4, 32, int8_activations=True)
 INT4_OUT = WeightFormat(Kind.INT4, 32, axis_out=True, int8_activations=True)
@@ -247,6 +247,24 @@ def test_tokens_do_not_influence_each_other() -> None:
         whole = block.prepared(x)[0]
         parts = [block.prepared(np.ascontiguousarray(x[i:j]))[0] for i, j in ((0, 1), (1, 2), (2, 9), (9, 70))]
         assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("fmt", [INT4_IN, INT4_OUT, WeightFormat(Kind.INT8, 64, int8_activations=True)], ids=str)
+def test_each_instruction_set_gives_the_bits_of_the_scalar_kernels(isa: str, fmt: WeightFormat) -> None:
+    """By name, so that the report says which ones this machine could not try; k = E among the cases."""
+    rng = np.random.default_rng(4)
+    for tokens, top_k in itertools.product((1, 6, 61), (2, 9)):
+        block = random_block(
+            rng, experts=9, d=192, width=64, top_k=top_k, routed=fmt, shared_width=64, shared=INT4_IN, how=MOBILEMOE
+        )
+        x = rng.standard_normal((tokens, 192), dtype=np.float32)
+        results = []
+        for name in ("scalar", isa):
+            kernel_api.set_isa(name)
+            results.append(block.prepared(x))
+        for a, b in zip(*results, strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_no_tokens() -> None:
