@@ -93,8 +93,9 @@ def test_a_reader_that_leaves_is_no_failed_check() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_the_status_stays_where_nothing_can_be_said() -> None:
-    assert shell("$MOEC plan nosuch.yaml 2>/dev/full").returncode == 2
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_status_stays_where_nothing_can_be_said(unbuffered: str) -> None:
+    assert shell(f"PYTHONUNBUFFERED={unbuffered} $MOEC plan nosuch.yaml 2>/dev/full").returncode == 2
 
 
 @pytest.mark.parametrize("text", ["\udcff", "half a \ud800 pair"])

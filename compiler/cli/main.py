@@ -159,8 +159,13 @@ def _open_streams() -> None:
 
 def _say(text: str) -> None:
     live = sys.stderr.isatty()
-    with contextlib.suppress(OSError):  # where nothing can be said the status still tells
+    try:
         print(("\r\x1b[2K" if live else "") + text, file=sys.stderr, flush=True)
+    except (
+        OSError
+    ):  # where nothing can be said the status still tells: Python's own is 120 for text that stays unwritten
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _bug() -> int:
