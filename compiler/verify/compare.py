@@ -78,7 +78,7 @@ def compare(
     drift, tied = free_run(found, reference, replays, len(layer_names), progress)
     consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
     if float_reference is not None:
-        _without_rounding(found, float_reference, unrounded, replays, len(layer_names), progress)
+        without_rounding(found, float_reference, unrounded, replays, len(layer_names), progress)
     return found
 
 
@@ -367,7 +367,7 @@ def _free_run_float(
     found.checks.append(Check("free run: top-1 agreement", top1, tolerances.TOP1))
 
 
-def _without_rounding(
+def without_rounding(
     found: Comparison,
     reference: FreeReference,
     session: Session | None,

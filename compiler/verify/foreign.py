@@ -1,8 +1,8 @@
 """Artifacts of models that are not ours: the exported graph is the eager model, and fused nodes give the blocks.
 
-    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights; where the
-                          session can, the artifact runs without rounding of activations as well, and must be closer
-    free run, quantized   the last graph before the target's passes, rounding like the artifact, against measured drift
+    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights
+    free run, quantized   the last graph before the target's passes, rounding like the artifact, against measured drift;
+                          where the session can, once more with both sides rounding no activations
     blocks                each fused node, taken apart, on the artifact's own input and routing
 
 T tokens, V vocabulary, D model width, E experts, K experts per token.
@@ -30,9 +30,8 @@ from moec.compiler.verify.interpret import GraphRunner, Override, WeightCache
 from moec.compiler.verify.reference import SHAKE
 from moec.compiler.verify.replay import Replay, replay_in_pieces, replay_prompt
 from moec.compiler.verify.report import Check
-from moec.compiler.verify.rounding import shaken_operators, with_weights_of
+from moec.compiler.verify.rounding import float_products, shaken_operators, with_weights_of
 from moec.compiler.verify.structure import has_target_operators
-from moec.compiler.verify.tolerances import Tolerance
 
 OnLayer = Callable[[int, FusedBlock, Mapping[str, Routed]], None]
 
@@ -50,8 +49,9 @@ def before_target(program: Program, passes: Sequence[Pass]) -> Program:
 class GraphReference:
     """A program run on whole prompts, in calls of at most its `max_tokens`; `Reference`'s interface over a graph."""
 
-    def __init__(self, program: Program, cache: WeightCache) -> None:
-        self._program, self._cache = program, cache
+    def __init__(self, program: Program, cache: WeightCache, overrides: Mapping[Any, Override] | None = None) -> None:
+        """`overrides`: operators that are computed otherwise than the program says, in every run."""
+        self._program, self._cache, self._overrides = program, cache, overrides or {}
         self._nodes = {node: layer for layer, node in enumerate(fused_nodes(program))}
 
     def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
@@ -72,7 +72,7 @@ class GraphReference:
     def _run(
         self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None, overrides: Mapping[Any, Override]
     ) -> dict[str, np.ndarray]:
-        runner = GraphRunner(self._program, overrides=overrides, cache=self._cache)
+        runner = GraphRunner(self._program, overrides={**self._overrides, **overrides}, cache=self._cache)
         parts: dict[int, dict[str, list[Routed]]] = {}
         logits = {}
         for name, ids in prompts.items():
@@ -147,14 +147,13 @@ def compare_foreign(
     logits = _exported_logits(with_weights_of(exported, last), prompts, cache, progress)
     found.figures.update(compare.logits_figures("against the exported model: ", replays, logits))
     if rounds_activations:
-        _exported_cosine(found, "exported model", replays, logits, tolerances.EXPORTED_COSINE)
+        value = compare.logits_figures("", replays, logits)["median cosine"]
+        found.checks.append(Check("exported model: median cosine", value, tolerances.EXPORTED_COSINE))
     else:
         _exported_elements(found, replays, logits, tied)
     if unrounded is not None:
-        with progress.stage("run the artifact with float activations", len(prompts)):
-            replays = {name: replay_prompt(unrounded, ids, len(layers)) for name, ids in prompts.items()}
-        _exported_cosine(found, "exported model, float activations", replays, logits, tolerances.MEDIAN_COSINE)
-        _exported_top1(found, "exported model, float activations", replays, logits)
+        unrounding = GraphReference(last, cache, float_products())
+        compare.without_rounding(found, unrounding, unrounded, replays, len(layers), progress)
     return found
 
 
@@ -166,34 +165,15 @@ def _exported_logits(
         return {name: run_chunks(runner, ids, program.info.max_tokens) for name, ids in prompts.items()}
 
 
-# The artifact against the model as it was exported: passes and kernels together.
-
-
-def _exported_cosine(
-    found: compare.Comparison,
-    label: str,
-    replays: Mapping[str, Replay],
-    logits: Mapping[str, np.ndarray],
-    limit: Tolerance,
-) -> None:
-    value = compare.logits_figures("", replays, logits)["median cosine"]
-    found.checks.append(Check(f"{label}: median cosine", value, limit))
-
-
-def _exported_top1(
-    found: compare.Comparison, label: str, replays: Mapping[str, Replay], logits: Mapping[str, np.ndarray]
-) -> None:
-    value = compare.logits_figures("", replays, logits)["top-1 agreement"]
-    found.checks.append(Check(f"{label}: top-1 agreement", value, tolerances.TOP1))
-
-
 def _exported_elements(
     found: compare.Comparison,
     replays: Mapping[str, Replay],
     logits: Mapping[str, np.ndarray],
     tied: Mapping[str, np.ndarray],
 ) -> None:
+    """The artifact against the model as it was exported, element by element: passes and kernels together."""
     ratios = {name: close_rows(logits[name], r.logits_TV, tied[name])[0] for name, r in replays.items()}
     where = max(ratios, key=lambda name: ratios[name])
     found.checks.append(Check("exported model: every element", ratios[where], tolerances.FLOAT_CLOSE, where))
-    _exported_top1(found, "exported model", replays, logits)
+    top1 = compare.logits_figures("", replays, logits)["top-1 agreement"]
+    found.checks.append(Check("exported model: top-1 agreement", top1, tolerances.TOP1))

@@ -83,13 +83,19 @@ def unrounded_operators() -> dict[Any, Override]:
         keys, values = caches[id(k_cache)]
         return cached_attention(q, k, v, keys, values, start_pos, scale, window)
 
+    return {ops.cached_attention_q8: attention, **float_products()}
+
+
+def float_products() -> dict[Any, Override]:
+    """The quantized products with the same codes, in fp32 arithmetic: activations are not rounded, the cache is."""
+
     def moe(*args: Any, **kwargs: Any) -> torch.Tensor:
         return ops.fused_moe_q(*args[:-1], False, **kwargs)
 
     def linear(*args: Any, **kwargs: Any) -> torch.Tensor:
         return ops.linear_q(*args[:-1], False, **kwargs)
 
-    return {ops.cached_attention_q8: attention, ops.fused_moe_q: moe, ops.linear_q: linear}
+    return {ops.fused_moe_q: moe, ops.linear_q: linear}
 
 
 def shaken_operators(shake: float = SHAKE) -> dict[Any, Override]:
