@@ -35,12 +35,12 @@ def replacing(out: Path, *, marker: str, kind: str) -> Iterator[Path]:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{out.parent} is no folder", place=str(out), remedy="choose another --out") from None
         _remove_stale(out)
-        try:
-            temporary.mkdir()
-        except FileNotFoundError:  # the parent is there, but holds no folders: /proc and its kind
-            raise UserError("no folder can be made there", place=str(out), remedy="choose another --out") from None
-    try:
+    try:  # before the folder is made: a signal that comes right after must find who removes it
         with _disk_faults(out):
+            try:
+                temporary.mkdir()
+            except FileNotFoundError:  # the parent is there, but holds no folders: /proc and its kind
+                raise UserError("no folder can be made there", place=str(out), remedy="choose another --out") from None
             yield temporary
             _flush(temporary)
             _put_in_place(temporary, out)

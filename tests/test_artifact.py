@@ -209,6 +209,20 @@ def test_the_old_artifact_survives_ctrl_c_between_the_renames(
     assert not leftovers(good)
 
 
+def test_ctrl_c_just_after_the_folder_was_made_leaves_none(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Path.mkdir
+
+    def interrupted(self: Path, *arguments: object, **options: object) -> None:
+        make(self, *arguments, **options)  # type: ignore[arg-type]
+        if self.name.startswith(f".{good.name}"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_artifact(good):
+        pytest.fail("it was not interrupted")
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+
+
 def test_what_a_killed_compile_put_aside_comes_back(good: Path) -> None:
     """Killed between the two renames: the good artifact bears a temporary name, and the next compile fails."""
     good.rename(good.with_name(f".{good.name}.moec-part-{2**22 + 1}-old"))  # beyond the largest pid
