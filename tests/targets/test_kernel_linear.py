@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moec.compiler.quant import quantize_rows
+from moec.compiler.verify.reference import FLOAT_SHAKE
 from moec.targets.xnnpack import kernel_api, packing
 from moec.targets.xnnpack.moe_config import ACTIVATION, Kind, WeightFormat
 from tests.targets.kernel_cases import Weight, random_weight
@@ -322,3 +323,17 @@ def test_float_activations_take_the_rounding_away_on_one_thread_only(axis_out: b
     finally:
         kernel_api.set_float_activations(False)
     np.testing.assert_array_equal(kernel_api.linear(x, w.packed, w.n, rounding), rounded)
+
+
+@pytest.mark.parametrize("axis_out", [False, True], ids=["in", "out"])
+@pytest.mark.parametrize("k", [384, 1536])
+def test_float_products_err_by_what_verification_allows_them(k: int, axis_out: bool) -> None:
+    """FLOAT_SHAKE is this error: if the kernels err more `moec verify` is too strict, if far less too mild."""
+    rng = np.random.default_rng(k)
+    fmt = WeightFormat(Kind.INT4, 32, axis_out, int8_activations=False)
+    w = random_weight(rng, fmt, 256, k)
+    x = rng.standard_normal((64, k), dtype=np.float32)
+    exact = x.astype(np.float64) @ w.matrix().numpy().T
+    error = kernel_api.linear(x, w.packed, w.n, fmt) - exact
+    relative = float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
+    assert FLOAT_SHAKE / 10 < relative < FLOAT_SHAKE
