@@ -60,7 +60,7 @@ def stored_weights(folder: str | Path, config: DecoderConfig) -> Iterator[tuple[
 
 @torch.no_grad()
 def load_weights(model: TrainingDecoder, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every weight into a whole (not sharded) model; all of them must be given."""
+    """Copy every weight by name; all of them must be given. A spread model takes shares: `parallel.load_share`."""
     places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = set(weight_layout(model.config))
     for name, value in weights:
@@ -101,6 +101,8 @@ def write_checkpoint(
     rounding: Rounding | None = None,
 ) -> None:
     """Write float32 `weights` (all names of the layout) as a checkpoint folder that replaces what stood at `out`.
+
+    Each is asked for once, in the order of the layout, and not kept.
 
     BF16 with a float32 router matrix; with `rounding`, the packed INT4 layout with the codes that training computed
     with; with a `rounding.bits` other than 4, which no packed layout holds, float32 values of those codes and scales.

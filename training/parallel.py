@@ -10,7 +10,7 @@ R rows, E experts of a layer, P processes of an expert-parallel group, D d_model
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moec.compiler.errors import UserError
+from moec.training.checkpoints import load_weights
 from moec.training.dispatch import reordered
 from moec.training.model import TrainingDecoder
 from moec.training.moe import Experts
@@ -112,15 +113,17 @@ def joined(expert_parallel: int | None, experts: int, device: str | None) -> Ite
 
 
 def spread(model: TrainingDecoder, world: World) -> TrainingDecoder:
-    """Keep this process's share of a whole model: the parameters of `model` are replaced."""
-    model.to(world.device)
+    """Keep this process's share of a model without values yet: the parameters of `model` are replaced.
+
+    Memory that was never written is not held, so that no process ever holds a whole model: `load_share` comes after.
+    """
     if world.mesh is None:
-        return model
+        return model.to(world.device)
     group = world.mesh["experts"]
     for block in model.blocks:
         for name, parameter in list(block.experts.named_parameters()):
-            share = parameter.detach().chunk(group.size(), dim=0)[group.get_local_rank()].clone()
-            setattr(block.experts, name, nn.Parameter(share))
+            share = _expert_share(parameter.detach(), world)
+            setattr(block.experts, name, nn.Parameter(torch.empty_like(share, device=world.device)))
         if group.size() > 1:
             block.exchange = _AllToAll(group)
     ignored = {p for block in model.blocks for p in block.experts.parameters()}
@@ -128,7 +131,42 @@ def spread(model: TrainingDecoder, world: World) -> TrainingDecoder:
     for layer in model.model.layers:
         fully_shard(layer, mesh=flat, ignored_params=ignored)
     fully_shard(model, mesh=flat, ignored_params=ignored)
-    return model
+    return model.to(world.device)  # the buffers; parameters are there already
+
+
+@torch.no_grad()
+def load_share(model: TrainingDecoder, weights: Iterable[tuple[str, Tensor]], world: World) -> None:
+    """Copy this process's share of every weight, each given whole and one after the other, into a spread model."""
+    if world.mesh is None:
+        load_weights(model, weights)
+        return
+    experts = _expert_names(model)
+    places = dict(model.named_parameters())
+
+    def shares() -> Iterator[tuple[str, Tensor]]:
+        for name, value in weights:
+            place = places.get(name)
+            if name in experts:
+                yield name, _expert_share(value, world)
+            elif isinstance(place, DTensor):  # every process has the value: nothing is sent
+                mesh, placements = place.device_mesh, place.placements
+                yield name, distribute_tensor(value.to(world.device), mesh, placements, src_data_rank=None)
+            else:
+                yield name, value
+
+    load_weights(model, shares())
+
+
+def _expert_share(whole: Tensor, world: World) -> Tensor:
+    """The experts [E / P, ...] of this process: they are split in order."""
+    assert world.mesh is not None
+    group = world.mesh["experts"]
+    return whole.chunk(group.size(), dim=0)[group.get_local_rank()]
+
+
+def _expert_names(model: TrainingDecoder) -> set[str]:
+    modules = (name for name, module in model.named_modules() if isinstance(module, Experts))
+    return {f"{name}.{parameter}" for name in modules for parameter in ("gate_up_proj", "down_proj")}
 
 
 def reshard(model: TrainingDecoder) -> None:
@@ -142,9 +180,7 @@ def shared_state(model: TrainingDecoder, world: World, tensors: dict[str, Tensor
     """`tensors`, named after parameters (up to a `/`), with shares of experts as parts of whole sharded tensors."""
     if world.mesh is None:
         return tensors
-    experts = {
-        f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, Experts) for p in ("gate_up_proj", "down_proj")
-    }
+    experts = _expert_names(model)
 
     def whole(name: str, value: Tensor) -> Tensor:
         if name.split("/")[0] not in experts:
@@ -152,6 +188,26 @@ def shared_state(model: TrainingDecoder, world: World, tensors: dict[str, Tensor
         return DTensor.from_local(value.detach(), world.mesh, [Replicate(), Shard(0)], run_check=False)
 
     return {name: whole(name, value) for name, value in tensors.items()}
+
+
+class WholeWeights(Mapping[str, Tensor]):
+    """The weights of a spread model by name, each put together from the processes when it is asked for.
+
+    Asking is a collective: all processes ask for the same names in the same order.
+    """
+
+    def __init__(self, model: TrainingDecoder, shares: dict[str, Tensor], world: World) -> None:
+        self._shares = shared_state(model, world, shares)
+
+    def __getitem__(self, name: str) -> Tensor:
+        share = self._shares[name]
+        return share.full_tensor() if isinstance(share, DTensor) else share
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shares)
+
+    def __len__(self) -> int:
+        return len(self._shares)
 
 
 class _AllToAll:

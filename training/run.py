@@ -26,7 +26,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from moec.compiler.checkpoints.store import TOKENIZER
 from moec.compiler.errors import SpecError, UserError
@@ -36,7 +35,6 @@ from moec.compiler.spec import DecoderConfig, Spec, load_spec
 from moec.compiler.spec.training import Training, TrainingStage
 from moec.training.checkpoints import (
     initial_weights,
-    load_weights,
     packing_faults,
     stored_weights,
     write_checkpoint,
@@ -46,7 +44,7 @@ from moec.training.data.shards import INDEX, Corpus
 from moec.training.experts import Compute
 from moec.training.metrics import Live, Metrics
 from moec.training.model import TrainingDecoder
-from moec.training.parallel import World, joined, shared_state, spread
+from moec.training.parallel import WholeWeights, World, joined, load_share, spread
 from moec.training.rounding import Rounding
 from moec.training.stage import Speed, Trainer
 from moec.training.state import (
@@ -322,12 +320,10 @@ class _Run:
             plan.corpus, stage.mixture, stage.context, stage.batch_tokens, data_seed(plan.seed, stage.name)
         )
         model = TrainingDecoder(plan.model, plan.rounding(stage), plan.compute)
-        if position is None or position.folder is None:
-            load_weights(model, self._start(stage, finished))
-            torch.manual_seed(_seed(f"{plan.seed}:{stage.name}") % (1 << 63))
-        else:  # every weight is read from the state; these values only make the memory defined
-            load_weights(model, ((n, torch.zeros(i.shape)) for n, i in weight_layout(plan.model).items()))
         spread(model, world)
+        if position is None or position.folder is None:  # else every weight is read from the state
+            load_share(model, self._start(stage, finished), world)
+            torch.manual_seed(_seed(f"{plan.seed}:{stage.name}") % (1 << 63))
         trainer = Trainer(model, stage, batches, world)
         before = _steps_before(plan.training, stage)
         if position is None:
@@ -429,7 +425,9 @@ class _Run:
     def _finish(self, trainer: Trainer, position: Position, metrics: Metrics, result: StageResult) -> StageResult:
         """Write the checkpoint, then note that the stage is finished."""
         plan = self._plan
-        weights = _whole(trainer)
+        named = {**dict(trainer.updates.named), **dict(trainer.model.named_buffers())}
+        shares = {name: named[name].detach() for name in weight_layout(plan.model)}
+        weights = WholeWeights(trainer.model, shares, self._world)
         if self._world.main:
             write_checkpoint(
                 plan.out / result.checkpoint,
@@ -438,19 +436,14 @@ class _Run:
                 tokenizer=plan.corpus.tokenizer_file,
                 rounding=plan.rounding(trainer.stage),
             )
+        else:  # helps to put each weight together
+            for name in weight_layout(plan.model):
+                weights[name]
         kept = self._world.same(metrics.durable_bytes())
         self._store.save(
             Position(result.name, result.steps, result.seconds, kept, finished=(*position.finished, result))
         )
         return result
-
-
-def _whole(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All weights, put together from the processes; every process must call it."""
-    model, names = trainer.model, weight_layout(trainer.model.config)
-    places = {**dict(trainer.updates.named), **dict(model.named_buffers())}
-    shared = shared_state(model, trainer.world, {name: places[name].detach() for name in names})
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in shared.items()}
 
 
 def data_seed(seed: int, stage: str) -> int:

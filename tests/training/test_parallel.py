@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from moec.compiler.errors import UserError
+from moec.compiler.model.layout import weight_layout
+from moec.compiler.spec import DecoderConfig
 from moec.training.parallel import joined
 from tests.training.parallel_worker import perform
-from tests.training.small import INT4, PRETRAIN, QAT, SFT, corpus_of, spec_of
+from tests.training.small import INT4, MOE, PRETRAIN, QAT, SFT, corpus_of, spec_of
 
 ROOT = Path(__file__).parent.parent.parent
 # fp32 without dropped pairs: which pairs are dropped depends on who is counted together, one process or all. Few steps:
@@ -111,6 +114,21 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=2e-2)
     for other in ("copied-pretrain", "stopped-by-one", "stopped-by-two"):
         assert_same_run(tmp_path / "one-pretrain", tmp_path / other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
+def test_a_process_never_holds_more_than_its_share_and_one_weight(tmp_path: Path) -> None:
+    moe = {"experts": 16, "top_k": 2, "expert_width": 512}
+    spec = spec_of(PRETRAIN, model=MOE | {"d_model": 512, "layers": 4, "moe": moe})
+    launched(tmp_path, [{"measure": True, "spec": spec.model_dump(mode="json"), "out": str(tmp_path / "peak")}])
+    assert isinstance(spec.model, DecoderConfig)
+    sizes = [4 * math.prod(info.shape) for info in weight_layout(spec.model).values()]
+    assert sum(sizes) > 200e6
+    for rank in (0, 1):
+        peak = json.loads((tmp_path / f"peak.{rank}.json").read_text())
+        # half, one whole weight on its way with a copy, and what libraries take for themselves
+        assert sum(sizes) / 2 < peak < sum(sizes) / 2 + 2 * max(sizes) + 32e6
 
 
 def test_processes_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
