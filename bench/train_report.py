@@ -24,15 +24,18 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
 from moec.compiler.spec.training import TrainingStage
+from moec.compiler.target import Session
 from moec.training.checkpoints import initial_weights, load_model, load_weights, stored_weights
 from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.build import build
@@ -267,9 +270,13 @@ class Report:
         }
 
     def exported(self) -> Any:
-        """Cosines between the two models' logits at every position of one held-out row of each domain."""
+        """Cosines between the two models' logits at every position of one held-out row of each domain.
+
+        Free: each chooses its experts. Forced: the QAT model is given the experts that the artifact chose. Where two
+        experts score nearly alike, the last bit of a rounding decides, and another expert is another answer.
+        """
         from moec.compiler import build as compiler
-        from moec.training.evaluate_models import checkpoint_model
+        from moec.training.evaluate_models import checkpoint_decoder
 
         corpus, qat = Corpus.open(self.corpus_folder), self.run_folder / "qat"
         context = self.stage("qat").context
@@ -280,14 +287,10 @@ class Report:
             rounds = self.spec.quantization.model_copy(update={"activations": activations, "kv_cache": activations})
             spec = self.spec.model_copy(update={"quantization": rounds})
             out = self.out / f"artifact-{activations}"
-            session = compiler.load(compiler.compile(spec, checkpoint=qat, out=out, progress=self.progress))
-            model = checkpoint_model(qat, simulate=activations == "int8")
-            pairs = []
-            for row, logits_TV in zip(rows, model.scores(rows), strict=True):
-                session.reset()
-                pairs.append((np.array(session.prefill(row, logits="all")), logits_TV))
-            session.close()
-            found[activations] = _agreement(pairs)
+            decoder = checkpoint_decoder(qat, simulate=activations == "int8")
+            artifact = compiler.compile(spec, checkpoint=qat, out=out, progress=self.progress)
+            with closing(compiler.load(artifact)) as session:
+                found[activations] = _beside(session, decoder, rows)
         return found
 
     def write(self) -> None:
@@ -369,6 +372,45 @@ def right_tokens(checkpoint: Path, rows: list[dict[str, Any]], *, simulate: bool
         likeliest = logits_TV[len(question) - 1 :].argmax(axis=1)
         found[place] = (int((likeliest == np.asarray(answer)).sum()), len(answer))
     return found
+
+
+def _beside(session: Session, decoder: TrainingDecoder, rows: list[list[int]]) -> dict[str, Any]:
+    """An artifact beside the model it was exported from: logits, with own experts and the same, and sets of experts."""
+    from moec.training.evaluate_models import EagerModel
+
+    model = EagerModel(decoder)
+    free, forced, same = [], [], []
+    session.trace(True)
+    for row in rows:
+        session.reset()
+        logits_TV = np.array(session.prefill(row, logits="all"))
+        chosen_LTK = [torch.from_numpy(trace.indices_TK).long() for trace in session.take_traces()]
+        with expert_choices(decoder) as own_LTK:
+            free.append((logits_TV, next(model.scores([row]))))
+        with expert_choices(decoder, chosen_LTK):
+            forced.append((logits_TV, next(model.scores([row]))))
+        for own_TK, chosen_TK in zip(own_LTK, chosen_LTK, strict=True):
+            same.append((own_TK.sort().values == chosen_TK.sort().values).all(dim=-1).numpy())
+    sets = float(np.mean(np.concatenate(same)))
+    return {"free": _agreement(free), "forced": _agreement(forced), "same_expert_sets": sets}
+
+
+@contextmanager
+def expert_choices(decoder: TrainingDecoder, given_LTK: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """Collect the experts that each MoE layer selects, int64 [T, K]; or have it take the given ones, weighed by it."""
+    chosen: list[Tensor] = []
+    for layer, block in enumerate(decoder.blocks):
+
+        def select(scores_NE: Tensor, layer: int = layer, own: Any = block.select) -> Tensor:
+            chosen.append(own(scores_NE) if given_LTK is None else given_LTK[layer])
+            return chosen[-1]
+
+        block.select = select  # type: ignore[method-assign]
+    try:
+        yield chosen
+    finally:
+        for block in decoder.blocks:
+            del block.select  # the class's own again
 
 
 def _agreement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

@@ -141,6 +141,11 @@ class _CarriedWeights(Rounding):
 
 
 def checkpoint_model(folder: Path, simulate: bool) -> EagerModel:
+    """`checkpoint_decoder`, as the harness asks it."""
+    return EagerModel(checkpoint_decoder(folder, simulate))
+
+
+def checkpoint_decoder(folder: Path, simulate: bool) -> TrainingDecoder:
     """A checkpoint, computed in float32; with `simulate` as the artifact that `moec compile` makes of it.
 
     Packed INT4 codes are carried; float weights are rounded as compiling would. CheckpointError for a damaged folder.
@@ -152,7 +157,7 @@ def checkpoint_model(folder: Path, simulate: bool) -> EagerModel:
         assert spec.quantization is not None
         file = folder / CONFIG
         rounding = (_CarriedWeights if is_packed(read_json(file), file) else Rounding)(spec.quantization)
-    return EagerModel(load_model(folder, spec.model, rounding))
+    return load_model(folder, spec.model, rounding)
 
 
 # --- the harness's side -----------------------------------------------------------------------------------------------

@@ -82,14 +82,18 @@ class MoeBlock(nn.Module):
         self.shared_expert = GatedMlp(d_model, moe.shared_width, Role.SHARED, rounding) if moe.shared_width else None
         self._stored = rounding is not None
 
+    @torch.no_grad()
+    def select(self, scores_NE: Tensor) -> Tensor:
+        """The experts of each token, int64 [N, K]: the highest scores, shifted by the bias."""
+        choice_NE = scores_NE
+        if self.expert_bias is not None:
+            choice_NE = scores_NE + (round_to_bfloat16(self.expert_bias) if self._stored else self.expert_bias)
+        return choice_NE.topk(self.moe.top_k, dim=-1).indices
+
     def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """(indices int64 [N, K], combine weights float32 [N, K])."""
         scores_NE = logits_NE.sigmoid()
-        with torch.no_grad():
-            choice_NE = scores_NE
-            if self.expert_bias is not None:
-                choice_NE = scores_NE + (round_to_bfloat16(self.expert_bias) if self._stored else self.expert_bias)
-            indices_NK = choice_NE.topk(self.moe.top_k, dim=-1).indices
+        indices_NK = self.select(scores_NE)
         weights_NK = scores_NE.gather(-1, indices_NK)
         if self.moe.normalize:
             weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
