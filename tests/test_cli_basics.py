@@ -154,7 +154,7 @@ def test_exit_status(
 
 def test_output_that_nobody_reads(tmp_path: Path) -> None:
     """`moec schema | head -c 1` ends without a traceback."""
-    command = f"{sys.executable} -m moec.compiler.cli.main schema | head -c 1"
+    command = f"{sys.executable} -m moec schema | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "{"
     assert done.stderr == ""
@@ -165,6 +165,21 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def test_an_interrupt_while_the_program_is_still_imported_is_no_traceback() -> None:
+    """Ctrl-C in the first tenth of a second: here it comes when typer is looked for."""
+    interrupted = (
+        "import runpy, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "runpy.run_module('moec', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_half_written(tmp_path: Path, sent: signal.Signals, status: int) -> None:
     """A checkpoint being synthesized over a good one: interrupted, the good one stands and no temporary is left."""
@@ -173,7 +188,7 @@ def test_signals_leave_nothing_half_written(tmp_path: Path, sent: signal.Signals
     (out / "config.json").write_text("good")
     command = ["checkpoint", "synthesize", str(SPECS / "mobilemoe-s.yaml"), "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "moec.compiler.cli.main", *command],
+        [sys.executable, "-m", "moec", *command],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heed_interrupts,

@@ -252,7 +252,7 @@ def test_bad_output_folders(moec: Moec, line: Path, tmp_path: Path) -> None:
 
 
 def _program(line: Path, out: Path) -> list[str]:
-    module = [sys.executable, "-m", "moec.compiler.cli.main"]
+    module = [sys.executable, "-m", "moec"]
     return [*module, "compile", str(line / "spec.yaml"), "--out", str(out), "--quiet"]
 
 

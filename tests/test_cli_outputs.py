@@ -22,7 +22,7 @@ PLAN = ["plan", "specs/models/mobilemoe-tiny.yaml", "--device", "galaxy-s25"]
 
 def shell(command: str, **options: object) -> subprocess.CompletedProcess[str]:
     """`command` in bash, where $MOEC is the command line of this interpreter."""
-    environment = os.environ | {"MOEC": f"{sys.executable} -m moec.compiler.cli.main"}
+    environment = os.environ | {"MOEC": f"{sys.executable} -m moec"}
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False, env=environment, **options
     )  # type: ignore[call-overload, no-any-return]

@@ -161,9 +161,8 @@ def _say(text: str) -> None:
     live = sys.stderr.isatty()
     try:
         print(("\r\x1b[2K" if live else "") + text, file=sys.stderr, flush=True)
-    except (
-        OSError
-    ):  # where nothing can be said the status still tells: Python's own is 120 for text that stays unwritten
+    except OSError:
+        # where nothing can be said the status still tells: Python's own is 120 for text that stays unwritten
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

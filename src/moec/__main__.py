@@ -1,5 +1,18 @@
-"""`python -m moec`: the command line."""
+"""`moec` and `python -m moec`: the command line, guarded from its first import on."""
 
-from moec.compiler.cli.main import main
+import sys
+from typing import NoReturn
 
-main()
+
+def main() -> NoReturn:
+    """Run the command line; a Ctrl-C that comes while Python still imports it is no traceback either."""
+    try:
+        from moec.compiler.cli.main import main as run
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # compiler/cli/status.py has it as INTERRUPTED; importing that may be what was interrupted
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ def test_mobilemoe_l(tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "artifact"
     arguments = ["checkpoint", "synthesize", str(spec), "--out", str(checkpoint), "--qat", "--quiet"]
     assert cli.run(arguments) == 0
-    command = [sys.executable, "-m", "moec.compiler.cli.main", "compile", str(spec), "--quiet"]
+    command = [sys.executable, "-m", "moec", "compile", str(spec), "--quiet"]
     subprocess.run([*command, "--checkpoint", str(checkpoint), "--out", str(out)], check=True)
     # the largest process that was waited for; ru_maxrss counts kB, and bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
