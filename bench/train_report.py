@@ -317,7 +317,12 @@ class Report:
         model = TrainingDecoder(self.model, rounding)
         load_weights(model, weights)
         data = Batches(
-            self.corpus_folder, stage.mixture, stage.context, stage.batch_tokens, data_seed(seed, stage.name)
+            self.corpus_folder,
+            stage.mixture,
+            stage.context,
+            stage.batch_tokens,
+            data_seed(seed, stage.name),
+            response_weight=stage.response_weight,
         )
         return Trainer(model, stage, data, World())
 

@@ -317,7 +317,12 @@ class _Run:
     def _stage(self, stage: TrainingStage, position: Position | None, finished: tuple[StageResult, ...]) -> StageResult:
         plan, world = self._plan, self._world
         batches = Batches(
-            plan.corpus, stage.mixture, stage.context, stage.batch_tokens, data_seed(plan.seed, stage.name)
+            plan.corpus,
+            stage.mixture,
+            stage.context,
+            stage.batch_tokens,
+            data_seed(plan.seed, stage.name),
+            response_weight=stage.response_weight,
         )
         model = TrainingDecoder(plan.model, plan.rounding(stage), plan.compute)
         spread(model, world)

@@ -11,6 +11,7 @@ from moec.compiler.spec.strict import Fault, Section, shown
 
 StageName = Literal["pretrain", "midtrain", "sft", "qat"]
 Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
+ResponseWeight = Literal["token", "response"]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ORDER: tuple[StageName, ...] = ("pretrain", "midtrain", "sft", "qat")
 
@@ -81,6 +82,11 @@ class TrainingStage(Section):
     z_loss: Annotated[float, Field(ge=0, lt=1)] = 1e-4
     precision: Literal["fp32", "bf16"] = "bf16"
     mixture: Mapping[str, Share] = Field(min_length=1)
+    response_weight: ResponseWeight = Field(
+        default="token",
+        description="what counts alike in the loss of instruction domains: every token of their responses, or every "
+        "response of a row, however long",
+    )
     quantization: Literal["none", "from_spec"] = Field(
         default="none", description="from_spec trains with the rounding of the spec's quantization section"
     )

@@ -167,6 +167,33 @@ def test_examples_are_packed_whole_and_only_responses_count(context: int, seed: 
 
 
 @settings(max_examples=20, deadline=None)
+@given(context=st.integers(20, 120), seed=st.integers(0, 1 << 40))
+def test_responses_of_a_row_can_count_alike(context: int, seed: int) -> None:
+    """The same batches but for weights: equal sums for the examples of a row, and the row's own sum unchanged."""
+    with corpus_of(11, count=60) as corpus:
+        tokens = Batches(corpus, {"chat": 1, "web": 1}, context, 4 * context, seed)
+        evenly = Batches(corpus, {"chat": 1, "web": 1}, context, 4 * context, seed, response_weight="response")
+        uneven = 0
+        for step in range(4):
+            a, b = tokens.batch(step), evenly.batch(step)
+            assert torch.equal(a.tokens_BT, b.tokens_BT)
+            assert torch.equal(a.targets_BT, b.targets_BT)
+            assert torch.equal(a.loss_mask_BT > 0, b.loss_mask_BT > 0)
+            for row, domain in enumerate(a.domains_B):
+                plain, weighted, numbers = a.loss_mask_BT[row], b.loss_mask_BT[row], a.documents_BT[row].long()
+                if domain == "web":
+                    assert torch.equal(plain, weighted)
+                    continue
+                count = torch.bincount(numbers, weights=plain)
+                sums = torch.bincount(numbers, weights=weighted)
+                even = plain.sum() / (count > 0).sum()
+                # float32 sums of at most 120 terms
+                torch.testing.assert_close(sums, torch.where(count > 0, even, 0.0), rtol=1e-5, atol=0)
+                uneven += int((count[count > 0] != count.max()).any())
+        assert uneven, "every example of these corpora is as long as every other: nothing was tested"
+
+
+@settings(max_examples=20, deadline=None)
 @given(shares=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=2), seed=st.integers(0, 99))
 def test_shares_of_the_mixture_are_met_on_the_way(shares: list[float], seed: int) -> None:
     with corpus_of(13) as corpus:

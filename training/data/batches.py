@@ -10,7 +10,9 @@ What remains at the end of an epoch, less than a row, is not read in it. The las
 target: nothing is predicted across documents.
 
 *Instructions.* Whole examples are packed into rows once (drawn from the seed), and the rows are reordered every epoch.
-Only tokens of responses are targets. What is left of a row is padding: EOS, no target, a document of its own.
+Only tokens of responses are targets. What is left of a row is padding: EOS, no target, a document of its own. Tokens
+count alike, or, with `response_weight` "response", the examples of a row do: one that is answered in a word is not
+drowned by one that is answered in a page. A row's weight is the number of its targets in either case.
 
 Letters: B rows, T tokens of a row (the context), N tokens of a shard.
 """
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moec.compiler.spec.training import ResponseWeight
 from moec.training.data.shards import Corpus, DataError, Shard, check_ids
 
 _PATTERN = 10_000  # rows until the pattern of domains repeats: shares are met to 1 in 10,000
@@ -40,8 +43,8 @@ class Batch:
     """Rows of tokens and what to predict at each.
 
     tokens_BT int64; targets_BT int64, the next token of the same document (0 where loss_mask_BT is 0); loss_mask_BT
-    float32, 1 where the loss counts; documents_BT int32, the number of the document within the row, from 0, for
-    attention that stays inside a document; domains_B names each row's domain.
+    float32, the weight of each position's loss, 0 where it has none; documents_BT int32, the number of the document
+    within the row, from 0, for attention that stays inside a document; domains_B names each row's domain.
     """
 
     tokens_BT: Tensor
@@ -66,6 +69,7 @@ class Batches:
         batch_tokens: int,
         seed: int,
         split: str = "train",
+        response_weight: ResponseWeight = "token",
     ) -> None:
         opened = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
         self.rows = batch_tokens // context if context > 0 else 0
@@ -78,7 +82,7 @@ class Batches:
         if not shares:
             raise DataError("the mixture has no domain with a share above 0", remedy="give at least one domain a share")
         self.corpus, self.context, self.seed = opened, context, seed
-        self._streams = {name: _stream(opened, name, split, context, seed) for name in shares}
+        self._streams = {name: _stream(opened, name, split, context, seed, response_weight) for name in shares}
         self._names = tuple(shares)
         self._pattern, self._before = _pattern(tuple(shares.values()), seed)
 
@@ -162,14 +166,17 @@ class _Stream(Protocol):
     def row(self, k: int, *, once: bool = False) -> _Row: ...
 
 
-def _stream(corpus: Corpus, domain: str, split: str, context: int, seed: int) -> _Stream:
+def _stream(
+    corpus: Corpus, domain: str, split: str, context: int, seed: int, response_weight: ResponseWeight = "token"
+) -> _Stream:
     shard = corpus.shard(domain, split)
     if shard.documents == 0:
         raise DataError(
             f"domain {domain!r} has no {split} documents", place=str(corpus.folder), remedy="add text to it"
         )
-    make = _PackedExamples if corpus.kind(domain) == "instruction" else _RunningText
-    return make(shard, domain, context, seed, corpus.eos_id)
+    if corpus.kind(domain) == "instruction":
+        return _PackedExamples(shard, domain, context, seed, corpus.eos_id, response_weight)
+    return _RunningText(shard, domain, context, seed, corpus.eos_id)
 
 
 class _RunningText:
@@ -231,7 +238,10 @@ class _RunningText:
 class _PackedExamples:
     """Whole examples packed into rows."""
 
-    def __init__(self, shard: Shard, domain: str, context: int, seed: int, eos_id: int) -> None:
+    def __init__(
+        self, shard: Shard, domain: str, context: int, seed: int, eos_id: int, response_weight: ResponseWeight
+    ) -> None:
+        self._even = response_weight == "response"
         self._shard, self._context, self._eos_id, self._seed = shard, context, eos_id, seed
         self._key = _key(domain)
         order = _permutation(shard.documents, seed, self._key, 0)
@@ -266,6 +276,10 @@ class _PackedExamples:
             targets[targets_here] = np.where(responses, self._shard.tokens_N[start + 1 : end], 0)
             mask[targets_here] = responses
             filled += end - start
+        if self._even:
+            lengths = np.bincount(documents, weights=mask)  # targets of each example
+            each = mask.sum() / max(1, np.count_nonzero(lengths))
+            mask *= (each / np.maximum(lengths, 1))[documents].astype(np.float32)
         return tokens, targets, mask, documents
 
 
