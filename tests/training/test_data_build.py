@@ -173,6 +173,29 @@ def test_what_fails_midway_leaves_nothing(files: Path, monkeypatch: pytest.Monke
     assert not [p for p in files.iterdir() if p.name.startswith(".c.")]
 
 
+FAKE_LIBRARY = """
+def create_dataset(family, size, seed, **level):
+    return [{"question": f"{family} {n} {sorted(level.items())}", "answer": str(n)} for n in range(size)]
+"""
+
+
+def test_no_puzzle_is_both_text_and_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a library of its own: a family belongs to one domain, and what is asked is set at a level."""
+    (tmp_path / "reasoning_gym.py").write_text(FAKE_LIBRARY)
+    fetched = []
+    monkeypatch.setattr(sources_module, "python_packages", lambda *_: fetched.append(1) or tmp_path)
+    monkeypatch.setattr(sources_module, "_QUESTIONS", 3)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    texts, asked = (list(sources_module.questions(domain, cache)) for domain in ("math", "instructions"))
+    assert len(fetched) == 1  # the second reads what the first has kept
+    assert len(texts) == 3 * len({family for family, _, _ in texts})
+    assert len(asked) == 3 * len({family for family, _, _ in asked})
+    assert {family for family, _, _ in texts}.isdisjoint(family for family, _, _ in asked)
+    assert ("gcd", "gcd 2 []", "2") in texts
+    assert ("spell_backward", "spell_backward 0 [('max_word_len', 5)]", "0") in asked
+
+
 def test_the_command_builds_and_inspects(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(files / "c")
     arguments = ["data", "build", "--out", out, "--domains", "code", "--limit-mb", "0.4", "--vocab-size", "600", "-q"]

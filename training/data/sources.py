@@ -7,6 +7,7 @@ packages and are written into every corpus made of them.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import subprocess
@@ -24,7 +25,7 @@ from moec.training.data.functions import functions
 from moec.training.data.shards import DataError
 
 DOMAINS = ("web", "knowledge", "code", "math", "instructions")
-_QUESTIONS = 90_000  # in all; halved between `math` and `instructions` by their text
+_QUESTIONS = 5000  # of each family of puzzles
 _MEANINGS = 0.2  # of WordNet's senses that become instructions
 _PATIENCE = 180  # seconds for making all questions; it takes about ten
 _LONGEST_FILE = 1 << 19  # bytes: larger modules are tables
@@ -190,12 +191,13 @@ _PUZZLES = (
 )  # fmt: skip
 
 
-def questions(cache: Path) -> Iterator[tuple[str, str, str]]:
+def questions(domain: str, cache: Path) -> Iterator[tuple[str, str, str]]:
     """(family, question, answer) of reasoning-gym, made by a process of its own so that its packages stay apart."""
-    kept = cache / f"questions-{_QUESTIONS}.jsonl"
+    script = Path(__file__).with_name("make_questions.py")
+    made_by = hashlib.sha256(script.read_bytes()).hexdigest()[:12]  # other families or levels are other questions
+    kept = cache / f"questions-{_QUESTIONS}-{made_by}.jsonl"
     if not kept.exists():
         packages = python_packages("reasoning-gym-0.1.25", _PUZZLES, cache)
-        script = Path(__file__).with_name("make_questions.py")
         command = [sys.executable, str(script), str(packages), str(_QUESTIONS)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
@@ -208,27 +210,21 @@ def questions(cache: Path) -> Iterator[tuple[str, str, str]]:
         part.rename(kept)
     for line in kept.read_text("utf-8").splitlines():
         row = json.loads(line)
-        yield row["family"], row["question"], row["answer"]
-
-
-def _in_math(question: str) -> bool:
-    """Half of the questions go to `math`, the others to `instructions`: none is in both."""
-    return Document(f"half {question}").group_hash() < 0.5
+        if row["domain"] == domain:
+            yield row["family"], row["question"], row["answer"]
 
 
 def _sums(cache: Path) -> Iterator[Document]:
-    for _, question, answer in questions(cache):
-        if _in_math(question):
-            yield Document(f"{question}\n{answer}")
+    for _, question, answer in questions("math", cache):
+        yield Document(f"{question}\n{answer}")
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 
 def _answers(cache: Path) -> Iterator[Document]:
-    for family, question, answer in questions(cache):
-        if not _in_math(question):
-            yield Document(prompt=question, response=answer, family=family)
+    for family, question, answer in questions("instructions", cache):
+        yield Document(prompt=question, response=answer, family=family)
 
 
 def _meanings(cache: Path) -> Iterator[Document]:
