@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moec.compiler.checkpoints import open_store
 from moec.compiler.checkpoints.config_json import GROUP_SIZE, config_to_json
@@ -60,11 +61,14 @@ def stored_weights(folder: str | Path, config: DecoderConfig) -> Iterator[tuple[
 
 @torch.no_grad()
 def load_weights(model: TrainingDecoder, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every weight by name; all of them must be given. A spread model takes shares: `parallel.load_share`."""
+    """Copy every weight by name; all of them must be given. Of a whole value a sharded tensor takes its share."""
     places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = set(weight_layout(model.config))
     for name, value in weights:
-        places[name].copy_(value)
+        place = places[name]
+        if isinstance(place, DTensor):  # cut here: every process has the whole value
+            value = distribute_tensor(value.to(place.device), place.device_mesh, place.placements, src_data_rank=None)
+        place.copy_(value)
         missing.discard(name)
     assert not missing, f"weights not given: {sorted(missing)[:3]}"
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.optim import AdamW
 
 from moec.compiler.spec.training import Balancing, Optimizer, Schedule, TrainingStage
@@ -35,6 +36,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+Groups = list[tuple[list[tuple[str, Parameter]], float]]
+
+
+def parameter_groups(model: TrainingDecoder, weight_decay: float) -> Groups:
+    """(named parameters, weight decay) of experts, of other matrices and of vectors, which do not decay.
+
+    Experts are a group of their own: in many processes the others are sharded tensors, which do not mix with them.
+    """
+    experts = {id(p) for block in model.blocks for p in block.experts.parameters()}
+    named = list(model.named_parameters())
+    groups = (
+        ([(n, p) for n, p in named if id(p) in experts], weight_decay),
+        ([(n, p) for n, p in named if p.dim() > 1 and id(p) not in experts], weight_decay),
+        ([(n, p) for n, p in named if p.dim() == 1], 0.0),
+    )
+    return [(members, decay) for members, decay in groups if members]
+
+
 class Updates:
     """The optimizer of one stage. Moments exist from the start, so that a state has the same names at every step."""
 
@@ -43,14 +62,9 @@ class Updates:
         settings: Optimizer = stage.optimizer
         self._experts = {id(p) for block in model.blocks for p in block.experts.parameters()}
         self.named = named = list(model.named_parameters())  # while they are sharded: forward passes put others there
-        expert = [p for _, p in named if id(p) in self._experts]
-        matrices = [p for _, p in named if p.dim() > 1 and id(p) not in self._experts]
-        vectors = [p for _, p in named if p.dim() == 1]
-        decay = settings.weight_decay
-        # experts are a group of their own: in many processes the others are sharded tensors, which do not mix with them
-        groups = [(expert, decay), (matrices, decay), (vectors, 0.0)]
+        groups = parameter_groups(model, settings.weight_decay)
         self._adamw = AdamW(
-            [{"params": params, "weight_decay": wd} for params, wd in groups if params],
+            [{"params": [p for _, p in members], "weight_decay": decay} for members, decay in groups],
             lr=stage.learning_rate.peak,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,

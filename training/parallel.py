@@ -10,7 +10,7 @@ R rows, E experts of a layer, P processes of an expert-parallel group, D d_model
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moec.compiler.errors import UserError
 from moec.training.checkpoints import load_weights
@@ -125,7 +125,7 @@ def spread(model: TrainingDecoder, world: World) -> TrainingDecoder:
             share = _expert_share(parameter.detach(), world)
             setattr(block.experts, name, nn.Parameter(torch.empty_like(share, device=world.device)))
         if group.size() > 1:
-            block.exchange = _AllToAll(group)
+            block.exchange = AllToAll(group)
     ignored = {p for block in model.blocks for p in block.experts.parameters()}
     flat = init_device_mesh(world.device.type, (world.size,))
     for layer in model.model.layers:
@@ -141,20 +141,8 @@ def load_share(model: TrainingDecoder, weights: Iterable[tuple[str, Tensor]], wo
         load_weights(model, weights)
         return
     experts = _expert_names(model)
-    places = dict(model.named_parameters())
-
-    def shares() -> Iterator[tuple[str, Tensor]]:
-        for name, value in weights:
-            place = places.get(name)
-            if name in experts:
-                yield name, _expert_share(value, world)
-            elif isinstance(place, DTensor):  # every process has the value: nothing is sent
-                mesh, placements = place.device_mesh, place.placements
-                yield name, distribute_tensor(value.to(world.device), mesh, placements, src_data_rank=None)
-            else:
-                yield name, value
-
-    load_weights(model, shares())
+    shares = ((name, _expert_share(value, world) if name in experts else value) for name, value in weights)
+    load_weights(model, shares)
 
 
 def _expert_share(whole: Tensor, world: World) -> Tensor:
@@ -210,13 +198,13 @@ class WholeWeights(Mapping[str, Tensor]):
         return len(self._shares)
 
 
-class _AllToAll:
+class AllToAll:
     """Rows, sorted by expert, to the processes that hold their experts, and their outputs back."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._group, self._size = mesh.get_group(), mesh.size()
 
-    def __call__(self, experts: Experts, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    def __call__(self, experts: Callable[[Tensor, Tensor], Tensor], rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         sent_PE = counts_E.view(self._size, -1)  # experts are split in order
         got_PE = torch.empty_like(sent_PE)
         dist.all_to_all_single(got_PE, sent_PE, group=self._group)

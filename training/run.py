@@ -17,13 +17,13 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -46,7 +46,7 @@ from moec.training.metrics import Live, Metrics
 from moec.training.model import TrainingDecoder
 from moec.training.parallel import WholeWeights, World, joined, load_share, spread
 from moec.training.rounding import Rounding
-from moec.training.stage import Speed, Trainer
+from moec.training.stage import Speed, Trainer, evaluate
 from moec.training.state import (
     Position,
     StageResult,
@@ -109,18 +109,18 @@ def train(
     if training is None:
         raise SpecError("has no `training:` section", place=loaded.name, remedy="give it stages to train")
     corpus = data if isinstance(data, Corpus) else Corpus.open(data)
-    plan = _Plan(
+    plan = Plan(
         loaded, model, training, corpus, Path(out), stage, resume, None if init is None else Path(init),
         training.seed if seed is None else seed, bits, compute,
     )  # fmt: skip
     _check(plan)
     experts = model.moe.experts if model.moe else 0
     with joined(training.expert_parallel, experts, device) as world, _owned(plan.out, world):
-        return _Run(plan, world, progress or Progress(quiet=True)).stages()
+        return Run(plan, world, progress or Progress(quiet=True)).stages()
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What was asked for."""
 
     spec: Spec
@@ -173,7 +173,7 @@ def _checked_model(spec: Spec) -> DecoderConfig:
     return spec.model
 
 
-def _check(plan: _Plan) -> None:
+def _check(plan: Plan) -> None:
     """Everything that can be wrong before a step is taken."""
     corpus, place = plan.corpus, plan.spec.name
     if plan.stage is not None and plan.stage not in plan.names:
@@ -204,7 +204,7 @@ def _check(plan: _Plan) -> None:
         _check_tokenizer(plan)
 
 
-def _check_rounding(plan: _Plan, stage: TrainingStage) -> None:
+def _check_rounding(plan: Plan, stage: TrainingStage) -> None:
     quantization = plan.spec.quantization
     if quantization is None:
         raise SpecError(f"stage {stage.name} rounds, but quantization is none", place=plan.spec.name)
@@ -219,7 +219,7 @@ def _check_rounding(plan: _Plan, stage: TrainingStage) -> None:
         )
 
 
-def _check_tokenizer(plan: _Plan) -> None:
+def _check_tokenizer(plan: Plan) -> None:
     """Weights are of use only with the tokenizer that they were trained with."""
     assert plan.init is not None
     file = plan.init / TOKENIZER
@@ -250,8 +250,8 @@ def _owned(out: Path, world: World) -> Iterator[None]:
         yield
 
 
-class _Run:
-    def __init__(self, plan: _Plan, world: World, progress: Progress) -> None:
+class Run:
+    def __init__(self, plan: Plan, world: World, progress: Progress) -> None:
         self._plan, self._world, self._progress = plan, world, progress
         self._store = StateStore(plan.out, world)
         self._stop = _StopRequest()
@@ -316,38 +316,59 @@ class _Run:
 
     def _stage(self, stage: TrainingStage, position: Position | None, finished: tuple[StageResult, ...]) -> StageResult:
         plan, world = self._plan, self._world
-        batches = Batches(
-            plan.corpus,
-            stage.mixture,
-            stage.context,
-            stage.batch_tokens,
-            data_seed(plan.seed, stage.name),
-            response_weight=stage.response_weight,
-        )
+        batches = self._batches(stage)
         model = TrainingDecoder(plan.model, plan.rounding(stage), plan.compute)
         spread(model, world)
         if position is None or position.folder is None:  # else every weight is read from the state
             load_share(model, self._start(stage, finished), world)
-            torch.manual_seed(_seed(f"{plan.seed}:{stage.name}") % (1 << 63))
+            torch.manual_seed(stage_seed(plan.seed, stage.name))
         trainer = Trainer(model, stage, batches, world)
-        before = _steps_before(plan.training, stage)
         if position is None:
-            kept = world.same((plan.out / "metrics.jsonl").stat().st_size if finished and world.main else 0)
-            position = Position(stage.name, 0, 0.0, kept, finished=finished)
-            self._store.save(position)
+            position = self._begun(stage, finished)
         elif position.folder is not None:
             self._store.load(position, trainer.tensors())
             trainer.restore(position.step)
             restore_random_state(position.random)
         self._announce(stage, batches, position.step)
-        metrics = Metrics(
-            plan.out, keep_bytes=position.metrics_bytes, first_step=before + position.step + 1, writes=world.main
-        )
+        metrics = self._metrics(stage, position)
         try:
             with self._stop:
-                return self._loop(trainer, position, metrics, before)
+                return self._loop(trainer, position, metrics)
         finally:
             metrics.close()
+
+    def _batches(self, stage: TrainingStage) -> Batches:
+        return Batches(
+            self._plan.corpus,
+            stage.mixture,
+            stage.context,
+            stage.batch_tokens,
+            data_seed(self._plan.seed, stage.name),
+            response_weight=stage.response_weight,
+        )
+
+    def _begun(self, stage: TrainingStage, finished: tuple[StageResult, ...]) -> Position:
+        """The position before the first step of a stage, which is the latest from here on."""
+        metrics = self._plan.out / "metrics.jsonl"
+        kept = self._world.same(metrics.stat().st_size if finished and self._world.main else 0)
+        position = Position(stage.name, 0, 0.0, kept, finished=finished)
+        self._store.save(position)
+        return position
+
+    def _metrics(self, stage: TrainingStage, position: Position) -> Metrics:
+        before = steps_before(self._plan.training, stage)
+        metrics = Metrics(
+            self._plan.out,
+            keep_bytes=position.metrics_bytes,
+            first_step=before + position.step + 1,
+            writes=self._world.main,
+        )
+        if not metrics.has_events and self._world.main and before + position.step == 0:
+            self._progress.write("no TensorBoard events: install moec[train] to have them")
+        return metrics
+
+    def _live(self, stage: TrainingStage, done: int) -> Live:
+        return Live(self._progress if self._world.main else Progress(quiet=True), stage.name, done, stage.steps)
 
     def _announce(self, stage: TrainingStage, batches: Batches, done: int) -> None:
         """What lies ahead: how often each domain is read, and what of it never is."""
@@ -379,14 +400,12 @@ class _Run:
             remedy=f"train {before} first, or begin a run with --init CHECKPOINT",
         )
 
-    def _loop(self, trainer: Trainer, position: Position, metrics: Metrics, before: int) -> StageResult:
+    def _loop(self, trainer: Trainer, position: Position, metrics: Metrics) -> StageResult:
         stage = trainer.stage
-        quiet = self._progress if self._world.main else Progress(quiet=True)
-        live, speed = Live(quiet, stage.name, trainer.done, stage.steps), Speed()
-        if not metrics.has_events and self._world.main and trainer.done == 0 and before == 0:
-            live.say("no TensorBoard events: install moec[train] to have them")
+        live, speed = self._live(stage, trainer.done), Speed()
+        before = steps_before(self._plan.training, stage)
         if trainer.done == 0:
-            losses = self._evaluate(trainer, metrics, live, before)
+            losses = self._evaluate(trainer.model, stage, 0, metrics, live)
         while trainer.done < stage.steps:
             speed.start()
             record = trainer.step()
@@ -397,49 +416,65 @@ class _Run:
                 metrics.write(record, before + trainer.done)
                 live.step(trainer.done, record)
             if last or (stage.eval_every is not None and trainer.done % stage.eval_every == 0):
-                losses = self._evaluate(trainer, metrics, live, before)
+                losses = self._evaluate(trainer.model, stage, trainer.done, metrics, live)
             stopping = self._world.any(self._stop.asked)
             if not last and (stopping or trainer.done % stage.checkpoint_every == 0):
-                self._save(trainer, position, metrics, position.seconds + speed.total)
+                seconds = position.seconds + speed.total
+                self._store.save(self._here(position, trainer.done, seconds, metrics), trainer.tensors())
             if stopping and not last:
-                live.say(f"{stage.name} stopped at step {trainer.done}, state saved; continue with --resume")
-                raise KeyboardInterrupt
-        seconds = round(position.seconds + speed.total, 3)
-        return self._finish(trainer, position, metrics, StageResult(
-            stage.name, stage.name, trainer.done, trainer.tokens, seconds, losses
-        ))  # fmt: skip
+                self._stopped(stage, trainer.done)
+        named = {**dict(trainer.updates.named), **dict(trainer.model.named_buffers())}
+        return self._finish(trainer.model, named, stage, position, metrics, position.seconds + speed.total, losses)
 
-    def _evaluate(self, trainer: Trainer, metrics: Metrics, live: Live, before: int) -> dict[str, float]:
-        found = trainer.evaluate(self._plan.corpus)
-        place = {"stage": trainer.stage.name, "step": trainer.done, "tokens": trainer.tokens}
-        metrics.write(place | found, before + trainer.done)
-        live.heldout(trainer.done, found["heldout"])
+    def _evaluate(
+        self, model: TrainingDecoder, stage: TrainingStage, step: int, metrics: Metrics, live: Live
+    ) -> dict[str, float]:
+        """Evaluate behind `step` steps, say so, and give the held-out losses."""
+        found = evaluate(model, stage, self._world, self._plan.corpus)
+        place = {"stage": stage.name, "step": step, "tokens": step * stage.rows * stage.context}
+        metrics.write(place | found, steps_before(self._plan.training, stage) + step)
+        live.heldout(step, found["heldout"])
         return found["heldout"]
 
-    def _save(self, trainer: Trainer, position: Position, metrics: Metrics, seconds: float) -> None:
-        here = replace(
+    def _here(self, position: Position, step: int, seconds: float, metrics: Metrics) -> Position:
+        """Behind `step` steps of the stage of `position`, with what metrics.jsonl holds now."""
+        return replace(
             position,
-            step=trainer.done,
+            step=step,
             seconds=round(seconds, 3),
             metrics_bytes=self._world.same(metrics.durable_bytes()),
-            folder=f"{trainer.stage.name}-{trainer.done:07}",
+            folder=f"{position.stage}-{step:07}",
             random=random_state(),
         )
-        self._store.save(here, trainer.tensors())
 
-    def _finish(self, trainer: Trainer, position: Position, metrics: Metrics, result: StageResult) -> StageResult:
-        """Write the checkpoint, then note that the stage is finished."""
+    def _stopped(self, stage: TrainingStage, step: int) -> NoReturn:
+        if self._world.main:
+            self._progress.write(f"{stage.name} stopped at step {step}, state saved; continue with --resume")
+        raise KeyboardInterrupt
+
+    def _finish(
+        self,
+        model: TrainingDecoder,
+        named: Mapping[str, torch.Tensor],
+        stage: TrainingStage,
+        position: Position,
+        metrics: Metrics,
+        seconds: float,
+        heldout: dict[str, float],
+    ) -> StageResult:
+        """Write the checkpoint, then note that the stage is finished. named: the shares of weights that are here."""
         plan = self._plan
-        named = {**dict(trainer.updates.named), **dict(trainer.model.named_buffers())}
+        tokens = stage.steps * stage.rows * stage.context
+        result = StageResult(stage.name, stage.name, stage.steps, tokens, round(seconds, 3), heldout)
         shares = {name: named[name].detach() for name in weight_layout(plan.model)}
-        weights = WholeWeights(trainer.model, shares, self._world)
+        weights = WholeWeights(model, shares, self._world)
         if self._world.main:
             write_checkpoint(
                 plan.out / result.checkpoint,
                 plan.model,
                 weights,
                 tokenizer=plan.corpus.tokenizer_file,
-                rounding=plan.rounding(trainer.stage),
+                rounding=plan.rounding(stage),
             )
         else:  # helps to put each weight together
             for name in weight_layout(plan.model):
@@ -451,6 +486,11 @@ class _Run:
         return result
 
 
+def stage_seed(seed: int, stage: str) -> int:
+    """What torch's generator begins a stage with."""
+    return _seed(f"{seed}:{stage}")
+
+
 def data_seed(seed: int, stage: str) -> int:
     """The seed of a stage's batches: what `Batches` needs to give a run's batches again."""
     return _seed(f"{seed}:{stage}:data")
@@ -460,7 +500,7 @@ def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
-def _steps_before(training: Training, stage: TrainingStage) -> int:
+def steps_before(training: Training, stage: TrainingStage) -> int:
     """Steps of the stages before this one: where its curves begin in TensorBoard."""
     return sum(other.steps for other in training.stages[: training.stages.index(stage)])
 

@@ -1,4 +1,4 @@
-"""One stage: batches, steps, evaluations, states, and the checkpoint at its end.
+"""One stage of the torch backend: batches, steps, and what both backends count and say of a step and an evaluation.
 
 B rows, T tokens of a row, L MoE layers, E experts.
 """
@@ -24,9 +24,9 @@ from moec.training.optimizer import Updates, balance, bias_rate
 from moec.training.parallel import World, reshard, shared_state
 
 
-def autocast(stage: TrainingStage, world: World) -> AbstractContextManager[Any]:
+def autocast(stage: TrainingStage, device: torch.device) -> AbstractContextManager[Any]:
     """The stage's precision: products in bfloat16, everything that is not a product in float32."""
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16")
 
 
 def moved(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,91 +66,120 @@ class Trainer:
         stage, world = self.stage, self.world
         batch = self._batches.batch(self.done, world.rank, world.size)
         weight = max(1.0, float(world.total(batch.loss_mask_BT.sum())))
-        # the z-loss is a mean over tokens and layers; a dense model has none
-        positions = stage.rows * stage.context * max(1, len(self.model.blocks))
+        positions = z_positions(self.model, stage)
         self.model.train()
         sums: Forward | None = None
-        for piece in self._pieces(batch):
-            with autocast(stage, world):
+        for piece in pieces(batch, stage):
+            with autocast(stage, world.device):
                 out = Forward(*self.model(*moved(piece, world)))
             objective = out.nll / weight + stage.z_loss * out.z / positions
             (objective * world.size).backward()  # gradients are averaged over processes
-            sums = _detached(out) if sums is None else _added(sums, out)
+            sums = added(sums, out)
         assert sums is not None
         lm_loss = float(world.total(sums.nll)) / weight
         z_loss = float(world.total(sums.z)) / positions
         load_LE, dropped_L = world.total(sums.load_LE), world.total(sums.dropped_L)
-        loss = lm_loss + stage.z_loss * z_loss
         norm = self.updates.norm()
-        for what, value in (("the loss", loss), ("the gradient's norm", norm)):
-            if not math.isfinite(value):
-                remedy = "lower learning_rate.peak"
-                raise RunError(f"{what} is {value} at step {self.done + 1} of {stage.name}", remedy=remedy)
+        loss = lm_loss + stage.z_loss * z_loss
+        require_finite("the loss", loss, stage, self.done + 1)
+        require_finite("the gradient's norm", norm, stage, self.done + 1)
         self.done += 1
         self.updates.step(self.tokens, norm)
         if stage.balancing.kind == "bias" and load_LE.numel():
             balance(self.model, load_LE, bias_rate(stage.balancing, self.tokens, stage.tokens))
-        return {
-            "stage": stage.name,
-            "step": self.done,
-            "tokens": self.tokens,
-            "loss": loss,
-            "lm_loss": lm_loss,
-            "z_loss": z_loss,
-            "lr": self.updates.rate,
-            "grad_norm": norm,
-            "dropped_fraction": float(dropped_L.sum()) / max(1, int(load_LE.sum())),
-            "load_max_over_mean": [round(float(e.max() / e.float().mean()), 4) for e in load_LE]
-            if load_LE.numel()
-            else [],
-        }
-
-    def _pieces(self, batch: Batch) -> Iterator[Batch]:
-        rows = len(batch.domains_B)
-        at_once = max(1, (self.stage.micro_batch_tokens or rows * self.stage.context) // self.stage.context)
-        for first in range(0, rows, at_once):
-            part = slice(first, first + at_once)
-            yield Batch(
-                batch.tokens_BT[part],
-                batch.targets_BT[part],
-                batch.loss_mask_BT[part],
-                batch.documents_BT[part],
-                batch.domains_B[part],
-            )
-
-    @torch.no_grad()
-    def evaluate(self, corpus: Corpus) -> dict[str, dict[str, Any]]:
-        """Held-out loss, accuracy and expert load by domain; domains without held-out text are left out."""
-        self.model.eval()
-        found: dict[str, dict[str, Any]] = {"heldout": {}, "heldout_accuracy": {}, "expert_load": {}}
-        for domain in corpus.domains:
-            if not corpus.shard(domain, "heldout").documents:
-                continue
-            sums: Forward | None = None
-            batches = list(heldout(corpus, domain, self.stage.context, self.stage.eval_tokens))
-            for first in range(0, len(batches), self.world.size):
-                # every process takes a turn, since they compute together; a spare turn counts nothing
-                mine = first + self.world.rank
-                with autocast(self.stage, self.world):
-                    out = Forward(*self.model(*moved(batches[min(mine, len(batches) - 1)], self.world)))
-                if mine >= len(batches):
-                    out = Forward(*(torch.zeros_like(getattr(out, f.name)) for f in dataclasses.fields(out)))
-                sums = _detached(out) if sums is None else _added(sums, out)
-            assert sums is not None
-            nll, weight, hits = (float(self.world.total(t)) for t in (sums.nll, sums.weight, sums.hits))
-            found["heldout"][domain] = nll / max(1.0, weight)
-            found["heldout_accuracy"][domain] = hits / max(1.0, weight)
-            found["expert_load"][domain] = self.world.total(sums.load_LE).tolist()
-        reshard(self.model)
-        return found
+        return step_record(stage, self.done, lm_loss, z_loss, load_LE, dropped_L, rate=self.updates.rate, norm=norm)
 
 
-def _detached(out: Forward) -> Forward:
-    return Forward(*(getattr(out, f.name).detach() for f in dataclasses.fields(out)))
+def z_positions(model: TrainingDecoder, stage: TrainingStage) -> int:
+    """What the z-loss of a step is a mean over: tokens and MoE layers. A dense model has none, and no z-loss."""
+    return stage.rows * stage.context * max(1, len(model.blocks))
 
 
-def _added(a: Forward, b: Forward) -> Forward:
-    return Forward(*(getattr(a, f.name) + getattr(b, f.name).detach() for f in dataclasses.fields(a)))
+def rows_at_once(stage: TrainingStage, rows: int) -> int:
+    """How many of a process's `rows` rows one forward and backward takes."""
+    return min(rows, max(1, (stage.micro_batch_tokens or rows * stage.context) // stage.context))
+
+
+def pieces(batch: Batch, stage: TrainingStage) -> Iterator[Batch]:
+    """The micro-batches of a process's batch."""
+    rows = len(batch.domains_B)
+    at_once = rows_at_once(stage, rows)
+    for first in range(0, rows, at_once):
+        part = slice(first, first + at_once)
+        yield Batch(
+            batch.tokens_BT[part],
+            batch.targets_BT[part],
+            batch.loss_mask_BT[part],
+            batch.documents_BT[part],
+            batch.domains_B[part],
+        )
+
+
+def require_finite(what: str, value: float, stage: TrainingStage, step: int) -> None:
+    """RunError when training diverged."""
+    if not math.isfinite(value):
+        raise RunError(f"{what} is {value} at step {step} of {stage.name}", remedy="lower learning_rate.peak")
+
+
+def step_record(
+    stage: TrainingStage,
+    step: int,
+    lm_loss: float,
+    z_loss: float,
+    load_LE: Tensor,
+    dropped_L: Tensor,
+    *,
+    rate: float,
+    norm: float,
+) -> dict[str, Any]:
+    """The line of metrics.jsonl behind `step` steps, without the speed."""
+    return {
+        "stage": stage.name,
+        "step": step,
+        "tokens": step * stage.rows * stage.context,
+        "loss": lm_loss + stage.z_loss * z_loss,
+        "lm_loss": lm_loss,
+        "z_loss": z_loss,
+        "lr": rate,
+        "grad_norm": norm,
+        "dropped_fraction": float(dropped_L.sum()) / max(1, int(load_LE.sum())),
+        "load_max_over_mean": [round(float(e.max() / e.float().mean()), 4) for e in load_LE] if load_LE.numel() else [],
+    }
+
+
+@torch.no_grad()
+def evaluate(model: TrainingDecoder, stage: TrainingStage, world: World, corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """Held-out loss, accuracy and expert load by domain; domains without held-out text are left out."""
+    model.eval()
+    found: dict[str, dict[str, Any]] = {"heldout": {}, "heldout_accuracy": {}, "expert_load": {}}
+    for domain in corpus.domains:
+        if not corpus.shard(domain, "heldout").documents:
+            continue
+        sums: Forward | None = None
+        batches = list(heldout(corpus, domain, stage.context, stage.eval_tokens))
+        for first in range(0, len(batches), world.size):
+            # every process takes a turn, since they compute together; a spare turn counts nothing
+            mine = first + world.rank
+            with autocast(stage, world.device):
+                out = Forward(*model(*moved(batches[min(mine, len(batches) - 1)], world)))
+            if mine >= len(batches):
+                out = Forward(*(torch.zeros_like(getattr(out, f.name)) for f in dataclasses.fields(out)))
+            sums = added(sums, out)
+        assert sums is not None
+        nll, weight, hits = (float(world.total(t)) for t in (sums.nll, sums.weight, sums.hits))
+        found["heldout"][domain] = nll / max(1.0, weight)
+        found["heldout_accuracy"][domain] = hits / max(1.0, weight)
+        found["expert_load"][domain] = world.total(sums.load_LE).tolist()
+    reshard(model)
+    return found
+
+
+def added(sums: Forward | None, out: Forward) -> Forward:
+    """`sums + out`, without their gradients; `out` alone at the beginning."""
+    new = [getattr(out, f.name).detach() for f in dataclasses.fields(out)]
+    if sums is None:
+        return Forward(*new)
+    return Forward(*(getattr(sums, f.name) + n for f, n in zip(dataclasses.fields(out), new, strict=True)))
 
 
 class Speed:

@@ -78,20 +78,10 @@ class StateStore:
     def save(self, position: Position, tensors: dict[str, Tensor] | None = None) -> None:
         """Write `tensors`, then make `position` the latest, then remove what was before it. All processes call it."""
         if tensors is not None:
-            folder = self._root / str(position.folder)
-            if self._world.main:
-                shutil.rmtree(folder, ignore_errors=True)
-                with disk_faults(folder):
-                    folder.mkdir(parents=True)
-            self._world.barrier()
+            folder = self.cleared(str(position.folder))
             writer = dcp.FileSystemWriter(folder, sync_files=True)
-            try:
-                with _no_warning_of_one_process():
-                    dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
-            except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last is no Exception
-                what = f"the state cannot be written: {str(error).strip().splitlines()[-1]}"
-                remedy = "is the disk full? free some space and continue with --resume"
-                raise UserError(what, place=str(folder), remedy=remedy) from error
+            with state_written(folder), _no_warning_of_one_process():
+                dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
         if self._world.main:
             with disk_faults(self._root):
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -101,15 +91,42 @@ class StateStore:
                     shutil.rmtree(old, ignore_errors=True)
         self._world.barrier()
 
+    def cleared(self, name: str) -> Path:
+        """An empty folder for tensors, whatever a killed run left there. All processes call it."""
+        folder = self._root / name
+        if self._world.main:
+            shutil.rmtree(folder, ignore_errors=True)
+            with disk_faults(folder):
+                folder.mkdir(parents=True)
+        self._world.barrier()
+        return folder
+
     def load(self, position: Position, tensors: dict[str, Tensor]) -> None:
         """Read the state into `tensors`, in place, whatever the number of processes that wrote it."""
         folder = self._root / str(position.folder)
-        try:
-            with _no_warning_of_one_process():
-                dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=self._world.size == 1)
-        except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-            what = f"the saved state cannot be read: {str(error).splitlines()[0]}"
-            raise UserError(what, place=str(folder), remedy="start again in another --out") from error
+        with state_read(folder), _no_warning_of_one_process():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=self._world.size == 1)
+
+
+@contextmanager
+def state_written(folder: Path) -> Iterator[None]:
+    """UserError where torch.distributed.checkpoint cannot write to `folder`."""
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last is no Exception
+        what = f"the state cannot be written: {str(error).strip().splitlines()[-1]}"
+        remedy = "is the disk full? free some space and continue with --resume"
+        raise UserError(what, place=str(folder), remedy=remedy) from error
+
+
+@contextmanager
+def state_read(folder: Path) -> Iterator[None]:
+    """UserError where torch.distributed.checkpoint cannot read what should be in `folder`."""
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        what = f"the saved state cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(what, place=str(folder), remedy="start again in another --out") from error
 
 
 @contextmanager

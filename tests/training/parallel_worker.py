@@ -23,6 +23,10 @@ from moec.training.model import TrainingDecoder
 from moec.training.parallel import joined, load_share, spread
 
 
+class BrokenOff(Exception):
+    """The job asked for it: behind `stop_at` steps, when their state was saved."""
+
+
 def perform(job: dict[str, Any]) -> None:
     """One run; its float32 weights, which the checkpoint rounds, are kept aside."""
     out, write = Path(job["out"]), run.write_checkpoint
@@ -34,14 +38,14 @@ def perform(job: dict[str, Any]) -> None:
         write(folder, config, whole, **options)
 
     run.write_checkpoint = writing  # type: ignore[assignment]
-    step = run.Trainer.step
+    save = run.StateStore.save
 
-    def stepping(trainer: run.Trainer) -> dict[str, Any]:
-        if trainer.done == stop:
-            raise InterruptedError
-        return step(trainer)
+    def saving(store: run.StateStore, position: Any, tensors: Any = None) -> None:
+        save(store, position, tensors)
+        if position.step == stop:
+            raise BrokenOff
 
-    run.Trainer.step = stepping  # type: ignore[method-assign]
+    run.StateStore.save = saving  # type: ignore[method-assign]
     try:
         run.train(
             Spec.model_validate(job["spec"]),
@@ -50,10 +54,10 @@ def perform(job: dict[str, Any]) -> None:
             threads=1,
             **job.get("options", {}),
         )
-    except InterruptedError:
+    except BrokenOff:
         pass
     finally:
-        run.write_checkpoint, run.Trainer.step = write, step  # type: ignore[method-assign]
+        run.write_checkpoint, run.StateStore.save = write, save  # type: ignore[method-assign]
 
 
 def measure(job: dict[str, Any]) -> None:
