@@ -190,7 +190,7 @@ def test_every_extra_that_a_message_names_can_be_installed() -> None:
         for group in re.findall(r"moec\[([a-z,]+)\]", file.read_text("utf-8"))
         for extra in group.split(",")
     }
-    assert {"metal", "onnx", "mlir", "iree", "transformers", "train"} <= set(EXTRAS)
+    assert {"metal", "onnx", "mlir", "iree", "transformers", "train", "titan"} <= set(EXTRAS)
     assert named <= set(EXTRAS), named - set(EXTRAS)
 
 

@@ -23,12 +23,13 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from moec.compiler.checkpoints.store import TOKENIZER
 from moec.compiler.errors import SpecError, UserError
+from moec.compiler.extras import require
 from moec.compiler.model.layout import weight_layout
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
@@ -57,6 +58,8 @@ from moec.training.state import (
     write_whole,
 )
 
+Backend = Literal["torch", "torchtitan"]
+BACKENDS: tuple[Backend, ...] = ("torch", "torchtitan")
 RUN = "run.json"
 _VERSIONED = ("moec", "torch", "torchao", "numpy")
 
@@ -89,6 +92,7 @@ def train(
     device: str | None = None,
     bits: int | None = None,
     compute: Compute = "auto",
+    backend: Backend = "torch",
     progress: Progress | None = None,
 ) -> RunResult:
     """Run the stages of a spec's `training:` section, or only `stage`, on a corpus that `moec data` built.
@@ -97,7 +101,8 @@ def train(
     `out`; without it `out` may hold no run (or, with `stage`, not that stage). init: a checkpoint folder to start from
     instead of random weights. seed: instead of the spec's. threads: of torch; default as torch decides. device: such
     as "cuda"; default: cuda where there is one. bits: 2 to 8 instead of the spec's widths in QAT, a stress test whose
-    checkpoint holds the rounded values in float32. compute: how experts are multiplied.
+    checkpoint holds the rounded values in float32. compute: how experts are multiplied. backend: whose loop it is:
+    `torch`, or `torchtitan` (MissingExtra without the extra titan).
 
     UserError for every fault of the input, before anything is written. KeyboardInterrupt after Ctrl-C, with the state
     saved.
@@ -111,12 +116,23 @@ def train(
     corpus = data if isinstance(data, Corpus) else Corpus.open(data)
     plan = Plan(
         loaded, model, training, corpus, Path(out), stage, resume, None if init is None else Path(init),
-        training.seed if seed is None else seed, bits, compute,
+        training.seed if seed is None else seed, bits, compute, backend,
     )  # fmt: skip
     _check(plan)
+    runs = _runs(backend)
     experts = model.moe.experts if model.moe else 0
     with joined(training.expert_parallel, experts, device) as world, _owned(plan.out, world):
-        return Run(plan, world, progress or Progress(quiet=True)).stages()
+        return runs(plan, world, progress or Progress(quiet=True)).stages()
+
+
+def _runs(backend: Backend) -> type[Run]:
+    """The class of a backend's runs. MissingExtra if it is not installed."""
+    if backend == "torch":
+        return Run
+    require("torchtitan", "titan", "--backend torchtitan")
+    from moec.training.titan.run import TitanRun  # an extra, and seconds
+
+    return TitanRun
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,7 @@ class Plan:
     seed: int
     bits: int | None
     compute: Compute
+    backend: Backend
 
     @property
     def names(self) -> list[str]:
@@ -149,6 +166,7 @@ class Plan:
         spec = self.spec.model_dump(mode="json")
         decides = {key: spec[key] for key in ("model", "quantization", "training")}
         index = (self.corpus.folder / INDEX).read_bytes()
+        versioned = _VERSIONED if self.backend == "torch" else (*_VERSIONED, self.backend)
         return {
             "name": self.spec.name,
             "spec": spec,
@@ -163,7 +181,8 @@ class Plan:
             },
             "threads": torch.get_num_threads(),
             "compute": self.compute,
-            "versions": {"python": ".".join(map(str, sys.version_info[:3])), **{n: version(n) for n in _VERSIONED}},
+            "backend": self.backend,
+            "versions": {"python": ".".join(map(str, sys.version_info[:3])), **{n: version(n) for n in versioned}},
         }
 
 
@@ -298,6 +317,7 @@ class Run:
         try:
             before = read_json(file)
             digests, seed, init = dict(before["digests"]), before["seed"], before["init"]
+            backend = before.get("backend", "torch")  # runs from before there was a choice
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
         for key, what in (("training", "the spec"), ("corpus", "the corpus"), ("tokenizer", "the tokenizer")):
@@ -305,6 +325,8 @@ class Run:
                 raise UserError(f"{what} has changed since the run began", place=place, remedy="choose another --out")
         if seed != record["seed"]:
             raise UserError(f"the run began with seed {seed}", place=place, remedy="continue it with that")
+        if backend != plan.backend:  # whose states are laid out in another way
+            raise UserError(f"the run began with --backend {backend}", place=place, remedy="continue it with that")
         if plan.init is not None and record["init"] != init:
             what = f"the run began with {init or 'random weights'}, and --init is where a run begins"
             raise UserError(what, place=place, remedy="leave --init out, or choose another --out")

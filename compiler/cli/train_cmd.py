@@ -24,6 +24,10 @@ def train_spec(
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the spec's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per core.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="Whose training loop: torch, or torchtitan (extra titan; verified on CPUs, not on GPUs)."),
+    ] = "torch",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was trained as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
@@ -47,8 +51,11 @@ def train_spec(
     loaded = load_spec(spec)
     import torch  # seconds, which a fault in the spec need not wait for
 
-    from moec.training.run import train
+    from moec.training.run import BACKENDS, train
 
+    chosen = next((name for name in BACKENDS if name == backend), None)
+    if chosen is None:
+        raise UserError(f"--backend {backend!r} is not known", remedy=f"use {' or '.join(BACKENDS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA that torch can use", remedy="use --device cpu")
     result = train(
@@ -61,6 +68,7 @@ def train_spec(
         seed=seed,
         threads=threads,
         device=device,
+        backend=chosen,
         progress=Progress(quiet=quiet),
     )
     if not result.main:

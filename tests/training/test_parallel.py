@@ -47,11 +47,11 @@ def job(
     return {"spec": dumped, "data": str(folder / "corpus"), "out": str(folder / name), "options": options, **more}
 
 
-def launched(folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Run jobs in two processes of one launch."""
+def launched(folder: Path, jobs: list[dict[str, Any]], processes: int = 2) -> None:
+    """Run jobs in the processes of one launch."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     done = subprocess.run(
         [*command, "-m", "tests.training.parallel_worker", str(file)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,

@@ -1,0 +1,1 @@
+"""The backend torchtitan: its trainer runs a stage of moec. Everything in here but `device.py` imports torchtitan."""
