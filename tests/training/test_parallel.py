@@ -64,8 +64,9 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """The same steps. Gradients are sums in another order (1e-7 of each); AdamW divides them by their own size, so that
-    a weight whose gradient is near zero moves by that noise: measured up to 4e-6, 2e-8 in the mean of the worst tensor.
+    """The same steps. Gradients are sums in another order (1e-7 of each), and AdamW divides them by their own size: a
+    weight whose gradient is near zero moves by that noise, by up to the rate of 3e-3 a step. Measured: single weights up
+    to 2e-5, 999 in 1000 of the worst tensor within 1.6e-6, its mean 6e-8.
     """
     a, b = lines(one), lines(two)
     assert [(x["stage"], x["step"]) for x in a] == [(x["stage"], x["step"]) for x in b]
@@ -80,8 +81,10 @@ def assert_same_run(one: Path, two: Path) -> None:
     first, second = (torch.load(out.with_suffix(".pt")) for out in (one, two))
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-    assert max(float((second[n] - v).abs().mean()) for n, v in first.items()) < 1e-6
+        apart = (second[name] - value).abs()
+        assert float(apart.max()) < 1e-4, name
+        assert float(apart.flatten().quantile(0.999)) < 5e-6, name
+        assert float(apart.mean()) < 2e-7, name
 
 
 @pytest.mark.slow
@@ -120,15 +123,15 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 def test_a_process_never_holds_more_than_its_share_and_one_weight(tmp_path: Path) -> None:
     moe = {"experts": 16, "top_k": 2, "expert_width": 512}
-    spec = spec_of(PRETRAIN, model=MOE | {"d_model": 512, "layers": 4, "moe": moe})
+    spec = spec_of(PRETRAIN, model=MOE | {"d_model": 512, "layers": 8, "moe": moe})
     launched(tmp_path, [{"measure": True, "spec": spec.model_dump(mode="json"), "out": str(tmp_path / "peak")}])
     assert isinstance(spec.model, DecoderConfig)
     sizes = [4 * math.prod(info.shape) for info in weight_layout(spec.model).values()]
-    assert sum(sizes) > 200e6
+    assert sum(sizes) > 400e6
     for rank in (0, 1):
         peak = json.loads((tmp_path / f"peak.{rank}.json").read_text())
-        # half, one whole weight on its way with a copy, and what libraries take for themselves
-        assert sum(sizes) / 2 < peak < sum(sizes) / 2 + 2 * max(sizes) + 32e6
+        # half, one whole weight on its way with a copy, and what libraries take for themselves: 15 to 33 MB
+        assert sum(sizes) / 2 < peak < sum(sizes) / 2 + 2 * max(sizes) + 64e6
 
 
 def test_processes_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
