@@ -65,8 +65,8 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 def assert_same_run(one: Path, two: Path) -> None:
     """The same steps. Gradients are sums in another order (1e-7 of each), and AdamW divides them by their own size: a
-    weight whose gradient is near zero moves by that noise, by up to the rate of 3e-3 a step. Measured: single weights up
-    to 2e-5, 999 in 1000 of the worst tensor within 1.6e-6, its mean 6e-8.
+    weight whose gradient is near zero moves by that noise, by up to the rate of 3e-3 a step. Measured: single weights
+    up to 2e-5, 999 in 1000 of the worst tensor within 1.6e-6, its mean 6e-8.
     """
     a, b = lines(one), lines(two)
     assert [(x["stage"], x["step"]) for x in a] == [(x["stage"], x["step"]) for x in b]
