@@ -56,7 +56,7 @@ CONTROL = 0.1  # of pre-training
 ROUNDING_TOKENS = 100_000  # at scale 1, of further training for each seed and width
 HELDOUT_TOKENS = 8192  # of each domain, for the comparison of QAT and PTQ
 RESAMPLES = 10_000
-TASK_ROWS = 120
+TASK_ROWS = 240
 PARTS = ("corpus", "run", "control", "rounding", "experts", "tasks", "responses", "exported")
 
 
