@@ -126,7 +126,7 @@ bench-training: $(INSTALLED) ## how the experts are multiplied in training
 	$(BIN)/python -W ignore bench/bench_training.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 # corpus, four stages, controls, QAT against PTQ, tasks: continues where it was stopped; under an hour on two cores
-train-report: setup ## corpus, stages, controls and tasks of the training report; under an hour on two cores
+train-report: setup ## corpus, stages, controls and tasks of the training report; an hour on two cores
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[train,eval,report]"
 	$(BIN)/python -W ignore bench/train_report.py --out $(BUILD)/train-report $(BENCH_ARGS)
 
