@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +22,11 @@ from tests.targets.metal_models import Shape, make_weights, program_of
 
 LARGE = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-l.yaml"
 LIMIT = 1 << 31
+# runs its arguments and prints the peak memory of that process: in kB, and in bytes on macOS
+PEAK = (
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
 
 
 @pytest.mark.slow
@@ -34,10 +38,13 @@ def test_mobilemoe_l(tmp_path: Path) -> None:
     arguments = ["checkpoint", "synthesize", str(spec), "--out", str(checkpoint), "--qat", "--quiet"]
     assert cli.run(arguments) == 0
     command = [sys.executable, "-m", "moec", "compile", str(spec), "--quiet"]
-    subprocess.run([*command, "--checkpoint", str(checkpoint), "--out", str(out)], check=True)
-    # the largest process that was waited for; ru_maxrss counts kB, and bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    assert peak < 1e9, "weights are streamed: one expert stack at a time"
+    # started by a small program: a process remembers the peak of the one that starts it, and this one may be large
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *command, "--checkpoint", str(checkpoint), "--out", str(out)],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    assert 1e8 < peak < 1e9, "weights are streamed: one expert stack at a time"
     artifact = Artifact.open(out)
     assert artifact.path("model.onnx.data").stat().st_size > LIMIT
     assert artifact.path("model.onnx").stat().st_size < 1 << 24
