@@ -120,7 +120,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a peak from /proc; elsewhere it is that of the parent too")
 def test_a_process_never_holds_more_than_its_share_and_one_weight(tmp_path: Path) -> None:
     moe = {"experts": 16, "top_k": 2, "expert_width": 512}
     spec = spec_of(PRETRAIN, model=MOE | {"d_model": 512, "layers": 8, "moe": moe})
