@@ -29,7 +29,7 @@ MOEC := $(BIN)/moec
 INSTALLED := $(VENV)/.moec-installed
 TESTABLE := $(VENV)/.moec-testable
 KERNEL := $(VENV)/.moec-kernel
-KERNEL_SOURCES := $(shell find targets/xnnpack -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
+KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
   -o -name '*.cmake' -o -name native.py)
 BUILD := build
 
@@ -61,7 +61,7 @@ $(TESTABLE): $(INSTALLED)
 	@touch $@
 
 $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
-	$(BIN)/python -m moec.targets.xnnpack.native build
+	$(BIN)/python -m moec.runtime.native build
 	@touch $@
 
 # text of the running Python's own library: nothing is downloaded. What is there already is not done again.
@@ -85,7 +85,7 @@ test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
 
 # the kernel library under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer
 test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-	$(BIN)/python -m moec.targets.xnnpack.native sanitize
+	$(BIN)/python -m moec.runtime.native sanitize
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ import numpy as np
 from kernel_contenders import SOFTMAX, Layer, Moec, OnnxRuntime, Shape, TorchLoop, Upstream
 from numpy.typing import NDArray
 
-from moec.targets.xnnpack import kernel_api
+from moec.runtime import kernel_api
 from moec.targets.xnnpack.machine import build_roofline
 
 

@@ -16,11 +16,11 @@ import time
 import torch
 
 from moec.compiler.export import export_program
-from moec.compiler.model import weight_layout
 from moec.compiler.pipeline import PipelineLog, run_passes
 from moec.compiler.program import LazyWeight
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.passes.pipelines import pipeline
+from moec.sources.decoder import weight_layout
 
 
 def spec(layers: int, experts: int) -> Spec:

@@ -20,9 +20,9 @@ from typing import Any
 
 from peers import llama_cpp
 
+from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.checkpoints import synthesize
 from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress

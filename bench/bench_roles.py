@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from moec.checkpoints import synthesize
 from moec.compiler import build
-from moec.compiler.checkpoints import synthesize
 from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.quant import pack_int4
-from moec.targets.xnnpack import kernel_api, packing
-from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
+from moec.runtime import kernel_api
+from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
+from moec.targets.xnnpack import packing
 
 GROUP = 32
 SIGMOID = Routing(score="sigmoid", normalize="sum", scale=2.5)

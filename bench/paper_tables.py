@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moec.analysis.plan.memory import file_bytes
+from moec.analysis.plan.planner import plan_spec
+from moec.analysis.profile.measure import measure, report
+from moec.analysis.profile.settings import Settings, plan_runs
+from moec.cli.output import json_text, table, write_text
 from moec.compiler.artifact import Artifact
-from moec.compiler.cli.output import json_text, table, write_text
 from moec.compiler.errors import UserError
-from moec.compiler.plan.memory import file_bytes
-from moec.compiler.plan.planner import plan_spec
-from moec.compiler.profile.measure import measure, report
-from moec.compiler.profile.settings import Settings, plan_runs
 from moec.compiler.progress import Progress
 from moec.compiler.spec import load_spec
 from moec.targets.xnnpack import profiling
@@ -217,7 +217,7 @@ def _artifact(name: str, options: Options) -> Path:
 
 
 def _moec(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "moec.compiler.cli.main", *arguments], check=False, stdout=sys.stderr)
+    done = subprocess.run([sys.executable, "-m", "moec.cli.main", *arguments], check=False, stdout=sys.stderr)
     if done.returncode:
         raise UserError(f"`moec {' '.join(arguments[:2])}` failed with status {done.returncode}; its reason is above")
 

@@ -17,16 +17,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moec.analysis.plan.devices import load_device
+from moec.analysis.plan.memory import memory, weight_bytes
+from moec.analysis.plan.planner import model_of
+from moec.analysis.plan.roofline import decode, prefill, rates_of
+from moec.checkpoints import synthesize
+from moec.cli.device_cmd import measured_device
+from moec.cli.output import table
 from moec.compiler import build
 from moec.compiler.artifact import Manifest, read_manifest
-from moec.compiler.checkpoints import synthesize
-from moec.compiler.cli.device_cmd import measured_device
-from moec.compiler.cli.output import table
 from moec.compiler.errors import UserError
-from moec.compiler.plan.devices import load_device
-from moec.compiler.plan.memory import memory, weight_bytes
-from moec.compiler.plan.planner import model_of
-from moec.compiler.plan.roofline import decode, prefill, rates_of
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.device import Device, Figure, KernelRates

@@ -14,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moec.analysis.plan.devices import load_device
+from moec.analysis.plan.planner import check_fits
+from moec.checkpoints import WeightStore, open_store
 from moec.compiler.artifact import (
     FORMAT,
     Artifact,
@@ -25,14 +28,11 @@ from moec.compiler.artifact import (
     record_file,
     write_manifest,
 )
-from moec.compiler.checkpoints import WeightStore, open_store
 from moec.compiler.dumps import Dumps, in_turn, rewritten
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
 from moec.compiler.export import MAX_TOKENS, export_program
 from moec.compiler.generate import load_tokenizer
 from moec.compiler.pipeline import Pass, PassRecord, PassResult, PipelineLog, run_passes
-from moec.compiler.plan.devices import load_device
-from moec.compiler.plan.planner import check_fits
 from moec.compiler.program import LazyWeight, Program, module_path
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, as_spec
@@ -156,13 +156,13 @@ def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> t
     name, options = chosen_target(spec, target)
     max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
     if isinstance(spec.model, TransformersSource):
-        from moec.compiler.frontends.transformers_model import export_transformers
+        from moec.sources.transformers_model import export_transformers
 
         program = export_transformers(
             spec.model.transformers, spec.name, weights=weights, max_tokens=max_tokens, context=spec.model.context
         )
     elif isinstance(spec.model, (PythonSource, ExportedProgramSource)):
-        from moec.compiler.frontends.module_model import export_module_model
+        from moec.sources.module_model import export_module_model
 
         store: Any = open_checkpoint(spec, None) if weights is None else weights
         program = export_module_model(store, spec.name, max_tokens=max_tokens)
@@ -230,11 +230,11 @@ def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore | 
     """
     folder = checkpoint if checkpoint is not None else spec.checkpoint
     if isinstance(spec.model, TransformersSource):
-        from moec.compiler.frontends.transformers_model import TransformersStore
+        from moec.sources.transformers_model import TransformersStore
 
         return TransformersStore(Path(folder) if folder is not None else spec.model.transformers)
     if isinstance(spec.model, (PythonSource, ExportedProgramSource)):
-        from moec.compiler.frontends.module_model import open_exported, open_python
+        from moec.sources.module_model import open_exported, open_python
 
         if folder is not None:
             what = "a python model and an exported program bring their own weights"
@@ -257,7 +257,7 @@ def _absent(config: DecoderConfig) -> dict[str, LazyWeight]:
     """Weights that have shapes and cannot be read: enough for every pass."""
     import torch
 
-    from moec.compiler.model import weight_layout
+    from moec.sources.decoder import weight_layout
 
     def unreadable() -> torch.Tensor:
         raise AssertionError("a pass read a weight")

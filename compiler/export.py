@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from moec.compiler.errors import CheckpointError, CompileError
-from moec.compiler.model import Decoder, cache_names, constant_tensors, moe_layers, roles
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
 from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder import Decoder, cache_names, constant_tensors, moe_layers, roles
 
 if TYPE_CHECKING:
     from moec.compiler.spec.model import Spec

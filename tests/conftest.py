@@ -12,7 +12,7 @@ Moec = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def moec(capfd: pytest.CaptureFixture[str]) -> Moec:
     """Run a command in this process, native output included: (exit status, stdout, stderr)."""
-    from moec.compiler.cli import main as cli
+    from moec.cli import main as cli
 
     def call(*arguments: object) -> tuple[int, str, str]:
         status = cli.run([str(argument) for argument in arguments])

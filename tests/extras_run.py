@@ -31,7 +31,7 @@ def main() -> None:
     blocked = frozenset(filter(None, sys.argv[1].split(",")))
     assert not blocked & set(sys.modules), "blocked too late"
     sys.meta_path[:] = [WithoutSome(finder, blocked) for finder in sys.meta_path]
-    from moec.compiler.cli.main import run
+    from moec.cli.main import run
 
     results = []
     for line in json.load(sys.stdin):

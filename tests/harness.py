@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moec.analysis.verify.weights import unkind_weights
 from moec.compiler.dialect import check_dialect
 from moec.compiler.export import assemble, export_module, zeros
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
-from moec.compiler.verify.weights import unkind_weights
 from moec.passes.canonicalize import canonicalize
 from tests.interpreter import Interpreter
 

@@ -1,6 +1,6 @@
 """Run a Program with torch: the tests' reference for every rewrite. Weights are loaded once; caches live between calls.
 
-It shares nothing with `moec.compiler.verify.interpret`, which is one of the things that tests check.
+It shares nothing with `moec.analysis.verify.interpret`, which is one of the things that tests check.
 """
 
 from __future__ import annotations

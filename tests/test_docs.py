@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from moec.compiler.cli import main as cli
+from moec.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page for pattern in ("*.md", "docs/*.md", "*/README.md", "*/*/README.md") for page in ROOT.glob(pattern))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from moec.checkpoints import open_store, synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.checkpoints import open_store, synthesize
-from moec.compiler.model import Decoder
-from moec.compiler.model.simulate import Reference
 from moec.compiler.program import Role
 from moec.compiler.spec import Spec
+from moec.sources.decoder import Decoder
+from moec.sources.decoder.simulate import Reference
 
 COMMON = {
     "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab_size": 300, "context": 80, "qk_norm": True,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from moec.checkpoints import synthesize
 from moec.compiler import build
-from moec.compiler.checkpoints import synthesize
 from moec.compiler.errors import MissingExtra
 from moec.compiler.extras import Need, install_command, installed, missing, require
 from moec.compiler.spec import load_spec

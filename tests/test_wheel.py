@@ -16,7 +16,7 @@ NEEDED = [
     "moec/__init__.py",
     "moec/py.typed",
     "moec/compiler/spec/model.py",
-    "moec/compiler/cli/main.py",
+    "moec/cli/main.py",
     "moec/compiler/ops/fused_moe.py",
     "moec/passes/canonicalize.py",
     "moec/targets/xnnpack/options.py",
@@ -51,11 +51,11 @@ def test_wheel_holds_the_rooms(distributions: tuple[Path, Path]) -> None:
     assert set(NEEDED) <= names
     copy = distributions[0].parent / "copy"
     native = [
-        p for p in (copy / "targets").rglob("*") if p.suffix in (".cpp", ".h", ".inl") or p.name == "CMakeLists.txt"
+        p for p in (copy / "runtime").rglob("*") if p.suffix in (".cpp", ".h", ".inl") or p.name == "CMakeLists.txt"
     ]
     assert native
     assert {f"moec/{p.relative_to(copy).as_posix()}" for p in native} <= names
-    assert not [name for name in names if name.startswith(("tests/", "compiler/", "bench/"))]
+    assert not [name for name in names if name.startswith(("tests/", "compiler/", "runtime/", "bench/"))]
 
 
 def test_sdist_can_be_built_again(distributions: tuple[Path, Path], tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
 from tokenizers import Tokenizer
 
+from moec.checkpoints import spec_from_config
+from moec.checkpoints.config_json import is_packed, read_json
+from moec.checkpoints.store import CONFIG
 from moec.compiler.artifact import ModelRecord
-from moec.compiler.checkpoints import spec_from_config
-from moec.compiler.checkpoints.config_json import is_packed, read_json
-from moec.compiler.checkpoints.store import CONFIG
 from moec.compiler.errors import RunError
 from moec.compiler.generate import Sampler, Sampling, encode_prompt
 from moec.compiler.program import Role

@@ -1,4 +1,4 @@
-"""The decoder as it is trained: the mathematics of `compiler/model/decoder.py` on batches of packed documents.
+"""The decoder as it is trained: the mathematics of `sources/decoder/decoder.py` on batches of packed documents.
 
 Module paths are the tensor names of checkpoints. Differences from the compiler's module, which exports and runs one
 sequence with a cache: several rows at once, attention and positions that stay within a document, experts computed on
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moec.compiler.model.decoder import apply_rope
-from moec.compiler.model.rope import rope_tables
 from moec.compiler.program import Role
 from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.decoder import apply_rope
+from moec.sources.decoder.rope import rope_tables
 from moec.training.experts import Compute
 from moec.training.loss import token_losses
 from moec.training.moe import MoeBlock

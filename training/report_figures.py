@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.report.figures import new_figure, svg
+from moec.analysis.report.figures import new_figure, svg
 
 Lines = Sequence[Mapping[str, Any]]
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d", "#eeca3b", "#72b7b2")

@@ -27,13 +27,13 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from moec.compiler.checkpoints.store import TOKENIZER
+from moec.checkpoints.store import TOKENIZER
 from moec.compiler.errors import SpecError, UserError
 from moec.compiler.extras import require
-from moec.compiler.model.layout import weight_layout
 from moec.compiler.progress import Progress
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
 from moec.compiler.spec.training import Training, TrainingStage
+from moec.sources.decoder.layout import weight_layout
 from moec.training.checkpoints import (
     initial_weights,
     packing_faults,

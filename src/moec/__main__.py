@@ -7,10 +7,10 @@ from typing import NoReturn
 def main() -> NoReturn:
     """Run the command line; a Ctrl-C that comes while Python still imports it is no traceback either."""
     try:
-        from moec.compiler.cli.main import main as run
+        from moec.cli.main import main as run
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)  # compiler/cli/status.py has it as INTERRUPTED; importing that may be what was interrupted
+        sys.exit(130)  # cli/status.py has it as INTERRUPTED; importing that may be what was interrupted
     run()
 
 

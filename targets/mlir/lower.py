@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moec.compiler.checkpoints.safetensors_file import SafetensorsWriter
+from moec.checkpoints.safetensors_file import SafetensorsWriter
 from moec.compiler.errors import CompileError
 from moec.compiler.extras import require
 from moec.compiler.program import Program, Role

@@ -1,7 +1,7 @@
 """Profiling on an Android device over adb: push the runner and the artifact, run, pull the JSON.
 
 The runner is a folder with `moec_runner` and the libraries it needs, built for the device's ABI with a cross compiler
-(docs/android.md says how ExecuTorch is built with the NDK; targets/xnnpack/runner is the CMake project). What is
+(docs/android.md says how ExecuTorch is built with the NDK; runtime/runner is the CMake project). What is
 already on the device, with the same length, is not pushed again.
 """
 
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moec.analysis.profile.request import Request
 from moec.compiler.errors import RunError, UserError
-from moec.compiler.profile.request import Request
 from moec.targets.xnnpack.profiling import arguments
 
 # Where an app-less process may execute files.

@@ -11,7 +11,7 @@ from typing import Any
 from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
 from moec.compiler.timing import BenchPlan
-from moec.targets.xnnpack.native import runner_binary
+from moec.runtime.native import runner_binary
 
 
 def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import moec.compiler.ops  # noqa: F401  (registers the functional forms whose .out forms are defined below)
 from moec.compiler.ops.define import NAMESPACE, define, require
-from moec.targets.xnnpack import kernel_api
-from moec.targets.xnnpack.moe_config import WeightFormat
+from moec.runtime import kernel_api
+from moec.runtime.moe_config import WeightFormat
 
 
 def _array(tensor: Tensor) -> np.ndarray:

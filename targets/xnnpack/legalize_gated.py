@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
+from moec.runtime.moe_config import ACTIVATION, WeightFormat
 from moec.targets.xnnpack.cpu_ops import gated_linear_packed, linear_packed
-from moec.targets.xnnpack.moe_config import ACTIVATION, WeightFormat
 
 aten = torch.ops.aten
 _BLOCK = 16  # kernel/format.h: kBlockRows

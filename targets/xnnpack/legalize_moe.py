@@ -13,8 +13,8 @@ from torch.fx import Node
 from moec.compiler.ops import Experts, Routing, fused_moe, fused_moe_q
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Stage
+from moec.runtime.moe_config import MoeConfig, WeightFormat
 from moec.targets.xnnpack.cpu_ops import fused_moe_packed
-from moec.targets.xnnpack.moe_config import MoeConfig, WeightFormat
 from moec.targets.xnnpack.packed import Source, float_source, pack_into, quantized_source
 
 

@@ -25,10 +25,10 @@ from torch.fx import Node
 from moec.compiler.program import ModelInfo, Program, Role, weight_names
 from moec.compiler.progress import Progress
 from moec.compiler.target import LoweredFiles
+from moec.runtime.native import native_files, source_digest
 from moec.targets.xnnpack.execution import quiet, to_execution
 from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
 from moec.targets.xnnpack.legalize_last_token import last_token
-from moec.targets.xnnpack.native import native_files, source_digest
 from moec.targets.xnnpack.options import Options
 from moec.targets.xnnpack.pte import Emitted, WrittenFile, emit, write_pte
 

@@ -23,8 +23,8 @@ from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.progress import Progress
-from moec.targets.xnnpack import kernel_api, native
-from moec.targets.xnnpack.moe_config import Kind, MoeConfig, WeightFormat
+from moec.runtime import kernel_api, native
+from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
 Rounds = list[float]
 _GROUP = 32
@@ -43,7 +43,7 @@ def build_roofline(isa: str, folder: Path) -> Path:
     """Compile probe/roofline.cpp for an instruction set; the path of the program. UserError without a compiler."""
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / f"roofline-{isa}"
-    source = Path(__file__).parent / "probe" / "roofline.cpp"
+    source = Path(kernel_api.__file__).parent / "probe" / "roofline.cpp"
     if program.exists() and program.stat().st_mtime >= source.stat().st_mtime:
         return program
     command = [native.find_compiler(), "-O3", "-std=c++17", "-pthread", *_FLAGS[isa], str(source), "-o", str(program)]

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Editor, LazyWeight
+from moec.runtime.moe_config import Kind, WeightFormat
 from moec.targets.xnnpack import packing
-from moec.targets.xnnpack.moe_config import Kind, WeightFormat
 
 
 @dataclass(frozen=True)

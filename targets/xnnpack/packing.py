@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.targets.xnnpack import kernel_api
-from moec.targets.xnnpack.moe_config import Kind, WeightFormat
+from moec.runtime import kernel_api
+from moec.runtime.moe_config import Kind, WeightFormat
 
 
 def packed_bytes(n: int, k: int, fmt: WeightFormat) -> int:

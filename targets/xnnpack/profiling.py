@@ -12,9 +12,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from moec.analysis.profile.request import Request
 from moec.compiler.errors import RunError
-from moec.compiler.profile.request import Request
-from moec.targets.xnnpack.native import runner_binary
+from moec.runtime.native import runner_binary
 
 
 def arguments(request: Request, model: str, tokens: str) -> list[str]:

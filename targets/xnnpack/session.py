@@ -19,8 +19,8 @@ import numpy as np
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
-from moec.targets.xnnpack.kernel_api import MAX_THREADS
-from moec.targets.xnnpack.native import runtime_library
+from moec.runtime.kernel_api import MAX_THREADS
+from moec.runtime.native import runtime_library
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _INT32S = ctypes.POINTER(ctypes.c_int32)

@@ -32,7 +32,7 @@ class XnnpackTarget:
 
     def obstacle(self) -> str | None:
         """Why artifacts cannot be run here: neither built kernels nor a compiler for them; None if they can."""
-        from moec.targets.xnnpack.native import obstacle
+        from moec.runtime.native import obstacle
 
         return obstacle()
 

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
+from moec.analysis.verify.structure import structure_faults
 from moec.compiler.errors import CompileError
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program, fake_mode_of, module_path
-from moec.compiler.verify.structure import structure_faults
 from moec.passes.flatten_tokens import flatten_tokens
 from moec.passes.fuse_moe import fuse_moe
 from moec.passes.narrow_routing import narrow_routing

@@ -9,7 +9,7 @@ import pytest
 
 from moec.compiler import artifact
 from tests.conftest import Moec
-from tests.targets import runtime_model as m
+from tests.runtime import runtime_model as m
 
 
 def _write_artifact(folder: Path, target: str) -> Path:

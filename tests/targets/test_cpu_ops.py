@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moec.runtime.moe_config import Kind, WeightFormat
 from moec.targets.xnnpack import cpu_ops, packing
-from moec.targets.xnnpack.moe_config import Kind, WeightFormat
 
 F32 = WeightFormat()
 

@@ -19,14 +19,14 @@ pytest.importorskip("transformers", reason="needs the transformers extra: pip in
 import transformers
 
 from moec.compiler.errors import CompileError
-from moec.compiler.frontends.transformers_model import TransformersStore, export_transformers
 from moec.compiler.pipeline import run_passes
 from moec.compiler.progress import Progress
 from moec.passes.pipelines import fusion
+from moec.sources.transformers_model import TransformersStore, export_transformers
 from moec.targets.metal.lower import lower
 from moec.targets.metal.options import Options
 from moec.targets.metal.session import MetalSession
-from tests.frontends.test_transformers_families import FAMILIES, _saved
+from tests.sources.test_transformers_families import FAMILIES, _saved
 
 # fp32 sums in another order: at most 4e-6 was seen on logits up to 4; a wrong formula gives differences above 1e-2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

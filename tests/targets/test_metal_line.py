@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
 
+from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
+from moec.checkpoints import open_store
+from moec.cli import main as cli
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.checkpoints import open_store
-from moec.compiler.cli import main as cli
 from moec.compiler.errors import ArtifactError
-from moec.compiler.model.simulate import Reference
 from moec.compiler.spec import Spec, load_spec, parameter_counts
-from moec.compiler.verify.prompts import WordHashEncoder, prompt_ids
+from moec.sources.decoder.simulate import Reference
 from moec.targets.metal.target import MetalTarget
 
 TINY = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml"

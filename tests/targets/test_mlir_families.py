@@ -30,7 +30,7 @@ CALLS = [list(range(3, 14)), [90], [17], [5, 5, 9]]
 
 def with_checkpoint(file: Path, folder: Path) -> Spec:
     """The shipped spec with random weights beside its config; activations and cache float."""
-    from moec.compiler.frontends.random_checkpoint import save_random
+    from moec.sources.random_checkpoint import save_random
 
     spec = load_spec(file)
     assert isinstance(spec.model, TransformersSource)

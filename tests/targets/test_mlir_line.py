@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from moec.checkpoints import synthesize
+from moec.cli.main import run
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, record_file, write_manifest
-from moec.compiler.checkpoints import synthesize
-from moec.compiler.cli.main import run
 from moec.compiler.errors import ArtifactError, CompileError, RunError
 from moec.compiler.spec import Spec
 from moec.targets.mlir import toolchain

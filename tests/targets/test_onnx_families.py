@@ -16,15 +16,15 @@ pytest.importorskip("transformers", reason="needs the transformers extra: pip in
 import transformers
 
 from moec.compiler.errors import CompileError
-from moec.compiler.frontends.transformers_model import TransformersStore, export_transformers
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.passes.pipelines import fusion
+from moec.sources.transformers_model import TransformersStore, export_transformers
 from moec.targets.onnx.lower import lower
 from moec.targets.onnx.options import Options
 from moec.targets.onnx.session import OnnxSession
-from tests.frontends.test_transformers_families import FAMILIES, _saved
+from tests.sources.test_transformers_families import FAMILIES, _saved
 
 # of these the attention is not recognised yet (latent attention, sinks), and their caches stay in the graph
 UNFUSED = {"deepseek_v3", "gpt_oss"}

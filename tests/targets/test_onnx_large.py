@@ -15,9 +15,9 @@ pytest.importorskip("onnxruntime", reason="needs the onnx extra: pip install 'mo
 
 import onnx
 
+from moec.cli import main as cli
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.cli import main as cli
 from tests.targets.metal_models import Shape, make_weights, program_of
 
 LARGE = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-l.yaml"

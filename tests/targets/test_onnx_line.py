@@ -16,14 +16,14 @@ pytest.importorskip("onnxruntime", reason="needs the onnx extra: pip install 'mo
 import onnx
 import onnxruntime
 
+from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
+from moec.checkpoints import open_store
+from moec.cli import main as cli
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.checkpoints import open_store
-from moec.compiler.cli import main as cli
 from moec.compiler.errors import ArtifactError, RunError
-from moec.compiler.model.simulate import Reference
 from moec.compiler.spec import load_spec
-from moec.compiler.verify.prompts import WordHashEncoder, prompt_ids
+from moec.sources.decoder.simulate import Reference
 
 TINY = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml"
 DENSE = """

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from moec.targets.xnnpack.native import executorch_folder, kernels_library
-from tests.targets import runtime_model as m
+from moec.runtime.native import executorch_folder, kernels_library
+from tests.runtime import runtime_model as m
 from tests.targets.test_samples_cpp import PROMPT, continued
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "android"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moec.targets.xnnpack.native import executorch_folder, kernels_library
-from tests.targets import runtime_model as m
+from moec.runtime.native import executorch_folder, kernels_library
+from tests.runtime import runtime_model as m
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "cpp"
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from moec.checkpoints import open_store, synthesize
 from moec.compiler import build
-from moec.compiler.checkpoints import open_store, synthesize
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program, Stage
 from moec.compiler.spec import Spec

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moec.compiler.cli.main import run
+from moec.cli.main import run
 from moec.training.data import build as build_module
 from moec.training.data import sources as sources_module
 from moec.training.data.build import build

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the eval extra: pip install 'moec[eval]'")
 
-from moec.compiler.cli.main import run as command
-from moec.compiler.verify.prompts import prompts
+from moec.analysis.verify.prompts import prompts
+from moec.cli.main import run as command
 from moec.training.checkpoints import write_checkpoint
 from moec.training.data.document import Document
 from moec.training.data.tasks import write_tasks
@@ -235,8 +235,8 @@ def test_two_folders_with_one_task_are_refused(checkpoint: Path, tasks: Path) ->
 
 def test_an_artifact_scores_as_its_simulation(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
     """Kernels and simulation round alike; free runs drift by last bits (docs/verification.md)."""
+    from moec.checkpoints import spec_from_config
     from moec.compiler import build
-    from moec.compiler.checkpoints import spec_from_config
     from moec.compiler.spec.loader import parse_spec
 
     artifact = build.compile(parse_spec(spec_from_config(checkpoint)), checkpoint=checkpoint, out=tmp_path / "a")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moec.compiler.errors import UserError
-from moec.compiler.model.layout import weight_layout
 from moec.compiler.spec import DecoderConfig
+from moec.sources.decoder.layout import weight_layout
 from moec.training.parallel import joined
 from tests.training.parallel_worker import perform
 from tests.training.small import INT4, MOE, PRETRAIN, QAT, SFT, corpus_of, spec_of

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moec.compiler.cli.main import run as command
+from moec.cli.main import run as command
 from moec.training.report import ReportError, balance_table, heldout_table, read_run, write_report
 from moec.training.utilisation import by_domain, divergence, entropy, frequencies, summary
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moec.checkpoints import open_store
 from moec.compiler import build
-from moec.compiler.checkpoints import open_store
 from moec.compiler.errors import CompileError
-from moec.compiler.model import weight_layout
 from moec.compiler.program import Role
 from moec.compiler.quant import fake_quantize_rows, quantize_weight
 from moec.compiler.spec.quantization import Quantization
+from moec.sources.decoder import weight_layout
 from moec.training.checkpoints import load_model, packing_faults, write_checkpoint
 from moec.training.model import Forward
 from moec.training.rounding import Rounding, WeightRounding, round_activations

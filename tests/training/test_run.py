@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from moec.compiler.checkpoints import open_store
+from moec.checkpoints import open_store
 from moec.compiler.errors import RunError, SpecError, UserError
-from moec.compiler.model import weight_layout
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec
 from moec.compiler.spec.training import Schedule, TrainingStage
+from moec.sources.decoder import weight_layout
 from moec.training.data.shards import Corpus
 from moec.training.metrics import Live, Metrics
 from moec.training.optimizer import learning_rate
@@ -142,7 +142,7 @@ def test_a_seed_decides(whole: RunResult, corpus: Corpus, tmp_path: Path) -> Non
 # The command that is killed and resumed, as a user runs it.
 SCRIPT = """
 import sys
-from moec.compiler.cli.main import main
+from moec.cli.main import main
 main(["train", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--threads", "1", *sys.argv[4:]])
 """
 
@@ -382,7 +382,7 @@ def test_a_dense_model_trains(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_the_command(whole: RunResult, corpus: Corpus, tmp_path: Path, capsys: Any) -> None:
-    from moec.compiler.cli.main import run
+    from moec.cli.main import run
 
     file = spec_file(tmp_path, spec_of(*ALL))
     arguments = ["train", str(file), "--data", str(corpus.folder), "--out", str(whole.out)]

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from moec.compiler.checkpoints import open_store
+from moec.checkpoints import open_store
 from moec.compiler.errors import CheckpointError, MissingExtra, RunError, UserError
 from moec.training.data.shards import Corpus, DataError
 from moec.training.parallel import World
@@ -292,12 +292,12 @@ def test_without_the_extra(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.M
         titan(spec_of(PRETRAIN), corpus, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # everything else does without, and does not even import it
-    code = "import moec.training.run, moec.compiler.cli.main, sys; sys.exit('torchtitan' in sys.modules)"
+    code = "import moec.training.run, moec.cli.main, sys; sys.exit('torchtitan' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_command(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moec.compiler.cli.main import run
+    from moec.cli.main import run
 
     file = spec_file(tmp_path, spec_of(PRETRAIN | {"tokens": 256}))
     line = ["train", str(file), "--data", str(corpus.folder), "--out", str(tmp_path / "run"), "--device", "cpu", "-q"]

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moec.compiler.verify.prompts import prompts
+from moec.analysis.verify.prompts import prompts
 from moec.training.data.shards import DataError
 from moec.training.tokenizer import SPECIALS, Coder, train_tokenizer
 

@@ -22,9 +22,9 @@ from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 from torchtitan.protocols import BaseModel
 
 from moec.compiler.errors import UserError
-from moec.compiler.model.rope import rope_tables
 from moec.compiler.spec import DecoderConfig
 from moec.compiler.spec.training import TrainingStage
+from moec.sources.decoder.rope import rope_tables
 from moec.training.checkpoints import load_weights
 from moec.training.experts import Compute
 from moec.training.model import Forward, TrainingDecoder

@@ -1,0 +1,1 @@
+"""What judges a model or an artifact from outside: verification, plans, profiles, reports."""

@@ -1,0 +1,124 @@
+"""What to change when a model does not fit: every change is planned, so that its saving is computed, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moec.analysis.plan.account import architecture_of
+from moec.analysis.plan.memory import Model, longest_context, memory
+from moec.compiler.spec import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.model import group_faults
+
+_ROLES = ("embedding", "head", "experts", "shared", "attention", "ffn")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change: the peak after it, what it saves, whether the model then fits, and which weights it takes.
+
+    requantize: codes that a checkpoint carries cannot be kept, so it needs one in floating point. retrain: no weights
+    of the old shape will do.
+    """
+
+    change: str
+    peak: int
+    saves: int
+    fits: bool
+    requantize: bool
+    retrain: bool
+
+    @property
+    def weights(self) -> str:
+        """Which weights the changed model takes, for people."""
+        if self.retrain:
+            return "trained anew"
+        return "quantized anew, from a checkpoint in floating point" if self.requantize else "the same"
+
+
+def advise(spec: Spec, model: Model, budget: int, context: int) -> list[Advice]:
+    """Changes that save memory: first those that keep the trained weights, each group by what it saves."""
+    now = memory(model, context).peak
+
+    def judged(change: str, other: Model, positions: int, retrain: bool) -> Advice:
+        peak = memory(other, positions).peak
+        requantize = not retrain and _stored(other.quantization) != _stored(model.quantization)
+        return Advice(change, peak, now - peak, peak <= budget, requantize, retrain)
+
+    found = [judged(*proposal) for proposal in _proposals(spec, model, budget, context)]
+    # a change that another one contains is named once: the first of equal peaks
+    useful = [a for i, a in enumerate(found) if a.saves > 0 and all(a.peak != b.peak for b in found[:i])]
+    kept = sorted((a for a in useful if not a.retrain), key=lambda a: -a.saves)
+    return kept + sorted((a for a in useful if a.retrain), key=lambda a: -a.saves)
+
+
+def _proposals(spec: Spec, model: Model, budget: int, context: int) -> Iterator[tuple[str, Model, int, bool]]:
+    q = model.quantization
+    longest = longest_context(model, budget)
+    if 0 < longest < context:
+        yield f"a context of {longest} positions", model, longest, False
+    elif context > 1024:
+        yield "a context of 1024 positions", model, 1024, False
+    if q is None:
+        yield "quantization: {weights: int4}", replace(model, quantization=Quantization(weights="int4")), context, False
+    else:
+        for change, other in _smaller(q):
+            if not list(group_faults({"model": spec.model, "quantization": other})):
+                yield change, replace(model, quantization=other), context, False
+        everything = _smallest(q)
+        if everything != q and not list(group_faults({"model": spec.model, "quantization": everything})):
+            yield "all of quantization at int4, groups of 128", replace(model, quantization=everything), context, False
+    shorter = _shorter_chunks(model)
+    if shorter is not None:
+        yield "max_tokens: 32 in the target's options", shorter, context, False
+    if isinstance(spec.model, DecoderConfig):
+        for change, config in _smaller_models(spec.model):
+            yield change, replace(model, architecture=architecture_of(config, spec.name)), context, True
+
+
+def _stored(q: Quantization | None) -> Quantization | None:
+    """What of a quantization the weights' codes depend on."""
+    return None if q is None else q.model_copy(update={"kv_cache": "int8"})
+
+
+def _smaller(q: Quantization) -> Iterator[tuple[str, Quantization]]:
+    if q.kv_cache == "fp32":
+        yield "kv_cache: int8", q.model_copy(update={"kv_cache": "int8"})
+    if q.weights != "int4":
+        yield "weights: int4", q.model_copy(update={"weights": "int4"})
+    for role in _ROLES:
+        override = getattr(q, role)
+        if override is not None and override.weights != "int4":
+            yield f"{role}: int4", q.model_copy(update={role: override.model_copy(update={"weights": "int4"})})
+    if q.group_size < 128:
+        yield "group_size: 128", q.model_copy(update={"group_size": 128})
+
+
+def _smallest(q: Quantization) -> Quantization:
+    changes: dict[str, Any] = {"weights": "int4", "kv_cache": "int8", "group_size": 128}
+    return q.model_copy(update={**changes, **dict.fromkeys(_ROLES)})
+
+
+def _shorter_chunks(model: Model) -> Model | None:
+    if model.footprint.chunk(model.options) <= 32 or not hasattr(model.options, "max_tokens"):
+        return None
+    return replace(model, options=model.options.model_copy(update={"max_tokens": 32}))
+
+
+def _smaller_models(config: DecoderConfig) -> Iterator[tuple[str, DecoderConfig]]:
+    """Shapes that must be trained: half the experts, half the layers, half the dense width."""
+    moe = config.moe
+    if moe is not None and moe.experts // 2 >= moe.top_k:
+        fewer = moe.model_copy(update={"experts": moe.experts // 2})
+        yield f"{moe.experts // 2} experts instead of {moe.experts}", config.model_copy(update={"moe": fewer})
+    if config.layers > 1:
+        yield (
+            f"{config.layers // 2} layers instead of {config.layers}",
+            config.model_copy(update={"layers": config.layers // 2}),
+        )
+    if config.ffn_width is not None and config.ffn_width >= 512:
+        half = config.ffn_width // 2
+        yield f"ffn_width {half} instead of {config.ffn_width}", config.model_copy(update={"ffn_width": half})
+    if not config.tied_embeddings:
+        yield "tied_embeddings: true", config.model_copy(update={"tied_embeddings": True})

@@ -1,0 +1,144 @@
+"""The account of a transformers model: its parameters' names and shapes, from the config, without its weights.
+
+The module is built with fake parameters, as for compiling (frontends/transformers_model.py), and each parameter gets a
+role from what it is: three dimensions are a stack of experts, two with as many rows as experts beside one are a router.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moec.analysis.plan.account import Architecture, Cache, Experts, Weight
+from moec.compiler.errors import UserError
+from moec.sources.transformers_model import shapes_of
+
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+
+
+def architecture_of_transformers(folder: Path, name: str, context: int | None = None) -> Architecture:
+    """The account of `folder`/config.json. MissingExtra without transformers; UserError for shapes it cannot read.
+
+    `context`: positions of the KV cache, default those of the config.
+    """
+    config, model, length = shapes_of(folder, context)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, width = (_required(text, key, folder) for key in ("num_hidden_layers", "hidden_size"))
+    heads = _required(text, "num_attention_heads", folder)
+    experts, chosen = _first(text, _COUNTS), _first(text, _CHOSEN)
+    weights = list(_weights(model, experts, chosen))
+    stacks = [w for w in weights if w.role == "expert" and w.columns > 1]
+    if bool(stacks) != bool(experts):
+        raise UserError(
+            f"the config speaks of {experts or 'no'} experts, the module holds {len(stacks)} stacks of experts",
+            place=str(folder),
+            remedy="this family's mixture is not one the planner can read",
+        )
+    down = min(stacks, key=lambda w: w.rows * w.columns) if stacks else None
+    shared = [w for w in weights if w.role == "shared" and w.columns > 1]
+    return Architecture(
+        name=name,
+        layers=layers,
+        d_model=width,
+        heads=heads,
+        vocab_size=int(text.vocab_size),
+        context=length,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        weights=tuple(weights),
+        caches=tuple(_caches(text, layers, heads, width, length, _is_eager(model))),
+        experts=None
+        if down is None
+        else Experts(
+            sum(1 for w in weights if w.role == "router" and w.columns > 1) or layers,
+            int(experts or 0),
+            int(chosen or 1),
+            down.rows if down.columns == width else down.columns,
+            max((w.rows for w in shared), default=0),
+        ),
+        ffn_width=max((w.rows for w in weights if w.role == "ffn"), default=0),
+        own=False,
+    )
+
+
+def _required(config: Any, key: str, folder: Path) -> int:
+    found = getattr(config, key, None)
+    if not isinstance(found, int) or found < 1:
+        raise UserError(
+            f"config.json gives no {key}", place=str(folder), remedy="the planner needs a decoder's usual keys"
+        )
+    return found
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int | None:
+    return next((int(v) for n in names if isinstance(v := getattr(config, n, None), int) and v > 0), None)
+
+
+def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Iterator[Weight]:
+    """Every parameter once; linears are [out, in], stacks of experts [E, a, b]."""
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        role = _role(name, shape, experts)
+        if len(shape) == 3:
+            yield Weight(role, name, shape[0], shape[1], shape[2], used=min(chosen or shape[0], shape[0]))
+        elif len(shape) == 2 and shape[0] == experts and name.endswith("bias"):  # one of each expert
+            yield Weight("expert", name, shape[0], shape[1], 1, used=min(chosen or shape[0], shape[0]))
+        elif len(shape) == 2 and role != "expert":
+            yield Weight(role, name, 1, shape[0], shape[1], used=0 if role == "embedding" else None)
+        else:
+            yield Weight("norm" if role != "router" else role, name, 1, parameter.numel(), 1)
+
+
+def _role(name: str, shape: tuple[int, ...], experts: int | None) -> str:
+    parts = name.split(".")
+    if len(shape) == 3:
+        return "expert"
+    if "embed_tokens" in parts or "wte" in parts:
+        return "embedding"
+    if "lm_head" in parts:
+        return "head"
+    if experts and len(shape) == 2 and shape[0] == experts and re.search(r"(gate|router)\.(weight|\w+)$", name):
+        return "router"
+    if re.search(r"shared_expert", name):
+        return "shared"
+    if re.search(r"(^|\.)(self_)?attn\.|attention", name):
+        return "attention"
+    return "ffn" if len(shape) == 2 else "norm"
+
+
+def _caches(config: Any, layers: int, heads: int, width: int, length: int, eager: bool) -> Iterator[Cache]:
+    """Keys and values as the exported program caches them, and whether attention over them becomes one kernel.
+
+    It does not where heads are expanded from a latent row (DeepSeek: cached is the latent and the rotated key of all
+    heads), nor in the eager form that models with attention sinks have.
+    """
+    if getattr(config, "kv_lora_rank", None):
+        rope, nope, value = (int(getattr(config, k)) for k in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+        latent = Cache(1, int(config.kv_lora_rank), rope, whole=length, head_width=nope + rope + value)
+        yield from (latent for _ in range(layers))
+        return
+    kv = int(getattr(config, "num_key_value_heads", None) or heads)
+    head = int(getattr(config, "head_dim", None) or width // heads)
+    if eager:
+        yield from (Cache(kv, head, head, whole=length) for _ in range(layers))
+        return
+    yield from (Cache(kv, head, head, _window(config, layer)) for layer in range(layers))
+
+
+def _is_eager(model: Any) -> bool:
+    """Whether transformers chose the form without a fused attention: it has nothing else for attention sinks."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return getattr(config, "_attn_implementation", None) == "eager"
+
+
+def _window(config: Any, layer: int) -> int:
+    """Positions that a layer attends to, 0 for all: by its type, or one window for all layers."""
+    size = getattr(config, "sliding_window", None)
+    if not isinstance(size, int) or size < 1 or getattr(config, "use_sliding_window", True) is False:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    return size if kinds is None or kinds[layer] == "sliding_attention" else 0

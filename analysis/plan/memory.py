@@ -1,0 +1,150 @@
+"""Memory of a model while it runs: weights by role, KV cache, activations, runtime; and the peak by context.
+
+The peak is an upper estimate of resident memory: all experts of a mixture are counted, since long real prompts come to
+touch nearly all; `touched` gives the expectation for a shorter prompt. File-backed pages count, as in RSS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moec.analysis.plan.account import Architecture, Cache, Weight
+from moec.analysis.plan.footprint import Footprint
+from moec.compiler.spec.quantization import Quantization, WeightScheme
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned: a model, how it is stored, for which target."""
+
+    architecture: Architecture
+    quantization: Quantization | None
+    footprint: Footprint
+    options: Any
+
+    def scheme(self, weight: Weight) -> WeightScheme | None:
+        if self.quantization is None or weight.columns == 1:
+            return None
+        return self.quantization.scheme_of(weight.role)
+
+    def stored(self, weight: Weight) -> int:
+        return self.footprint.weight_bytes(weight, self.scheme(weight), self.options)
+
+    def copied(self, weight: Weight) -> int:
+        return self.footprint.copied_bytes(weight, self.scheme(weight), self.options)
+
+    def read_per_token(self, weight: Weight) -> float:
+        """Stored bytes that one decoded token reads; a tied table is the head and read in full."""
+        if weight.role == "embedding":
+            return float(self.stored(weight)) if self.architecture.tied else self.stored(weight) / max(1, weight.rows)
+        return self.stored(weight) * weight.touched / weight.count
+
+    @property
+    def cache_kind(self) -> str:
+        return self.quantization.kv_cache if self.quantization is not None else "fp32"
+
+    def cache_bytes(self, positions: int) -> int:
+        """KV cache of `positions` positions, all layers. Windowed layers keep every position, as our caches do."""
+        return sum(self._rows(c, positions) for c in self.architecture.caches)
+
+    def cache_read(self, position: int) -> int:
+        """Bytes of keys and values that the token at `position` attends to."""
+        return sum(self._rows(c, c.seen(position)) for c in self.architecture.caches)
+
+    def _rows(self, cache: Cache, positions: int) -> int:
+        return self.footprint.cache_bytes(cache, "fp32" if cache.whole else self.cache_kind, positions)
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """Weights of one role: parameters, stored bytes, bytes that one decoded token reads."""
+
+    role: str
+    parameters: int
+    format: str
+    bytes: int
+    per_token: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at one context. `weights` are file-backed pages, `copies` what the runtime keeps beside them."""
+
+    context: int
+    weights: int
+    copies: int
+    tables: int
+    cache: int
+    activations: int
+    runtime: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.copies + self.tables + self.cache + self.activations + self.runtime
+
+
+def roles(model: Model) -> list[RoleBytes]:
+    """Stored weights by role, largest first."""
+    grouped: dict[str, list[Weight]] = {}
+    for weight in model.architecture.weights:
+        grouped.setdefault(weight.role, []).append(weight)
+    found = [
+        RoleBytes(
+            role,
+            sum(w.numel for w in weights if w.counted),
+            _format(model.scheme(max(weights, key=lambda w: w.columns))),
+            sum(model.stored(w) for w in weights),
+            sum(model.read_per_token(w) for w in weights),
+        )
+        for role, weights in grouped.items()
+    ]
+    return sorted(found, key=lambda r: -r.bytes)
+
+
+def _format(scheme: WeightScheme | None) -> str:
+    return "fp32" if scheme is None else f"int{scheme.bits}, groups of {scheme.group_size} along {scheme.axis}"
+
+
+def weight_bytes(model: Model) -> int:
+    """All stored weights."""
+    return sum(model.stored(w) for w in model.architecture.weights)
+
+
+def file_bytes(model: Model) -> int:
+    """The program file: weights, tables of the whole context, graph."""
+    a = model.architecture
+    return weight_bytes(model) + model.footprint.constant_bytes(a, a.context) + model.footprint.program_bytes(a)
+
+
+def memory(model: Model, context: int, *, tokens: int | None = None) -> Memory:
+    """Resident memory once `context` positions are filled; calls hold up to `tokens` (default: the target's most)."""
+    a, f = model.architecture, model.footprint
+    call = min(tokens or f.chunk(model.options), f.chunk(model.options), context)
+    return Memory(
+        context=context,
+        weights=weight_bytes(model),
+        copies=sum(model.copied(w) for w in a.weights),
+        tables=f.constant_bytes(a, context) + f.program_bytes(a),
+        cache=model.cache_bytes(context),
+        activations=f.activation_bytes(a, call, model.options),
+        runtime=f.runtime_bytes(),
+    )
+
+
+def expert_bytes_touched(model: Model, tokens: int) -> float:
+    """Stored bytes of routed experts that `tokens` tokens are expected to touch, were routing uniform."""
+    moe = model.architecture.experts
+    if moe is None:
+        return 0.0
+    stored = sum(model.stored(w) for w in model.architecture.weights if w.role == "expert")
+    return stored * moe.touched(tokens) / moe.experts
+
+
+def longest_context(model: Model, budget: int) -> int:
+    """The most positions, up to the model's own context, whose peak is within `budget` bytes; 0 if none is."""
+    low, high = 0, model.architecture.context
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if memory(model, middle).peak <= budget else (low, middle - 1)
+    return low

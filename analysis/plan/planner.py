@@ -1,0 +1,168 @@
+"""`moec plan`: everything that is known of a spec on a device before anything is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moec.analysis.plan.account import Architecture, architecture_of
+from moec.analysis.plan.advice import Advice, advise
+from moec.analysis.plan.devices import check_runs, reference
+from moec.analysis.plan.memory import (
+    Memory,
+    Model,
+    RoleBytes,
+    expert_bytes_touched,
+    file_bytes,
+    longest_context,
+    memory,
+    roles,
+    weight_bytes,
+)
+from moec.analysis.plan.roofline import Rates, Step, decode, prefill, rates_of
+from moec.compiler.errors import CompileError, UserError
+from moec.compiler.spec import DecoderConfig, Spec
+from moec.compiler.spec.device import Device
+from moec.compiler.spec.model import TransformersSource
+from moec.compiler.spec.targets import footprint_of, options_class, target_packages
+
+#: Contexts of the tables: those the MobileMoE paper reports.
+CONTEXTS = (256, 1024, 4096, 8192)
+#: The prompt of a prefill rate, and of the `bench` command.
+PROMPT = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to `moec plan`. Bytes and seconds. `longest` is 0 when not even one position fits."""
+
+    model: Model
+    target: str
+    device: Device | None
+    context: int
+    roles: tuple[RoleBytes, ...]
+    weight_bytes: int
+    file_bytes: int
+    peak: Memory
+    by_context: tuple[Memory, ...]
+    touched_512: float
+    rates: Rates | None
+    decode: tuple[Step, ...]
+    prefill: Step | None
+    longest: int | None
+    advice: tuple[Advice, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the device's budget; None without a device."""
+        return None if self.device is None else self.peak.peak <= self.device.budget
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of the peak that are clean pages of the program file: the system can drop them and read them again."""
+        return self.peak.weights + self.peak.tables if self.model.footprint.mapped else 0
+
+
+def plan_spec(
+    spec: Spec, device: Device | None = None, *, target: str | None = None, context: int | None = None
+) -> Plan:
+    """Plan a spec. `context`: positions in use, default all of the model's.
+
+    Errors: UserError for an unknown target or one that cannot be planned, a context outside 1..the model's, a model
+    whose shapes are not known.
+    """
+    target, options = _target(spec, device, target)
+    model = model_of(spec, target, options)
+    a = model.architecture
+    if context is not None and not 1 <= context <= a.context:
+        raise UserError(
+            f"--context {context} is outside the model's 1 to {a.context}", remedy="change `context:` in the spec"
+        )
+    used = context or a.context
+    contexts = sorted({c for c in CONTEXTS if c < used} | {used})
+    rates = None if device is None else rates_of(device, target, reference())
+    peak = memory(model, used)
+    fits = device is None or peak.peak <= device.budget
+    return Plan(
+        model=model,
+        target=target,
+        device=device,
+        context=used,
+        roles=tuple(roles(model)),
+        weight_bytes=weight_bytes(model),
+        file_bytes=file_bytes(model),
+        peak=peak,
+        by_context=tuple(memory(model, c) for c in contexts),
+        touched_512=expert_bytes_touched(model, PROMPT),
+        rates=rates,
+        decode=() if device is None else tuple(decode(model, device, rates, c - 1) for c in contexts),
+        prefill=None if device is None else prefill(model, device, rates, min(PROMPT, used)),
+        longest=None if device is None else longest_context(model, device.budget),
+        advice=() if fits or device is None else tuple(advise(spec, model, device.budget, used)),
+    )
+
+
+def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str, Any]:
+    if target is None and device is not None and device.backend in spec.targets:
+        target = device.backend
+    if target is None:
+        if len(spec.targets) != 1:
+            listed = ", ".join(spec.targets)
+            raise UserError(f"names several targets: {listed}", place=spec.name, remedy="choose one with --target")
+        target = next(iter(spec.targets))
+    if target not in target_packages():
+        raise UserError(f"unknown target {target!r}", remedy=f"known here: {', '.join(target_packages())}")
+    if device is not None:
+        check_runs(device, target)
+    return target, spec.targets[target] if target in spec.targets else options_class(target)()
+
+
+def model_of(spec: Spec, target: str, options: Any) -> Model:
+    """What the planner counts. UserError for a target without sizes or a model without shapes."""
+    footprint = footprint_of(target)
+    if footprint is None:
+        planned = ", ".join(name for name in target_packages() if footprint_of(name) is not None)
+        raise UserError(
+            f"target {target} does not say how large a model is there", remedy=f"plan for one of: {planned}"
+        )
+    return Model(architecture_of_spec(spec), spec.quantization, footprint, options)
+
+
+def architecture_of_spec(spec: Spec) -> Architecture:
+    """The account of a spec's model. UserError when only the weights or the code could tell its shapes."""
+    if isinstance(spec.model, DecoderConfig):
+        return architecture_of(spec.model, spec.name)
+    if isinstance(spec.model, TransformersSource):
+        from moec.analysis.plan.foreign import architecture_of_transformers  # torch: only for these
+
+        return architecture_of_transformers(Path(spec.model.transformers), spec.name, spec.model.context)
+    raise UserError(
+        f"a model of the form `{next(iter(type(spec.model).model_fields))}:` has no config that gives its shapes",
+        place=spec.name,
+        remedy="plan one of our architectures or a transformers folder; `moec inspect ARTIFACT` tells sizes afterwards",
+    )
+
+
+def check_fits(spec: Spec, device: Device, target: str) -> None:
+    """CompileError, with the change that helps, when a spec's whole context does not fit the device.
+
+    Nothing is said of targets without sizes and of models whose shapes only their code tells.
+    """
+    if footprint_of(target) is None or not isinstance(spec.model, (DecoderConfig, TransformersSource)):
+        return
+    plan = plan_spec(spec, device, target=target)
+    if plan.fits:
+        return
+    kept = next((a for a in plan.advice if a.fits and not a.retrain), None)
+    new = next((a for a in plan.advice if a.fits), None)
+    if plan.longest:
+        tip = f"`context: {plan.longest}` in the spec fits"
+    else:
+        tip = f"{(kept or new).change} fits" if kept or new else "choose a smaller model"  # type: ignore[union-attr]
+    raise CompileError(
+        f"needs {plan.peak.peak / 1e6:,.0f} MB at its context of {plan.context}, {device.name} gives an app "
+        f"{device.budget / 1e6:,.0f} MB",
+        place=spec.name,
+        remedy=f"{tip} (`moec plan` has more); --force compiles it all the same",
+    )

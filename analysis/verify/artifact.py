@@ -1,0 +1,264 @@
+"""`moec verify ARTIFACT`: the compiled program against the eager model with the same codes and scales."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.analysis.verify.compare import Comparison, compare
+from moec.analysis.verify.foreign import before_target, compare_foreign
+from moec.analysis.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
+from moec.analysis.verify.reference import VerifyingReference
+from moec.analysis.verify.report import Report
+from moec.checkpoints import WeightStore
+from moec.compiler import build
+from moec.compiler.artifact import Artifact, Manifest
+from moec.compiler.errors import ArtifactError, CheckpointError, UserError
+from moec.compiler.program import Role
+from moec.compiler.progress import Progress
+from moec.compiler.spec.model import DecoderConfig, ExportedProgramSource, PythonSource, Quantization, Spec
+from moec.compiler.target import Session
+
+DEFAULT_TOKENS = 512
+
+
+def verify_artifact(
+    path: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    text: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Run real text through the artifact and through the eager reference, and compare them.
+
+    checkpoint: the folder that the artifact was compiled from, if it has moved since. tokens: in total, shared between
+    the four domains of the shipped prompts (or of `text` alone). ArtifactError for a damaged artifact, CheckpointError
+    for a missing or different checkpoint; a computed difference is not an error but a failed check of the Report.
+    """
+    started = time.perf_counter()
+    progress = progress or Progress(quiet=True)
+    artifact = Artifact.open(path)
+    with progress.stage("check digests", len(artifact.manifest.files)):
+        artifact.check_contents()
+    spec = spec_of(artifact)
+    store = open_artifact_checkpoint(artifact, spec, checkpoint)
+    session = build.load_exact(artifact)
+    unrounded = None
+    if rounds_activations(artifact, spec):
+        unrounded = build.load_unrounded(artifact)
+    threads = torch.get_num_threads()
+    # the reference multiplies many small matrices: the barriers of a second thread cost more than it gives, and on a
+    # busy machine many times as much
+    torch.set_num_threads(1)
+    try:
+        prompts = prompt_ids(encoder(artifact), tokens=tokens, text=text)
+        if not any(prompts.values()):
+            raise UserError("there is no token in the text to verify with", remedy="give a longer text")
+        prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
+        if isinstance(spec.model, DecoderConfig):
+            found = _compare_ours(artifact, spec, spec.model, store, session, unrounded, prompts, progress)
+        else:
+            found = _compare_foreign(artifact, spec, store, session, unrounded, prompts, progress)
+        found.figures.update(_rounding_figures(artifact, session, prompts))
+    finally:
+        torch.set_num_threads(threads)
+        session.close()
+        if unrounded is not None:
+            unrounded.close()
+    return _report(artifact, store, prompts, found, time.perf_counter() - started)
+
+
+def _compare_ours(
+    artifact: Artifact,
+    spec: Spec,
+    config: DecoderConfig,
+    store: WeightStore,
+    session: Session,
+    unrounded: Session | None,
+    prompts: Mapping[str, list[int]],
+    progress: Progress,
+) -> Comparison:
+    scheme = computed_scheme(artifact.manifest, spec)
+    roles = asymmetric_roles(artifact.manifest)
+    return compare(
+        session,
+        VerifyingReference(config, store, scheme, xnnpack_roles=roles),
+        prompts,
+        layer_names=artifact.manifest.model.moe_layers,
+        quantized=scheme is not None,
+        float_reference=_float_reference(config, store, scheme, roles),
+        unrounded=unrounded,
+        progress=progress,
+    )
+
+
+def _compare_foreign(
+    artifact: Artifact,
+    spec: Spec,
+    store: WeightStore | Any,
+    session: Session,
+    unrounded: Session | None,
+    prompts: Mapping[str, list[int]],
+    progress: Progress,
+) -> Comparison:
+    exported, passes = build.program_and_passes(spec, store.weights, artifact.manifest.target)
+    scheme = computed_scheme(artifact.manifest, spec)
+    return compare_foreign(
+        session,
+        exported,
+        before_target(exported, passes),
+        prompts,
+        quantized=scheme is not None,
+        rounds_activations=scheme is not None and (scheme.activations == "int8" or scheme.kv_cache == "int8"),
+        unrounded=unrounded,
+        progress=progress,
+    )
+
+
+def spec_of(artifact: Artifact) -> Spec:
+    """The spec that an artifact was compiled from, resolved. ArtifactError if the manifest's is damaged."""
+    try:
+        return Spec.model_validate(artifact.manifest.spec)
+    except ValueError as error:
+        raise ArtifactError(
+            f"the spec in its manifest is damaged: {str(error).splitlines()[0]}",
+            place=str(artifact.folder),
+            remedy="compile it again with `moec compile`",
+        ) from error
+
+
+def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> WeightStore | Any:
+    """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says.
+
+    Of a python model that is the folder where its module is found, of an exported program the file.
+    """
+    folder = Path(given) if given is not None else Path(artifact.manifest.checkpoint)
+    if isinstance(spec.model, ExportedProgramSource):
+        folder = Path(given) if given is not None else spec.model.exported_program
+    elif not folder.is_dir():
+        raise CheckpointError(
+            f"the checkpoint of {artifact.folder} is not there",
+            place=str(folder),
+            remedy="name the folder where it is now with --checkpoint",
+        )
+    store = _opened(spec, folder)
+    if store.digest() != artifact.manifest.digests.checkpoint:
+        raise CheckpointError(
+            f"is not the checkpoint that {artifact.folder} was compiled from (their tensors differ)",
+            place=str(folder),
+            remedy="name the right folder with --checkpoint, or compile again",
+        )
+    return store
+
+
+def _opened(spec: Spec, place: Path) -> WeightStore | Any:
+    if not isinstance(spec.model, (PythonSource, ExportedProgramSource)):
+        return build.open_checkpoint(spec, place)
+    from moec.sources.module_model import open_exported, open_python
+
+    return open_python(spec.model.python, place) if isinstance(spec.model, PythonSource) else open_exported(place)
+
+
+def encoder(artifact: Artifact) -> TextEncoder:
+    """The artifact's tokenizer, or hashed words for an artifact without one."""
+    if all(f.name != "tokenizer.json" for f in artifact.manifest.files):
+        return WordHashEncoder(artifact.manifest.model.vocab_size)
+    from moec.compiler.generate import load_tokenizer
+
+    tokenizer = load_tokenizer(artifact.path("tokenizer.json"))
+    return _TokenizerEncoder(tokenizer)
+
+
+class _TokenizerEncoder:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
+    """The spec's quantization as the target computes it: its lowering notes where it rounds less than the spec asks."""
+    if spec.quantization is None:
+        return None
+    return spec.quantization.model_copy(update=dict(manifest.details.get("computes", {})))
+
+
+def rounds_activations(artifact: Artifact, spec: Spec) -> bool:
+    """Whether the artifact rounds activations to INT8 as it runs."""
+    scheme = computed_scheme(artifact.manifest, spec)
+    return scheme is not None and scheme.activations == "int8"
+
+
+def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, list[int]]) -> dict[str, Any]:
+    """How far the artifact's own arithmetic is from its exact twin; nothing for targets whose arithmetic is float32."""
+    if not build.has_exact(artifact):
+        return {}
+    own = build.load(artifact)
+    try:
+        errors: list[np.ndarray] = []
+        agree: list[np.ndarray] = []
+        for ids in prompts.values():
+            for session in (own, exact):
+                session.reset()
+            a, b = own.prefill(ids, "all"), exact.prefill(ids, "all")
+            errors.append(np.abs(a - b).max(-1) / np.maximum(np.abs(b).max(-1), 1e-30))
+            agree.append(a.argmax(-1) == b.argmax(-1))
+    finally:
+        own.close()
+    error = np.concatenate(errors)
+    name = f"own arithmetic ({artifact.manifest.details.get('dtype', 'as stored')}) against float32"
+    share = float(np.concatenate(agree).mean())
+    return {name: f"top-1 {share:.4f}, relative error of logits median {np.median(error):.1e}, worst {error.max():.1e}"}
+
+
+def asymmetric_roles(manifest: Manifest) -> Collection[Role]:
+    """Roles whose linears the target runs with asymmetric activation rounding, as its lowering noted them."""
+    return [Role(name) for name in manifest.details.get("asymmetric_roles", ())]
+
+
+def _float_reference(
+    config: DecoderConfig, store: WeightStore, scheme: Quantization | None, roles: Collection[Role]
+) -> VerifyingReference | None:
+    """The same codes and cache without rounding of activations; None when the scheme rounds none."""
+    if scheme is None or scheme.activations == "fp32":
+        return None
+    return VerifyingReference(config, store, scheme.model_copy(update={"activations": "fp32"}), xnnpack_roles=roles)
+
+
+def _report(
+    artifact: Artifact, store: WeightStore, prompts: dict[str, list[int]], found: Comparison, seconds: float
+) -> Report:
+    manifest = artifact.manifest
+    counts = ", ".join(f"{name} {len(ids)}" for name, ids in prompts.items())
+    figures = {
+        "tokens": f"{sum(map(len, prompts.values()))} ({counts})",
+        **found.figures,
+        "seconds": round(seconds, 1),
+        "peak RSS MB": round(peak_rss_mb()),
+    }
+    about = {
+        "artifact": str(artifact.folder),
+        "name": manifest.name,
+        "target": manifest.target,
+        "moec": manifest.moec,
+        "quantization": manifest.quantization,
+        "checkpoint": str(store.folder),
+        "digests": manifest.digests.model_dump(mode="json"),
+        "versions": manifest.versions,
+    }
+    return Report("artifact", str(artifact.folder), tuple(found.checks), tuple(found.layers), figures, about)
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, mapped files included, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,179 @@
+"""Artifacts of models that are not ours: the exported graph is the eager model, and fused nodes give the blocks.
+
+    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights
+    free run, quantized   the last graph before the target's passes, rounding like the artifact, against measured drift;
+                          where the session can, once more with both sides rounding no activations
+    blocks                each fused node, taken apart, on the artifact's own input and routing
+
+T tokens, V vocabulary, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from moec.analysis.verify import compare, tolerances
+from moec.analysis.verify.blocks import FusedBlock, block_of, fused_nodes
+from moec.analysis.verify.graphs import close_rows, moe_selection_scores
+from moec.analysis.verify.interpret import GraphRunner, Override, WeightCache
+from moec.analysis.verify.reference import SHAKE
+from moec.analysis.verify.replay import Replay, replay_in_pieces, replay_prompt
+from moec.analysis.verify.report import Check
+from moec.analysis.verify.rounding import float_products, shaken_operators, with_weights_of
+from moec.analysis.verify.structure import has_target_operators
+from moec.compiler.errors import ArtifactError
+from moec.compiler.pipeline import Pass
+from moec.compiler.program import Program
+from moec.compiler.progress import Progress
+from moec.compiler.target import Session
+from moec.sources.decoder.simulate import Routed
+
+OnLayer = Callable[[int, FusedBlock, Mapping[str, Routed]], None]
+
+
+def before_target(program: Program, passes: Sequence[Pass]) -> Program:
+    """The program as the passes of the compiler leave it, before the first operator of a target appears."""
+    for p in passes:
+        after = p.run(program).program
+        if has_target_operators(after):
+            return program
+        program = after
+    return program
+
+
+class GraphReference:
+    """A program run on whole prompts, in calls of at most its `max_tokens`; `Reference`'s interface over a graph."""
+
+    def __init__(self, program: Program, cache: WeightCache, overrides: Mapping[Any, Override] | None = None) -> None:
+        """`overrides`: operators that are computed otherwise than the program says, in every run."""
+        self._program, self._cache, self._overrides = program, cache, overrides or {}
+        self._nodes = {node: layer for layer, node in enumerate(fused_nodes(program))}
+
+    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
+        """Logits float32 [T, V] by prompt; `on_layer` sees the selections of every fused node."""
+        return self._run(prompts, on_layer, {})
+
+    def shaken(
+        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None, *, shake: float = SHAKE
+    ) -> dict[str, np.ndarray]:
+        """`run` with relative noise of `shake` in every norm's output."""
+        return self._run(prompts, on_layer, shaken_operators(shake))
+
+    def block(self, layer: int) -> FusedBlock:
+        """The fused node of the `layer`-th MoE layer with its weights."""
+        runner = GraphRunner(self._program, cache=self._cache)
+        return block_of(next(n for n, at in self._nodes.items() if at == layer), runner)
+
+    def _run(
+        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None, overrides: Mapping[Any, Override]
+    ) -> dict[str, np.ndarray]:
+        runner = GraphRunner(self._program, overrides={**self._overrides, **overrides}, cache=self._cache)
+        parts: dict[int, dict[str, list[Routed]]] = {}
+        logits = {}
+        for name, ids in prompts.items():
+
+            def observe(node: Node, args: tuple[Any, ...], value: Any, name: str = name) -> None:
+                if node in self._nodes:
+                    parts.setdefault(self._nodes[node], {}).setdefault(name, []).append(_routed(node, args))
+
+            logits[name] = run_chunks(runner, ids, self._program.info.max_tokens, observe)
+        if on_layer is not None:
+            for layer, by_prompt in sorted(parts.items()):
+                on_layer(layer, self.block(layer), {name: _joined(found) for name, found in by_prompt.items()})
+        return logits
+
+
+def run_chunks(runner: GraphRunner, ids: Sequence[int], longest: int, observe: Any = None) -> np.ndarray:
+    """All logits [T, V] of a prompt from an empty cache, in calls of at most `longest` tokens."""
+    runner.reset()
+    return np.concatenate(
+        [runner(ids[start : start + longest], start, observe).numpy() for start in range(0, len(ids), longest)]
+    )
+
+
+def _routed(node: Node, args: tuple[Any, ...]) -> Routed:
+    scores, k = moe_selection_scores(node, args)
+    return Routed(scores.numpy(), scores.topk(k, -1).indices.numpy(), np.zeros((len(scores), k), np.float32))
+
+
+def _joined(parts: Sequence[Routed]) -> Routed:
+    return Routed(
+        np.concatenate([p.scores_TE for p in parts]),
+        np.concatenate([p.indices_TK for p in parts]),
+        np.concatenate([p.weights_TK for p in parts]),
+    )
+
+
+def compare_foreign(
+    session: Session,
+    exported: Program,
+    last: Program,
+    prompts: Mapping[str, Sequence[int]],
+    *,
+    quantized: bool,
+    rounds_activations: bool,
+    unrounded: Session | None,
+    progress: Progress,
+) -> compare.Comparison:
+    """`exported`: the program before any pass; `last`: before the target's passes (see `before_target`). `unrounded`:
+    the artifact run with float activations: of its rounding only that of the cache is left."""
+    found = compare.Comparison(quantized)
+    cache = WeightCache()
+    reference = GraphReference(last, cache)
+    layers = fused_nodes(last)
+    names = last.info.moe_layers or tuple(node.name for node in layers)
+    if len(names) != len(layers):
+        raise ArtifactError(
+            f"{len(names)} MoE layers are listed, the graph has {len(layers)}", remedy="compile it again"
+        )
+    with progress.stage("run the artifact", len(prompts) + 1):
+        replays = {name: replay_prompt(session, ids, len(layers)) for name, ids in prompts.items()}
+        longest = max(prompts, key=lambda name: len(prompts[name]))
+        steps = min(compare.DECODE_STEPS, len(prompts[longest]))
+        pieces = replay_in_pieces(session, prompts[longest], len(layers), steps)
+    with progress.stage("compare block by block", max(len(layers), 1)) as step:
+        for layer in range(len(layers)):
+            everything = {**replays, f"{longest} in pieces": pieces}
+            found.layers.append(compare.block_row(layer, names[layer], reference.block(layer), everything, quantized))
+            step(names[layer])
+    compare.judge_layers(found)
+    drift, tied = compare.free_run(found, reference, replays, len(layers), progress)
+    compare.consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
+    logits = _exported_logits(with_weights_of(exported, last), prompts, cache, progress)
+    found.figures.update(compare.logits_figures("against the exported model: ", replays, logits))
+    if rounds_activations:
+        value = compare.logits_figures("", replays, logits)["median cosine"]
+        found.checks.append(Check("exported model: median cosine", value, tolerances.EXPORTED_COSINE))
+    else:
+        _exported_elements(found, replays, logits, tied)
+    if unrounded is not None:
+        unrounding = GraphReference(last, cache, float_products())
+        compare.without_rounding(found, unrounding, unrounded, replays, len(layers), progress)
+    return found
+
+
+def _exported_logits(
+    program: Program, prompts: Mapping[str, Sequence[int]], cache: WeightCache, progress: Progress
+) -> dict[str, np.ndarray]:
+    runner = GraphRunner(program, cache=cache)
+    with progress.stage("run the exported model", len(prompts)), torch.no_grad():
+        return {name: run_chunks(runner, ids, program.info.max_tokens) for name, ids in prompts.items()}
+
+
+def _exported_elements(
+    found: compare.Comparison,
+    replays: Mapping[str, Replay],
+    logits: Mapping[str, np.ndarray],
+    tied: Mapping[str, np.ndarray],
+) -> None:
+    """The artifact against the model as it was exported, element by element: passes and kernels together."""
+    ratios = {name: close_rows(logits[name], r.logits_TV, tied[name])[0] for name, r in replays.items()}
+    where = max(ratios, key=lambda name: ratios[name])
+    found.checks.append(Check("exported model: every element", ratios[where], tolerances.FLOAT_CLOSE, where))
+    top1 = compare.logits_figures("", replays, logits)["top-1 agreement"]
+    found.checks.append(Check("exported model: top-1 agreement", top1, tolerances.TOP1))

@@ -1,0 +1,152 @@
+"""What is in a checkpoint folder, and what of it does not fit a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_packed, read_json
+from moec.checkpoints.safetensors_file import Entry
+from moec.checkpoints.store import CONFIG, TOKENIZER, expected_tensors, open_store, read_tensors
+from moec.compiler.errors import CheckpointError
+from moec.compiler.spec.model import DecoderConfig, parameter_counts
+
+if TYPE_CHECKING:
+    from moec.compiler.spec.model import Spec
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class RoleSize(_Record):
+    """The weights of one role: how many tensors are stored for them, how many parameters and bytes they are."""
+
+    role: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+class TokenizerInfo(_Record):
+    """`vocab_size` counts special tokens; None if the file is no tokenizer."""
+
+    vocab_size: int | None
+
+
+class Inspection(_Record):
+    """What `moec checkpoint inspect` says. `problems`: one line each, empty if the checkpoint is whole and fits."""
+
+    folder: str
+    files: tuple[str, ...]
+    bytes: int
+    tensors: int
+    architecture: str | None
+    layout: str
+    dtypes: Mapping[str, int]
+    parameters: Mapping[str, int]
+    roles: tuple[RoleSize, ...]
+    tokenizer: TokenizerInfo | None
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
+    """Look into `folder`, against the model of `spec` or, without one, of its own config.json.
+
+    Reads headers and INT4 scales, not weights. CheckpointError only if there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
+    problems: list[str] = []
+    config, packed = _own_config(folder, problems)
+    entries = read_tensors(folder, problems)
+    wanted = config
+    if spec is not None and isinstance(spec.model, DecoderConfig):
+        wanted = spec.model
+    elif spec is not None:
+        problems.append(f"{spec.name}: its model is no decoder of `architecture:`, there is nothing to compare with")
+    if not problems and wanted is not None:
+        problems += _problems(folder, wanted)
+    roles = _roles(entries, config, packed=packed) if config is not None else ()
+    return Inspection(
+        folder=str(folder),
+        files=tuple(sorted({entry.file.name for entry in entries.values()})),
+        bytes=sum(entry.bytes for entry in entries.values()),
+        tensors=len(entries),
+        architecture=config.architecture if config is not None else None,
+        layout=_layout(entries, packed=packed),
+        dtypes=_bytes_by_type(entries),
+        parameters=parameter_counts(config) if config is not None else {},
+        roles=roles,
+        tokenizer=_tokenizer(folder),
+        problems=tuple(problems),
+    )
+
+
+def _own_config(folder: Path, problems: list[str]) -> tuple[DecoderConfig | None, bool]:
+    file = folder / CONFIG
+    packed = False
+    try:
+        raw = read_json(file)
+        packed = is_packed(raw, file)
+        return config_from_json(raw, file), packed
+    except CheckpointError as error:
+        problems += str(error).splitlines()
+        return None, packed
+
+
+def _problems(folder: Path, config: DecoderConfig) -> list[str]:
+    try:
+        open_store(folder, config)
+    except CheckpointError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _layout(entries: Mapping[str, Entry], *, packed: bool) -> str:
+    if packed:
+        return f"packed INT4 codes and float16 scales ({PACKED_FORMAT})"
+    floats = sorted({e.dtype for e in entries.values()})
+    return f"float ({', '.join(floats)})" if floats else "empty"
+
+
+def _bytes_by_type(entries: Mapping[str, Entry]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in entries.values():
+        found[entry.dtype] = found.get(entry.dtype, 0) + entry.bytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _roles(entries: Mapping[str, Entry], config: DecoderConfig, *, packed: bool) -> tuple[RoleSize, ...]:
+    found: dict[str, RoleSize] = {}
+    for name, expected in expected_tensors(config, packed=packed).items():
+        if name not in entries:
+            continue
+        role = expected.weight.role.value
+        old = found.get(role, RoleSize(role=role, tensors=0, parameters=0, bytes=0))
+        found[role] = RoleSize(
+            role=role,
+            tensors=old.tensors + 1,
+            parameters=old.parameters + (0 if expected.part == "scales" else expected.weight.numel),
+            bytes=old.bytes + entries[name].bytes,
+        )
+    return tuple(sorted(found.values(), key=lambda r: -r.bytes))
+
+
+def _tokenizer(folder: Path) -> TokenizerInfo | None:
+    file = folder / TOKENIZER
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return TokenizerInfo(vocab_size=Tokenizer.from_file(str(file)).get_vocab_size())
+    except Exception:  # the library raises no narrower type
+        return TokenizerInfo(vocab_size=None)

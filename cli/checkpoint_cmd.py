@@ -1,0 +1,124 @@
+"""`moec checkpoint`: make, look into, and describe folders of weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moec.cli.status import CHECK_FAILED
+from moec.compiler.errors import UserError
+
+if TYPE_CHECKING:
+    from moec.checkpoints import Inspection
+    from moec.compiler.spec import Spec
+
+_commands = typer.Typer(no_args_is_help=True, help="Make, look into, and describe checkpoint folders.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(_commands, name="checkpoint")
+
+
+@_commands.command("synthesize")
+def synthesize(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec whose model to make weights for.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    qat: Annotated[bool, typer.Option("--qat", help="Packed INT4, as QAT checkpoints are released.")] = False,
+    router: Annotated[
+        str, typer.Option(help="clustered: experts prefer random kinds of tokens; structured: topics of real text.")
+    ] = "clustered",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Write a random checkpoint in the released layout: for CI, and where the gated weights are not at hand.
+
+    Example: [bold]moec checkpoint synthesize specs/models/mobilemoe-tiny.yaml --out build/tiny --seed 1 --qat[/bold]
+    """
+    if router not in ("clustered", "structured"):
+        raise UserError(f"--router {router[:40]!r} is not known", remedy="use clustered or structured")
+    from moec import checkpoints
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec import load_spec
+
+    checkpoints.synthesize(
+        load_spec(spec),
+        out,
+        seed=seed,
+        qat=qat,
+        router="structured" if router == "structured" else "clustered",
+        progress=Progress(quiet=quiet),
+    )
+    print(out)
+
+
+@_commands.command("inspect")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
+    spec: Annotated[Path | None, typer.Option(help="Also say what does not fit this spec.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint holds. Exit status 1 if it does not fit the spec given.
+
+    Example: [bold]moec checkpoint inspect MobileMoE-S-QAT --spec specs/models/mobilemoe-s.yaml[/bold]
+    """
+    from moec.compiler.spec import load_spec
+
+    inspect_checkpoint(folder, spec=load_spec(spec) if spec else None, as_json=as_json)
+
+
+def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> None:
+    """Print the findings about `folder`; typer.Exit(1) if it is damaged or contradicts `spec`."""
+    from moec import checkpoints
+    from moec.cli.output import emit_json
+
+    found = checkpoints.inspect(folder, spec)
+    if as_json:
+        emit_json(found)
+    else:
+        _show(found)
+    for problem in found.problems:
+        print(problem, file=sys.stderr)
+    if found.problems:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _show(found: Inspection) -> None:
+    from moec.cli.output import size, table, words
+
+    tokenizer = found.tokenizer
+    rows = [
+        ("architecture", found.architecture or "unknown"),
+        ("layout", found.layout),
+        ("files", words(found.files)),
+        ("tensors", f"{found.tensors}, {size(found.bytes)}"),
+        ("types", ", ".join(f"{dtype} {size(count)}" for dtype, count in found.dtypes.items())),
+        *[(f"{kind} parameters", f"{count:,}") for kind, count in found.parameters.items()],
+        ("tokenizer", "none" if tokenizer is None else f"{tokenizer.vocab_size or 'unreadable'} tokens"),
+    ]
+    table(found.folder, ["", ""], rows)
+    roles = [(r.role, r.tensors, f"{r.parameters:,}", size(r.bytes)) for r in found.roles]
+    if roles:
+        table("\nWeights by role", ["role", "tensors", "parameters", "size"], roles, right=[1, 2, 3])
+
+
+@_commands.command("spec")
+def write_spec(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder with its config.json.")],
+    out: Annotated[Path | None, typer.Option(help="Write the spec to this file instead of stdout.")] = None,
+) -> None:
+    """Write the spec that a checkpoint's config.json implies.
+
+    Example: [bold]moec checkpoint spec MobileMoE-S-QAT --out my-model.yaml[/bold]
+    """
+    from moec import checkpoints
+    from moec.cli.output import write_text
+
+    text = checkpoints.spec_from_config(folder)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        print(out)

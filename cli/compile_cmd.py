@@ -1,0 +1,45 @@
+"""`moec compile`: a spec becomes an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("compile")(compile_spec)
+
+
+def compile_spec(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.")],
+    target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
+
+    An artifact that stands at --out is replaced only when the new one is complete.
+
+    Example: [bold]moec compile specs/models/mobilemoe-s.yaml --checkpoint MobileMoE-S-QAT --out build/s[/bold]
+    """
+    from moec.cli.output import emit_json, size
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec import load_spec
+
+    loaded = load_spec(spec)
+    from moec.compiler import build  # torch: seconds, which a fault in the spec need not wait for
+
+    progress = Progress(quiet=quiet)
+    artifact = build.compile(loaded, target=target, checkpoint=checkpoint, out=out, progress=progress, force=force)
+    manifest = artifact.manifest
+    if as_json:
+        emit_json({"artifact": artifact.folder, "bytes": artifact.bytes, "manifest": manifest})
+        return
+    print(f"{artifact.folder}: {manifest.name} for {manifest.target}, {size(artifact.bytes)}")
+    for note in manifest.notes:
+        print(f"note: {note}")

@@ -1,0 +1,177 @@
+"""The command `moec`: one module per command, imported only when that command runs.
+
+Exit status: 0 done, 1 a check failed, 2 the user's fault (one line on stderr), 130 interrupted, 70 our bug (traceback).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from moec.cli.status import BUG, INTERRUPTED, TERMINATED, USER_ERROR
+from moec.compiler.errors import UserError
+
+app = typer.Typer(
+    name="moec",
+    help="Compile Mixture-of-Experts language models into INT4 artifacts that run on phones.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _register_commands() -> None:
+    """Every module `*_cmd.py` of this folder brings its commands: a new command is a new file."""
+    for file in sorted(Path(__file__).parent.glob("*_cmd.py")):
+        importlib.import_module(f"moec.cli.{file.stem}").register(app)
+
+
+_register_commands()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from moec import __version__
+
+        print(f"moec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its status."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status, with every fault already printed to stderr."""
+    _hush()
+    _open_streams()
+    try:
+        status = _invoke(arguments)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        _say(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as with `moec ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            return _bug()
+        place = f"{error.filename}: " if error.filename is not None else ""
+        _say(f"{place}{error.strerror or error}")
+        return USER_ERROR
+    except Exception as error:
+        stopped = _status_of_signal(error)
+        if stopped is None:
+            return _bug()
+        _say("interrupted")
+        return stopped
+
+
+def _invoke(arguments: list[str] | None) -> int:
+    command = typer.main.get_command(app)
+    try:
+        result: Any = command.main(args=arguments, prog_name="moec", standalone_mode=False)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes of it the status of a failed check
+            raise stop.__context__ from None
+        raise
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except typer.Exit as stop:
+        return stop.exit_code
+    except _USAGE as error:
+        context = getattr(error, "ctx", None)
+        name = context.command_path if context is not None else "moec"
+        _say(" ".join(error.format_message().split()).rstrip(".") + f"; see `{name} --help`")  # type: ignore[attr-defined]
+        return USER_ERROR
+    if result == INTERRUPTED:  # typer's own reading of Ctrl-C, in some versions
+        raise KeyboardInterrupt
+    return result if isinstance(result, int) else 0
+
+
+# typer carries its own copy of click in some versions and uses the package in others; both have this base class
+_USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def _hush() -> None:
+    """Libraries warn about themselves, which no user of a command can act on. `python -W default` shows it."""
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came: an exception, so that temporary folders are removed on the way out."""
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated(TERMINATED)
+
+
+def _status_of_signal(error: BaseException) -> int | None:
+    """The exit status if a library caught the exception of a signal and raised its own, as torch.export does."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, _Terminated):
+            return TERMINATED
+        if isinstance(seen, KeyboardInterrupt):
+            return INTERRUPTED
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _open_streams() -> None:
+    """A stream that was closed before we began (`>&-`) is None: it becomes one that takes all and gives nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the rest of the process)
+
+
+def _say(text: str) -> None:
+    live = sys.stderr.isatty()
+    try:
+        print(("\r\x1b[2K" if live else "") + text, file=sys.stderr, flush=True)
+    except OSError:
+        # where nothing can be said the status still tells: Python's own is 120 for text that stays unwritten
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    _say("this is a bug of moec, not of your input; please report the lines above")
+    return BUG
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""`moec verify`, `moec bisect`, `moec diff`: does it compute what the model computes, and if not, since when?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moec.cli.status import CHECK_FAILED
+
+if TYPE_CHECKING:
+    from moec.analysis.verify.diff import Difference
+    from moec.analysis.verify.report import Report
+
+EACH = "each"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("verify")(verify)
+    app.command("bisect")(bisect)
+    app.command("diff")(diff)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT|SPEC", help="A folder that was compiled, or a YAML spec.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="The weights, if they have moved since.")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="For a spec: `each` checks every pass, a name only that one. Default: each.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="For a spec with several targets: whose passes.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="For an artifact: compare it with these targets and artifact folders, separated by commas."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here; - is stdout.")] = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here, for CI.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare; more take longer.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Compare on this text file instead of the shipped prompts.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Replay an artifact against the eager model with the same integer weights, or the passes of a spec one by one.
+
+    With --against, compare it with what other targets make of the same spec and weights (compiled here, or folders
+    that exist) and with the eager model, each with each: a target that is wrong stands apart and is named.
+
+    Exit status 1 if a tolerance is missed; the report names the check, the place, and by how much.
+
+    Examples: [bold]moec verify build/s --json report.json[/bold],
+    [bold]moec verify build/tiny --against onnx,mlir,metal[/bold]
+    """
+    from moec.cli.output import check_apart, check_writable
+    from moec.compiler.errors import UserError
+    from moec.compiler.progress import Progress
+
+    check_writable(json_file, junit_file)
+    check_apart(json_file, junit_file)
+    progress = Progress(quiet=quiet)
+    if path.is_file():
+        from moec.compiler.spec import load_spec
+
+        spec = load_spec(path)
+        if against is not None:
+            raise UserError("--against is for artifacts", place=str(path), remedy="compile the spec first")
+        from moec.analysis.verify.spec import DEFAULT_TOKENS, verify_spec
+
+        report = verify_spec(
+            spec,
+            checkpoint=checkpoint,
+            target=target,
+            after=None if after in (None, EACH) else after,
+            tokens=tokens or DEFAULT_TOKENS,
+            text=_read(text),
+            progress=progress,
+        )
+    else:
+        if after is not None or target is not None:
+            option = "--after" if after is not None else "--target"
+            raise UserError(f"{option} is for specs", place=str(path), remedy="name the YAML spec instead")
+        if against is not None:
+            others = [name.strip() for name in against.split(",") if name.strip()]
+            if not others:
+                raise UserError("--against names no target", remedy="write --against onnx,mlir or a folder")
+            from moec.analysis.verify import agreement
+
+            found = agreement.verify_agreement(
+                path,
+                others,
+                checkpoint=checkpoint,
+                tokens=tokens or agreement.DEFAULT_TOKENS,
+                text=_read(text),
+                progress=progress,
+            )
+            return _show(found, json_file, junit_file)
+        from moec.analysis.verify.artifact import DEFAULT_TOKENS, verify_artifact
+
+        report = verify_artifact(
+            path, checkpoint=checkpoint, tokens=tokens or DEFAULT_TOKENS, text=_read(text), progress=progress
+        )
+    _show(report, json_file, junit_file)
+
+
+def bisect(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to run with. Default: the spec's, else random.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="One of the spec's targets; needed when it names several.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the finding as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Name the first rewrite that changes what the model computes: pass, layer and node. Exit status 1 if there is one.
+
+    Example: [bold]moec bisect specs/models/mobilemoe-tiny.yaml[/bold]
+    """
+    from moec.cli.output import emit_json
+    from moec.compiler.progress import Progress
+    from moec.compiler.spec import load_spec
+
+    loaded = load_spec(spec)
+    from moec.analysis.verify.spec import DEFAULT_TOKENS, bisect_spec
+
+    found = bisect_spec(
+        loaded, checkpoint=checkpoint, target=target, tokens=tokens or DEFAULT_TOKENS, progress=Progress(quiet=quiet)
+    )
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        print(found.text())
+    if found.culprit is not None:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="An artifact, a spec, or a dumped graph (*.txt).")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same kind.")],
+    stage: Annotated[str, typer.Option(help="For specs: compare the graphs at this stage.")] = "fused",
+    tokens: Annotated[int, typer.Option(min=1, help="For artifacts: tokens whose logits are compared.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the differences as JSON.")] = False,
+) -> None:
+    """What differs between two artifacts (manifest and logits) or two graphs (text). Exit status 1 if anything does.
+
+    Example: [bold]moec diff build/before build/after[/bold]
+    """
+    from moec.analysis.verify.spec import diff_paths
+    from moec.cli.output import emit_json
+
+    found = diff_paths(a, b, stage=stage, tokens=tokens)
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        _print_difference(found)
+    if not found.same:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _read(text: Path | None) -> str | None:
+    from moec.compiler.errors import UserError
+
+    if text is None:
+        return None
+    remedy = "name a text file in UTF-8"
+    try:
+        read = text.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", place=str(text), remedy=remedy) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", place=str(text), remedy=remedy) from None
+    if not read.strip():
+        raise UserError("there is no token in the text to verify with", place=str(text), remedy="give a longer text")
+    return read
+
+
+def _show(report: Report, json_file: Path | None, junit_file: Path | None) -> None:
+    from moec.cli.output import json_text, write_text
+
+    document = json_text(report.to_json())
+    if junit_file is not None:
+        write_text(junit_file, report.junit())
+    if json_file is not None and str(json_file) != "-":
+        write_text(json_file, document + "\n")
+    print(document if str(json_file) == "-" else report.text())
+    if not report.passed:
+        raise typer.Exit(report.exit_status)
+
+
+def _print_difference(found: Difference) -> None:
+    from moec.cli.output import table
+
+    if found.entries:
+        table(f"{found.a} and {found.b}", ["what", "A", "B"], found.entries)
+    for line in found.lines:
+        print(line)
+    for name, value in found.figures.items():
+        print(f"{name}: {value:.8g}")
+    if found.same:
+        print("no difference")

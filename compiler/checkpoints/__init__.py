@@ -1,8 +1,0 @@
-"""Checkpoints: read, check, describe and synthesize folders in the released layout."""
-
-from moec.compiler.checkpoints.inspect import Inspection, inspect
-from moec.compiler.checkpoints.spec_from_config import spec_from_config
-from moec.compiler.checkpoints.store import WeightStore, open_store
-from moec.compiler.checkpoints.synthesize import synthesize
-
-__all__ = ["Inspection", "WeightStore", "inspect", "open_store", "spec_from_config", "synthesize"]

@@ -1,0 +1,1 @@
+"""Native code: kernels, the runtime, their build, and what Python calls of them."""

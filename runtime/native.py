@@ -1,0 +1,397 @@
+"""Builds the native part (kernels, runtime, runner) on the user's machine, against the executorch wheel, and finds it.
+
+The three files live in one folder of a cache, named by a digest of the sources, the executorch wheel and the flags. A
+build happens at first use, or by `python -m moec.runtime.native build`; it is done in a work tree and renamed
+into place, under a lock, so that concurrent processes and a Ctrl-C leave no half-built library behind.
+
+Environment: MOEC_NATIVE_DIR (the cache folder, default ~/.cache/moec/native), CXX (the compiler),
+MOEC_SANITIZE (-fsanitize= value; an own build beside the usual one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from moec.compiler.errors import UserError
+from moec.compiler.progress import Progress
+
+_HERE = Path(__file__).resolve().parent
+_SUFFIXES = {".h", ".cpp", ".inl", ".txt"}
+_LIBRARY_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+@dataclass(frozen=True)
+class NativeFiles:
+    """Paths of one build. `digest` names its sources, versions and flags; artifacts record it."""
+
+    folder: Path
+    digest: str
+
+    @property
+    def kernels(self) -> Path:
+        return self.folder / f"libmoec_kernels{_LIBRARY_SUFFIX}"
+
+    @property
+    def runtime(self) -> Path:
+        return self.folder / f"libmoec_runtime{_LIBRARY_SUFFIX}"
+
+    @property
+    def runner(self) -> Path:
+        return self.folder / "moec_runner"
+
+    def complete(self) -> bool:
+        return all(p.is_file() for p in (self.kernels, self.runtime, self.runner))
+
+
+_built: NativeFiles | None = None
+
+
+def native_files(*, progress: Progress | None = None) -> NativeFiles:
+    """The built files, building them first if needed. UserError when that is impossible (no compiler, no wheel)."""
+    global _built
+    if _built is None:
+        _built = _find_or_build(progress or Progress())
+    return _built
+
+
+def kernels_library() -> Path:
+    """The kernel library, built on first use."""
+    return native_files().kernels
+
+
+def runtime_library() -> Path:
+    """The runtime library, built on first use."""
+    return native_files().runtime
+
+
+def runner_binary() -> Path:
+    """The command-line runner, built on first use."""
+    return native_files().runner
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: MOEC_NATIVE_DIR, or moec/native in the user's cache folder."""
+    override = os.environ.get("MOEC_NATIVE_DIR")
+    if override:
+        return Path(override).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "moec" / "native"
+
+
+def executorch_folder() -> Path:
+    """The installed wheel's package folder (headers, libraries, CMake package)."""
+    try:
+        import executorch
+    except ImportError as error:
+        raise UserError("the executorch package is not installed", remedy="pip install executorch==1.5.1") from error
+    for base in list(executorch.__path__):
+        if (Path(base) / "share/cmake/executorch-config.cmake").is_file():
+            return Path(base)
+    raise UserError(
+        "the installed executorch has no C++ headers and CMake package", remedy="pip install executorch==1.5.1"
+    )
+
+
+def obstacle() -> str | None:
+    """Why there are no kernels and none can be built, in one line; None if there are or can be."""
+    try:
+        digest = _digest(_read_sources(), os.environ.get("MOEC_SANITIZE", ""))
+        if not NativeFiles(cache_folder() / digest, digest).complete():
+            find_compiler()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def build(*, progress: Progress | None = None) -> NativeFiles:
+    """Build unless the cache has this build already."""
+    return native_files(progress=progress)
+
+
+def _find_or_build(progress: Progress) -> NativeFiles:
+    sources = _read_sources()
+    sanitize = os.environ.get("MOEC_SANITIZE", "")
+    # A cache that was built elsewhere with the same sources serves a machine without a compiler: look it up by sources
+    # and versions first, the compiler only decides when something has to be built.
+    digest = _digest(sources, sanitize)
+    cache = cache_folder()
+    files = NativeFiles(cache / digest, digest)
+    if files.complete():
+        return files
+    compiler = find_compiler()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / "lock", progress):
+            if not files.complete():
+                _build_into(
+                    files,
+                    cache / ("tree-" + (re.sub(r"\W", "-", sanitize) or "plain")),
+                    sources,
+                    compiler,
+                    sanitize,
+                    progress,
+                )
+                _forget_old_builds(cache, keep=files.folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot build the kernels: {error.strerror or error}",
+            place=str(error.filename or cache),
+            remedy="free some space or set MOEC_NATIVE_DIR to a writable folder",
+        ) from error
+    return files
+
+
+def _read_sources() -> dict[str, bytes]:
+    """Relative path -> bytes of everything that is compiled: a snapshot, in case a file changes while building."""
+    sources: dict[str, bytes] = {}
+    for folder in ("kernels", "runner"):
+        for path in sorted((_HERE / folder).rglob("*")):
+            if path.is_file() and path.suffix in _SUFFIXES and "bench" not in path.relative_to(_HERE).parts[1:-1]:
+                sources[str(path.relative_to(_HERE))] = path.read_bytes()
+    return sources
+
+
+def _digest(sources: dict[str, bytes], sanitize: str) -> str:
+    try:
+        wheel = version("executorch")
+    except PackageNotFoundError:
+        wheel = "none"
+    h = hashlib.sha256()
+    # the wheel's folder is in the libraries' run path: another environment needs its own build
+    for part in (
+        wheel,
+        str(executorch_folder()),
+        platform.machine(),
+        sys.platform,
+        sanitize,
+        os.environ.get("CXX", ""),
+    ):
+        h.update(part.encode() + b"\0")
+    for name, data in sources.items():
+        h.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    return h.hexdigest()[:16]
+
+
+def source_digest() -> str:
+    """Digest of the kernel's sources alone (no paths, no compiler): equal on every machine with the same checkout."""
+    h = hashlib.sha256()
+    for name, data in _read_sources().items():
+        h.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    return h.hexdigest()[:16]
+
+
+def find_compiler() -> str:
+    asked = os.environ.get("CXX")
+    candidates = [asked] if asked else ["c++", "g++", "clang++"]
+    for name in candidates:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise UserError(
+        f"no C++ compiler found (tried {', '.join(candidates)})",
+        remedy="install g++ 11 or clang 14 or newer (Debian: apt-get install g++), or set CXX",
+    )
+
+
+def _tool(name: str) -> str:
+    """cmake or ninja: the interpreter's own environment first (installed by pip), then PATH."""
+    own = Path(sys.executable).parent / name
+    if own.is_file():
+        return str(own)
+    found = shutil.which(name)
+    if found:
+        return found
+    raise UserError(f"{name} is not installed", remedy=f"pip install {name}")
+
+
+@contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.write("waiting for another process that builds the kernels")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock
+
+
+def _build_into(
+    files: NativeFiles, tree: Path, sources: dict[str, bytes], compiler: str, sanitize: str, progress: Progress
+) -> None:
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    wheel = executorch_folder()
+    _sync(tree / "src", sources)
+    work = tree / "build"
+    _drop_stale_tree(work, cmake, compiler, wheel)
+    configure = [
+        cmake,
+        "-S",
+        str(tree / "src/runner"),
+        "-B",
+        str(work),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DMOEC_SANITIZE={sanitize}",
+        f"-Dexecutorch_DIR={wheel / 'share/cmake'}",
+    ]
+    with progress.stage("build kernels", total=None) as step:
+        _run(configure, step)
+        _run([cmake, "--build", str(work)], step)
+    built = NativeFiles(work / "out", files.digest)
+    if not built.complete():
+        raise AssertionError(f"the build left {built.folder} incomplete")
+    staging = files.folder.with_name(f"{files.folder.name}.new-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        for path in (built.kernels, built.runtime, built.runner):
+            shutil.copy2(path, staging / path.name)
+        shutil.rmtree(files.folder, ignore_errors=True)  # an incomplete one: a complete one would have been used
+        staging.rename(files.folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(folder: Path, sources: dict[str, bytes]) -> None:
+    """Make `folder` hold exactly `sources`; unchanged files keep their time stamps, so ninja rebuilds only the rest."""
+    for path in [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []:
+        if str(path.relative_to(folder)) not in sources:
+            path.unlink()
+    for name, data in sources.items():
+        path = folder / name
+        if path.is_file() and path.read_bytes() == data:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _drop_stale_tree(work: Path, cmake: str, compiler: str, wheel: Path) -> None:
+    """CMake caches absolute paths of tools: a tree of another environment is started afresh."""
+    stamp = work / "moec-tools.txt"
+    wanted = "\n".join(
+        (cmake, compiler, str(wheel), version("executorch"), str(Path(compiler).resolve().stat().st_mtime))
+    )
+    if work.is_dir() and not (stamp.is_file() and stamp.read_text() == wanted):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(wanted)
+
+
+def _run(command: list[str], step: object) -> None:
+    """Run a build command; its output is shown only when it fails."""
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if re.match(r"\[\d+/\d+\]", line):
+                step(line.strip().split(" ")[0])  # type: ignore[operator]
+    if process.returncode:
+        errors = [line for line in lines if "error" in line.lower()] or lines
+        sys.stderr.write("\n".join(lines[-60:]) + "\n")
+        raise UserError(
+            f"building the kernels failed: {errors[0].strip() if errors else 'no output'}",
+            remedy="the compiler's output is above; g++ 11 or clang 14 or newer is needed",
+        )
+
+
+def _forget_old_builds(cache: Path, *, keep: Path, most: int = 6) -> None:
+    """Old digests pile up while developing. A library that is mapped by a live process survives its unlinking."""
+    builds = [p for p in cache.iterdir() if re.fullmatch(r"[0-9a-f]{16}", p.name) and p != keep]
+    builds.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+    for old in builds[most - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- checks of the kernel core, for people who work on it
+
+SANITIZERS = ("address,undefined", "thread")
+
+
+def checks_folder() -> Path:
+    """The C++ check programs of the checkout. UserError from an installed wheel, which has none."""
+    folder = _HERE.parent / "tests" / "runtime" / "native"
+    if not folder.is_dir():
+        raise UserError("the native checks are not installed", remedy="run this in a checkout of the repository")
+    return folder
+
+
+def build_checks(
+    *, sanitize: str = "", cross_compiler: str | None = None, processor: str = "", progress: Progress | None = None
+) -> list[Path]:
+    """Build every tests/runtime/native/*_check.cpp with the kernel core, for another `processor` with `cross_compiler`.
+
+    Returns the programs.
+    """
+    progress = progress or Progress()
+    sources = checks_folder()
+    variant = re.sub(r"\W", "-", "-".join(filter(None, (processor, sanitize)))) or "plain"
+    compiler = cross_compiler or find_compiler()
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"checks-{variant}.lock", progress):
+        work = cache / f"checks-{variant}"
+        _drop_stale_tree(work, _tool("cmake"), compiler, _HERE)
+        configure = [_tool("cmake"), "-S", str(sources), "-B", str(work), "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        configure += [f"-DMOEC_KERNEL_DIR={_HERE / 'kernels'}", f"-DMOEC_SANITIZE={sanitize}"]
+        configure += ["-DCMAKE_BUILD_TYPE=Release"]
+        if cross_compiler:
+            configure += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}"]
+        with progress.stage(f"build native checks ({variant})") as step:
+            _run(configure, step)
+            _run([_tool("cmake"), "--build", str(work)], step)
+    return sorted(work / path.stem for path in sources.glob("*_check.cpp"))
+
+
+def run_sanitized() -> int:
+    """Run every check under ASan with UBSan, and under TSan. 0 when all are clean."""
+    failed = 0
+    for sanitizer in SANITIZERS:
+        for program in build_checks(sanitize=sanitizer):
+            status = subprocess.run([str(program)], check=False).returncode
+            print(
+                f"{program.name} ({sanitizer}): {'clean' if status == 0 else f'failed with status {status}'}",
+                flush=True,
+            )
+            failed += status != 0
+    return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moec.runtime.native", description=__doc__)
+    parser.add_argument("action", choices=["build", "path", "sanitize", "clean"])
+    action = parser.parse_args(arguments).action
+    try:
+        if action == "clean":
+            shutil.rmtree(cache_folder(), ignore_errors=True)
+            return 0
+        if action == "sanitize":
+            return run_sanitized()
+        print(native_files().folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

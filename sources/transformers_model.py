@@ -1,0 +1,377 @@
+"""`model: {transformers: FOLDER}`: a causal language model of the transformers library as a Program.
+
+The module is built from its config with fake parameters (nothing is allocated), its experts in an implementation that
+exports, and its KV cache as static buffers written at start_pos. Weights are read when a target asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from moec.checkpoints.safetensors_file import read_header
+from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
+from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, zeros
+from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
+from moec.sources.roles import roles_by_use
+
+EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
+
+
+def export_transformers(
+    folder: Path,
+    name: str,
+    *,
+    weights: TransformersStore | None = None,
+    max_tokens: int = MAX_TOKENS,
+    context: int | None = None,
+    experts: str = EXPERTS,
+) -> Program:
+    """The Program of the model that `folder`/config.json describes, stage EXPORTED; without `weights`, shapes only.
+
+    `context` bounds the KV cache (default: the model's own length); `experts` is the experts implementation.
+    MissingExtra without transformers; CompileError for a model that it cannot build or export.
+    """
+    config = read_config(folder)
+    length = _length(config, folder, context)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _build(config, mode, experts, folder)
+    _settle_frequencies(model, length)
+    try:
+        with mode:
+            wrapper = _Cached(model, length, min(max_tokens, length))
+        exported = export_module(wrapper, context=length, max_tokens=max_tokens, mode=mode)
+    except Exception as error:
+        raise CompileError(
+            f"{config.model_type} cannot be exported with static caches: {_why_not(error)}",
+            place=str(folder),
+            remedy="docs/any-moe.md lists what can be; or give a module of your own, model: {python: module:function}",
+        ) from error
+    stored = {f"model.{n}" for n in wrapper.model.state_dict()}  # a persistent buffer is the checkpoint's to give
+    buffers = dict(wrapper.model.named_buffers(prefix="model"))
+    constants = {n: _constant(b) for n, b in buffers.items() if n not in stored}
+    caches = {n: zeros(tuple(b.shape)) for n, b in wrapper.named_buffers() if n.startswith("cache_")}
+
+    def lazy(n: str, shape: tuple[int, ...]) -> LazyWeight:
+        own = n.removeprefix("model.")
+        return LazyWeight(shape, torch.float32, _unreadable(own) if weights is None else weights.reader(own, shape))
+
+    loaded = {
+        n: lazy(n, tuple(p.shape))
+        for n, p in [*wrapper.named_parameters(remove_duplicate=False), *buffers.items()]
+        if n not in constants
+    }
+    roles = {**roles_by_use(exported), **dict.fromkeys(constants, Role.CONSTANT), **dict.fromkeys(caches, Role.CACHE)}
+    text = config.get_text_config()
+    bos = getattr(text, "bos_token_id", None)
+    info = ModelInfo(
+        name=name,
+        vocab_size=int(text.vocab_size),
+        context=length,
+        max_tokens=min(max_tokens, length),
+        bos_id=bos if isinstance(bos, int) else None,
+        eos_ids=_eos_ids(text, folder),
+    )
+    lifted = {n: _constant(t) for n, t in exported.constants.items() if isinstance(t, Tensor) and n not in constants}
+    roles |= dict.fromkeys((n for n in lifted if n not in caches), Role.CONSTANT)
+    return assemble(exported, {**lifted, **loaded, **constants, **caches}, roles, info)
+
+
+def _why_not(error: Exception) -> str:
+    """What an export failed at, in words where torch has only the name of an operator."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"its forward goes by the values of a tensor ({error.func}), which no export can follow"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Constraints violated"):
+        return "its forward fixes the number of tokens of a call"
+    return lines[0][:300]
+
+
+def _settle_frequencies(model: nn.Module, length: int) -> None:
+    """Rotary frequencies that change with the length of the text: up to `length` positions they are one set, if so."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+            module.rope_type = _settled(module, kinds, parameters, length)
+        elif isinstance(kinds, dict):
+            every = module.config.rope_parameters
+            module.rope_type = {t: _settled(module, kind, every.get(t), length) for t, kind in kinds.items()}
+
+
+def _settled(module: Any, kind: str, parameters: Any, length: int) -> str:
+    """`default`, which leaves the frequencies as they were made, when no text of `length` positions changes them."""
+    limit = 0
+    if "dynamic" in kind:
+        limit = int(getattr(module, "max_seq_len_cached", 0))
+    elif kind == "longrope" and isinstance(parameters, dict):
+        limit = int(parameters.get("original_max_position_embeddings") or 0)
+        if length > limit:
+            raise CompileError(
+                f"its rotary frequencies change when a text is longer than {limit} positions, the context is {length}",
+                remedy=f"bound it: `model: {{transformers: ..., context: {limit}}}`",
+            )
+    return "default" if length <= limit else kind
+
+
+def _eos_ids(text: Any, folder: Path) -> tuple[int, ...]:
+    """The ids that end a text: of generation_config.json (which ends a chat model's turns), then of config.json."""
+    file = (folder if folder.is_dir() else folder.parent) / "generation_config.json"
+    given: Any = None
+    if file.is_file():
+        try:
+            given = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"it is not JSON: {error}", place=str(file)) from error
+    found: list[int] = []
+    for ids in (given.get("eos_token_id") if isinstance(given, dict) else None, getattr(text, "eos_token_id", None)):
+        found += [i for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if isinstance(i, int)]
+    return tuple(dict.fromkeys(i for i in found if 0 <= i < int(text.vocab_size)))
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(
+            "reading this model needs transformers", remedy="pip install 'moec[transformers]'"
+        ) from error
+    return transformers
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, or of its config.json."""
+    transformers = _transformers()
+    path = folder if folder.is_dir() else folder.parent
+    if not (path / "config.json").is_file():
+        raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not read it: {first[0][:300]}",
+            place=str(path / "config.json"),
+        ) from error
+
+
+def shapes_of(folder: Path, context: int | None = None) -> tuple[Any, nn.Module, int]:
+    """The config of a folder, its module with fake parameters (nothing is allocated), and its context length."""
+    config = read_config(folder)
+    model = _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder)
+    return config, model, _length(config, folder, context)
+
+
+def _length(config: Any, folder: Path, context: int | None) -> int:
+    """Positions of the KV cache: `context`, or what the model was trained for. CompileError if that is less."""
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2048)
+    if context is not None and context > longest:
+        raise CompileError(
+            f"a context of {context} is more than the {longest} positions of the model",
+            place=str(folder),
+            remedy=f"set context to at most {longest}",
+        )
+    return context or longest
+
+
+def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:
+    """The model with fake float32 parameters and real buffers (rotary frequencies are computed at construction)."""
+    config._experts_implementation = experts
+    try:
+        with _fake_parameters(mode), torch.no_grad():
+            # the attention is transformers' choice: sdpa where the model has it, eager for those with attention sinks
+            model = auto_model(config).from_config(config, dtype=torch.float32)
+    except CompileError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
+    return model.eval()
+
+
+def auto_model(config: Any) -> Any:
+    """The factory of `config`'s model that writes text: of one that reads images too, the text part is exported."""
+    transformers = _transformers()
+    for factory, mapping in (
+        ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
+    ):
+        if type(config) in getattr(transformers, mapping, ()):
+            return getattr(transformers, factory)
+    raise CompileError(
+        f"transformers {transformers.__version__} has no model of {config.model_type} that writes text",
+        remedy="give the config.json of a whole language model",
+    )
+
+
+def random_model(config: Any, folder: Path) -> nn.Module:
+    """A float32 model of a config, initialised as transformers does. CompileError when it cannot be built."""
+    try:
+        model = auto_model(config).from_config(config, dtype=torch.float32)
+    except CompileError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
+    return model.eval()
+
+
+@contextmanager
+def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+    """Every parameter registered in this context becomes a fake one of its shape."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            with mode:
+                param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original
+
+
+class _Cached(nn.Module):
+    """`forward(tokens [1, T], start_pos [1]) -> logits` over static caches held as buffers `cache_{k,v}_N`."""
+
+    def __init__(self, model: nn.Module, length: int, max_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.length = length
+        shapes = self._shapes(min(EXAMPLE_TOKENS, max_tokens))
+        self.count = len(shapes)
+        for index, (k, v) in enumerate(shapes):
+            self.register_buffer(f"cache_k_{index}", torch.zeros(k, dtype=torch.float32))
+            self.register_buffer(f"cache_v_{index}", torch.zeros(v, dtype=torch.float32))
+
+    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The cache shapes [1, heads, length, width] of every layer, learnt from one call with fake values."""
+        cache = self._cache()
+        chosen = self.model.config._experts_implementation
+        self.model.set_experts_implementation(EXPERTS)  # grouped_mm has no fake float32 form outside of an export
+        with torch.no_grad():
+            positions = torch.arange(tokens)
+            self._call(torch.zeros(1, tokens, dtype=torch.long), positions, cache)
+        self.model.set_experts_implementation(chosen)
+        return [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
+
+    def _cache(self) -> Any:
+        from transformers.cache_utils import StaticCache, StaticLayer
+
+        cache = StaticCache(config=self.model.config, max_cache_len=self.length)
+        # a sliding layer's rolling buffer has control flow that cannot be captured: keep all positions, mask the rest
+        cache.layers = [StaticLayer(self.length) for _ in cache.layers]
+        return cache
+
+    def _call(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        return self.model(input_ids=tokens, position_ids=positions[None], past_key_values=cache, use_cache=True).logits
+
+    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        cache = self._cache()
+        for index, layer in enumerate(cache.layers):
+            layer.keys, layer.values = getattr(self, f"cache_k_{index}"), getattr(self, f"cache_v_{index}")
+            layer.dtype, layer.device = torch.float32, layer.keys.device
+            layer.batch_size, layer.num_heads = layer.keys.shape[:2]
+            layer.k_head_dim, layer.v_head_dim = layer.keys.shape[-1], layer.values.shape[-1]
+            layer.cumulative_length = start_pos[0].clone()
+            layer.is_initialized = True
+        positions = start_pos + torch.arange(tokens.shape[1], device=tokens.device)
+        return self._call(tokens, positions, cache)
+
+
+def _constant(value: Tensor) -> LazyWeight:
+    return LazyWeight(tuple(value.shape), value.dtype, lambda: value)
+
+
+class TransformersStore:
+    """The checkpoint of a folder, as `build` and the manifest want it. Opened without reading a weight."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder if folder.is_dir() else folder.parent
+        self.weights = self
+        self._files = sorted(self.folder.glob("*.safetensors"))
+        if not self._files:
+            raise CheckpointError(
+                "there are no safetensors files",
+                place=str(self.folder),
+                remedy="give --checkpoint DIR with the weights",
+            )
+        self._entries = {e.name: e for file in self._files for e in read_header(file).values()}
+        self._state: dict[str, Tensor] | None = None
+        self._conversions: Any = None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        file = self.folder / "tokenizer.json"
+        return file if file.is_file() else None
+
+    def digest(self) -> str:
+        """SHA-256 over names, types, shapes and places of the tensors; the weights themselves are not read."""
+        entries = sorted(self._entries.values(), key=lambda e: e.name)
+        lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def reader(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        """Reads tensor `name` of the model as float32."""
+        return lambda: self._read(name, shape)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = self._tensor(name)
+        if tuple(found.shape) != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(found.shape)}, the model needs {list(shape)}", place=str(self.folder)
+            )
+        return found.detach().to(torch.float32)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name in self._entries:  # stored under the model's own name
+            return self._stored(name)
+        made = self._converted(name)
+        if made is not None:
+            return made
+        if self._state is None:  # a conversion that cannot be done tensor by tensor: the whole model, once
+            model = auto_model(read_config(self.folder)).from_pretrained(
+                str(self.folder), dtype=torch.float32, local_files_only=True
+            )
+            self._state = dict(model.state_dict())
+        if name not in self._state:
+            raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self.folder))
+        return self._state[name]
+
+    def _converted(self, name: str) -> Tensor | None:
+        """A tensor stored under another name, in pieces (an expert each), or tied to another; None otherwise."""
+        if self._conversions is None:
+            from moec.sources.conversions import Conversions
+
+            self._conversions = Conversions(read_config(self.folder), self._entries)
+        return self._conversions.tensor(name, self._stored)
+
+    def _stored(self, name: str) -> Tensor:
+        """One tensor of the mapped files."""
+        from safetensors import safe_open
+
+        with safe_open(self._entries[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def _unreadable(name: str) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        raise AssertionError(f"a pass read the weight {name}")
+
+    return load

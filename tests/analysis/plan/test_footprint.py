@@ -1,0 +1,110 @@
+"""Sizes computed by the planner against the kernel's packing and against compiled artifacts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.analysis.plan.account import Weight
+from moec.analysis.plan.memory import file_bytes, memory, roles
+from moec.analysis.plan.planner import model_of
+from moec.checkpoints import synthesize
+from moec.compiler import build
+from moec.compiler.spec import Spec, load_spec, parse_spec
+from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.spec.targets import footprint_of, target_packages
+
+TINY = Path(__file__).parents[3] / "specs" / "models" / "mobilemoe-tiny.yaml"
+DENSE = """
+name: dense
+model:
+  architecture: mobilellm
+  layers: 3
+  d_model: 96
+  heads: 6
+  kv_heads: 2
+  head_dim: 16
+  vocab_size: 515
+  context: 320
+  tied_embeddings: false
+  ffn_width: 224
+  rope: {theta: 10000.0, interleaved: true}
+quantization: {weights: int8, head: {weights: int4, group_size: 32}, kv_cache: fp32}
+"""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_sizes_are_the_kernels(seed: int) -> None:
+    from moec.runtime import kernel_api
+    from moec.runtime.moe_config import Kind, WeightFormat
+
+    rng = np.random.default_rng(seed)
+    bits, group = int(rng.choice([4, 8])), int(rng.choice([32, 64, 128]))
+    axis_out = bool(rng.integers(2))
+    free, grouped = int(rng.integers(1, 300)), group * int(rng.integers(1, 6))
+    n, k = (grouped, free) if axis_out else (free, grouped)
+    fmt = WeightFormat({4: Kind.INT4, 8: Kind.INT8}[bits], group, axis_out=axis_out)
+    scheme = WeightScheme(bits, group, "out" if axis_out else "in")
+    found = footprint_of("xnnpack").weight_bytes(Weight("expert", "w", 3, n, k), scheme, None)
+    assert found == 3 * kernel_api.packed_bytes(n, k, fmt)
+
+
+@pytest.fixture(scope="module", params=["tiny", "dense", "tiny-metal"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    target = "metal" if request.param.endswith("metal") else "xnnpack"
+    if target == "metal":
+        pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
+    spec = parse_spec(DENSE) if request.param == "dense" else load_spec(TINY)
+    synthesize(spec, folder / "checkpoint", seed=1, qat=request.param != "dense")
+    build.compile(spec, target, folder / "checkpoint", folder / "artifact")
+    return spec, target, folder / "artifact"
+
+
+def test_stored_sizes_are_the_artifacts(compiled: tuple[Spec, str, Path]) -> None:
+    """Weights by role exactly; the file within 1%, since a graph's size is estimated from its instructions."""
+    spec, target, folder = compiled
+    manifest = json.loads((folder / "manifest.json").read_text())
+    model = model_of(spec, target, spec.targets.get(target) or build.chosen_target(spec, target)[1])
+    stored = {role: size for role, size in manifest["sizes_by_role"].items() if role not in ("constant", "program")}
+    assert {r.role: r.bytes for r in roles(model)} == stored
+    # small artifacts: the graph is up to a tenth of the file, and known to a tenth
+    assert file_bytes(model) == pytest.approx((folder / "model.pte").stat().st_size, rel=0.01)
+
+
+def test_cache_and_arena_are_the_artifacts(compiled: tuple[Spec, str, Path]) -> None:
+    """The cache exactly. The arena's planner packs greedily: never more than 5% off for our decoders."""
+    spec, target, folder = compiled
+    if target != "xnnpack":
+        pytest.skip("an MLX delegate plans its own memory")
+    method = json.loads((folder / "manifest.json").read_text())["details"]["methods"]["forward"]
+    model = model_of(spec, target, spec.targets[target])
+    assert model.cache_bytes(model.architecture.context) == method["arena_bytes"][1]
+    assert model.footprint.instructions(model.architecture) == method["instructions"]
+    a, chunk = model.architecture, model.footprint.chunk(None)
+    scratch = model.footprint._scratch(a, chunk, 4)
+    arena = model.footprint.activation_bytes(a, chunk, None) - scratch - 4 * a.vocab_size
+    assert arena == pytest.approx(method["arena_bytes"][0], rel=0.05)
+
+
+def test_peak_memory_is_the_measured_one(compiled: tuple[Spec, str, Path]) -> None:
+    """Within 10% of the runner's own peak, as asked; here nearly all of it is the runtime."""
+    spec, target, folder = compiled
+    if target != "xnnpack":
+        pytest.skip("measured on Apple hardware only")
+    from moec.targets.xnnpack import machine
+
+    prompt, decode = 128, 16
+    report = machine.run_model(folder / "model.pte", prompt=prompt, decode=decode, threads=1, repeats=1)
+    options = spec.targets[target].model_copy(update={"threads": 1})
+    planned = memory(model_of(spec, target, options), prompt + decode).peak
+    assert planned == pytest.approx(report["peak_rss_mb"] * 1e6, rel=0.10)
+
+
+def test_targets_that_have_sizes() -> None:
+    known = {name for name in target_packages() if footprint_of(name) is not None}
+    assert {"xnnpack", "metal"} <= known
+    assert all(footprint_of(name).target == name for name in known)

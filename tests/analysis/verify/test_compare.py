@@ -1,0 +1,188 @@
+"""The comparison of a session with the reference: equal models pass, and every kind of damage fails the right check."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moec.analysis.verify.compare import Comparison, compare
+from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
+from moec.analysis.verify.report import Report
+from moec.compiler.errors import ArtifactError
+from moec.compiler.progress import Progress
+from tests.analysis.verify.fakes import FakeSession, blocks, decoder, reference
+
+PROMPTS = prompt_ids(WordHashEncoder(211), tokens=160)
+NAMES = [f"model.layers.{n}.feed_forward" for n in range(3)]
+
+
+def _compare(
+    session, against=None, *, quantized=False, prompts=PROMPTS, names=NAMES, floats=None, unrounded=None
+) -> Comparison:
+    with torch.no_grad():
+        return compare(
+            session,
+            reference(decoder()) if against is None else against,
+            prompts,
+            layer_names=names,
+            quantized=quantized,
+            float_reference=floats,
+            unrounded=unrounded,
+            progress=Progress(quiet=True),
+        )
+
+
+def _failed(found: Comparison) -> set[str]:
+    return {c.name for c in found.checks if not c.passed}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_equal_models_pass(quantized):
+    found = _compare(FakeSession(decoder()), quantized=quantized, floats=reference(decoder()))
+    assert _failed(found) == set(), [c.line() for c in found.checks]
+    assert [row.layer for row in found.layers] == [0, 1, 2]
+    assert all(row.passed and row.tokens == 200 for row in found.layers)
+    assert found.figures["against float activations: top-1 agreement"] == 1.0
+
+
+def test_without_rounding_no_drift_is_allowed():
+    """A run that rounds nothing drifts by nothing: its limits are the limits of single layers."""
+    good, bad = FakeSession(decoder()), FakeSession(decoder(1))
+    floats = reference(decoder())
+    found = _compare(good, quantized=True, floats=floats, unrounded=good)
+    checks = {c.name: c for c in found.checks if c.name.startswith("free run, float activations")}
+    assert {name.split(": ")[1] for name in checks} == {"median cosine", "top-1 agreement", "expert sets equal"}
+    assert all(c.passed for c in checks.values())
+    assert checks["free run, float activations: median cosine"].tolerance.limit == pytest.approx(0.9999, abs=1e-7)
+    wrong = _compare(good, quantized=True, floats=floats, unrounded=bad)
+    assert _failed(wrong) == set(checks)
+
+
+def test_a_dense_model_has_no_layers_to_check():
+    def dense():  # type: ignore[no-untyped-def]
+        return decoder(
+            architecture="mobilellm", moe=None, ffn_width=96, attention_window={"size": 9, "every_nth_global": 2}
+        )
+
+    found = _compare(FakeSession(dense()), reference(dense()), names=[])
+    assert found.layers == []
+    assert _failed(found) == set()
+    other = _compare(
+        FakeSession(decoder(1, architecture="mobilellm", moe=None, ffn_width=96)), reference(dense()), names=[]
+    )
+    assert "free run: every element" in _failed(other)
+
+
+def test_arithmetic_damage_in_one_layer_is_told_from_routing():
+    session = FakeSession(decoder(), damage=lambda layer, y: y * 1.01 if layer == 1 else y)
+    found = _compare(session)
+    failed = _failed(found)
+    assert {"block outputs: every element", "free run: every element"} <= failed
+    assert "block inputs: every element" not in failed, "the next layer must not be blamed"
+    assert "router: expert sets equal, same input" not in failed
+    assert [row.layer for row in found.layers if not row.passed] == [1]
+    check = next(c for c in found.checks if c.name == "block outputs: every element")
+    assert check.where.startswith("layer 1")
+    assert check.detail == "missed by layers 1"
+
+
+def test_one_wrong_expert_fails_a_quantized_artifact():
+    model = decoder()
+    with torch.no_grad():
+        experts = blocks(model)[2].experts
+        gate, up = experts.gate_up_proj[3].chunk(2, -1)
+        experts.gate_up_proj[3] = torch.cat((up, gate), -1)
+    found = _compare(FakeSession(model), quantized=True)
+    assert "block outputs: min cosine" in _failed(found)
+    assert [row.layer for row in found.layers if not row.passed] == [2]
+
+
+def test_a_router_without_its_bias_fails_as_routing():
+    model = decoder()
+    blocks(model)[0].expert_bias.data.zero_()
+    found = _compare(FakeSession(model), quantized=True)
+    failed = _failed(found)
+    assert "router: expert sets equal, same input" in failed
+    assert "router: expert sets equal" in failed
+    row = found.layers[0]
+    assert not row.passed
+    assert row.min_cosine > 0.999, "with routing forced the arithmetic of the layer is right"
+
+
+def test_a_bf16_router_fails():
+    model = decoder()
+    weight = blocks(model)[1].router.weight
+    weight.data = weight.data.to(torch.bfloat16).to(torch.float32)
+    failed = _failed(_compare(FakeSession(model), quantized=True))
+    assert "router: combine weights" in failed
+
+
+def test_another_scale_of_the_combine_weights_fails():
+    model = decoder()
+    blocks(model)[0].scale = 2.4
+    assert "router: combine weights" in _failed(_compare(FakeSession(model), quantized=True))
+
+
+def test_wrong_attention_is_told_from_wrong_experts():
+    model = decoder(rope={"theta": 100.0, "interleaved": True})
+    found = _compare(FakeSession(model), quantized=True)
+    failed = _failed(found)
+    assert {"block inputs: median cosine", "free run: median cosine"} <= failed
+    assert not any(name.startswith(("block outputs", "router: combine")) for name in failed)
+
+
+def test_a_wrong_head_is_seen_in_the_logits_alone():
+    class Head(FakeSession):
+        def prefill(self, ids, logits="last"):
+            return super().prefill(ids, logits) * np.linspace(0.9, 1.1, 211, dtype=np.float32)
+
+    failed = _failed(_compare(Head(decoder()), quantized=True))
+    assert "logits: median cosine" in failed
+    assert not any(name.startswith("block") for name in failed)
+
+
+def test_drift_does_not_excuse_an_error():
+    """A shaken float reference does not drift, so a free run is held to the strict limit."""
+    found = _compare(FakeSession(decoder()), quantized=True)
+    check = next(c for c in found.checks if c.name == "free run: median cosine")
+    assert check.tolerance.limit == pytest.approx(0.9999, abs=1e-6)
+
+
+class _Forgetful(FakeSession):
+    """Restarts its positions at every call."""
+
+    def prefill(self, ids, logits="last"):
+        self.position = 0
+        return super().prefill(ids, logits)
+
+
+class _Stale(FakeSession):
+    """Computes something else after some time: here from the second run on."""
+
+    def prefill(self, ids, logits="last"):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().prefill(ids, logits) + (1e-3 if self.calls > len(PROMPTS) + 11 else 0.0)
+
+
+def test_decoding_at_wrong_positions_fails():
+    failed = _failed(_compare(_Forgetful(decoder()), quantized=True))
+    assert {"consistency: odd chunks and 8 decode steps equal one prefill", "block inputs: min cosine"} <= failed
+
+
+def test_a_second_run_that_differs_fails():
+    assert "consistency: a second run is identical" in _failed(_compare(_Stale(decoder()), quantized=True))
+
+
+def test_not_a_number_fails_everything_it_touches():
+    session = FakeSession(decoder(), damage=lambda layer, y: y * np.nan if layer == 2 else y)
+    found = _compare(session, quantized=True)
+    assert {"logits: median cosine", "logits: top-1 agreement", "block outputs: min cosine"} <= _failed(found)
+    Report("artifact", "x", tuple(found.checks), tuple(found.layers), found.figures).to_json()
+
+
+def test_missing_traces_are_an_error_not_a_pass():
+    session = FakeSession(decoder())
+    session.take_traces = list  # type: ignore[method-assign]
+    with pytest.raises(ArtifactError, match="traced MoE layers"):
+        _compare(session)

@@ -1,0 +1,142 @@
+"""compile and load: faults are found early and named, and nothing good is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from moec.checkpoints import synthesize
+from moec.compiler import build
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, SpecError, UserError
+from moec.compiler.program import Stage
+from moec.compiler.spec import Spec
+
+MODEL = {
+    "architecture": "mobilemoe", "layers": 1, "d_model": 32, "heads": 2, "kv_heads": 1, "head_dim": 16,
+    "vocab_size": 300, "context": 32, "rope": {"theta": 10000.0, "interleaved": True},
+    "moe": {"experts": 4, "top_k": 2, "expert_width": 32, "shared_width": 32},
+}  # fmt: skip
+INT4 = {"weights": "int4", "group_size": 32}
+
+
+def spec(**changes: object) -> Spec:
+    return Spec.model_validate({"name": "one", "model": MODEL, "quantization": INT4, **changes})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(spec(), tmp_path_factory.mktemp("ck") / "c", seed=0, qat=True)
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build.compile(spec(), checkpoint=checkpoint, out=tmp_path_factory.mktemp("out") / "deep" / "a")
+
+
+def test_the_manifest_says_what_was_built(artifact: Artifact, checkpoint: Path) -> None:
+    manifest = artifact.manifest
+    artifact.check_contents()
+    assert (manifest.name, manifest.target, manifest.checkpoint) == ("one", "xnnpack", str(checkpoint))
+    assert Spec.model_validate(manifest.spec) == spec()
+    assert manifest.digests.kernel
+    names = [p.name for p in manifest.passes]
+    assert names.index("fuse_moe") < names.index("quantize_weights") < names.index("pack_moe")
+    assert {p.name: p.changed for p in manifest.passes}["fuse_moe"] == 1
+    assert manifest.model.moe_layers == ("model.layers.0.feed_forward",)
+    assert manifest.details["methods"]["forward"]["instructions"] > 0
+    assert manifest.details["operators"]["moec::fused_moe_packed.out"] == 2  # one in each method
+    assert {f.name for f in manifest.files} >= {"model.pte"}
+    assert set(manifest.sizes_by_role) >= {"router", "expert", "shared", "attention", "embedding", "norm"}
+    assert sum(manifest.sizes_by_role.values()) <= artifact.path("model.pte").stat().st_size
+    assert manifest.seconds["total"] > 0
+
+
+def test_the_same_input_gives_the_same_bytes(artifact: Artifact, checkpoint: Path, tmp_path: Path) -> None:
+    again = build.compile(spec(), checkpoint=checkpoint, out=tmp_path / "a")
+    assert again.manifest.files == artifact.manifest.files
+    assert again.manifest.digests == artifact.manifest.digests
+
+
+def test_artifacts_load_by_path(artifact: Artifact) -> None:
+    session = build.load(str(artifact.folder))
+    assert session.prefill([1, 2]).shape == (1, 300)
+    session.close()
+
+
+def test_explain_reads_no_weight() -> None:
+    found = build.explain(spec())
+    assert "moec.fused_moe_packed" in found.text
+    assert found.name == "one"
+    assert any(r.name == "fuse_moe" and r.changed == 1 for r in found.records)
+
+
+def test_passes_reach_legal(checkpoint: Path) -> None:
+    program, passes = build.program_and_passes(spec(), None)
+    assert program.stage is Stage.EXPORTED
+    assert passes[-1].gives is Stage.LEGAL
+
+
+def test_faults_come_before_the_work(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise AssertionError("the model was exported before the input was checked")
+
+    monkeypatch.setattr(build, "export_program", unreachable)
+    with pytest.raises(UserError, match="unknown target 'toaster'"):
+        build.compile(spec(), target="toaster", checkpoint=checkpoint, out=tmp_path / "a")
+    with pytest.raises(CheckpointError, match="names no checkpoint"):
+        build.compile(spec(), out=tmp_path / "a")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        build.compile(spec(), checkpoint=tmp_path / "nowhere", out=tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a folder"):
+        build.compile(spec(), checkpoint=checkpoint, out=tmp_path / "file")
+    with pytest.raises(UserError, match="names several targets"):
+        build.compile(spec(targets=["xnnpack", "metal"]), checkpoint=checkpoint, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_keeps_the_old_artifact(
+    artifact: Artifact, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="free some space"):
+        build.compile(spec(), checkpoint=checkpoint, out=artifact.folder)
+    Artifact.open(artifact.folder).check_contents()
+    assert [p.name for p in artifact.folder.parent.iterdir()] == [artifact.folder.name]
+
+
+def test_a_scheme_that_xnnpack_cannot_hold_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    wanted = spec(
+        quantization={**INT4, "activations": "fp32"}, targets={"xnnpack": {"kernels": {"attention": "xnnpack"}}}
+    )
+    with pytest.raises(CompileError, match="INT8 activations only"):
+        build.compile(wanted, checkpoint=checkpoint, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_missing_artifact_is_the_users_fault(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such artifact"):
+        build.load(tmp_path / "a")
+
+
+def test_a_spec_may_be_a_mapping(checkpoint: Path, artifact: Artifact, tmp_path: Path) -> None:
+    """The same keys as in YAML, from a program; faults all at once, a line each, as those of a file."""
+    given = {"name": "one", "model": MappingProxyType(MODEL), "quantization": INT4, "checkpoint": str(checkpoint)}
+    built = build.compile(MappingProxyType(given), target="xnnpack", out=tmp_path / "a")
+    assert built.manifest.files == artifact.manifest.files
+    wrong = {**given, "quantisation": "none", "model": {**MODEL, "head_dim": 3}}
+    with pytest.raises(SpecError) as raised:
+        build.compile(wrong, out=tmp_path / "b")
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 2
+    assert any(line.startswith("one: quantisation: unknown key; did you mean 'quantization'?") for line in lines)
+    assert any(line.startswith("one: model.head_dim: must be even") for line in lines)
+    assert not (tmp_path / "b").exists()

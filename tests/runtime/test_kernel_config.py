@@ -1,0 +1,67 @@
+"""The table of config fields in Python and in the C header are one table."""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+from pathlib import Path
+
+import pytest
+
+from moec.compiler.ops.attributes import ACTIVATIONS, SCORES, Experts, Routing
+from moec.runtime import kernel_api, moe_config
+from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
+
+KERNEL = Path(kernel_api.__file__).resolve().parent / "kernel"
+
+
+def _enumerators(prefix: str) -> dict[str, int]:
+    text = (KERNEL / "moe_config.h").read_text()
+    return {name: int(value) for name, value in re.findall(rf"{prefix}(\w+) = (\d+),", text)}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields"), [("MOEC_CONFIG_", moe_config.Config), ("MOEC_PARAMS_", moe_config.Params)]
+)
+def test_fields_are_numbered_as_in_the_header(prefix: str, fields: type[IntEnum]) -> None:
+    assert _enumerators(prefix) == {f.name: f.value for f in fields}
+
+
+def test_lengths_and_versions_agree() -> None:
+    constants = _enumerators("MOEC_MOE_")
+    assert constants["CONFIG_LENGTH"] == len(moe_config.Config)
+    assert constants["PARAMS_LENGTH"] == len(moe_config.Params)
+    assert constants["VERSION_NUMBER"] == moe_config.VERSION
+    version = re.search(r"#define MOEC_ABI_VERSION (\d+)", (KERNEL / "moec_kernel.h").read_text())
+    assert version is not None
+    assert int(version[1]) == kernel_api.ABI_VERSION
+    threads = re.search(r"kMostThreads = (\d+);", (KERNEL / "parallel.cpp").read_text())
+    assert threads is not None
+    assert int(threads[1]) == kernel_api.MAX_THREADS
+
+
+def test_every_attribute_value_has_a_code() -> None:
+    assert set(moe_config.SCORE) == set(SCORES)
+    assert set(moe_config.ACTIVATION) == set(ACTIVATIONS)
+    for how in (
+        Routing(bias_on=b, group_score=g, fill=f, normalize=n, apply=a)
+        for b in moe_config.BIAS_ON
+        for g in moe_config.GROUP_SCORE
+        for f in moe_config.FILL
+        for n in moe_config.NORMALIZE
+        for a in moe_config.APPLY
+    ):
+        config, params = MoeConfig(4, 32, 32, 2, how, Experts(), WeightFormat(), WeightFormat()).encode()
+        assert len(config) == len(moe_config.Config)
+        assert len(params) == len(moe_config.Params)
+
+
+def test_formats_survive_encoding() -> None:
+    for fmt in (WeightFormat(), WeightFormat(Kind.INT4, 32), WeightFormat(Kind.INT8, 128, True, True, True)):
+        assert WeightFormat.decode(fmt.encode()) == fmt
+
+
+@pytest.mark.parametrize("value", [-1, 3, 0x80, 1, 33 << 8 | 1, 32 << 8])
+def test_what_is_not_a_format_is_refused(value: int) -> None:
+    with pytest.raises(ValueError, match=r"format|group"):
+        WeightFormat.decode(value)
