@@ -5,6 +5,7 @@
 #: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
 #: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
+#: BASE          the revision that replay compares with
 #: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
 SHELL := /bin/bash
@@ -22,6 +23,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PLAN_ARGS ?=
 NAME ?=
+BASE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*
 BUILD := build
 
 .PHONY: help setup demo test test-slow test-sanitize lint format lock new-rule bench-kernel bench-peers bench-roles \
-  bench-passes bench-training plan-accuracy paper-tables train-report clean distclean
+  bench-passes bench-training replay plan-accuracy paper-tables train-report clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -129,6 +131,11 @@ bench-training: $(INSTALLED) ## how the experts are multiplied in training
 train-report: setup ## corpus, stages, controls and tasks of the training report; an hour on two cores
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[train,eval,report]"
 	$(BIN)/python -W ignore bench/train_report.py --out $(BUILD)/train-report $(BENCH_ARGS)
+
+# compiles every shipped spec and family at BASE and here, for every target; BENCH_ARGS="--only tiny" for a look
+replay: setup $(TESTABLE) ## whether a change moved a graph or an artifact: make replay BASE=REV
+	@test -n "$(BASE)" || { echo "give BASE=REV, a revision to compare with" >&2; exit 2; }
+	$(BIN)/python bench/replay.py compare --base $(BASE) $(BENCH_ARGS)
 
 new-rule: $(INSTALLED) ## a pass and its test to start from: NAME=verb_what
 	@test -n "$(NAME)" || { echo "give NAME=verb_what, e.g. make new-rule NAME=fuse_norms" >&2; exit 2; }

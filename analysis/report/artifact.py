@@ -84,7 +84,7 @@ def artifact_page(
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
         environment.filters |= {"size": size, "number": number, "sentence": sentence}
-        page = environment.from_string((files("moec") / "compiler" / "report" / "page.html").read_text("utf-8"))
+        page = environment.from_string((files("moec") / "analysis" / "report" / "page.html").read_text("utf-8"))
         text = page.render(context)
         step("page")
     return text

@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moec import checkpoints
 from moec.checkpoints.config_json import config_from_json, config_to_json
 from moec.checkpoints.safetensors_file import SafetensorsWriter, read_header
 from moec.checkpoints.store import INDEX, WeightStore, expected_tensors, open_store, packed_names
-from moec.compiler import checkpoints
 from moec.compiler.artifact import file_digest
 from moec.compiler.errors import CheckpointError, SpecError, UserError
 from moec.compiler.quant import QuantizedTensor, quantize_weight, unpack_int4

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from moec import checkpoints
 from moec.checkpoints.safetensors_file import read_header
 from moec.checkpoints.store import open_store
-from moec.compiler import checkpoints
 from moec.compiler.errors import CheckpointError
 from moec.compiler.spec.model import Spec
 

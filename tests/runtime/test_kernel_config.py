@@ -12,7 +12,7 @@ from moec.compiler.ops.attributes import ACTIVATIONS, SCORES, Experts, Routing
 from moec.runtime import kernel_api, moe_config
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
-KERNEL = Path(kernel_api.__file__).resolve().parent / "kernel"
+KERNEL = Path(kernel_api.__file__).resolve().parent / "kernels"
 
 
 def _enumerators(prefix: str) -> dict[str, int]:

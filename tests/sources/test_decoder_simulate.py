@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moec import checkpoints
 from moec.checkpoints.store import WeightStore, open_store
-from moec.compiler import checkpoints
 from moec.compiler.errors import CompileError, RunError
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor, quantize_rows, quantize_weight

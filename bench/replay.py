@@ -1,0 +1,312 @@
+"""Whether a change moved a number: compile every shipped spec and family at two revisions, and compare what came out.
+
+    make replay BASE=REV                                   # this checkout against REV
+    python bench/replay.py compare --base REV [--full] [--targets xnnpack,onnx] [--only tiny] [--keep]
+
+Compared for every case and target: the graph after each pass that changed it (names of operands aside), and each file
+of the artifact byte for byte; of the manifest, what is not a version, a timing, a path or a digest of sources. Weights and
+specs are made once, by the base, so that both sides read the same bytes. A release shape is cut to two layers and a
+vocabulary of 4,096 unless --full is given. Exit status: 0 all equal, 1 something differs, 2 a fault of the call.
+
+Only the documented interface is used (`moec.compile`, the command line and MOEC_DUMP), so that revisions with other
+rooms can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("xnnpack", "metal", "onnx", "mlir")
+SMALL = {"layers": 2, "vocab_size": 4096, "context": 1024}
+# What a manifest may say otherwise without a number having moved.
+FREE_KEYS = {"moec", "versions", "seconds", "kernel", "checkpoint", "passes", "digest", "graph", "created", "machine"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec, its weights (a folder, or none when the spec names them) and the name it is reported under."""
+
+    name: str
+    spec: Path
+    checkpoint: Path | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("compare", help="compile at both revisions and compare")
+    compare.add_argument("--base", required=True, help="a revision of this repository")
+    compare.add_argument("--full", action="store_true", help="release shapes as they are (gigabytes, long)")
+    compare.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
+    compare.add_argument("--only", default="", help="cases whose name contains this text")
+    compare.add_argument("--keep", action="store_true", help="keep artifacts and graphs to look at")
+    compare.add_argument("--work", type=Path, default=ROOT / "build" / "replay", help="folder for everything")
+    record = commands.add_parser("record", help="compile the cases of a list with the moec that is imported (internal)")
+    record.add_argument("cases", type=Path)
+    record.add_argument("out", type=Path)
+    record.add_argument("--targets", required=True)
+    record.add_argument("--keep", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.command == "record":
+        return _record(given.cases, given.out, given.targets.split(","), keep=given.keep)
+    return _compare(given)
+
+
+def _compare(given: argparse.Namespace) -> int:
+    unknown = sorted(set(given.targets.split(",")) - set(TARGETS))
+    if unknown:
+        print(f"error: no target {', '.join(unknown)}; there are {', '.join(TARGETS)}", file=sys.stderr)
+        return 2
+    found = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"{given.base}^{{commit}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        print(f"error: {given.base} is no revision of this repository", file=sys.stderr)
+        return 2
+    commit = found.stdout.strip()
+    work: Path = given.work
+    work.mkdir(parents=True, exist_ok=True)
+    base_tree = _checkout(commit, work / f"tree-{commit[:12]}")
+    cases = list(
+        _cases(base_tree, work / f"inputs-{commit[:12]}{'-full' if given.full else ''}", given.only, given.full)
+    )
+    if not cases:
+        print(f"error: no case has {given.only!r} in its name", file=sys.stderr)
+        return 2
+    listed = work / "cases.json"
+    listed.write_text(
+        json.dumps(
+            [{"name": c.name, "spec": str(c.spec), "checkpoint": c.checkpoint and str(c.checkpoint)} for c in cases]
+        )
+    )
+    results = []
+    for label, tree in (("base", base_tree), ("head", ROOT)):
+        out = work / label
+        shutil.rmtree(out, ignore_errors=True)
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "record",
+            str(listed),
+            str(out),
+            "--targets",
+            given.targets,
+        ]
+        subprocess.run([*command, *(["--keep"] if given.keep else [])], env=_environment(tree), check=True, cwd=work)
+        results.append(json.loads((out / "results.json").read_text()))
+    return _report(*results, work)
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(tree / "src"), "PYTHONWARNINGS": "ignore"}
+
+
+def _checkout(commit: str, folder: Path) -> Path:
+    """The files of `commit` in `folder`, which is kept for the next run."""
+    if (folder / "pyproject.toml").is_file():
+        return folder
+    with tempfile.TemporaryFile() as packed:
+        subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=packed, check=True)
+        packed.seek(0)
+        with tarfile.open(fileobj=packed) as archive:
+            archive.extractall(folder, filter="tar")
+    return folder
+
+
+def _cases(tree: Path, folder: Path, only: str, full: bool) -> Iterator[Case]:
+    """Specs and weights, made by the code of `tree` unless an earlier run left them."""
+    import yaml
+
+    for file in sorted((tree / "specs" / "models").glob("*.yaml")):
+        content = yaml.safe_load(file.read_text("utf-8"))
+        content.pop("training", None)
+        if not full and content["model"]["layers"] > 8:
+            content["model"].update({k: min(v, content["model"][k]) for k, v in SMALL.items()})
+        variants: dict[str, tuple[dict[str, Any], bool]] = {"": (content, True)}
+        if file.stem == "mobilemoe-tiny":
+            variants |= {
+                f"-{name}": ({**content, "quantization": {**content["quantization"], **changes}}, False)
+                for name, changes in {
+                    "int4-in": {"expert_group_axis": "in"},
+                    "int8": {"weights": "int8", "embedding": "int8", "expert_group_axis": "in"},
+                    "fp32-cache": {"kv_cache": "fp32", "expert_group_axis": "in"},
+                    "float": {"weights": "fp32", "embedding": "fp32", "activations": "fp32", "kv_cache": "fp32",
+                              "expert_group_axis": "in"},
+                }.items()
+            }  # fmt: skip
+        for suffix, (spec, qat) in variants.items():
+            name = file.stem + suffix
+            if only in name:
+                yield _decoder_case(tree, folder / name, name, spec, qat)
+    for file in sorted((tree / "specs" / "families").glob("*.yaml")):
+        if only in file.stem:
+            yield _family_case(tree, folder / file.stem, file, yaml.safe_load(file.read_text("utf-8")))
+
+
+def _decoder_case(tree: Path, home: Path, name: str, spec: dict[str, Any], qat: bool) -> Case:
+    file = home / f"{name}.yaml"
+    if not (home / "weights" / "config.json").is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**spec, "targets": list(TARGETS)}))
+        packed = ["--qat"] if qat and spec["model"].get("moe") else []
+        _python(
+            tree, "-m", "moec", "checkpoint", "synthesize", str(file), "--out", str(home / "weights"), "-q", *packed
+        )
+    return Case(name, file, home / "weights")
+
+
+def _family_case(tree: Path, home: Path, file: Path, spec: dict[str, Any]) -> Case:
+    written = home / file.name
+    if not written.is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        model = file.parent / spec["model"]["transformers"]
+        room = "sources" if (tree / "sources").is_dir() else "compiler.frontends"
+        _python(tree, "-m", f"moec.{room}.random_checkpoint", str(model), "--out", str(home / "weights"), "--seed", "1")
+        written.write_text(
+            json.dumps({**spec, "model": {"transformers": str(home / "weights")}, "targets": list(TARGETS)})
+        )
+    return Case(file.stem, written, None)
+
+
+def _python(tree: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], env=_environment(tree), check=True)
+
+
+def _record(listed: Path, out: Path, targets: list[str], *, keep: bool) -> int:
+    """Compile each case for each target in this process; results.json holds digests, and graphs as text beside it."""
+    import moec
+
+    results: dict[str, Any] = {}
+    out.mkdir(parents=True)
+    for case in json.loads(listed.read_text()):
+        for target in targets:
+            key, begun = f"{case['name']}/{target}", time.monotonic()
+            dump, artifact = out / "graphs" / key, out / "artifacts" / key
+            os.environ["MOEC_DUMP"] = str(dump)
+            artifact.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                moec.compile(case["spec"], target=target, checkpoint=case["checkpoint"], out=str(artifact))
+            except moec.UserError as error:
+                results[key] = {"refused": re.sub(r"/\S+/", "", str(error))}
+            else:
+                results[key] = {"graphs": _graphs(dump), "files": _files(artifact)}
+            if not keep:
+                shutil.rmtree(artifact, ignore_errors=True)
+            print(f"{key}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def _graphs(dump: Path) -> list[str]:
+    """Digests of the graphs that differ from the one before, in order; leaves each as NN.txt without operand names."""
+    digests: list[str] = []
+    for file in sorted(dump.glob("*.txt")):
+        text = plain(file.read_text("utf-8"))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not digests or digests[-1] != digest:
+            digests.append(digest)
+            (dump / f"graph-{len(digests):02}").write_text(text)
+    for file in dump.iterdir():
+        if not file.name.startswith("graph-"):
+            file.unlink()
+    return digests
+
+
+def plain(text: str) -> str:
+    """A graph's text without the line that names its stage and without names of operands: `f(x=%1)` as `f(%1)`."""
+    lines = [line for line in text.splitlines() if not line.startswith("program ")]
+    return (
+        "\n".join(re.sub(r"(?<=[(, ])[a-z_]\w*=(?=\S)", "", line) if " = " in line else line for line in lines) + "\n"
+    )
+
+
+def _files(artifact: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for file in sorted(p for p in artifact.rglob("*") if p.is_file()):
+        name = str(file.relative_to(artifact))
+        if name == "manifest.json":
+            found[name] = _bound(json.loads(file.read_text("utf-8")))
+        else:
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def _bound(value: Any) -> Any:
+    """The manifest without what may differ, and without the digests of files, which are compared themselves."""
+    if isinstance(value, dict):
+        return {k: _bound(v) for k, v in sorted(value.items()) if k not in FREE_KEYS and not k.endswith("sha256")}
+    if isinstance(value, list):
+        return [_bound(v) for v in value]
+    return value
+
+
+def _report(base: dict[str, Any], head: dict[str, Any], work: Path) -> int:
+    width = max(map(len, base))
+    different = 0
+    for key, before in base.items():
+        notes = _differences(before, head[key])
+        different += bool(notes)
+        state = "differs" if notes else "equal (refused by both)" if "refused" in before else "equal"
+        print(f"{key:<{width}}  {state}")
+        for note in notes:
+            print(f"{'':<{width}}    {note}")
+    print(
+        f"{len(base) - different} of {len(base)} equal; graphs as text in {os.path.relpath(work)}/{{base,head}}/graphs"
+    )
+    return 1 if different else 0
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    if "refused" in before or "refused" in after:
+        if "refused" in before and "refused" in after:
+            return []
+        return [
+            f"refused by {'base' if 'refused' in before else 'head'}: {before.get('refused') or after.get('refused')}"
+        ]
+    notes = []
+    old, new = before["graphs"], after["graphs"]
+    if old != new:
+        first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        notes.append(f"graphs: {len(old)} and {len(new)}, from graph-{first + 1:02} on")
+    for name in sorted(before["files"].keys() | after["files"].keys()):
+        a, b = before["files"].get(name), after["files"].get(name)
+        if a == b:
+            continue
+        if a is None or b is None:
+            notes.append(f"{name}: only in {'head' if a is None else 'base'}")
+        elif name == "manifest.json":
+            notes.append("manifest: " + ", ".join(_keys(a, b)))
+        else:
+            notes.append(f"{name}: other bytes")
+    return notes
+
+
+def _keys(a: Any, b: Any, at: str = "") -> list[str]:
+    """Where two manifests differ, as dotted keys."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            k for key in sorted(a.keys() | b.keys()) for k in _keys(a.get(key), b.get(key), f"{at}.{key}".lstrip("."))
+        ]
+    return [] if a == b else [at]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
