@@ -4,8 +4,8 @@
     python bench/replay.py compare --base REV [--full] [--targets xnnpack,onnx] [--only tiny] [--keep]
 
 Compared for every case and target: the graph after each pass that changed it (names of operands aside), and each file
-of the artifact byte for byte; of the manifest, what is not a version, a timing, a path or a digest of sources. Weights and
-specs are made once, by the base, so that both sides read the same bytes. A release shape is cut to two layers and a
+of the artifact byte for byte; of the manifest, what is not a version, a timing, a path or a digest of sources. Weights
+and specs are made once, by the base, so that both sides read the same bytes. A release shape is cut to two layers and a
 vocabulary of 4,096 unless --full is given. Exit status: 0 all equal, 1 something differs, 2 a fault of the call.
 
 Only the documented interface is used (`moec.compile`, the command line and MOEC_DUMP), so that revisions with other
