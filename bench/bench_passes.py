@@ -13,14 +13,10 @@ import argparse
 import sys
 import time
 
-import torch
-
-from moec.compiler.export import export_program
 from moec.compiler.pipeline import PipelineLog, run_passes
-from moec.compiler.program import LazyWeight
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.passes.pipelines import pipeline
-from moec.sources.decoder import weight_layout
+from moec.sources.decoder.export import export_decoder
 
 
 def spec(layers: int, experts: int) -> Spec:
@@ -33,17 +29,12 @@ def spec(layers: int, experts: int) -> Spec:
     return Spec.model_validate({"name": "bench", "model": model, "quantization": {"weights": "int4"}})
 
 
-def unread() -> torch.Tensor:
-    raise AssertionError("a pass read a weight")
-
-
 def measure(layers: int, experts: int) -> dict[str, float]:
     """Seconds by pass, `total` and `export`, and the number of `nodes`."""
     what = spec(layers, experts)
     assert isinstance(what.model, DecoderConfig)
-    weights = {n: LazyWeight(i.shape, torch.float32, unread) for n, i in weight_layout(what.model).items()}
     started = time.process_time()
-    program = export_program(what, weights)
+    program = export_decoder(what.model, what.name, None)
     exported = time.process_time()
     log = PipelineLog()
     done = run_passes(program, pipeline(what.quantization), log=log)

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_packed, read_json
 from moec.checkpoints.safetensors_file import Entry
-from moec.checkpoints.store import CONFIG, TOKENIZER, expected_tensors, open_store, read_tensors
+from moec.checkpoints.store import CONFIG, expected_tensors, open_store, read_tensors
 from moec.compiler.errors import CheckpointError
+from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig, parameter_counts
 
 if TYPE_CHECKING:

@@ -29,10 +29,11 @@ from moec.checkpoints.safetensors_file import Entry, read_header, shown
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight, Role
 from moec.compiler.quant import QuantizedTensor
+from moec.compiler.source import Checkpoint, NamedWeights
 from moec.compiler.spec.model import DecoderConfig
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
-CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PACKED_ROLES = (Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.FFN, Role.EXPERT, Role.SHARED)
 _FLOATS = ("BF16", "F16", "F32")
 _FAULTS_SHOWN = 10
@@ -88,7 +89,7 @@ def expected_tensors(config: DecoderConfig, *, packed: bool) -> dict[str, Expect
     return {expected.name: expected for expected in found}
 
 
-class WeightStore:
+class WeightStore(Checkpoint):
     """The weights of a checked checkpoint. Open one with `open_store`.
 
     weights: model weight name -> LazyWeight (float32, logical shape). `load()` reads and dequantizes; `stored()`, where
@@ -116,11 +117,8 @@ class WeightStore:
     def __getitem__(self, name: str) -> LazyWeight:
         return self.weights[name]
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """The folder's tokenizer.json, if it has one."""
-        file = self.folder / TOKENIZER
-        return file if file.is_file() else None
+    def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
+        return NamedWeights(self.weights).weight(name, shape)
 
     @property
     def bytes(self) -> int:

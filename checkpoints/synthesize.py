@@ -29,15 +29,17 @@ import torch
 
 from moec.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.checkpoints.safetensors_file import SafetensorsWriter
-from moec.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, stored_tensors
+from moec.checkpoints.store import CONFIG, PACKED_ROLES, stored_tensors
 from moec.checkpoints.tokenizer import train_tokenizer
 from moec.checkpoints.topics import TOPICS, token_topics
-from moec.compiler.errors import CheckpointError, SpecError
+from moec.compiler.errors import CheckpointError
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
 from moec.compiler.quant import quantize_weight
 from moec.compiler.replacing import replacing
+from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.config import decoder_of
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 if TYPE_CHECKING:
@@ -75,9 +77,7 @@ def synthesize(
     Holds one piece of one tensor. Errors: SpecError if the spec's model is not ours, CheckpointError if a width cannot
     be packed, UserError if `out` cannot be written or holds something else.
     """
-    config = spec.model
-    if not isinstance(config, DecoderConfig):
-        raise SpecError("has no `model: {architecture: ...}` section to synthesize weights for", place=spec.name)
+    config = decoder_of(spec, "synthesized")
     layout = list(weight_layout(config).values())
     for info in layout:
         if qat and info.role in PACKED_ROLES and info.shape[-1] % GROUP_SIZE:

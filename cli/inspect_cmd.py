@@ -172,12 +172,11 @@ def _override_text(value: Any) -> str:
 
 
 def _spec_facts(spec: Spec) -> dict[str, Any]:
-    from moec.compiler.spec import DecoderConfig, parameter_counts
+    from moec.compiler.spec.sources import source_of
 
     facts: dict[str, Any] = {"spec": spec}
-    if isinstance(spec.model, DecoderConfig):
-        facts["parameters"] = parameter_counts(spec.model)
-    return facts
+    counts = source_of(spec.model).parameters(spec.model)
+    return {**facts, "parameters": dict(counts)} if counts else facts
 
 
 def _show_spec(spec: Spec) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.planner import check_fits
-from moec.checkpoints import WeightStore, open_store
 from moec.compiler.artifact import (
     FORMAT,
     Artifact,
@@ -29,18 +27,18 @@ from moec.compiler.artifact import (
     write_manifest,
 )
 from moec.compiler.dumps import Dumps, in_turn, rewritten
-from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, UserError
-from moec.compiler.export import MAX_TOKENS, export_program
-from moec.compiler.generate import load_tokenizer
+from moec.compiler.errors import ArtifactError, CompileError, UserError
+from moec.compiler.export import MAX_TOKENS
+from moec.compiler.generate import read_tokenizer
 from moec.compiler.pipeline import Pass, PassRecord, PassResult, PipelineLog, run_passes
-from moec.compiler.program import LazyWeight, Program, module_path
+from moec.compiler.program import Program, module_path
 from moec.compiler.progress import Progress
-from moec.compiler.spec import DecoderConfig, Spec, as_spec
-from moec.compiler.spec.model import ExportedProgramSource, PythonSource, TransformersSource
+from moec.compiler.source import COMPANIONS, TOKENIZER, Checkpoint, Weights
+from moec.compiler.spec import Spec, as_spec
+from moec.compiler.spec.sources import source_of
 from moec.compiler.spec.targets import TargetOptions, target_packages
 from moec.compiler.target import LoweredFiles, RunsExactly, RunsUnrounded, Session, Target, registered
 
-TOKENIZER = "tokenizer.json"
 _VERSIONED = ("torch", "executorch", "torchao", "numpy")
 
 
@@ -71,17 +69,18 @@ def compile(
     place = Path(out) if out is not None else Path(f"{spec.name}-{name}")
     with new_artifact(place) as folder:
         store = open_checkpoint(spec, checkpoint)
-        # a damaged tokenizer is a fault now, not when the artifact is run; {} is that of a corpus which came as ids
-        if store.tokenizer is not None and store.tokenizer.read_bytes().strip() != b"{}":
-            load_tokenizer(store.tokenizer)
+        companions = _companions(store)
         clock.lap("checkpoint")
         log = PipelineLog()
-        program, passes = program_and_passes(spec, store.weights, name)
+        program, passes = program_and_passes(spec, store, name)
         clock.lap("export")
         program = run_all(program, passes, log=log, progress=progress)
         clock.lap("passes")
         lowered = backend.lower(program, folder, options, progress)
         clock.lap("lower")
+        for file, content in companions.items():
+            (folder / file).write_bytes(content)
+        lowered = replace(lowered, files=(*lowered.files, *companions))
         manifest = _manifest(spec, name, store, program, log, lowered, folder, clock.laps)
         write_manifest(folder, manifest)
     return Artifact.open(place)
@@ -149,27 +148,13 @@ def explain(spec: Spec | Mapping[str, Any] | str | Path, target: str | None = No
     return Explanation(spec.name, tuple(log.records), reached[-1].text(), tuple(matched), error)
 
 
-def program_and_passes(spec: Spec, weights: Any, target: str | None = None) -> tuple[Program, list[Pass]]:
+def program_and_passes(spec: Spec, weights: Weights | None, target: str | None = None) -> tuple[Program, list[Pass]]:
     """The exported Program of a spec and every pass up to LEGAL for a target. `weights` None: shapes only."""
     from moec.passes.pipelines import pipeline
 
     name, options = chosen_target(spec, target)
     max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
-    if isinstance(spec.model, TransformersSource):
-        from moec.sources.transformers_model import export_transformers
-
-        program = export_transformers(
-            spec.model.transformers, spec.name, weights=weights, max_tokens=max_tokens, context=spec.model.context
-        )
-    elif isinstance(spec.model, (PythonSource, ExportedProgramSource)):
-        from moec.sources.module_model import export_module_model
-
-        store: Any = open_checkpoint(spec, None) if weights is None else weights
-        program = export_module_model(store, spec.name, max_tokens=max_tokens)
-    elif isinstance(spec.model, DecoderConfig):
-        program = export_program(spec, _absent(spec.model) if weights is None else weights, max_tokens=max_tokens)
-    else:
-        raise CompileError(f"models of the form {type(spec.model).__name__} have no frontend here", place=spec.name)
+    program = source_of(spec.model).export(spec, weights, max_tokens=max_tokens)
     return program, [*pipeline(spec.quantization), *find_target(name).legalize(options)]
 
 
@@ -223,46 +208,21 @@ def find_target(name: str) -> Target:
         ) from error
 
 
-def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> WeightStore | Any:
-    """The checkpoint given, or the spec's, checked against the spec's model. CheckpointError otherwise.
-
-    A transformers model brings its own weights unless another checkpoint is named.
-    """
+def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> Checkpoint:
+    """The checkpoint given, or the spec's, or what the model brings, checked against it; else CheckpointError."""
     folder = checkpoint if checkpoint is not None else spec.checkpoint
-    if isinstance(spec.model, TransformersSource):
-        from moec.sources.transformers_model import TransformersStore
-
-        return TransformersStore(Path(folder) if folder is not None else spec.model.transformers)
-    if isinstance(spec.model, (PythonSource, ExportedProgramSource)):
-        from moec.sources.module_model import open_exported, open_python
-
-        if folder is not None:
-            what = "a python model and an exported program bring their own weights"
-            raise CheckpointError(what, place=str(folder), remedy="leave the checkpoint out")
-        if isinstance(spec.model, PythonSource):
-            return open_python(spec.model.python)
-        return open_exported(spec.model.exported_program)
-    if folder is None:
-        raise CheckpointError(
-            "the spec names no checkpoint",
-            place=spec.name,
-            remedy="give --checkpoint DIR, or make a random one with `moec checkpoint synthesize`",
-        )
-    if not isinstance(spec.model, DecoderConfig):
-        raise CompileError(f"models of the form {type(spec.model).__name__} have no frontend here", place=spec.name)
-    return open_store(folder, spec.model)
+    return source_of(spec.model).open(spec, None if folder is None else Path(folder))
 
 
-def _absent(config: DecoderConfig) -> dict[str, LazyWeight]:
-    """Weights that have shapes and cannot be read: enough for every pass."""
-    import torch
-
-    from moec.sources.decoder import weight_layout
-
-    def unreadable() -> torch.Tensor:
-        raise AssertionError("a pass read a weight")
-
-    return {name: LazyWeight(info.shape, torch.float32, unreadable) for name, info in weight_layout(config).items()}
+def _companions(store: Checkpoint) -> dict[str, bytes]:
+    """What the model brings beside its weights, checked: a damaged tokenizer is a fault now, not when it is run."""
+    found = dict(store.companions())
+    unknown = sorted(set(found) - set(COMPANIONS))
+    assert not unknown, f"{type(store).__name__} brings {unknown}, known are {COMPANIONS}"
+    # {} is the tokenizer of a corpus that came as ids
+    if TOKENIZER in found and found[TOKENIZER].strip() != b"{}":
+        read_tokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))
+    return found
 
 
 class _Clock:
@@ -281,7 +241,7 @@ class _Clock:
 def _manifest(
     spec: Spec,
     target: str,
-    store: WeightStore,
+    store: Checkpoint,
     program: Program,
     log: PipelineLog,
     lowered: LoweredFiles,
@@ -289,9 +249,6 @@ def _manifest(
     seconds: dict[str, float],
 ) -> Manifest:
     files = [record_file(folder / name, lowered.digests.get(name)) for name in lowered.files]
-    if store.tokenizer is not None:
-        shutil.copyfile(store.tokenizer, folder / TOKENIZER)
-        files.append(record_file(folder / TOKENIZER))
     info = program.info
     resolved = spec.model_dump(mode="json")
     return Manifest(

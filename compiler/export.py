@@ -1,4 +1,4 @@
-"""From a model to a Program: torch.export over fake tensors, with a dynamic token count and a KV cache.
+"""From a module to a Program: torch.export over fake tensors, with a dynamic token count and a KV cache.
 
 `forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]`; T is dynamic in [1, max_tokens]. No
 weight is allocated: the graph comes from shapes alone, and the weights stay lazy in the Program.
@@ -7,7 +7,6 @@ weight is allocated: the graph comes from shapes alone, and the weights stay laz
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,39 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from moec.compiler.errors import CheckpointError, CompileError
+from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
-from moec.compiler.spec.model import DecoderConfig
-from moec.sources.decoder import Decoder, cache_names, constant_tensors, moe_layers, roles
-
-if TYPE_CHECKING:
-    from moec.compiler.spec.model import Spec
 
 MAX_TOKENS = 128  # tokens of one call: bounds the planned memory; a session splits longer prompts
 EXAMPLE_TOKENS = 7  # any count that is not special (0, 1) and no model dimension
-
-
-def export_program(spec: Spec, weights: Mapping[str, LazyWeight], *, max_tokens: int = MAX_TOKENS) -> Program:
-    """The Program of `spec.model` at stage EXPORTED. `weights` by checkpoint name, all present or CheckpointError."""
-    if not isinstance(spec.model, DecoderConfig):
-        raise CompileError(
-            f"models of the form {type(spec.model).__name__} are exported by their frontend", place=spec.name
-        )
-    config = spec.model
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module = Decoder(config)
-    exported = export_module(module, context=config.context, max_tokens=max_tokens)
-    info = ModelInfo(
-        name=spec.name,
-        vocab_size=config.vocab_size,
-        context=config.context,
-        max_tokens=min(max_tokens, config.context),
-        bos_id=config.bos_id,
-        eos_ids=config.eos_ids,
-        moe_layers=moe_layers(config),
-    )
-    caches = {name: zeros(tuple(exported.state_dict[name].shape)) for name in cache_names(config)}
-    return assemble(exported, {**weights, **constant_tensors(config), **caches}, roles(config), info)
 
 
 def export_module(
@@ -66,6 +37,15 @@ def export_module(
 def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWeight:
     """A buffer that starts at zero: a cache."""
     return LazyWeight(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
+def unreadable(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWeight:
+    """A weight of a program that has shapes only: enough for every pass."""
+
+    def load() -> torch.Tensor:
+        raise AssertionError(f"a pass read the weight {name}")
+
+    return LazyWeight(shape, dtype, load)
 
 
 def assemble(

@@ -163,17 +163,22 @@ class Generation:
 
 def load_tokenizer(file: Path) -> Tokenizer:
     """A `tokenizer.json`; ArtifactError when it is missing or damaged."""
-    from tokenizers import Tokenizer
-
     if not file.is_file():
         raise ArtifactError(
             "no such tokenizer", place=str(file), remedy="put tokenizer.json into the checkpoint folder"
         )
+    return read_tokenizer(file.read_bytes(), str(file))
+
+
+def read_tokenizer(content: bytes, place: str) -> Tokenizer:
+    """The content of a `tokenizer.json`; ArtifactError, which names `place`, when it is damaged."""
+    from tokenizers import Tokenizer
+
     try:
-        return Tokenizer.from_buffer(file.read_bytes())  # from_file takes no path that is not UTF-8
+        return Tokenizer.from_buffer(content)  # from_file takes no path that is not UTF-8
     except Exception as error:  # the library raises bare Exception for every fault of the file
         raise ArtifactError(
-            f"not a tokenizer: {str(error).splitlines()[0]}", place=str(file), remedy="take the model's tokenizer.json"
+            f"not a tokenizer: {str(error).splitlines()[0]}", place=place, remedy="take the model's tokenizer.json"
         ) from None
 
 

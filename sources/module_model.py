@@ -31,19 +31,24 @@ from torch.export.graph_signature import InputKind, OutputKind
 from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
+from moec.compiler.source import Checkpoint
 from moec.sources.roles import roles_by_use
 
 CONTRACT = "forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]"
 DEFAULT_CONTEXT = 2048
 
 
-class ModuleStore:
-    """The tensors of a module, as `build` and the manifest want a checkpoint. `place` names it in messages."""
+class ModuleStore(Checkpoint):
+    """The tensors of a module, by the module's own names. `place` names it in messages."""
 
     def __init__(self, module: nn.Module | ExportedProgram, place: str, folder: Path) -> None:
         self.module, self.place, self.folder = module, place, folder
-        self.weights = self
-        self.tokenizer = next((f for f in (folder / "tokenizer.json",) if f.is_file()), None)
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
+        tensor = self.tensors().get(name)
+        if tensor is None:
+            raise CheckpointError(f"the module has no tensor {name} {list(shape)}", place=self.place)
+        return LazyWeight(tuple(tensor.shape), tensor.dtype, _reader(tensor))
 
     def tensors(self) -> dict[str, Tensor]:
         if isinstance(self.module, ExportedProgram):

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import (
 
 from moec.checkpoints.safetensors_file import read_header
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
-from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, zeros
+from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
+from moec.compiler.source import Checkpoint, Weights
 from moec.sources.roles import roles_by_use
 
 EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
@@ -34,7 +35,7 @@ def export_transformers(
     folder: Path,
     name: str,
     *,
-    weights: TransformersStore | None = None,
+    weights: Weights | None = None,
     max_tokens: int = MAX_TOKENS,
     context: int | None = None,
     experts: str = EXPERTS,
@@ -66,7 +67,7 @@ def export_transformers(
 
     def lazy(n: str, shape: tuple[int, ...]) -> LazyWeight:
         own = n.removeprefix("model.")
-        return LazyWeight(shape, torch.float32, _unreadable(own) if weights is None else weights.reader(own, shape))
+        return unreadable(own, shape) if weights is None else weights.weight(own, shape)
 
     loaded = {
         n: lazy(n, tuple(p.shape))
@@ -299,12 +300,11 @@ def _constant(value: Tensor) -> LazyWeight:
     return LazyWeight(tuple(value.shape), value.dtype, lambda: value)
 
 
-class TransformersStore:
-    """The checkpoint of a folder, as `build` and the manifest want it. Opened without reading a weight."""
+class TransformersStore(Checkpoint):
+    """The checkpoint of a folder. Opened without reading a weight; weights go by the names of transformers' module."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder if folder.is_dir() else folder.parent
-        self.weights = self
         self._files = sorted(self.folder.glob("*.safetensors"))
         if not self._files:
             raise CheckpointError(
@@ -316,16 +316,14 @@ class TransformersStore:
         self._state: dict[str, Tensor] | None = None
         self._conversions: Any = None
 
-    @property
-    def tokenizer(self) -> Path | None:
-        file = self.folder / "tokenizer.json"
-        return file if file.is_file() else None
-
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and places of the tensors; the weights themselves are not read."""
         entries = sorted(self._entries.values(), key=lambda e: e.name)
         lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
+        return LazyWeight(shape, torch.float32, self.reader(name, shape))
 
     def reader(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         """Reads tensor `name` of the model as float32."""
@@ -368,10 +366,3 @@ class TransformersStore:
 
         with safe_open(self._entries[name].file, framework="pt") as file:
             return file.get_tensor(name)
-
-
-def _unreadable(name: str) -> Callable[[], Tensor]:
-    def load() -> Tensor:
-        raise AssertionError(f"a pass read the weight {name}")
-
-    return load

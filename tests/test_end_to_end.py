@@ -13,7 +13,7 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.program import Role
 from moec.compiler.spec import Spec
-from moec.sources.decoder import Decoder
+from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.simulate import Reference
 
 COMMON = {

@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moec.checkpoints import open_store
 from moec.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.checkpoints.safetensors_file import SafetensorsWriter
-from moec.checkpoints.store import CONFIG, PACKED_ROLES, TOKENIZER, stored_tensors
+from moec.checkpoints.store import CONFIG, PACKED_ROLES, stored_tensors
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.replacing import replacing
+from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.quantization import Quantization
 from moec.sources.decoder.layout import WeightInfo, weight_layout

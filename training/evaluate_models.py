@@ -23,8 +23,8 @@ from moec.compiler.errors import RunError
 from moec.compiler.generate import Sampler, Sampling, encode_prompt
 from moec.compiler.program import Role
 from moec.compiler.spec.loader import parse_spec
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.target import Session
+from moec.sources.decoder.config import decoder_of
 from moec.training.checkpoints import load_model
 from moec.training.model import TrainingDecoder
 from moec.training.rounding import Rounding, WeightRounding
@@ -151,13 +151,13 @@ def checkpoint_decoder(folder: Path, simulate: bool) -> TrainingDecoder:
     Packed INT4 codes are carried; float weights are rounded as compiling would. CheckpointError for a damaged folder.
     """
     spec = parse_spec(spec_from_config(folder))
-    assert isinstance(spec.model, DecoderConfig)
+    config = decoder_of(spec, "evaluated")
     rounding: Rounding | None = None
     if simulate:
         assert spec.quantization is not None
         file = folder / CONFIG
         rounding = (_CarriedWeights if is_packed(read_json(file), file) else Rounding)(spec.quantization)
-    return load_model(folder, spec.model, rounding)
+    return load_model(folder, config, rounding)
 
 
 # --- the harness's side -----------------------------------------------------------------------------------------------

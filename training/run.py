@@ -27,12 +27,13 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from moec.checkpoints.store import TOKENIZER
 from moec.compiler.errors import SpecError, UserError
 from moec.compiler.extras import require
 from moec.compiler.progress import Progress
+from moec.compiler.source import TOKENIZER
 from moec.compiler.spec import DecoderConfig, Spec, load_spec
 from moec.compiler.spec.training import Training, TrainingStage
+from moec.sources.decoder.config import decoder_of
 from moec.sources.decoder.layout import weight_layout
 from moec.training.checkpoints import (
     initial_weights,
@@ -110,7 +111,7 @@ def train(
     loaded = spec if isinstance(spec, Spec) else load_spec(spec)
     if threads is not None:
         torch.set_num_threads(threads)
-    model, training = _checked_model(loaded), loaded.training
+    model, training = decoder_of(loaded, "trained"), loaded.training
     if training is None:
         raise SpecError("has no `training:` section", place=loaded.name, remedy="give it stages to train")
     corpus = data if isinstance(data, Corpus) else Corpus.open(data)
@@ -184,12 +185,6 @@ class Plan:
             "backend": self.backend,
             "versions": {"python": ".".join(map(str, sys.version_info[:3])), **{n: version(n) for n in versioned}},
         }
-
-
-def _checked_model(spec: Spec) -> DecoderConfig:
-    if not isinstance(spec.model, DecoderConfig):
-        raise SpecError("only a `model:` with an `architecture:` of moec's own can be trained", place=spec.name)
-    return spec.model
 
 
 def _check(plan: Plan) -> None:

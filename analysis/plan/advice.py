@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moec.analysis.plan.account import architecture_of
 from moec.analysis.plan.memory import Model, longest_context, memory
-from moec.compiler.spec import DecoderConfig, Quantization, Spec
-from moec.compiler.spec.model import group_faults
+from moec.compiler.spec import Quantization, Spec
+from moec.compiler.spec.sources import source_of
 
 _ROLES = ("embedding", "head", "experts", "shared", "attention", "ffn")
 
@@ -54,7 +53,7 @@ def advise(spec: Spec, model: Model, budget: int, context: int) -> list[Advice]:
 
 
 def _proposals(spec: Spec, model: Model, budget: int, context: int) -> Iterator[tuple[str, Model, int, bool]]:
-    q = model.quantization
+    q, source = model.quantization, source_of(spec.model)
     longest = longest_context(model, budget)
     if 0 < longest < context:
         yield f"a context of {longest} positions", model, longest, False
@@ -64,17 +63,18 @@ def _proposals(spec: Spec, model: Model, budget: int, context: int) -> Iterator[
         yield "quantization: {weights: int4}", replace(model, quantization=Quantization(weights="int4")), context, False
     else:
         for change, other in _smaller(q):
-            if not list(group_faults({"model": spec.model, "quantization": other})):
+            if not list(source.quantization_faults(spec.model, other)):
                 yield change, replace(model, quantization=other), context, False
         everything = _smallest(q)
-        if everything != q and not list(group_faults({"model": spec.model, "quantization": everything})):
+        if everything != q and not list(source.quantization_faults(spec.model, everything)):
             yield "all of quantization at int4, groups of 128", replace(model, quantization=everything), context, False
     shorter = _shorter_chunks(model)
     if shorter is not None:
         yield "max_tokens: 32 in the target's options", shorter, context, False
-    if isinstance(spec.model, DecoderConfig):
-        for change, config in _smaller_models(spec.model):
-            yield change, replace(model, architecture=architecture_of(config, spec.name)), context, True
+    for change, section in source.smaller(spec.model):
+        architecture = source.architecture(spec.model_copy(update={"model": section}))
+        if architecture is not None:
+            yield change, replace(model, architecture=architecture), context, True
 
 
 def _stored(q: Quantization | None) -> Quantization | None:
@@ -104,21 +104,3 @@ def _shorter_chunks(model: Model) -> Model | None:
     if model.footprint.chunk(model.options) <= 32 or not hasattr(model.options, "max_tokens"):
         return None
     return replace(model, options=model.options.model_copy(update={"max_tokens": 32}))
-
-
-def _smaller_models(config: DecoderConfig) -> Iterator[tuple[str, DecoderConfig]]:
-    """Shapes that must be trained: half the experts, half the layers, half the dense width."""
-    moe = config.moe
-    if moe is not None and moe.experts // 2 >= moe.top_k:
-        fewer = moe.model_copy(update={"experts": moe.experts // 2})
-        yield f"{moe.experts // 2} experts instead of {moe.experts}", config.model_copy(update={"moe": fewer})
-    if config.layers > 1:
-        yield (
-            f"{config.layers // 2} layers instead of {config.layers}",
-            config.model_copy(update={"layers": config.layers // 2}),
-        )
-    if config.ffn_width is not None and config.ffn_width >= 512:
-        half = config.ffn_width // 2
-        yield f"ffn_width {half} instead of {config.ffn_width}", config.model_copy(update={"ffn_width": half})
-    if not config.tied_embeddings:
-        yield "tied_embeddings: true", config.model_copy(update={"tied_embeddings": True})

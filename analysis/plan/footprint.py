@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from moec.analysis.plan.account import Architecture, Cache, Weight
+from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import WeightScheme
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.analysis.plan.account import Architecture, Cache, Weight
 from moec.analysis.plan.footprint import Footprint
+from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import Quantization, WeightScheme
 
 

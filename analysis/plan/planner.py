@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from moec.analysis.plan.account import Architecture, architecture_of
 from moec.analysis.plan.advice import Advice, advise
 from moec.analysis.plan.devices import check_runs, reference
 from moec.analysis.plan.memory import (
@@ -21,10 +19,11 @@ from moec.analysis.plan.memory import (
     weight_bytes,
 )
 from moec.analysis.plan.roofline import Rates, Step, decode, prefill, rates_of
+from moec.compiler.architecture import Architecture
 from moec.compiler.errors import CompileError, UserError
-from moec.compiler.spec import DecoderConfig, Spec
+from moec.compiler.spec import Spec
 from moec.compiler.spec.device import Device
-from moec.compiler.spec.model import TransformersSource
+from moec.compiler.spec.sources import source_of
 from moec.compiler.spec.targets import footprint_of, options_class, target_packages
 
 #: Contexts of the tables: those the MobileMoE paper reports.
@@ -129,15 +128,16 @@ def model_of(spec: Spec, target: str, options: Any) -> Model:
     return Model(architecture_of_spec(spec), spec.quantization, footprint, options)
 
 
-def architecture_of_spec(spec: Spec) -> Architecture:
-    """The account of a spec's model. UserError when only the weights or the code could tell its shapes."""
-    if isinstance(spec.model, DecoderConfig):
-        return architecture_of(spec.model, spec.name)
-    if isinstance(spec.model, TransformersSource):
-        from moec.analysis.plan.foreign import architecture_of_transformers  # torch: only for these
+class ShapesUnknown(UserError):
+    """A model whose shapes only its weights or its code could tell."""
 
-        return architecture_of_transformers(Path(spec.model.transformers), spec.name, spec.model.context)
-    raise UserError(
+
+def architecture_of_spec(spec: Spec) -> Architecture:
+    """The account of a spec's model. ShapesUnknown when only the weights or the code could tell its shapes."""
+    found = source_of(spec.model).architecture(spec)
+    if found is not None:
+        return found
+    raise ShapesUnknown(
         f"a model of the form `{next(iter(type(spec.model).model_fields))}:` has no config that gives its shapes",
         place=spec.name,
         remedy="plan one of our architectures or a transformers folder; `moec inspect ARTIFACT` tells sizes afterwards",
@@ -149,9 +149,12 @@ def check_fits(spec: Spec, device: Device, target: str) -> None:
 
     Nothing is said of targets without sizes and of models whose shapes only their code tells.
     """
-    if footprint_of(target) is None or not isinstance(spec.model, (DecoderConfig, TransformersSource)):
+    if footprint_of(target) is None:
         return
-    plan = plan_spec(spec, device, target=target)
+    try:
+        plan = plan_spec(spec, device, target=target)
+    except ShapesUnknown:
+        return
     if plan.fits:
         return
     kept = next((a for a in plan.advice if a.fits and not a.retrain), None)

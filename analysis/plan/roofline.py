@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moec.analysis.plan.account import Weight
 from moec.analysis.plan.memory import Model
+from moec.compiler.architecture import Weight
 from moec.compiler.spec.device import Device, KernelRates
 
 #: A model whose weights of one token take less than this share of the last cache finds them there at the next token.

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moec.analysis.plan.account import architecture_of
 from moec.analysis.plan.devices import reference
 from moec.analysis.plan.footprint import Footprint
 from moec.analysis.plan.memory import Model, memory, weight_bytes
@@ -26,6 +25,7 @@ from moec.compiler.errors import UserError
 from moec.compiler.spec import DecoderConfig, MoeConfig, Quantization
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.model import RopeConfig
+from moec.sources.decoder.architecture import architecture_of
 
 EXPERTS = (1, 2, 4, 8, 16, 32)  # what the paper swept
 GRANULARITIES = (1, 2, 4, 8, 16)

@@ -14,7 +14,7 @@ from torch.fx import Node
 from moec.compiler import build
 from moec.compiler.program import Program, Role, module_path
 from moec.compiler.spec import Spec
-from moec.compiler.spec.model import DecoderConfig
+from moec.compiler.spec.sources import source_of
 
 COLOURS = {
     "expert": "#4c78a8",
@@ -62,9 +62,10 @@ def layer_pictures(spec: Spec, target: str) -> Pictures | str:
 
     The model is exported with a single layer (all layers of a decoder are alike), which takes seconds.
     """
-    if not isinstance(spec.model, DecoderConfig):
+    single = source_of(spec.model).single_layer(spec.model)
+    if single is None:
         return "pictures are drawn for models of our own architectures, whose layers are alike"
-    one = spec.model_copy(update={"model": spec.model.model_copy(update={"layers": 1})})
+    one = spec.model_copy(update={"model": single})
     program, passes = build.program_and_passes(one, None, target)
     before = boxes(program)
     after = boxes(build.run_all(program, passes))

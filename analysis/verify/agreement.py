@@ -299,7 +299,7 @@ def _add_arithmetic(
             if isinstance(spec.model, DecoderConfig):
                 reference: Any = VerifyingReference(spec.model, store, scheme, xnnpack_roles=roles)
             else:
-                program = build.program_and_passes(spec, store.weights, artifact.manifest.target)
+                program = build.program_and_passes(spec, store, artifact.manifest.target)
                 reference = GraphReference(before_target(*program), WeightCache())
             with progress.stage(f"run {EAGER} as {member.name} rounds"):
                 run, ties = _eager_run(reference, prompts)

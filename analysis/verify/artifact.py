@@ -23,7 +23,9 @@ from moec.compiler.artifact import Artifact, Manifest
 from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
-from moec.compiler.spec.model import DecoderConfig, ExportedProgramSource, PythonSource, Quantization, Spec
+from moec.compiler.source import Checkpoint
+from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.sources import source_of
 from moec.compiler.target import Session
 
 DEFAULT_TOKENS = 512
@@ -63,7 +65,7 @@ def verify_artifact(
         if not any(prompts.values()):
             raise UserError("there is no token in the text to verify with", remedy="give a longer text")
         prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
-        if isinstance(spec.model, DecoderConfig):
+        if isinstance(spec.model, DecoderConfig) and isinstance(store, WeightStore):
             found = _compare_ours(artifact, spec, spec.model, store, session, unrounded, prompts, progress)
         else:
             found = _compare_foreign(artifact, spec, store, session, unrounded, prompts, progress)
@@ -103,13 +105,13 @@ def _compare_ours(
 def _compare_foreign(
     artifact: Artifact,
     spec: Spec,
-    store: WeightStore | Any,
+    store: Checkpoint,
     session: Session,
     unrounded: Session | None,
     prompts: Mapping[str, list[int]],
     progress: Progress,
 ) -> Comparison:
-    exported, passes = build.program_and_passes(spec, store.weights, artifact.manifest.target)
+    exported, passes = build.program_and_passes(spec, store, artifact.manifest.target)
     scheme = computed_scheme(artifact.manifest, spec)
     return compare_foreign(
         session,
@@ -135,36 +137,20 @@ def spec_of(artifact: Artifact) -> Spec:
         ) from error
 
 
-def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> WeightStore | Any:
+def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> Checkpoint:
     """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says.
 
     Of a python model that is the folder where its module is found, of an exported program the file.
     """
-    folder = Path(given) if given is not None else Path(artifact.manifest.checkpoint)
-    if isinstance(spec.model, ExportedProgramSource):
-        folder = Path(given) if given is not None else spec.model.exported_program
-    elif not folder.is_dir():
-        raise CheckpointError(
-            f"the checkpoint of {artifact.folder} is not there",
-            place=str(folder),
-            remedy="name the folder where it is now with --checkpoint",
-        )
-    store = _opened(spec, folder)
+    recorded = Path(artifact.manifest.checkpoint)
+    store = source_of(spec.model).reopen(spec, recorded, None if given is None else Path(given))
     if store.digest() != artifact.manifest.digests.checkpoint:
         raise CheckpointError(
             f"is not the checkpoint that {artifact.folder} was compiled from (their tensors differ)",
-            place=str(folder),
+            place=str(store.folder),
             remedy="name the right folder with --checkpoint, or compile again",
         )
     return store
-
-
-def _opened(spec: Spec, place: Path) -> WeightStore | Any:
-    if not isinstance(spec.model, (PythonSource, ExportedProgramSource)):
-        return build.open_checkpoint(spec, place)
-    from moec.sources.module_model import open_exported, open_python
-
-    return open_python(spec.model.python, place) if isinstance(spec.model, PythonSource) else open_exported(place)
 
 
 def encoder(artifact: Artifact) -> TextEncoder:
@@ -235,7 +221,7 @@ def _float_reference(
 
 
 def _report(
-    artifact: Artifact, store: WeightStore, prompts: dict[str, list[int]], found: Comparison, seconds: float
+    artifact: Artifact, store: Checkpoint, prompts: dict[str, list[int]], found: Comparison, seconds: float
 ) -> Report:
     manifest = artifact.manifest
     counts = ", ".join(f"{name} {len(ids)}" for name, ids in prompts.items())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,16 +13,15 @@ from moec.analysis.verify.graphs import Sample
 from moec.analysis.verify.passes import Bisection, bisect_passes, verify_passes
 from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
 from moec.analysis.verify.report import Report
-from moec.analysis.verify.weights import unkind_weights
+from moec.analysis.verify.weights import with_random_weights
 from moec.compiler import build
 from moec.compiler.artifact import MANIFEST, Artifact
 from moec.compiler.errors import UserError
 from moec.compiler.pipeline import Pass
-from moec.compiler.program import Program, Role, Stage
+from moec.compiler.program import Program, Stage
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec, load_spec
-from moec.compiler.spec.model import DecoderConfig, ExportedProgramSource, PythonSource, TransformersSource
-from moec.sources.decoder import weight_layout
+from moec.compiler.spec.sources import source_of
 
 DEFAULT_TOKENS = 48
 
@@ -59,34 +56,11 @@ def bisect_spec(
 
 def program_and_passes(spec: Spec, checkpoint: Path | None, target: str | None) -> tuple[Program, list[Pass]]:
     """What `compile` would run, with the weights of the checkpoint given, of the spec's, or else random ones."""
-    weights: Any = None
-    if checkpoint is not None or spec.checkpoint is not None:
-        weights = build.open_checkpoint(spec, checkpoint).weights
-    elif isinstance(spec.model, (PythonSource, ExportedProgramSource)) or _has_weights(spec):
-        weights = build.open_checkpoint(spec, None).weights
-    elif isinstance(spec.model, TransformersSource):
-        weights = _RandomWeights()
-    elif isinstance(spec.model, DecoderConfig):
-        layout = weight_layout(spec.model)
-        weights = unkind_weights({n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()})
-    return build.program_and_passes(spec, weights, target)
-
-
-def _has_weights(spec: Spec) -> bool:
-    """Whether the folder of a transformers model holds its weights, too."""
-    if not isinstance(spec.model, TransformersSource):
-        return False
-    folder = spec.model.transformers
-    return any((folder if folder.is_dir() else folder.parent).glob("*.safetensors"))
-
-
-class _RandomWeights:
-    """Unkind values for any tensor of a transformers model, by name and shape."""
-
-    def reader(self, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-        # a name decides only how its random values lie: around 1 for what scales, as norms do
-        role = Role.NORM if "norm" in name and len(shape) == 1 else Role.OTHER
-        return unkind_weights({name: shape}, {name: role})[name].load
+    named = checkpoint is not None or spec.checkpoint is not None
+    if named or source_of(spec.model).has_weights(spec):
+        return build.program_and_passes(spec, build.open_checkpoint(spec, checkpoint), target)
+    program, passes = build.program_and_passes(spec, None, target)
+    return with_random_weights(program), passes
 
 
 def samples(program: Program, tokens: int, text: str | None) -> list[Sample]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from moec.compiler.program import LazyWeight, Role
+from moec.compiler.program import LazyWeight, Program, Role
 
 # Standard deviation of `weight @ x` for a normalised x, by role: how unkind the weights are.
 _SPREAD = {Role.ROUTER: 1.5, Role.EXPERT: 1.5, Role.SHARED: 1.2}
@@ -30,6 +31,18 @@ def unkind_weights(
         name: LazyWeight(tuple(shape), torch.float32, _maker(name, tuple(shape), roles.get(name, Role.OTHER), seed))
         for name, shape in shapes.items()
     }
+
+
+def with_random_weights(program: Program) -> Program:
+    """The program with unkind weights of its shapes, by its roles; constants and caches stay as they are."""
+    kept = (Role.CONSTANT, Role.CACHE)
+    shapes = {n: w.shape for n, w in program.weights.items() if program.roles[n] not in kept}
+    # before any pass only our decoders know their norms by role: a vector that scales lies around 1
+    roles = {
+        n: Role.NORM if program.roles[n] == Role.OTHER and len(shape) == 1 and "norm" in n else program.roles[n]
+        for n, shape in shapes.items()
+    }
+    return replace(program, weights={**program.weights, **unkind_weights(shapes, roles)})
 
 
 def _maker(name: str, shape: tuple[int, ...], role: Role, seed: int):  # type: ignore[no-untyped-def]

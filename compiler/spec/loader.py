@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from moec.compiler.errors import SpecError
 from moec.compiler.spec.device import Device, is_device_file
-from moec.compiler.spec.model import ExportedProgramSource, Spec, TransformersSource
+from moec.compiler.spec.model import Spec
 from moec.compiler.spec.strict import Section
 from moec.compiler.spec.yaml_tree import MAX_BYTES, Mark, Tree, YamlError, read_tree
 
@@ -150,12 +150,9 @@ def _resolved(spec: Spec, folder: Path) -> Spec:
     changes: dict[str, Any] = {}
     if spec.checkpoint is not None:
         changes["checkpoint"] = _absolute(spec.checkpoint, folder)
-    if isinstance(spec.model, TransformersSource):
-        changes["model"] = TransformersSource(
-            transformers=_absolute(spec.model.transformers, folder), context=spec.model.context
-        )
-    if isinstance(spec.model, ExportedProgramSource):
-        changes["model"] = ExportedProgramSource(exported_program=_absolute(spec.model.exported_program, folder))
+    paths = {name: value for name, value in spec.model if isinstance(value, Path)}
+    if paths:
+        changes["model"] = spec.model.model_copy(update={n: _absolute(path, folder) for n, path in paths.items()})
     if spec.device is not None and is_device_file(spec.device):
         changes["device"] = str(_absolute(Path(spec.device), folder))
     return spec.model_copy(update=changes) if changes else spec

@@ -13,17 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
+    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
     SerializeAsAny,
-    Tag,
     WithJsonSchema,
 )
 
 from moec.compiler.spec.device import device_files, is_device_file
 from moec.compiler.spec.quantization import Quantization, RoleQuantization, WeightScheme
+from moec.compiler.spec.sources import parse_model, source_of
 from moec.compiler.spec.strict import Fault, Section, shown, suggestion
 from moec.compiler.spec.targets import TargetOptions, parse_targets
 from moec.compiler.spec.training import Training
@@ -31,15 +31,12 @@ from moec.compiler.spec.training import Training
 __all__ = [
     "AttentionWindow",
     "DecoderConfig",
-    "ExportedProgramSource",
     "MoeConfig",
-    "PythonSource",
     "Quantization",
     "RoleQuantization",
     "RopeConfig",
     "RopeScaling",
     "Spec",
-    "TransformersSource",
     "WeightScheme",
     "parameter_counts",
 ]
@@ -106,8 +103,24 @@ class MoeConfig(Section):
             yield Fault(("top_k",), f"must be at most model.moe.experts ({shown(experts)}), got {shown(top_k)}")
 
 
+def _decoder_schema(schema: dict[str, Any]) -> None:
+    """What `DecoderConfig.faults` checks and JSON Schema can say."""
+
+    def one_of_two(needed: str, other: str) -> dict[str, Any]:  # `needed` is there, and `other` is not or null
+        return {"required": [needed], "properties": {needed: {"not": {"type": "null"}}, other: {"type": "null"}}}
+
+    schema["properties"]["head_dim"]["multipleOf"] = 2
+    schema |= {
+        "if": {"properties": {"architecture": {"const": "mobilemoe"}}},
+        "then": one_of_two("moe", "ffn_width"),
+        "else": one_of_two("ffn_width", "moe"),
+    }
+
+
 class DecoderConfig(Section):
     """A decoder of our own: `mobilemoe` (every layer is MoE) or `mobilellm` (dense SwiGLU of `ffn_width`)."""
+
+    model_config = ConfigDict(json_schema_extra=_decoder_schema)
 
     architecture: Literal["mobilemoe", "mobilellm"]
     layers: Annotated[int, Field(ge=1, le=1024)]
@@ -168,56 +181,6 @@ class DecoderConfig(Section):
         return self.attention_window.size
 
 
-class TransformersSource(Section):
-    """A model of the transformers library: a folder with config.json (and weights), or a config.json alone.
-
-    `context`: positions of its KV cache; default: as many as the model was trained for, which may be more than fit.
-    """
-
-    transformers: LoosePath
-    context: Tokens | None = None
-
-
-class ExportedProgramSource(Section):
-    """A program that `torch.export.save` wrote."""
-
-    exported_program: LoosePath
-
-
-def _reference(value: str) -> str:
-    module, colon, function = value.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), function]):
-        raise ValueError(f"expected 'module:function', got {shown(value)}")
-    return value
-
-
-class PythonSource(Section):
-    """A function `module:function` of no arguments that returns the torch module to compile."""
-
-    python: Annotated[str, AfterValidator(_reference)]
-
-
-_FORMS = {"transformers": TransformersSource, "exported_program": ExportedProgramSource, "python": PythonSource}
-
-
-def _form(raw: Any) -> str:
-    """Which form of the `model:` section `raw` is; ours unless a key of another form is there."""
-    if isinstance(raw, Section):
-        return next((name for name, kind in _FORMS.items() if isinstance(raw, kind)), "decoder")
-    if isinstance(raw, Mapping) and "architecture" not in raw:
-        return next((name for name in _FORMS if name in raw), "decoder")
-    return "decoder"
-
-
-ModelSource = Annotated[
-    Annotated[DecoderConfig, Tag("decoder")]
-    | Annotated[TransformersSource, Tag("transformers")]
-    | Annotated[ExportedProgramSource, Tag("exported_program")]
-    | Annotated[PythonSource, Tag("python")],
-    Discriminator(_form),
-]
-
-
 def _none(value: Any) -> Any:
     """`quantization: none` is a word in YAML; a bare null is more likely a forgotten value."""
     if value == "none":
@@ -246,7 +209,11 @@ class Spec(Section):
     """One YAML file: what to compile, from which weights, how small, for what."""
 
     name: Annotated[str, AfterValidator(_name)]
-    model: ModelSource
+    model: Annotated[
+        SerializeAsAny[Section],
+        PlainValidator(parse_model),
+        WithJsonSchema({"description": "a mapping with the key of one source"}),
+    ]
     checkpoint: LoosePath | None = None
     quantization: Annotated[
         Quantization | None, BeforeValidator(_none), PlainSerializer(lambda q: "none" if q is None else q)
@@ -265,29 +232,27 @@ class Spec(Section):
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
         yield from group_faults(raw)
 
-    @classmethod
-    def _translate(cls, detail: Any) -> Fault:
-        fault = super()._translate(detail)
-        is_tagged = len(fault.loc) > 1 and fault.loc[0] == "model" and fault.loc[1] in ("decoder", *_FORMS)
-        # pydantic puts the form of the union after `model`; an author never wrote it
-        return fault._replace(loc=(fault.loc[0], *fault.loc[2:])) if is_tagged else fault
-
 
 def group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
-    """Every width along which weights are grouped must be a multiple of the group size of its role."""
+    """What of a spec's `quantization:` its model's source says cannot be done to the model."""
     try:
-        model = DecoderConfig.model_validate(raw.get("model"))
         scheme = Quantization.model_validate(raw.get("quantization"))
+        model = parse_model(raw.get("model"))
     except ValueError:  # these faults are reported where they are
         return
+    for fault in source_of(model).quantization_faults(model, scheme):
+        yield fault._replace(loc=("model", *fault.loc))
+
+
+def grouped_width_faults(model: DecoderConfig, scheme: Quantization) -> Iterator[Fault]:
+    """Every width along which weights are grouped must be a multiple of the group size of its role."""
     for role, section, width, loc in _grouped_widths(model, scheme):
         override = getattr(scheme, section, None) if section else None
         kind = override.weights if override else scheme.weights
         size = (override.group_size if override else None) or scheme.group_size
         if kind != "fp32" and width % size:
             yield Fault(
-                ("model", *loc),
-                f"{role} is grouped along this width: it must be a multiple of group_size ({size}), got {width}",
+                loc, f"{role} is grouped along this width: it must be a multiple of group_size ({size}), got {width}"
             )
 
 

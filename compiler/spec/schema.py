@@ -11,6 +11,7 @@ from typing import Any
 
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.model import NAME_PATTERN, Spec
+from moec.compiler.spec.sources import find_source, source_keys
 from moec.compiler.spec.targets import options_class, target_packages
 
 
@@ -20,13 +21,15 @@ def spec_schema(targets: Iterable[str] | None = None) -> dict[str, Any]:
     schema["properties"]["quantization"] = {"anyOf": [{"const": "none"}, {"$ref": "#/$defs/Quantization"}]}
     schema["properties"]["name"]["pattern"] = f"^{NAME_PATTERN}$"
     definitions = schema.setdefault("$defs", {})
-    decoder = definitions["DecoderConfig"]
-    decoder["properties"]["head_dim"]["multipleOf"] = 2
-    decoder |= {
-        "if": {"properties": {"architecture": {"const": "mobilemoe"}}},
-        "then": _one_of_two("moe", "ffn_width"),
-        "else": _one_of_two("ffn_width", "moe"),
-    }
+    forms = []
+    for key in source_keys():
+        section = find_source(key).section
+        form = section.model_json_schema(ref_template="#/$defs/{model}")
+        definitions |= form.pop("$defs", {})
+        definitions[section.__name__] = form
+        forms.append({"$ref": f"#/$defs/{section.__name__}"})
+    schema["properties"]["model"] = {"anyOf": forms}
+    schema["$defs"] = definitions = dict(sorted(definitions.items()))
     properties: dict[str, Any] = {}
     for name in sorted(target_packages() if targets is None else targets):
         options = options_class(name).model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
@@ -43,11 +46,6 @@ def spec_schema(targets: Iterable[str] | None = None) -> dict[str, Any]:
         "anyOf": [names, {"type": "array", "items": item, "minItems": 1}, mapping],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moec spec"}
-
-
-def _one_of_two(needed: str, other: str) -> dict[str, Any]:
-    """`needed` is there, and `other` is not or null."""
-    return {"required": [needed], "properties": {needed: {"not": {"type": "null"}}, other: {"type": "null"}}}
 
 
 def device_schema() -> dict[str, Any]:

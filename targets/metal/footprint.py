@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.analysis.plan.account import Architecture, Cache, Weight
+from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import WeightScheme
 from moec.targets.metal.options import Options
 

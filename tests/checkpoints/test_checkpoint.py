@@ -24,7 +24,7 @@ from moec.compiler.errors import CheckpointError, SpecError, UserError
 from moec.compiler.quant import QuantizedTensor, quantize_weight, unpack_int4
 from moec.compiler.spec.loader import load_spec, parse_spec
 from moec.compiler.spec.model import DecoderConfig, Spec
-from moec.sources.decoder import weight_layout
+from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.simulate import Reference
 
 SPARSE = {

@@ -15,6 +15,7 @@ from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, SpecError, UserError
 from moec.compiler.program import Stage
 from moec.compiler.spec import Spec
+from moec.sources.decoder_source import DecoderSource
 
 MODEL = {
     "architecture": "mobilemoe", "layers": 1, "d_model": 32, "heads": 2, "kv_heads": 1, "head_dim": 16,
@@ -85,7 +86,7 @@ def test_faults_come_before_the_work(checkpoint: Path, tmp_path: Path, monkeypat
     def unreachable(*arguments: object, **options: object) -> None:
         raise AssertionError("the model was exported before the input was checked")
 
-    monkeypatch.setattr(build, "export_program", unreachable)
+    monkeypatch.setattr(DecoderSource, "export", unreachable)
     with pytest.raises(UserError, match="unknown target 'toaster'"):
         build.compile(spec(), target="toaster", checkpoint=checkpoint, out=tmp_path / "a")
     with pytest.raises(CheckpointError, match="names no checkpoint"):

@@ -10,7 +10,9 @@ import pytest
 
 from moec.compiler.errors import SpecError
 from moec.compiler.spec import load_spec, parse_spec
-from moec.compiler.spec.model import ExportedProgramSource, PythonSource, TransformersSource
+from moec.sources.exported_program_source import ExportedProgramModel
+from moec.sources.python_source import PythonModel
+from moec.sources.transformers_source import TransformersModel
 
 TINY = (Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml").read_text().split("training:")[0]
 LINE = re.compile(r"f\.yaml:\d+:\d+: .+")
@@ -191,9 +193,9 @@ def test_other_forms_of_a_model(tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(f"name: a\nmodel: {section}\nquantization: none\ntargets: xnnpack\n")
         return load_spec(tmp_path / "a.yaml").model
 
-    assert model("{transformers: olmoe}") == TransformersSource(transformers=tmp_path / "olmoe")
-    assert model("{exported_program: m.pt2}") == ExportedProgramSource(exported_program=tmp_path / "m.pt2")
-    assert model("{python: 'pack.mod:build'}") == PythonSource(python="pack.mod:build")
+    assert model("{transformers: olmoe}") == TransformersModel(transformers=tmp_path / "olmoe")
+    assert model("{exported_program: m.pt2}") == ExportedProgramModel(exported_program=tmp_path / "m.pt2")
+    assert model("{python: 'pack.mod:build'}") == PythonModel(python="pack.mod:build")
     for section, message in [
         ("{python: 'no colon'}", "model.python: expected 'module:function'"),
         ("{transformers: a, layers: 3}", "model.layers: unknown key"),

@@ -38,7 +38,7 @@ def test_counts_equal_the_model(name: str) -> None:
     """The formula against the parameters of the module itself, built without memory."""
     import torch
 
-    from moec.sources.decoder import Decoder
+    from moec.sources.decoder.decoder import Decoder
 
     spec = load_spec(SPECS / "models" / f"{name}.yaml")
     assert isinstance(spec.model, DecoderConfig)

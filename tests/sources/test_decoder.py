@@ -11,8 +11,8 @@ from torch.export import Dim
 
 from moec.compiler.program import Role
 from moec.compiler.spec.model import DecoderConfig, RopeConfig, RopeScaling, parameter_counts
-from moec.sources.decoder import Decoder, cache_names, constant_tensors, moe_layers, roles, weight_layout
-from moec.sources.decoder.decoder import Attention
+from moec.sources.decoder.decoder import Attention, Decoder
+from moec.sources.decoder.layout import cache_names, constant_tensors, moe_layers, roles, weight_layout
 from moec.sources.decoder.rope import rope_frequencies, rope_tables
 
 RELEASED_SCALING = {"factor": 16.0, "original_context": 8192, "low_freq_factor": 1.0, "high_freq_factor": 1.0}

@@ -17,7 +17,8 @@ from moec.compiler.errors import CompileError, RunError
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor, quantize_rows, quantize_weight
 from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
-from moec.sources.decoder import Decoder, weight_layout
+from moec.sources.decoder.decoder import Decoder
+from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.simulate import Matrix, Reference
 
 MODEL = {

@@ -19,9 +19,9 @@ from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.spec import Spec, load_spec
-from moec.compiler.spec.model import TransformersSource
 from moec.passes.pipelines import pipeline
 from moec.sources.random_checkpoint import SPREAD, save_random
+from moec.sources.transformers_source import TransformersModel
 
 transformers = pytest.importorskip(
     "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
@@ -41,7 +41,7 @@ def with_checkpoint(
 ) -> Spec:
     """The shipped spec with random weights beside its config."""
     spec = load_spec(file)
-    assert isinstance(spec.model, TransformersSource)
+    assert isinstance(spec.model, TransformersModel)
     save_random(spec.model.transformers, folder, seed=7, changes=changes, spread=spread)
     raw = spec.model_dump(mode="json")
     raw["model"]["transformers"] = str(folder)
@@ -89,7 +89,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def artifact_and_eager(spec: Spec, folder: Path, count: int = 40, steps: int = 9) -> tuple[np.ndarray, np.ndarray]:
     """Cosines of the artifact's logits: of a prefill in chunks, and of single steps behind a shorter one."""
     artifact = build.compile(spec, out=folder / "artifact")
-    assert isinstance(spec.model, TransformersSource)
+    assert isinstance(spec.model, TransformersModel)
     model = eager_with_codes(spec.model.transformers, quantized_program(spec))
     vocabulary = artifact.manifest.model.vocab_size
     ids = torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -12,9 +12,9 @@ import torch
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.spec import load_spec
-from moec.compiler.spec.model import TransformersSource
 from moec.sources.random_checkpoint import save_random
 from moec.sources.transformers_model import TransformersStore
+from moec.sources.transformers_source import TransformersModel
 
 transformers = pytest.importorskip(
     "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
@@ -24,7 +24,7 @@ FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yam
 
 def _saved(file: Path, folder: Path, **changes: object) -> tuple[Path, torch.nn.Module]:
     source = load_spec(file).model
-    assert isinstance(source, TransformersSource)
+    assert isinstance(source, TransformersModel)
     save_random(source.transformers, folder / "whole", seed=1, changes=changes)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "whole", dtype=torch.float32)
     model.save_pretrained(folder / "sharded", max_shard_size="60KB")

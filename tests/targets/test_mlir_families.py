@@ -14,7 +14,7 @@ import torch
 
 from moec.compiler import build
 from moec.compiler.spec import Spec, load_spec
-from moec.compiler.spec.model import TransformersSource
+from moec.sources.transformers_source import TransformersModel
 from moec.targets.mlir.functional import exported, signature_of
 from tests.interpreter import Interpreter
 
@@ -33,7 +33,7 @@ def with_checkpoint(file: Path, folder: Path) -> Spec:
     from moec.sources.random_checkpoint import save_random
 
     spec = load_spec(file)
-    assert isinstance(spec.model, TransformersSource)
+    assert isinstance(spec.model, TransformersModel)
     save_random(spec.model.transformers, folder, seed=7)
     raw = spec.model_dump(mode="json")
     raw["model"]["transformers"] = str(folder)
@@ -51,7 +51,7 @@ def worst(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_family(file: Path, tmp_path: Path) -> None:
     spec = with_checkpoint(file, tmp_path / "model")
     store = build.open_checkpoint(spec, None)
-    program, passes = build.program_and_passes(spec, store.weights, "mlir")
+    program, passes = build.program_and_passes(spec, store, "mlir")
     program = build.run_all(program, passes)
     interpreter, wanted, start = Interpreter(program), [], 0
     for ids in CALLS:

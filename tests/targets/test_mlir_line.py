@@ -54,7 +54,7 @@ def make(folder: Path, model: Any, quantization: Any, **options: Any) -> tuple[A
 def eager(spec: Spec, checkpoint: Path, calls: list[list[int]]) -> np.ndarray:
     """Logits [T, V] of the calls, one after the other, by torch from the same program."""
     store = build.open_checkpoint(spec, checkpoint)
-    program, passes = build.program_and_passes(spec, store.weights, "mlir")
+    program, passes = build.program_and_passes(spec, store, "mlir")
     interpreter = Interpreter(build.run_all(program, passes))
     rows, start = [], 0
     for ids in calls:
@@ -146,7 +146,7 @@ def test_the_codes_are_the_checkpoints(small: tuple[Artifact, Spec, Path]) -> No
 
     artifact, spec, folder = small
     store = build.open_checkpoint(spec, folder / "checkpoint")
-    program, passes = build.program_and_passes(spec, store.weights, "mlir")
+    program, passes = build.program_and_passes(spec, store, "mlir")
     program = build.run_all(program, passes)
     written = load_file(artifact.path("weights.safetensors"))
     assert set(written) == set(signature_of(program).weights)
@@ -272,7 +272,7 @@ def test_the_function_equals_the_program(model: Any, quantization: Any, limit: f
     )
     synthesize(spec, tmp_path / "checkpoint", seed=5)
     store = build.open_checkpoint(spec, tmp_path / "checkpoint")
-    program, passes = build.program_and_passes(spec, store.weights, "mlir")
+    program, passes = build.program_and_passes(spec, store, "mlir")
     program = build.run_all(program, passes)
     signature = signature_of(program)
     weights = [program.weights[n].load() for n in signature.weights]

@@ -34,7 +34,7 @@ TOKENS = 11
 def fused(model: dict, quantization: object, folder: Path) -> Program:
     spec = Spec.model_validate({"name": "s", "model": model, "quantization": quantization})
     store = open_store(synthesize(spec, folder / "c", seed=2), spec.model)
-    program, _ = build.program_and_passes(spec, store.weights)
+    program, _ = build.program_and_passes(spec, store)
     return run_passes(program, pipeline(spec.quantization))
 
 

@@ -48,7 +48,7 @@ def config_of(model: dict[str, Any] = MOE, **changes: Any) -> DecoderConfig:
 
 def random_weights(config: DecoderConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights that use everything: norms off one, biases that change choices, logits of order one."""
-    from moec.sources.decoder import weight_layout
+    from moec.sources.decoder.layout import weight_layout
 
     generator = torch.Generator().manual_seed(seed)
     found = {}

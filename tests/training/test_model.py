@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.sources.decoder import Decoder
+from moec.sources.decoder.decoder import Decoder
 from moec.training.loss import token_losses
 from moec.training.model import Forward, TrainingDecoder, document_positions
 from tests.training.small import DENSE, MOE, config_of, model_of, random_weights

@@ -18,7 +18,7 @@ from moec.compiler.errors import CompileError
 from moec.compiler.program import Role
 from moec.compiler.quant import fake_quantize_rows, quantize_weight
 from moec.compiler.spec.quantization import Quantization
-from moec.sources.decoder import weight_layout
+from moec.sources.decoder.layout import weight_layout
 from moec.training.checkpoints import load_model, packing_faults, write_checkpoint
 from moec.training.model import Forward
 from moec.training.rounding import Rounding, WeightRounding, round_activations

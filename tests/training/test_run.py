@@ -20,7 +20,7 @@ from moec.compiler.errors import RunError, SpecError, UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec
 from moec.compiler.spec.training import Schedule, TrainingStage
-from moec.sources.decoder import weight_layout
+from moec.sources.decoder.layout import weight_layout
 from moec.training.data.shards import Corpus
 from moec.training.metrics import Live, Metrics
 from moec.training.optimizer import learning_rate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moec.compiler.errors import RunError
 from moec.compiler.spec.training import TrainingStage
-from moec.sources.decoder import Decoder
+from moec.sources.decoder.decoder import Decoder
 from moec.training.data.batches import Batch, Batches
 from moec.training.data.shards import Corpus
 from moec.training.model import TrainingDecoder

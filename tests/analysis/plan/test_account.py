@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.analysis.plan.account import Architecture, Weight, architecture_of
 from moec.analysis.plan.memory import Model, expert_bytes_touched, longest_context, memory, roles, weight_bytes
+from moec.compiler.architecture import Architecture, Weight
 from moec.compiler.spec import DecoderConfig, Quantization, load_spec, parameter_counts
 from moec.compiler.spec.model import AttentionWindow, MoeConfig, RopeConfig
 from moec.compiler.spec.targets import footprint_of, options_class
+from moec.sources.decoder.architecture import architecture_of
 
 SPECS = Path(__file__).parents[3] / "specs"
 #: total, active: the released shapes of the paper's models, and MobileLLM-Pro's card

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moec.analysis.plan.account import Weight
 from moec.analysis.plan.memory import file_bytes, memory, roles
 from moec.analysis.plan.planner import model_of
 from moec.checkpoints import synthesize
 from moec.compiler import build
+from moec.compiler.architecture import Weight
 from moec.compiler.spec import Spec, load_spec, parse_spec
 from moec.compiler.spec.quantization import WeightScheme
 from moec.compiler.spec.targets import footprint_of, target_packages

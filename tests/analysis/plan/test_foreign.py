@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moec.analysis.plan.account import Cache
 from moec.analysis.plan.memory import file_bytes, weight_bytes
 from moec.analysis.plan.planner import model_of
 from moec.compiler import build
+from moec.compiler.architecture import Cache
 from moec.compiler.artifact import read_manifest
 from moec.compiler.spec import Spec, load_spec
-from moec.compiler.spec.model import TransformersSource
+from moec.sources.transformers_source import TransformersModel
 
 pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
 
@@ -24,9 +24,9 @@ def spec_of(family: str, folder: Path, **changes: object) -> Spec:
     from moec.sources.random_checkpoint import save_random
 
     spec = load_spec(FAMILIES / f"{family}.yaml")
-    assert isinstance(spec.model, TransformersSource)
+    assert isinstance(spec.model, TransformersModel)
     save_random(spec.model.transformers, folder, seed=7, changes={"max_position_embeddings": LENGTH, **changes})
-    return spec.model_copy(update={"model": TransformersSource(transformers=folder)})
+    return spec.model_copy(update={"model": TransformersModel(transformers=folder)})
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "gpt-oss"])

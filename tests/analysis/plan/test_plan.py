@@ -180,11 +180,11 @@ def test_models_of_transformers(family: str) -> None:
     )
     import torch
 
-    from moec.compiler.spec.model import TransformersSource
     from moec.sources.transformers_model import read_config
+    from moec.sources.transformers_source import TransformersModel
 
     spec = load_spec(SPECS / "families" / f"{family}.yaml")
-    assert isinstance(spec.model, TransformersSource)
+    assert isinstance(spec.model, TransformersModel)
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(read_config(spec.model.transformers))
     plan = plan_spec(spec, load_device("galaxy-s25"))

@@ -12,8 +12,8 @@ from moec.analysis.verify.weights import unkind_weights
 from moec.compiler.program import LazyWeight
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.target import MoeTrace
-from moec.sources.decoder import Decoder, weight_layout
-from moec.sources.decoder.decoder import MoeBlock
+from moec.sources.decoder.decoder import Decoder, MoeBlock
+from moec.sources.decoder.layout import weight_layout
 
 CONFIG = {
     "architecture": "mobilemoe", "layers": 3, "d_model": 48, "heads": 3, "kv_heads": 1, "head_dim": 16,

@@ -11,11 +11,12 @@ from torch.fx import Node
 
 from moec.analysis.verify.graphs import Sample, compare_programs, compare_regions, pass_checks
 from moec.analysis.verify.structure import structure_faults
-from moec.compiler.export import export_program
 from moec.compiler.program import Editor, LazyWeight, Program
+from moec.compiler.source import NamedWeights
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.passes.canonicalize import canonicalize
-from moec.sources.decoder import Decoder
+from moec.sources.decoder.decoder import Decoder
+from moec.sources.decoder.export import export_decoder
 
 aten = torch.ops.aten
 CONFIG = {
@@ -35,7 +36,7 @@ def program() -> Program:
     for name, parameter in Decoder(spec.model).named_parameters():
         value = torch.randn(parameter.shape) * 0.3
         weights[name] = LazyWeight(tuple(value.shape), torch.float32, lambda v=value: v)
-    return canonicalize().run(export_program(spec, weights, max_tokens=16)).program
+    return canonicalize().run(export_decoder(spec.model, "t", NamedWeights(weights), max_tokens=16)).program
 
 
 def _nodes(edit: Editor, target: object) -> list[Node]:

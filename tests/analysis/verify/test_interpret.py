@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from moec.analysis.verify.interpret import GraphRunner, WeightCache
-from moec.compiler.export import export_program
 from moec.compiler.program import LazyWeight
+from moec.compiler.source import NamedWeights
 from moec.compiler.spec.model import DecoderConfig, Spec
-from moec.sources.decoder import Decoder, weight_layout
+from moec.sources.decoder.decoder import Decoder
+from moec.sources.decoder.export import export_decoder
+from moec.sources.decoder.layout import weight_layout
 
 CONFIG = {
     "architecture": "mobilemoe", "layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
@@ -31,7 +33,7 @@ def model_and_program():
         parameter.data.normal_(0, 0.2)
         weights[name] = LazyWeight(tuple(parameter.shape), torch.float32, lambda p=parameter: p.data)
     assert set(weights) == set(weight_layout(spec.model))
-    return model, export_program(spec, weights, max_tokens=16)
+    return model, export_decoder(spec.model, "t", NamedWeights(weights), max_tokens=16)
 
 
 def test_runs_prefill_and_decode_like_the_model(model_and_program):

@@ -11,13 +11,14 @@ from moec.analysis.verify.graphs import Sample
 from moec.analysis.verify.passes import bisect_passes, verify_passes
 from moec.analysis.verify.weights import unkind_weights
 from moec.compiler.errors import UserError
-from moec.compiler.export import export_program
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Stage
+from moec.compiler.source import NamedWeights
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.passes.canonicalize import canonicalize
 from moec.passes.fuse_rms_norm import fuse_rms_norm
-from moec.sources.decoder import weight_layout
+from moec.sources.decoder.export import export_decoder
+from moec.sources.decoder.layout import weight_layout
 from tests.analysis.verify.fakes import CONFIG
 
 aten = torch.ops.aten
@@ -30,7 +31,7 @@ def program() -> Program:
     assert isinstance(spec.model, DecoderConfig)
     layout = weight_layout(spec.model)
     weights = unkind_weights({n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()})
-    return export_program(spec, weights, max_tokens=16)
+    return export_decoder(spec.model, "t", NamedWeights(weights), max_tokens=16)
 
 
 def _pass(name: str, rewrite: Callable[[Editor], int]) -> Pass:

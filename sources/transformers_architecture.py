@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from moec.analysis.plan.account import Architecture, Cache, Experts, Weight
+from moec.compiler.architecture import Architecture, Cache, Experts, Weight
 from moec.compiler.errors import UserError
 from moec.sources.transformers_model import shapes_of
 
