@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_packed, read_json
 from moec.checkpoints.safetensors_file import Entry
 from moec.checkpoints.store import CONFIG, expected_tensors, open_store, read_tensors
-from moec.compiler.errors import CheckpointError
+from moec.compiler.errors import CheckpointError, SpecError
 from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig, parameter_counts
+from moec.sources.decoder.config import decoder_of
 
 if TYPE_CHECKING:
     from moec.compiler.spec.model import Spec
@@ -69,10 +70,11 @@ def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
     config, packed = _own_config(folder, problems)
     entries = read_tensors(folder, problems)
     wanted = config
-    if spec is not None and isinstance(spec.model, DecoderConfig):
-        wanted = spec.model
-    elif spec is not None:
-        problems.append(f"{spec.name}: its model is no decoder of `architecture:`, there is nothing to compare with")
+    if spec is not None:
+        try:
+            wanted = decoder_of(spec, "compared with a checkpoint")
+        except SpecError as error:
+            problems.append(error.line())
     if not problems and wanted is not None:
         problems += _problems(folder, wanted)
     roles = _roles(entries, config, packed=packed) if config is not None else ()

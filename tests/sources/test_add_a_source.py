@@ -46,7 +46,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_the_chapter_works_as_printed(checkout: Path) -> None:
-    done = run(checkout, [checkout / "src", checkout], "-m", "pytest", "-q", TEST)
+    done = run(checkout, [checkout / "src", checkout], "-m", "pytest", TEST)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "6 passed" in done.stdout
     for options in (["check"], ["format", "--check"]):
@@ -102,6 +102,8 @@ def test_no_model_is_told_from_another_outside_its_source() -> None:
     for room in rooms:
         for file in sorted((ROOT / room).rglob("*.py")):
             if file.name.endswith("_source.py") or file == ROOT / "sources" / "decoder" / "config.py":
+                continue
+            if file.parent == ROOT / "analysis" / "verify":  # decoders still have a reference of their own there
                 continue
             for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
                 if told.search(line):
