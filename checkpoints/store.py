@@ -31,10 +31,12 @@ from moec.compiler.program import LazyWeight, Role
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.source import Checkpoint, NamedWeights
 from moec.compiler.spec.model import DecoderConfig
+from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PACKED_ROLES = (Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.FFN, Role.EXPERT, Role.SHARED)
+PACKED = "packed INT4 checkpoint"  # the provenance of its codes
 _FLOATS = ("BF16", "F16", "F32")
 _FAULTS_SHOWN = 10
 
@@ -92,8 +94,8 @@ def expected_tensors(config: DecoderConfig, *, packed: bool) -> dict[str, Expect
 class WeightStore(Checkpoint):
     """The weights of a checked checkpoint. Open one with `open_store`.
 
-    weights: model weight name -> LazyWeight (float32, logical shape). `load()` reads and dequantizes; `stored()`, where
-    the checkpoint is packed, gives its codes and scales as views of the file.
+    weights: model weight name -> LazyWeight (float32, logical shape). `load()` reads and dequantizes; `stored` has,
+    where the checkpoint is packed, its codes and scales as views of the file.
     """
 
     def __init__(
@@ -141,7 +143,8 @@ class WeightStore(Checkpoint):
         def stored() -> QuantizedTensor:
             return QuantizedTensor(codes.tensor(), scales.tensor(), bits=4, group_size=GROUP_SIZE)
 
-        return LazyWeight(info.shape, torch.float32, lambda: stored().dequantize(), stored)
+        codes_held = StoredCodes(CodeFormat(4, GROUP_SIZE), stored, Provenance("carried", PACKED))
+        return LazyWeight(info.shape, torch.float32, lambda: stored().dequantize(), codes_held)
 
 
 def _float_loader(entry: Entry) -> Callable[[], torch.Tensor]:

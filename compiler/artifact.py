@@ -50,6 +50,21 @@ class PassEntry(_Record):
     refusals: tuple[str, ...] = ()
 
 
+class CodesEntry(_Record):
+    """Weights that are held as codes alike: how many, of which role, and where the codes come from.
+
+    origin: `carried: FORMAT` bit for bit from a checkpoint, or `computed: METHOD`.
+    """
+
+    role: str
+    weights: int
+    bits: int
+    group_size: int
+    group_axis: str
+    zero_points: bool = False
+    origin: str
+
+
 class Digests(_Record):
     """What went in. `checkpoint` covers names, types, shapes and sizes of the tensors, not their bytes."""
 
@@ -94,6 +109,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
+    codes: tuple[CodesEntry, ...] = ()
 
     def section(self, *names: str) -> Mapping[str, Any]:
         """A mapping inside `spec`, such as ("model", "moe"); empty where there is none."""

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from moec.analysis.plan.planner import check_fits
 from moec.compiler.artifact import (
     FORMAT,
     Artifact,
+    CodesEntry,
     Digests,
     Manifest,
     ModelRecord,
@@ -281,6 +283,20 @@ def _manifest(
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
         seconds=seconds,
         notes=lowered.notes,
+        codes=_codes(program),
+    )
+
+
+def _codes(program: Program) -> tuple[CodesEntry, ...]:
+    """What the program holds as codes, weights that are alike counted together."""
+    alike = Counter(
+        (h.role, h.format.bits, h.format.group_size, h.group_axis, h.format.zero_points, str(h.provenance))
+        for h in program.quantized.values()
+    )
+    names = ("role", "bits", "group_size", "group_axis", "zero_points", "origin")
+    return tuple(
+        CodesEntry.model_validate({**dict(zip(names, key, strict=True)), "weights": count})
+        for key, count in alike.items()
     )
 
 

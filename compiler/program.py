@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from functools import cached_property
@@ -21,7 +21,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
 
-from moec.compiler.quant import QuantizedTensor
+from moec.compiler.weights import LazyWeight as LazyWeight
+from moec.compiler.weights import QuantizedWeight
 
 
 class Stage(IntEnum):
@@ -51,16 +52,6 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True)
-class LazyWeight:
-    """One tensor of the program, loaded on demand. `stored` gives the codes a checkpoint holds, when it holds codes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
-    stored: Callable[[], QuantizedTensor] | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
 class ModelInfo:
     """What a runtime must know beside the graph. Lengths in tokens."""
 
@@ -75,13 +66,18 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Program:
-    """A graph with its weights. Passes return a new Program; `edit()` copies the graph, never the weights."""
+    """A graph with its weights. Passes return a new Program; `edit()` copies the graph, never the weights.
+
+    quantized: the weights that are held as codes, by the name of the float weight. An entry stays when a target packs
+    the codes into another layout: it then says what was packed, and its tensors are no longer among `weights`.
+    """
 
     exported: ExportedProgram
     weights: Mapping[str, LazyWeight]
     roles: Mapping[str, Role]
     info: ModelInfo
     stage: Stage = Stage.EXPORTED
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def graph(self) -> torch.fx.Graph:
@@ -121,6 +117,7 @@ class Editor:
         self.output_specs = list(program.exported.graph_signature.output_specs)
         self.weights: dict[str, LazyWeight] = dict(program.weights)
         self.roles: dict[str, Role] = dict(program.roles)
+        self.quantized: dict[str, QuantizedWeight] = dict(program.quantized)
         self._names = weight_names(program.exported)  # placeholder -> weight
         by_name = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
         self._placeholders = {weight: by_name[name] for name, weight in self._names.items()}
@@ -243,6 +240,7 @@ class Editor:
             exported=exported,
             weights=self.weights,
             roles=self.roles,
+            quantized=self.quantized,
             stage=self._program.stage if stage is None else stage,
         )
 

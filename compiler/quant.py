@@ -16,15 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from moec.compiler.errors import CompileError
-
-if TYPE_CHECKING:
-    from moec.compiler.program import LazyWeight
-    from moec.compiler.spec.quantization import WeightScheme
 
 # Work on pieces of about this many elements: whole expert stacks need several times their size in temporaries.
 _CHUNK = 1 << 22
@@ -34,14 +29,17 @@ _CHUNK = 1 << 22
 class QuantizedTensor:
     """Codes and scales of one weight. Groups of `group_size` lie along the last dimension of the logical shape.
 
-    codes: bits == 4: uint8 [..., L/2], element 2i in the low nibble, two's complement; bits == 8: int8 [..., L].
-    scales: float16 or float32 [..., L/group_size].
+    codes: bits == 4: uint8 [..., L/2], element 2i in the low nibble, two's complement; other bits from 2 to 8: int8
+    [..., L], each code in -2^(bits-1) .. 2^(bits-1) - 1.
+    scales: float16 or float32 [..., L/group_size]; of either sign.
+    zero_points: w = scale * (code - zero), of any real type, [..., L/group_size]; None: w = scale * code.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     bits: int
     group_size: int
+    zero_points: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,13 +50,21 @@ class QuantizedTensor:
         """int8 codes of the logical shape."""
         return unpack_int4(self.codes) if self.bits == 4 else self.codes
 
+    def part(self, index: int | slice) -> QuantizedTensor:
+        """Along the first dimension, which must not be that of the groups: one expert, or some rows."""
+        zeros = None if self.zero_points is None else self.zero_points[index]
+        return QuantizedTensor(self.codes[index], self.scales[index], self.bits, self.group_size, zeros)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """scale * code, computed in float32, in a new tensor of the logical shape."""
+        """scale * (code - zero), computed in float32, in a new tensor of the logical shape."""
         out = torch.empty(self.shape, dtype=dtype)
         rows_NL, codes, scales = _rows(out), _rows(self.codes), _rows(self.scales)
+        zeros = None if self.zero_points is None else _rows(self.zero_points)
         for piece in _pieces(rows_NL):
             q = unpack_int4(codes[piece]) if self.bits == 4 else codes[piece]
             grouped = q.to(torch.float32).unflatten(-1, (-1, self.group_size))
+            if zeros is not None:
+                grouped -= zeros[piece].to(torch.float32).unsqueeze(-1)
             grouped *= scales[piece].to(torch.float32).unsqueeze(-1)
             rows_NL[piece] = grouped.flatten(-2)
         return out
@@ -125,47 +131,6 @@ def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:
         f"magnitude {worst:.3g}, whose scale does not fit {kind}" if 0 < worst < float("inf") else "values not finite"
     )
     raise CompileError(f"cannot quantize a weight with {what}", remedy="check the checkpoint for a diverged tensor")
-
-
-Layout = Literal["out_in", "in_out"]
-
-
-def quantize_for(
-    weight: LazyWeight, scheme: WeightScheme, *, layout: Layout = "out_in", name: str | None = None
-) -> QuantizedTensor:
-    """The codes and scales of `weight` under `scheme`: those that the checkpoint stores, or new ones where it has none.
-
-    layout: whether the last dimension of `weight` is the reduction (`out_in`, a linear [N, K]) or the output features
-    (`in_out`, stacked experts [E, K, N]). Groups always lie along the last dimension of the result, so the result is
-    transposed in its last two dimensions when `scheme.axis` is the other one ([E, N, K] for experts grouped along in).
-
-    Stored codes are returned as they are, or refused with CompileError when the scheme differs: quantizing a quantized
-    weight again loses what its training was for, and is never done silently.
-    """
-    last_axis = "in" if layout == "out_in" else "out"
-    if weight.stored is not None:
-        stored = weight.stored()
-        if (stored.bits, stored.group_size, last_axis) == (scheme.bits, scheme.group_size, scheme.axis):
-            return stored
-        raise CompileError(
-            f"the checkpoint holds INT{stored.bits} codes in groups of {stored.group_size} along {last_axis}, "
-            f"the spec asks for INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
-            place=name,
-            remedy="make the spec's quantization the checkpoint's, or compile from the Base or SFT checkpoint",
-        )
-    w = weight.load()
-    if last_axis != scheme.axis:
-        w = w.transpose(-1, -2)
-    if w.shape[-1] % scheme.group_size:
-        raise CompileError(
-            f"{w.shape[-1]} features along {scheme.axis} are not a multiple of the group size {scheme.group_size}",
-            place=name,
-            remedy="choose another group_size for this role",
-        )
-    try:
-        return quantize_weight(w, bits=scheme.bits, group_size=scheme.group_size)
-    except CompileError as error:
-        raise CompileError(error.message, place=name, remedy=error.remedy) from None
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

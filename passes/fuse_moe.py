@@ -30,7 +30,7 @@ from moec.compiler.matching.read import Stuck, aten, is_op
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, writes
-from moec.compiler.quant import QuantizedTensor
+from moec.compiler.weights import joined_codes, stacked_codes
 
 RULE = "fuse_moe"
 
@@ -173,6 +173,13 @@ def _scaled(edit: Editor, weight: Node, scale: Node) -> Node:
     name = str(edit.weight_of(weight))
     plain, factors = edit.weights[name], edit.weights[str(edit.weight_of(scale))]
 
+    if plain.stored is not None:
+        raise CompileError(
+            "its experts have a scale each, which their stored codes cannot take in without being rounded again",
+            place=name,
+            remedy="compile from a checkpoint of floats",
+        )
+
     def load() -> torch.Tensor:
         return plain.load() * factors.load().reshape(-1, *[1] * (len(plain.shape) - 1))
 
@@ -204,7 +211,9 @@ def _made(edit: Editor, weight: Node | Stack | None) -> Node | None:
         return result
 
     name = _unique(edit, _stack_name(names))
-    return edit.add_weight(name, LazyWeight(shape, dtype, load), Role.EXPERT)
+    pieces = [[(sources[source], index) for source, index in expert] for expert in names]
+    codes = stacked_codes(pieces, weight.out_dim - len(shape) + 1, name)
+    return edit.add_weight(name, LazyWeight(shape, dtype, load, codes), Role.EXPERT)
 
 
 def _stack_name(names: list[list[tuple[str, int | None]]]) -> str:
@@ -233,8 +242,10 @@ def _joined_experts(edit: Editor, gate: Node, up: Node, layout: str) -> Node:
     dim = 1 if layout == "out_in" else 2
     sizes = list(a.shape)
     sizes[dim] += b.shape[dim]
-    joined = LazyWeight(tuple(sizes), a.dtype, lambda: torch.cat([a.load(), b.load()], dim))
-    return edit.add_weight(f"{first}+{second.rpartition('.')[2]}", joined, Role.EXPERT)
+    name = f"{first}+{second.rpartition('.')[2]}"
+    codes = joined_codes([a, b], dim - 3, name)
+    joined = LazyWeight(tuple(sizes), a.dtype, lambda: torch.cat([a.load(), b.load()], dim), codes)
+    return edit.add_weight(name, joined, Role.EXPERT)
 
 
 def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:
@@ -250,27 +261,5 @@ def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:
 def stacked(first: LazyWeight, second: LazyWeight, name: str) -> LazyWeight:
     """Rows of `first`, then rows of `second`. Stored codes stay codes, and must then be of one format in both."""
     shape = (first.shape[0] + second.shape[0], *first.shape[1:])
-
-    def load() -> torch.Tensor:
-        return torch.cat([first.load(), second.load()])
-
-    if first.stored is None and second.stored is None:
-        return LazyWeight(shape, first.dtype, load)
-
-    def codes() -> QuantizedTensor:
-        if first.stored is None or second.stored is None:
-            raise _mixed(name, "only one of them is stored as codes")
-        a, b = first.stored(), second.stored()
-        if (a.bits, a.group_size) != (b.bits, b.group_size):
-            raise _mixed(name, f"INT{a.bits} in groups of {a.group_size}, and INT{b.bits} in groups of {b.group_size}")
-        return QuantizedTensor(torch.cat([a.codes, b.codes]), torch.cat([a.scales, b.scales]), a.bits, a.group_size)
-
-    return LazyWeight(shape, first.dtype, load, codes)
-
-
-def _mixed(name: str, how: str) -> CompileError:
-    return CompileError(
-        f"gate and up of the shared expert are stored differently: {how}",
-        place=name,
-        remedy="compile from a checkpoint that stores them alike",
-    )
+    codes = joined_codes([first, second], -2, name)
+    return LazyWeight(shape, first.dtype, lambda: torch.cat([first.load(), second.load()]), codes)

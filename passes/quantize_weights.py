@@ -5,8 +5,9 @@
     fused_moe(x, ..., W)    ->  moec::fused_moe_q(x, ..., q, s)
     cached_attention(..)    ->  moec::cached_attention_q8(..)        for kv_cache: int8
 
-Codes that a checkpoint stores are carried bit for bit (`quant.quantize_for`). A weight that the spec quantizes and no
-rule here reaches is an error that names it: nothing is left in float silently.
+Codes that a checkpoint stores are carried bit for bit; others are computed by the spec's method when a target reads
+them (`quantizer.codes_of`). Each weight that becomes codes is a `QuantizedWeight` of the Program. A weight that the
+spec quantizes and no rule here reaches is an error that names it: nothing is left in float silently.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from moec.compiler.ops import (
     linear_q,
 )
 from moec.compiler.pipeline import Pass, PassResult
-from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, module_path
-from moec.compiler.quant import Layout, QuantizedTensor, quantize_for
+from moec.compiler.program import Editor, Program, Role, Stage, module_path
+from moec.compiler.quant import QuantizedTensor
+from moec.compiler.quantizer import check_stored, check_width, codes_of, last_axis
 from moec.compiler.spec.quantization import Quantization, WeightScheme
+from moec.compiler.weights import CodeFormat, LazyWeight, Orientation, Provenance, QuantizedWeight
 
 QUANTIZED = {linear_q, embedding_q, fused_moe_q}  # what else they read in float has no integer form: router, biases
 
@@ -99,7 +102,8 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
     scheme = _scheme(edit, edit.weight_of(weight), quantization)
     if scheme is None:
         return None
-    codes, scales, _ = quantized(edit, weight, scheme, "out_in")
+    held = quantized(edit, weight, scheme, "out_in", quantization.method)
+    codes, scales = operands(edit, held)
     with edit.graph.inserting_before(node):
         return edit.call(
             linear_q, node.args[0], codes, scales, arg(node, 2, "bias"), scheme.bits, scheme.group_size, int8, like=node
@@ -111,7 +115,7 @@ def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | N
     scheme = _scheme(edit, edit.weight_of(weight), quantization)
     if scheme is None:
         return None
-    codes, scales, _ = quantized(edit, weight, scheme, "out_in")
+    codes, scales = operands(edit, quantized(edit, weight, scheme, "out_in", quantization.method))
     with edit.graph.inserting_before(node):
         return edit.call(embedding_q, node.args[1], codes, scales, scheme.bits, scheme.group_size, like=node)
 
@@ -131,15 +135,17 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
     if scheme is None:
         return None
     experts = Experts.parse(str(text))
-    layout: Layout = "in_out" if experts.layout == "in_out" else "out_in"
-    codes13, scales13, new_layout = quantized(edit, w13, scheme, layout)
-    codes2, scales2, _ = quantized(edit, w2, scheme, layout)
+    layout: Orientation = "in_out" if experts.layout == "in_out" else "out_in"
+    method = quantization.method
+    up, down = quantized(edit, w13, scheme, layout, method), quantized(edit, w2, scheme, layout, method)
+    codes13, scales13 = operands(edit, up)
+    codes2, scales2 = operands(edit, down)
     packed: list[Node | None] = [None] * 4
     if isinstance(shared13, Node) and isinstance(shared2, Node):
         in_groups = WeightScheme(scheme.bits, scheme.group_size, "in")
-        up, down = quantized(edit, shared13, in_groups, "out_in"), quantized(edit, shared2, in_groups, "out_in")
-        packed = [*up[:2], *down[:2]]
-    how = str(Experts(**{**vars(experts), "layout": new_layout}))
+        of_shared = [quantized(edit, w, in_groups, "out_in", method) for w in (shared13, shared2)]
+        packed = [node for held in of_shared for node in operands(edit, held)]
+    how = str(Experts(**{**vars(experts), "layout": up.orientation}))
     with edit.graph.inserting_before(node):
         return edit.call(
             fused_moe_q, x, router_input, router, router_bias, bias, codes13, scales13, b13, codes2, scales2, b2,
@@ -151,39 +157,57 @@ def _storage(scheme: WeightScheme | None) -> tuple[int, int] | None:
     return None if scheme is None else (scheme.bits, scheme.group_size)
 
 
-def quantized(edit: Editor, weight: Node, scheme: WeightScheme, layout: Layout) -> tuple[Node, Node, Layout]:
-    """(codes, scales, layout of the codes): placeholders of the lazily quantized weight, made once per weight."""
+def quantized(
+    edit: Editor, weight: Node, scheme: WeightScheme, orientation: Orientation, method: str
+) -> QuantizedWeight:
+    """The lazily quantized weight, made once per float weight: placeholders for its tensors and its entry."""
     name = edit.weight_of(weight)
     if name is None:
         raise CompileError(f"the weight {weight.name} is computed, it cannot be quantized", place=module_path(weight))
-    last = "in" if layout == "out_in" else "out"
-    turned = last != scheme.axis
-    new_layout: Layout = layout if not turned else "in_out" if layout == "out_in" else "out_in"
-    codes_name, scales_name = quantized_names(name)
-    found, found_scales = edit.placeholder_of(codes_name), edit.placeholder_of(scales_name)
-    if found is not None and found_scales is not None:
-        return found, found_scales, new_layout
+    if name in edit.quantized:
+        return edit.quantized[name]
     source = edit.weights[name]
+    if source.stored is not None:
+        check_stored(source.stored, scheme, orientation, name)
+    check_width(source.shape, scheme, orientation, name)
+    transposed = last_axis(orientation) != scheme.axis
+    codes_name, scales_name = quantized_names(name)
+    held = QuantizedWeight(
+        name=name,
+        shape=source.shape,
+        role=edit.roles[name].value,
+        codes=codes_name,
+        scales=scales_name,
+        format=CodeFormat(scheme.bits, scheme.group_size),
+        group_axis=scheme.axis,
+        orientation=orientation if not transposed else "in_out" if orientation == "out_in" else "out_in",
+        transposed=transposed,
+        provenance=Provenance("computed", method) if source.stored is None else source.stored.provenance,
+    )
     *lead, a, b = source.shape
-    rows, width = (b, a) if turned else (a, b)
-    if width % scheme.group_size:
-        raise CompileError(
-            f"{width} features along {scheme.axis} are not a multiple of the group size {scheme.group_size}",
-            place=name,
-            remedy="choose another group_size for this role",
-        )
-    pair = _Pair(lambda: quantize_for(source, scheme, layout=layout, name=name))
+    rows, width = (b, a) if transposed else (a, b)
+    pair = _Pair(lambda: codes_of(source, scheme, orientation=orientation, name=name, method=method))
     role = edit.roles[name]
     per = 2 if scheme.bits == 4 else 1
     codes_type = torch.uint8 if scheme.bits == 4 else torch.int8
-    codes = edit.add_weight(codes_name, LazyWeight((*lead, rows, width // per), codes_type, pair.codes), role)
+    edit.add_weight(codes_name, LazyWeight((*lead, rows, width // per), codes_type, pair.codes), role)
     shape = (*lead, rows, width // scheme.group_size)
-    scales = edit.add_weight(scales_name, LazyWeight(shape, torch.float16, pair.scales), role)
-    return codes, scales, new_layout
+    edit.add_weight(scales_name, LazyWeight(shape, torch.float16, pair.scales), role)
+    edit.quantized[name] = held
+    return held
+
+
+def operands(edit: Editor, held: QuantizedWeight) -> tuple[Node, Node]:
+    """The placeholders of codes and scales."""
+    codes, scales = edit.placeholder_of(held.codes), edit.placeholder_of(held.scales)
+    assert codes is not None
+    assert scales is not None
+    return codes, scales
 
 
 def quantized_names(name: str) -> tuple[str, str]:
-    """`a.weight` -> `a.qweight`, `a.weight_scale`; `x.down_proj` -> `x.down_qweight`, `x.down_scale`."""
+    """Names for the new tensors, as released checkpoints have them: `a.weight` -> `a.qweight`, `a.weight_scale`;
+    `x.down_proj` -> `x.down_qweight`, `x.down_scale`."""
     if name.endswith(".weight"):
         stem = name.removesuffix("weight")
         return f"{stem}qweight", f"{stem}weight_scale"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,58 +13,22 @@ from moec.analysis.verify.reference import SHAKE
 from moec.compiler import ops
 from moec.compiler.ops.cached_attention import cached_attention
 from moec.compiler.program import LazyWeight, Program
-from moec.compiler.quant import QuantizedTensor
-
-_CODES = re.compile(r"^(?P<stem>.*?)[._]?qweight$")
-
-
-def quantized_weights(program: Program) -> dict[str, tuple[str, str]]:
-    """Name of the float weight -> (codes, scales) names, by the naming of released checkpoints."""
-    found = {}
-    for name in program.weights:
-        match = _CODES.match(name)
-        if match is None:
-            continue
-        stem, dotted = match["stem"], name.endswith(".qweight")
-        scales = f"{stem}.weight_scale" if dotted else f"{stem}_scale"
-        float_names = (f"{stem}.weight",) if dotted else (f"{stem}_proj", stem)
-        for float_name in float_names:
-            if scales in program.weights:
-                found[float_name] = (name, scales)
-    return found
+from moec.compiler.weights import QuantizedWeight
 
 
 def with_weights_of(before: Program, after: Program) -> Program:
     """`before` with the dequantized codes of `after` in the place of each weight that `after` quantized."""
-    pairs = quantized_weights(after)
     replaced = dict(before.weights)
     for name, weight in before.weights.items():
-        if name in after.weights or name not in pairs:
+        held = after.quantized.get(name)
+        if held is None or name in after.weights or held.codes not in after.weights:
             continue
-        codes, scales = (after.weights[n] for n in pairs[name])
-        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(codes, scales, weight))
+        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(held, after, weight.dtype))
     return replace(before, weights=replaced)
 
 
-def _dequantizer(codes: LazyWeight, scales: LazyWeight, weight: LazyWeight) -> Any:
-    def load() -> torch.Tensor:
-        q, s = codes.load(), scales.load()
-        bits = 4 if q.dtype == torch.uint8 else 8
-        width = q.shape[-1] * (2 if bits == 4 else 1)
-        return as_stored(QuantizedTensor(q, s, bits, width // s.shape[-1]).dequantize(weight.dtype), weight)
-
-    return load
-
-
-def as_stored(value: torch.Tensor, weight: LazyWeight) -> torch.Tensor:
-    """Dequantized codes in the layout of the float weight: codes grouped along its other dimension lie transposed."""
-    turned = value.transpose(-1, -2) if value.dim() >= 2 else value
-    if tuple(value.shape) != tuple(weight.shape):
-        return turned if tuple(turned.shape) == tuple(weight.shape) else value.reshape(weight.shape)
-    if tuple(turned.shape) != tuple(weight.shape):
-        return value
-    original = weight.load()  # a square weight shows by its values how it lies
-    return turned if (turned - original).square().sum() < (value - original).square().sum() else value
+def _dequantizer(held: QuantizedWeight, program: Program, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: held.dequantize(program.weights, dtype)
 
 
 def unrounded_operators() -> dict[Any, Override]:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import torch
 
-from moec.analysis.verify.rounding import quantized_weights
 from moec.compiler import ops
 from moec.compiler.program import Program, Role
 
@@ -64,7 +63,7 @@ def logical_elements(program: Program, folded: Collection[str] = ()) -> dict[Rol
     """
     counts: dict[Role, int] = {}
     read = {program.weight_of(n) for n in program.graph.nodes if n.op == "placeholder" and n.users}
-    scales = {s for _, s in quantized_weights(program).values()}
+    scales = {name for held in program.quantized.values() for name in held.tensors[1:]}
     for name, weight in program.weights.items():
         role = program.roles.get(name, Role.OTHER)
         if name in scales or name in folded or name not in read or role in (Role.CACHE, Role.CONSTANT):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from moec.compiler.spec.methods import method_names
 from moec.compiler.spec.strict import Fault, Section
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Quantization(Section):
 
     weights: WeightType = Field(description="type of every weight matrix that no override below names")
     group_size: Literal[32, 64, 128, 256] = Field(default=32, description="elements that share one scale")
+    method: str = Field(default="rtn", description="how codes are computed: round to nearest, or another method")
     activations: Literal["int8", "fp32"] = Field(default="int8", description="dynamic, one scale per token")
     kv_cache: Literal["int8", "fp32"] = Field(default="int8", description="one scale per token and KV head")
     router: Literal["fp32"] = Field(default="fp32", description="always fp32; written out for the reader")
@@ -89,6 +91,10 @@ class Quantization(Section):
         router = raw.get("router", "fp32")
         if router != "fp32":
             yield Fault(("router",), "the router is always fp32: an integer router changes which experts are selected")
+        method = raw.get("method", "rtn")
+        if isinstance(method, str) and method not in method_names():
+            known = ", ".join(method_names())
+            yield Fault(("method",), f"there is no quantization method {method!r}; known here: {known}")
 
     def _override(self, role: str) -> RoleQuantization | None:
         return {

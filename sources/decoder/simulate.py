@@ -23,12 +23,8 @@ from moec.compiler.errors import RunError
 from moec.compiler.ops.fused_moe_q import linear_out_groups
 from moec.compiler.ops.linear_q import linear_in_groups
 from moec.compiler.program import LazyWeight, Role
-from moec.compiler.quant import (
-    QuantizedTensor,
-    fake_quantize_rows,
-    fake_quantize_rows_asymmetric,
-    quantize_for,
-)
+from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, fake_quantize_rows_asymmetric
+from moec.compiler.quantizer import codes_of
 from moec.compiler.spec.model import DecoderConfig, Quantization
 from moec.sources.decoder.decoder import apply_rope
 from moec.sources.decoder.layout import moe_layers, weight_layout
@@ -168,7 +164,7 @@ class Reference:
         if scheme is None:
             weight = self._weights[name].load()
             return Matrix(weight, in_out=stacked, int8_activations=False)
-        weight = quantize_for(self._weights[name], scheme, layout="in_out" if stacked else "out_in", name=name)
+        weight = codes_of(self._weights[name], scheme, orientation="in_out" if stacked else "out_in", name=name)
         if delegated:
             weight = _bfloat16_scales(weight)
         in_out = stacked and scheme.axis == "out"

@@ -89,7 +89,7 @@ def test_weights_are_the_files(tmp_path: Path, model: dict[str, Any], qat: bool)
             assert torch.equal(value, theirs[name].float())
             continue
         codes, scales = (theirs[part] for part in packed_names(name))
-        stored = lazy.stored()
+        stored = lazy.stored.load()
         assert torch.equal(stored.codes, codes)
         assert torch.equal(stored.scales, scales)
         by_hand = unpack_int4(codes).float() * scales.float().repeat_interleave(32, -1)
@@ -163,9 +163,9 @@ def test_stored_codes_are_views_and_may_be_written_without_harm(tmp_path: Path) 
     before = (folder / "model.safetensors").read_bytes()
     stored = open_store(folder, spec_of().model)["model.embed_tokens.weight"].stored
     assert stored is not None
-    stored().codes.zero_()  # a private page, not the file
+    stored.load().codes.zero_()  # a private page, not the file
     assert (folder / "model.safetensors").read_bytes() == before
-    assert stored().codes.any()
+    assert stored.load().codes.any()
 
 
 def test_unaligned_tensors(tmp_path: Path) -> None:
@@ -331,8 +331,10 @@ def test_packed_is_the_quantized_float_checkpoint(tmp_path: Path) -> None:
         stored = packed[name].stored
         if stored is not None:
             expected = quantize_weight(floats[name].load(), bits=4, group_size=32)
-            torch.testing.assert_close(stored().scales.float(), expected.scales.float(), rtol=2**-8 + 2**-10, atol=1e-7)
-            assert float((stored().unpacked() != expected.unpacked()).float().mean()) < 0.05
+            torch.testing.assert_close(
+                stored.load().scales.float(), expected.scales.float(), rtol=2**-8 + 2**-10, atol=1e-7
+            )
+            assert float((stored.load().unpacked() != expected.unpacked()).float().mean()) < 0.05
 
 
 def test_a_good_checkpoint_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ from moec.compiler.quant import (
     fake_quantize_rows,
     fake_quantize_rows_asymmetric,
     pack_int4,
-    quantize_for,
     quantize_rows,
     quantize_weight,
     unpack_int4,
 )
+from moec.compiler.quantizer import codes_of
 from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.weights import CodeFormat, StoredCodes
 
 quick = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
@@ -31,8 +32,12 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def held(stored: QuantizedTensor) -> StoredCodes:
+    return StoredCodes(CodeFormat(stored.bits, stored.group_size), lambda: stored)
+
+
 def lazy(w: torch.Tensor, stored: QuantizedTensor | None = None) -> LazyWeight:
-    return LazyWeight(tuple(w.shape), torch.float32, lambda: w, (lambda: stored) if stored else None)
+    return LazyWeight(tuple(w.shape), torch.float32, lambda: w, held(stored) if stored else None)
 
 
 def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
@@ -130,8 +135,8 @@ def test_stored_codes_are_carried(seed: int, layout: str, bits: int) -> None:
     def never() -> torch.Tensor:
         raise AssertionError("stored codes must not be dequantized")
 
-    weight = LazyWeight((3, 64, 96), torch.float32, never, lambda: stored)
-    result = quantize_for(weight, WeightScheme(bits, 32, axis), layout=layout)
+    weight = LazyWeight((3, 64, 96), torch.float32, never, held(stored))
+    result = codes_of(weight, WeightScheme(bits, 32, axis), orientation=layout)
     assert result.codes.data_ptr() == stored.codes.data_ptr()
     assert result.scales.data_ptr() == stored.scales.data_ptr()
 
@@ -143,15 +148,15 @@ def test_another_scheme_is_refused(scheme: WeightScheme) -> None:
     w = random(0, 3, 64, 64)
     weight = lazy(w, quantize_weight(w, bits=4, group_size=32))
     with pytest.raises(CompileError, match=r"^experts: the checkpoint holds INT4 codes in groups of 32 along out"):
-        quantize_for(weight, scheme, layout="in_out", name="experts")
+        codes_of(weight, scheme, orientation="in_out", name="experts")
 
 
 @quick
 @given(seeds, st.sampled_from([4, 8]))
 def test_both_axes_of_float_experts(seed: int, bits: int) -> None:
     w_EKN = random(seed, 2, 64, 96)
-    along_out = quantize_for(lazy(w_EKN), WeightScheme(bits, 32, "out"), layout="in_out")
-    along_in = quantize_for(lazy(w_EKN), WeightScheme(bits, 32, "in"), layout="in_out")
+    along_out = codes_of(lazy(w_EKN), WeightScheme(bits, 32, "out"), orientation="in_out")
+    along_in = codes_of(lazy(w_EKN), WeightScheme(bits, 32, "in"), orientation="in_out")
     assert along_out.shape == (2, 64, 96)
     assert along_in.shape == (2, 96, 64)
     assert along_in.scales.shape == (2, 96, 2)
@@ -159,15 +164,15 @@ def test_both_axes_of_float_experts(seed: int, bits: int) -> None:
     bound = float(step) * (0.5 + 2 ** (bits - 1 - 11))  # half a step; the float16 scale is off by up to 2^-11 of |w|
     for dense in (along_out.dequantize(), along_in.dequantize().transpose(1, 2)):
         assert float((dense - w_EKN).abs().max()) <= bound
-    linear = quantize_for(lazy(w_EKN), WeightScheme(bits, 32, "in"))
+    linear = codes_of(lazy(w_EKN), WeightScheme(bits, 32, "in"))
     assert same(linear, along_out)
 
 
 def test_group_size_must_divide() -> None:
     with pytest.raises(CompileError, match=r"w1: 48 features along in are not a multiple of the group size 32"):
-        quantize_for(lazy(torch.zeros(4, 48)), WeightScheme(4, 32), name="w1")
+        codes_of(lazy(torch.zeros(4, 48)), WeightScheme(4, 32), name="w1")
     with pytest.raises(CompileError, match=r"w1: cannot quantize"):
-        quantize_for(lazy(torch.full((4, 32), float("nan"))), WeightScheme(4, 32), name="w1")
+        codes_of(lazy(torch.full((4, 32), float("nan"))), WeightScheme(4, 32), name="w1")
 
 
 @quick

@@ -18,6 +18,7 @@ from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program, Role, Stage
 from moec.compiler.quant import QuantizedTensor, quantize_weight
 from moec.compiler.spec.quantization import Quantization
+from moec.compiler.weights import CodeFormat, StoredCodes
 from moec.passes.pipelines import fusion
 from moec.passes.quantize_weights import quantize_weights
 from tests.harness import CALLS, VOCABULARY, check_golden, export_toy, run
@@ -167,7 +168,9 @@ def _stored(names: set[str], *, bits: int = 4, group: int = 32) -> tuple[Callabl
         codes = torch.randint(low, high, (*lead, width // per), generator=generator).to(kind)
         scales = (0.01 + torch.rand((*lead, width // group), generator=generator)).to(torch.float16)
         tensor = held[name] = QuantizedTensor(codes, scales, bits, group)
-        return LazyWeight(weight.shape, weight.dtype, tensor.dequantize, lambda: tensor)
+        return LazyWeight(
+            weight.shape, weight.dtype, tensor.dequantize, StoredCodes(CodeFormat(bits, group), lambda: tensor)
+        )
 
     return change, held
 
@@ -189,6 +192,43 @@ def test_stored_codes_are_carried_bit_for_bit(float_program: Program, bits: int)
         assert torch.equal(codes.load(), held[name].codes)
         assert torch.equal(scales.load(), held[name].scales)
         assert (codes.dtype, scales.dtype) == (held[name].codes.dtype, torch.float16)
+
+
+def test_every_quantized_weight_is_an_object(float_program: Program) -> None:
+    """Names, orientation and origin are said, and the codes stand for the weight within half a step of Eq. 6."""
+    change, held = _stored({"dense.weight"})
+    done = quantized(with_weights(float_program, change), expert_group_axis="in")
+    assert set(done.quantized) == MATRICES
+    for name, weight in done.quantized.items():
+        original = float_program.weights[name].load()
+        assert all(t in done.weights for t in weight.tensors)
+        assert weight.shape == tuple(original.shape)
+        assert (weight.group_axis, weight.orientation) == ("in", "out_in")
+        assert weight.transposed == (name in ("w13", "w2"))
+        value = weight.dequantize(done.weights)
+        if name == "dense.weight":
+            assert str(weight.provenance) == "carried: checkpoint"
+            assert torch.equal(value, held[name].dequantize())
+        else:
+            assert str(weight.provenance) == "computed: rtn"
+            step = original.abs().max() / 7.5  # half a step, and the float16 scale is off by up to 2^-11 of |w|
+            assert (value - original).abs().max() <= step * (0.5 + 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("bits", "zeros", "message"), [(4, True, "INT4 codes with zero points"), (3, False, "INT3 codes")]
+)
+def test_formats_that_no_operator_reads_are_refused(
+    float_program: Program, bits: int, zeros: bool, message: str
+) -> None:
+    """They can be represented, and are never rounded again without a word."""
+
+    def change(name: str, weight: LazyWeight) -> LazyWeight:
+        codes = StoredCodes(CodeFormat(bits, 32, zeros), lambda: pytest.fail("read"))
+        return replace(weight, stored=codes) if name == "dense.weight" else weight
+
+    with pytest.raises(CompileError, match=f"dense.weight: the checkpoint holds {message} in groups of 32"):
+        quantized(with_weights(float_program, change))
 
 
 def test_stored_gate_and_up_are_stacked_as_codes() -> None:
@@ -216,16 +256,14 @@ def test_other_stored_codes_are_never_rounded_again(
     float_program: Program, options: dict[str, Any], stored: dict[str, Any], message: str
 ) -> None:
     change, _ = _stored({"dense.weight"}, **stored)
-    done = quantized(with_weights(float_program, change), **options)
     with pytest.raises(CompileError, match=message):
-        done.weights["dense.qweight"].load()
+        quantized(with_weights(float_program, change), **options)
 
 
 def test_stored_experts_of_the_other_axis_are_refused(float_program: Program) -> None:
     change, _ = _stored({"w13"})
-    done = quantized(with_weights(float_program, change), expert_group_axis="in")
     with pytest.raises(CompileError, match="along out, the spec asks for INT4 in groups of 32 along in"):
-        done.weights["w13_qweight"].load()
+        quantized(with_weights(float_program, change), expert_group_axis="in")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_block_by_hand(tmp_path: Path) -> None:
     def codes(name: str, expert: int | None = None) -> QuantizedTensor:
         stored = store[f"model.layers.1.feed_forward.{name}"].stored
         assert stored is not None
-        w = stored()
+        w = stored.load()
         return w if expert is None else QuantizedTensor(w.codes[expert], w.scales[expert], 4, 32)
 
     def silu(v: np.ndarray) -> np.ndarray:
@@ -158,7 +158,7 @@ def test_roles_that_xnnpack_serves(tmp_path: Path) -> None:
     reference = Reference(config, store, scheme(), xnnpack_roles=[Role.SHARED])
     stored = store["model.layers.0.feed_forward.shared_expert.up_proj.weight"].stored
     assert stored is not None
-    codes = stored()
+    codes = stored.load()
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)) + 1.0
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 255

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from moec.analysis.verify.rounding import as_stored, quantized_weights
 from moec.compiler import build
 from moec.compiler.pipeline import run_passes
-from moec.compiler.program import LazyWeight, Program
-from moec.compiler.quant import QuantizedTensor
+from moec.compiler.program import Program
 from moec.compiler.spec import Spec, load_spec
 from moec.passes.pipelines import pipeline
 from moec.sources.random_checkpoint import SPREAD, save_random
@@ -59,11 +57,8 @@ def eager_with_codes(folder: Path, program: Program) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     own = dict(model.named_parameters(remove_duplicate=False))
     replaced = set()
-    for name, (codes_name, scales_name) in quantized_weights(program).items():
-        codes, scales = program.weights[codes_name].load(), program.weights[scales_name].load()
-        bits = 4 if codes.dtype == torch.uint8 else 8
-        width = codes.shape[-1] * (2 if bits == 4 else 1)
-        value = QuantizedTensor(codes, scales, bits, width // scales.shape[-1]).dequantize(torch.float32)
+    for name, held in program.quantized.items():
+        value = held.dequantize(program.weights)
         key = name.removeprefix("model.")
         if key in own:
             targets, values = [key], [value]
@@ -74,10 +69,9 @@ def eager_with_codes(folder: Path, program: Program) -> Any:
             continue
         with torch.no_grad():
             for target, part in zip(targets, values, strict=True):
-                stored = LazyWeight(tuple(own[target].shape), torch.float32, own[target].detach().clone)
-                own[target].copy_(as_stored(part, stored))
-                replaced.add(codes_name)
-    left = {codes for codes, _ in quantized_weights(program).values()} - replaced
+                own[target].copy_(part)
+                replaced.add(name)
+    left = set(program.quantized) - replaced
     assert not left, f"codes that no weight of the model has: {left}"
     return model
 

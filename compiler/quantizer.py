@@ -1,0 +1,169 @@
+"""What a method of quantization is, where methods are found, and the codes of one weight by a method.
+
+A method is a file in `compiler/quantizers/` that holds `QUANTIZER`, or an entry point of the group `moec.quantizers`
+whose value is such an object. Nothing lists them. Its name is what a spec says: `quantization: {method: rtn}`.
+
+Shape suffixes: N rows (outputs), K reduction (inputs), T tokens; R, L rows and columns of the stored codes, whose
+groups lie along L.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from functools import cache
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import CompileError, UserError
+from moec.compiler.quant import QuantizedTensor
+from moec.compiler.spec.methods import GROUP, PACKAGE, method_names, own_methods
+from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.weights import CodeFormat, LazyWeight, Orientation, StoredCodes, filled
+
+
+class Inputs:
+    """What calibration has seen of the inputs of one weight (or one expert): tokens, and the energy of each input.
+
+    tokens: rows seen; forced: how many of them the router did not send here. energy_K: sum of squares, float64.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.tokens = self.forced = 0
+        self.energy_K = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x_TK: Tensor, *, forced: bool = False) -> None:
+        """Rows of inputs, float32."""
+        self.tokens += x_TK.shape[0]
+        self.forced += x_TK.shape[0] if forced else 0
+        self.energy_K += x_TK.square().sum(0, dtype=torch.float64)
+
+
+class Moments(Inputs):
+    """With the second moments of the inputs: moments_KK = sum x x^T, float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.moments_KK = torch.zeros(width, width)
+
+    def add(self, x_TK: Tensor, *, forced: bool = False) -> None:
+        super().add(x_TK, forced=forced)
+        self.moments_KK.addmm_(x_TK.t(), x_TK)
+
+
+class Quantizer(ABC):
+    """A method: from floats to codes of a given scheme.
+
+    observes: what it must know of a weight's inputs. With a class here, the model is run on calibration text and every
+    weight (every expert) gets an object of it; None needs no text.
+    balances: whether channels are scaled before (see `analysis/calibration/balance.py`), where that is exact.
+    """
+
+    observes: ClassVar[type[Inputs] | None] = None
+    balances: ClassVar[bool] = False
+
+    @abstractmethod
+    def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
+        """Codes of one matrix, float32 [R, L], in groups along L.
+
+        L is the reduction when `scheme.axis` is `in`, else the outputs (then R is the reduction). `inputs` describes
+        the reduction; it is None when the method observes nothing.
+        """
+
+
+@cache
+def find_quantizer(name: str) -> Quantizer:
+    """The method called `name`. UserError if there is none, or if that of another distribution cannot be used."""
+    if name in own_methods():
+        found: Quantizer = importlib.import_module(f"{PACKAGE}.{name}").QUANTIZER
+        return found
+    point = next((p for p in entry_points(group=GROUP) if p.name == name), None)
+    if point is None:
+        known = ", ".join(method_names())
+        raise UserError(f"there is no quantization method {name!r}", remedy=f"known here: {known}")
+    owner = point.dist.name if point.dist is not None else "an unknown distribution"
+    place, remedy = f"entry point {GROUP}: {name}", f"repair or uninstall {owner}"
+    try:
+        loaded = point.load()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{point.value} of {owner} failed: {lines[0][:200]}", place=place, remedy=remedy) from error
+    if not isinstance(loaded, Quantizer):
+        what = f"{point.value} of {owner} is {type(loaded).__name__}, not a Quantizer"
+        raise UserError(what, place=place, remedy=remedy)
+    return loaded
+
+
+def last_axis(orientation: Orientation) -> str:
+    """What lies along the last dimension of a weight: its reduction (`in`) or its outputs (`out`)."""
+    return "in" if orientation == "out_in" else "out"
+
+
+def check_stored(stored: StoredCodes, scheme: WeightScheme, orientation: Orientation, name: str | None) -> None:
+    """CompileError unless `stored` is what `scheme` wants.
+
+    Quantizing a quantized weight again loses what its training was for, and is never done silently.
+    """
+    along = last_axis(orientation) if not stored.transposed else "out" if orientation == "out_in" else "in"
+    wanted = CodeFormat(scheme.bits, scheme.group_size)
+    if (stored.format, along) == (wanted, scheme.axis):
+        return
+    raise CompileError(
+        f"the checkpoint holds {stored.format} along {along}, "
+        f"the spec asks for INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
+        place=name,
+        remedy="make the spec's quantization the checkpoint's, or compile from the Base or SFT checkpoint",
+    )
+
+
+def check_width(shape: tuple[int, ...], scheme: WeightScheme, orientation: Orientation, name: str | None) -> None:
+    """CompileError unless the features along the scheme's axis are whole groups."""
+    width = shape[-1] if last_axis(orientation) == scheme.axis else shape[-2]
+    if width % scheme.group_size:
+        raise CompileError(
+            f"{width} features along {scheme.axis} are not a multiple of the group size {scheme.group_size}",
+            place=name,
+            remedy="choose another group_size for this role",
+        )
+
+
+def codes_of(
+    weight: LazyWeight,
+    scheme: WeightScheme,
+    *,
+    orientation: Orientation = "out_in",
+    name: str | None = None,
+    method: str = "rtn",
+) -> QuantizedTensor:
+    """The codes and scales of `weight` under `scheme`: those that it has, or new ones by `method` where it has none.
+
+    Groups lie along the last dimension of the result, so the result is transposed in its last two dimensions where
+    `scheme.axis` is the other one ([E, N, K] of experts [E, K, N] that are grouped along in).
+
+    CompileError for codes of another scheme, for a width that is not a multiple of the group size, and for a method
+    that needs calibration.
+    """
+    if weight.stored is not None:
+        check_stored(weight.stored, scheme, orientation, name)
+        return weight.stored.load()
+    check_width(weight.shape, scheme, orientation, name)
+    quantizer = find_quantizer(method)
+    if quantizer.observes is not None:
+        raise CompileError(f"the method {method} needs inputs of this weight, and nothing calibrated it", place=name)
+    w = weight.load()
+    if last_axis(orientation) != scheme.axis:
+        w = w.transpose(-1, -2)
+    try:
+        return quantize_matrices(quantizer, w, scheme)
+    except CompileError as error:
+        raise CompileError(error.message, place=name, remedy=error.remedy) from None
+
+
+def quantize_matrices(quantizer: Quantizer, w: Tensor, scheme: WeightScheme) -> QuantizedTensor:
+    """[R, L], or [E, R, L] expert by expert."""
+    if w.dim() == 2:
+        return quantizer.quantize(w, scheme, None)
+    return filled(len(w), (quantizer.quantize(matrix, scheme, None) for matrix in w))
