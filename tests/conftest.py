@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,26 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
     assert err.endswith("\n")
     assert err.count("\n") == 1, err
     assert all(part in err for part in parts), err
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder, its weights taken off their 4-bit grid (bench/real_model.py)."""
+    return _real_model(jitter=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_on_grid() -> Path:
+    """The same with exactly the values that its GGUF file holds."""
+    return _real_model(jitter=False)
+
+
+def _real_model(*, jitter: bool) -> Path:
+    for module in ("gguf", "accelerate", "transformers"):
+        pytest.importorskip(module, reason=f"reading a GGUF file needs {module}: pip install 'moec[quality]'")
+    from bench import real_model
+
+    try:
+        return real_model.transformers_folder(jitter=jitter)
+    except real_model.NotReached as error:
+        pytest.skip(f"the weights of a real model are not here and cannot be fetched: {error}")
