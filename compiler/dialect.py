@@ -7,20 +7,17 @@ router of every such node is FP32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moec.compiler.errors import CompileError
+from moec.compiler.ops.moe_call import MoeCall
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from moec.compiler.program import Program
-
-# operators by name: the dialect must not import the packages that register them
-FUSED = {"moec::fused_moe", "moec::fused_moe_q", "moec::fused_moe_packed"}
-ROUTER_OPERANDS = (1, 2)  # router_input, router_weight: the same places in all three
 
 
 def check_dialect(program: Program, *, after: str) -> None:
@@ -32,8 +29,8 @@ def check_dialect(program: Program, *, after: str) -> None:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             _check_expert_weight(program, node, after)
-        elif _operator(node) in FUSED:
-            _check_router(node, after)
+        elif (moe := MoeCall[Any].find(node)) is not None:
+            _check_router(node, moe, after)
         elif _operator(node) == "aten::topk":
             _refuse_topk(node, after)
         elif picks_rows(node):
@@ -56,7 +53,7 @@ def _check_expert_weight(program: Program, node: Node, after: str) -> None:
         # a weight [E, ., .] that is no filter of a convolution belongs to experts, whatever its role says
         cube = len(program.weights[name].shape) == 3 and program.roles.get(name) not in (Role.CACHE, Role.CONSTANT)
         unfused = cube and user.op == "call_function" and "conv" not in _operator(user)
-        if (stacked or unfused) and _operator(user) not in FUSED:
+        if (stacked or unfused) and MoeCall.find(user) is None:
             raise CompileError(
                 f"after {after} the experts {name} are read by {user.name} ({user.target}): "
                 "this MoE block was not fused",
@@ -93,14 +90,13 @@ def _refuse_rows(node: Node, after: str) -> None:
     )
 
 
-def _check_router(node: Node, after: str) -> None:
+def _check_router(node: Node, moe: MoeCall[Any], after: str) -> None:
     from moec.compiler.program import module_path
 
-    for index in ROUTER_OPERANDS:
-        operand = node.args[index]
-        if operand.meta["val"].dtype != torch.float32:  # type: ignore[union-attr]
+    for operand in (moe.router_input, moe.router_weight):
+        if operand.meta["val"].dtype != torch.float32:
             raise CompileError(
-                f"after {after} the router operand {operand.name} is not float32",  # type: ignore[union-attr]
+                f"after {after} the router operand {operand.name} is not float32",
                 place=module_path(node) or node.name,
                 remedy="keep the router in float32",
             )

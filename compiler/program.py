@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
 
+from moec.compiler.ops.call import NAMESPACE, Call
 from moec.compiler.weights import LazyWeight as LazyWeight
 from moec.compiler.weights import QuantizedWeight
 
@@ -100,7 +101,8 @@ class Program:
         return program_text(self)
 
     def digest(self) -> str:
-        return hashlib.sha256(self.text().encode()).hexdigest()[:16]
+        """Of the graph, whatever its operands are called."""
+        return hashlib.sha256(program_text(self, names=False).encode()).hexdigest()[:16]
 
 
 class Editor:
@@ -171,6 +173,10 @@ class Editor:
         if like is not None:
             node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
         return node
+
+    def emit(self, call: Call[Any], like: Node | None = None) -> Node:
+        """A new node for a call of one of our operators, at the current insertion point."""
+        return self.call(call.op, *call.arguments(), like=like)
 
     def mutations_of(self, value: Node) -> list[str | None]:
         """The buffers whose new content `value` is, by name; None for each time that it is a result of the program."""
@@ -337,29 +343,48 @@ def _type_text(value: object) -> str:
     return type(value).__name__
 
 
-def program_text(program: Program) -> str:
-    """Stable text: no addresses; values are numbered in order and symbols renamed, so equal graphs print equally."""
-    names: dict[Node, str] = {}
+def program_text(program: Program, *, names: bool = True) -> str:
+    """Stable text: no addresses; values are numbered in order and symbols renamed, so equal graphs print equally.
+
+    `names`: calls of our own operators name their operands, and leave out those that are absent.
+    """
+    values: dict[Node, str] = {}
     weights = weight_names(program.exported)
     lines = [f"program {program.info.name} stage={program.stage.name}"]
     counter = 0
     for node in program.graph.nodes:
         if node.op == "placeholder":
             weight = weights.get(node.name)
-            names[node] = f"@{weight}" if weight else f"%{node.name}"
+            values[node] = f"@{weight}" if weight else f"%{node.name}"
             role = f" role={program.roles[weight].value}" if weight is not None and weight in program.roles else ""
-            lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))}{role}")
+            lines.append(f"  {values[node]}: {_type_text(node.meta.get('val'))}{role}")
             continue
-        args = [_format(a, names) for a in node.args] + [f"{k}={_format(v, names)}" for k, v in node.kwargs.items()]
+        args = _arguments(node, values) if names else []
+        if not args:
+            args = [_format(a, values) for a in node.args]
+            args += [f"{k}={_format(v, values)}" for k, v in node.kwargs.items()]
         if node.op == "output":
             lines.append(f"  return {', '.join(args)}")
             continue
-        names[node] = f"%{counter}"
+        values[node] = f"%{counter}"
         counter += 1
         plain = callable(node.target) and not hasattr(node.target, "_schema")
         target = node.target.__name__ if plain else str(node.target)
-        lines.append(f"  {names[node]}: {_type_text(node.meta.get('val'))} = {target}({', '.join(args)})")
+        lines.append(f"  {values[node]}: {_type_text(node.meta.get('val'))} = {target}({', '.join(args)})")
     return _rename_symbols("\n".join(lines)) + "\n"
+
+
+def _arguments(node: Node, values: Mapping[Node, str]) -> list[str]:
+    """`name=value` for each argument of a call of ours that is there; [] for other operators."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or getattr(node.target, "namespace", "") != NAMESPACE:
+        return []
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return [
+        f"{name}={value!r}" if isinstance(value, str) else f"{name}={_format(value, values)}"
+        for name, value in given.items()
+        if value is not None
+    ]
 
 
 def _rename_symbols(text: str) -> str:

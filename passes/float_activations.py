@@ -6,7 +6,11 @@ dropped, which is closer to the float model than what the spec asks for. The wei
 
 from __future__ import annotations
 
-from moec.compiler.ops import fused_moe_q, linear_q
+from dataclasses import replace
+
+from torch.fx import Node
+
+from moec.compiler.ops import FusedMoeQ, LinearQ, fused_moe_q, linear_q
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
 
@@ -22,7 +26,8 @@ def _run(program: Program) -> PassResult:
     edit = program.edit()
     changed = 0
     for node in edit.graph.nodes:
-        if node.target in QUANTIZED and node.args[-1] is True:
-            node.args = (*node.args[:-1], False)
+        call: FusedMoeQ[Node] | LinearQ[Node] | None = FusedMoeQ[Node].find(node) or LinearQ[Node].find(node)
+        if call is not None and call.int8_activations:
+            node.args = replace(call, int8_activations=False).arguments()
             changed += 1
     return PassResult(edit.done(stage=Stage.LEGAL), changed)

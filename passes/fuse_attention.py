@@ -16,7 +16,7 @@ from torch.fx import Node
 from moec.compiler.export import zeros
 from moec.compiler.matching.evaluate import PositionEvaluator, is_positions, sample_calls, window_of_mask
 from moec.compiler.matching.read import VIEWS, Stuck, arg, dim_of, is_op, same_size, shape, static, value
-from moec.compiler.ops import cached_attention
+from moec.compiler.ops import CachedAttention
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Role, Stage
 
@@ -107,8 +107,17 @@ class _Fuser:
             rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
             for cache in (keys, values):
                 self._own_cache(cache)
-            operands = (query, *rows, keys.buffer, values.buffer, self._start, scale, window)
-            fused = edit.call(cached_attention, *operands, like=node)
+            call = CachedAttention(
+                q=query,
+                k=rows[0],
+                v=rows[1],
+                k_cache=keys.buffer,
+                v_cache=values.buffer,
+                start_pos=self._start,
+                scale=scale,
+                window=window,
+            )
+            fused = edit.emit(call, like=node)
         for cache in (keys, values):
             edit.drop_mutation(cache.write)
         end.replace_all_uses_with(fused)

@@ -27,7 +27,7 @@ from moec.compiler.matching.moe import (
     read_shared,
 )
 from moec.compiler.matching.read import Stuck, aten, is_op
-from moec.compiler.ops import fused_moe
+from moec.compiler.ops import FusedMoe
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, writes
 from moec.compiler.weights import joined_codes, stacked_codes
@@ -112,25 +112,24 @@ def _rewrite(edit: Editor, block: MoeBlock) -> None:
     if block.up is not None:
         w13 = _joined_experts(edit, w13, block.up, block.experts.layout)
     with edit.graph.inserting_before(block.end):
-        fused = edit.call(
-            fused_moe,
-            block.x,
-            block.router_input,
-            router_weight,
-            block.router_bias,
-            selection_bias,
-            w13,
-            b13,
-            w2,
-            b2,
-            shared_w13,
-            shared_w2,
-            None if block.shared is None else block.shared.scale_weight,
-            block.top_k,
-            str(block.routing),
-            str(block.experts),
-            like=block.end,
+        call = FusedMoe(
+            x=block.x,
+            router_input=block.router_input,
+            router_weight=router_weight,
+            router_bias=block.router_bias,
+            selection_bias=selection_bias,
+            w13=w13,
+            b13=b13,
+            w2=w2,
+            b2=b2,
+            shared_w13=shared_w13,
+            shared_w2=shared_w2,
+            shared_gate=None if block.shared is None else block.shared.scale_weight,
+            top_k=block.top_k,
+            routing=str(block.routing),
+            experts=str(block.experts),
         )
+        fused = edit.emit(call, like=block.end)
         for view in block.views:
             fused = edit.call(view.target, fused, *view.args[1:], like=view, **view.kwargs)
     block.end.replace_all_uses_with(fused)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from moec.compiler.matching.read import arg, binary, dim_of, is_op, only_user, rank, shape, with_scalar
-from moec.compiler.ops import rms_norm
+from moec.compiler.ops import RmsNorm
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Role, Stage
 
@@ -73,7 +73,7 @@ def _squared(node: object) -> Node | None:
 
 def _replace(edit: Editor, node: Node, x: Node, weight: Node | None, eps: float) -> None:
     with edit.graph.inserting_before(node):
-        fused = edit.call(rms_norm, x, weight, float(eps), like=node)
+        fused = edit.emit(RmsNorm(x=x, weight=weight, eps=float(eps)), like=node)
     node.replace_all_uses_with(fused)
     edit.graph.erase_node(node)
     name = edit.weight_of(weight) if weight is not None else None

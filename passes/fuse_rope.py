@@ -28,7 +28,7 @@ from moec.compiler.matching.read import (
     unview,
     with_scalar,
 )
-from moec.compiler.ops import rope
+from moec.compiler.ops import Rope
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Stage
 
@@ -68,7 +68,7 @@ def _pairwise(edit: Editor, node: Node) -> int:
         if not all(same_size(shape(t)[0], shape(source)[1]) for t in (c, s)):
             continue
         with edit.graph.inserting_before(end):
-            fused = edit.call(rope, source, c, s, interleaved, like=end)
+            fused = edit.emit(Rope(x=source, cos=c, sin=s, interleaved=interleaved), like=end)
         end.replace_all_uses_with(fused)
         return 1
     return 0
@@ -184,7 +184,7 @@ def _replace_rotate_half(
             source = x.args[0]
         else:
             source = edit.call(aten.transpose.int, x, 1, 2, like=node)
-        turned = edit.call(rope, source, halves[0], halves[1], False, like=node)
+        turned = edit.emit(Rope(x=source, cos=halves[0], sin=halves[1], interleaved=False), like=node)
         back = edit.call(aten.transpose.int, turned, 1, 2, like=node)
     node.replace_all_uses_with(back)
     return 1

@@ -7,9 +7,10 @@ refuses what the dialect would refuse after every later pass, naming the layer.
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import fused_moe
+from moec.compiler.ops import FusedMoe
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Role, Stage, module_path
 
@@ -21,9 +22,10 @@ def pin_router() -> Pass:
 def _run(program: Program) -> PassResult:
     pinned = 0
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target is not fused_moe:
+        moe = FusedMoe[Node].find(node)
+        if moe is None:
             continue
-        for operand in (node.args[1], node.args[2]):
+        for operand in (moe.router_input, moe.router_weight):
             dtype = operand.meta["val"].dtype
             if dtype != torch.float32:
                 raise CompileError(
@@ -31,7 +33,7 @@ def _run(program: Program) -> PassResult:
                     place=module_path(node) or node.name,
                     remedy="keep the router and its input in float32",
                 )
-        name = program.weight_of(node.args[2])
+        name = program.weight_of(moe.router_weight)
         if name is None or program.roles[name] is not Role.ROUTER:
             raise CompileError("the router's weight is not a router by role", place=module_path(node) or node.name)
         pinned += 1

@@ -13,6 +13,7 @@ spec quantizes and no rule here reaches is an error that names it: nothing is le
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -21,9 +22,13 @@ from torch.fx import Node
 from moec.compiler.errors import CompileError
 from moec.compiler.matching.read import arg, aten, is_op
 from moec.compiler.ops import (
-    Experts,
+    CachedAttention,
+    CachedAttentionQ8,
+    EmbeddingQ,
+    FusedMoe,
+    FusedMoeQ,
+    LinearQ,
     cached_attention,
-    cached_attention_q8,
     embedding_q,
     fused_moe,
     fused_moe_q,
@@ -104,10 +109,17 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
         return None
     held = quantized(edit, weight, scheme, "out_in", quantization.method)
     codes, scales = operands(edit, held)
+    call = LinearQ(
+        x=node.args[0],
+        codes=codes,
+        scales=scales,
+        bias=arg(node, 2, "bias"),
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        int8_activations=int8,
+    )
     with edit.graph.inserting_before(node):
-        return edit.call(
-            linear_q, node.args[0], codes, scales, arg(node, 2, "bias"), scheme.bits, scheme.group_size, int8, like=node
-        )
+        return edit.emit(call, like=node)
 
 
 def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | None:
@@ -116,16 +128,15 @@ def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | N
     if scheme is None:
         return None
     codes, scales = operands(edit, quantized(edit, weight, scheme, "out_in", quantization.method))
+    call = EmbeddingQ(ids=node.args[1], codes=codes, scales=scales, bits=scheme.bits, group_size=scheme.group_size)
     with edit.graph.inserting_before(node):
-        return edit.call(embedding_q, node.args[1], codes, scales, scheme.bits, scheme.group_size, like=node)
+        return edit.emit(call, like=node)
 
 
 def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
-    (x, router_input, router, router_bias, bias, w13, b13, w2, b2, shared13, shared2, gate, top_k, routing, text) = (
-        node.args
-    )
+    moe = FusedMoe[Node].of(node)
     scheme = quantization.scheme(Role.EXPERT)
-    shared = quantization.scheme(Role.SHARED) if shared13 is not None else scheme
+    shared = quantization.scheme(Role.SHARED) if moe.has_shared else scheme
     if _storage(scheme) != _storage(shared):
         raise CompileError(
             "routed and shared experts are one operator and must be stored alike (same type and group size)",
@@ -134,23 +145,43 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
         )
     if scheme is None:
         return None
-    experts = Experts.parse(str(text))
-    layout: Orientation = "in_out" if experts.layout == "in_out" else "out_in"
+    layout: Orientation = "in_out" if moe.mlp.layout == "in_out" else "out_in"
     method = quantization.method
-    up, down = quantized(edit, w13, scheme, layout, method), quantized(edit, w2, scheme, layout, method)
-    codes13, scales13 = operands(edit, up)
-    codes2, scales2 = operands(edit, down)
-    packed: list[Node | None] = [None] * 4
-    if isinstance(shared13, Node) and isinstance(shared2, Node):
+    w13, w2 = (quantized(edit, weight, scheme, layout, method) for weight in (moe.w13, moe.w2))
+    w13_codes, w13_scales = operands(edit, w13)
+    w2_codes, w2_scales = operands(edit, w2)
+    up: tuple[Node | None, Node | None] = (None, None)
+    down: tuple[Node | None, Node | None] = (None, None)
+    if moe.shared_w13 is not None and moe.shared_w2 is not None:
         in_groups = WeightScheme(scheme.bits, scheme.group_size, "in")
-        of_shared = [quantized(edit, w, in_groups, "out_in", method) for w in (shared13, shared2)]
-        packed = [node for held in of_shared for node in operands(edit, held)]
-    how = str(Experts(**{**vars(experts), "layout": up.orientation}))
+        of_shared = [quantized(edit, w, in_groups, "out_in", method) for w in (moe.shared_w13, moe.shared_w2)]
+        up, down = (operands(edit, held) for held in of_shared)
+    call = FusedMoeQ(
+        x=moe.x,
+        router_input=moe.router_input,
+        router_weight=moe.router_weight,
+        router_bias=moe.router_bias,
+        selection_bias=moe.selection_bias,
+        w13_codes=w13_codes,
+        w13_scales=w13_scales,
+        b13=moe.b13,
+        w2_codes=w2_codes,
+        w2_scales=w2_scales,
+        b2=moe.b2,
+        shared_w13_codes=up[0],
+        shared_w13_scales=up[1],
+        shared_w2_codes=down[0],
+        shared_w2_scales=down[1],
+        shared_gate=moe.shared_gate,
+        top_k=moe.top_k,
+        routing=moe.routing,
+        experts=str(replace(moe.mlp, layout=w13.orientation)),
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        int8_activations=int8,
+    )
     with edit.graph.inserting_before(node):
-        return edit.call(
-            fused_moe_q, x, router_input, router, router_bias, bias, codes13, scales13, b13, codes2, scales2, b2,
-            *packed, gate, top_k, routing, how, scheme.bits, scheme.group_size, int8, like=node,
-        )  # fmt: skip
+        return edit.emit(call, like=node)
 
 
 def _storage(scheme: WeightScheme | None) -> tuple[int, int] | None:
@@ -236,17 +267,16 @@ class _Pair:
 
 
 def _cache(edit: Editor, node: Node) -> Node:
-    q, k, v, k_cache, v_cache, start_pos, scale, window = node.args
+    attention = CachedAttention[Node].of(node)
     scales = []
-    for cache in (k_cache, v_cache):
+    for cache in (attention.k_cache, attention.v_cache):
         name = str(edit.weight_of(cache))
         shape = edit.weights[name].shape
         edit.retype_weight(name, _zeros(shape, torch.int8))
         scales.append(edit.add_weight(name + "_scale", _zeros(shape[:-1], torch.float32), Role.CACHE, mutable=True))
+    given = {f.name: getattr(attention, f.name) for f in fields(attention)}
     with edit.graph.inserting_before(node):
-        return edit.call(
-            cached_attention_q8, q, k, v, k_cache, v_cache, scales[0], scales[1], start_pos, scale, window, like=node
-        )
+        return edit.emit(CachedAttentionQ8(**given, k_scale=scales[0], v_scale=scales[1]), like=node)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyWeight:

@@ -31,11 +31,7 @@ from moec.analysis.verify.rounding import shaken_operators, unrounded_operators,
 from moec.analysis.verify.structure import has_target_operators, structure_faults
 from moec.analysis.verify.tolerances import Tolerance
 from moec.compiler import ops
-from moec.compiler.ops.attributes import Routing
-from moec.compiler.ops.moe_math import choices, router_logits
 from moec.compiler.program import Program, Stage, module_path
-
-MOE_OPS = (ops.fused_moe, ops.fused_moe_q)
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def selection_gaps_of(node: Node, args: tuple[Any, ...]) -> np.ndarray | None:
         gaps = metrics.selection_gaps(scores.reshape(-1, scores.shape[-1]).double().numpy(), k)
         tokens = int(np.prod(scores.shape[:-1]))
         return gaps if tokens == len(gaps) else None
-    if node.target in MOE_OPS:
+    if ops.RoutedMoe.find(node) is not None:
         scores, k = moe_selection_scores(node, args)
         return metrics.selection_gaps(scores.double().numpy(), k)
     return None
@@ -183,19 +179,8 @@ def selection_gaps_of(node: Node, args: tuple[Any, ...]) -> np.ndarray | None:
 
 def moe_selection_scores(node: Node, args: tuple[Any, ...]) -> tuple[torch.Tensor, int]:
     """What topk sees inside a fused node, float32 [T, E], and k."""
-    named = named_arguments(node, args)
-    logits = router_logits(named["router_input"], named["router_weight"], named["router_bias"])
-    routing = Routing.parse(named["routing"])
-    return choices(logits, named["selection_bias"], routing)[0], int(named["top_k"])
-
-
-def named_arguments(node: Node, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional values by the names of the operator's schema; absent optional ones are None."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    values = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
-    values.update(zip((a.name for a in schema.arguments), args, strict=False))
-    values.update({k: v for k, v in node.kwargs.items() if not isinstance(v, Node)})
-    return values
+    moe: ops.RoutedMoe[torch.Tensor] = type(ops.RoutedMoe.of(node))(*args)
+    return moe.scores(moe.router_input)[0], moe.top_k
 
 
 def _meta_faults(node: Node, value: Any) -> Iterable[str]:

@@ -11,7 +11,6 @@ import torch
 from moec.analysis.verify.interpret import Override
 from moec.analysis.verify.reference import SHAKE
 from moec.compiler import ops
-from moec.compiler.ops.cached_attention import cached_attention
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.weights import QuantizedWeight
 
@@ -35,17 +34,26 @@ def unrounded_operators() -> dict[Any, Override]:
     """The quantized operators with the same codes, in fp32 arithmetic: no rounding of activations or of the cache."""
     caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-        k_scale: torch.Tensor, v_scale: torch.Tensor, start_pos: torch.Tensor, scale: float, window: int,
-    ) -> torch.Tensor:  # fmt: skip
+    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call = ops.CachedAttentionQ8[torch.Tensor](*args, **kwargs)
+
         def empty(cache: torch.Tensor) -> torch.Tensor:
             return torch.zeros(cache.shape, dtype=torch.float32)
 
-        if int(start_pos) == 0 or id(k_cache) not in caches:
-            caches[id(k_cache)] = (empty(k_cache), empty(v_cache))
-        keys, values = caches[id(k_cache)]
-        return cached_attention(q, k, v, keys, values, start_pos, scale, window)
+        place = id(call.k_cache)
+        if int(call.start_pos) == 0 or place not in caches:
+            caches[place] = (empty(call.k_cache), empty(call.v_cache))
+        exact: ops.CachedAttention[torch.Tensor] = ops.CachedAttention(
+            q=call.q,
+            k=call.k,
+            v=call.v,
+            k_cache=caches[place][0],
+            v_cache=caches[place][1],
+            start_pos=call.start_pos,
+            scale=call.scale,
+            window=call.window,
+        )
+        return exact.eager()
 
     return {ops.cached_attention_q8: attention, **float_products()}
 
@@ -53,21 +61,18 @@ def unrounded_operators() -> dict[Any, Override]:
 def float_products() -> dict[Any, Override]:
     """The quantized products with the same codes, in fp32 arithmetic: activations are not rounded, the cache is."""
 
-    def moe(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return ops.fused_moe_q(*args[:-1], False, **kwargs)
+    def unrounded(call: type[ops.FusedMoeQ[Any]] | type[ops.LinearQ[Any]]) -> Override:
+        return lambda *args, **kwargs: replace(call(*args, **kwargs), int8_activations=False).eager()
 
-    def linear(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return ops.linear_q(*args[:-1], False, **kwargs)
-
-    return {ops.fused_moe_q: moe, ops.linear_q: linear}
+    return {call.op: unrounded(call) for call in (ops.FusedMoeQ, ops.LinearQ)}
 
 
 def shaken_operators(shake: float = SHAKE) -> dict[Any, Override]:
     """Norms with noise in the last places: how far a rounding program drifts from itself. See `reference.py`."""
     noise = torch.Generator().manual_seed(0)
 
-    def norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-        y = ops.rms_norm(x, weight, eps)
+    def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y = ops.RmsNorm[torch.Tensor](*args, **kwargs).eager()
         return y * (1 + shake * torch.randn(y.shape, generator=noise))
 
     def plain(

@@ -50,7 +50,7 @@ from moec.compiler.matching.read import (
 )
 from moec.compiler.matching.routing import read_router
 from moec.compiler.ops.attributes import Experts, Routing
-from moec.compiler.ops.fused_moe import check_router
+from moec.compiler.ops.moe_call import check_router
 from moec.compiler.program import Editor
 
 FORWARD_LIMIT = 64  # nodes between gathered weights and the combining sum; fifteen in every spelling seen

@@ -1,21 +1,41 @@
-"""The operators of the fused and quantized stages. Importing this package registers them under `torch.ops.moec`."""
+"""The operators of the fused and quantized stages. Importing this package registers them under `torch.ops.moec`.
+
+Each is a class of `call.py` (`LinearQ`: its operands by name, in a graph or with tensors) and the operator itself
+(`linear_q`, what a node's target is).
+"""
 
 from moec.compiler.ops.attributes import Experts, Routing
-from moec.compiler.ops.cached_attention import cached_attention
-from moec.compiler.ops.cached_attention_q8 import cached_attention_q8
-from moec.compiler.ops.embedding_q import embedding_q
-from moec.compiler.ops.fused_moe import fused_moe
-from moec.compiler.ops.fused_moe_q import fused_moe_q
-from moec.compiler.ops.linear_q import linear_q
-from moec.compiler.ops.rms_norm import rms_norm
-from moec.compiler.ops.rope import rope
+from moec.compiler.ops.cached_attention import AttentionCall, CachedAttention, cached_attention
+from moec.compiler.ops.cached_attention_q8 import CachedAttentionQ8, cached_attention_q8
+from moec.compiler.ops.call import Call, find_call
+from moec.compiler.ops.embedding_q import EmbeddingQ, embedding_q
+from moec.compiler.ops.fused_moe import FusedMoe, fused_moe
+from moec.compiler.ops.fused_moe_q import FusedMoeQ, fused_moe_q
+from moec.compiler.ops.linear_q import LinearQ, linear_q
+from moec.compiler.ops.moe_call import MoeCall, MoeSizes, RoutedMoe
+from moec.compiler.ops.rms_norm import RmsNorm, rms_norm
+from moec.compiler.ops.rope import Rope, rope
 
 __all__ = [
+    "AttentionCall",
+    "CachedAttention",
+    "CachedAttentionQ8",
+    "Call",
+    "EmbeddingQ",
     "Experts",
+    "FusedMoe",
+    "FusedMoeQ",
+    "LinearQ",
+    "MoeCall",
+    "MoeSizes",
+    "RmsNorm",
+    "Rope",
+    "RoutedMoe",
     "Routing",
     "cached_attention",
     "cached_attention_q8",
     "embedding_q",
+    "find_call",
     "fused_moe",
     "fused_moe_q",
     "linear_q",

@@ -6,59 +6,43 @@ Shapes as in cached_attention; caches int8 [1, S, KV, d], scales float32 [1, S, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moec.compiler.ops.cached_attention import attend, check_operands, write_positions
-from moec.compiler.ops.define import define, require
+from moec.compiler.ops.cached_attention import AttentionCall, attend, write_positions
+from moec.compiler.ops.call import V, Written, register, require
 from moec.compiler.quant import quantize_rows
 
 
-def _eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    start_pos: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
-    positions = write_positions("cached_attention_q8", start_pos, q.shape[1], k_cache.shape[1])
-    for value, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        codes, s = quantize_rows(value)
-        cache.index_copy_(1, positions, codes.to(torch.int8))
-        scales.index_copy_(1, positions, s.squeeze(-1))
-    end = int(positions[-1]) + 1
-    keys = k_cache[:, :end].to(torch.float32) * k_scale[:, :end, :, None]
-    values = v_cache[:, :end].to(torch.float32) * v_scale[:, :end, :, None]
-    return attend(q, keys, values, positions, scale, window)
+@dataclass(frozen=True)
+class CachedAttentionQ8(AttentionCall[V]):
+    k_scale: Written[V]
+    v_scale: Written[V]
+    start_pos: V
+    scale: float
+    window: int
+
+    def eager(self: CachedAttentionQ8[Tensor]) -> Tensor:
+        k_cache, v_cache, k_scale, v_scale = self.k_cache, self.v_cache, self.k_scale, self.v_scale
+        positions = write_positions("cached_attention_q8", self.start_pos, self.q.shape[1], k_cache.shape[1])
+        for value, cache, scales in ((self.k, k_cache, k_scale), (self.v, v_cache, v_scale)):
+            codes, s = quantize_rows(value)
+            cache.index_copy_(1, positions, codes.to(torch.int8))
+            scales.index_copy_(1, positions, s.squeeze(-1))
+        end = int(positions[-1]) + 1
+        keys = k_cache[:, :end].to(torch.float32) * k_scale[:, :end, :, None]
+        values = v_cache[:, :end].to(torch.float32) * v_scale[:, :end, :, None]
+        return attend(self.q, keys, values, positions, self.scale, self.window)
+
+    def fake(self: CachedAttentionQ8[Tensor]) -> Tensor:
+        op = "cached_attention_q8"
+        self.check(op, self.window)
+        require(self.k_cache.dtype == self.v_cache.dtype == torch.int8, op, "caches must be int8")
+        for value in (self.k_scale, self.v_scale):
+            require(tuple(value.shape) == tuple(self.k_cache.shape[:3]), op, "scales must be [1, S, KV]")
+        return self.result()
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    start_pos: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
-    check_operands("cached_attention_q8", q, k, v, k_cache, v_cache, window)
-    require(k_cache.dtype == v_cache.dtype == torch.int8, "cached_attention_q8", "caches must be int8")
-    for value in (k_scale, v_scale):
-        require(tuple(value.shape) == tuple(k_cache.shape[:3]), "cached_attention_q8", "scales must be [1, S, KV]")
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
-
-
-cached_attention_q8 = define(
-    "cached_attention_q8(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale, "
-    "Tensor(d!) v_scale, Tensor start_pos, float scale, int window) -> Tensor",
-    _eager,
-    _fake,
-)
+cached_attention_q8 = register("cached_attention_q8", CachedAttentionQ8)

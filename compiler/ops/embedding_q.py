@@ -5,24 +5,31 @@ ids int64 [...]; codes [V, D/2] uint8 (bits 4) or [V, D] int8 (bits 8); scales [
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moec.compiler.ops.define import define
+from moec.compiler.ops.call import Call, V, register
 from moec.compiler.ops.linear_q import check_codes
 from moec.compiler.quant import QuantizedTensor
 
 
-def _eager(ids: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
-    return QuantizedTensor(codes[ids], scales[ids], bits, group_size).dequantize()
+@dataclass(frozen=True)
+class EmbeddingQ(Call[V]):
+    ids: V
+    codes: V
+    scales: V
+    bits: int
+    group_size: int
+
+    def eager(self: EmbeddingQ[Tensor]) -> Tensor:
+        return QuantizedTensor(self.codes[self.ids], self.scales[self.ids], self.bits, self.group_size).dequantize()
+
+    def fake(self: EmbeddingQ[Tensor]) -> Tensor:
+        rows, width = self.codes.shape[0], self.codes.shape[1] * (2 if self.bits == 4 else 1)
+        check_codes("embedding_q", "table", self.codes, self.scales, (rows, width), self.bits, self.group_size)
+        return self.ids.new_empty((*self.ids.shape, width), dtype=torch.float32)
 
 
-def _fake(ids: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
-    rows, width = codes.shape[0], codes.shape[1] * (2 if bits == 4 else 1)
-    check_codes("embedding_q", "table", codes, scales, (rows, width), bits, group_size)
-    return ids.new_empty((*ids.shape, width), dtype=torch.float32)
-
-
-embedding_q = define(
-    "embedding_q(Tensor ids, Tensor codes, Tensor scales, int bits, int group_size) -> Tensor", _eager, _fake
-)
+embedding_q = register("embedding_q", EmbeddingQ)

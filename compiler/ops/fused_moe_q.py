@@ -11,14 +11,14 @@ Activation arithmetic with int8_activations (`quant.quantize_rows`; rows of x, a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moec.compiler.ops.attributes import Experts, Routing
-from moec.compiler.ops.define import define, require
-from moec.compiler.ops.fused_moe import check_biases, check_router, check_shared_gate, expert_shapes
+from moec.compiler.ops.call import V, register, require, shape_of
 from moec.compiler.ops.linear_q import check_codes, linear_in_groups
-from moec.compiler.ops.moe_math import apply_experts, route, shared_expert
+from moec.compiler.ops.moe_call import WEIGHTS, RoutedMoe, expert_shapes
 from moec.compiler.quant import QuantizedTensor, quantize_rows
 
 
@@ -33,116 +33,72 @@ def linear_out_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool
     return y_GTn.permute(1, 0, 2).flatten(1)
 
 
-def _eager(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    w13_codes: Tensor,
-    w13_scales: Tensor,
-    b13: Tensor | None,
-    w2_codes: Tensor,
-    w2_scales: Tensor,
-    b2: Tensor | None,
-    shared_w13_codes: Tensor | None,
-    shared_w13_scales: Tensor | None,
-    shared_w2_codes: Tensor | None,
-    shared_w2_scales: Tensor | None,
-    shared_gate: Tensor | None,
-    top_k: int,
-    routing: str,
-    experts: str,
-    bits: int,
-    group_size: int,
-    int8_activations: bool,
-) -> Tensor:
-    how, what = Routing.parse(routing), Experts.parse(experts)
-    indices, weights = route(router_input, router_weight, router_bias, selection_bias, top_k, how)
-    multiply = linear_in_groups if what.layout == "out_in" else linear_out_groups
+@dataclass(frozen=True)
+class FusedMoeQ(RoutedMoe[V]):
+    w13_codes: V
+    w13_scales: V
+    b13: V | None
+    w2_codes: V
+    w2_scales: V
+    b2: V | None
+    shared_w13_codes: V | None
+    shared_w13_scales: V | None
+    shared_w2_codes: V | None
+    shared_w2_scales: V | None
+    shared_gate: V | None
+    top_k: int
+    routing: str
+    experts: str
+    bits: int
+    group_size: int
+    int8_activations: bool
 
-    def linear(codes: Tensor, scales: Tensor, bias: Tensor | None, expert: int, rows: Tensor) -> Tensor:
-        y = multiply(rows, QuantizedTensor(codes[expert], scales[expert], bits, group_size), int8_activations)
-        return y if bias is None else y + bias[expert].to(torch.float32)
+    def weight(self, name: str) -> tuple[V, V] | None:
+        """(codes, scales) of one of `WEIGHTS`; None if it is absent."""
+        codes, scales = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales")
+        return None if codes is None else (codes, scales)
 
-    rows = x.to(torch.float32)
-    y = apply_experts(
-        rows,
-        indices,
-        weights,
-        lambda e, r: linear(w13_codes, w13_scales, b13, e, r),
-        lambda e, r: linear(w2_codes, w2_scales, b2, e, r),
-        how,
-        what,
-    )
-    if shared_w13_codes is None or shared_w13_scales is None or shared_w2_codes is None or shared_w2_scales is None:
-        return y
-    up = QuantizedTensor(shared_w13_codes, shared_w13_scales, bits, group_size)
-    down = QuantizedTensor(shared_w2_codes, shared_w2_scales, bits, group_size)
-    return y + shared_expert(
-        rows,
-        lambda r: linear_in_groups(r, up, int8_activations),
-        lambda r: linear_in_groups(r, down, int8_activations),
-        shared_gate,
-        what,
-    )
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        weight = self.weight(name)
+        if weight is None:
+            return None
+        *lead, last = shape_of(weight[0])
+        return (*lead, last * (2 if self.bits == 4 else 1))
 
+    def product(self: FusedMoeQ[Tensor], name: str, expert: int, rows: Tensor) -> Tensor:
+        weight = self.weight(name)
+        assert weight is not None
+        one = QuantizedTensor(weight[0][expert], weight[1][expert], self.bits, self.group_size)
+        multiply = linear_in_groups if self.mlp.layout == "out_in" else linear_out_groups
+        return multiply(rows, one, self.int8_activations)
 
-def _fake(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    w13_codes: Tensor,
-    w13_scales: Tensor,
-    b13: Tensor | None,
-    w2_codes: Tensor,
-    w2_scales: Tensor,
-    b2: Tensor | None,
-    shared_w13_codes: Tensor | None,
-    shared_w13_scales: Tensor | None,
-    shared_w2_codes: Tensor | None,
-    shared_w2_scales: Tensor | None,
-    shared_gate: Tensor | None,
-    top_k: int,
-    routing: str,
-    experts: str,
-    bits: int,
-    group_size: int,
-    int8_activations: bool,
-) -> Tensor:
-    op = "fused_moe_q"
-    how, what = Routing.parse(routing), Experts.parse(experts)
-    check_router(op, x, router_input, router_weight, router_bias, selection_bias, top_k, how)
-    require(w13_codes.dim() == 3, op, "w13_codes must have three dimensions")
-    d, per = int(x.shape[1]), 2 if bits == 4 else 1
-    logical = (*w13_codes.shape[:2], w13_codes.shape[2] * per)
-    up_shape, down_shape = expert_shapes(op, logical, d, what)
-    check_codes(op, "w13", w13_codes, w13_scales, up_shape, bits, group_size)
-    check_codes(op, "w2", w2_codes, w2_scales, down_shape, bits, group_size)
-    require(router_weight.shape[0] == up_shape[0], op, "router and experts differ in their number")
-    check_biases(op, b13, b2, up_shape[0], up_shape[1 if what.layout == "out_in" else 2], d)
-    shared = (shared_w13_codes, shared_w13_scales, shared_w2_codes, shared_w2_scales)
-    present = sum(t is not None for t in shared)
-    require(present in (0, 4), op, "a shared expert needs codes and scales of both its weights")
-    if shared_w13_codes is not None and shared_w13_scales is not None and shared_w2_codes is not None:
-        assert shared_w2_scales is not None
-        s = shared_w2_codes.shape[1] * per
-        check_codes(
-            op, "shared_w13", shared_w13_codes, shared_w13_scales, (s * (2 if what.gated else 1), d), bits, group_size
-        )
-        check_codes(op, "shared_w2", shared_w2_codes, shared_w2_scales, (d, s), bits, group_size)
-    check_shared_gate(op, shared_gate, d, present == 4)
-    return x.new_empty(x.shape, dtype=torch.float32)
+    def shared_product(self: FusedMoeQ[Tensor], name: str, rows: Tensor) -> Tensor:
+        weight = self.weight(name)
+        assert weight is not None
+        return linear_in_groups(rows, QuantizedTensor(*weight, self.bits, self.group_size), self.int8_activations)
+
+    def fake(self: FusedMoeQ[Tensor]) -> Tensor:
+        op, mlp, d = "fused_moe_q", self.mlp, int(self.x.shape[-1])
+        require(self.w13_codes.dim() == 3, op, "w13_codes must have three dimensions")
+        present = sum(t is not None for name in WEIGHTS[2:] for t in self._parts(name))
+        require(present in (0, 4), op, "a shared expert needs codes and scales of both its weights")
+        w13 = self.shape("w13")
+        assert w13 is not None
+        up_shape, down_shape = expert_shapes(op, w13, d, mlp)
+        result = self.check_shapes(op)
+        shapes = {"w13": up_shape, "w2": down_shape}
+        shared = self.shape("shared_w2")
+        if shared is not None:
+            shapes |= {"shared_w13": (shared[1] * (2 if mlp.gated else 1), d), "shared_w2": (d, shared[1])}
+        for name, shape in shapes.items():
+            codes, scales = self._parts(name)
+            assert codes is not None
+            assert scales is not None
+            check_codes(op, name, codes, scales, shape, self.bits, self.group_size)
+        return result
+
+    def _parts(self, name: str) -> tuple[V | None, V | None]:
+        return getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales")
 
 
-fused_moe_q = define(
-    "fused_moe_q(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, "
-    "Tensor w13_codes, Tensor w13_scales, Tensor? b13, Tensor w2_codes, Tensor w2_scales, Tensor? b2, "
-    "Tensor? shared_w13_codes, Tensor? shared_w13_scales, Tensor? shared_w2_codes, Tensor? shared_w2_scales, "
-    "Tensor? shared_gate, int top_k, str routing, str experts, int bits, int group_size, bool int8_activations) "
-    "-> Tensor",
-    _eager,
-    _fake,
-)
+fused_moe_q = register("fused_moe_q", FusedMoeQ)

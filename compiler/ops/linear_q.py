@@ -7,10 +7,12 @@ int8_activations: y = s_x * sum_g s_w[g] * (integer dot product of the group), x
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moec.compiler.ops.define import define, require
+from moec.compiler.ops.call import Call, V, register, require
 from moec.compiler.quant import QuantizedTensor, quantize_rows
 
 
@@ -42,24 +44,26 @@ def check_codes(
     require(scales.dtype in (torch.float16, torch.float32), op, f"{name} scales have dtype {scales.dtype}")
 
 
-def _eager(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
-) -> Tensor:
-    y = linear_in_groups(x, QuantizedTensor(codes, scales, bits, group_size), int8_activations)
-    return y if bias is None else y + bias.to(torch.float32)
+@dataclass(frozen=True)
+class LinearQ(Call[V]):
+    x: V
+    codes: V
+    scales: V
+    bias: V | None
+    bits: int
+    group_size: int
+    int8_activations: bool
+
+    def eager(self: LinearQ[Tensor]) -> Tensor:
+        weight = QuantizedTensor(self.codes, self.scales, self.bits, self.group_size)
+        y = linear_in_groups(self.x, weight, self.int8_activations)
+        return y if self.bias is None else y + self.bias.to(torch.float32)
+
+    def fake(self: LinearQ[Tensor]) -> Tensor:
+        n = self.codes.shape[0]
+        shape = (n, int(self.x.shape[-1]))
+        check_codes("linear_q", "weight", self.codes, self.scales, shape, self.bits, self.group_size)
+        return self.x.new_empty((*self.x.shape[:-1], n), dtype=torch.float32)
 
 
-def _fake(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
-) -> Tensor:
-    n = codes.shape[0]
-    check_codes("linear_q", "weight", codes, scales, (n, int(x.shape[-1])), bits, group_size)
-    return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
-
-
-linear_q = define(
-    "linear_q(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits, int group_size, bool int8_activations) "
-    "-> Tensor",
-    _eager,
-    _fake,
-)
+linear_q = register("linear_q", LinearQ)

@@ -12,24 +12,25 @@ import torch
 from torch.fx import Node
 
 import moec.compiler.ops as ops
+from moec.compiler.ops.call import shape_of
 from moec.targets.metal.context import Context
 from moec.targets.metal.emitter import Emitter, Slot
 
 
 def linear_q(c: Context, n: Node) -> Slot:
-    x, codes, scales, bias, bits, group_size, _ = operands(n)
-    weight = c.quantized_weight(codes, scales, bits, group_size)
-    out = c.result(n)
-    y = c.e.emit("QuantizedMatmul", x=slot_of(c, x), transpose=True, out=out if bias is None else None, **weight.fields)
-    if bias is not None:
-        y = c.e.add(y, c.plain(bias), out)
+    call = ops.LinearQ[Node].of(n)
+    weight = c.quantized_weight(call.codes, call.scales, call.bits, call.group_size)
+    out, x = c.result(n), slot_of(c, call.x)
+    y = c.e.emit("QuantizedMatmul", x=x, transpose=True, out=out if call.bias is None else None, **weight.fields)
+    if call.bias is not None:
+        y = c.e.add(y, c.plain(call.bias), out)
     return y if out is not None else c.finish(n, y)
 
 
 def embedding_q(c: Context, n: Node) -> Slot:
-    ids, codes, scales, bits, group_size = operands(n)
-    weight = c.quantized_weight(codes, scales, bits, group_size)
-    index = slot_of(c, ids)
+    call = ops.EmbeddingQ[Node].of(n)
+    weight = c.quantized_weight(call.codes, call.scales, call.bits, call.group_size)
+    index = slot_of(c, call.ids)
     rows = {name: c.e.take(slot, index, 0) for name, slot in weight.fields.items() if isinstance(slot, Slot)}
     return c.e.emit(
         "Dequantize",
@@ -40,15 +41,16 @@ def embedding_q(c: Context, n: Node) -> Slot:
 
 
 def rms_norm(c: Context, n: Node) -> Slot:
-    x, weight, eps = operands(n)
-    scale = None if weight is None else c.plain(weight)
-    return c.e.emit("RMSNorm", x=slot_of(c, x), weight=scale, eps=float(eps), out=c.P.make_or_get_slot(n))
+    call = ops.RmsNorm[Node].of(n)
+    scale = None if call.weight is None else c.plain(call.weight)
+    return c.e.emit("RMSNorm", x=slot_of(c, call.x), weight=scale, eps=float(call.eps), out=c.P.make_or_get_slot(n))
 
 
 def rope(c: Context, n: Node) -> Slot:
     """x * C + x[partner] * S, with cos and sin spread over the pair once per program."""
-    x, cos, sin, interleaved = operands(n)
-    e, half = c.e, int(cos.meta["val"].shape[-1])
+    call = ops.Rope[Node].of(n)
+    cos, sin, interleaved = call.cos, call.sin, call.interleaved
+    e, half = c.e, int(shape_of(cos)[-1])
     signs = [-1.0, 1.0] * half if interleaved else [-1.0] * half + [1.0] * half
     partner = [i ^ 1 for i in range(2 * half)] if interleaved else [(i + half) % (2 * half) for i in range(2 * half)]
     kind = "interleaved" if interleaved else "halves"
@@ -67,7 +69,7 @@ def rope(c: Context, n: Node) -> Slot:
     sin_T1d = e.persistent(
         ("sin", sin, kind), lambda out: _discard(e.multiply(spread(slot_of(c, sin), None), sign_slot, out))
     )
-    value = slot_of(c, x)
+    value = slot_of(c, call.x)
     straight = e.multiply(value, cos_T1d)
     crossed = e.multiply(e.take(value, partner_slot, -1), sin_T1d)
     if c.dtype == torch.float32:
@@ -76,23 +78,23 @@ def rope(c: Context, n: Node) -> Slot:
 
 
 def cached_attention(c: Context, n: Node) -> Slot:
-    q, k, v, k_cache, v_cache, start_pos, scale, window = operands(n)
+    call = ops.CachedAttention[Node].of(n)
     e = c.e
-    start, stop = positions(c, q, start_pos)
+    start, stop = positions(c, call.q, call.start_pos)
     seen: list[Slot] = []
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    for new, cache in ((call.k, call.k_cache), (call.v, call.v_cache)):
         slot = slot_of(c, cache)
         e.update(slot, e.transpose(slot_of(c, new), (0, 2, 1, 3)), 2, start, stop)
         seen.append(e.slice(slot, 2, 0, stop))
-    return _attend(c, n, q, seen[0], seen[1], start, stop, float(scale), int(window))
+    return _attend(c, n, call.q, seen[0], seen[1], start, stop, float(call.scale), int(call.window))
 
 
 def cached_attention_q8(c: Context, n: Node) -> Slot:
-    q, k, v, k_cache, v_cache, k_scale, v_scale, start_pos, scale, window = operands(n)
+    call = ops.CachedAttentionQ8[Node].of(n)
     e = c.e
-    start, stop = positions(c, q, start_pos)
+    start, stop = positions(c, call.q, call.start_pos)
     seen: list[Slot] = []
-    for new, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+    for new, cache, scales in ((call.k, call.k_cache, call.k_scale), (call.v, call.v_cache, call.v_scale)):
         value = e.transpose(slot_of(c, new), (0, 2, 1, 3))
         codes, row_scale = _quantize_rows(e, value if c.dtype == torch.float32 else e.cast(value, torch.float32))
         e.update(slot_of(c, cache), codes, 2, start, stop)
@@ -100,7 +102,7 @@ def cached_attention_q8(c: Context, n: Node) -> Slot:
         q_seen = e.cast(e.slice(slot_of(c, cache), 2, 0, stop), c.dtype)
         s_seen = e.slice(slot_of(c, scales), 2, 0, stop)
         seen.append(e.multiply(q_seen, s_seen if c.dtype == torch.float32 else e.cast(s_seen, c.dtype)))
-    return _attend(c, n, q, seen[0], seen[1], start, stop, float(scale), int(window))
+    return _attend(c, n, call.q, seen[0], seen[1], start, stop, float(call.scale), int(call.window))
 
 
 def _quantize_rows(e: Emitter, x: Slot) -> tuple[Slot, Slot]:
@@ -150,7 +152,7 @@ def positions(c: Context, q: Node, start_pos: Node) -> tuple[Slot, Slot]:
 
 
 def operands(n: Node) -> tuple[Any, ...]:
-    """The arguments, which their operator's schema types."""
+    """The arguments of an operator of torch's own, by position."""
     return n.args
 
 

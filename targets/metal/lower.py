@@ -20,7 +20,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 from torch.fx import Graph, Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import cached_attention, cached_attention_q8, linear_q
+from moec.compiler.ops import cached_attention_q8, find_call, linear_q
 from moec.compiler.program import Editor, Program, Role, module_path
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
@@ -46,7 +46,7 @@ PAGE, PAGED_FROM = 16384, 1 << 20
 
 
 # arguments of our attention operators that are caches; [1, S, G, ..] in the program, [1, G, S, ..] in the file
-CACHES = {cached_attention: (3, 4), cached_attention_q8: (3, 4, 5, 6)}
+SCALES = ("k_scale", "v_scale")  # of an INT8 cache: they stay fp32 in a program of another type
 UNCHECKED = (
     "Metal kernels: results were checked by executing the file's instructions with MLX on another device",
     "speed and memory on an Apple GPU",
@@ -134,19 +134,24 @@ def build_method(program: Program, options: Options, *, every_token: bool) -> Bu
     return BuiltMethod(serialize_mlx_graph(graph), _constants(builder, edit), context.quantized, taps, counts)
 
 
-def _caches(graph: Graph) -> dict[Node, int]:
-    """Placeholders that our operators write, with the index of their argument."""
-    return {node.args[index]: index for node in graph.nodes for index in CACHES.get(node.target, ())}
+def _caches(graph: Graph) -> dict[Node, str]:
+    """Placeholders that our operators write, with the name of the operand they are."""
+    found: dict[Node, str] = {}
+    for node in graph.nodes:
+        call = find_call(node)
+        if call is not None:
+            found |= {operand: name for name, operand in call.written().items()}
+    return found
 
 
-def _retype(edit: Editor, caches: Mapping[Node, int], dtype: torch.dtype) -> None:
+def _retype(edit: Editor, caches: Mapping[Node, str], dtype: torch.dtype) -> None:
     """Give the placeholders the shapes and types that the file stores."""
     for node in [n for n in edit.graph.nodes if n.op == "placeholder"]:
         value, name = node.meta["val"], edit.weight_of(node)
         shape, kind = tuple(value.shape), value.dtype
         if node in caches:
             shape = (shape[0], shape[2], shape[1], shape[3] if len(shape) == 4 else 1)
-            kind = kind if caches[node] > 4 or not kind.is_floating_point else dtype
+            kind = kind if caches[node] in SCALES or not kind.is_floating_point else dtype
         elif name is not None and kind.is_floating_point and edit.roles.get(name) not in (Role.ROUTER, Role.CONSTANT):
             kind = dtype
         if (shape, kind) != (tuple(value.shape), value.dtype):

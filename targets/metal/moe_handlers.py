@@ -20,26 +20,26 @@ from torch.fx import Node
 
 import moec.compiler.ops as ops
 from moec.compiler.ops.attributes import Experts, Routing
-from moec.targets.metal.context import Context, QuantizedWeight, Tap
+from moec.compiler.ops.call import shape_of
+from moec.targets.metal.context import Context, Tap
 from moec.targets.metal.emitter import Emitter, Slot
-from moec.targets.metal.handlers import operands, slot_of
+from moec.targets.metal.handlers import slot_of
 
 SORT_FROM = 64  # pairs of token and expert from which sorting pays; the threshold of mlx-lm
 
 Product = Callable[[Slot, Slot, bool], Slot]  # (x [.., 1, in], expert indices, sorted) -> [.., 1, out]
 Linear = Callable[[Slot], Slot]
-Shared = tuple[Linear, Linear, Node | None, int]  # up, down, gate, width
+Shared = tuple[Linear, Linear]  # up, down
 
 
 def fused_moe(c: Context, n: Node) -> Slot:
-    x, router_input, router_weight, router_bias, selection_bias, w13, b13, w2, b2, *rest = operands(n)
-    shared_w13, shared_w2, shared_gate, top_k, routing, experts = rest
-    what = Experts.parse(experts)
+    moe = ops.FusedMoe[Node].of(n)
+    in_out = moe.mlp.layout == "in_out"
 
     def product(weight: Node, bias: Node | None) -> Product:
         slot = c.plain(weight)
         # gathered products take [E, in, out]; the other layout is read through a transposed view
-        b = slot if what.layout == "in_out" else c.e.transpose(slot, (0, 2, 1))
+        b = slot if in_out else c.e.transpose(slot, (0, 2, 1))
         return lambda v, i, is_sorted: _with_bias(
             c, c.e.emit("GatherMm", a=v, b=b, rhs_indices=i, sorted_indices=is_sorted), bias, i
         )
@@ -49,21 +49,17 @@ def fused_moe(c: Context, n: Node) -> Slot:
         return lambda v: c.e.emit("Addmm", mat1=v, mat2=w)
 
     shared = None
-    if shared_w13 is not None:
-        shared = (linear(shared_w13), linear(shared_w2), shared_gate, _size(shared_w2, 1))
-    width_F = _size(w2, 2 if what.layout == "out_in" else 1)
-    router = (router_input, router_weight, router_bias, selection_bias)
-    how = Routing.parse(routing)
-    return _block(c, n, x, router, product(w13, b13), product(w2, b2), shared, width_F, top_k, how, what)
+    if moe.shared_w13 is not None and moe.shared_w2 is not None:
+        shared = (linear(moe.shared_w13), linear(moe.shared_w2))
+    return _block(c, n, moe, product(moe.w13, moe.b13), product(moe.w2, moe.b2), shared)
 
 
 def fused_moe_q(c: Context, n: Node) -> Slot:
-    x, router_input, router_weight, router_bias, selection_bias, *weights = operands(n)
-    w13, s13, b13, w2, s2, b2, sw13, ss13, sw2, ss2, shared_gate, top_k, routing, experts, bits, group, _ = weights
-    what = Experts.parse(experts)
+    moe = ops.FusedMoeQ[Node].of(n)
+    out_in = moe.mlp.layout == "out_in"
 
     def product(codes: Node, scales: Node, bias: Node | None) -> Product:
-        weight = c.quantized_weight(codes, scales, bits, group)
+        weight = c.quantized_weight(codes, scales, moe.bits, moe.group_size)
         # out_in is grouped along the input, in_out along the output: both are layouts of MLX's own, read untransposed
         return lambda v, i, is_sorted: _with_bias(
             c,
@@ -72,28 +68,23 @@ def fused_moe_q(c: Context, n: Node) -> Slot:
                 x=v,
                 rhs_indices=i,
                 sorted_indices=is_sorted,
-                transpose=what.layout == "out_in",
+                transpose=out_in,
                 **weight.fields,
             ),
             bias,
             i,
         )
 
-    def linear(weight: QuantizedWeight) -> Linear:
+    def linear(codes: Node, scales: Node) -> Linear:
+        weight = c.quantized_weight(codes, scales, moe.bits, moe.group_size)
         return lambda v: c.e.emit("QuantizedMatmul", x=v, transpose=True, **weight.fields)
 
     shared = None
-    if sw13 is not None:
-        up, down = c.quantized_weight(sw13, ss13, bits, group), c.quantized_weight(sw2, ss2, bits, group)
-        shared = (linear(up), linear(down), shared_gate, _size(sw2, 1) * (2 if bits == 4 else 1))
-    width_F = _size(w2, 1) if what.layout == "in_out" else _size(w2, 2) * (2 if bits == 4 else 1)
-    router = (router_input, router_weight, router_bias, selection_bias)
-    how = Routing.parse(routing)
-    return _block(c, n, x, router, product(w13, s13, b13), product(w2, s2, b2), shared, width_F, top_k, how, what)
-
-
-def _size(weight: Node, dim: int) -> int:
-    return int(weight.meta["val"].shape[dim])
+    up, down = moe.weight("shared_w13"), moe.weight("shared_w2")
+    if up is not None and down is not None:
+        shared = (linear(*up), linear(*down))
+    w13, w2 = product(moe.w13_codes, moe.w13_scales, moe.b13), product(moe.w2_codes, moe.w2_scales, moe.b2)
+    return _block(c, n, moe, w13, w2, shared)
 
 
 def _with_bias(c: Context, y: Slot, bias: Node | None, indices: Slot) -> Slot:
@@ -107,26 +98,21 @@ def _with_bias(c: Context, y: Slot, bias: Node | None, indices: Slot) -> Slot:
 def _block(
     c: Context,
     n: Node,
-    x: Node,
-    router: tuple[Node, Node, Node | None, Node | None],
+    moe: ops.RoutedMoe[Node],
     up: Product,
     down: Product,
     shared: Shared | None,
-    width_F: int,
-    top_k: int,
-    routing: Routing,
-    experts: Experts,
 ) -> Slot:
-    e = c.e
-    x_ND = slot_of(c, x)
-    indices_NK, weights_NK = _route(c, router, top_k, routing)
+    e, sizes, experts, top_k = c.e, moe.sizes, moe.mlp, moe.top_k
+    x_ND = slot_of(c, moe.x)
+    indices_NK, weights_NK = _route(c, moe)
     weights_NK1 = e.emit("ExpandDims", x=weights_NK, axis=-1)
     y_NKD = e.tensor()
-    width = int(x.meta["val"].shape[-1])
-    on_input = routing.apply == "input"
+    width = int(shape_of(moe.x)[-1])
+    on_input = moe.selection.apply == "input"
 
     def mlp(rows: Slot, indices: Slot, is_sorted: bool) -> Slot:
-        return down(activate(c, up(rows, indices, is_sorted), width_F, experts), indices, is_sorted)
+        return down(activate(c, up(rows, indices, is_sorted), sizes.expert_width, experts), indices, is_sorted)
 
     def by_expert() -> None:
         flat_P = e.reshape(indices_NK, (-1,))
@@ -153,7 +139,7 @@ def _block(
     # the weights are fp32, and so is the sum over experts whatever the type of activations
     y_ND = e.sum(y_NKD if on_input else e.multiply(y_NKD, weights_NK1), 1)
     if shared is not None:
-        y_ND = e.add(y_ND, _shared(c, x_ND, shared, experts))
+        y_ND = e.add(y_ND, _shared(c, x_ND, shared, moe.shared_gate, sizes.shared_width, experts))
     out = c.finish(n, y_ND)
     c.taps.append(
         Tap(
@@ -168,29 +154,26 @@ def _block(
     return out
 
 
-def _route(
-    c: Context, router: tuple[Node, Node, Node | None, Node | None], top_k: int, routing: Routing
-) -> tuple[Slot, Slot]:
+def _route(c: Context, moe: ops.RoutedMoe[Node]) -> tuple[Slot, Slot]:
     """(indices uint32 [N, K], weights float32 [N, K]), all in fp32: `Routing`, steps 1 to 7."""
-    e = c.e
-    router_input, router_weight, router_bias, selection_bias = router
-    x_ND = slot_of(c, router_input)
+    e, routing = c.e, moe.selection
+    x_ND = slot_of(c, moe.router_input)
     if c.dtype != torch.float32:
         x_ND = e.cast(x_ND, torch.float32)
-    w_DE = e.transpose(c.plain(router_weight, torch.float32), (1, 0))
-    bias = None if router_bias is None else c.plain(router_bias, torch.float32)
+    w_DE = e.transpose(c.plain(moe.router_weight, torch.float32), (1, 0))
+    bias = None if moe.router_bias is None else c.plain(moe.router_bias, torch.float32)
     logits = e.emit("Addmm", mat1=x_ND, mat2=w_DE, bias=bias)
     scores = logits if routing.after_topk else _score(e, logits, routing.score)
     choice = scores
-    if selection_bias is not None:
-        shift = c.plain(selection_bias, torch.float32)
+    if moe.selection_bias is not None:
+        shift = c.plain(moe.selection_bias, torch.float32)
         if routing.bias_on == "scores" or routing.after_topk:
             choice = e.add(scores, shift)
         else:
             choice = _score(e, e.add(logits, shift), routing.score)
     if routing.groups:
-        choice = _keep_groups(c, choice, int(router_weight.meta["val"].shape[0]), routing)
-    indices_NK = _top_k(e, choice, top_k)
+        choice = _keep_groups(c, choice, moe.sizes.experts, routing)
+    indices_NK = _top_k(e, choice, moe.top_k)
     weights = e.emit("TakeAlongAxis", x=scores, indices=indices_NK, axis=-1)
     if routing.after_topk:
         weights = _score(e, weights, routing.score)
@@ -272,9 +255,9 @@ def _activation(c: Context, x: Slot, experts: Experts) -> Slot:
     return e.emit("Gelu", x=x, approximate="tanh" if experts.activation == "gelu_tanh" else "none")
 
 
-def _shared(c: Context, x_ND: Slot, shared: Shared, experts: Experts) -> Slot:
+def _shared(c: Context, x_ND: Slot, shared: Shared, gate: Node | None, width: int, experts: Experts) -> Slot:
     """The always-on expert: halves, gate first, the same activation; scaled by sigmoid(gate x) when there is a gate."""
-    up, down, gate, width = shared
+    up, down = shared
     y_ND = down(activate(c, up(x_ND), width, replace(experts, layout="out_in", interleaved=False)))
     if gate is None:
         return y_ND

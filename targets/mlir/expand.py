@@ -19,16 +19,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.compiler.ops import (
+    CachedAttention,
+    CachedAttentionQ8,
+    Call,
+    EmbeddingQ,
     Experts,
+    FusedMoe,
+    FusedMoeQ,
+    LinearQ,
+    RmsNorm,
+    Rope,
+    RoutedMoe,
     Routing,
-    cached_attention,
-    cached_attention_q8,
-    embedding_q,
-    fused_moe,
-    fused_moe_q,
-    linear_q,
-    rms_norm,
-    rope,
 )
 from moec.compiler.ops.moe_math import activate, choices, combine_weights, router_logits
 from moec.compiler.quant import quantize_rows
@@ -62,39 +64,37 @@ def dequantized(codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Te
     return (grouped * scales.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
-def expand_linear_q(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group_size: int, int8_activations: bool
-) -> Tensor:
+def expand_linear_q(call: LinearQ[Tensor]) -> Tensor:
     """`linear_q`: x [..., K] times codes [N, K] with scales [N, K / group_size] -> float32 [..., N]."""
+    y = _linear_q(call.x, call.codes, call.scales, call.bits, call.group_size, call.int8_activations)
+    return y if call.bias is None else y + call.bias.to(torch.float32)
+
+
+def _linear_q(x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int, rounded: bool) -> Tensor:
     w = dequantized(codes, scales, bits, group_size)
-    if int8_activations:
-        q, scale = quantize_rows(x)
-        y = functional.linear(q, w) * scale
-    else:
-        y = functional.linear(x.to(torch.float32), w)
-    return y if bias is None else y + bias.to(torch.float32)
+    if not rounded:
+        return functional.linear(x.to(torch.float32), w)
+    q, scale = quantize_rows(x)
+    return functional.linear(q, w) * scale
 
 
-def expand_embedding_q(ids: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+def expand_embedding_q(call: EmbeddingQ[Tensor]) -> Tensor:
     """`embedding_q`: ids [...] -> float32 [..., D], only the picked rows dequantized."""
-    rows = ids.flatten()
-    picked = dequantized(codes.index_select(0, rows), scales.index_select(0, rows), bits, group_size)
-    return picked.reshape(*ids.shape, picked.shape[-1])
+    rows = call.ids.flatten()
+    codes, scales = call.codes.index_select(0, rows), call.scales.index_select(0, rows)
+    picked = dequantized(codes, scales, call.bits, call.group_size)
+    return picked.reshape(*call.ids.shape, picked.shape[-1])
 
 
-def expand_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def expand_rms_norm(call: RmsNorm[Tensor]) -> Tensor:
     """`rms_norm` over the last dimension, in float32; the result has the type of x."""
-    value = x.to(torch.float32)
-    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        value = value * weight.to(torch.float32)
-    return value.to(x.dtype)
+    return call.eager()
 
 
-def expand_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def expand_rope(call: Rope[Tensor]) -> Tensor:
     """`rope`: x [1, T, H, d], cos and sin [T, d / 2]."""
-    c, s = cos[None, :, None, :], sin[None, :, None, :]
-    if interleaved:
+    x, c, s = call.x, call.cos[None, :, None, :], call.sin[None, :, None, :]
+    if call.interleaved:
         pairs = x.unflatten(-1, (-1, 2))
         a, b = pairs.select(-1, 0), pairs.select(-1, 1)
         return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
@@ -134,33 +134,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, win
     return y.permute(2, 0, 1, 3).contiguous().view(1, tokens, heads * v.shape[3])
 
 
-def expand_cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start_pos: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def expand_cached_attention(call: CachedAttention[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(y, new k cache, new v cache)."""
-    keys, values = appended(k_cache, k, start_pos), appended(v_cache, v, start_pos)
-    return attend(q, keys, values, start_pos, scale, window), keys, values
+    keys, values = (appended(*pair, call.start_pos) for pair in ((call.k_cache, call.k), (call.v_cache, call.v)))
+    return attend(call.q, keys, values, call.start_pos, call.scale, call.window), keys, values
 
 
-def expand_cached_attention_q8(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    start_pos: Tensor,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def expand_cached_attention_q8(call: CachedAttentionQ8[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, new caches in the order of the arguments)."""
-    made = []
-    for value, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+    start, made = call.start_pos, []
+    for value, cache, scales in ((call.k, call.k_cache, call.k_scale), (call.v, call.v_cache, call.v_scale)):
         codes, s = quantize_rows(value)
-        made.append((appended(cache, codes.to(torch.int8), start_pos), appended(scales, s.squeeze(-1), start_pos)))
+        made.append((appended(cache, codes.to(torch.int8), start), appended(scales, s.squeeze(-1), start)))
     keys, values = (codes.to(torch.float32) * s.unsqueeze(-1) for codes, s in made)
-    y = attend(q, keys, values, start_pos, scale, window)
+    y = attend(call.q, keys, values, start, call.scale, call.window)
     return y, made[0][0], made[1][0], made[0][1], made[1][1]
 
 
@@ -191,30 +178,20 @@ def limited(choice: Tensor, how: Routing) -> Tensor:
     return grouped.masked_fill(~kept.unsqueeze(-1), fill).flatten(-2)
 
 
-def _routed(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    top_k: int,
-    how: Routing,
-    what: Experts,
-    up: Batched,
-    down: Batched,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _routed(moe: RoutedMoe[Tensor], up: Batched, down: Batched) -> tuple[Tensor, Tensor, Tensor]:
     """(indices, weights, sum over the selected experts in rank order)."""
-    logits_TE = router_logits(router_input, router_weight, router_bias)
-    choice_TE, scores_TE = choices(logits_TE, selection_bias, dataclasses.replace(how, groups=0, keep=0))
-    indices_TK = top(limited(choice_TE, how) if how.groups else choice_TE, top_k)[1]
+    how, x = moe.selection, moe.x
+    logits_TE = router_logits(moe.router_input, moe.router_weight, moe.router_bias)
+    choice_TE, scores_TE = choices(logits_TE, moe.selection_bias, dataclasses.replace(how, groups=0, keep=0))
+    indices_TK = top(limited(choice_TE, how) if how.groups else choice_TE, moe.top_k)[1]
     weights_TK = combine_weights(scores_TE, indices_TK, how)
-    count = router_weight.shape[0]
+    count = moe.router_weight.shape[0]
     x_ETD = x.to(torch.float32).unsqueeze(0).expand(count, -1, -1)
     if how.apply == "input":
         chosen_TKE = indices_TK.unsqueeze(-1) == torch.arange(count, device=x.device)
         weight_TE = (chosen_TKE.to(torch.float32) * weights_TK.unsqueeze(-1)).sum(1)
         x_ETD = x_ETD * weight_TE.t().unsqueeze(-1)
-    y_ETD = down(activate(up(x_ETD), what))
+    y_ETD = down(activate(up(x_ETD), moe.mlp))
     y_TED = y_ETD.permute(1, 0, 2)
     y_TKD = y_TED.gather(1, indices_TK.unsqueeze(-1).expand(-1, -1, y_TED.shape[-1]))
     if how.apply == "output":
@@ -230,42 +207,23 @@ def _shared(
     return y if gate is None else torch.sigmoid(functional.linear(x, gate.to(torch.float32))) * y
 
 
-def expand_fused_moe(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    w13: Tensor,
-    b13: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    shared_w13: Tensor | None,
-    shared_w2: Tensor | None,
-    shared_gate: Tensor | None,
-    top_k: int,
-    routing: str,
-    experts: str,
-) -> tuple[Tensor, Tap]:
+def expand_fused_moe(moe: FusedMoe[Tensor]) -> tuple[Tensor, Tap]:
     """`fused_moe`: (y float32 [T, D], what a trace records). Every expert runs on every token."""
-    how, what = Routing.parse(routing), Experts.parse(experts)
+    what = moe.mlp
 
     def multiply(weight: Tensor, bias: Tensor | None) -> Batched:
         w = weight.to(torch.float32)
         w = w.transpose(1, 2) if what.layout == "out_in" else w
         return lambda rows: torch.bmm(rows, w) + (0 if bias is None else bias.to(torch.float32).unsqueeze(1))
 
-    indices, weights, y = _routed(
-        x, router_input, router_weight, router_bias, selection_bias, top_k, how, what, multiply(w13, b13),
-        multiply(w2, b2),
-    )  # fmt: skip
-    if shared_w13 is not None and shared_w2 is not None:
-        w_up, w_down = shared_w13.to(torch.float32), shared_w2.to(torch.float32)
-        rows = x.to(torch.float32)
+    indices, weights, y = _routed(moe, multiply(moe.w13, moe.b13), multiply(moe.w2, moe.b2))
+    if moe.shared_w13 is not None and moe.shared_w2 is not None:
+        w_up, w_down = moe.shared_w13.to(torch.float32), moe.shared_w2.to(torch.float32)
+        rows = moe.x.to(torch.float32)
         y = y + _shared(
-            rows, lambda r: functional.linear(r, w_up), lambda r: functional.linear(r, w_down), shared_gate, what
+            rows, lambda r: functional.linear(r, w_up), lambda r: functional.linear(r, w_down), moe.shared_gate, what
         )
-    return y, Tap(x.to(torch.float32), indices, weights, y)
+    return y, Tap(moe.x.to(torch.float32), indices, weights, y)
 
 
 def _quantized_products(
@@ -300,60 +258,36 @@ def _quantized_products(
     return in_groups if layout == "out_in" else out_groups
 
 
-def expand_fused_moe_q(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    w13_codes: Tensor,
-    w13_scales: Tensor,
-    b13: Tensor | None,
-    w2_codes: Tensor,
-    w2_scales: Tensor,
-    b2: Tensor | None,
-    shared_w13_codes: Tensor | None,
-    shared_w13_scales: Tensor | None,
-    shared_w2_codes: Tensor | None,
-    shared_w2_scales: Tensor | None,
-    shared_gate: Tensor | None,
-    top_k: int,
-    routing: str,
-    experts: str,
-    bits: int,
-    group_size: int,
-    int8_activations: bool,
-) -> tuple[Tensor, Tap]:
+def expand_fused_moe_q(moe: FusedMoeQ[Tensor]) -> tuple[Tensor, Tap]:
     """`fused_moe_q`: (y float32 [T, D], what a trace records). Every expert runs on every token."""
-    how, what = Routing.parse(routing), Experts.parse(experts)
-    form = (what.layout, bits, group_size, int8_activations)
-    indices, weights, y = _routed(
-        x, router_input, router_weight, router_bias, selection_bias, top_k, how, what,
-        _quantized_products(w13_codes, w13_scales, b13, *form), _quantized_products(w2_codes, w2_scales, b2, *form),
-    )  # fmt: skip
-    if shared_w13_codes is not None:
-        assert shared_w13_scales is not None
-        assert shared_w2_codes is not None
-        assert shared_w2_scales is not None
+    form = (moe.bits, moe.group_size, moe.int8_activations)
+    w13 = _quantized_products(moe.w13_codes, moe.w13_scales, moe.b13, moe.mlp.layout, *form)
+    w2 = _quantized_products(moe.w2_codes, moe.w2_scales, moe.b2, moe.mlp.layout, *form)
+    indices, weights, y = _routed(moe, w13, w2)
+    shared_up, shared_down = moe.weight("shared_w13"), moe.weight("shared_w2")
+    if shared_up is not None and shared_down is not None:
 
         def linear(codes: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda rows: expand_linear_q(rows, codes, scales, None, bits, group_size, int8_activations)
+            return lambda rows: _linear_q(rows, codes, scales, *form)
 
-        up, down = linear(shared_w13_codes, shared_w13_scales), linear(shared_w2_codes, shared_w2_scales)
-        y = y + _shared(x.to(torch.float32), up, down, shared_gate, what)
-    return y, Tap(x.to(torch.float32), indices, weights, y)
+        rows = moe.x.to(torch.float32)
+        y = y + _shared(rows, linear(*shared_up), linear(*shared_down), moe.shared_gate, moe.mlp)
+    return y, Tap(moe.x.to(torch.float32), indices, weights, y)
 
 
 # operators of one tensor result
-PLAIN: dict[Any, Callable[..., Tensor]] = {
-    linear_q: expand_linear_q,
-    embedding_q: expand_embedding_q,
-    rms_norm: expand_rms_norm,
-    rope: expand_rope,
+PLAIN: dict[type[Call[Any]], Callable[[Any], Tensor]] = {
+    LinearQ: expand_linear_q,
+    EmbeddingQ: expand_embedding_q,
+    RmsNorm: expand_rms_norm,
+    Rope: expand_rope,
 }
-ROUTED: dict[Any, Callable[..., tuple[Tensor, Tap]]] = {fused_moe: expand_fused_moe, fused_moe_q: expand_fused_moe_q}
-# operators that write caches: the expansion, and which arguments they are
-ATTENTION: dict[Any, tuple[Callable[..., tuple[Tensor, ...]], tuple[int, ...]]] = {
-    cached_attention: (expand_cached_attention, (3, 4)),
-    cached_attention_q8: (expand_cached_attention_q8, (3, 4, 5, 6)),
+ROUTED: dict[type[Call[Any]], Callable[[Any], tuple[Tensor, Tap]]] = {
+    FusedMoe: expand_fused_moe,
+    FusedMoeQ: expand_fused_moe_q,
+}
+# operators that write caches: the results after the first are the caches that `Call.written` names
+ATTENTION: dict[type[Call[Any]], Callable[[Any], tuple[Tensor, ...]]] = {
+    CachedAttention: expand_cached_attention,
+    CachedAttentionQ8: expand_cached_attention_q8,
 }

@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from moec.compiler.errors import CompileError
 from moec.compiler.export import EXAMPLE_TOKENS
+from moec.compiler.ops import find_call
 from moec.compiler.program import Program, module_path
 from moec.targets.mlir.expand import ATTENTION, PLAIN, ROUTED, Tap
 from moec.targets.mlir.operators import FUNCTIONAL
@@ -43,9 +44,10 @@ def signature_of(program: Program) -> Signature:
     caches: list[str] = [str(s.target) for s in outputs if s.kind == OutputKind.BUFFER_MUTATION]
     layers = 0
     for node in program.graph.nodes:
-        layers += node.target in ROUTED
-        for index in ATTENTION.get(node.target, (None, ()))[1]:
-            name = program.weight_of(node.args[index])
+        call = find_call(node)
+        layers += type(call) in ROUTED
+        for cache in () if call is None else call.written().values():
+            name = program.weight_of(cache)
             if name is None or name in caches:
                 raise CompileError(f"{node.name} does not own its cache", place=module_path(node) or program.info.name)
             caches.append(name)
@@ -64,21 +66,21 @@ class _Functional(torch.fx.Interpreter):
         self._program = program
 
     def run_node(self, n: Node) -> Any:
-        if n.op == "call_function" and n.target in ATTENTION:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            expansion, places = ATTENTION[n.target]
-            results = (expansion if self._expand else FUNCTIONAL[n.target])(*args)
-            names = [self._program.weight_of(n.args[i]) for i in places]  # type: ignore[arg-type]
-            self.caches.update(zip(map(str, names), results[1:], strict=True))
+        call = find_call(n)
+        if call is None:
+            return super().run_node(n)
+        given, kind = call.map(lambda operand: self.env[operand]), type(call)
+        if kind in ATTENTION:
+            results = ATTENTION[kind](given) if self._expand else FUNCTIONAL[kind](*given.arguments())
+            names = [str(self._program.weight_of(cache)) for cache in call.written().values()]
+            self.caches.update(zip(names, results[1:], strict=True))
             return results[0]
-        if self._expand and n.target in ROUTED:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            y, tap = ROUTED[n.target](*args)
+        if self._expand and kind in ROUTED:
+            y, tap = ROUTED[kind](given)
             self.taps.append(tap)
             return y
-        if self._expand and n.target in PLAIN:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return PLAIN[n.target](*args, **kwargs)
+        if self._expand and kind in PLAIN:
+            return PLAIN[kind](given)
         return super().run_node(n)
 
 

@@ -5,38 +5,31 @@ The results after the first are the caches as they are after the call, in the or
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from moec.compiler.ops import cached_attention, cached_attention_q8
-from moec.compiler.ops.define import define
+from moec.compiler.ops import AttentionCall, CachedAttention, CachedAttentionQ8, Call
+from moec.compiler.ops.call import define, signature
 
 
-def _functional(op: Any, caches: tuple[int, ...]) -> tuple[Any, Any]:
-    """(eager, fake) of the form of `op` that returns its caches."""
+def _functional(call: type[AttentionCall[Any]]) -> Any:
+    """The form of an operator that returns its caches: `moec::NAME_functional`."""
+    written = [p.name for p in call.parameters() if p.written]
 
     def eager(*args: Any) -> tuple[Tensor, ...]:
-        own = [a.clone() if i in caches else a for i, a in enumerate(args)]
-        return op(*own), *(own[i] for i in caches)
+        given = call(*args)
+        own = replace(given, **{name: cache.clone() for name, cache in given.written().items()})
+        return own.op(*own.arguments()), *own.written().values()
 
     def fake(*args: Any) -> tuple[Tensor, ...]:
-        q, v = args[0], args[2]
-        y = q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
-        return y, *(args[i].new_empty(args[i].shape) for i in caches)
+        given = call(*args)
+        return given.result(), *(cache.new_empty(cache.shape) for cache in given.written().values())
 
-    return eager, fake
+    name = call.op._schema.name.partition("::")[2]
+    results = ", ".join(["Tensor"] * (1 + len(written)))
+    return define(f"{name}_functional({signature(call, in_place=False)}) -> ({results})", eager, fake)
 
 
-functional_attention = define(
-    "cached_attention_functional(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor start_pos, "
-    "float scale, int window) -> (Tensor, Tensor, Tensor)",
-    *_functional(cached_attention, (3, 4)),
-)
-functional_attention_q8 = define(
-    "cached_attention_q8_functional(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_scale, "
-    "Tensor v_scale, Tensor start_pos, float scale, int window) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    *_functional(cached_attention_q8, (3, 4, 5, 6)),
-)
-
-FUNCTIONAL: dict[Any, Any] = {cached_attention: functional_attention, cached_attention_q8: functional_attention_q8}
+FUNCTIONAL: dict[type[Call[Any]], Any] = {call: _functional(call) for call in (CachedAttention, CachedAttentionQ8)}

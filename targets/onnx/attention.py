@@ -16,6 +16,8 @@ from onnx import TensorProto
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
+from moec.compiler.ops import AttentionCall, CachedAttention, CachedAttentionQ8
+from moec.compiler.ops.call import shape_of
 from moec.compiler.program import module_path
 from moec.targets.onnx.context import Context
 
@@ -39,12 +41,12 @@ def total_length(c: Context) -> str:
 
 def declare_cache(c: Context, node: Node, *, int8: bool) -> None:
     """The inputs and outputs of the next attention layer."""
-    k, v = node.args[3], node.args[4]
+    attention = AttentionCall[Node].of(node)
     n = len(c.caches)
     element = TensorProto.INT8 if int8 else TensorProto.FLOAT
     layer = {}
-    for part, cache in (("key", k), ("value", v)):
-        _, _, heads, width = (int(d) for d in cache.meta["val"].shape)
+    for part, cache in (("key", attention.k_cache), ("value", attention.v_cache)):
+        _, _, heads, width = (int(d) for d in shape_of(cache))
         c.add_input(f"{PAST}.{n}.{part}", element, (1, heads, P, width))
         c.add_output(f"{PRESENT}.{n}.{part}", element, (1, heads, S, width))
         layer[part] = [1, heads, width]
@@ -57,22 +59,24 @@ def declare_cache(c: Context, node: Node, *, int8: bool) -> None:
 
 def cached_attention(c: Context, node: Node) -> str:
     """Both operators: `cached_attention` and `cached_attention_q8`."""
-    q, k, v = node.args[:3]
-    start, scale, window = node.args[-3:]
-    if c.values.get(start) != past_length(c):
+    call: CachedAttention[Node] | CachedAttentionQ8[Node] = CachedAttention[Node].find(node) or CachedAttentionQ8[
+        Node
+    ].of(node)
+    q, k, v = call.q, call.k, call.v
+    if c.values.get(call.start_pos) != past_length(c):
         raise CompileError("attention does not begin at start_pos", place=module_path(node) or node.name)
     n = c.layers[node]
     keys, values = (_extended(c, f"{n}.{part}", c.value(new)) for part, new in (("key", k), ("value", v)))
-    heads, width = (int(d) for d in q.meta["val"].shape[2:])
-    kv_heads, value_width = int(k.meta["val"].shape[2]), int(v.meta["val"].shape[3])
+    heads, width = (int(d) for d in shape_of(q)[2:])
+    kv_heads, value_width = int(shape_of(k)[2]), int(shape_of(v)[3])
     b = c.b
-    query = b.op("Mul", b.op("Transpose", c.value(q), perm=[0, 2, 1, 3]), b.float(float(scale)))
+    query = b.op("Mul", b.op("Transpose", c.value(q), perm=[0, 2, 1, 3]), b.float(float(call.scale)))
     # the queries of the heads that share keys lie one behind the other: nothing is repeated
     query = b.reshape(query, 1, kv_heads, -1, width)
     scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
     by_head = c.once(("by_head", heads), lambda: b.op("Concat", b.ints(1, heads), token_count(c), b.ints(-1), axis=0))
     scores = b.op("Reshape", scores, by_head)
-    weights = b.op("Softmax", b.op("Where", _mask(c, int(window)), scores, b.float(HIDDEN)), axis=-1)
+    weights = b.op("Softmax", b.op("Where", _mask(c, int(call.window)), scores, b.float(HIDDEN)), axis=-1)
     by_group = c.once(("by_group", kv_heads), lambda: b.op("Concat", b.ints(1, kv_heads, -1), total_length(c), axis=0))
     y = b.op("MatMul", b.op("Reshape", weights, by_group), values)
     y = b.op("Transpose", b.reshape(y, 1, heads, -1, value_width), perm=[0, 2, 1, 3])

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from moec.compiler.ops import AttentionCall
+from moec.compiler.ops.call import shape_of
 from moec.targets.onnx.attention import MASK, PAST, PRESENT
 from moec.targets.onnx.context import Context
 
@@ -24,7 +26,7 @@ def write_genai_config(c: Context, attention: Node, model_file: str, folder: Pat
     if c.int8_cache or len(shapes) != 1 or not info.eos_ids:
         return False
     _, kv_heads, width = shapes.pop()
-    heads = int(attention.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
+    heads = int(shape_of(AttentionCall[Node].of(attention).q)[2])
     decoder = {
         "filename": model_file,
         "head_size": width,

@@ -14,11 +14,13 @@ from onnx import TensorProto
 from torch.fx import Node
 
 import moec.compiler.ops as ops
+from moec.compiler.matching.read import arg
+from moec.compiler.ops.call import shape_of
 from moec.compiler.program import module_path
 from moec.targets.onnx import moe_ort, moe_standard
 from moec.targets.onnx.attention import cached_attention
 from moec.targets.onnx.context import Context
-from moec.targets.onnx.moe_form import MoeForm, form_of, operands
+from moec.targets.onnx.moe_form import MoeForm, form_of
 from moec.targets.onnx.moe_math import dequantized
 from moec.targets.onnx.weights import AS_STORED, Change
 
@@ -39,25 +41,25 @@ def linear(c: Context, n: Node) -> str:
 
 
 def linear_q(c: Context, n: Node) -> str:
-    x, codes, scales, bias, bits, group, _ = _args(n)
-    rows, k = int(codes.meta["val"].shape[0]), int(x.meta["val"].shape[-1])
-    flat = c.b.reshape(c.value(x), -1, k)
-    added = [] if bias is None else [c.value(bias)]
+    call = ops.LinearQ[Node].of(n)
+    rows, k = int(shape_of(call.codes)[0]), int(shape_of(call.x)[-1])
+    bits, group = call.bits, call.group_size
+    flat = c.b.reshape(c.value(call.x), -1, k)
+    added = [] if call.bias is None else [c.value(call.bias)]
     if c.ort:
-        factor = c.widened(c.scales(scales), c.wide(scales))
-        y = moe_ort.nbits(c.b, flat, _offset_codes(c, codes, bits, group), factor, n=rows, k=k, bits=bits, group=group)
+        factor = c.widened(c.scales(call.scales), c.wide(call.scales))
+        codes = _offset_codes(c, call.codes, bits, group)
+        y = moe_ort.nbits(c.b, flat, codes, factor, n=rows, k=k, bits=bits, group=group)
         y = c.b.op("Add", y, *added) if added else y
         return _with_leading(c, n, y)
     step = max(1, PIECE // k)
-    parts = []
+    name, parts = c.weight_name(call.codes), []
     for first in range(0, rows, step):
         count = min(step, rows - first)
         suffix = f".{first}" if rows > step else ""
-        w = c.weights.tensor(
-            c.weight_name(codes), CODES[bits], (count, k), first=first * k, name=c.weight_name(codes) + suffix
-        )
-        s = c.scales(scales, first=first * k // group, dims=(count, k // group), suffix=suffix)
-        parts.append(c.b.op("Gemm", flat, dequantized(c.b, w, s, group, wide=c.wide(scales)), transB=1))
+        w = c.weights.tensor(name, CODES[bits], (count, k), first=first * k, name=name + suffix)
+        s = c.scales(call.scales, first=first * k // group, dims=(count, k // group), suffix=suffix)
+        parts.append(c.b.op("Gemm", flat, dequantized(c.b, w, s, group, wide=c.wide(call.scales)), transB=1))
     y = parts[0] if len(parts) == 1 else c.b.op("Concat", *parts, axis=1)
     return _with_leading(c, n, c.b.op("Add", y, *added) if added else y)
 
@@ -86,8 +88,8 @@ def embedding(c: Context, n: Node) -> str:
 def embedding_q(c: Context, n: Node) -> str:
     """Rows of the table are looked up before they are dequantized. INT4 tensors cannot be indexed: the rows come as
     bytes, from the same place in the file that the output head reads as INT4."""
-    ids, codes, scales, bits, group = _args(n)
-    b, name, index = c.b, c.weight_name(codes), c.value(ids)
+    call = ops.EmbeddingQ[Node].of(n)
+    b, name, index, bits = c.b, c.weight_name(call.codes), c.value(call.ids), call.bits
     dims = [int(d) if isinstance(d, int) else -1 for d in n.meta["val"].shape]
     stored = tuple(c.program.weights[name].shape)
 
@@ -108,17 +110,23 @@ def embedding_q(c: Context, n: Node) -> str:
         lifted = rows if c.ort else b.op("BitwiseXor", rows, byte(8))
         signed = b.op("Sub", b.op("Cast", lifted, to=TensorProto.INT32), b.constant(np.array(1 << bits - 1, np.int32)))
         q = b.reshape(b.op("Cast", signed, to=TensorProto.INT8), *dims)
-    factor = b.op("Gather", c.scales(scales), index)
-    factor = factor if c.wide(scales) else b.op("Cast", factor, to=TensorProto.FLOAT)
-    return b.op("DequantizeLinear", q, factor, axis=len(dims) - 1, block_size=group, out=n.name)
+    factor = b.op("Gather", c.scales(call.scales), index)
+    factor = factor if c.wide(call.scales) else b.op("Cast", factor, to=TensorProto.FLOAT)
+    return b.op("DequantizeLinear", q, factor, axis=len(dims) - 1, block_size=call.group_size, out=n.name)
 
 
 def rms_norm(c: Context, n: Node) -> str:
-    x, weight, eps = n.args[0], n.args[-2], n.args[-1]
-    if n.target is torch.ops.aten.rms_norm.default:
-        x, _, weight, eps = (*n.args, None, None)[:4]
+    call = ops.RmsNorm[Node].of(n)
+    return _rms_norm(c, n, call.x, call.weight, float(call.eps))
+
+
+def aten_rms_norm(c: Context, n: Node) -> str:
+    x, weight, eps = n.args[0], arg(n, 2, "weight"), arg(n, 3, "eps")
+    return _rms_norm(c, n, x, weight, float(torch.finfo(torch.float32).eps if eps is None else eps))
+
+
+def _rms_norm(c: Context, n: Node, x: Any, weight: Node | None, eps: float) -> str:
     b, value = c.b, c.value(x)
-    eps = float(torch.finfo(torch.float32).eps) if eps is None else float(eps)
     mean = b.op("ReduceMean", b.op("Mul", value, value), b.ints(-1), keepdims=1)
     root = b.op("Sqrt", b.op("Add", mean, b.float(eps)))
     if weight is None:
@@ -127,17 +135,18 @@ def rms_norm(c: Context, n: Node) -> str:
 
 
 def rope(c: Context, n: Node) -> str:
-    x, cos, sin, interleaved = _args(n)
-    b = c.b
-    heads, width = (int(d) for d in x.meta["val"].shape[2:])
+    call = ops.Rope[Node].of(n)
+    b, interleaved = c.b, call.interleaved
+    heads, width = (int(d) for d in shape_of(call.x)[2:])
     # [T, d/2] -> [1, T, 1, d/2], and a last dimension for the pair when its elements are neighbours
     axes = (0, 2, 4) if interleaved else (0, 2)
 
     def angle(table: Node) -> str:
         return c.once(("angle", table, interleaved), lambda: b.op("Unsqueeze", c.value(table), b.ints(*axes)))
 
-    angles = [angle(cos), angle(sin)]
-    value = b.reshape(c.value(x), 1, -1, heads, width // 2, 2) if interleaved else c.value(x)
+    angles = [angle(call.cos), angle(call.sin)]
+    x = c.value(call.x)
+    value = b.reshape(x, 1, -1, heads, width // 2, 2) if interleaved else x
     first, second = b.split(value, 2)
 
     def turned(p: str, q: str, kind: str) -> str:
@@ -149,16 +158,17 @@ def rope(c: Context, n: Node) -> str:
 
 def fused_moe(c: Context, n: Node) -> str:
     """A call of the local function `moec::FusedMoE`, one overload for each form of block in the model."""
-    form, given = form_of(n), operands(n)
+    moe = ops.RoutedMoe[Node].of(n)
+    form = form_of(moe)
     if c.ort:
         moe_ort.check(form, module_path(n) or n.name)
-    wide = bool(form.bits) and c.wide(given["w13_scales"])
+    wide = isinstance(moe, ops.FusedMoeQ) and c.wide(moe.w13_scales)
     if (form, wide) not in c.functions:
         make = moe_ort.ort_function if c.ort else moe_standard.standard_function
         c.functions[form, wide] = make(form, str(len(c.functions) or ""), wide_scales=wide)
     overload = c.functions[form, wide].overload
     names = (moe_ort if c.ort else moe_standard).input_names(form)
-    found = _ort_operands(c, form, given) if c.ort else _standard_operands(c, form, given)
+    found = _ort_operands(c, form, moe) if c.ort else _standard_operands(c, form, moe)
     outs = [n.name, f"{n.name}.indices", f"{n.name}.weights"]
     inputs = [found[name] for name in names]
     more = {"overload": overload} if overload else {}
@@ -167,64 +177,70 @@ def fused_moe(c: Context, n: Node) -> str:
     return outs[0]
 
 
-def _common_operands(c: Context, form: MoeForm, given: dict[str, Any]) -> dict[str, str]:
-    optional = ("router_bias", "selection_bias", "b2", "shared_gate")
-    names = ["x", "router_input", "router_weight", *(name for name in optional if name in form.present)]
-    return {name: c.value(given[name]) for name in names}
+def _common_operands(c: Context, moe: ops.RoutedMoe[Node]) -> dict[str, str]:
+    names = ("x", "router_input", "router_weight", "router_bias", "selection_bias", "b2", "shared_gate")
+    return {name: c.value(operand) for name in names if (operand := getattr(moe, name)) is not None}
 
 
-def _standard_operands(c: Context, form: MoeForm, given: dict[str, Any]) -> dict[str, str]:
-    found = _common_operands(c, form, given)
-    if "b13" in form.present:
-        found["b13"] = c.value(given["b13"])
-    quantized = bool(form.bits)
-    for name in ("shared_w13", "shared_w2") if form.shared_width else ():
-        if not quantized:
-            found[name] = c.value(given[name])
-            continue
-        rows, k = (form.shared_outer, form.width) if name == "shared_w13" else (form.width, form.shared_width)
-        found[name] = c.weights.tensor(c.weight_name(given[f"{name}_codes"]), CODES[form.bits], (rows, k))
-        found[f"{name}.scales"] = c.scales(given[f"{name}_scales"])
-    for stack in ("w13", "w2"):
-        shape = form.shape(stack)
-        count = prod(shape)
-        weight = given[f"{stack}_codes"] if quantized else given[stack]
-        name = c.weight_name(weight)
-        for e in range(form.experts):
-            if not quantized:
-                found[f"{stack}.{e}"] = c.weights.part(name, shape, e)
-                continue
-            found[f"{stack}.{e}"] = c.weights.tensor(name, CODES[form.bits], shape, first=e * count, name=f"{name}.{e}")
-            found[f"{stack}.{e}.scales"] = c.scales(
-                given[f"{stack}_scales"],
-                first=e * count // form.group_size,
-                dims=(shape[0], shape[1] // form.group_size),
-                suffix=f".{e}",
-            )
+def _standard_operands(c: Context, form: MoeForm, moe: ops.RoutedMoe[Node]) -> dict[str, str]:
+    found = _common_operands(c, moe)
+    if moe.b13 is not None:
+        found["b13"] = c.value(moe.b13)
+    shapes = {
+        "shared_w13": (form.shared_outer, form.width),
+        "shared_w2": (form.width, form.shared_width),
+        "w13": form.shape("w13"),
+        "w2": form.shape("w2"),
+    }
+    for name, shape in shapes.items():
+        stacked = name in ("w13", "w2")
+        if isinstance(moe, ops.FusedMoeQ):
+            codes = moe.weight(name)
+            if codes is not None:
+                found |= _quantized_operand(c, form, name, *codes, shape, form.experts if stacked else 0)
+        elif isinstance(moe, ops.FusedMoe) and (weight := moe.weight(name)) is not None:
+            whole = c.weight_name(weight) if stacked else ""
+            parts = {f"{name}.{e}": c.weights.part(whole, shape, e) for e in range(form.experts if stacked else 0)}
+            found |= parts if stacked else {name: c.value(weight)}
     return found
 
 
-def _ort_operands(c: Context, form: MoeForm, given: dict[str, Any]) -> dict[str, str]:
-    found = _common_operands(c, form, given)
+def _quantized_operand(
+    c: Context, form: MoeForm, name: str, codes: Node, scales: Node, shape: tuple[int, int], experts: int
+) -> dict[str, str]:
+    """Codes and scales of a weight of the shared expert (`experts` 0), or those of each routed expert by itself."""
+    weight = c.weight_name(codes)
+    if not experts:
+        whole = c.weights.tensor(weight, CODES[form.bits], shape)
+        return {name: whole, f"{name}.scales": c.scales(scales)}
+    found, count = {}, prod(shape)
+    for e in range(experts):
+        first = e * count
+        found[f"{name}.{e}"] = c.weights.tensor(weight, CODES[form.bits], shape, first=first, name=f"{weight}.{e}")
+        dims = (shape[0], shape[1] // form.group_size)
+        found[f"{name}.{e}.scales"] = c.scales(scales, first=first // form.group_size, dims=dims, suffix=f".{e}")
+    return found
+
+
+def _ort_operands(c: Context, form: MoeForm, moe: ops.RoutedMoe[Node]) -> dict[str, str]:
+    assert isinstance(moe, ops.FusedMoeQ)  # `moe_ort.check` refused the others
+    found, interleaved = _common_operands(c, moe), form.what.interleaved
     plain, turned = (AS_STORED, moe_ort.OFFSET), (moe_ort.ALTERNATING, moe_ort.ALTERNATING_OFFSET)
-    if "b13" in form.present:
-        found["b13"] = c.value(given["b13"])
-        if not form.what.interleaved:
-            found["b13"] = c.weights.plain(c.weight_name(given["b13"]), change=moe_ort.ALTERNATING_FLOAT32)
-    for name in ("shared_w13", "shared_w2") if form.shared_width else ():
-        found[name] = _offset_codes(c, given[f"{name}_codes"], form.bits, form.group_size)
-        found[f"{name}.scales"] = c.scales(given[f"{name}_scales"])
-    for stack in ("w13", "w2"):
-        changes: tuple[Change, Change] = turned if stack == "w13" and not form.what.interleaved else plain
-        name = c.weight_name(given[f"{stack}_codes"])
-        found[stack] = c.weights.tensor(name, TensorProto.UINT8, c.program.weights[name].shape, change=changes[1])
-        found[f"{stack}.scales"] = c.scales(given[f"{stack}_scales"], change=changes[0])
+    if moe.b13 is not None:
+        found["b13"] = c.value(moe.b13)
+        if not interleaved:
+            found["b13"] = c.weights.plain(c.weight_name(moe.b13), change=moe_ort.ALTERNATING_FLOAT32)
+    for name in ("shared_w13", "shared_w2"):
+        shared = moe.weight(name)
+        if shared is not None:
+            found[name] = _offset_codes(c, shared[0], form.bits, form.group_size)
+            found[f"{name}.scales"] = c.scales(shared[1])
+    for name, weight in (("w13", (moe.w13_codes, moe.w13_scales)), ("w2", (moe.w2_codes, moe.w2_scales))):
+        changes: tuple[Change, Change] = turned if name == "w13" and not interleaved else plain
+        codes = c.weight_name(weight[0])
+        found[name] = c.weights.tensor(codes, TensorProto.UINT8, c.program.weights[codes].shape, change=changes[1])
+        found[f"{name}.scales"] = c.scales(weight[1], change=changes[0])
     return found
-
-
-def _args(n: Node) -> tuple[Any, ...]:
-    """The arguments, which their operator's schema types."""
-    return n.args
 
 
 HANDLERS = {
@@ -238,5 +254,5 @@ HANDLERS = {
     ops.fused_moe_q: fused_moe,
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.embedding.default: embedding,
-    torch.ops.aten.rms_norm.default: rms_norm,
+    torch.ops.aten.rms_norm.default: aten_rms_norm,
 }

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from moec.compiler.ops import Experts, Routing, fused_moe_q
+from moec.compiler.ops import Experts, FusedMoeQ, RoutedMoe, Routing
 
 
 @dataclass(frozen=True)
@@ -56,37 +55,20 @@ class MoeForm:
         }
 
 
-def operands(node: Node) -> dict[str, Any]:
-    """The arguments of a fused node by the names of its operator's schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    return dict(zip((a.name for a in schema.arguments), node.args, strict=True))
-
-
-def form_of(node: Node) -> MoeForm:
+def form_of(moe: RoutedMoe[Node]) -> MoeForm:
     """The attributes and sizes of a fused node, read from its operands."""
-    given = operands(node)
-    quantized = node.target is fused_moe_q
-    what = Experts.parse(given["experts"])
-    bits = int(given["bits"]) if quantized else 0
-    suffix = "_codes" if quantized else ""
-    per = 2 if bits == 4 else 1
-
-    def shape(name: str) -> tuple[int, ...]:
-        value: torch.Tensor = given[name + suffix].meta["val"]
-        dims = [int(d) for d in value.shape]
-        return (*dims[:-1], dims[-1] * per)
-
-    w2, shared = shape("w2"), given["shared_w2" + suffix] is not None
+    sizes = moe.sizes
+    bits, group_size = (moe.bits, moe.group_size) if isinstance(moe, FusedMoeQ) else (0, 0)
     optional = ("router_bias", "selection_bias", "b13", "b2", "shared_gate")
     return MoeForm(
-        experts=w2[0],
-        top_k=int(given["top_k"]),
-        width=w2[1] if what.layout == "out_in" else w2[2],
-        expert_width=w2[2] if what.layout == "out_in" else w2[1],
-        shared_width=shape("shared_w2")[1] if shared else 0,
-        routing=Routing.parse(given["routing"]),
-        what=what,
+        experts=sizes.experts,
+        top_k=moe.top_k,
+        width=sizes.d_model,
+        expert_width=sizes.expert_width,
+        shared_width=sizes.shared_width,
+        routing=moe.selection,
+        what=moe.mlp,
         bits=bits,
-        group_size=int(given["group_size"]) if quantized else 0,
-        present=frozenset(name for name in optional if given[name] is not None),
+        group_size=group_size,
+        present=frozenset(name for name in optional if getattr(moe, name) is not None),
     )

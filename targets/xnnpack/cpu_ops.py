@@ -9,14 +9,15 @@ same names with ExecuTorch. Importing this module registers everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import moec.compiler.ops  # noqa: F401  (registers the functional forms whose .out forms are defined below)
-from moec.compiler.ops.define import NAMESPACE, define, require
+from moec.compiler.ops import MoeCall
+from moec.compiler.ops.call import NAMESPACE, Call, V, register, require
 from moec.runtime import kernel_api
 from moec.runtime.moe_config import WeightFormat
 
@@ -32,125 +33,130 @@ def _optional(tensor: Tensor | None) -> np.ndarray | None:
 # ---- packed operators
 
 
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None, n: int, k: int, format: int) -> Tensor:
-    require(x.dtype == torch.float32 and x.shape[-1] == k, "linear_packed", f"x must be float32 with {k} features")
-    y = kernel_api.linear(_array(x).reshape(-1, k), _array(w), n, WeightFormat.decode(format), _optional(bias))
-    return torch.from_numpy(y).view(*x.shape[:-1], n)
+@dataclass(frozen=True)
+class LinearPacked(Call[V]):
+    """x float32 [..., K], w uint8 [bytes], bias [N] -> float32 [..., N]; `format`: `WeightFormat.encode`."""
+
+    x: V
+    w: V
+    bias: V | None
+    n: int
+    k: int
+    format: int
+
+    def eager(self: LinearPacked[Tensor]) -> Tensor:
+        _check_packed("linear_packed", self.x, self.w, self.k)
+        rows, form = _array(self.x).reshape(-1, self.k), WeightFormat.decode(self.format)
+        y = kernel_api.linear(rows, _array(self.w), self.n, form, _optional(self.bias))
+        return torch.from_numpy(y).view(*self.x.shape[:-1], self.n)
+
+    def fake(self: LinearPacked[Tensor]) -> Tensor:
+        _check_packed("linear_packed", self.x, self.w, self.k)
+        require(self.bias is None or tuple(self.bias.shape) == (self.n,), "linear_packed", "bias must be [N]")
+        return self.x.new_empty((*self.x.shape[:-1], self.n))
 
 
-def _linear_fake(x: Tensor, w: Tensor, bias: Tensor | None, n: int, k: int, format: int) -> Tensor:
-    require(x.dtype == torch.float32, "linear_packed", "x must be float32")
-    require(w.dtype == torch.uint8 and w.dim() == 1, "linear_packed", "w must be uint8 [bytes]")
-    require(x.shape[-1] == k, "linear_packed", f"x has {x.shape[-1]} features, the weight {k}")
-    if bias is not None:
-        require(tuple(bias.shape) == (n,), "linear_packed", "bias must be [N]")
-    return x.new_empty((*x.shape[:-1], n))
+linear_packed = register("linear_packed", LinearPacked)
 
 
-linear_packed = define(
-    "linear_packed(Tensor x, Tensor w, Tensor? bias, int n, int k, int format) -> Tensor", _linear, _linear_fake
-)
+@dataclass(frozen=True)
+class GatedLinearPacked(Call[V]):
+    """x float32 [..., K], w uint8 [bytes] of gate and up -> float32 [..., F]; `activation`: its number."""
+
+    x: V
+    w: V
+    f: int
+    k: int
+    format: int
+    activation: int
+
+    def eager(self: GatedLinearPacked[Tensor]) -> Tensor:
+        _check_packed("gated_linear_packed", self.x, self.w, self.k)
+        rows, form = _array(self.x).reshape(-1, self.k), WeightFormat.decode(self.format)
+        y = kernel_api.gated_linear(rows, _array(self.w), self.f, form, self.activation)
+        return torch.from_numpy(y).view(*self.x.shape[:-1], self.f)
+
+    def fake(self: GatedLinearPacked[Tensor]) -> Tensor:
+        _check_packed("gated_linear_packed", self.x, self.w, self.k)
+        return self.x.new_empty((*self.x.shape[:-1], self.f))
 
 
-def _gated(x: Tensor, w: Tensor, f: int, k: int, format: int, activation: int) -> Tensor:
-    require(
-        x.dtype == torch.float32 and x.shape[-1] == k, "gated_linear_packed", f"x must be float32 with {k} features"
-    )
-    y = kernel_api.gated_linear(_array(x).reshape(-1, k), _array(w), f, WeightFormat.decode(format), activation)
-    return torch.from_numpy(y).view(*x.shape[:-1], f)
+gated_linear_packed = register("gated_linear_packed", GatedLinearPacked)
 
 
-def _gated_fake(x: Tensor, w: Tensor, f: int, k: int, format: int, activation: int) -> Tensor:
-    require(x.dtype == torch.float32, "gated_linear_packed", "x must be float32")
-    require(w.dtype == torch.uint8 and w.dim() == 1, "gated_linear_packed", "w must be uint8 [bytes]")
-    require(x.shape[-1] == k, "gated_linear_packed", f"x has {x.shape[-1]} features, the weight {k}")
-    return x.new_empty((*x.shape[:-1], f))
+@dataclass(frozen=True)
+class EmbeddingPacked(Call[V]):
+    """ids int64 [...], w uint8 [bytes] of a table [N, K] -> float32 [..., K]."""
+
+    ids: V
+    w: V
+    n: int
+    k: int
+    format: int
+
+    def eager(self: EmbeddingPacked[Tensor]) -> Tensor:
+        require(self.ids.dtype == torch.int64, "embedding_packed", "ids must be int64")
+        form = WeightFormat.decode(self.format)
+        y = kernel_api.embedding(_array(self.ids).reshape(-1), _array(self.w), self.n, self.k, form)
+        return torch.from_numpy(y).view(*self.ids.shape, self.k)
+
+    def fake(self: EmbeddingPacked[Tensor]) -> Tensor:
+        require(self.ids.dtype == torch.int64, "embedding_packed", "ids must be int64")
+        require(self.w.dtype == torch.uint8 and self.w.dim() == 1, "embedding_packed", "w must be uint8 [bytes]")
+        return self.ids.new_empty((*self.ids.shape, self.k), dtype=torch.float32)
 
 
-gated_linear_packed = define(
-    "gated_linear_packed(Tensor x, Tensor w, int f, int k, int format, int activation) -> Tensor", _gated, _gated_fake
-)
+embedding_packed = register("embedding_packed", EmbeddingPacked)
 
 
-def _embedding(ids: Tensor, w: Tensor, n: int, k: int, format: int) -> Tensor:
-    require(ids.dtype == torch.int64, "embedding_packed", "ids must be int64")
-    y = kernel_api.embedding(_array(ids).reshape(-1), _array(w), n, k, WeightFormat.decode(format))
-    return torch.from_numpy(y).view(*ids.shape, k)
+@dataclass(frozen=True)
+class FusedMoePacked(MoeCall[V]):
+    """`fused_moe` with packed weights; `config` and `params`: `MoeConfig.encode`."""
+
+    w13: V
+    b13: V | None
+    w2: V
+    b2: V | None
+    shared_w13: V | None
+    shared_w2: V | None
+    shared_gate: V | None
+    config: Sequence[int]
+    params: Sequence[float]
+
+    def eager(self: FusedMoePacked[Tensor]) -> Tensor:
+        tensors = kernel_api.MoeTensors(
+            _array(self.router_weight),
+            _array(self.w13),
+            _array(self.w2),
+            router_bias=_optional(self.router_bias),
+            selection_bias=_optional(self.selection_bias),
+            b13=_optional(self.b13),
+            b2=_optional(self.b2),
+            shared_w13=_optional(self.shared_w13),
+            shared_w2=_optional(self.shared_w2),
+            shared_gate=_optional(self.shared_gate),
+        )
+        y = kernel_api.moe(self.config, self.params, tensors, _array(self.x), _array(self.router_input))
+        return torch.from_numpy(y)
+
+    def fake(self: FusedMoePacked[Tensor]) -> Tensor:
+        op = "fused_moe_packed"
+        for name in ("x", "router_input", "router_weight"):
+            require(getattr(self, name).dtype == torch.float32, op, f"{name} must be float32")
+        for name in ("w13", "w2", "shared_w13", "shared_w2"):
+            blob: Tensor | None = getattr(self, name)
+            packed = blob is None or (blob.dtype == torch.uint8 and blob.dim() == 1)
+            require(packed, op, f"{name} must be uint8 [bytes]")
+        return torch.empty_like(self.x, memory_format=torch.contiguous_format)
 
 
-def _embedding_fake(ids: Tensor, w: Tensor, n: int, k: int, format: int) -> Tensor:
-    require(ids.dtype == torch.int64, "embedding_packed", "ids must be int64")
-    require(w.dtype == torch.uint8 and w.dim() == 1, "embedding_packed", "w must be uint8 [bytes]")
-    return ids.new_empty((*ids.shape, k), dtype=torch.float32)
+fused_moe_packed = register("fused_moe_packed", FusedMoePacked)
 
 
-embedding_packed = define(
-    "embedding_packed(Tensor ids, Tensor w, int n, int k, int format) -> Tensor", _embedding, _embedding_fake
-)
-
-
-def _moe(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    w13: Tensor,
-    b13: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    shared_w13: Tensor | None,
-    shared_w2: Tensor | None,
-    shared_gate: Tensor | None,
-    config: Sequence[int],
-    params: Sequence[float],
-) -> Tensor:
-    tensors = kernel_api.MoeTensors(
-        _array(router_weight),
-        _array(w13),
-        _array(w2),
-        router_bias=_optional(router_bias),
-        selection_bias=_optional(selection_bias),
-        b13=_optional(b13),
-        b2=_optional(b2),
-        shared_w13=_optional(shared_w13),
-        shared_w2=_optional(shared_w2),
-        shared_gate=_optional(shared_gate),
-    )
-    return torch.from_numpy(kernel_api.moe(config, params, tensors, _array(x), _array(router_input)))
-
-
-def _moe_fake(
-    x: Tensor,
-    router_input: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    selection_bias: Tensor | None,
-    w13: Tensor,
-    b13: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    shared_w13: Tensor | None,
-    shared_w2: Tensor | None,
-    shared_gate: Tensor | None,
-    config: Sequence[int],
-    params: Sequence[float],
-) -> Tensor:
-    op = "fused_moe_packed"
-    for name, value in (("x", x), ("router_input", router_input), ("router_weight", router_weight)):
-        require(value.dtype == torch.float32, op, f"{name} must be float32")
-    for name, blob in (("w13", w13), ("w2", w2), ("shared_w13", shared_w13), ("shared_w2", shared_w2)):
-        require(blob is None or (blob.dtype == torch.uint8 and blob.dim() == 1), op, f"{name} must be uint8 [bytes]")
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-fused_moe_packed = define(
-    "fused_moe_packed(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, "
-    "Tensor? selection_bias, Tensor w13, Tensor? b13, Tensor w2, Tensor? b2, Tensor? shared_w13, "
-    "Tensor? shared_w2, Tensor? shared_gate, int[] config, float[] params) -> Tensor",
-    _moe,
-    _moe_fake,
-)
+def _check_packed(op: str, x: Tensor, w: Tensor, k: int) -> None:
+    require(x.dtype == torch.float32, op, "x must be float32")
+    require(w.dtype == torch.uint8 and w.dim() == 1, op, "w must be uint8 [bytes]")
+    require(x.shape[-1] == k, op, f"x has {x.shape[-1]} features, the weight {k}")
 
 
 # ---- .out forms

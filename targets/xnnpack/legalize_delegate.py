@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import linear_q
+from moec.compiler.ops import LinearQ
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, LazyWeight, Program, Stage, module_path
 from moec.compiler.quant import unpack_int4
-from moec.targets.xnnpack.legalize_moe import arguments
 
 aten, torchao = torch.ops.aten, torch.ops.torchao
 INT4_LOW, INT4_HIGH = -8, 7
@@ -34,23 +33,22 @@ def delegate_linears() -> Pass:
 
 def _run(program: Program) -> PassResult:
     edit = program.edit()
-    nodes = [n for n in edit.graph.nodes if n.op == "call_function" and n.target is linear_q]
+    nodes = [n for n in edit.graph.nodes if LinearQ.find(n) is not None]
     for node in nodes:
         _rewrite(edit, node)
     return PassResult(edit.done(), len(nodes)) if nodes else PassResult(program, 0)
 
 
 def _rewrite(edit: Editor, node: Node) -> None:
-    given = arguments(node)
-    if given["bits"] != 4 or not given["int8_activations"]:
+    linear = LinearQ[Node].of(node)
+    if linear.bits != 4 or not linear.int8_activations:
         raise CompileError(
             "XNNPACK multiplies grouped INT4 weights with INT8 activations only",
             place=module_path(node) or node.name,
             remedy="set kernels of this role to `moec`, or weights: int4 and activations: int8",
         )
-    x: Node = given["x"]
-    group_size = given["group_size"]
-    codes, scales, zeros = _plain_weights(edit, given["codes"], given["scales"])
+    x = linear.x
+    codes, scales, zeros = _plain_weights(edit, linear.codes, linear.scales)
     block = [1] * (x.meta["val"].dim() - 1) + [int(x.meta["val"].shape[-1])]
     with edit.graph.inserting_before(node):
         chosen = edit.call(
@@ -62,14 +60,14 @@ def _rewrite(edit: Editor, node: Node) -> None:
         w = edit.call(
             torchao.dequantize_affine.default,
             codes,
-            [1, group_size],
+            [1, linear.group_size],
             scales,
             zeros,
             torch.int8,
             INT4_LOW,
             INT4_HIGH,
         )
-        bias = () if given.get("bias") is None else (given["bias"],)
+        bias = () if linear.bias is None else (linear.bias,)
         y = edit.call(aten.linear.default, x_rounded, w, *bias, like=node)
     node.replace_all_uses_with(y)
     edit.graph.erase_node(node)

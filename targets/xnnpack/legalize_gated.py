@@ -15,7 +15,7 @@ from torch.fx import Node
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
 from moec.runtime.moe_config import ACTIVATION, WeightFormat
-from moec.targets.xnnpack.cpu_ops import gated_linear_packed, linear_packed
+from moec.targets.xnnpack.cpu_ops import GatedLinearPacked, LinearPacked
 
 aten = torch.ops.aten
 _BLOCK = 16  # kernel/format.h: kBlockRows
@@ -34,10 +34,12 @@ def _run(program: Program) -> PassResult:
         if found is None:
             continue
         halves, act, product, activation = found
-        arguments: tuple[Any, ...] = node.args
-        x, w, _, n, k, code = arguments
+        linear = LinearPacked[Node].of(node)
+        gated = GatedLinearPacked(
+            x=linear.x, w=linear.w, f=linear.n // 2, k=linear.k, format=linear.format, activation=activation
+        )
         with edit.graph.inserting_before(product):
-            y = edit.call(gated_linear_packed, x, w, n // 2, k, code, activation, like=product)
+            y = edit.emit(gated, like=product)
         product.replace_all_uses_with(y)
         for dead in (product, act, *halves, node):
             edit.graph.erase_node(dead)
@@ -47,10 +49,10 @@ def _run(program: Program) -> PassResult:
 
 def _gated(node: Node) -> tuple[tuple[Node, Node], Node, Node, int] | None:
     """((gate, up), activation, product, number of the activation) of a packed linear, if that is all it is for."""
-    if node.op != "call_function" or node.target is not linear_packed or node.args[2] is not None:
+    linear = LinearPacked[Node].find(node)
+    if linear is None or linear.bias is not None:
         return None
-    given: tuple[Any, ...] = node.args
-    n, fmt, users = given[3], WeightFormat.decode(given[5]), list(node.users)
+    n, fmt, users = linear.n, WeightFormat.decode(linear.format), list(node.users)
     if len(users) != 2 or n % 2 or not _whole_blocks(n // 2, fmt):
         return None
     gate, up = sorted(users, key=lambda user: user.args[2:3] != (0,))

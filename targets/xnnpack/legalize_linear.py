@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moec.compiler.ops import embedding_q, linear_q
+from moec.compiler.matching.read import arg
+from moec.compiler.ops import EmbeddingQ, LinearQ, embedding_q, linear_q
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Role, Stage
-from moec.targets.xnnpack.cpu_ops import embedding_packed, linear_packed
-from moec.targets.xnnpack.legalize_moe import arguments
+from moec.targets.xnnpack.cpu_ops import EmbeddingPacked, LinearPacked
 from moec.targets.xnnpack.options import Options
 from moec.targets.xnnpack.packed import Source, float_source, pack_into, quantized_source
 
@@ -45,9 +45,7 @@ def kernel_of(program: Program | Editor, node: Node, options: Options) -> str:
     `auto`: integer weights go to our kernel (exact scales, one copy of the weights, faster at one token on every x86
     measured); float weights to XNNPACK, but for a head that shares its table with the embedding.
     """
-    weight = node.args[1]
-    assert isinstance(weight, Node)
-    name = program.weight_of(weight)
+    name = program.weight_of(_weight(node))
     role = program.roles.get(name, Role.OTHER) if name else Role.OTHER
     if name is None:  # a computed operand: no kernel of ours takes one
         return "xnnpack"
@@ -56,6 +54,25 @@ def kernel_of(program: Program | Editor, node: Node, options: Options) -> str:
     if chosen != "auto":
         return chosen
     return "moec" if node.target is linear_q or section == "head" else "xnnpack"
+
+
+def _weight(node: Node) -> Node:
+    """What a linear multiplies with: a float weight, or the codes of one."""
+    quantized = LinearQ[Node].find(node)
+    weight = node.args[1] if quantized is None else quantized.codes
+    assert isinstance(weight, Node)
+    return weight
+
+
+def _input(node: Node) -> Any:
+    quantized = LinearQ[Node].find(node)
+    return node.args[0] if quantized is None else quantized.x
+
+
+def _bias(node: Node) -> Node | None:
+    quantized = LinearQ[Node].find(node)
+    bias: Node | None = arg(node, 2, "bias") if quantized is None else quantized.bias
+    return bias
 
 
 def _linears(program: Program, options: Options) -> PassResult:
@@ -71,25 +88,23 @@ def _side_by_side(nodes: Iterable[Node]) -> list[list[Node]]:
     """Linears of the same input and format, without bias, in the graph's order; the others alone."""
     groups: dict[Any, list[Node]] = {}
     for node in nodes:
-        given = arguments(node)
-        alone = given.get("bias") is not None
-        key = (node,) if alone else (node.args[0], source_of(node).format)
+        key = (node,) if _bias(node) is not None else (_input(node), source_of(node).format)
         groups.setdefault(key, []).append(node)
     return list(groups.values())
 
 
 def source_of(node: Node) -> Source:
     """The weight of a linear or embedding as a kernel may read it."""
-    given = arguments(node)
-    if node.target in (linear_q, embedding_q):
-        return quantized_source(
-            given["codes"],
-            given["scales"],
-            bits=given["bits"],
-            group_size=given["group_size"],
-            int8_activations=given.get("int8_activations", False),
-        )
-    return float_source(given["weight"])
+    quantized: LinearQ[Node] | EmbeddingQ[Node] | None = LinearQ[Node].find(node) or EmbeddingQ[Node].find(node)
+    if quantized is None:
+        return float_source(_weight(node) if node.target is aten.linear.default else node.args[0])  # type: ignore[arg-type]
+    return quantized_source(
+        quantized.codes,
+        quantized.scales,
+        bits=quantized.bits,
+        group_size=quantized.group_size,
+        int8_activations=isinstance(quantized, LinearQ) and quantized.int8_activations,
+    )
 
 
 def _rows_and_columns(source: Source) -> tuple[int, int]:
@@ -103,9 +118,9 @@ def _pack(edit: Editor, group: list[Node]) -> None:
     n, k = sum(rows for rows, _ in sizes), sizes[0][1]
     blob = pack_into(edit, sources, count=1, n=n, k=k)
     first = group[0]
-    bias = arguments(first).get("bias")
+    packed = LinearPacked(x=_input(first), w=blob, bias=_bias(first), n=n, k=k, format=sources[0].format.encode())
     with edit.graph.inserting_before(first):
-        y = edit.call(linear_packed, first.args[0], blob, bias, n, k, sources[0].format.encode(), like=first)
+        y = edit.emit(packed, like=first)
     if len(group) == 1:
         first.replace_all_uses_with(y)
         edit.graph.erase_node(first)
@@ -124,13 +139,14 @@ def _embeddings(program: Program) -> PassResult:
     edit = program.edit()
     nodes = [n for n in edit.graph.nodes if n.op == "call_function" and n.target in EMBEDDINGS]
     for node in nodes:
-        given = arguments(node)
         source = source_of(node)
         rows, columns = _rows_and_columns(source)
         blob = pack_into(edit, [source], count=1, n=rows, k=columns)
-        ids = given["ids"] if node.target is embedding_q else given["indices"]
+        quantized = EmbeddingQ[Node].find(node)
+        ids: Any = node.args[1] if quantized is None else quantized.ids
         with edit.graph.inserting_before(node):
-            y = edit.call(embedding_packed, ids, blob, rows, columns, source.format.encode(), like=node)
+            packed = EmbeddingPacked(ids=ids, w=blob, n=rows, k=columns, format=source.format.encode())
+            y = edit.emit(packed, like=node)
         node.replace_all_uses_with(y)
         edit.graph.erase_node(node)
     return PassResult(edit.done(), len(nodes)) if nodes else PassResult(program, 0)

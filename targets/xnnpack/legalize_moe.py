@@ -6,15 +6,14 @@ dimension their groups lie along.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
-from moec.compiler.ops import Experts, Routing, fused_moe, fused_moe_q
+from moec.compiler.ops import FusedMoe, FusedMoeQ, RoutedMoe
+from moec.compiler.ops.moe_call import WEIGHTS
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Stage
 from moec.runtime.moe_config import MoeConfig, WeightFormat
-from moec.targets.xnnpack.cpu_ops import fused_moe_packed
+from moec.targets.xnnpack.cpu_ops import FusedMoePacked
 from moec.targets.xnnpack.packed import Source, float_source, pack_into, quantized_source
 
 
@@ -25,104 +24,79 @@ def pack_moe() -> Pass:
 
 def _run(program: Program) -> PassResult:
     edit = program.edit()
-    nodes = [n for n in edit.graph.nodes if n.op == "call_function" and n.target in (fused_moe, fused_moe_q)]
+    nodes = [n for n in edit.graph.nodes if RoutedMoe.find(n) is not None]
     for node in nodes:
         _rewrite(edit, node)
     return PassResult(edit.done(), len(nodes)) if nodes else PassResult(program, 0)
 
 
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call by the names of its operator's schema, defaults left out."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
-
-
 def _rewrite(edit: Editor, node: Node) -> None:
-    given = arguments(node)
-    how, what = Routing.parse(given["routing"]), Experts.parse(given["experts"])
-    in_out = what.layout == "in_out"
-    sources = _float_sources(given) if node.target is fused_moe else _quantized_sources(given, in_out)
-    experts, d_model = (int(s) for s in given["router_weight"].meta["val"].shape)
-    width = _width(given, what)
-    halves = 2 if what.gated else 1
-    transposed = in_out and node.target is fused_moe
+    moe = RoutedMoe[Node].of(node)
+    sizes, mlp = moe.sizes, moe.mlp
+    transposed = mlp.layout == "in_out" and isinstance(moe, FusedMoe)
+    sources = {name: source for name in WEIGHTS if (source := _source(moe, name)) is not None}
+    halves = 2 if mlp.gated else 1
 
-    def blob(name: str, count: int, n: int, k: int, *, turned: bool = False) -> Node | None:
-        source = sources.get(name)
-        return None if source is None else pack_into(edit, [source], count=count, n=n, k=k, transposed=turned)
-
-    shared_width = _shared_width(given)
-    w13 = blob("w13", experts, halves * width, d_model, turned=transposed)
-    w2 = blob("w2", experts, d_model, width, turned=transposed)
-    shared_w13 = blob("shared_w13", 1, halves * shared_width, d_model)
-    shared_w2 = blob("shared_w2", 1, d_model, shared_width)
+    def blob(name: str, count: int, n: int, k: int, *, transposed: bool = False) -> Node:
+        return pack_into(edit, [sources[name]], count=count, n=n, k=k, transposed=transposed)
 
     def fmt(name: str) -> WeightFormat:
         return sources[name].format if name in sources else WeightFormat()
 
+    w13 = blob("w13", sizes.experts, halves * sizes.expert_width, sizes.d_model, transposed=transposed)
+    w2 = blob("w2", sizes.experts, sizes.d_model, sizes.expert_width, transposed=transposed)
+    shared_w13 = shared_w2 = None
+    if moe.has_shared:
+        shared_w13 = blob("shared_w13", 1, halves * sizes.shared_width, sizes.d_model)
+        shared_w2 = blob("shared_w2", 1, sizes.d_model, sizes.shared_width)
     config, params = MoeConfig(
-        experts=experts,
-        d_model=d_model,
-        expert_width=width,
-        top_k=given["top_k"],
-        how=how,
-        what=what,
+        experts=sizes.experts,
+        d_model=sizes.d_model,
+        expert_width=sizes.expert_width,
+        top_k=moe.top_k,
+        how=moe.selection,
+        what=mlp,
         w13=fmt("w13"),
         w2=fmt("w2"),
-        shared_width=shared_width,
+        shared_width=sizes.shared_width,
         shared_w13=fmt("shared_w13"),
         shared_w2=fmt("shared_w2"),
     ).encode()
+    packed = FusedMoePacked(
+        x=moe.x,
+        router_input=moe.router_input,
+        router_weight=moe.router_weight,
+        router_bias=moe.router_bias,
+        selection_bias=moe.selection_bias,
+        w13=w13,
+        b13=moe.b13,
+        w2=w2,
+        b2=moe.b2,
+        shared_w13=shared_w13,
+        shared_w2=shared_w2,
+        shared_gate=moe.shared_gate,
+        config=config,
+        params=params,
+    )
     with edit.graph.inserting_before(node):
-        packed = edit.call(
-            fused_moe_packed,
-            *(given[name] for name in ("x", "router_input", "router_weight", "router_bias", "selection_bias")),
-            w13,
-            given["b13"],
-            w2,
-            given["b2"],
-            shared_w13,
-            shared_w2,
-            given["shared_gate"],
-            config,
-            params,
-            like=node,
-        )
-    node.replace_all_uses_with(packed)
+        new = edit.emit(packed, like=node)
+    node.replace_all_uses_with(new)
     edit.graph.erase_node(node)
 
 
-def _float_sources(given: dict[str, Any]) -> dict[str, Source]:
-    names = ("w13", "w2", "shared_w13", "shared_w2")
-    return {name: float_source(given[name]) for name in names if given[name] is not None}
-
-
-def _quantized_sources(given: dict[str, Any], in_out: bool) -> dict[str, Source]:
-    found: dict[str, Source] = {}
-    for name in ("w13", "w2", "shared_w13", "shared_w2"):
-        if given[f"{name}_codes"] is not None:
-            found[name] = quantized_source(
-                given[f"{name}_codes"],
-                given[f"{name}_scales"],
-                bits=given["bits"],
-                group_size=given["group_size"],
-                int8_activations=given["int8_activations"],
-                axis_out=in_out and not name.startswith("shared"),  # shared weights are always [out, in]
-            )
-    return found
-
-
-def _width(given: dict[str, Any], what: Experts) -> int:
-    """F, from a down projection: [E, D, F] (out_in) or [E, F, D] (in_out), codes packed along the last dimension."""
-    weight = given.get("w2", given.get("w2_codes"))
-    shape = weight.meta["val"].shape  # type: ignore[union-attr]
-    if what.layout == "in_out":
-        return int(shape[1])
-    return int(shape[2]) * (2 if given.get("bits") == 4 else 1)
-
-
-def _shared_width(given: dict[str, Any]) -> int:
-    weight = given.get("shared_w2", given.get("shared_w2_codes"))
-    if weight is None:
-        return 0
-    return int(weight.meta["val"].shape[1]) * (2 if given.get("bits") == 4 else 1)
+def _source(moe: RoutedMoe[Node], name: str) -> Source | None:
+    """One of `WEIGHTS` as the kernel reads it; None if the block has none of that name."""
+    if isinstance(moe, FusedMoeQ):
+        weight = moe.weight(name)
+        if weight is None:
+            return None
+        return quantized_source(
+            *weight,
+            bits=moe.bits,
+            group_size=moe.group_size,
+            int8_activations=moe.int8_activations,
+            axis_out=moe.mlp.layout == "in_out" and not name.startswith("shared"),  # shared weights are [out, in]
+        )
+    assert isinstance(moe, FusedMoe)
+    plain = moe.weight(name)
+    return None if plain is None else float_source(plain)

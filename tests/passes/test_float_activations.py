@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from moec.compiler.ops import find_call
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program, Stage
 from moec.passes.float_activations import QUANTIZED, float_activations
@@ -19,7 +20,8 @@ def fused() -> Program:
 
 
 def _flags(program: Program) -> list[object]:
-    return [node.args[-1] for node in program.graph.nodes if node.target in QUANTIZED]
+    calls = [find_call(node) for node in program.graph.nodes if node.target in QUANTIZED]
+    return [call.int8_activations for call in calls]  # type: ignore[union-attr]
 
 
 def test_the_flag_of_every_quantized_operator_and_nothing_else(fused: Program) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
-from moec.compiler.ops import cached_attention
+from moec.compiler.ops import CachedAttention
 from moec.compiler.program import Program, Role
 from moec.passes.fuse_attention import fuse_attention
 from tests.harness import CONTEXT, VOCABULARY, check_refused, check_rule, export_toy
@@ -76,14 +77,15 @@ def program(**steps: Callable[..., Any]) -> Program:
     return export_toy(lambda: Toy(**steps), {"embed": Role.EMBEDDING})
 
 
-def _call(after: Program) -> tuple[Any, ...]:
-    return next(n for n in after.graph.nodes if n.target is cached_attention).args
+def _call(after: Program) -> CachedAttention[Node]:
+    return next(call for n in after.graph.nodes if (call := CachedAttention[Node].find(n)) is not None)
 
 
 def test_global() -> None:
     after = check_rule(fuse_attention(), program(), count=1, golden="fuse_attention")
     assert "index_copy" not in after.text()
-    assert _call(after)[6:] == (pytest.approx(WIDTH**-0.5), 0)
+    assert _call(after).scale == pytest.approx(WIDTH**-0.5)
+    assert _call(after).window == 0
     assert after.roles["attention.k_cache"] is Role.CACHE
 
 
@@ -93,7 +95,7 @@ def test_window(window: int) -> None:
         keys = torch.arange(CONTEXT)
         return (keys <= positions.unsqueeze(1)) & (keys > positions.unsqueeze(1) - window)
 
-    assert _call(check_rule(fuse_attention(), program(mask=mask), count=1))[7] == window
+    assert _call(check_rule(fuse_attention(), program(mask=mask), count=1)).window == window
 
 
 def test_additive_mask() -> None:
@@ -101,7 +103,7 @@ def test_additive_mask() -> None:
         hidden = torch.arange(CONTEXT) > positions.unsqueeze(1)
         return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
 
-    assert _call(check_rule(fuse_attention(), program(mask=mask), count=1))[7] == 0
+    assert _call(check_rule(fuse_attention(), program(mask=mask), count=1)).window == 0
 
 
 def test_scale() -> None:
@@ -109,7 +111,7 @@ def test_scale() -> None:
         k, v = self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
 
-    assert _call(check_rule(fuse_attention(), program(attend=attend), count=1))[6] == 0.3
+    assert _call(check_rule(fuse_attention(), program(attend=attend), count=1)).scale == 0.3
 
 
 # ------------------------------------------------------------------------------------------------- what must be refused

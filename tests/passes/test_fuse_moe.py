@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import fused_moe
+from moec.compiler.ops import FusedMoe, fused_moe
 from moec.compiler.pipeline import PassResult, run_passes
 from moec.compiler.program import Program, Role, module_path
 from moec.passes.fuse_moe import fuse_moe
@@ -193,7 +193,8 @@ def routed_only() -> Program:
 @pytest.mark.parametrize("join", NOT_SHARED, ids=lambda f: f.__name__.strip("_"))
 def test_not_a_shared_expert(routed_only: Program, join: Callable[..., torch.Tensor]) -> None:
     node = next(n for n in routed_only.graph.nodes if n.target is fused_moe and join.__name__ in module_path(n))
-    assert node.args[9:12] == (None, None, None)
+    moe = FusedMoe.of(node)
+    assert moe.shared_w13 is moe.shared_w2 is moe.shared_gate is None
     assert f"blocks.{join.__name__}.down_proj.weight" in routed_only.weights
 
 
@@ -449,7 +450,7 @@ def test_there_are_forty_mutants() -> None:
 def test_routed_output_read_twice_ends_the_block_before_the_shared_expert() -> None:
     after = check_rule(fuse_moe(), program(extra=_reads("y")), count=1)
     fused = next(n for n in after.graph.nodes if n.target is fused_moe)
-    assert fused.args[9] is None, "the shared expert cannot be part of a block whose routed output is read elsewhere"
+    assert not FusedMoe.of(fused).has_shared, "its routed output is read elsewhere"
 
 
 def test_reason_reaches_the_user() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from moec.compiler.ops import Experts, fused_moe
+from moec.compiler.ops import FusedMoe, fused_moe
 from moec.compiler.program import Program, Role, module_path
 from moec.passes.fuse_moe import fuse_moe
 from tests.harness import check_equal, check_rule, run
@@ -127,26 +127,27 @@ def _node(program: Program, name: str) -> Node:
 
 @pytest.mark.parametrize("name", MATCHES)
 def test_fused(fused: Program, name: str) -> None:
-    node = _node(fused, f"is_{name}")
-    w13, w2 = (fused.weights[str(fused.weight_of(node.args[i]))] for i in (5, 7))
+    moe = FusedMoe.of(_node(fused, f"is_{name}"))
+    names = [str(fused.weight_of(weight)) for weight in (moe.w13, moe.w2)]
+    w13, w2 = (fused.weights[n] for n in names)
     count = MATCHES[name].get("experts", 3)
     assert w13.shape[0] == w2.shape[0] == count
-    assert all(fused.roles[str(fused.weight_of(node.args[i]))] is Role.EXPERT for i in (5, 7))
-    assert (node.args[6] is not None) == (node.args[8] is not None) == ("bias" in name)
-    what = Experts.parse(node.args[14])
+    assert all(fused.roles[n] is Role.EXPERT for n in names)
+    assert (moe.b13 is not None) == (moe.b2 is not None) == ("bias" in name)
+    what = moe.mlp
     assert what.layout == ("in_out" if name in ("one_matrix", "unbound", "permuted_stack") else "out_in")
     assert what.gated == (name != "ungated")
 
 
 def test_stacked_weights_are_used_as_they_are(fused: Program) -> None:
-    assert fused.weight_of(_node(fused, "is_one_matrix").args[5]) == "blocks.is_one_matrix.w13"
-    assert fused.weight_of(_node(fused, "is_permuted_stack").args[5]) != "blocks.is_permuted_stack.w13"
+    assert fused.weight_of(FusedMoe.of(_node(fused, "is_one_matrix")).w13) == "blocks.is_one_matrix.w13"
+    assert fused.weight_of(FusedMoe.of(_node(fused, "is_permuted_stack")).w13) != "blocks.is_permuted_stack.w13"
 
 
 def test_modules_are_stacked_in_the_order_of_the_router(fused: Program) -> None:
     before = zoo.zoo({"is_permuted": MATCHES["permuted"]})
-    node = _node(fused, "is_permuted")
-    stack = fused.weights[str(fused.weight_of(node.args[5]))].load()
+    moe = FusedMoe.of(_node(fused, "is_permuted"))
+    stack = fused.weights[str(fused.weight_of(moe.w13))].load()
     for expert in range(3):
         parts = [
             before.weights[f"blocks.is_permuted.experts.{(expert + 1) % 3}.{p}_proj.weight"] for p in ("gate", "up")

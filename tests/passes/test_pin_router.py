@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import fused_moe
+from moec.compiler.ops import FusedMoe
 from moec.compiler.pipeline import Pass, PassResult, run_passes
 from moec.compiler.program import Program, Role, Stage
 from moec.passes.fuse_moe import fuse_moe
@@ -32,8 +32,10 @@ def _rounded(program: Program) -> PassResult:
     edit = program.edit()
     with edit.fake_mode:
         for node in edit.graph.nodes:
-            if node.target is fused_moe:
-                node.args[2].meta["val"] = torch.empty(node.args[2].meta["val"].shape, dtype=torch.bfloat16)
+            moe = FusedMoe.find(node)
+            if moe is not None:
+                router = moe.router_weight
+                router.meta["val"] = torch.empty(router.meta["val"].shape, dtype=torch.bfloat16)
     return PassResult(edit.done(), 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moec.compiler.dialect import check_dialect
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import fused_moe_q, linear_q
+from moec.compiler.ops import FusedMoeQ, linear_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program, Role, Stage
 from moec.compiler.quant import QuantizedTensor, quantize_weight
@@ -123,8 +123,8 @@ def test_equals_float_arithmetic_on_rounded_weights(float_program: Program, bits
     reference = with_weights(float_program, rounded(bits, MATRICES, last=turned))
     for wanted, got in zip(outputs(reference), outputs(done), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-    node = next(n for n in done.graph.nodes if n.target is fused_moe_q)
-    assert ("layout=in_out" in str(node.args)) == (axis == "out")
+    moe = next(call for n in done.graph.nodes if (call := FusedMoeQ.find(n)) is not None)
+    assert (moe.mlp.layout == "in_out") == (axis == "out")
     assert done.stage is Stage.QUANTIZED
 
 

@@ -12,7 +12,7 @@ import torch
 
 from moec.compiler.errors import CompileError
 from moec.compiler.matching.read import aten, is_op
-from moec.compiler.ops import Experts, Routing, fused_moe, fused_moe_q
+from moec.compiler.ops import Experts, FusedMoe, Routing, fused_moe, fused_moe_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program
 from moec.compiler.spec.quantization import Quantization
@@ -175,10 +175,11 @@ def test_family(folders: dict[str, Path], name: str, experts: str) -> None:
     assert len(nodes) == layers
     assert not any(is_op(n, aten.topk.default) for n in program.graph.nodes)
     for node in nodes:
-        assert Routing.parse(node.args[13]) == routing
-        assert Experts.parse(node.args[14]) == attributes
-        assert (node.args[9] is not None) == shared
-        assert (node.args[11] is not None) == (name == "qwen2_moe")
+        moe = FusedMoe.of(node)
+        assert moe.selection == routing
+        assert moe.mlp == attributes
+        assert moe.has_shared == shared
+        assert (moe.shared_gate is not None) == (name == "qwen2_moe")
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
     ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from moec.compiler.ops import Experts, Routing
 from moec.compiler.ops.moe_math import choices
 from moec.compiler.quant import pack_int4, quantize_weight
 from moec.targets.mlir import expand
-from moec.targets.mlir.operators import functional_attention, functional_attention_q8
+from moec.targets.mlir.operators import FUNCTIONAL
 
 ATOL, RTOL = 1e-5, 1e-4
 
@@ -52,10 +52,10 @@ def test_linear_and_embedding(seed: int) -> None:
     x, bias = normal(g, 1, t, k), pick.choice([None, normal(g, n)])
     for rounded in (False, True):
         args = (x, w.codes, w.scales, bias, bits, group, rounded)
-        close(expand.expand_linear_q(*args), ops.linear_q(*args))
+        close(expand.expand_linear_q(ops.LinearQ(*args)), ops.linear_q(*args))
     ids = torch.randint(0, n, (1, t), generator=g)
     given = (ids, w.codes, w.scales, bits, group)
-    assert torch.equal(expand.expand_embedding_q(*given), ops.embedding_q(*given))
+    assert torch.equal(expand.expand_embedding_q(ops.EmbeddingQ(*given)), ops.embedding_q(*given))
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -63,9 +63,9 @@ def test_norm_and_rope(interleaved: bool) -> None:
     g = generator(1)
     x, angle = normal(g, 1, 5, 3, 14), normal(g, 5, 7)
     given = (x, angle.cos(), angle.sin(), interleaved)
-    close(expand.expand_rope(*given), ops.rope(*given))
+    close(expand.expand_rope(ops.Rope(*given)), ops.rope(*given))
     for weight in (None, normal(g, 14)):
-        close(expand.expand_rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6))
+        close(expand.expand_rms_norm(ops.RmsNorm(x, weight, 1e-6)), ops.rms_norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("window", [0, 1, 4])
@@ -79,17 +79,13 @@ def test_attention_over_a_sequence(window: int, heads: int, kv: int, rounded: bo
     if rounded:
         theirs = [c.to(torch.int8) for c in theirs] + [torch.zeros(1, context, kv) for _ in range(2)]
     ours = [c.clone() for c in theirs]
-    op, expansion, functional = (
-        (ops.cached_attention_q8, expand.expand_cached_attention_q8, functional_attention_q8)
-        if rounded
-        else (ops.cached_attention, expand.expand_cached_attention, functional_attention)
-    )
+    call = ops.CachedAttentionQ8 if rounded else ops.CachedAttention
     for count, start in ((5, 0), (1, 5), (1, 6), (6, 7), (2, 0), (1, 2)):
         q, k, v = normal(g, 1, count, heads, d), normal(g, 1, count, kv, d), normal(g, 1, count, kv, e)
         rest = (torch.tensor([start]), 0.37, window)
-        kept = functional(q, k, v, *ours, *rest)
-        y, *ours = expansion(q, k, v, *ours, *rest)
-        close(y, op(q, k, v, *theirs, *rest))
+        kept = FUNCTIONAL[call](q, k, v, *ours, *rest)
+        y, *ours = expand.ATTENTION[call](call(q, k, v, *ours, *rest))
+        close(y, call.op(q, k, v, *theirs, *rest))
         close(kept[0], y)
         for a, b, c in zip(ours, theirs, kept[1:], strict=True):
             assert torch.equal(a, b)
@@ -188,12 +184,12 @@ def test_routed_blocks_of_every_kind(seed: int, bits: int) -> None:
         shared = [*weight(shared_wide, n["d"]), *weight(n["d"], n["s"]), maybe(1, n["d"])]
     text = (top_k, str(routing), str(experts))
     if not bits:
-        y, tap = expand.expand_fused_moe(*head, *body, *shared, *text)
+        y, tap = expand.expand_fused_moe(ops.FusedMoe(*head, *body, *shared, *text))
         close(y, ops.fused_moe(*head, *body, *shared, *text))
     else:
         for rounded in (False, True):
             args = (*head, *body, *shared, *text, bits, 8, rounded)
-            y, tap = expand.expand_fused_moe_q(*args)
+            y, tap = expand.expand_fused_moe_q(ops.FusedMoeQ(*args))
             close(y, ops.fused_moe_q(*args))
     assert tap.indices.shape == tap.weights.shape == (n["t"], top_k)
     assert torch.equal(tap.y, y)

@@ -59,7 +59,7 @@ def test_float(routing, experts, extras):
     values = _values(routing, experts, biases=extras, shared=extras, seed=3)
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(4))
     expected = ops.fused_moe(x, x, *values.values())
-    block = FusedBlock(values, shared_input=True)
+    block = FusedBlock(ops.FusedMoe(x, x, **values), shared_input=True)
     free = block.route(x.numpy())
     torch.testing.assert_close(torch.from_numpy(block.output(x.numpy(), free.indices_TK)), expected)
     again = block.output(x.numpy(), free.indices_TK, free.weights_TK)
@@ -82,6 +82,6 @@ def test_quantized(layout, int8):
     packed |= {"bits": 4, "group_size": 32, "int8_activations": int8}
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(6))
     expected = ops.fused_moe_q(x, x, *packed.values())
-    block = FusedBlock(packed, shared_input=True)
+    block = FusedBlock(ops.FusedMoeQ(x, x, **packed), shared_input=True)
     actual = block.output(x.numpy(), block.route(x.numpy()).indices_TK)
     torch.testing.assert_close(torch.from_numpy(actual), expected)
