@@ -24,6 +24,7 @@ from moec.compiler.ops import cached_attention_q8, find_call, linear_q
 from moec.compiler.program import Editor, Program, Role, module_path
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
+from moec.targets.constant_methods import constant_methods
 from moec.targets.metal.delegate_package import activate
 from moec.targets.metal.encode import Encoding, weight_sqnr_db
 from moec.targets.metal.options import Options
@@ -262,14 +263,7 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
             store,
             vocab_size=info.vocab_size,
             max_tokens=info.max_tokens,
-            constants={
-                "get_vocab_size": info.vocab_size,
-                "get_max_seq_len": info.context,
-                "get_max_context_len": info.context,
-                "use_kv_cache": True,
-                "get_bos_id": -1 if info.bos_id is None else info.bos_id,
-                "get_eos_ids": list(info.eos_ids),
-            },
+            constants=constant_methods(info),
         )
     sizes["program"] = sum(len(m.payload) for m in built.values())
     details = _details(built, options, rounded, program)

@@ -22,10 +22,11 @@ from executorch.exir.schema import DelegateCall, KernelCall
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from moec.compiler.program import ModelInfo, Program, Role, weight_names
+from moec.compiler.program import Program, Role, weight_names
 from moec.compiler.progress import Progress
 from moec.compiler.target import LoweredFiles
 from moec.runtime.native import native_files, source_digest
+from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack.execution import quiet, to_execution
 from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
 from moec.targets.xnnpack.legalize_last_token import last_token
@@ -72,18 +73,6 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
         kernel_digest=source_digest(),
         notes=_notes(program, delegated),
     )
-
-
-def constant_methods(info: ModelInfo) -> dict[str, Any]:
-    """What ExecuTorch's LLM runners ask a model for. A missing BOS is -1."""
-    return {
-        "get_vocab_size": info.vocab_size,
-        "get_max_seq_len": info.max_tokens,
-        "get_max_context_len": info.context,
-        "use_kv_cache": True,
-        "get_bos_id": -1 if info.bos_id is None else info.bos_id,
-        "get_eos_ids": list(info.eos_ids),
-    }
 
 
 def _delegated_weights(program: Program) -> list[str]:

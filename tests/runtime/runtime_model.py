@@ -15,7 +15,9 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
 from moec.compiler.ops.attributes import Experts, Routing
+from moec.compiler.program import ModelInfo
 from moec.runtime.moe_config import MoeConfig, WeightFormat
+from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack import cpu_ops, packing  # noqa: F401  (cpu_ops registers moec::*)
 
 V, D, H, KV, HEAD, S, E, TOP_K, F = 97, 64, 6, 2, 32, 256, 8, 2, 32
@@ -100,14 +102,7 @@ def write_pte(path: Path, *, int8_cache: bool = False, window: int = 0) -> OneLa
             edge = to_edge_transform_and_lower(
                 exported,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                constant_methods={
-                    "get_vocab_size": V,
-                    "get_max_seq_len": S,
-                    "get_max_context_len": S,
-                    "use_kv_cache": True,
-                    "get_bos_id": 1,
-                    "get_eos_ids": list(EOS_IDS),
-                },
+                constant_methods=constant_methods(ModelInfo("one-layer", V, S, MAX_TOKENS, 1, EOS_IDS)),
             )
             planning = MemoryPlanningPass(share_mutable_buffers=True)
             config = ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)

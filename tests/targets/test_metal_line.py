@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
 
+from executorch.exir._serialize._program import deserialize_pte_binary
+
 from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
 from moec.checkpoints import open_store
 from moec.cli import main as cli
@@ -189,3 +191,12 @@ def test_an_artifact_of_another_target_is_refused(make: Make) -> None:
     folder = make(target="xnnpack", activations="fp32")
     with pytest.raises(ArtifactError, match="is an artifact for xnnpack"):
         MetalTarget().load(Artifact.open(folder / "artifact"))
+
+
+def test_the_program_states_what_its_forward_takes(make: Make) -> None:
+    program = deserialize_pte_binary((make() / "artifact" / "model.pte").read_bytes()).program
+    plans = {plan.name: plan for plan in program.execution_plan}
+    stated = plans["get_max_seq_len"].values[plans["get_max_seq_len"].outputs[0]].val
+    tokens = plans["forward"].values[plans["forward"].inputs[0]].val
+    assert stated.int_val == tokens.sizes[1] == 128
+    assert "enable_dynamic_shape" in plans
