@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _runner(folder: Path, prompt: str) -> dict[str, Any]:
     files = [str(folder / name) for name in ("model.pte", "tokenizer.json")]
     command = [sys.executable, "-m", "tests.targets.llm_runner", *files, str(COUNT), prompt]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
