@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_packed, read_json
+from moec.checkpoints.folder import CONFIG, read_tensors
 from moec.checkpoints.safetensors_file import Entry
-from moec.checkpoints.store import CONFIG, expected_tensors, open_store, read_tensors
+from moec.checkpoints.store import expected_tensors, open_store
 from moec.compiler.errors import CheckpointError, SpecError
 from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig, parameter_counts
@@ -68,7 +69,7 @@ def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
         raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
     problems: list[str] = []
     config, packed = _own_config(folder, problems)
-    entries = read_tensors(folder, problems)
+    entries = read_tensors(folder, problems).entries
     wanted = config
     if spec is not None:
         try:

@@ -31,7 +31,17 @@ TYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
+# Types of the format that torch has no element for; such a tensor can be listed, not read.
+_OTHER_BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+FLOATS = ("BF16", "F16", "F32", "F64")
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _DOWNLOAD = "download the file again"
@@ -54,7 +64,14 @@ class Entry:
         return self.end - self.begin
 
     def tensor(self) -> torch.Tensor:
-        """The tensor, mapped: its pages are read when touched, and are private to this process."""
+        """The tensor, mapped: its pages are read when touched, and are private to this process.
+
+        CheckpointError for a type that torch has no elements of, and for a file that changed.
+        """
+        if self.dtype not in TYPES:
+            raise CheckpointError(
+                f"tensor {shown(self.name)} is {self.dtype}, which torch has not", place=str(self.file)
+            )
         dtype = TYPES[self.dtype]
         if self.begin == self.end:
             return torch.empty(self.shape, dtype=dtype)
@@ -149,16 +166,17 @@ def _entry(name: str, value: Any, file: Path, data: int, size: int) -> tuple[str
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
         return "its description is incomplete, expected dtype, shape and data_offsets", None
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in TYPES:
-        return f"unknown dtype {shown(dtype)}, expected one of {', '.join(TYPES)}", None
+    if not isinstance(dtype, str) or (dtype not in TYPES and dtype not in _OTHER_BITS):
+        return f"unknown dtype {shown(dtype)}, expected one of {', '.join((*TYPES, *_OTHER_BITS))}", None
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         return f"impossible shape {shown(shape)} or offsets {shown(offsets)}", None
     begin, end = offsets
     count = 1
     for extent in shape:
         count *= extent
-    if end - begin != count * TYPES[dtype].itemsize:
-        return f"{end - begin} bytes, but {dtype} {shown(shape)} needs {count * TYPES[dtype].itemsize}", None
+    bits = TYPES[dtype].itemsize * 8 if dtype in TYPES else _OTHER_BITS[dtype]
+    if (end - begin) * 8 != count * bits:
+        return f"{end - begin} bytes, but {dtype} {shown(shape)} needs {count * bits / 8:g}", None
     if data + end > size:
         return f"truncated: it ends at byte {data + end}, the file has {size}", None
     return None, Entry(name, dtype, tuple(shape), file, data + begin, data + end, size)
@@ -174,6 +192,18 @@ def shown(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def finite(value: torch.Tensor, name: str, place: str) -> torch.Tensor:
+    """`value`, unless one of its elements is NaN or infinite: CheckpointError then."""
+    # the sum is quick and not finite if a value is not; only then look at each
+    if value.numel() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+        raise CheckpointError(
+            f"tensor {shown(name)} holds values that are not finite",
+            place=place,
+            remedy="use a checkpoint from before training diverged",
+        )
+    return value
 
 
 class SafetensorsWriter:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from moec.checkpoints.config_json import GROUP_SIZE, config_from_json, is_packed, read_json
-from moec.checkpoints.store import CONFIG
+from moec.checkpoints.folder import CONFIG
 from moec.compiler.errors import CheckpointError
 from moec.compiler.spec.model import DecoderConfig
 

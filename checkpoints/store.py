@@ -25,7 +25,8 @@ from moec.checkpoints.config_json import (
     is_packed,
     read_json,
 )
-from moec.checkpoints.safetensors_file import Entry, read_header, shown
+from moec.checkpoints.folder import CONFIG, FAULTS_SHOWN, foreign_folder, read_tensors, shortened
+from moec.checkpoints.safetensors_file import Entry, finite, shown
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight, Role
 from moec.compiler.quant import QuantizedTensor
@@ -34,11 +35,9 @@ from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PACKED_ROLES = (Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.FFN, Role.EXPERT, Role.SHARED)
 PACKED = "packed INT4 checkpoint"  # the provenance of its codes
 _FLOATS = ("BF16", "F16", "F32")
-_FAULTS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,8 @@ class WeightStore(Checkpoint):
     """The weights of a checked checkpoint. Open one with `open_store`.
 
     weights: model weight name -> LazyWeight (float32, logical shape). `load()` reads and dequantizes; `stored` has,
-    where the checkpoint is packed, its codes and scales as views of the file.
+    where the checkpoint is packed, its codes and scales as views of the file. notes: what of the
+    folder is not read.
     """
 
     def __init__(
@@ -106,12 +106,14 @@ class WeightStore(Checkpoint):
         packed: bool,
         entries: Mapping[str, Entry],
         raw_config: Mapping[str, Any],
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
         self.config = config
         self.packed = packed
         self.entries = entries
         self.raw_config = raw_config
+        self.notes = notes
         self.weights: Mapping[str, LazyWeight] = {
             name: self._lazy(info) for name, info in weight_layout(config).items()
         }
@@ -148,18 +150,7 @@ class WeightStore(Checkpoint):
 
 
 def _float_loader(entry: Entry) -> Callable[[], torch.Tensor]:
-    def load() -> torch.Tensor:
-        value = entry.tensor().to(torch.float32)
-        # the sum is quick and not finite if a value is not; only then look at each
-        if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
-            raise CheckpointError(
-                f"tensor {entry.name} holds values that are not finite",
-                place=str(entry.file),
-                remedy="use a checkpoint from before training diverged",
-            )
-        return value
-
-    return load
+    return lambda: finite(entry.tensor().to(torch.float32), entry.name, str(entry.file))
 
 
 def open_store(folder: str | Path, config: DecoderConfig) -> WeightStore:
@@ -168,22 +159,20 @@ def open_store(folder: str | Path, config: DecoderConfig) -> WeightStore:
     if not folder.is_dir():
         what = "is a file, not a checkpoint folder" if folder.exists() else "no such checkpoint folder"
         raise CheckpointError(what, place=str(folder), remedy="name the folder with config.json and *.safetensors")
+    foreign = foreign_folder(folder)
+    if foreign is not None:
+        raise foreign
     faults: list[str] = []
     raw, packed = _read_config(folder, config, faults)
-    entries = read_tensors(folder, faults)
+    stored = read_tensors(folder, faults)
+    entries = stored.entries
     if not faults:
         faults += tensor_faults(folder, entries, config, packed=packed)
     if not faults and packed:
         faults += list(_scale_faults(entries, config))
     if faults:
         raise CheckpointError(shortened(faults))
-    return WeightStore(folder, config, packed=packed, entries=entries, raw_config=raw)
-
-
-def shortened(faults: list[str]) -> str:
-    """The first faults and how many more there are."""
-    more = len(faults) - _FAULTS_SHOWN
-    return "\n".join(faults[:_FAULTS_SHOWN] + ([f"... and {more} more faults"] if more > 0 else []))
+    return WeightStore(folder, config, packed=packed, entries=entries, raw_config=raw, notes=stored.ignored)
 
 
 def _read_config(folder: Path, config: DecoderConfig, faults: list[str]) -> tuple[dict[str, Any], bool]:
@@ -209,56 +198,6 @@ def _read_config(folder: Path, config: DecoderConfig, faults: list[str]) -> tupl
     return raw, packed
 
 
-def read_tensors(folder: Path, faults: list[str]) -> dict[str, Entry]:
-    """All tensors of the folder's safetensors file(s) by name; what is wrong with them is added to `faults`."""
-    entries: dict[str, Entry] = {}
-    for file in _shards(folder, faults):
-        try:
-            header = read_header(file)
-        except CheckpointError as error:
-            faults += str(error).splitlines()
-            continue
-        for name, entry in header.items():
-            if name in entries:
-                faults.append(f"{file}: tensor {shown(name)} is also in {entries[name].file.name}; keep one of them")
-            entries[name] = entry
-    return entries
-
-
-def _shards(folder: Path, faults: list[str]) -> list[Path]:
-    """The files to read: those of the index if there is one, else model.safetensors, else the only one."""
-    index = folder / INDEX
-    if index.exists():
-        return _indexed(folder, index, faults)
-    found = sorted(folder.glob("*.safetensors"))
-    whole = folder / "model.safetensors"
-    if whole in found or len(found) == 1:
-        return [whole if whole in found else found[0]]
-    what = "no *.safetensors file" if not found else f"{len(found)} safetensors files and no {INDEX}"
-    faults.append(f"{folder}: {what}; copy all files of the checkpoint into this folder")
-    return []
-
-
-def _indexed(folder: Path, index: Path, faults: list[str]) -> list[Path]:
-    try:
-        shards = read_json(index).get("weight_map")
-    except CheckpointError as error:
-        faults.append(str(error))
-        return []
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        faults.append(f"{index}: has no mapping weight_map; copy it again from where the checkpoint comes from")
-        return []
-    files = []
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name:  # an index is input: it may not point outside its folder
-            faults.append(f"{index}: names {name!r:.100}, which is not a file of this folder; copy it again")
-        elif not (folder / name).is_file():
-            faults.append(f"{folder / name}: missing, {INDEX} names it; copy all files of the checkpoint")
-        else:
-            files.append(folder / name)
-    return files
-
-
 def tensor_faults(folder: Path, entries: Mapping[str, Entry], config: DecoderConfig, *, packed: bool) -> list[str]:
     """What is missing, unexpected, or of a wrong shape or type. Lines with place and remedy."""
     if packed and (odd := _unpackable(config)):
@@ -272,7 +211,7 @@ def tensor_faults(folder: Path, entries: Mapping[str, Entry], config: DecoderCon
     for name, wanted in expected.items():
         entry = entries.get(name)
         if entry is None:
-            near = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.8) if len(faults) < _FAULTS_SHOWN else []
+            near = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.8) if len(faults) < FAULTS_SHOWN else []
             hint = f" (it holds {shown(near[0])})" if near else ""
             faults.append(f"{folder}: tensor {name} is missing, expected {wanted}{hint}; use a complete checkpoint")
         elif entry.shape != wanted.shape:

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from moec.checkpoints.config_json import GROUP_SIZE, config_to_json
+from moec.checkpoints.folder import CONFIG
 from moec.checkpoints.safetensors_file import SafetensorsWriter
-from moec.checkpoints.store import CONFIG, PACKED_ROLES, stored_tensors
+from moec.checkpoints.store import PACKED_ROLES, stored_tensors
 from moec.checkpoints.tokenizer import train_tokenizer
 from moec.checkpoints.topics import TOPICS, token_topics
 from moec.compiler.errors import CheckpointError

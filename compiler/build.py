@@ -282,7 +282,7 @@ def _manifest(
         details=dict(lowered.details),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
         seconds=seconds,
-        notes=lowered.notes,
+        notes=(*store.notes, *lowered.notes),
         codes=_codes(program),
     )
 

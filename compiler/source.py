@@ -41,9 +41,14 @@ class Weights(Protocol):
 
 
 class Checkpoint(ABC):
-    """The weights of one model, opened and checked. `folder`: where they lie, as the manifest records it."""
+    """The weights of one model, opened and checked.
+
+    folder: where they lie, as the manifest records it. notes: what a user should know of them, a line each, such as
+    files that are not read.
+    """
 
     folder: Path
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from moec.checkpoints.safetensors_file import finite
 from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
@@ -48,7 +49,8 @@ class ModuleStore(Checkpoint):
         tensor = self.tensors().get(name)
         if tensor is None:
             raise CheckpointError(f"the module has no tensor {name} {list(shape)}", place=self.place)
-        return LazyWeight(tuple(tensor.shape), tensor.dtype, _reader(tensor))
+        load = _reader(tensor, name, self.place, mask=not isinstance(tensor, nn.Parameter))
+        return LazyWeight(tuple(tensor.shape), tensor.dtype, load)
 
     def tensors(self) -> dict[str, Tensor]:
         if isinstance(self.module, ExportedProgram):
@@ -171,7 +173,10 @@ def _assembled(
     for spec in exported.graph_signature.input_specs:
         if spec.target is not None and spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             roles[spec.target] = Role.CACHE if spec.target in written | _written(exported) else Role.CONSTANT
-    weights = {n: LazyWeight(tuple(t.shape), t.dtype, _reader(t)) for n, t in tensors.items()}
+    fixed = {n for n, role in roles.items() if role in (Role.CONSTANT, Role.CACHE)}
+    weights = {
+        n: LazyWeight(tuple(t.shape), t.dtype, _reader(t, n, store.place, mask=n in fixed)) for n, t in tensors.items()
+    }
     owner = store.module
     eos = getattr(owner, "eos_ids", ())
     info = ModelInfo(
@@ -185,8 +190,16 @@ def _assembled(
     return assemble(exported, weights, roles, info)
 
 
-def _reader(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor.detach()
+def _reader(tensor: Tensor, name: str, place: str, *, mask: bool) -> Callable[[], Tensor]:
+    """Reads a tensor, whose values must be finite. A buffer may be a `mask`, with -inf; NaN is nothing anywhere."""
+
+    def load() -> Tensor:
+        value = tensor.detach()
+        if value.is_floating_point():
+            finite(value.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0) if mask else value, name, place)
+        return value
+
+    return load
 
 
 def _written(exported: ExportedProgram) -> set[str]:

@@ -21,11 +21,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from moec.checkpoints.safetensors_file import read_header
+from moec.checkpoints.config_json import read_json
+from moec.checkpoints.folder import foreign_folder, read_tensors, shortened
+from moec.checkpoints.quantized import said_by_config
+from moec.checkpoints.safetensors_file import finite
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint, Weights
+from moec.sources.accounting import check_tensors
 from moec.sources.roles import roles_by_use
 
 EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
@@ -157,6 +161,9 @@ def read_config(folder: Path) -> Any:
     transformers = _transformers()
     path = folder if folder.is_dir() else folder.parent
     if not (path / "config.json").is_file():
+        foreign = foreign_folder(path)
+        if foreign is not None:
+            raise foreign
         raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
     try:
         return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -305,15 +312,21 @@ class TransformersStore(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder if folder.is_dir() else folder.parent
-        self._files = sorted(self.folder.glob("*.safetensors"))
-        if not self._files:
+        foreign = foreign_folder(self.folder)
+        if foreign is not None:
+            raise foreign
+        if not any(self.folder.glob("*.safetensors")):
             raise CheckpointError(
                 "there are no safetensors files",
                 place=str(self.folder),
                 remedy="give --checkpoint DIR with the weights",
             )
-        self._entries = {e.name: e for file in self._files for e in read_header(file).values()}
-        self._state: dict[str, Tensor] | None = None
+        faults: list[str] = []
+        stored = read_tensors(self.folder, faults)
+        if faults:
+            raise CheckpointError(shortened(faults))
+        self._entries = stored.entries
+        self.notes = stored.ignored
         self._conversions: Any = None
 
     def digest(self) -> str:
@@ -321,6 +334,17 @@ class TransformersStore(Checkpoint):
         entries = sorted(self._entries.values(), key=lambda e: e.name)
         lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def check(self, model: Path) -> None:
+        """Account for every tensor of the model that `model`/config.json describes, without reading one.
+
+        CheckpointError for tensors that the files lack, hold as codes, or hold inside a layer that has no such tensor.
+        """
+        self._conversions = self._conversions_of(read_config(model))
+        said = [said_by_config(read_json(f)) for f in {_config_file(self.folder), _config_file(model)} if f.is_file()]
+        format_name = next((name for name in said if name is not None), None)
+        unread = check_tensors(self.folder, self._entries, self._conversions, format_name)
+        self.notes += unread
 
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
         return LazyWeight(shape, torch.float32, self.reader(name, shape))
@@ -335,34 +359,23 @@ class TransformersStore(Checkpoint):
             raise CheckpointError(
                 f"tensor {name} has shape {list(found.shape)}, the model needs {list(shape)}", place=str(self.folder)
             )
-        return found.detach().to(torch.float32)
+        return finite(found.detach().to(torch.float32), name, str(self.folder))
 
     def _tensor(self, name: str) -> Tensor:
         if name in self._entries:  # stored under the model's own name
-            return self._stored(name)
-        made = self._converted(name)
-        if made is not None:
-            return made
-        if self._state is None:  # a conversion that cannot be done tensor by tensor: the whole model, once
-            model = auto_model(read_config(self.folder)).from_pretrained(
-                str(self.folder), dtype=torch.float32, local_files_only=True
-            )
-            self._state = dict(model.state_dict())
-        if name not in self._state:
-            raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self.folder))
-        return self._state[name]
-
-    def _converted(self, name: str) -> Tensor | None:
-        """A tensor stored under another name, in pieces (an expert each), or tied to another; None otherwise."""
+            return self._entries[name].tensor()
         if self._conversions is None:
-            from moec.sources.conversions import Conversions
+            self._conversions = self._conversions_of(read_config(self.folder))
+        made = self._conversions.tensor(name, lambda stored: self._entries[stored].tensor())
+        if made is None:
+            raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self.folder))
+        return made
 
-            self._conversions = Conversions(read_config(self.folder), self._entries)
-        return self._conversions.tensor(name, self._stored)
+    def _conversions_of(self, config: Any) -> Any:
+        from moec.sources.conversions import Conversions
 
-    def _stored(self, name: str) -> Tensor:
-        """One tensor of the mapped files."""
-        from safetensors import safe_open
+        return Conversions(config, self._entries)
 
-        with safe_open(self._entries[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+
+def _config_file(folder: Path) -> Path:
+    return (folder if folder.is_dir() else folder.parent) / "config.json"

@@ -38,7 +38,10 @@ class TransformersSource(ModelSource[TransformersModel]):
     def open(self, spec: Spec, checkpoint: Path | None) -> Checkpoint:
         from moec.sources.transformers_model import TransformersStore
 
-        return TransformersStore(checkpoint if checkpoint is not None else self.model(spec).transformers)
+        folder = self.model(spec).transformers
+        store = TransformersStore(checkpoint if checkpoint is not None else folder)
+        store.check(folder)
+        return store
 
     def export(self, spec: Spec, weights: Weights | None, *, max_tokens: int) -> Program:
         from moec.sources.transformers_model import export_transformers

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moec.checkpoints import open_store
 from moec.checkpoints.config_json import GROUP_SIZE, config_to_json
+from moec.checkpoints.folder import CONFIG
 from moec.checkpoints.safetensors_file import SafetensorsWriter
-from moec.checkpoints.store import CONFIG, PACKED_ROLES, stored_tensors
+from moec.checkpoints.store import PACKED_ROLES, stored_tensors
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor

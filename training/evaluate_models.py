@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from moec.checkpoints import spec_from_config
 from moec.checkpoints.config_json import is_packed, read_json
-from moec.checkpoints.store import CONFIG
+from moec.checkpoints.folder import CONFIG
 from moec.compiler.artifact import ModelRecord
 from moec.compiler.errors import RunError
 from moec.compiler.generate import Sampler, Sampling, encode_prompt

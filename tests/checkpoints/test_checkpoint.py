@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from moec import checkpoints
 from moec.checkpoints.config_json import config_from_json, config_to_json
+from moec.checkpoints.folder import INDEX
 from moec.checkpoints.safetensors_file import SafetensorsWriter, read_header
-from moec.checkpoints.store import INDEX, WeightStore, expected_tensors, open_store, packed_names
+from moec.checkpoints.store import WeightStore, expected_tensors, open_store, packed_names
 from moec.compiler.artifact import file_digest
 from moec.compiler.errors import CheckpointError, SpecError, UserError
 from moec.compiler.quant import QuantizedTensor, quantize_weight, unpack_int4
@@ -149,6 +150,33 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert "not a file of this folder" in refusal(folder)
     (folder / INDEX).write_text("[1]")
     assert "not a JSON mapping" in refusal(folder)
+
+
+def test_what_no_index_names_is_not_read(tmp_path: Path) -> None:
+    """A left-over shard, and a tensor that a second file also holds: neither overrides, and both are said."""
+    folder = make(tmp_path / "c", qat=False)
+    tensors = load_file(folder / "model.safetensors")
+    twice = next(iter(tensors))
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    save_file({"extra": torch.zeros(3), twice: torch.zeros(2)}, folder / "two.safetensors")
+    save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, folder / "stale.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "one.safetensors")}))
+    store = open_store(folder, spec_of().model)
+    for name in weight_layout(spec_of().model):
+        assert torch.equal(store[name].load(), tensors[name].float())
+    assert len(store.notes) == 1
+    assert "stale.safetensors, two.safetensors" in store.notes[0]
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_codes_and_scales_that_the_layout_does_not_have(tmp_path: Path, qat: bool) -> None:
+    folder = make(tmp_path / "c", qat=qat)
+    name = "model.layers.0.self_attn.q_proj"
+    edit_tensors(folder, lambda t: t.update({f"{name}.SCB": torch.ones(64)}))
+    assert f"{name}.SCB is not part of the model" in refusal(folder)
+    if not qat:
+        edit_tensors(folder, lambda t: t.update({f"{name}.weight": t[f"{name}.weight"].to(torch.int8)}))
+        assert f"{name}.weight is I8" in refusal(folder)
 
 
 def load_weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:

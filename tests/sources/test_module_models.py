@@ -148,3 +148,27 @@ def test_a_weight_that_nobody_reads_is_no_loss() -> None:
     assert any("unused" in name for name in program.weights)
     assert not any("unused" in name for name in result.program.weights)
     assert structure_faults(program, result.program, result.changed) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["python", "exported"])
+def test_values_that_are_not_finite(kind: str, value: float, tmp_path: Path) -> None:
+    """A parameter of them is refused by name; a mask of -inf is not, and NaN is nothing anywhere."""
+    module = own_models.cached()
+    with torch.no_grad():
+        module.norm.weight[3] = value
+    module.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    module.register_buffer("broken", torch.tensor([0.0, float("nan")]))
+    module.forward = lambda tokens, start_pos: (
+        module.body(tokens, start_pos) + 0 * module.mask[0] + 0 * module.broken[0]
+    )
+    store = ModuleStore(module, "own", Path()) if kind == "python" else open_exported(saved(module, tmp_path / "m.pt2"))
+    weights = export_module_model(store, "own").weights
+    refused = {}
+    for name, weight in weights.items():
+        try:
+            weight.load()
+        except CheckpointError as error:
+            refused[name] = error.line()
+    assert sorted(refused) == ["broken", "norm.weight"]
+    assert all("not finite" in line and name in line for name, line in refused.items())
