@@ -32,7 +32,7 @@ INSTALLED := $(VENV)/.moec-installed
 TESTABLE := $(VENV)/.moec-testable
 KERNEL := $(VENV)/.moec-kernel
 KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
-  -o -name '*.cmake' -o -name native.py)
+  -o -name '*.cmake' -o -name native.py -o -name '*.inl')
 BUILD := build
 
 .PHONY: help setup demo test test-slow test-sanitize lint format lock new-rule bench-kernel bench-peers bench-roles \

@@ -25,7 +25,7 @@ from kernel_contenders import SOFTMAX, Layer, Moec, OnnxRuntime, Shape, TorchLoo
 from numpy.typing import NDArray
 
 from moec.runtime import kernel_api
-from moec.targets.xnnpack.machine import build_roofline
+from moec.runtime.machine import build_roofline
 
 
 def sample_count(tokens: int) -> int:
@@ -285,7 +285,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=integers, default=[1, 4, 16, 128, 512])
     parser.add_argument("--threads", type=integers, default=[1, 2])
-    parser.add_argument("--isa", default="auto", help="scalar, avx2, avxvnni, avx512vnni, neon or i8mm")
+    parser.add_argument("--isa", default="auto", help="one that the kernels have here, or auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=0.06, help="seconds per contender, case and round")
     parser.add_argument("--copies", type=int, default=6, help="layers that calls rotate through")

@@ -30,7 +30,7 @@ from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.device import Device, Figure, KernelRates
-from moec.targets.xnnpack import machine
+from moec.runtime import machine
 
 LIMITS = {"weights": 0.01, "peak memory": 0.10, "decode": 0.25}
 PROMPT, DECODE = 512, 32

@@ -148,8 +148,7 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
 
     from moec.analysis.plan.measured import figure, known
     from moec.compiler.spec.device import NAME, Device
-    from moec.runtime import kernel_api
-    from moec.targets.xnnpack import machine
+    from moec.runtime import kernel_api, machine
 
     if not re.fullmatch(NAME, name):  # said before half a minute of work
         raise UserError("is no name of a device", place=f"--name {name}", remedy="use a-z, 0-9, '.' and '-'")
@@ -198,7 +197,7 @@ def _probe(kernels: dict[str, Any], threads: int, rounds: int, progress: Progres
     from moec.checkpoints import synthesize
     from moec.compiler import build
     from moec.compiler.spec import parse_spec
-    from moec.targets.xnnpack import machine
+    from moec.runtime import machine
 
     spec = parse_spec(PROBE, file="the probe")
     prompt, decode = 32, 64

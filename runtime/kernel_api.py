@@ -20,7 +20,7 @@ from moec.compiler.errors import UserError
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
 ABI_VERSION = 2
-MAX_THREADS = 256  # kMostThreads of kernels/parallel.cpp
+MAX_THREADS = 256  # kMostThreads of kernels/core/parallel.cpp
 F32 = NDArray[np.float32]
 _TRANSPOSE = 1 << 4  # MOEC_AXIS_OUT on an f32 format, in moec_pack only
 
@@ -123,11 +123,12 @@ def library() -> ctypes.CDLL:
     # ExecuTorch's pool, the library's default, writes to stderr when it starts; a session chooses again when it opens
     loaded.moec_set_parallel(None, None, None)
     loaded.moec_set_threads(loaded.moec_fast_cores())
-    asked, offered = os.environ.get("MOEC_ISA", ""), loaded.moec_available_isas().decode()
-    if asked not in ("", "auto", *offered.split(",")):
-        # the library itself has nobody to tell and would quietly use the best
+    if not loaded.moec_get_isa():  # every operator would refuse
+        offered = loaded.moec_available_isas().decode()
         raise UserError(
-            f"no instruction set {asked!r} here", place="MOEC_ISA", remedy=f"choose one of {offered}, or auto"
+            f"no instruction set {os.environ['MOEC_ISA']!r} here",
+            place="MOEC_ISA",
+            remedy=f"choose one of {offered}, or auto",
         )
     return loaded
 

@@ -1,7 +1,7 @@
 """The integers and floats that moec::fused_moe_packed hands to the kernel, and the encoding of a weight's format.
 
-`kernel/moe_config.h` holds the same tables for C++; a test compares the two by reading that file. Append fields, never
-renumber, and raise MOEC_ABI_VERSION (kernel/moec_kernel.h) when you do.
+`kernels/moe_config.h` holds the same tables for C++; a test compares the two by reading that file. Append fields, never
+renumber, and raise MOEC_ABI_VERSION (kernels/moec_kernel.h) when you do.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 
 _HERE = Path(__file__).resolve().parent
-_SUFFIXES = {".h", ".cpp", ".inl", ".txt"}
+_SUFFIXES = {".h", ".cpp", ".inl", ".txt", ".cmake"}
 _LIBRARY_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 
@@ -156,8 +156,8 @@ def _find_or_build(progress: Progress) -> NativeFiles:
 
 def _read_sources() -> dict[str, bytes]:
     """Relative path -> bytes of everything that is compiled: a snapshot, in case a file changes while building."""
-    sources: dict[str, bytes] = {}
-    for folder in ("kernels", "runner"):
+    sources = {"CMakeLists.txt": (_HERE / "CMakeLists.txt").read_bytes()}
+    for folder in ("kernels", "probe", "runner"):
         for path in sorted((_HERE / folder).rglob("*")):
             if path.is_file() and path.suffix in _SUFFIXES and "bench" not in path.relative_to(_HERE).parts[1:-1]:
                 sources[str(path.relative_to(_HERE))] = path.read_bytes()
@@ -239,7 +239,7 @@ def _build_into(
     configure = [
         cmake,
         "-S",
-        str(tree / "src/runner"),
+        str(tree / "src"),
         "-B",
         str(work),
         "-G",
@@ -248,6 +248,7 @@ def _build_into(
         f"-DCMAKE_CXX_COMPILER={compiler}",
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DMOEC_SANITIZE={sanitize}",
+        "-DMOEC_EXECUTORCH=ON",
         f"-Dexecutorch_DIR={wheel / 'share/cmake'}",
     ]
     with progress.stage("build kernels", total=None) as step:

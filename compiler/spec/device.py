@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from moec.compiler.instruction_sets import instruction_sets
 from moec.compiler.spec.strict import Fault, Section, shown
 
 Source = Annotated[str, Field(min_length=8, max_length=600)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, le=1e9)]
-# the kernels' names (`neon` stands for dotprod as well), and what a GPU backend asks for
-Isa = Literal["scalar", "avx2", "avxvnni", "avx512vnni", "neon", "i8mm", "sme", "metal"]
+# The kernels' names (`neon` stands for dotprod as well), one that they have no code for yet, and a GPU backend's.
+_ISAS = (*(s.name for s in instruction_sets()), "sme", "metal")
+if TYPE_CHECKING:
+    Isa = str
+else:
+    Isa = Literal[_ISAS]
 
 
 def number_of(raw: Any, key: str) -> float | None:

@@ -149,8 +149,9 @@ MOEC_API void moec_set_trace(moec_trace_fn callback, void* user);  // NULL: off,
 
 // ----------------------------------------------------------------------------------------------------- instruction set
 
-// Names: "scalar", "avx2", "avxvnni", "avx512vnni", "neon" (dotprod), "i8mm". "auto" or NULL: the best this machine has, or
-// what the environment variable MOEC_ISA asks for. An ISA that this machine lacks is MOEC_UNSUPPORTED and changes nothing.
+// Names: those of instruction_sets.cmake. "auto" or NULL: what the environment variable MOEC_ISA names, or without it the best
+// that this machine has. A name that this machine cannot serve is MOEC_UNSUPPORTED and changes nothing; as MOEC_ISA it is the
+// error of every operator, and moec_get_isa returns "".
 MOEC_API int32_t moec_set_isa(const char* name);
 MOEC_API const char* moec_get_isa(void);
 // Comma-separated names that moec_set_isa would accept here, best first.

@@ -29,7 +29,7 @@
 
 #include "memory.h"
 #include "moec_kernel.h"
-#include "ops_executorch.h"
+#include "registration/ops_executorch.h"
 #include "program_check.h"
 
 // The wheel ships this class without its header.
@@ -334,6 +334,7 @@ bool moec_model::open(int32_t threads) {
 
 // One pool does the work, the other has no threads: see ops_executorch.h.
 bool moec_model::set_threads(int32_t threads) {
+  if (!*moec_get_isa()) return fail(moec_last_error());  // MOEC_ISA names what this machine does not have
   if (threads <= 0) threads = moec_fast_cores();
   if (threads > 256) return fail(text("%d threads: at most 256", threads));
   const bool delegated = module->method_meta("forward")->uses_backend("XnnpackBackend");

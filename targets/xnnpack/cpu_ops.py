@@ -2,8 +2,8 @@
 `.pte` names.
 
 T tokens, N output features, K input features, D model width, E experts. The eager form of a packed operator calls the
-kernel library itself: the layout of a packed weight is known to it alone. `kernel/ops_executorch.cpp` registers the
-same names with ExecuTorch. Importing this module registers everything.
+kernel library itself: the layout of a packed weight is known to it alone. `kernels/registration/ops_executorch.cpp`
+registers the same names with ExecuTorch. Importing this module registers everything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sizes of a model in an XNNPACK artifact and in the process that runs it, without packing anything.
 
-Packed weights follow kernel/moec_kernel.h (16 rows and 8 inputs are padded; FP16 scales); a float linear goes to the
+Packed weights follow kernels/moec_kernel.h (16 rows and 8 inputs are padded; FP16 scales); a float linear goes to the
 XNNPACK delegate, which keeps a packed copy beside the file. Arena and program are read off the graphs that
 `legalize.py` makes of our decoders; a test compares all of it with compiled artifacts.
 """
@@ -13,14 +13,14 @@ from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import WeightScheme
 from moec.targets.xnnpack.options import Options
 
-_ROWS, _INPUTS = 16, 8  # kernel/format.h: kBlockRows, kUnit
+_ROWS, _INPUTS = 16, 8  # kernels/core/format.h: kBlockRows, kUnit
 _DELEGABLE = {"attention": "attention", "ffn": "ffn", "shared": "ffn", "head": "head", "embedding": "head"}
 # Bytes of the program per instruction of one method, with experts and without: 310 to 322 and 261 to 303 seen.
 _PROGRAM_SPARSE, _PROGRAM_DENSE = 310, 300
 # A process of the runner apart from model, arena and scratch: its pages and libexecutorch's, stacks. Measured on x86-64
 # Linux as the peak of small models less what this file computes; `moec device measure` measures it anew.
 _RUNTIME = 7_200_000
-_TILE_BYTES, _MOST_TILE = 3 << 20, 48  # kernel/moe_run.cpp: kTileBytes, kMostTile
+_TILE_BYTES, _MOST_TILE = 3 << 20, 48  # kernels/core/moe_run.cpp: kTileBytes, kMostTile
 _THREADS = 4  # each holds one tile: what is assumed where the spec names no number
 
 
@@ -94,7 +94,7 @@ class XnnpackFootprint:
         return 4 * cache.whole * (made + latent + 4 * heads * tokens)
 
     def _scratch(self, architecture: Architecture, tokens: int, threads: int) -> int:
-        """Routed blocks (kernel/moe_run.cpp, run_wide): every pair's output and each worker's tile; a quarter of slack.
+        """Routed blocks (core/moe_run.cpp, run_wide): every pair's output and each worker's tile; a quarter of slack.
 
         Dense blocks: the widest input, rounded.
         """

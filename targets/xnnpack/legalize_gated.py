@@ -18,7 +18,7 @@ from moec.runtime.moe_config import ACTIVATION, WeightFormat
 from moec.targets.xnnpack.cpu_ops import GatedLinearPacked, LinearPacked
 
 aten = torch.ops.aten
-_BLOCK = 16  # kernel/format.h: kBlockRows
+_BLOCK = 16  # kernels/core/format.h: kBlockRows
 
 
 def fuse_gated_linears() -> Pass:

@@ -224,7 +224,7 @@ def test_lengths_of_a_real_manifest_are_within_the_bounds(artifact: Path) -> Non
 def test_a_device_name_is_checked_before_the_measuring(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moec.targets.xnnpack import machine
+    from moec.runtime import machine
 
     monkeypatch.setattr(machine, "peaks", lambda *_: pytest.fail("measured"))
     assert run(["device", "measure", "--name", "a/b"]) == 2

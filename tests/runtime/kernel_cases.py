@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moec.compiler.instruction_sets import compiled_here
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.ops.fused_moe_q import linear_out_groups
 from moec.compiler.ops.linear_q import linear_in_groups
@@ -20,18 +20,12 @@ from moec.runtime import kernel_api
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 from moec.targets.xnnpack import packing
 
-_COMPILED = {
-    "x86_64": ("avx512vnni", "avxvnni", "avx2", "scalar"),
-    "aarch64": ("i8mm", "neon", "scalar"),
-    "arm64": ("i8mm", "neon", "scalar"),
-}
-
 
 def instruction_sets() -> list[Any]:
     """Test parameters: every instruction set that the kernels are compiled for here. One that this machine cannot run
     is skipped with that reason."""
     available = kernel_api.available_isas()
-    names = _COMPILED.get(platform.machine(), ("scalar",))
+    names = compiled_here()
     assert set(available) <= set(names), "an instruction set without tests"
     return [
         pytest.param(name, marks=() if name in available else pytest.mark.skip(reason=f"this machine has no {name}"))

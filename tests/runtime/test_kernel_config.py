@@ -35,7 +35,7 @@ def test_lengths_and_versions_agree() -> None:
     version = re.search(r"#define MOEC_ABI_VERSION (\d+)", (KERNEL / "moec_kernel.h").read_text())
     assert version is not None
     assert int(version[1]) == kernel_api.ABI_VERSION
-    threads = re.search(r"kMostThreads = (\d+);", (KERNEL / "parallel.cpp").read_text())
+    threads = re.search(r"kMostThreads = (\d+);", (KERNEL / "core/parallel.cpp").read_text())
     assert threads is not None
     assert int(threads[1]) == kernel_api.MAX_THREADS
 

@@ -95,7 +95,7 @@ def test_peak_memory_is_the_measured_one(compiled: tuple[Spec, str, Path]) -> No
     spec, target, folder = compiled
     if target != "xnnpack":
         pytest.skip("measured on Apple hardware only")
-    from moec.targets.xnnpack import machine
+    from moec.runtime import machine
 
     prompt, decode = 128, 16
     report = machine.run_model(folder / "model.pte", prompt=prompt, decode=decode, threads=1, repeats=1)

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cores.cpp"  // what is checked is not exported
+#include "core/cores.cpp"  // what is checked is not exported
 
 namespace {
 

@@ -1,0 +1,69 @@
+// What one instruction set gives to attention, norms and RoPE. Internal to the library; the C API is attention.h.
+//
+// Letters: T tokens, H query heads, KV key/value heads, d head size, e value size (mostly d), S cache capacity.
+#ifndef MOEC_ATTENTION_KERNELS_H_
+#define MOEC_ATTENTION_KERNELS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace moec {
+
+// One call of cached attention, already checked. Strides follow from the sizes: everything is contiguous.
+struct AttentionCall {
+  int64_t tokens, heads, kv_heads, head_dim, value_dim, capacity, start;
+  int64_t window;  // 0 or >= capacity: every earlier position; else the last `window` positions, the own one included
+  float scale;
+  const float* q;       // [T, H, d]
+  const void* k_cache;  // f32 or int8 [S, KV, d], the new rows already written
+  const void* v_cache;  // [S, KV, e]
+  const float* k_scale;  // [S, KV], null for an f32 cache
+  const float* v_scale;
+  float* out;  // [T, H, e]
+
+  int64_t first_key(int64_t token) const {
+    const int64_t position = start + token;
+    return window > 0 && position + 1 > window ? position + 1 - window : 0;
+  }
+};
+
+// A share of the work: the queries of `heads_per_kv` heads of KV head `kv_head` (or of all heads when decoding), tokens
+// [token_begin, token_end), against keys [key_begin, key_end).
+struct AttentionItem {
+  int64_t kv_head;
+  int64_t token_begin, token_end;
+  int64_t key_begin, key_end;
+  // Unnormalised result of rows (token, head): where they are of no further use, `partial` is null and rows are divided
+  // and written to call.out. Else acc f32 [rows, e], max [rows], sum [rows], rows ordered (token, head of the item).
+  float* partial_acc;
+  float* partial_max;
+  float* partial_sum;
+};
+
+// Keys scored at a time. Keys, values, scores and accumulators of one item then fit a 512 KB second-level cache.
+constexpr int64_t kKeyBlock = 64;
+
+struct AttentionKernels {
+  int64_t lanes;  // floats of one vector register
+  // One token, all heads: reads the caches once, in order. head_dim and value_dim must be multiples of `lanes`. Partials: H rows.
+  void (*decode)(const AttentionCall&, const AttentionItem&, float* scratch);
+  // Many tokens of one KV head. Any sizes.
+  void (*tile)(const AttentionCall&, const AttentionItem&, float* scratch);
+  // q = clamp(rint(x * (127 / max|x|)), -127, 127), scale = max|x| / 127; n values
+  void (*quantize_row)(const float* x, int64_t n, int8_t* q, float* scale);
+  void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* y);
+  // cos, sin: n/2 values. x may equal y.
+  void (*rope_row)(const float* x, const float* cos, const float* sin, int64_t n, bool interleaved, float* y);
+};
+
+// Floats of scratch that one `tile` or `decode` needs.
+inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
+inline int64_t tile_scratch(int64_t lanes, int64_t rows, int64_t head_dim, int64_t value_dim) {
+  const int64_t r = padded(rows, lanes), d = padded(head_dim, lanes), e = padded(value_dim, lanes);
+  return r * (head_dim + kKeyBlock + e + 5) + kKeyBlock * (d + e);
+}
+inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t keys) { return (heads + 2) * padded(keys, lanes); }
+
+}  // namespace moec
+
+#endif  // MOEC_ATTENTION_KERNELS_H_

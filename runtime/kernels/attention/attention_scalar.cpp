@@ -1,0 +1,97 @@
+// The reference: the equations, one value at a time. The vector files are tested against it.
+#include <math.h>
+
+#include "attention_kernels.h"
+
+namespace moec {
+namespace {
+
+float at(const void* cache, const float* scales, int64_t row, int64_t width, int64_t i) {
+  if (!scales) return static_cast<const float*>(cache)[row * width + i];
+  return static_cast<float>(static_cast<const int8_t*>(cache)[row * width + i]) * scales[row];
+}
+
+// One query head over its keys; two passes over the scores, which `scratch` holds.
+void attend(const AttentionCall& call, const AttentionItem& item, int64_t token, int64_t head, float* scratch, float* acc,
+            float* row_max, float* row_sum) {
+  const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, g = head / (call.heads / kv);
+  const float* q = call.q + (token * call.heads + head) * d;
+  int64_t first = call.first_key(token), last = call.start + token + 1;
+  if (first < item.key_begin) first = item.key_begin;
+  if (last > item.key_end) last = item.key_end;
+  for (int64_t i = 0; i < e; ++i) acc[i] = 0.0f;
+  float top = -3.402823466e38f, sum = 0.0f;
+  for (int64_t j = first; j < last; ++j) {
+    float dot = 0.0f;
+    for (int64_t i = 0; i < d; ++i) dot += q[i] * at(call.k_cache, call.k_scale, j * kv + g, d, i);
+    scratch[j - first] = dot * call.scale;
+    if (!(scratch[j - first] <= top)) top = scratch[j - first];
+  }
+  for (int64_t j = first; j < last; ++j) {
+    const float p = expf(scratch[j - first] - top);
+    sum += p;
+    for (int64_t i = 0; i < e; ++i) acc[i] += p * at(call.v_cache, call.v_scale, j * kv + g, e, i);
+  }
+  *row_max = top;
+  *row_sum = sum;
+}
+
+void tile(const AttentionCall& call, const AttentionItem& item, float* scratch) {
+  const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
+  int64_t row = 0;
+  for (int64_t t = item.token_begin; t < item.token_end; ++t)
+    for (int64_t h = item.kv_head * per; h < (item.kv_head + 1) * per; ++h, ++row) {
+      if (item.partial_acc) {
+        attend(call, item, t, h, scratch, item.partial_acc + row * e, item.partial_max + row, item.partial_sum + row);
+        continue;
+      }
+      float top, sum;
+      float* out = call.out + (t * call.heads + h) * e;
+      attend(call, item, t, h, scratch, out, &top, &sum);
+      for (int64_t i = 0; i < e; ++i) out[i] /= sum;
+    }
+}
+
+void decode(const AttentionCall& call, const AttentionItem& item, float* scratch) {
+  for (int64_t h = 0; h < call.heads; ++h)
+    attend(call, item, 0, h, scratch, item.partial_acc + h * call.value_dim, item.partial_max + h, item.partial_sum + h);
+}
+
+void quantize_row(const float* x, int64_t n, int8_t* q, float* scale) {
+  float highest = 0.0f, fault = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    if (fabsf(x[i]) > highest) highest = fabsf(x[i]);
+    fault += x[i] - x[i];  // 0, or NaN if the value is not finite
+  }
+  *scale = highest / 127.0f + fault;
+  const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = nearbyintf(x[i] * inverse);
+    q[i] = static_cast<int8_t>(v > -127.0f ? (v < 127.0f ? v : 127.0f) : -127.0f);  // NaN: -127
+  }
+}
+
+void rms_norm_row(const float* x, const float* weight, int64_t n, float eps, float* y) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  const float factor = 1.0f / sqrtf(sum / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = weight ? x[i] * factor * weight[i] : x[i] * factor;
+}
+
+void rope_row(const float* x, const float* cos, const float* sin, int64_t n, bool interleaved, float* y) {
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const int64_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : half + i;
+    const float a = x[first], b = x[second];
+    y[first] = a * cos[i] - b * sin[i];
+    y[second] = b * cos[i] + a * sin[i];
+  }
+}
+
+const AttentionKernels kKernels = {1, decode, tile, quantize_row, rms_norm_row, rope_row};
+
+}  // namespace
+
+const AttentionKernels& scalar_attention() { return kKernels; }
+
+}  // namespace moec

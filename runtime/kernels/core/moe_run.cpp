@@ -1,0 +1,544 @@
+// The mixture-of-experts block, in two schedules that compute the same bits.
+//
+// Few (token, expert) pairs: `Narrow`. Three parallel regions, each cut along weight rows, because a region must read its
+// weights with all threads: router + shared gate/up; routed gate/up + shared down; routed down + combine.
+// Many pairs: `Wide`. Three regions: router per token tile; whole experts (gate/up, activation, down) per tile of their
+// tokens, shared expert included; combine per token. An expert's weights are read once per tile.
+//
+// Names: pair = (token, rank), numbered token * top_k + rank. Pairs are counted and sorted by expert, stably, so that the
+// pairs of expert e are order[first[e] .. first[e + 1]); position[pair] is the inverse.
+#include "core/moe_run.h"
+
+#include <cinttypes>
+#include <cstring>
+
+#include "core/matmul.h"
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "core/status.h"
+
+namespace moec {
+namespace {
+
+constexpr int64_t kMostTile = 48;                // rows of an expert that share one reading of its weights
+constexpr int64_t kRouterTile = 16;              // tokens routed together
+constexpr int64_t kNarrowPairsPerThread = 8;     // up to here rows of weights are shared out, above it whole experts
+constexpr int64_t kUnitsPerWorker = 2;
+constexpr int64_t kTileBytes = 3 << 20;          // activations of one worker's tile
+constexpr int64_t kChunkBytes = int64_t{48} << 20;  // of expert outputs awaiting their combination
+
+// The hidden width as a matrix dimension: rows of gate/up per hidden element.
+int64_t hidden_rows(const Moe& moe) { return moe.gated ? 2 : 1; }
+
+// One expert, routed or shared, as the tile functions see it.
+struct Expert {
+  Matrix w13, w2;
+  const float* b13 = nullptr;
+  const float* b2 = nullptr;
+  int64_t width = 0;
+  bool interleaved = false;
+};
+
+Expert routed_expert(const Moe& moe, int64_t e) {
+  return {moe.expert_w13(e), moe.expert_w2(e), moe.b13 ? moe.b13 + e * moe.w13.n : nullptr,
+          moe.b2 ? moe.b2 + e * moe.d : nullptr, moe.width, moe.interleaved};
+}
+
+Expert shared_expert(const Moe& moe) { return {moe.shared_w13, moe.shared_w2, nullptr, nullptr, moe.shared_width, false}; }
+
+// hidden from h13 [rows, stride]: gate at column 0 and up at column up_column, or alternating.
+void activate_rows(const Kernels& isa, const Moe& moe, bool interleaved, const float* h13, int64_t stride, int64_t up_column,
+                   int64_t rows, int64_t width, float* hidden, int64_t hidden_stride) {
+  ActivateTask a{};
+  a.gate = h13;
+  a.up = moe.gated ? h13 + (interleaved ? 1 : up_column) : nullptr;
+  a.step = interleaved ? 2 : 1;
+  a.stride = stride;
+  a.rows = rows;
+  a.width = width;
+  a.activation = moe.activation;
+  a.alpha = moe.alpha;
+  a.gate_min = moe.gate_min;
+  a.gate_max = moe.gate_max;
+  a.up_min = moe.up_min;
+  a.up_max = moe.up_max;
+  a.up_offset = moe.up_offset;
+  a.hidden = hidden;
+  a.hidden_stride = hidden_stride;
+  isa.activate(a);
+}
+
+int64_t groups_of(const Matrix& m) { return m.format.kind == MOEC_F32 ? 1 : m.groups(); }
+
+// State that both schedules share.
+struct Run {
+  const Kernels& isa;
+  const Moe& moe;
+  int32_t threads;
+  int64_t tokens, pairs;
+  const float* x;
+  const float* router_input;
+  float* y;
+  int32_t* indices;
+  float* weights;
+  // sorted pairs
+  int32_t* first = nullptr;     // [experts + 1]
+  int32_t* order = nullptr;     // [pairs]
+  int32_t* position = nullptr;  // [pairs]
+  int32_t* hit = nullptr;       // experts with tokens, ascending
+  int64_t hits = 0;
+
+  int64_t count(int64_t e) const { return first[e + 1] - first[e]; }
+
+  void sort_pairs() {
+    std::memset(first, 0, size_t(moe.experts + 1) * 4);
+    for (int64_t p = 0; p < pairs; ++p) ++first[indices[p] + 1];
+    hits = 0;
+    for (int64_t e = 0; e < moe.experts; ++e) {
+      if (first[e + 1]) hit[hits++] = int32_t(e);
+      first[e + 1] += first[e];
+    }
+    // first[e] walks over its range and ends at its end, which is the begin of the next: shift back afterwards
+    for (int64_t p = 0; p < pairs; ++p) {
+      const int32_t place = first[indices[p]]++;
+      order[place] = int32_t(p);
+      position[p] = place;
+    }
+    std::memmove(first + 1, first, size_t(moe.experts) * 4);
+    first[0] = 0;
+  }
+
+  float input_weight(int64_t pair) const { return moe.routing.apply_input ? weights[pair] : 1.0f; }
+  float output_weight(int64_t pair) const { return moe.routing.apply_input ? 1.0f : weights[pair]; }
+
+  void route(int64_t token, int64_t n, float* logits, float* space) const {
+    for (int64_t t = 0; t < n; ++t) {
+      route_token(isa, moe.routing, moe.experts, moe.top_k, logits + t * moe.experts, moe.selection_bias, space,
+                  indices + (token + t) * moe.top_k, weights + (token + t) * moe.top_k);
+    }
+  }
+
+  // sigmoid(x . shared_gate)
+  float shared_factor(int64_t token) const {
+    float logit = 0.0f, factor = 0.0f;
+    isa.gemm_f32({moe.shared_gate, x + token * moe.d, moe.d, 1, 1, moe.d, nullptr, &logit, 1});
+    isa.sigmoid(&logit, 1, &factor);
+    return factor;
+  }
+
+  // Input row of a pair as floats: x, times the pair's weight when that applies to the input.
+  void input_row(int64_t pair, float* out) const {
+    const float* const from = x + pair / moe.top_k * moe.d;
+    if (moe.routing.apply_input) {
+      isa.add_scaled(from, weights[pair], moe.d, false, out);
+    } else {
+      std::memcpy(out, from, size_t(moe.d) * 4);
+    }
+  }
+
+  void add_sort_plan(ScratchPlan& plan, size_t offsets[4]) const {
+    offsets[0] = plan.add<int32_t>(moe.experts + 1);
+    offsets[1] = plan.add<int32_t>(pairs);
+    offsets[2] = plan.add<int32_t>(pairs);
+    offsets[3] = plan.add<int32_t>(moe.experts);
+  }
+  void place_sort(uint8_t* base, const size_t offsets[4]) {
+    first = reinterpret_cast<int32_t*>(base + offsets[0]);
+    order = reinterpret_cast<int32_t*>(base + offsets[1]);
+    position = reinterpret_cast<int32_t*>(base + offsets[2]);
+    hit = reinterpret_cast<int32_t*>(base + offsets[3]);
+  }
+};
+
+int32_t no_memory(int64_t tokens) {
+  return fail(MOEC_OUT_OF_MEMORY, "moe: no memory for the scratch of %" PRId64 " tokens", tokens);
+}
+
+void copy_quantized_row(const QuantizedRows& from, int64_t i, const QuantizedRows& to, int64_t j, int64_t groups) {
+  std::memcpy(to.q + j * to.stride, from.q + i * from.stride, size_t(from.stride));
+  to.scale[j] = from.scale[i];
+  for (int64_t g = 0; g < groups; ++g) {
+    to.correction[g * to.correction_stride + j] = from.correction[g * from.correction_stride + i];
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ wide
+
+// What one worker holds: a tile's input, gate/up, hidden.
+struct TileSpace {
+  MatmulScratch matmul;
+  float* x = nullptr;
+  float* h13 = nullptr;
+  float* hidden = nullptr;
+  float* logits = nullptr;
+  float* routing = nullptr;
+  float* row = nullptr;
+  QuantizedPlan input_plan, hidden_plan;
+  QuantizedRows input, hidden_q;
+  size_t x_at = 0, h13_at = 0, hidden_at = 0, logits_at = 0, routing_at = 0, row_at = 0;
+};
+
+struct WideTile {
+  int32_t expert;  // -1: the shared one
+  int32_t begin, count;
+};
+
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows of a tile so that a worker's activations stay within kTileBytes.
+int64_t tile_rows(const Moe& moe) {
+  const int64_t width = most(moe.width, moe.shared_width);
+  const int64_t row = 4 * (hidden_rows(moe) * width + width + moe.d) + quantized_stride(moe.d) + quantized_stride(width);
+  const int64_t rows = kTileBytes / row;
+  return rows < 8 ? 8 : rows > kMostTile ? kMostTile : rows;
+}
+
+int64_t most_groups(const Moe& moe, const Matrix& a, const Matrix& b) {
+  return moe.shared_width ? most(groups_of(a), groups_of(b)) : groups_of(a);
+}
+
+TileSpace plan_tile(const Moe& moe, int64_t tile, ScratchPlan& plan) {
+  TileSpace s;
+  const int64_t width = most(moe.width, moe.shared_width);
+  s.matmul.need(moe.w13);
+  s.matmul.need(moe.w2);
+  if (moe.shared_width) {
+    s.matmul.need(moe.shared_w13);
+    s.matmul.need(moe.shared_w2);
+  }
+  s.matmul.add(plan);
+  s.x_at = plan.add<float>(tile * moe.d);
+  s.h13_at = plan.add<float>(tile * hidden_rows(moe) * width);
+  s.hidden_at = plan.add<float>(tile * width);
+  s.logits_at = plan.add<float>(kRouterTile * moe.experts);
+  s.routing_at = plan.add<float>(routing_scratch(moe.experts, moe.routing.groups, moe.top_k));
+  s.row_at = plan.add<float>(moe.d);
+  s.input_plan.add(plan, tile, round_up(moe.d, kUnit), most_groups(moe, moe.w13, moe.shared_w13));
+  s.hidden_plan.add(plan, tile, round_up(width, kUnit), most_groups(moe, moe.w2, moe.shared_w2));
+  return s;
+}
+
+void place_tile(TileSpace& s, uint8_t* base) {
+  s.matmul.place(base);
+  s.x = reinterpret_cast<float*>(base + s.x_at);
+  s.h13 = reinterpret_cast<float*>(base + s.h13_at);
+  s.hidden = reinterpret_cast<float*>(base + s.hidden_at);
+  s.logits = reinterpret_cast<float*>(base + s.logits_at);
+  s.routing = reinterpret_cast<float*>(base + s.routing_at);
+  s.row = reinterpret_cast<float*>(base + s.row_at);
+  s.input = s.input_plan.at(base);
+  s.hidden_q = s.hidden_plan.at(base);
+}
+
+// The whole expert for m rows of input: out [m, d].
+void run_expert(const Run& run, const Expert& expert, const Rows& input, TileSpace& s, float* out) {
+  const Moe& moe = run.moe;
+  const int64_t h13_stride = expert.w13.n;
+  matmul(run.isa, expert.w13, 0, expert.w13.blocks(), input, expert.b13, s.h13, h13_stride, s.matmul);
+  ask_for_blocks(expert.w2, 0, expert.w2.blocks());
+  activate_rows(run.isa, moe, expert.interleaved, s.h13, h13_stride, expert.width, input.m, expert.width, s.hidden, expert.width);
+  Rows hidden{input.m, s.hidden, expert.width, {}};
+  if (needs_quantized(expert.w2.format)) {
+    hidden.q = s.hidden_q;
+    quantize_for(run.isa, expert.w2, s.hidden, expert.width, input.m, hidden.q);
+  }
+  matmul(run.isa, expert.w2, 0, expert.w2.blocks(), hidden, expert.b2, out, moe.d, s.matmul);
+}
+
+int32_t run_wide(Run& run) {
+  const Moe& moe = run.moe;
+  const int64_t tile = tile_rows(moe), d = moe.d, k = moe.top_k;
+  const int64_t shared_tiles = moe.shared_width ? divide_up(run.tokens, tile) : 0;
+  const bool rounded_once = needs_quantized(moe.w13.format) && !moe.routing.apply_input;
+
+  ScratchPlan plan, worker_plan;
+  size_t sort[4];
+  run.add_sort_plan(plan, sort);
+  const size_t outputs_at = plan.add<float>(run.pairs * d);
+  const int64_t most_tiles = shared_tiles + run.pairs / tile + (moe.experts < run.pairs ? moe.experts : run.pairs);
+  const size_t tiles_at = plan.add<WideTile>(most_tiles);
+  QuantizedPlan x_plan;
+  if (rounded_once) x_plan.add(plan, run.tokens, moe.w13.padded_k(), moe.w13.groups());
+  const TileSpace space = plan_tile(moe, tile, worker_plan);
+  const size_t shared_bytes = plan.total();
+  uint8_t* const base = scratch(shared_bytes + worker_plan.total() * size_t(run.threads));
+  if (!base) return no_memory(run.tokens);
+  run.place_sort(base, sort);
+  auto* const outputs = reinterpret_cast<float*>(base + outputs_at);
+  auto* const tiles = reinterpret_cast<WideTile*>(base + tiles_at);
+  const QuantizedRows x_rounded = rounded_once ? x_plan.at(base) : QuantizedRows{};
+  const auto mine = [&](int32_t worker) {
+    TileSpace s = space;
+    place_tile(s, base + shared_bytes + worker_plan.total() * size_t(worker));
+    return s;
+  };
+
+  for_each_unit(run.threads, divide_up(run.tokens, kRouterTile), [&](int32_t worker, int64_t unit) {
+    const TileSpace s = mine(worker);
+    const int64_t t = unit * kRouterTile, n = run.tokens - t < kRouterTile ? run.tokens - t : kRouterTile;
+    run.isa.gemm_f32({moe.router_weight, run.router_input + t * d, d, n, moe.experts, d, moe.router_bias, s.logits, moe.experts});
+    run.route(t, n, s.logits, s.routing);
+    if (rounded_once) quantize_for(run.isa, moe.w13, run.x + t * d, d, n, x_rounded.from(t));
+  });
+
+  run.sort_pairs();
+  int64_t n_tiles = 0;
+  for (int64_t i = 0; i < shared_tiles; ++i) {  // first: they are the longest
+    const int64_t begin = run.tokens * i / shared_tiles, end = run.tokens * (i + 1) / shared_tiles;
+    tiles[n_tiles++] = {-1, int32_t(begin), int32_t(end - begin)};
+  }
+  for (int64_t h = 0; h < run.hits; ++h) {
+    const int64_t e = run.hit[h], count = run.count(e), parts = divide_up(count, tile);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = count * i / parts, end = count * (i + 1) / parts;
+      tiles[n_tiles++] = {int32_t(e), int32_t(run.first[e] + begin), int32_t(end - begin)};
+    }
+  }
+
+  for_each_unit(run.threads, n_tiles, [&](int32_t worker, int64_t unit) {
+    TileSpace s = mine(worker);
+    const WideTile& job = tiles[unit];
+    const bool is_shared = job.expert < 0;
+    const Expert expert = is_shared ? shared_expert(moe) : routed_expert(moe, job.expert);
+    ask_for_blocks(expert.w13, 0, expert.w13.blocks());
+    Rows input{job.count, s.x, d, s.input};
+    if (is_shared) {
+      input.x = run.x + job.begin * d;
+    } else if (rounded_once) {
+      for (int64_t i = 0; i < job.count; ++i) {
+        copy_quantized_row(x_rounded, run.order[job.begin + i] / k, input.q, i, moe.w13.groups());
+      }
+    } else {
+      for (int64_t i = 0; i < job.count; ++i) run.input_row(run.order[job.begin + i], s.x + i * d);
+    }
+    if (needs_quantized(expert.w13.format) && (is_shared || !rounded_once)) {
+      quantize_for(run.isa, expert.w13, input.x, d, job.count, input.q);
+    }
+    run_expert(run, expert, input, s, is_shared ? run.y + job.begin * d : outputs + job.begin * d);
+  });
+
+  for_each_unit(run.threads, divide_up(run.tokens, kRouterTile), [&](int32_t worker, int64_t unit) {
+    const TileSpace s = mine(worker);
+    for (int64_t t = unit * kRouterTile; t < run.tokens && t < (unit + 1) * kRouterTile; ++t) {
+      float* const y = run.y + t * d;
+      float* const sum = moe.shared_width ? s.row : y;
+      for (int64_t j = 0; j < k; ++j) {
+        const int64_t pair = t * k + j;
+        run.isa.add_scaled(outputs + run.position[pair] * d, run.output_weight(pair), d, j > 0, sum);
+      }
+      if (!moe.shared_width) continue;
+      if (moe.shared_gate) run.isa.add_scaled(y, run.shared_factor(t), d, false, y);
+      run.isa.add(sum, d, y);
+    }
+  });
+  return MOEC_OK;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- narrow
+
+// The hidden width in steps whose gate/up rows are whole row blocks (and whole groups along the output). A width that does
+// not divide into such steps is one step.
+struct HiddenSteps {
+  int64_t step = 0, count = 0;
+
+  HiddenSteps(const Expert& e, bool gated) {
+    const int64_t rows = kBlockRows * e.w13.blocks_together();
+    step = gated && e.interleaved ? rows / 2 : rows;
+    if (gated && !e.interleaved && e.width % rows) step = e.width;
+    count = divide_up(e.width, step);
+  }
+};
+
+// gate/up rows of hidden elements [begin, end), then the activation: hidden [m, width], written at column begin.
+void narrow_up(const Run& run, const Expert& e, int64_t begin, int64_t end, const Rows& input, const MatmulScratch& scratch,
+               float* h13, float* hidden) {
+  const Moe& moe = run.moe;
+  const int64_t n = end - begin;
+  int64_t stride = round_up(hidden_rows(moe) * n, kBlockRows), up_column = 0;
+  if (!moe.gated) {
+    matmul(run.isa, e.w13, begin / kBlockRows, divide_up(end, kBlockRows), input, e.b13, h13, stride, scratch);
+  } else if (e.interleaved) {
+    matmul(run.isa, e.w13, 2 * begin / kBlockRows, divide_up(2 * end, kBlockRows), input, e.b13, h13, stride, scratch);
+  } else if (n == e.width) {
+    matmul(run.isa, e.w13, 0, e.w13.blocks(), input, e.b13, h13, stride, scratch);
+    up_column = e.width;
+  } else {
+    up_column = n;
+    ask_for_blocks(e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows);
+    matmul(run.isa, e.w13, begin / kBlockRows, end / kBlockRows, input, e.b13, h13, stride, scratch);
+    matmul(run.isa, e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows, input, e.b13, h13 + n, stride, scratch);
+  }
+  activate_rows(run.isa, moe, e.interleaved, h13, stride, up_column, input.m, n, hidden + begin, e.width);
+}
+
+// How many steps a unit of work takes so that there are enough units, and no more than needed.
+int64_t steps_per_unit(int64_t steps, int64_t lists, int32_t threads) {
+  const int64_t wanted = threads == 1 ? lists : threads * kUnitsPerWorker;
+  const int64_t units = most(1, wanted / most(1, lists));
+  return divide_up(steps, units < steps ? units : steps);
+}
+
+int32_t run_narrow(Run& run) {
+  const Moe& moe = run.moe;
+  const int64_t d = moe.d, k = moe.top_k, t = run.tokens, f = moe.width, s = moe.shared_width;
+  const bool shared = s > 0;
+  const Expert shared_e = shared ? shared_expert(moe) : Expert{};
+  const bool round_in = needs_quantized(moe.w13.format), round_hidden = needs_quantized(moe.w2.format);
+  const bool round_shared = shared && needs_quantized(moe.shared_w13.format);
+  const bool round_shared_hidden = shared && needs_quantized(moe.shared_w2.format);
+  const int64_t input_rows = moe.routing.apply_input ? run.pairs : t;  // rows that gate/up is given
+
+  const HiddenSteps up(routed_expert(moe, 0), moe.gated);
+  const HiddenSteps shared_up = shared ? HiddenSteps(shared_e, moe.gated) : up;
+  const int64_t most_hits = moe.experts < run.pairs ? moe.experts : run.pairs;
+
+  ScratchPlan plan, worker_plan;
+  size_t sort[4];
+  run.add_sort_plan(plan, sort);
+  const size_t logits_at = plan.add<float>(t * moe.experts);
+  const size_t routing_at = plan.add<float>(routing_scratch(moe.experts, moe.routing.groups, k));
+  const size_t inputs_at = plan.add<float>(run.pairs * d);
+  const size_t hidden_at = plan.add<float>(run.pairs * f);
+  const size_t shared_hidden_at = plan.add<float>(t * s);
+  QuantizedPlan in_plan, hidden_plan, shared_plan, shared_hidden_plan, gather_plan;
+  if (round_in) {
+    in_plan.add(plan, input_rows, moe.w13.padded_k(), moe.w13.groups());
+    gather_plan.add(plan, run.pairs, moe.w13.padded_k(), moe.w13.groups());
+  }
+  if (round_hidden) hidden_plan.add(plan, run.pairs, moe.w2.padded_k(), moe.w2.groups());
+  if (round_shared) shared_plan.add(plan, t, moe.shared_w13.padded_k(), moe.shared_w13.groups());
+  if (round_shared_hidden) shared_hidden_plan.add(plan, t, moe.shared_w2.padded_k(), moe.shared_w2.groups());
+  MatmulScratch matmul_plan;
+  matmul_plan.need(moe.w13);
+  matmul_plan.need(moe.w2);
+  if (shared) {
+    matmul_plan.need(moe.shared_w13);
+    matmul_plan.need(moe.shared_w2);
+  }
+  matmul_plan.add(worker_plan);
+  // a unit's gate/up rows, or a unit's outputs of all pairs
+  const int64_t h13_floats = most(t * round_up(hidden_rows(moe) * most(f, s), kBlockRows), run.pairs * round_up(d, kBlockRows));
+  const size_t h13_at = worker_plan.add<float>(h13_floats);
+  const size_t row_at = worker_plan.add<float>(round_up(d, kBlockRows));
+  const size_t shared_bytes = plan.total();
+  uint8_t* const base = scratch(shared_bytes + worker_plan.total() * size_t(run.threads));
+  if (!base) return no_memory(t);
+  run.place_sort(base, sort);
+  auto* const logits = reinterpret_cast<float*>(base + logits_at);
+  auto* const inputs = reinterpret_cast<float*>(base + inputs_at);
+  auto* const hidden = reinterpret_cast<float*>(base + hidden_at);
+  auto* const shared_hidden = reinterpret_cast<float*>(base + shared_hidden_at);
+  const auto worker_base = [&](int32_t worker) { return base + shared_bytes + worker_plan.total() * size_t(worker); };
+  const auto matmul_scratch = [&](int32_t worker) {
+    MatmulScratch m = matmul_plan;
+    m.place(worker_base(worker));
+    return m;
+  };
+  const auto floats = [&](int32_t worker, size_t at) { return reinterpret_cast<float*>(worker_base(worker) + at); };
+
+  // Region 1: router, shared gate/up.
+  const QuantizedRows shared_x = round_shared ? shared_plan.at(base) : QuantizedRows{};
+  if (round_shared) quantize_for(run.isa, moe.shared_w13, run.x, d, t, shared_x);
+  const int64_t router_rows = run.threads == 1 ? moe.experts : round_up(divide_up(moe.experts, 2 * run.threads), 4);
+  const int64_t router_units = divide_up(moe.experts, router_rows);
+  const int64_t shared_steps = shared ? steps_per_unit(shared_up.count, 1, run.threads) : 1;
+  const int64_t shared_units = shared ? divide_up(shared_up.count, shared_steps) : 0;
+  for_each_unit(run.threads, router_units + shared_units, [&](int32_t worker, int64_t unit) {
+    if (unit < router_units) {
+      const int64_t e = unit * router_rows, n = moe.experts - e < router_rows ? moe.experts - e : router_rows;
+      run.isa.gemm_f32({moe.router_weight + e * d, run.router_input, d, t, n, d, moe.router_bias ? moe.router_bias + e : nullptr,
+                        logits + e, moe.experts});
+      return;
+    }
+    const int64_t begin = (unit - router_units) * shared_steps * shared_up.step;
+    const int64_t end = begin + shared_steps * shared_up.step;
+    narrow_up(run, shared_e, begin, end < s ? end : s, {t, run.x, d, shared_x}, matmul_scratch(worker), floats(worker, h13_at),
+              shared_hidden);
+  });
+
+  run.route(0, t, logits, reinterpret_cast<float*>(base + routing_at));
+  run.sort_pairs();
+  QuantizedRows pair_q = round_in ? gather_plan.at(base) : QuantizedRows{};
+  const bool gather_rounded = round_in && !moe.routing.apply_input;
+  if (gather_rounded) {
+    const QuantizedRows once = in_plan.at(base);
+    quantize_for(run.isa, moe.w13, run.x, d, t, once);
+    for (int64_t i = 0; i < run.pairs; ++i) copy_quantized_row(once, run.order[i] / k, pair_q, i, moe.w13.groups());
+  } else {
+    for (int64_t i = 0; i < run.pairs; ++i) run.input_row(run.order[i], inputs + i * d);
+    if (round_in) quantize_for(run.isa, moe.w13, inputs, d, run.pairs, pair_q);
+  }
+  const QuantizedRows shared_hidden_q = round_shared_hidden ? shared_hidden_plan.at(base) : QuantizedRows{};
+  if (round_shared_hidden) quantize_for(run.isa, moe.shared_w2, shared_hidden, s, t, shared_hidden_q);
+
+  // Region 2: routed gate/up, shared down (its outputs go to y).
+  const int64_t up_steps = steps_per_unit(up.count, most_hits, run.threads), up_units = divide_up(up.count, up_steps);
+  const int64_t together = shared ? moe.shared_w2.blocks_together() : 1;
+  const int64_t down_steps = shared ? steps_per_unit(divide_up(moe.shared_w2.blocks(), together), 1, run.threads) : 1;
+  const int64_t down_blocks = down_steps * together;
+  const int64_t down_units = shared ? divide_up(moe.shared_w2.blocks(), down_blocks) : 0;
+  for_each_unit(run.threads, run.hits * up_units + down_units, [&](int32_t worker, int64_t unit) {
+    const MatmulScratch scratch_w = matmul_scratch(worker);
+    if (unit < run.hits * up_units) {
+      const int64_t e = run.hit[unit / up_units], begin = unit % up_units * up_steps * up.step;
+      const int64_t end = begin + up_steps * up.step, at = run.first[e];
+      const Rows input{run.count(e), inputs + at * d, d, round_in ? pair_q.from(at) : QuantizedRows{}};
+      narrow_up(run, routed_expert(moe, e), begin, end < f ? end : f, input, scratch_w, floats(worker, h13_at), hidden + at * f);
+      return;
+    }
+    const int64_t block = (unit - run.hits * up_units) * down_blocks, end = block + down_blocks;
+    const int64_t last = end < moe.shared_w2.blocks() ? end : moe.shared_w2.blocks();
+    matmul(run.isa, moe.shared_w2, block, last, {t, shared_hidden, s, shared_hidden_q}, nullptr, run.y + block * kBlockRows, d,
+           scratch_w);
+  });
+
+  const QuantizedRows hidden_q = round_hidden ? hidden_plan.at(base) : QuantizedRows{};
+  if (round_hidden) quantize_for(run.isa, moe.w2, hidden, f, run.pairs, hidden_q);
+
+  // Region 3: routed down for some outputs of all pairs, and their combination.
+  const int64_t w2_together = moe.w2.blocks_together();
+  const int64_t out_blocks = w2_together * steps_per_unit(divide_up(moe.w2.blocks(), w2_together), 1, run.threads);
+  for_each_unit(run.threads, divide_up(moe.w2.blocks(), out_blocks), [&](int32_t worker, int64_t unit) {
+    const MatmulScratch scratch_w = matmul_scratch(worker);
+    float* const outputs = floats(worker, h13_at);
+    float* const row = floats(worker, row_at);
+    const int64_t block = unit * out_blocks;
+    const int64_t last = block + out_blocks < moe.w2.blocks() ? block + out_blocks : moe.w2.blocks();
+    const int64_t begin = block * kBlockRows, n = (last * kBlockRows < d ? last * kBlockRows : d) - begin;
+    for (int64_t h = 0; h < run.hits; ++h) {
+      const int64_t e = run.hit[h], at = run.first[e];
+      const Expert expert = routed_expert(moe, e);
+      if (h + 1 < run.hits) ask_for_blocks(routed_expert(moe, run.hit[h + 1]).w2, block, last);
+      const Rows rows{run.count(e), hidden + at * f, f, round_hidden ? hidden_q.from(at) : QuantizedRows{}};
+      matmul(run.isa, expert.w2, block, last, rows, expert.b2, outputs + at * n, n, scratch_w);
+    }
+    for (int64_t token = 0; token < t; ++token) {
+      float* const y = run.y + token * d + begin;
+      float* const sum = shared ? row : y;
+      for (int64_t j = 0; j < k; ++j) {
+        const int64_t pair = token * k + j;
+        run.isa.add_scaled(outputs + run.position[pair] * n, run.output_weight(pair), n, j > 0, sum);
+      }
+      if (!shared) continue;
+      if (moe.shared_gate) run.isa.add_scaled(y, run.shared_factor(token), n, false, y);
+      run.isa.add(sum, n, y);
+    }
+  });
+  return MOEC_OK;
+}
+
+}  // namespace
+
+int32_t run_moe(const Moe& moe, int64_t tokens, const float* x, const float* router_input, float* y, int32_t* indices,
+                float* weights) {
+  if (tokens == 0) return MOEC_OK;
+  Run run{kernels(), moe, workers(), tokens, tokens * moe.top_k, x, router_input, y, indices, weights};
+  return run.pairs <= kNarrowPairsPerThread * run.threads ? run_narrow(run) : run_wide(run);
+}
+
+int64_t moe_chunk_tokens(const Moe& moe) {
+  const int64_t tokens = kChunkBytes / (4 * moe.d * moe.top_k);
+  return tokens < 64 ? 64 : tokens;
+}
+
+}  // namespace moec

@@ -1,0 +1,195 @@
+// Integer kernels on 256-bit registers, with maddubs (AVX2) or dpbusd (AVX-VNNI). Included after simd_avx2.h and
+// generic_kernels.h. A pass covers a block's 16 rows and kM tokens.
+//
+// AVX2: int4 codes are 0..15, so a pair product is at most 2 * 15 * 127 = 3810 and eight of them (32 inputs) fit int16.
+// int8 codes need |w| and the sign moved to the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
+// AVX-VNNI: int8 codes are offset by 128 to be unsigned, which the correction undoes.
+#ifndef MOEC_GEMM_AVX2_H_
+#define MOEC_GEMM_AVX2_H_
+
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace moec {
+namespace {
+
+inline __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// Four activations in every lane.
+inline __m256i broadcast4(const int8_t* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
+}
+
+#define MOEC_UNROLL _Pragma("GCC unroll 16")
+
+// Adds w * q to sum: int32 lanes by dpbusd, or int16 lanes by maddubs.
+template <bool kVnni>
+inline __m256i dot_unsigned(__m256i sum, __m256i w, __m256i q) {
+#if defined(__AVXVNNI__)
+  if (kVnni) return _mm256_dpbusd_avx_epi32(sum, w, q);
+#endif
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q));
+  asm("" : "+x"(sum));  // or the compiler regroups the additions and spills every product
+  return sum;
+}
+
+inline __m256i dot_signed(__m256i sum, __m256i w, __m256i magnitude, __m256i q) {
+  const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(q, w));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+// Adds one unit of 8 inputs to sum[2][kM], the two halves of a block. int4 without VNNI: the sums are int16.
+template <int kKind, bool kVnni, int kM>
+inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_t block_bytes, const int8_t* q, int64_t stride,
+                                                    __m256i (&sum)[2][kM]) {
+  // the next block, while this one is multiplied; for one token it is read once and needs no room in outer caches
+  constexpr int kLocality = kM == 1 ? 0 : 3;
+  __builtin_prefetch(codes + block_bytes, 0, kLocality);
+  if (kKind == MOEC_INT4) {
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i w[2] = {_mm256_and_si256(load256(codes), low), _mm256_and_si256(load256(codes + 32), low)};
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m256i a = broadcast4(q + t * stride);
+      sum[0][t] = dot_unsigned<kVnni>(sum[0][t], w[0], a);
+      sum[1][t] = dot_unsigned<kVnni>(sum[1][t], w[1], a);
+    }
+    w[0] = _mm256_and_si256(_mm256_srli_epi16(load256(codes), 4), low);
+    w[1] = _mm256_and_si256(_mm256_srli_epi16(load256(codes + 32), 4), low);
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m256i a = broadcast4(q + t * stride + 4);
+      sum[0][t] = dot_unsigned<kVnni>(sum[0][t], w[0], a);
+      sum[1][t] = dot_unsigned<kVnni>(sum[1][t], w[1], a);
+    }
+    return;
+  }
+  __builtin_prefetch(codes + block_bytes + 64, 0, kLocality);
+  MOEC_UNROLL
+  for (int part = 0; part < 2; ++part) {
+    const __m256i w[2] = {load256(codes + 64 * part), load256(codes + 64 * part + 32)};
+    __m256i u[2];  // unsigned: offset by 128, or the magnitude
+    for (int h = 0; h < 2; ++h) u[h] = kVnni ? _mm256_xor_si256(w[h], _mm256_set1_epi8(-128)) : _mm256_abs_epi8(w[h]);
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m256i a = broadcast4(q + t * stride + 4 * part);
+      for (int h = 0; h < 2; ++h) {
+        sum[h][t] = kVnni ? dot_unsigned<true>(sum[h][t], u[h], a) : dot_signed(sum[h][t], w[h], u[h], a);
+      }
+    }
+  }
+}
+
+// Adds `units` units to sum[2][kM] of int32 lanes.
+template <int kKind, bool kVnni, int kM>
+inline __attribute__((always_inline)) void add_units(const uint8_t* codes, int units, int64_t block_bytes, const int8_t* q,
+                                                     int64_t stride, __m256i (&sum)[2][kM]) {
+  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  if (kKind == MOEC_INT8 || kVnni) {
+    for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, sum);
+    return;
+  }
+  __m256i part[2][kM];
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) part[0][t] = part[1][t] = _mm256_setzero_si256();
+  for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, part);
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) {
+    for (int h = 0; h < 2; ++h) {
+      sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(part[h][t], _mm256_set1_epi16(1)));
+    }
+  }
+}
+
+inline __m256 load_scales8(const uint8_t* p, bool f32) {
+  return f32 ? _mm256_castsi256_ps(load256(p)) : _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// One block times kM tokens. Sums of groups live in memory: registers go to the products of one group.
+template <int kKind, bool kAxisOut, bool kVnni, int kM>
+void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
+                int outputs) {
+  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  const QuantizedRows rows = a.rows.from(row);
+  const int8_t* q = rows.q;
+  const int64_t stride = rows.stride, block_bytes = a.block_bytes;
+  __m256 total[2][kM];
+  __m256i sum[2][kM];
+  const int32_t* correction = rows.correction;
+  if (kAxisOut) {
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
+    int64_t units = a.padded_k / 8;
+    for (; units >= 4; units -= 4, codes += 4 * kUnitBytes, q += 32) {
+      add_units<kKind, kVnni, kM>(codes, 4, block_bytes, q, stride, sum);
+    }
+    if (units) add_units<kKind, kVnni, kM>(codes, int(units), block_bytes, q, stride, sum);
+    for (int t = 0; t < kM; ++t) {
+      for (int h = 0; h < 2; ++h) total[h][t] = _mm256_cvtepi32_ps(sum[h][t]);
+    }
+  } else {
+    const int64_t groups = a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
+    for (int t = 0; t < kM; ++t) total[0][t] = total[1][t] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; ++g, correction += rows.correction_stride, scales += scale_stride) {
+      MOEC_UNROLL
+      for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
+      for (int64_t i = 0; i < a.group; i += 32, codes += 4 * kUnitBytes, q += 32) {
+        add_units<kKind, kVnni, kM>(codes, 4, block_bytes, q, stride, sum);
+      }
+      MOEC_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const __m256 s = load_scales8(scales + h * (a.f32_scales ? 32 : 16), a.f32_scales);
+        __builtin_prefetch(scales + groups * scale_stride);
+        MOEC_UNROLL
+        for (int t = 0; t < kM; ++t) total[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[h][t]), s, total[h][t]);
+      }
+    }
+  }
+  for (int t = 0; t < kM; ++t) {
+    const __m256 scale = _mm256_set1_ps(rows.scale[t]);
+    store_outputs(y + t * a.y_stride, {_mm256_mul_ps(total[0][t], scale), _mm256_mul_ps(total[1][t], scale)}, bias, outputs);
+  }
+}
+
+template <int kKind, bool kAxisOut, bool kVnni>
+void gemm_int8(const GemmTask& a) {
+  constexpr int kTile = 4;
+  const int64_t scale_stride = kAxisOut ? 0 : a.padded_k / a.group * (a.f32_scales ? 64 : 32);
+  const int64_t tiles = (a.m + kTile - 1) / kTile;  // of nearly equal size
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    const uint8_t* const codes = a.codes + block * a.block_bytes;
+    const uint8_t* const scales = kAxisOut ? nullptr : a.scales + block * scale_stride;
+    const int outputs = a.outputs - block * 16 < 16 ? int(a.outputs - block * 16) : 16;
+    const float* const bias = a.bias ? a.bias + block * 16 : nullptr;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = a.m * i / tiles, rows = a.m * (i + 1) / tiles - row;
+      float* const y = a.y + row * a.y_stride + block * 16;
+      switch (rows) {
+        case 1: gemm_block<kKind, kAxisOut, kVnni, 1>(a, codes, scales, row, y, bias, outputs); break;
+        case 2: gemm_block<kKind, kAxisOut, kVnni, 2>(a, codes, scales, row, y, bias, outputs); break;
+        case 3: gemm_block<kKind, kAxisOut, kVnni, 3>(a, codes, scales, row, y, bias, outputs); break;
+        default: gemm_block<kKind, kAxisOut, kVnni, 4>(a, codes, scales, row, y, bias, outputs); break;
+      }
+    }
+  }
+}
+
+template <bool kVnni>
+inline Kernels table_256() {
+  Kernels t = generic_table(kVnni ? 128 : 0);
+  t.gemm_int8[0][0] = gemm_int8<MOEC_INT4, false, kVnni>;
+  t.gemm_int8[0][1] = gemm_int8<MOEC_INT4, true, kVnni>;
+  t.gemm_int8[1][0] = gemm_int8<MOEC_INT8, false, kVnni>;
+  t.gemm_int8[1][1] = gemm_int8<MOEC_INT8, true, kVnni>;
+  return t;
+}
+
+}  // namespace
+}  // namespace moec
+
+#endif  // MOEC_GEMM_AVX2_H_

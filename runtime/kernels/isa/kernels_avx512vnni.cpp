@@ -1,0 +1,178 @@
+// Integer kernels on 512-bit registers with dpbusd: a pass covers kB blocks of 16 rows and kM tokens, so that one broadcast
+// of four activations serves kB products. int8 codes are offset by 128 to be unsigned, which the correction undoes.
+#include <utility>
+
+#include "isa/simd_avx512.h"
+//
+#include "isa/generic_kernels.h"
+
+namespace moec {
+namespace {
+
+// Tokens of a pass. 2 blocks x 6 tokens of integer and of float sums are 24 of the 32 registers; with groups along the
+// output there are no float sums.
+constexpr int tile_of(bool axis_out) { return axis_out ? 8 : 6; }
+
+#define MOEC_UNROLL _Pragma("GCC unroll 16")
+
+inline __m512i load512(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+// Four activations in every lane.
+inline __m512i broadcast4(const int8_t* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+
+// Adds one unit of 8 inputs to sum[kB][kM]. block_bytes: from a block's codes to the next one's.
+template <int kKind, int kB, int kM>
+inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_t block_bytes, const int8_t* q, int64_t stride,
+                                                    __m512i (&even)[kB][kM], __m512i (&odd)[kB][kM]) {
+  __m512i w[2][kB];
+  MOEC_UNROLL
+  for (int b = 0; b < kB; ++b) {
+    const uint8_t* const p = codes + b * block_bytes;
+    // the next blocks, while these are multiplied; for one token they are read once and need no room in outer caches
+    constexpr int kLocality = kM == 1 ? 0 : 3;
+    __builtin_prefetch(p + kB * block_bytes, 0, kLocality);
+    if (kKind == MOEC_INT8) __builtin_prefetch(p + kB * block_bytes + 64, 0, kLocality);
+    if (kKind == MOEC_INT4) {
+      const __m512i low = _mm512_set1_epi8(15);
+      w[0][b] = _mm512_and_si512(load512(p), low);
+      w[1][b] = _mm512_and_si512(_mm512_srli_epi16(load512(p), 4), low);
+    } else {
+      w[0][b] = _mm512_xor_si512(load512(p), _mm512_set1_epi8(-128));
+      w[1][b] = _mm512_xor_si512(load512(p + 64), _mm512_set1_epi8(-128));
+    }
+  }
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) {
+    const __m512i a = broadcast4(q + t * stride);
+    MOEC_UNROLL
+    for (int b = 0; b < kB; ++b) even[b][t] = _mm512_dpbusd_epi32(even[b][t], w[0][b], a);
+  }
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) {
+    const __m512i a = broadcast4(q + t * stride + 4);
+    MOEC_UNROLL
+    for (int b = 0; b < kB; ++b) odd[b][t] = _mm512_dpbusd_epi32(odd[b][t], w[1][b], a);
+  }
+}
+
+template <int kKind, bool kAxisOut, int kB, int kM>
+void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
+                 int outputs) {
+  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr bool kSplit = kB * kM <= 4;  // few chains of additions: two for each output hide the latency
+  const QuantizedRows rows = a.rows.from(row);
+  const int8_t* q = rows.q;
+  const int64_t stride = rows.stride, block_bytes = a.block_bytes;
+  __m512i sum[kB][kM], other[kB][kM];
+  __m512 total[kB][kM];
+  const auto begin = [&](const int32_t* correction) __attribute__((always_inline)) {
+    MOEC_UNROLL
+    for (int t = 0; t < kM; ++t) {
+      const __m512i c = _mm512_set1_epi32(correction[t]);
+      MOEC_UNROLL
+      for (int b = 0; b < kB; ++b) {
+        sum[b][t] = c;
+        if (kSplit) other[b][t] = _mm512_setzero_si512();
+      }
+    }
+  };
+  const auto join = [&]() __attribute__((always_inline)) {
+    MOEC_UNROLL
+    for (int i = 0; kSplit && i < kB * kM; ++i) {
+      sum[i / kM][i % kM] = _mm512_add_epi32(sum[i / kM][i % kM], other[i / kM][i % kM]);
+    }
+  };
+  if (kAxisOut) {
+    begin(rows.correction);
+    const uint8_t* const end = codes + block_bytes;
+    for (; codes < end; codes += kUnitBytes, q += 8) {
+      add_unit<kKind, kB, kM>(codes, block_bytes, q, stride, sum, kSplit ? other : sum);
+    }
+    join();
+    MOEC_UNROLL
+    for (int i = 0; i < kB * kM; ++i) total[i / kM][i % kM] = _mm512_cvtepi32_ps(sum[i / kM][i % kM]);
+  } else {
+    const int64_t groups = a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
+    MOEC_UNROLL
+    for (int i = 0; i < kB * kM; ++i) total[i / kM][i % kM] = _mm512_setzero_ps();
+    const int32_t* correction = rows.correction;
+    for (int64_t g = 0; g < groups; ++g, correction += rows.correction_stride, scales += scale_stride) {
+      begin(correction);
+      for (int64_t i = 0; i < a.group; i += 32, codes += 4 * kUnitBytes, q += 32) {
+        add_unit<kKind, kB, kM>(codes, block_bytes, q, stride, sum, kSplit ? other : sum);
+        add_unit<kKind, kB, kM>(codes + kUnitBytes, block_bytes, q + 8, stride, sum, kSplit ? other : sum);
+        add_unit<kKind, kB, kM>(codes + 2 * kUnitBytes, block_bytes, q + 16, stride, sum, kSplit ? other : sum);
+        add_unit<kKind, kB, kM>(codes + 3 * kUnitBytes, block_bytes, q + 24, stride, sum, kSplit ? other : sum);
+      }
+      join();
+      MOEC_UNROLL
+      for (int b = 0; b < kB; ++b) {
+        const __m512 s = load_scales(scales + b * groups * scale_stride, a.f32_scales).a;
+        __builtin_prefetch(scales + (kB + b) * groups * scale_stride);
+        MOEC_UNROLL
+        for (int t = 0; t < kM; ++t) total[b][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][t]), s, total[b][t]);
+      }
+    }
+  }
+  for (int t = 0; t < kM; ++t) {
+    const __m512 scale = _mm512_set1_ps(rows.scale[t]);
+    MOEC_UNROLL
+    for (int b = 0; b < kB; ++b) {
+      const int exist = outputs - 16 * b < 16 ? outputs - 16 * b : 16;
+      store_outputs(y + t * a.y_stride + 16 * b, {_mm512_mul_ps(total[b][t], scale)}, bias ? bias + 16 * b : nullptr, exist);
+    }
+  }
+}
+
+using BlocksFunction = void (*)(const GemmTask&, const uint8_t*, const uint8_t*, int64_t, float*, const float*, int);
+
+template <int kKind, bool kAxisOut, int kB, int... kTokens>
+BlocksFunction pick(int64_t tokens, std::integer_sequence<int, kTokens...>) {
+  static constexpr BlocksFunction kFunctions[] = {gemm_blocks<kKind, kAxisOut, kB, kTokens + 1>...};
+  return kFunctions[tokens - 1];
+}
+
+template <int kKind, bool kAxisOut, int kB>
+BlocksFunction blocks_function(int64_t tokens) {
+  return pick<kKind, kAxisOut, kB>(tokens, std::make_integer_sequence<int, tile_of(kAxisOut)>{});
+}
+
+template <int kKind, bool kAxisOut>
+void gemm_int8(const GemmTask& a) {
+  const int64_t scale_stride = kAxisOut ? 0 : a.padded_k / a.group * (a.f32_scales ? 64 : 32);
+  constexpr int kTile = tile_of(kAxisOut);
+  const int64_t tiles = (a.m + kTile - 1) / kTile;  // of nearly equal size: 4 and 4 tokens beat 6 and 2
+  for (int64_t block = 0; block < a.blocks; block += 2) {
+    const uint8_t* const codes = a.codes + block * a.block_bytes;
+    const uint8_t* const scales = kAxisOut ? nullptr : a.scales + block * scale_stride;
+    const bool both = block + 1 < a.blocks;
+    const int rest = a.outputs - block * 16 < 32 ? int(a.outputs - block * 16) : 32;
+    const int outputs = both || rest < 16 ? rest : 16;
+    const float* const bias = a.bias ? a.bias + block * 16 : nullptr;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = a.m * i / tiles, rows = a.m * (i + 1) / tiles - row;
+      const BlocksFunction f = both ? blocks_function<kKind, kAxisOut, 2>(rows) : blocks_function<kKind, kAxisOut, 1>(rows);
+      f(a, codes, scales, row, a.y + row * a.y_stride + block * 16, bias, outputs);
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels& avx512vnni_kernels() {
+  static const Kernels table = [] {
+    Kernels t = generic_table(128);
+    t.gemm_int8[0][0] = gemm_int8<MOEC_INT4, false>;
+    t.gemm_int8[0][1] = gemm_int8<MOEC_INT4, true>;
+    t.gemm_int8[1][0] = gemm_int8<MOEC_INT8, false>;
+    t.gemm_int8[1][1] = gemm_int8<MOEC_INT8, true>;
+    return t;
+  }();
+  return table;
+}
+
+}  // namespace moec

@@ -1,0 +1,243 @@
+"""What this machine can do, and what our kernels reach of it: the figures of a device file (`moec device measure`).
+
+Weights are random codes; time does not depend on their values. Each rate is measured in rounds of about a tenth of a
+second; the figure is the best round, since whatever else ran can only slow a round down, and the spread is all rounds.
+T tokens, D model width, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.cores import usable_cores
+from moec.compiler.errors import UserError
+from moec.compiler.instruction_sets import instruction_sets
+from moec.compiler.ops.attributes import Experts, Routing
+from moec.compiler.progress import Progress
+from moec.runtime import kernel_api, native
+from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
+
+Rounds = list[float]
+_GROUP = 32
+_DENSE = WeightFormat(Kind.INT4, _GROUP, int8_activations=True)
+
+
+def build_roofline(isa: str, folder: Path) -> Path:
+    """Compile probe/roofline.cpp for an instruction set; the path of the program. UserError without a compiler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / f"roofline-{isa}"
+    source = Path(__file__).resolve().parent / "probe" / "roofline.cpp"
+    if program.exists() and program.stat().st_mtime >= source.stat().st_mtime:
+        return program
+    flags = next(s.flags for s in instruction_sets() if s.name == isa)
+    command = [native.find_compiler(), "-O3", "-std=c++17", "-pthread", *flags, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        raise UserError(
+            f"the probe does not compile: {lines[0][:300]}", remedy="set CXX to g++ 11 or clang 14 or newer"
+        )
+    return program
+
+
+def peaks(isa: str, threads: int, rounds: int) -> dict[str, Rounds]:
+    """`dram` in bytes/s of all threads, `int8` in operations/s of one thread; one entry a round."""
+    program = build_roofline(isa, native.cache_folder() / "probe")
+    found: dict[str, Rounds] = {"dram": [], "int8": []}
+    for _ in range(rounds):
+        all_threads, one = (_roofline(program, n) for n in (threads, 1))
+        found["dram"].append(max(all_threads["read_gb_per_s"], one["read_gb_per_s"]) * 1e9)
+        found["int8"].append(one["int8_gop_per_s"] * 1e9)
+    return found
+
+
+def _roofline(program: Path, threads: int) -> dict[str, float]:
+    command = [str(program), str(threads), "512", "0.15"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def last_cache_bytes() -> int:
+    """The largest cache of CPU 0; 0 when the system does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]] if text[-1] in "KM" else int(text))
+    return max(sizes, default=0)
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cores() -> tuple[int, int]:
+    """Usable cores, (big, little): big ones are those that sessions use unless told otherwise (moec_fast_cores)."""
+    usable = usable_cores()
+    big = min(int(kernel_api.library().moec_fast_cores()), usable)
+    return big, usable - big
+
+
+def kernel_rates(threads: int, rounds: int, progress: Progress) -> dict[str, Rounds]:
+    """Rates of our kernels by the names of `KernelRates`, in bytes/s and operations/s, one entry a round."""
+    kernel_api.use_own_pool()
+    kernel_api.set_threads(threads)
+    cases = {name: make() for name, make in _cases()}
+    found: dict[str, Rounds] = {name: [] for name in cases}
+    # each round visits every case, so that a slow moment of the machine does not hit one case only
+    with progress.stage("measure kernels", rounds) as step:
+        for _ in range(rounds):
+            for name, (work, runs) in cases.items():
+                found[name].append(work / _seconds(runs))
+            step("")
+    return found
+
+
+Case = Callable[[], tuple[float, list[Callable[[], object]]]]
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    """(name, function that gives the work of one call and the calls to take in turn)."""
+    beyond_cache = max(192 << 20, 3 * last_cache_bytes())
+    yield "dense_stream", lambda: _linears(1, 2048, 1024, beyond_cache)
+    yield "dense_cached", lambda: _linears(1, 1024, 512, 1 << 20)
+    yield "dense_prefill", lambda: _linears(128, 2048, 1024, 8 << 20)
+    for axis in ("in", "out"):
+        out = axis == "out"
+        yield f"experts_{axis}_stream", lambda out=out: _blocks(1, 768, 384, 60, out, beyond_cache)  # type: ignore[misc]
+        yield f"experts_{axis}_cached", lambda out=out: _blocks(1, 256, 128, 8, out, 0)  # type: ignore[misc]
+        yield f"experts_{axis}_prefill", lambda out=out: _blocks(128, 768, 384, 60, out, 0)  # type: ignore[misc]
+    yield "attention_decode", lambda: _attention(1, beyond_cache // 2)
+    yield "attention_cached", lambda: _attention(1, 0)
+    yield "attention_narrow", lambda: _attention(1, 0, heads=8, d=32)
+    yield "attention_prefill", lambda: _attention(128, 0)
+
+
+def _seconds(runs: list[Callable[[], object]], budget: float = 0.1) -> float:
+    """Seconds of one call, averaged over about `budget` seconds of calls in turn."""
+    turn = cycle(runs)
+    next(turn)()
+    count, begin, spent = 0, time.perf_counter(), 0.0
+    while spent < budget:
+        next(turn)()
+        count += 1
+        spent = time.perf_counter() - begin
+    return spent / count
+
+
+def _packed(rng: np.random.Generator, count: int, n: int, k: int, fmt: WeightFormat) -> np.ndarray:
+    """Random packed matrices: codes are any bytes, scales must be finite."""
+    codes = rng.integers(0, 256, size=(count, k, n // 2) if fmt.axis_out else (count, n, k // 2), dtype=np.uint8)
+    groups = (count, k, n // _GROUP) if fmt.axis_out else (count, n, k // _GROUP)
+    scales = np.full(groups, 0.01, np.float16)
+    return kernel_api.pack(codes, scales, n, k, fmt, count=count)
+
+
+def _linears(t: int, n: int, k: int, total: int) -> tuple[float, list[Callable[[], object]]]:
+    """INT4 linears that hold `total` bytes together. Work: packed bytes at one token, else operations."""
+    rng = np.random.default_rng(1)
+    size = kernel_api.packed_bytes(n, k, _DENSE)
+    one = _packed(rng, 1, n, k, _DENSE)
+    weights = [one.copy() for _ in range(max(1, total // size))]
+    x, y = rng.standard_normal((t, k), dtype=np.float32), np.empty((t, n), np.float32)
+    function, none = kernel_api.library().moec_linear, kernel_api._buffer(None)
+    fmt = _DENSE.encode()
+    held = kernel_api._buffer(x), kernel_api._buffer(y)
+
+    def call(w: np.ndarray) -> Callable[[], object]:
+        packed = kernel_api._buffer(w)
+
+        def run(keep: tuple[Any, ...] = (w, x, y)) -> object:
+            return function(t, n, k, fmt, held[0], packed, none, held[1])
+
+        return run
+
+    return (float(size) if t == 1 else 2.0 * t * n * k), [call(w) for w in weights]
+
+
+def _blocks(
+    t: int, d: int, f: int, experts: int, axis_out: bool, total: int
+) -> tuple[float, list[Callable[[], object]]]:
+    """Routed blocks, top 4, that hold `total` bytes together. Work: bytes read at one token, else operations."""
+    rng = np.random.default_rng(2)
+    fmt = WeightFormat(Kind.INT4, _GROUP, axis_out=axis_out, int8_activations=True)
+    router = rng.standard_normal((experts, d), dtype=np.float32)
+    w13, w2 = _packed(rng, experts, 2 * f, d, fmt), _packed(rng, experts, d, f, fmt)
+    per_expert = (w13.nbytes + w2.nbytes) // experts
+    config = MoeConfig(experts, d, f, 4, Routing(score="sigmoid", normalize="sum"), Experts(), fmt, fmt)
+    runs: list[Callable[[], object]] = []
+    for _ in range(max(1, total // (w13.nbytes + w2.nbytes))):
+        tensors = kernel_api.MoeTensors(router_weight=router.copy(), w13=w13.copy(), w2=w2.copy())
+        block = kernel_api.PreparedMoe(config, tensors)
+        for _ in range(8):  # other tokens reach other experts
+            runs.append(_bound(block, rng.standard_normal((t, d), dtype=np.float32)))
+    operations = 2.0 * t * (4 * 3 * d * f + experts * d)
+    order = np.random.default_rng(3).permutation(len(runs))
+    return (4.0 * per_expert + 4 * experts * d if t == 1 else operations), [runs[i] for i in order]
+
+
+def _bound(block: kernel_api.PreparedMoe, x: np.ndarray) -> Callable[[], object]:
+    y = np.empty_like(x)
+    run = block.bind(x, y)
+
+    def call(keep: tuple[object, ...] = (block, x, y)) -> object:
+        return run()
+
+    return call
+
+
+class _AttentionArgs(ctypes.Structure):
+    """moec_attention_args of kernels/attention.h."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("t", "heads", "kv_heads", "d", "e", "capacity", "start", "window")),
+        ("scale", ctypes.c_float),
+        *((n, kernel_api._Buffer) for n in ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out")),
+    )
+
+
+def _attention(t: int, total: int, heads: int = 16, d: int = 64) -> tuple[float, list[Callable[[], object]]]:
+    """`heads` over 4 INT8 key/value heads of `d`, 2048 positions. Work: operations."""
+    rng = np.random.default_rng(4)
+    kv, positions = 4, 2048
+    per_cache = positions * kv * (2 * d + 8)
+    q, k, out = (rng.standard_normal((t, h, d), dtype=np.float32) for h in (heads, kv, heads))
+    runs: list[Callable[[], object]] = []
+    function = kernel_api.library().moec_cached_attention
+
+    def call(codes: np.ndarray, scales: np.ndarray) -> Callable[[], object]:
+        arrays = (q, k, k, codes[0], codes[1], scales[0], scales[1], out)
+        args = _AttentionArgs(t, heads, kv, d, d, positions, positions - t, 0, d**-0.5)
+        for name, array in zip(("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out"), arrays, strict=True):
+            setattr(args, name, kernel_api._buffer(array))
+        pointer = ctypes.pointer(args)
+
+        def run(keep: tuple[Any, ...] = arrays) -> object:
+            return function(pointer)
+
+        return run
+
+    for _ in range(max(1, total // per_cache)):
+        codes = rng.integers(-127, 128, size=(2, positions, kv, d), dtype=np.int8)
+        runs.append(call(codes, np.full((2, positions, kv), 0.01, np.float32)))
+    seen = sum(range(positions - t + 1, positions + 1))
+    return 2.0 * 2 * heads * d * seen, runs
+
+
+def run_model(model: Path, *, prompt: int, decode: int, threads: int, repeats: int) -> dict[str, Any]:
+    """One process of the runner over a `.pte`: its JSON report. UserError when it refuses."""
+    command = [str(native.runner_binary()), str(model), "--json", "--prompt-length", str(prompt)]
+    command += ["--decode", str(decode), "--threads", str(threads), "--repeats", str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise UserError(f"the runner failed: {done.stderr.strip()[:300]}", place=str(model))
+    return dict(json.loads(done.stdout))
