@@ -82,12 +82,9 @@ class Conversions:
 
     def tied(self, name: str) -> str:
         """The tensor that `name` is the same as, where the config ties them and the files do not hold both."""
-        here = name in self._renamed or name in self._parts
-        return name if here else self._tied.get(name, name)
-
-    def ties(self) -> dict[str, str]:
-        """Tensors that the config ties -> those that they are tied to."""
-        return dict(self._tied)
+        source = self._tied.get(name, name)
+        others = (source, *(other for other, owner in self._tied.items() if owner == source))
+        return next((n for n in (name, *others) if n in self._renamed or n in self._parts), name)
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The stored tensors that tensor `name` of the model is made of; none when the files lack it."""

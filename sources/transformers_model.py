@@ -54,6 +54,7 @@ def export_transformers(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)
     _settle_frequencies(model, length)
+    _tie(model, weights)
     try:
         with mode:
             wrapper = _Cached(model, length, min(max_tokens, length))
@@ -92,6 +93,18 @@ def export_transformers(
     lifted = {n: _constant(t) for n, t in exported.constants.items() if isinstance(t, Tensor) and n not in constants}
     roles |= dict.fromkeys((n for n in lifted if n not in caches), Role.CONSTANT)
     return assemble(exported, {**lifted, **loaded, **constants, **caches}, roles, info)
+
+
+def _tie(model: nn.Module, weights: Weights | None) -> None:
+    """Make one parameter of those that the config ties, so that the graph reads one; fake parameters come apart.
+
+    Where the files hold both and they differ, each keeps its own, as transformers has it.
+    """
+    for name, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if isinstance(weights, TransformersStore) and not weights.is_tied(name, source):
+            continue
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, model.get_parameter(source))
 
 
 def _why_not(error: Exception) -> str:
@@ -179,6 +192,7 @@ def shapes_of(folder: Path, context: int | None = None) -> tuple[Any, nn.Module,
     """The config of a folder, its module with fake parameters (nothing is allocated), and its context length."""
     config = read_config(folder)
     model = _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder)
+    _tie(model, None)
     return config, model, _length(config, folder, context)
 
 
@@ -348,6 +362,15 @@ class TransformersStore(Checkpoint):
 
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
         return LazyWeight(shape, torch.float32, self.reader(name, shape))
+
+    def is_tied(self, name: str, source: str) -> bool:
+        """Whether `name`, which the config ties to `source`, is one tensor with it: stored once, or twice and equal."""
+        if self._conversions is None:
+            self._conversions = self._conversions_of(read_config(self.folder))
+        if self._conversions.tied(name) == self._conversions.tied(source):
+            return True
+        mine, theirs = self._tensor(name), self._tensor(source)
+        return mine.shape == theirs.shape and torch.equal(mine, theirs)
 
     def reader(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         """Reads tensor `name` of the model as float32."""
