@@ -151,6 +151,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
+def is_own(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json describes one of moec's decoders; a `model_type` that is missing or no name counts as one."""
+    kind = raw.get("model_type")
+    return not isinstance(kind, str) or kind in _ARCHITECTURES
+
+
 def is_packed(raw: Mapping[str, Any], file: Path) -> bool:
     """Whether config.json says that weights are INT4 codes and scales. ConfigFaults for an unknown format."""
     found = raw.get("quantization")

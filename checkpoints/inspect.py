@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_packed, read_json
-from moec.checkpoints.folder import CONFIG, read_tensors
+from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_own, is_packed, read_json
+from moec.checkpoints.folder import CONFIG, foreign_folder, read_tensors
 from moec.checkpoints.safetensors_file import Entry
 from moec.checkpoints.store import expected_tensors, open_store
-from moec.compiler.errors import CheckpointError, SpecError
+from moec.compiler.errors import CheckpointError, SpecError, UserError
 from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig, parameter_counts
 from moec.sources.decoder.config import decoder_of
@@ -68,6 +68,11 @@ def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
     problems: list[str] = []
+    foreign = foreign_folder(folder)
+    if foreign is not None:
+        problems.append(foreign.line())
+    elif (folder / CONFIG).is_file() and not is_own(raw := _config(folder, problems)):
+        return _inspect_transformers(folder, raw, spec)
     config, packed = _own_config(folder, problems)
     entries = read_tensors(folder, problems).entries
     wanted = config
@@ -89,6 +94,42 @@ def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
         dtypes=_bytes_by_type(entries),
         parameters=parameter_counts(config) if config is not None else {},
         roles=roles,
+        tokenizer=_tokenizer(folder),
+        problems=tuple(problems),
+    )
+
+
+def _config(folder: Path, problems: list[str]) -> Mapping[str, Any]:
+    try:
+        return read_json(folder / CONFIG)
+    except CheckpointError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _inspect_transformers(folder: Path, raw: Mapping[str, Any], spec: Spec | None) -> Inspection:
+    """A model of transformers: what `moec compile` would refuse is a problem, and nothing else is."""
+    from moec.sources.transformers_model import TransformersStore
+
+    problems: list[str] = []
+    parameters: dict[str, int] = {}
+    try:
+        store = TransformersStore(folder)
+        store.check(folder if spec is None else getattr(spec.model, "transformers", folder))
+        parameters = {"total": store.parameters()}
+    except UserError as error:
+        problems += str(error).splitlines()
+    entries = read_tensors(folder, []).entries
+    return Inspection(
+        folder=str(folder),
+        files=tuple(sorted({entry.file.name for entry in entries.values()})),
+        bytes=sum(entry.bytes for entry in entries.values()),
+        tensors=len(entries),
+        architecture=f"{raw['model_type']} (transformers)",
+        layout=_layout(entries, packed=False),
+        dtypes=_bytes_by_type(entries),
+        parameters=parameters,
+        roles=(),
         tokenizer=_tokenizer(folder),
         problems=tuple(problems),
     )

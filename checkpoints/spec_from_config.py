@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moec.checkpoints.config_json import GROUP_SIZE, config_from_json, is_packed, read_json
-from moec.checkpoints.folder import CONFIG
+from moec.checkpoints.config_json import GROUP_SIZE, config_from_json, is_own, is_packed, read_json
+from moec.checkpoints.folder import CONFIG, foreign_folder
 from moec.compiler.errors import CheckpointError
 from moec.compiler.spec.model import DecoderConfig
 
 GENERATION = "generation_config.json"
+CONTEXT = 4096  # positions of the KV cache in a spec that nobody wrote
 
 
 def spec_from_config(folder: str | Path) -> str:
     """YAML text of a spec for the checkpoint in `folder`: its model, and INT4 weights on the axes that it stores.
+
+    A model that is not one of moec's own decoders is named as transformers' own: `model: {transformers: FOLDER}`.
 
     Errors: CheckpointError, one line per fault, for a config.json that is missing, damaged or not supported.
     """
@@ -25,7 +29,12 @@ def spec_from_config(folder: str | Path) -> str:
     file = folder / CONFIG
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
+    foreign = foreign_folder(folder)
+    if foreign is not None:
+        raise foreign
     raw = read_json(file)
+    if not is_own(raw):
+        return _transformers_spec(folder, raw)
     raw |= {key: token for key, token in _special_tokens(folder).items() if raw.get(key) is None}
     config, packed = config_from_json(raw, file), is_packed(raw, file)
     spec: dict[str, Any] = {
@@ -37,6 +46,23 @@ def spec_from_config(folder: str | Path) -> str:
     }
     about = "packed INT4 codes are carried through unchanged" if packed else "float weights are quantized when compiled"
     return f"# From {CONFIG} of {folder.resolve().name}; {about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
+
+
+def _transformers_spec(folder: Path, raw: Mapping[str, Any]) -> str:
+    """The spec of a transformers model; a context longer than CONTEXT is bounded, since its KV cache is allocated."""
+    sections = [raw, *(value for key, value in raw.items() if key == "text_config" and isinstance(value, dict))]
+    lengths = [n for s in sections if isinstance(n := s.get("max_position_embeddings"), int) and n > CONTEXT]
+    model: dict[str, Any] = {"transformers": str(folder.resolve())}
+    if lengths:
+        model["context"] = CONTEXT
+    spec = {
+        "name": _name(folder),
+        "model": model,
+        "quantization": {"weights": "int4", "group_size": GROUP_SIZE, "expert_group_axis": "in"},
+        "targets": ["xnnpack"],
+    }
+    about = f"; its context of {lengths[0]} is bounded" if lengths else ""
+    return f"# From {CONFIG} of {folder.resolve().name}{about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
 
 
 def _special_tokens(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compile_spec(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec, or a checkpoint folder.")],
     target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
@@ -23,15 +23,19 @@ def compile_spec(
 ) -> None:
     """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
 
+    A checkpoint folder stands for the spec that its config.json implies, INT4 in groups of 32, which is printed.
+
     An artifact that stands at --out is replaced only when the new one is complete.
 
     Example: [bold]moec compile specs/models/mobilemoe-s.yaml --checkpoint MobileMoE-S-QAT --out build/s[/bold]
+
+    Example: [bold]moec compile SmolLM2-135M-Instruct --out build/smollm2[/bold]
     """
+    from moec.cli.given import spec_given
     from moec.cli.output import emit_json, size
     from moec.compiler.progress import Progress
-    from moec.compiler.spec import load_spec
 
-    loaded = load_spec(spec)
+    loaded = spec_given(spec, quiet=quiet)
     from moec.compiler import build  # torch: seconds, which a fault in the spec need not wait for
 
     progress = Progress(quiet=quiet)

@@ -97,6 +97,9 @@ def find_quantizer(name: str) -> Quantizer:
     return loaded
 
 
+GROUP_SIZES = (32, 64, 128, 256)  # those that a spec takes
+
+
 def last_axis(orientation: Orientation) -> str:
     """What lies along the last dimension of a weight: its reduction (`in`) or its outputs (`out`)."""
     return "in" if orientation == "out_in" else "out"
@@ -121,13 +124,26 @@ def check_stored(stored: StoredCodes, scheme: WeightScheme, orientation: Orienta
 
 def check_width(shape: tuple[int, ...], scheme: WeightScheme, orientation: Orientation, name: str | None) -> None:
     """CompileError unless the features along the scheme's axis are whole groups."""
-    width = shape[-1] if last_axis(orientation) == scheme.axis else shape[-2]
+    width, other = shape[-1], shape[-2]
+    if last_axis(orientation) != scheme.axis:
+        width, other = other, width
     if width % scheme.group_size:
         raise CompileError(
             f"{width} features along {scheme.axis} are not a multiple of the group size {scheme.group_size}",
             place=name,
-            remedy="choose another group_size for this role",
+            remedy=_width_remedy(width, other, scheme, is_stack=len(shape) == 3),
         )
+
+
+def _width_remedy(width: int, other: int, scheme: WeightScheme, *, is_stack: bool) -> str:
+    """What fits such a width: smaller groups, for stacked experts the other axis, else no quantization of the role."""
+    fits = [size for size in GROUP_SIZES if width % size == 0]
+    if fits:
+        return f"set group_size {max(fits)} for this role"
+    if is_stack and other % scheme.group_size == 0:
+        axis = "out" if scheme.axis == "in" else "in"
+        return f"set `expert_group_axis: {axis}`, whose {other} features are; or this role to fp32"
+    return f"no group size divides it ({min(GROUP_SIZES)} is the least): set this role to fp32"
 
 
 def codes_of(

@@ -6,6 +6,7 @@ from moec.compiler.pipeline import Pass
 from moec.compiler.plugins import installed_rules
 from moec.compiler.spec.quantization import Quantization
 from moec.passes.canonicalize import canonicalize
+from moec.passes.drop_empty import drop_empty
 from moec.passes.expand_complex import expand_complex
 from moec.passes.flatten_tokens import flatten_tokens
 from moec.passes.fuse_attention import fuse_attention
@@ -21,6 +22,7 @@ def fusion() -> list[Pass]:
     """EXPORTED -> FUSED. Rules of other distributions (entry points `moec.passes`) run before ours that fuse."""
     return [
         canonicalize(),
+        drop_empty(),
         expand_complex(),
         *installed_rules(),
         fuse_rms_norm(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -362,6 +363,11 @@ class TransformersStore(Checkpoint):
 
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
         return LazyWeight(shape, torch.float32, self.reader(name, shape))
+
+    def parameters(self) -> int:
+        """Elements of the model's tensors, tied ones once; after `check`."""
+        shapes = {self._conversions.tied(name): shape for name, shape in self._conversions.names.items()}
+        return sum(math.prod(shape) for shape in shapes.values())
 
     def is_tied(self, name: str, source: str) -> bool:
         """Whether `name`, which the config ties to `source`, is one tensor with it: stored once, or twice and equal."""

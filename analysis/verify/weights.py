@@ -54,6 +54,6 @@ def _maker(name: str, shape: tuple[int, ...], role: Role, seed: int):  # type: i
         if len(shape) < 2:
             return 0.3 * value
         inputs = shape[-2] if len(shape) == 3 else shape[-1]
-        return value * (_SPREAD.get(role, 1.0) * inputs**-0.5)
+        return value * (_SPREAD.get(role, 1.0) * max(inputs, 1) ** -0.5)
 
     return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +21,9 @@ from moec.compiler.quant import (
     quantize_weight,
     unpack_int4,
 )
-from moec.compiler.quantizer import codes_of
+from moec.compiler.quantizer import check_width, codes_of
 from moec.compiler.spec.quantization import WeightScheme
-from moec.compiler.weights import CodeFormat, StoredCodes
+from moec.compiler.weights import CodeFormat, Orientation, StoredCodes
 
 quick = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
@@ -202,3 +204,23 @@ def test_asymmetric_activation_rows(seed: int, magnitude: float, shift: float) -
     assert torch.equal(y[1], x[1])
     assert bool(((y - x).abs() <= 1.0001 * scale).all())
     assert torch.equal(fake_quantize_rows_asymmetric(torch.zeros(1, 4)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "orientation", "group_size", "axis", "remedy"),
+    [
+        ((64, 96), "out_in", 64, "in", "set group_size 32"),
+        ((64, 192), "out_in", 128, "in", "set group_size 64"),
+        ((64, 48), "out_in", 32, "in", "this role to fp32"),
+        ((4, 64, 48), "out_in", 32, "in", "expert_group_axis: out"),
+        ((4, 48, 64), "out_in", 32, "out", "expert_group_axis: in"),
+        ((4, 48, 80), "out_in", 32, "in", "no group size divides it"),
+    ],
+)
+def test_a_width_that_groups_do_not_divide_names_what_would(
+    shape: tuple[int, ...], orientation: Orientation, group_size: int, axis: Literal["in", "out"], remedy: str
+) -> None:
+    with pytest.raises(CompileError, match="are not a multiple of the group size") as caught:
+        check_width(shape, WeightScheme(4, group_size, axis), orientation, "w")
+    assert remedy in caught.value.line()
+    assert "choose another" not in caught.value.line()

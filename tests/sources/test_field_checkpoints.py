@@ -385,3 +385,24 @@ def test_other_folders_say_what_lies_there(name: str, models: Models, moec: Moec
     tensors, folder = started(models, tmp_path, field.DENSE)
     make(tensors, folder)
     compile_refused(moec, folder, *says)
+
+
+# --- shared experts of width 0 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", INT4])
+def test_a_shared_expert_of_width_0(quantization: str, moec: Moec, tmp_path: Path) -> None:
+    """It compiles, and computes what transformers computes."""
+    config = {
+        **field.MOE, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 0, "qkv_bias": True,
+    }  # fmt: skip
+    folder = tmp_path / "model"
+    field.healthy(folder, config)
+    status, _, err = moec("compile", spec(folder, quantization), "--out", tmp_path / "art", "-q")
+    assert status == 0, err
+    ids = list(range(3, 30))
+    got = logits(tmp_path / "art", ids)
+    if quantization == "none":
+        np.testing.assert_allclose(got, wanted_logits(folder, ids), atol=1e-4, rtol=1e-4)  # as above
+    assert np.isfinite(got).all()
