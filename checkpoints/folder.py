@@ -18,6 +18,7 @@ from moec.compiler.errors import CheckpointError
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF = ".gguf"
 ADAPTER = "adapter_config.json"
 FAULTS_SHOWN = 10
 _NAMED = 3  # how many of many are named in a message
@@ -140,6 +141,15 @@ def foreign_folder(folder: Path) -> CheckpointError | None:
             remedy="give the safetensors checkpoint that it was made from",
         )
     return None
+
+
+def gguf_refused(file: Path) -> CheckpointError:
+    """What is said of a GGUF file where a checkpoint is expected."""
+    return CheckpointError(
+        "is a GGUF file, which moec does not compile",
+        place=str(file),
+        remedy="give the safetensors checkpoint that it was made from",
+    )
 
 
 def _adapter(folder: Path) -> CheckpointError:

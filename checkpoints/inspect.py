@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_own, is_packed, read_json
-from moec.checkpoints.folder import CONFIG, foreign_folder, read_tensors
-from moec.checkpoints.safetensors_file import Entry
+from moec.checkpoints.folder import CONFIG, GGUF, foreign_folder, gguf_refused, read_tensors
+from moec.checkpoints.gguf_file import GgufFile, read_gguf
+from moec.checkpoints.safetensors_file import Entry, shown
 from moec.checkpoints.store import expected_tensors, open_store
 from moec.compiler.errors import CheckpointError, SpecError, UserError
 from moec.compiler.source import TOKENIZER
@@ -65,6 +67,8 @@ def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
     Reads headers and INT4 scales, not weights. CheckpointError only if there is no such folder.
     """
     folder = Path(folder)
+    if folder.suffix == GGUF and folder.is_file():
+        return _inspect_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
     problems: list[str] = []
@@ -131,6 +135,32 @@ def _inspect_transformers(folder: Path, raw: Mapping[str, Any], spec: Spec | Non
         parameters=parameters,
         roles=(),
         tokenizer=_tokenizer(folder),
+        problems=tuple(problems),
+    )
+
+
+def _inspect_gguf(file: Path) -> Inspection:
+    """A GGUF file: what lies in it, and as a problem that moec does not compile it."""
+    problems = [gguf_refused(file).line()]
+    try:
+        found = read_gguf(file)
+    except CheckpointError as error:
+        found, problems = GgufFile(file, {}, {}), [error.line()]
+    sizes: dict[str, int] = {}
+    for tensor in found.tensors.values():
+        sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.end - tensor.begin
+    tokens = found.metadata.get("tokenizer.ggml.tokens")
+    return Inspection(
+        folder=str(file),
+        files=(file.name,),
+        bytes=sum(sizes.values()),
+        tensors=len(found.tensors),
+        architecture=f"{shown(found.architecture)} (GGUF)" if found.architecture is not None else None,
+        layout="GGUF",
+        dtypes=dict(sorted(sizes.items(), key=lambda item: -item[1])),
+        parameters={"total": sum(math.prod(t.shape) for t in found.tensors.values())},
+        roles=(),
+        tokenizer=TokenizerInfo(vocab_size=len(tokens)) if isinstance(tokens, list) else None,
         problems=tuple(problems),
     )
 

@@ -56,7 +56,7 @@ def synthesize(
 
 @_commands.command("inspect")
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, or a GGUF file.")],
     spec: Annotated[Path | None, typer.Option(help="Also say what does not fit this spec.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moec.compiler.errors import SpecError
-
 if TYPE_CHECKING:
     from moec.compiler.spec import Spec
 
@@ -17,15 +15,12 @@ def spec_given(path: Path, *, quiet: bool = False) -> Spec:
 
     Errors: SpecError; CheckpointError for a folder that moec cannot read as a checkpoint.
     """
+    from moec.checkpoints.folder import GGUF, gguf_refused
     from moec.compiler.spec import load_spec
     from moec.compiler.spec.loader import parse_spec
 
-    if path.suffix == ".gguf" and path.is_file():
-        raise SpecError(
-            "is a GGUF file, expected a YAML spec",
-            place=str(path),
-            remedy="give the safetensors checkpoint that it was made from",
-        )
+    if path.suffix == GGUF and path.is_file():
+        raise gguf_refused(path)
     if not path.is_dir():
         return load_spec(path)
     from moec.checkpoints.spec_from_config import spec_from_config
