@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from moec.compiler.errors import UserError
-
-if TYPE_CHECKING:
-    from moec.compiler.artifact import Artifact
 
 
 def register(app: typer.Typer) -> None:
@@ -38,10 +33,10 @@ def bench_artifact(
     from moec.cli.output import emit_json
     from moec.compiler.artifact import Artifact
     from moec.compiler.progress import Progress
+    from moec.compiler.target import target_of
     from moec.compiler.timing import BenchPlan
 
     opened = Artifact.open(artifact)
-    timing = _timing_of(opened)
     room = opened.manifest.model.context
     starts = _contexts(context, room)
     ids = None if tokens is None else _token_ids(tokens)
@@ -50,24 +45,12 @@ def bench_artifact(
     latest = min(starts) if starts else room - steps
     length = len(ids) if ids is not None else prefill if prefill is not None else max(1, min(512, latest))
     plan = BenchPlan(length, steps, starts, threads, repeats, ids)
-    report = timing.bench(opened.path(getattr(timing, "PROGRAM", "model.pte")), plan, Progress())
+    report = target_of(opened).bench(opened, plan, Progress())
     report = {"artifact": str(artifact), "name": opened.manifest.name, **report}
     if as_json:
         emit_json(report)
         return
     _print(report)
-
-
-def _timing_of(artifact: Artifact) -> Any:
-    """The target's module `bench`; a target that cannot run here has none."""
-    package = f"moec.targets.{artifact.manifest.target}"
-    if not all(importlib.util.find_spec(name) for name in (package, f"{package}.bench")):
-        raise UserError(
-            f"an artifact for {artifact.manifest.target} cannot be timed on this machine",
-            place=str(artifact.folder),
-            remedy="compile the spec for xnnpack, or time it on the device",
-        )
-    return importlib.import_module(f"{package}.bench")
 
 
 def _contexts(text: str | None, room: int) -> tuple[int, ...]:

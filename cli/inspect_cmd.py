@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.compiler.errors import ArtifactError, UserError
+from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
@@ -71,94 +70,12 @@ def _show_artifact(artifact: Artifact) -> None:
         rows = sorted(manifest.sizes_by_role.items(), key=lambda item: -item[1])
         shares = [(role, size(count), f"{count / total:.1%}") for role, count in rows]
         table("\nWeights by role", ["role", "size", "share"], shares, right=[1, 2])
-    try:
-        _show_methods(manifest.details)
-        _show_cpu_methods(manifest.details)
-        _show_onnx(manifest.details)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what a target wrote is known to it alone
-        remedy = "compile the artifact again"
-        raise ArtifactError(
-            f"damaged: details: {error}", place=str(artifact.folder / "manifest.json"), remedy=remedy
-        ) from error
+    from moec.compiler.target import target_of
+
+    for made in target_of(artifact).describe(artifact):
+        table(f"\n{made.title}", made.columns, made.rows, right=made.right)
     passes = [(p.name, p.changed, len(p.refusals), f"{p.seconds:.2f}", p.digest) for p in manifest.passes]
     table("\nPasses", ["pass", "changed", "refused", "seconds", "graph"], passes, right=[1, 2, 3])
-
-
-def _show_methods(details: dict[str, Any]) -> None:
-    """Entry points with their delegates and instructions, where the target's lowering counted them."""
-    from moec.cli.output import size, table
-
-    methods = {n: m for n, m in details.get("methods", {}).items() if isinstance(m.get("instructions"), dict)}
-    if not methods:
-        return
-    rows = [(n, m["delegates"], sum(m["instructions"].values()), size(m["payload_bytes"])) for n, m in methods.items()]
-    table("\nMethods", ["method", "delegates", "instructions", "program"], rows, right=[1, 2, 3])
-    name, first = next(iter(methods.items()))
-    counts = sorted(first["instructions"].items(), key=lambda item: (-item[1], item[0]))
-    table(f"\nInstructions of {name}", ["instruction", "count"], counts, right=[1])
-    advice = details.get("chunking", {}).get("advice")
-    if advice:
-        print(f"\nchunks: {advice}")
-
-
-def _show_cpu_methods(details: dict[str, Any]) -> None:
-    """Entry points with what they call and the memory planned for them, and how often each operator is called."""
-    from moec.cli.output import size, table
-
-    methods = {n: m for n, m in details.get("methods", {}).items() if isinstance(m.get("instructions"), int)}
-    if not methods:
-        return
-    rows = [
-        # memory planning puts activations into the first arena, what methods share (the caches) into those behind it
-        (n, m["instructions"], m["delegate_calls"], size(sum(m["arena_bytes"][:1])), size(sum(m["arena_bytes"][1:])))
-        for n, m in methods.items()
-    ]
-    table("\nMethods", ["method", "instructions", "delegate calls", "activations", "caches"], rows, right=[1, 2, 3, 4])
-    calls = sorted(details["operators"].items(), key=lambda item: (-item[1], item[0]))
-    table("\nOperators of all methods", ["operator", "calls"], calls, right=[1])
-
-
-def _show_onnx(details: dict[str, Any]) -> None:
-    """What an ONNX file holds: interface, nodes by operator set, functions, external data."""
-    from moec.cli.output import size, table
-
-    graph = details.get("graph")
-    if not isinstance(graph, dict):
-        return
-    opsets = ", ".join(f"{name} {number}" for name, number in details["opsets"].items())
-    rows = [
-        ("flavour", details["flavour"]),
-        ("KV cache", details["kv_cache"]),
-        ("operator sets", f"{opsets}; IR version {details['ir_version']}"),
-        ("inputs", _patterns(graph["inputs"])),
-        ("outputs", _patterns(graph["outputs"])),
-        ("external data", f"{graph['initializers']} tensors, {size(graph['external_bytes'])}"),
-    ]
-    table("\nONNX", ["", ""], rows)
-    bodies = [("graph", graph["nodes"]), *graph["functions"].items()]
-    counted = [(name, domain, count) for name, nodes in bodies for domain, count in _by_domain(nodes)]
-    table("\nNodes by operator set", ["of", "operator set", "nodes"], counted, right=[2])
-    for name, nodes in bodies:
-        table(f"\nOperators of {name}", ["operator", "nodes"], nodes.items(), right=[1])
-
-
-def _patterns(names: list[str]) -> str:
-    """Names that differ in a layer's number only, once: `present.0..3.key`."""
-    numbers: dict[str, list[int]] = {}
-    for name in names:
-        found = re.search(r"\.(\d+)\.", name)
-        numbers.setdefault(name if found is None else name.replace(found[0], ".{}."), []).append(
-            -1 if found is None else int(found[1])
-        )
-    return ", ".join(pattern.replace("{}", f"{min(ns)}..{max(ns)}") for pattern, ns in numbers.items())
-
-
-def _by_domain(nodes: dict[str, int]) -> list[tuple[str, int]]:
-    domains: dict[str, int] = {}
-    for name, count in nodes.items():
-        domain = name.rpartition("::")[0] or "ai.onnx"
-        domains[domain] = domains.get(domain, 0) + count
-    return sorted(domains.items())
 
 
 def _quantization_text(quantization: Any) -> str:

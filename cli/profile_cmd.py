@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +12,6 @@ from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
     from moec.analysis.profile.request import Request
-    from moec.compiler.artifact import Artifact
 
 
 def register(app: typer.Typer) -> None:
@@ -60,6 +57,7 @@ def profile(
     from moec.cli.output import check_writable
     from moec.compiler.artifact import Artifact
     from moec.compiler.progress import Progress
+    from moec.compiler.target import target_of
 
     on_device = adb or serial is not None
     if (dry_run or runner is not None) and not on_device:
@@ -67,13 +65,11 @@ def profile(
     check_writable(json_file)
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
     opened = Artifact.open(artifact)
-    target = _profiling_of(opened)
+    target = target_of(opened)
     runs = plan_runs(opened, settings)
     machine = None
     if on_device:
-        device = importlib.import_module(f"{target.__package__}.android").Device(
-            serial, runner=runner, dry_run=dry_run, say=print if dry_run else _to_stderr
-        )
+        device = target.device(opened, serial, runner, print if dry_run else _to_stderr, dry_run=dry_run)
         name = opened.manifest.name
         device.push(opened.path("model.pte"), name)
         if dry_run:
@@ -85,25 +81,11 @@ def profile(
     def run(request: Request) -> dict[str, Any]:
         if on_device:
             return dict(device.run(request, opened.manifest.name))
-        return dict(target.run(opened.path("model.pte"), request))
+        return target.profile(opened, request)
 
     measured = measure(runs, run, repeats=settings.repeats, progress=Progress(quiet=quiet))
     found = report(opened.manifest, measured, artifact=str(artifact), machine=machine, repeats=settings.repeats)
     _show(found, json_file)
-
-
-def _profiling_of(artifact: Artifact) -> Any:
-    """The target's module `profiling`; a target that cannot run here has none."""
-    target = artifact.manifest.target
-    package = f"moec.targets.{target}"
-    if not all(importlib.util.find_spec(name) for name in (package, f"{package}.profiling")):
-        raise UserError(
-            f"an artifact for {target} cannot be profiled from here",
-            place=str(artifact.folder),
-            remedy="compile the spec for xnnpack to profile it; for this one `moec inspect` gives sizes by role and "
-            "`moec verify` its numbers",
-        )
-    return importlib.import_module(f"{package}.profiling")
 
 
 def _to_stderr(text: str) -> None:

@@ -49,7 +49,8 @@ def search(
     from moec.analysis.plan.searched import check_plot, spec_text
     from moec.analysis.plan.searched import plot as draw
     from moec.cli.output import check_writable, emit_json, write_text
-    from moec.compiler.spec.targets import footprint_of, options_class
+    from moec.compiler.spec.targets import options_class
+    from moec.compiler.target import find_target
 
     check_writable(out)
     _check_positive(
@@ -78,7 +79,7 @@ def search(
         decode=min_decode,
     )
     options = options_class(target)()
-    found = run(chosen, footprint_of(target), options, limits, law=fitted, extrapolate=extrapolate)
+    found = run(chosen, find_target(target).footprint(), options, limits, law=fitted, extrapolate=extrapolate)
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if out is not None:

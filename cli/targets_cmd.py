@@ -34,26 +34,24 @@ def targets(
 def _facts(name: str, package: str) -> dict[str, Any]:
     """`compiles` and `runs`: None, or why not."""
     from moec.compiler import extras
-    from moec.compiler.build import find_target
     from moec.compiler.errors import UserError
+    from moec.compiler.target import find_target
 
     try:
         target = find_target(name)
     except UserError as error:
         why = str(error)
         return {"name": name, "package": package, "about": "", "compiles": why, "runs": why, "options": []}
-    needs = tuple(getattr(target, "needs", ()))
-    obstacle = getattr(target, "obstacle", None)  # what no extra brings, such as a C++ compiler
     options = [
         f"{need.when}: " + ("ready" if extras.installed(need.module) else extras.install_command(need.extra))
-        for need in needs
+        for need in target.needs
         if need.when
     ]
     return {
         "name": name,
         "package": package,
-        "about": getattr(target, "about", "") or (target.__doc__ or "").splitlines()[0].strip(),
-        "compiles": extras.missing(needs, "compile"),
-        "runs": extras.missing(needs, "run") or (obstacle() if obstacle is not None else None),
+        "about": target.about,
+        "compiles": extras.missing(target.needs, "compile"),
+        "runs": extras.missing(target.needs, "run") or target.obstacle(),
         "options": list(dict.fromkeys(options)),
     }

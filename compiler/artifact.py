@@ -91,7 +91,7 @@ class ModelRecord(_Record):
 
 
 class Manifest(_Record):
-    """All that is known of an artifact. `details` belongs to the target; `notes` are things a user should know."""
+    """All that is known of an artifact. `details` are the target's facts (`Target.facts`); `notes` are for the user."""
 
     format: int
     moec: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import sys
 import time
@@ -39,7 +38,7 @@ from moec.compiler.source import COMPANIONS, TOKENIZER, Checkpoint, Weights
 from moec.compiler.spec import Spec, as_spec
 from moec.compiler.spec.sources import source_of
 from moec.compiler.spec.targets import TargetOptions, target_packages
-from moec.compiler.target import LoweredFiles, RunsExactly, RunsUnrounded, Session, Target, registered
+from moec.compiler.target import LoweredFiles, Session, find_target, target_of
 
 _VERSIONED = ("torch", "executorch", "torchao", "numpy")
 
@@ -100,22 +99,17 @@ def load(artifact: Artifact | str | Path) -> Session:
 
 def load_exact(artifact: Artifact) -> Session:
     """The artifact without the rounding of a 16-bit arithmetic, where its target can run it so; else as `load`."""
-    target = find_target(artifact.manifest.target)
-    if isinstance(target, RunsExactly) and target.rounds(artifact):
-        return target.load_exact(artifact)
-    return target.load(artifact)
+    return target_of(artifact).load_exact(artifact)
 
 
 def load_unrounded(artifact: Artifact) -> Session | None:
     """The artifact with its codes and fp32 activations; None if its target rounds none, or cannot leave it out."""
-    target = find_target(artifact.manifest.target)
-    return target.load_unrounded(artifact) if isinstance(target, RunsUnrounded) else None
+    return target_of(artifact).load_unrounded(artifact)
 
 
 def has_exact(artifact: Artifact) -> bool:
     """Whether `load_exact` gives another arithmetic than `load`."""
-    target = find_target(artifact.manifest.target)
-    return isinstance(target, RunsExactly) and target.rounds(artifact)
+    return target_of(artifact).rounds(artifact)
 
 
 @dataclass(frozen=True)
@@ -192,24 +186,6 @@ def chosen_target(spec: Spec, target: str | None) -> tuple[str, TargetOptions]:
     return target, options_class(target)()
 
 
-def find_target(name: str) -> Target:
-    """The target called `name`; its package registers it when imported."""
-    packages = target_packages()
-    if name not in packages:
-        raise UserError(f"unknown target {name!r}", remedy=f"known here: {', '.join(packages)}")
-    try:
-        importlib.import_module(f"{packages[name]}.target")
-        return registered()[name]()
-    except Exception as error:
-        if packages[name].startswith("moec."):
-            raise
-        # somebody else's distribution, whatever is wrong with it: nothing of ours to report as a bug
-        what = "does not register it" if isinstance(error, KeyError) else f"cannot be imported: {error}"
-        raise UserError(
-            f"target {name}: its package {packages[name]} {what}", remedy="reinstall or remove the distribution"
-        ) from error
-
-
 def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> Checkpoint:
     """The checkpoint given, or the spec's, or what the model brings, checked against it; else CheckpointError."""
     folder = checkpoint if checkpoint is not None else spec.checkpoint
@@ -279,7 +255,7 @@ def _manifest(
         passes=tuple(_entry(r) for r in log.records),
         files=tuple(files),
         sizes_by_role=dict(lowered.sizes_by_role),
-        details=dict(lowered.details),
+        details=lowered.facts.model_dump(mode="json", exclude_unset=True),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
         seconds=seconds,
         notes=(*store.notes, *lowered.notes),

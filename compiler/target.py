@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moec.compiler.errors import ArtifactError, CompileError
-from moec.compiler.pipeline import Pass
-from moec.compiler.program import Program
+from moec.compiler.errors import ArtifactError, CompileError, UserError
+from moec.compiler.extras import Need
+from moec.compiler.spec.targets import target_packages
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact, Manifest
+    from moec.compiler.pipeline import Pass
+    from moec.compiler.program import Program
     from moec.compiler.progress import Progress
     from moec.compiler.spec.targets import TargetOptions
+    from moec.compiler.timing import BenchPlan
 
 
 @dataclass(frozen=True)
@@ -45,29 +51,108 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-class Target(Protocol):
-    """`legalize` lists the passes from QUANTIZED (or FUSED, unquantized) to LEGAL; `lower` writes the files."""
+@dataclass(frozen=True)
+class Table:
+    """A table for people: `moec inspect` prints those that a target makes of its facts. `right`: columns of numbers."""
 
-    name: str
-
-    def legalize(self, options: TargetOptions) -> list[Pass]: ...
-    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles: ...
-    def load(self, artifact: Artifact) -> Session: ...
-
-
-@runtime_checkable
-class RunsExactly(Protocol):
-    """A target of 16-bit arithmetic whose artifacts can also be run in float32, to tell rounding from mistakes."""
-
-    def rounds(self, artifact: Artifact) -> bool: ...
-    def load_exact(self, artifact: Artifact) -> Session: ...
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    right: tuple[int, ...] = ()
 
 
-@runtime_checkable
-class RunsUnrounded(Protocol):
-    """A target that rounds activations and can also run an artifact's own codes without: whole runs are comparable."""
+class Facts(BaseModel):
+    """What a target records in the manifest under `details`; a target's own class adds its fields.
 
-    def load_unrounded(self, artifact: Artifact) -> Session | None: ...
+    dtype: of activations in the program, as torch names it. computes: keys of the quantization that the target computes
+    otherwise than the spec says (`{"activations": "fp32"}`); verification compares with this. asymmetric_roles: roles
+    whose activations another engine rounds asymmetrically. Keys of other versions are kept out and do no harm.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    dtype: str = "float32"
+    computes: dict[str, str] = Field(default_factory=dict)
+    asymmetric_roles: tuple[str, ...] = ()
+
+
+class Target(ABC):
+    """An engine that runs artifacts: how a Program becomes its files, and what can be done with them here.
+
+    A target is a folder: `target.py` defines the class and calls `register`, `options.py` holds the class `Options`.
+    The first three methods are all it must have. The others say "not here" unless a target overrides them.
+    Importing `target.py` must not import torch: plans are made without it.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str] = ""
+    #: Extras that compiling or running needs.
+    needs: ClassVar[tuple[Need, ...]] = ()
+    facts_class: ClassVar[type[Facts]] = Facts
+
+    @abstractmethod
+    def legalize(self, options: TargetOptions) -> list[Pass]:
+        """The passes from QUANTIZED (or FUSED, unquantized) to LEGAL, in order."""
+
+    @abstractmethod
+    def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
+        """Write the files of a LEGAL program into the folder `out`. CompileError for what the engine cannot take."""
+
+    @abstractmethod
+    def load(self, artifact: Artifact) -> Session:
+        """A session on the artifact, with the arithmetic that it ships with. ArtifactError when it is damaged."""
+
+    def obstacle(self) -> str | None:
+        """What keeps artifacts from running here and no extra brings (such as a C++ compiler), in one line, or None."""
+        return None
+
+    def rounds(self, artifact: Artifact) -> bool:
+        """Whether `load_exact` gives another arithmetic than `load`: 16-bit activations, for instance."""
+        return False
+
+    def load_exact(self, artifact: Artifact) -> Session:
+        """The artifact with float32 in place of narrower floats, which tells rounding from mistakes."""
+        return self.load(artifact)
+
+    def load_unrounded(self, artifact: Artifact) -> Session | None:
+        """The artifact's own codes with activations that are not rounded to integers; None where that cannot be run."""
+        return None
+
+    def footprint(self) -> Any:
+        """Sizes that a plan needs (`compiler.footprint.Footprint`); None: the target cannot be planned for."""
+        return None
+
+    def bench(self, artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
+        """Times an artifact in a process of its own; keys as `targets/xnnpack/bench.py` lists them."""
+        raise self._not_here(
+            artifact, "cannot be timed on this machine", "compile the spec for another of `moec targets`"
+        )
+
+    def profile(self, artifact: Artifact, request: Any) -> dict[str, Any]:
+        """Runs one request of a profile in a process of its own (`runtime/runner/profile_json.cpp` lists the keys)."""
+        raise self._not_profiled(artifact)
+
+    def device(self, artifact: Artifact, serial: str | None, runner: Path | None, say: Say, *, dry_run: bool) -> Any:
+        """An attached device that profiles in place of this machine: `push(model, name)`, `run(request, name)`."""
+        raise self._not_profiled(artifact)
+
+    def describe(self, artifact: Artifact) -> list[Table]:
+        """What `moec inspect` shows beside files and sizes."""
+        return []
+
+    def facts(self, artifact: Artifact) -> Facts:
+        """The manifest's `details` as this target's own class. ArtifactError when they are damaged."""
+        return own_facts(artifact, self.facts_class)
+
+    def _not_here(self, artifact: Artifact, what: str, remedy: str) -> UserError:
+        return UserError(f"an artifact for {self.name} {what}", place=str(artifact.folder), remedy=remedy)
+
+    def _not_profiled(self, artifact: Artifact) -> UserError:
+        remedy = "`moec inspect` gives its sizes by role and `moec verify` its numbers"
+        return self._not_here(artifact, "cannot be profiled from here", remedy)
+
+
+#: Receives each command line that a device is sent.
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +165,7 @@ class LoweredFiles:
 
     files: tuple[str, ...]
     sizes_by_role: Mapping[str, int] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     digests: Mapping[str, str] = field(default_factory=dict)
     kernel_digest: str | None = None
     notes: tuple[str, ...] = ()
@@ -103,6 +188,29 @@ def own_manifest(artifact: Artifact, name: str) -> Manifest:
     return artifact.manifest
 
 
+OwnFacts = TypeVar("OwnFacts", bound=Facts)
+
+
+def own_facts(artifact: Artifact, kind: type[OwnFacts]) -> OwnFacts:
+    """The manifest's `details` as `kind`; ArtifactError naming the first damaged field."""
+    return _checked(artifact.manifest, kind, place=str(artifact.folder / "manifest.json"))
+
+
+def facts_of(manifest: Manifest) -> Facts:
+    """What every target records; ArtifactError naming the first damaged field."""
+    return _checked(manifest, Facts, place=f"manifest of {manifest.name}")
+
+
+def _checked(manifest: Manifest, kind: type[OwnFacts], *, place: str) -> OwnFacts:
+    try:
+        return kind.model_validate(manifest.details)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in ("details", *first["loc"]))
+        remedy = "compile it again with `moec compile`"
+        raise ArtifactError(f"damaged: {where}: {first['msg']}", place=place, remedy=remedy) from error
+
+
 _TARGETS: dict[str, Callable[[], Target]] = {}
 
 
@@ -116,3 +224,29 @@ def register(name: str, make: Callable[[], Target]) -> None:
 def registered() -> dict[str, Callable[[], Target]]:
     """Every registered target: name -> how it is made."""
     return dict(_TARGETS)
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`; its package registers it when imported. UserError for an unknown or broken one."""
+    packages = target_packages()
+    if name not in packages:
+        raise UserError(f"unknown target {name!r}", remedy=f"known here: {', '.join(packages)}")
+    try:
+        importlib.import_module(f"{packages[name]}.target")
+        made = _TARGETS[name]()
+        if not isinstance(made, Target):
+            raise TypeError(f"{type(made).__name__} is no moec.compiler.target.Target")
+    except Exception as error:
+        if packages[name].startswith("moec."):
+            raise
+        # somebody else's distribution, whatever is wrong with it: nothing of ours to report as a bug
+        what = "does not register it" if isinstance(error, KeyError) else f"cannot be used: {error}"
+        raise UserError(
+            f"target {name}: its package {packages[name]} {what}", remedy="reinstall or remove the distribution"
+        ) from error
+    return made
+
+
+def target_of(artifact: Artifact) -> Target:
+    """The target of an artifact."""
+    return find_target(artifact.manifest.target)

@@ -1,4 +1,4 @@
-"""What `moec bench` times: the plan that every target's `bench` module takes."""
+"""What `moec bench` times: the plan that `Target.bench` takes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from moec.compiler.errors import CompileError, UserError
 from moec.compiler.spec import Spec
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.sources import source_of
-from moec.compiler.spec.targets import footprint_of, options_class, target_packages
+from moec.compiler.spec.targets import options_class, target_packages
+from moec.compiler.target import find_target
 
 #: Contexts of the tables: those the MobileMoE paper reports.
 CONTEXTS = (256, 1024, 4096, 8192)
@@ -119,9 +120,9 @@ def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str,
 
 def model_of(spec: Spec, target: str, options: Any) -> Model:
     """What the planner counts. UserError for a target without sizes or a model without shapes."""
-    footprint = footprint_of(target)
+    footprint = find_target(target).footprint()
     if footprint is None:
-        planned = ", ".join(name for name in target_packages() if footprint_of(name) is not None)
+        planned = ", ".join(name for name in target_packages() if find_target(name).footprint() is not None)
         raise UserError(
             f"target {target} does not say how large a model is there", remedy=f"plan for one of: {planned}"
         )
@@ -149,7 +150,7 @@ def check_fits(spec: Spec, device: Device, target: str) -> None:
 
     Nothing is said of targets without sizes and of models whose shapes only their code tells.
     """
-    if footprint_of(target) is None:
+    if find_target(target).footprint() is None:
         return
     try:
         plan = plan_spec(spec, device, target=target)

@@ -26,7 +26,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.source import Checkpoint
 from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
 from moec.compiler.spec.sources import source_of
-from moec.compiler.target import Session
+from moec.compiler.target import Session, facts_of
 
 DEFAULT_TOKENS = 512
 
@@ -175,7 +175,7 @@ def computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
     """The spec's quantization as the target computes it: its lowering notes where it rounds less than the spec asks."""
     if spec.quantization is None:
         return None
-    return spec.quantization.model_copy(update=dict(manifest.details.get("computes", {})))
+    return spec.quantization.model_copy(update=facts_of(manifest).computes)
 
 
 def rounds_activations(artifact: Artifact, spec: Spec) -> bool:
@@ -201,14 +201,14 @@ def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, 
     finally:
         own.close()
     error = np.concatenate(errors)
-    name = f"own arithmetic ({artifact.manifest.details.get('dtype', 'as stored')}) against float32"
+    name = f"own arithmetic ({facts_of(artifact.manifest).dtype}) against float32"
     share = float(np.concatenate(agree).mean())
     return {name: f"top-1 {share:.4f}, relative error of logits median {np.median(error):.1e}, worst {error.max():.1e}"}
 
 
 def asymmetric_roles(manifest: Manifest) -> Collection[Role]:
     """Roles whose linears the target runs with asymmetric activation rounding, as its lowering noted them."""
-    return [Role(name) for name in manifest.details.get("asymmetric_roles", ())]
+    return [Role(name) for name in facts_of(manifest).asymmetric_roles]
 
 
 def _float_reference(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -100,11 +99,3 @@ def parse_targets(value: Any) -> dict[str, TargetOptions]:
     if faults:
         raise collected("targets", faults)
     return found
-
-
-def footprint_of(name: str) -> Any:
-    """What target `name` makes of a model's size (a `plan.footprint.Footprint`); None if it does not say."""
-    module = f"{target_packages()[name]}.footprint"
-    if importlib.util.find_spec(module) is None:
-        return None
-    return importlib.import_module(module).FOOTPRINT

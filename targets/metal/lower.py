@@ -27,6 +27,7 @@ from moec.passes.float_activations import QUANTIZED
 from moec.targets.constant_methods import constant_methods
 from moec.targets.metal.delegate_package import activate
 from moec.targets.metal.encode import Encoding, weight_sqnr_db
+from moec.targets.metal.facts import Chunking, MetalFacts, MethodFacts, Tap
 from moec.targets.metal.options import Options
 from moec.targets.metal.pte import Method, write_pte
 
@@ -238,7 +239,7 @@ def _constants(builder: Any, edit: Editor) -> dict[str, Encoding | torch.Tensor]
 
 
 def lower(program: Program, out: Path, options: Options, progress: Any) -> LoweredFiles:
-    """Write `out/model.pte`. The manifest's details say how to replay it and what could not be checked here."""
+    """Write `out/model.pte`. The manifest's facts say how to replay it and what could not be checked here."""
     built: dict[str, BuiltMethod] = {}
     for name in progress.each("lower to Metal", ("forward", "forward_all")):
         built[name] = build_method(program, options, every_token=name == "forward_all")
@@ -266,8 +267,8 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
             constants=constant_methods(info),
         )
     sizes["program"] = sum(len(m.payload) for m in built.values())
-    details = _details(built, options, rounded, program)
-    return LoweredFiles(("model.pte",), dict(sizes), details, notes=_notes(program, options, rounded))
+    facts = _facts(built, options, rounded, program)
+    return LoweredFiles(("model.pte",), dict(sizes), facts, notes=_notes(program, options, rounded))
 
 
 def _made(
@@ -296,33 +297,32 @@ def _made(
     return value
 
 
-def _details(
+def _facts(
     built: Mapping[str, BuiltMethod], options: Options, rounded: Mapping[str, float], program: Program
-) -> dict[str, Any]:
+) -> MetalFacts:
     int8_cache = any(n.target is cached_attention_q8 for n in program.graph.nodes)
-    return {
-        "dtype": options.dtype,
-        "kv_cache": "int8" if int8_cache else options.dtype,
-        "activations": options.dtype,
-        # where the target computes otherwise than the spec's quantization says; `verify` compares with this
-        "computes": {"activations": "fp32"},
-        "methods": {
-            name: {
-                "payload_sha256": hashlib.sha256(method.payload).hexdigest(),
-                "payload_bytes": len(method.payload),
-                "delegates": 1,
-                "instructions": dict(sorted(method.instructions.items())),
-                "moe_taps": method.taps,
-            }
+    return MetalFacts(
+        dtype=options.dtype,
+        kv_cache="int8" if int8_cache else options.dtype,
+        activations=options.dtype,
+        computes={"activations": "fp32"},
+        methods={
+            name: MethodFacts(
+                payload_sha256=hashlib.sha256(method.payload).hexdigest(),
+                payload_bytes=len(method.payload),
+                delegates=1,
+                instructions=dict(sorted(method.instructions.items())),
+                moe_taps=tuple(Tap.model_validate(tap) for tap in method.taps),
+            )
             for name, method in built.items()
         },
-        "requantized_sqnr_db": dict(rounded),
-        "chunking": {
-            "max_tokens": program.info.max_tokens,
-            "advice": "prefill in chunks of at least 32 tokens: below that the GPU reads an expert once per token",
-        },
-        "unchecked_without_apple_hardware": list(UNCHECKED),
-    }
+        requantized_sqnr_db=dict(rounded),
+        chunking=Chunking(
+            max_tokens=program.info.max_tokens,
+            advice="prefill in chunks of at least 32 tokens: below that the GPU reads an expert once per token",
+        ),
+        unchecked_without_apple_hardware=tuple(UNCHECKED),
+    )
 
 
 def _notes(program: Program, options: Options, rounded: Mapping[str, float]) -> tuple[str, ...]:

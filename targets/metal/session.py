@@ -15,6 +15,7 @@ import numpy as np
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
+from moec.targets.metal.facts import MetalFacts, MethodFacts, Tap
 from moec.targets.metal.payload import PteFile
 from moec.targets.metal.replay import Machine, Store
 
@@ -31,14 +32,13 @@ class MetalSession(SessionBase):
         vocab_size: int,
         context: int,
         max_tokens: int,
-        details: Mapping[str, Any],
+        facts: MetalFacts,
         wide: bool = False,
     ) -> None:
-        """`details` are the manifest's: digests of the payloads and where each MoE layer's values lie."""
+        """`facts` are the manifest's: digests of the payloads and where each MoE layer's values lie."""
         super().__init__(str(model), vocab_size=vocab_size, context=context, max_tokens=max_tokens)
-        self._path = model
         self._file: PteFile | None = PteFile(model)
-        self._methods: dict[str, Any] = dict(details.get("methods", {}))
+        self._methods = facts.methods
         self._store: Store | None = Store(self._file, wide=wide)
         self._machines: dict[str, Machine] = {}
         _check_payloads(self._file, self._methods)
@@ -71,28 +71,21 @@ class MetalSession(SessionBase):
         return self._machines[name]
 
     def _watch(self, machine: Machine, seen: list[MoeTrace]) -> dict[int, Callable[[], None]]:
-        def reader(tap: Mapping[str, int]) -> Callable[[], None]:
+        def reader(tap: Tap) -> Callable[[], None]:
             def read() -> None:
-                values = (np.array(machine.tensor(tap[f]).astype(_type(machine, f))) for f in _TAP_FIELDS)
-                seen.append(MoeTrace(tap["layer"], *values))
+                values = (np.array(machine.tensor(getattr(tap, f)).astype(_type(machine, f))) for f in _TAP_FIELDS)
+                seen.append(MoeTrace(tap.layer, *values))
 
             return read
 
-        taps = self._methods.get(machine.method, {}).get("moe_taps", [])
-        try:
-            return {int(tap["after"]): reader({k: int(tap[k]) for k in ("layer", *_TAP_FIELDS)}) for tap in taps}
-        except (KeyError, TypeError, ValueError) as e:
-            raise ArtifactError(
-                "damaged: details.methods.moe_taps",
-                place=str(self._path.parent / "manifest.json"),
-                remedy="compile it again with `moec compile`",
-            ) from e
+        method = self._methods.get(machine.method)
+        return {} if method is None else {tap.after: reader(tap) for tap in method.moe_taps}
 
 
-def _check_payloads(file: PteFile, methods: Mapping[str, Any]) -> None:
+def _check_payloads(file: PteFile, methods: Mapping[str, MethodFacts]) -> None:
     """The instructions are what the manifest says they are: a flatbuffer has no checksum of its own."""
     for name, payload in file.payloads.items():
-        wanted = methods.get(name, {}).get("payload_sha256")
+        wanted = methods[name].payload_sha256 if name in methods else None
         if wanted is not None and hashlib.sha256(payload).hexdigest() != wanted:
             raise ArtifactError(
                 f"method {name} is damaged: its instructions differ from the manifest's digest",

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moec.compiler.extras import Need
-from moec.compiler.pipeline import Pass
-from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
-from moec.passes.float_activations import float_activations
+from moec.compiler.target import LoweredFiles, Session, Table, Target, own_facts, own_manifest, own_options, register
+from moec.targets.metal.facts import MetalFacts, tables
 from moec.targets.metal.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.pipeline import Pass
+    from moec.compiler.program import Program
     from moec.compiler.progress import Progress
     from moec.compiler.spec.targets import TargetOptions
 
 
-class MetalTarget:
+class MetalTarget(Target):
     """See docs/ios.md for what an application does with the file."""
 
     name = "metal"
     about = "Apple GPUs: a .pte with one MLX delegate; run here by MLX"
     needs = (Need("mlx.core", "metal", "run"),)
+    facts_class = MetalFacts
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
+        from moec.passes.float_activations import float_activations
+
         return [float_activations()]
 
     def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
@@ -38,11 +41,19 @@ class MetalTarget:
         return self._session(artifact, wide=False)
 
     def rounds(self, artifact: Artifact) -> bool:
-        return artifact.manifest.details.get("dtype") != "float32"
+        return own_facts(artifact, MetalFacts).dtype != "float32"
 
     def load_exact(self, artifact: Artifact) -> Session:
         """The float32 twin: same instructions, same stored values, nothing rounded to 16 bits. `verify` compares it."""
         return self._session(artifact, wide=True)
+
+    def footprint(self) -> Any:
+        from moec.targets.metal.footprint import FOOTPRINT
+
+        return FOOTPRINT
+
+    def describe(self, artifact: Artifact) -> list[Table]:
+        return tables(own_facts(artifact, MetalFacts))
 
     def _session(self, artifact: Artifact, *, wide: bool) -> Session:
         from moec.targets.metal.session import MetalSession
@@ -53,7 +64,7 @@ class MetalTarget:
             vocab_size=manifest.model.vocab_size,
             context=manifest.model.context,
             max_tokens=manifest.model.max_tokens,
-            details=manifest.details,
+            facts=own_facts(artifact, MetalFacts),
             wide=wide,
         )
 

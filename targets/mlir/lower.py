@@ -24,6 +24,7 @@ from moec.compiler.extras import require
 from moec.compiler.program import Program, Role
 from moec.compiler.target import LoweredFiles
 from moec.targets.mlir import toolchain
+from moec.targets.mlir.facts import Argument, MlirFacts
 from moec.targets.mlir.functional import TAPS, Signature, exported, operators_of, signature_of
 from moec.targets.mlir.options import Options
 
@@ -72,18 +73,18 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
             compile_text(out / TORCH, out / VMFB, model=model)
         files.append(VMFB)
     sizes["program"] = sum((out / name).stat().st_size for name in files if name != WEIGHTS)
-    details = {
-        "dtype": "float32",
-        "engine": options.engine,
-        "entry": ENTRY,
-        "tokens": f"dynamic, 1 to {program.info.max_tokens}" if program.info.max_tokens > 1 else "1",
-        "arguments": arguments,
-        "results": results,
-        "operators": operators_of(kept),
-        "tools": toolchain.versions(),
-        "not_checked": [UNCHECKED],
-    }
-    return LoweredFiles(tuple(files), dict(sizes), details, notes=(f"not checked: {UNCHECKED}",))
+    facts = MlirFacts(
+        dtype="float32",
+        engine=options.engine,
+        entry=ENTRY,
+        tokens=f"dynamic, 1 to {program.info.max_tokens}" if program.info.max_tokens > 1 else "1",
+        arguments=tuple(Argument.model_validate(a) for a in arguments),
+        results=tuple(results),
+        operators=tuple(operators_of(kept)),
+        tools=toolchain.versions(),
+        not_checked=(UNCHECKED,),
+    )
+    return LoweredFiles(tuple(files), dict(sizes), facts, notes=(f"not checked: {UNCHECKED}",))
 
 
 def _arguments(program: Program, signature: Signature) -> list[dict[str, Any]]:

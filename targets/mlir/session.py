@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
+from moec.targets.mlir.facts import MlirFacts
 from moec.targets.mlir.functional import TAPS
 from moec.targets.mlir.toolchain import ended, environment, last_line, worker_command
 from moec.targets.mlir.wire import receive, send
@@ -24,7 +25,7 @@ _REMEDY = "compile it again with `moec compile`"
 
 
 class MlirSession(SessionBase):
-    """`details` are the manifest's; `program` is the text (`jit`) or the compiled module (`iree`)."""
+    """`facts` are the manifest's; `program` is the text (`jit`) or the compiled module (`iree`)."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class MlirSession(SessionBase):
         context: int,
         max_tokens: int,
         moe_layers: int,
-        details: Mapping[str, Any],
+        facts: MlirFacts,
     ) -> None:
         super().__init__(str(program.parent), vocab_size=vocab_size, context=context, max_tokens=max_tokens)
         self._moe_layers = moe_layers
@@ -48,7 +49,7 @@ class MlirSession(SessionBase):
             env=environment(),
         )
         try:
-            self._ask(_setup(program, weights, details, self._place))
+            self._ask(_setup(program, weights, facts))
         except BaseException:
             self.close()
             raise
@@ -115,17 +116,13 @@ class MlirSession(SessionBase):
         ]
 
 
-def _setup(program: Path, weights: Path, details: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The worker's first message, from the manifest. ArtifactError when that is damaged."""
-    try:
-        arguments = details["arguments"]
-        return {
-            "engine": str(details["engine"]),
-            "program": str(program),
-            "entry": str(details["entry"]),
-            "weights": str(weights),
-            "arguments": [str(a["tensor"]) for a in arguments if a["kind"] == "weight"],
-            "caches": [(str(a["dtype"]), [int(n) for n in a["shape"]]) for a in arguments if a["kind"] == "cache"],
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError("its manifest does not describe the arguments", place=place, remedy=_REMEDY) from error
+def _setup(program: Path, weights: Path, facts: MlirFacts) -> dict[str, Any]:
+    """The worker's first message."""
+    return {
+        "engine": facts.engine,
+        "program": str(program),
+        "entry": facts.entry,
+        "weights": str(weights),
+        "arguments": [a.tensor for a in facts.arguments if a.kind == "weight"],
+        "caches": [(a.dtype, list(a.shape)) for a in facts.arguments if a.kind == "cache"],
+    }

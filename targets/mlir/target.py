@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 
 from moec.compiler.errors import ArtifactError
 from moec.compiler.extras import Need, require
-from moec.compiler.pipeline import Pass
-from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
+from moec.compiler.target import LoweredFiles, Session, Target, own_facts, own_manifest, own_options, register
+from moec.targets.mlir.facts import MlirFacts
 from moec.targets.mlir.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.pipeline import Pass
+    from moec.compiler.program import Program
     from moec.compiler.progress import Progress
     from moec.compiler.spec.targets import TargetOptions
 
 
-class MlirTarget:
+class MlirTarget(Target):
     """See docs/mlir.md for the files of an artifact and what to do with them."""
 
     name = "mlir"
@@ -29,6 +30,7 @@ class MlirTarget:
         Need("iree.compiler", "iree", "compile", when="engine: iree"),
         Need("iree.runtime", "iree", "run", when="engine: iree"),
     )
+    facts_class = MlirFacts
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
         from moec.targets.mlir.legalize import legalize_passes
@@ -44,7 +46,8 @@ class MlirTarget:
         from moec.targets.mlir.session import MlirSession
 
         manifest = own_manifest(artifact, self.name)
-        iree = manifest.details.get("engine") == "iree"
+        facts = own_facts(artifact, MlirFacts)
+        iree = facts.engine == "iree"
         module, extra = ("iree.runtime", "iree") if iree else ("torch_mlir", "mlir")
         require(module, extra, "running this MLIR artifact")
         if not iree and all(f.name != "reference.linalg.mlir" for f in manifest.files):
@@ -58,7 +61,7 @@ class MlirTarget:
             context=manifest.model.context,
             max_tokens=manifest.model.max_tokens,
             moe_layers=len(manifest.model.moe_layers),
-            details=manifest.details,
+            facts=facts,
         )
 
 

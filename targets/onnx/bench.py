@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,14 @@ import numpy as np
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.progress import Progress
+from moec.compiler.target import own_facts
 from moec.compiler.timing import BenchPlan
+from moec.targets.onnx.facts import OnnxFacts
 
 PROGRAM = "model.onnx"
 
 
-def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
+def bench(artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     """Run the plan, one process for each context. Rates are medians over `repeats`; RunError when the model refuses."""
     wanted: Sequence[int | None] = plan.contexts or (None,)
     reports = []
@@ -29,7 +30,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
         for context in wanted:
             # a process that was forked would count the memory of this one
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(_run, (str(model.parent), plan, context))
+                found = pool.apply(_run, (str(artifact.folder), plan, context))
             if isinstance(found, str):
                 raise RunError(found)
             reports.append(found)
@@ -68,7 +69,7 @@ def _measured(folder: str, plan: BenchPlan, context: int | None) -> dict[str, An
         vocab_size=vocab,
         context=manifest.model.context,
         max_tokens=manifest.model.max_tokens,
-        details=manifest.details,
+        facts=own_facts(artifact, OnnxFacts),
         threads=plan.threads,
     )
     load_s = time.perf_counter() - started

@@ -27,6 +27,7 @@ from moec.passes.float_activations import QUANTIZED
 from moec.targets.onnx import aten, handlers
 from moec.targets.onnx.attention import MASK, S, T, declare_cache, past_length
 from moec.targets.onnx.context import Context
+from moec.targets.onnx.facts import CacheFacts, GraphFacts, OnnxFacts, Tap
 from moec.targets.onnx.genai import GENAI_FILE, write_genai_config
 from moec.targets.onnx.moe_standard import DOMAIN
 from moec.targets.onnx.nodes import IR_VERSION, MICROSOFT, OPSET
@@ -101,7 +102,7 @@ def _lowered(c: Context, node: Node) -> str:
 
 
 def lower(program: Program, out: Path, options: Options, progress: Any) -> LoweredFiles:
-    """Write both files. The manifest's details say how to run the model and what it holds."""
+    """Write both files. The manifest's facts say how to run the model and what it holds."""
     with progress.stage("lower to ONNX"):
         model, c = build(program, options)
     digest = c.weights.write(out, progress)
@@ -113,7 +114,7 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
     return LoweredFiles(
         (MODEL_FILE, DATA_FILE, *([GENAI_FILE] if for_genai else [])),
         sizes,
-        _details(model, c, options),
+        _facts(model, c, options),
         digests={DATA_FILE: digest},
         notes=_notes(program, options),
     )
@@ -142,31 +143,28 @@ def _counts(nodes: Iterable[NodeProto]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _details(model: ModelProto, c: Context, options: Options) -> dict[str, Any]:
-    cache = "int8" if c.int8_cache else "fp32"
-    computes = {"activations": "fp32", **({"kv_cache": "fp32"} if options.kv_cache == "fp32" else {})}
-    return {
-        "flavour": options.flavour,
-        "dtype": "float32",
-        "kv_cache": cache,
-        # where the target computes otherwise than the spec's quantization says; `verify` compares with this
-        "computes": computes,
-        "caches": c.caches,
-        "moe_taps": c.taps,
-        "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import},
-        "ir_version": model.ir_version,
-        "versions": {"onnx": version("onnx")},
-        "graph": {
-            "inputs": [i.name for i in model.graph.input],
-            "outputs": [o.name for o in model.graph.output],
-            "nodes": _counts(model.graph.node),
-            "functions": {
+def _facts(model: ModelProto, c: Context, options: Options) -> OnnxFacts:
+    return OnnxFacts(
+        flavour=options.flavour,
+        dtype="float32",
+        kv_cache="int8" if c.int8_cache else "fp32",
+        computes={"activations": "fp32", **({"kv_cache": "fp32"} if options.kv_cache == "fp32" else {})},
+        caches=tuple(CacheFacts.model_validate(layer) for layer in c.caches),
+        moe_taps=tuple(Tap.model_validate(tap) for tap in c.taps),
+        opsets={o.domain or "ai.onnx": o.version for o in model.opset_import},
+        ir_version=model.ir_version,
+        versions={"onnx": version("onnx")},
+        graph=GraphFacts(
+            inputs=tuple(i.name for i in model.graph.input),
+            outputs=tuple(o.name for o in model.graph.output),
+            nodes=_counts(model.graph.node),
+            functions={
                 f"{f.domain}::{f.name}{':' if f.overload else ''}{f.overload}": _counts(f.node) for f in model.functions
             },
-            "initializers": len(model.graph.initializer),
-            "external_bytes": c.weights.bytes,
-        },
-    }
+            initializers=len(model.graph.initializer),
+            external_bytes=c.weights.bytes,
+        ),
+    )
 
 
 def _notes(program: Program, options: Options) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from moec.compiler.cores import usable_cores
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
+from moec.targets.onnx.facts import OnnxFacts
 
 # The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
 OLDEST = {"standard": (1, 22), "ort": (1, 31)}
@@ -38,15 +38,15 @@ class OnnxSession(SessionBase):
         vocab_size: int,
         context: int,
         max_tokens: int,
-        details: Mapping[str, Any],
+        facts: OnnxFacts,
         threads: int | None = None,
     ) -> None:
-        """`details` are the manifest's: shapes of the caches, and where the values of each MoE layer lie."""
+        """`facts` are the manifest's: shapes of the caches, and where the values of each MoE layer lie."""
         super().__init__(str(model), vocab_size=vocab_size, context=context, max_tokens=max_tokens)
         self.threads = threads or usable_cores()
-        self._path, self._taps = model, list(details.get("moe_taps", []))
-        self._oldest = OLDEST.get(str(details.get("flavour")), max(OLDEST.values()))
-        self._empty = _empty_caches(details, model)
+        self._path, self._taps = model, facts.moe_taps
+        self._oldest = OLDEST.get(facts.flavour, max(OLDEST.values()))
+        self._empty = _empty_caches(facts)
         self._past = dict(self._empty)
         self._traced = False  # whether the loaded model has the outputs of the taps
         self._session: onnxruntime.InferenceSession | None = self._open(traced=False)
@@ -104,13 +104,13 @@ class OnnxSession(SessionBase):
         known = {name for node in model.graph.node for name in node.output}
         for tap in self._taps:
             for field in _TAP_FIELDS:
-                if tap.get(field) not in known:
+                if getattr(tap, field) not in known:
                     raise ArtifactError(
                         "damaged: details.moe_taps", place=str(self._path.parent / "manifest.json"), remedy=REMEDY
                     )
         listed = {o.name for o in model.graph.output}
-        for name in dict.fromkeys(tap[field] for tap in self._taps for field in _TAP_FIELDS):
-            integer = any(tap["indices"] == name for tap in self._taps)
+        for name in dict.fromkeys(getattr(tap, field) for tap in self._taps for field in _TAP_FIELDS):
+            integer = any(tap.indices == name for tap in self._taps)
             if name not in listed:
                 kind = TensorProto.INT64 if integer else TensorProto.FLOAT
                 model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
@@ -125,7 +125,7 @@ class OnnxSession(SessionBase):
             **{f"past_key_values.{name}": value[:, :, :start] for name, value in self._past.items()},
         }
         names = ["logits", *(f"present.{name}" for name in self._past)]
-        taps = [tap[field] for tap in self._taps for field in _TAP_FIELDS] if self._tracing else []
+        taps = [getattr(tap, field) for tap in self._taps for field in _TAP_FIELDS] if self._tracing else []
         wanted = list(dict.fromkeys([*names, *taps]))
         try:
             found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
@@ -140,28 +140,22 @@ class OnnxSession(SessionBase):
         tap = self._taps[layer]
         return MoeTrace(
             layer=layer,
-            x_TD=found[tap["x"]],
-            indices_TK=found[tap["indices"]].astype(np.int32),
-            weights_TK=found[tap["weights"]],
-            y_TD=found[tap["y"]],
+            x_TD=found[tap.x],
+            indices_TK=found[tap.indices].astype(np.int32),
+            weights_TK=found[tap.weights],
+            y_TD=found[tap.y],
         )
 
 
-def _empty_caches(details: Mapping[str, Any], model: Path) -> dict[str, np.ndarray]:
+def _empty_caches(facts: OnnxFacts) -> dict[str, np.ndarray]:
     """Caches of no position, by the name that follows `past_key_values.`."""
     found: dict[str, np.ndarray] = {}
-    int8 = details.get("kv_cache") == "int8"
-    try:
-        for n, layer in enumerate(details["caches"]):
-            for part in ("key", "value"):
-                batch, heads, width = (int(d) for d in layer[part])
-                found[f"{n}.{part}"] = np.zeros((batch, heads, 0, width), np.int8 if int8 else np.float32)
-                if int8:
-                    found[f"{n}.{part}_scale"] = np.zeros((batch, heads, 0), np.float32)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            "damaged: details.caches", place=str(model.parent / "manifest.json"), remedy=REMEDY
-        ) from error
+    int8 = facts.kv_cache == "int8"
+    for n, layer in enumerate(facts.caches):
+        for part, (batch, heads, width) in (("key", layer.key), ("value", layer.value)):
+            found[f"{n}.{part}"] = np.zeros((batch, heads, 0, width), np.int8 if int8 else np.float32)
+            if int8:
+                found[f"{n}.{part}_scale"] = np.zeros((batch, heads, 0), np.float32)
     return found
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moec.compiler.extras import Need, require
-from moec.compiler.pipeline import Pass
-from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
-from moec.passes.float_activations import float_activations
+from moec.compiler.target import LoweredFiles, Session, Table, Target, own_facts, own_manifest, own_options, register
+from moec.targets.onnx.facts import OnnxFacts, tables
 from moec.targets.onnx.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.pipeline import Pass
+    from moec.compiler.program import Program
     from moec.compiler.progress import Progress
     from moec.compiler.spec.targets import TargetOptions
+    from moec.compiler.timing import BenchPlan
 
 
-class OnnxTarget:
+class OnnxTarget(Target):
     """See docs/onnx.md for what an application does with the files."""
 
     name = "onnx"
     about = "ONNX with INT4 weights and the fused node as a local function; run here by ONNX Runtime"
     needs = (Need("onnx", "onnx", "compile"), Need("onnx", "onnx", "run"), Need("onnxruntime", "onnx", "run"))
+    facts_class = OnnxFacts
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
+        from moec.passes.float_activations import float_activations
+
         return [float_activations()]
 
     def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
@@ -45,9 +49,19 @@ class OnnxTarget:
             vocab_size=manifest.model.vocab_size,
             context=manifest.model.context,
             max_tokens=manifest.model.max_tokens,
-            details=manifest.details,
+            facts=own_facts(artifact, OnnxFacts),
             threads=own_options(artifact.options(), Options).threads,
         )
+
+    def bench(self, artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
+        for package in ("onnxruntime", "onnx"):
+            require(package, "onnx", "timing an ONNX artifact")
+        from moec.targets.onnx.bench import bench
+
+        return bench(artifact, plan, progress)
+
+    def describe(self, artifact: Artifact) -> list[Table]:
+        return tables(own_facts(artifact, OnnxFacts))
 
 
 register("onnx", OnnxTarget)

@@ -28,6 +28,7 @@ from moec.compiler.target import LoweredFiles
 from moec.runtime.native import native_files, source_digest
 from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack.execution import quiet, to_execution
+from moec.targets.xnnpack.facts import MethodFacts, XnnpackFacts
 from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
 from moec.targets.xnnpack.legalize_last_token import last_token
 from moec.targets.xnnpack.options import Options
@@ -68,7 +69,7 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
     return LoweredFiles(
         files=(MODEL,),
         sizes_by_role=_sizes_by_role(program, written),
-        details=_details(program, emitted, delegated, written),
+        facts=_facts(program, emitted, delegated, written),
         digests={MODEL: written.sha256},
         kernel_digest=source_digest(),
         notes=_notes(program, delegated),
@@ -114,30 +115,30 @@ def _sizes_by_role(program: Program, written: WrittenFile) -> dict[str, int]:
     return dict(sizes)
 
 
-def _details(program: Program, emitted: Emitted, delegated: list[str], written: WrittenFile) -> dict[str, Any]:
-    methods: dict[str, Any] = {}
+def _facts(program: Program, emitted: Emitted, delegated: list[str], written: WrittenFile) -> XnnpackFacts:
+    methods: dict[str, MethodFacts] = {}
     operators: Counter[str] = Counter()
     for plan in emitted.program.execution_plan:
         instructions = [i.instr_args for chain in plan.chains for i in chain.instructions]
         if not instructions:
             continue
-        methods[plan.name] = {
-            "instructions": len(instructions),
-            "delegates": len(plan.delegates),
-            "delegate_calls": sum(isinstance(i, DelegateCall) for i in instructions),
-            "arena_bytes": list(plan.non_const_buffer_sizes[1:]),
-        }
+        methods[plan.name] = MethodFacts(
+            instructions=len(instructions),
+            delegates=len(plan.delegates),
+            delegate_calls=sum(isinstance(i, DelegateCall) for i in instructions),
+            arena_bytes=tuple(plan.non_const_buffer_sizes[1:]),
+        )
         for call in instructions:
             if isinstance(call, KernelCall):
                 op = plan.operators[call.op_index]
                 operators[f"{op.name}.{op.overload}" if op.overload else op.name] += 1
-    details: dict[str, Any] = {"methods": methods, "operators": dict(sorted(operators.items()))}
+    found: dict[str, Any] = {}  # only what holds is set: the manifest says nothing of a delegate that is not there
     if delegated:
-        details["delegate_bytes"] = written.delegate_bytes
-        details["delegated_roles"] = sorted({program.roles[n].value for n in delegated})
+        found["delegate_bytes"] = written.delegate_bytes
+        found["delegated_roles"] = tuple(sorted({program.roles[n].value for n in delegated}))
     if roles := _asymmetric_roles(program, delegated):
-        details["asymmetric_roles"] = roles
-    return details
+        found["asymmetric_roles"] = tuple(roles)
+    return XnnpackFacts(methods=methods, operators=dict(sorted(operators.items())), **found)
 
 
 def _asymmetric_roles(program: Program, delegated: list[str]) -> list[str]:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moec.compiler.pipeline import Pass
-from moec.compiler.program import Program
-from moec.compiler.target import LoweredFiles, Session, own_manifest, own_options, register
+from moec.compiler.target import (
+    LoweredFiles,
+    Say,
+    Session,
+    Table,
+    Target,
+    own_facts,
+    own_manifest,
+    own_options,
+    register,
+)
+from moec.targets.xnnpack.facts import XnnpackFacts, tables
 from moec.targets.xnnpack.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.pipeline import Pass
+    from moec.compiler.program import Program
     from moec.compiler.progress import Progress
     from moec.compiler.spec.targets import TargetOptions
+    from moec.compiler.timing import BenchPlan
 
 
-class XnnpackTarget:
+class XnnpackTarget(Target):
+    """See docs/android.md for what an application does with the file."""
+
     name = "xnnpack"
     about = "phones' CPUs: a .pte with our kernels and the XNNPACK delegate; run here by the same runtime"
+    facts_class = XnnpackFacts
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
         from moec.targets.xnnpack.legalize import legalize_passes
@@ -41,9 +56,32 @@ class XnnpackTarget:
 
     def load_unrounded(self, artifact: Artifact) -> Session | None:
         """The artifact with fp32 activations on the same codes; None where the XNNPACK delegate rounds some of them."""
-        if artifact.manifest.details.get("asymmetric_roles"):
+        if own_facts(artifact, XnnpackFacts).asymmetric_roles:
             return None
         return self._session(artifact, float_activations=True)
+
+    def footprint(self) -> Any:
+        from moec.targets.xnnpack.footprint import FOOTPRINT
+
+        return FOOTPRINT
+
+    def bench(self, artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
+        from moec.targets.xnnpack.bench import bench
+
+        return bench(artifact.path("model.pte"), plan, progress)
+
+    def profile(self, artifact: Artifact, request: Any) -> dict[str, Any]:
+        from moec.targets.xnnpack.profiling import run
+
+        return run(artifact.path("model.pte"), request)
+
+    def device(self, artifact: Artifact, serial: str | None, runner: Path | None, say: Say, *, dry_run: bool) -> Any:
+        from moec.targets.xnnpack.android import Device
+
+        return Device(serial, runner=runner, dry_run=dry_run, say=say)
+
+    def describe(self, artifact: Artifact) -> list[Table]:
+        return tables(own_facts(artifact, XnnpackFacts))
 
     def _session(self, artifact: Artifact, *, float_activations: bool) -> Session:
         from moec.targets.xnnpack.session import CpuSession

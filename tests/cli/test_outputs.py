@@ -147,7 +147,7 @@ def test_impossible_manifests(change: Callable[[dict], object], artifact: Path, 
         lambda m: m["details"].update(methods="x"),
         lambda m: m["details"].update(methods={"forward": 5}),
         lambda m: m["details"].update(methods={"forward": {"instructions": {"a": 1}}}),
-        lambda m: m["details"].update(graph={"inputs": []}),
+        lambda m: m["details"].update(operators=["moec::linear"]),
     ],
 )
 def test_impossible_details_are_one_line(

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 pytest.importorskip("mlx.core", reason="needs the metal extra: pip install 'moec[metal]'")
 
 from moec.compiler.errors import ArtifactError, MissingExtra
 from moec.compiler.progress import Progress
 from moec.targets.metal import delegate_package
+from moec.targets.metal.facts import MetalFacts
 from moec.targets.metal.instructions import HANDLERS
 from moec.targets.metal.lower import lower
 from moec.targets.metal.options import Options
@@ -31,11 +33,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, Any
     out = tmp_path_factory.mktemp("metal")
     lowered = lower(program_of(make_weights(SHAPE)), out, Options(dtype="float32"), Progress(quiet=True))
     payload = PteFile(out / "model.pte").payloads["forward"]
-    return (out / "model.pte").read_bytes(), dict(lowered.details), payload
+    return (out / "model.pte").read_bytes(), lowered.facts.model_dump(mode="json"), payload
 
 
 def open_and_run(file: Path, details: dict[str, Any]) -> np.ndarray:
-    with MetalSession(file, vocab_size=SHAPE.vocab, context=SHAPE.context, max_tokens=32, details=details) as session:
+    with MetalSession(
+        file, vocab_size=SHAPE.vocab, context=SHAPE.context, max_tokens=32, facts=MetalFacts.model_validate(details)
+    ) as session:
         return session.prefill([1, 2, 3], "last")
 
 
@@ -130,16 +134,12 @@ def test_random_bytes_never_crash(made: Any, tmp_path: Path) -> None:
     assert all("model.pte" in line and "\n" not in line for line in told)
 
 
-def test_taps_of_another_artifact(made: Any, tmp_path: Path) -> None:
-    (tmp_path / "model.pte").write_bytes(made[0])
+def test_taps_of_another_artifact(made: Any) -> None:
+    """A manifest that a trace cannot follow is refused when it is read, by the field's name."""
     details = json.loads(json.dumps(made[1]))
     details["methods"]["forward"]["moe_taps"] = [{"layer": 0, "after": 5}]
-    with MetalSession(
-        tmp_path / "model.pte", vocab_size=SHAPE.vocab, context=SHAPE.context, max_tokens=32, details=details
-    ) as session:
-        session.trace(True)
-        with pytest.raises(ArtifactError, match="moe_taps"):
-            session.prefill([1])
+    with pytest.raises(ValidationError, match="moe_taps"):
+        MetalFacts.model_validate(details)
 
 
 def test_without_mlx_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,10 @@ def test_family(name: str, tmp_path: Path) -> None:
         out = tmp_path / dtype
         out.mkdir()
         files = lower(program, out, Options(dtype=dtype), Progress(quiet=True))
-        details = files.details
-        assert {m["delegates"] for m in details["methods"].values()} == {1}
-        assert len(details["methods"]["forward"]["moe_taps"]) == FAMILIES[name][1]
-        session = MetalSession(out / "model.pte", vocab_size=96, context=48, max_tokens=16, details=details)
+        facts = files.facts
+        assert {m.delegates for m in facts.methods.values()} == {1}
+        assert len(facts.methods["forward"].moe_taps) == FAMILIES[name][1]
+        session = MetalSession(out / "model.pte", vocab_size=96, context=48, max_tokens=16, facts=facts)
         for _ in range(2):  # a second sequence: nothing of the first is seen
             session.reset()
             got = np.concatenate([session.prefill(ids[0, a:b].numpy(), "all") for a, b in itertools.pairwise(ends)])

@@ -79,7 +79,7 @@ class Case:
             vocab_size=self.shape.vocab,
             context=self.shape.context,
             max_tokens=self.program.info.max_tokens,
-            details=self.lowered.details,
+            facts=self.lowered.facts,
             **kwargs,
         )
 
@@ -225,7 +225,7 @@ def test_rounding_scales_needs_permission(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"bfloat16 cannot hold the scales of .*dB.*allow_requantization"):
         lower(program, tmp_path, Options(dtype="bfloat16"), Progress(quiet=True))
     lowered = lower(program, tmp_path, Options(dtype="bfloat16", allow_requantization=True), Progress(quiet=True))
-    losses = lowered.details["requantized_sqnr_db"]
+    losses = lowered.facts.requantized_sqnr_db
     # bfloat16 keeps 8 bits of a scale: relative error up to 2^-9, uniform: 10 log10(3 * 2^18) = 59 dB, less the spread
     assert losses
     assert all(50 < loss < 65 for loss in losses.values())
@@ -240,7 +240,7 @@ def test_scales_in_fp32_that_fit_are_not_a_loss(tmp_path: Path) -> None:
         if name.endswith("_scales"):
             weights.values[name] = value.half().float()
     lowered = lower(program_of(weights), tmp_path, Options(dtype="float16"), Progress(quiet=True))
-    assert lowered.details["requantized_sqnr_db"] == {}
+    assert lowered.facts.requantized_sqnr_db == {}
 
 
 @pytest.mark.parametrize(
@@ -279,17 +279,17 @@ def test_a_group_size_mlx_does_not_have(tmp_path: Path) -> None:
         lower(program_of(make_weights(shape)), tmp_path, Options(), Progress(quiet=True))
 
 
-def test_one_delegate_a_method_and_details(case: Callable[..., Case]) -> None:
-    details = case(Shape()).lowered.details
-    assert {name: m["delegates"] for name, m in details["methods"].items()} == {"forward": 1, "forward_all": 1}
-    counts = details["methods"]["forward"]["instructions"]
+def test_one_delegate_a_method_and_facts(case: Callable[..., Case]) -> None:
+    facts = case(Shape()).lowered.facts
+    assert {name: m.delegates for name, m in facts.methods.items()} == {"forward": 1, "forward_all": 1}
+    counts = facts.methods["forward"].instructions
     layers = 2
     # two gathered products a layer, in each of the two branches
     assert counts["GatherQmmNode"] == layers * 2 * 2
     assert counts["IfNode"] == layers
     assert counts["SdpaNode"] == layers
-    assert details["computes"] == {"activations": "fp32"}
-    assert details["unchecked_without_apple_hardware"]
+    assert facts.computes == {"activations": "fp32"}
+    assert facts.unchecked_without_apple_hardware
 
 
 def test_the_experts_attribute_text_is_the_operators(case: Callable[..., Case]) -> None:

@@ -45,7 +45,7 @@ def session_of(program: Program, folder: Path, options: Options) -> OnnxSession:
         vocab_size=info.vocab_size,
         context=info.context,
         max_tokens=info.max_tokens,
-        details=files.details,
+        facts=files.facts,
         threads=1,
     )
 

@@ -43,13 +43,13 @@ def test_family(name: str, tmp_path: Path) -> None:
     model_folder.mkdir()
     program = program_of(_saved(name, model_folder))
     files = lower(program, tmp_path, Options(), Progress(quiet=True))
-    assert len(files.details["moe_taps"]) == FAMILIES[name][1]
+    assert len(files.facts.moe_taps) == FAMILIES[name][1]
     ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = model(ids).logits[0].numpy()
     session = OnnxSession(
-        tmp_path / "model.onnx", vocab_size=96, context=48, max_tokens=16, details=files.details, threads=1
+        tmp_path / "model.onnx", vocab_size=96, context=48, max_tokens=16, facts=files.facts, threads=1
     )
     ends = [0, 9, 10, 11, 23]
     got = np.concatenate([session.prefill(ids[0, a:b].numpy(), "all") for a, b in itertools.pairwise(ends)])

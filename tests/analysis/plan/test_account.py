@@ -12,7 +12,8 @@ from moec.analysis.plan.memory import Model, expert_bytes_touched, longest_conte
 from moec.compiler.architecture import Architecture, Weight
 from moec.compiler.spec import DecoderConfig, Quantization, load_spec, parameter_counts
 from moec.compiler.spec.model import AttentionWindow, MoeConfig, RopeConfig
-from moec.compiler.spec.targets import footprint_of, options_class
+from moec.compiler.spec.targets import options_class
+from moec.compiler.target import find_target
 from moec.sources.decoder.architecture import architecture_of
 
 SPECS = Path(__file__).parents[3] / "specs"
@@ -118,7 +119,9 @@ schemes = st.none() | st.builds(
 
 
 def model_of(config: DecoderConfig, quantization: Quantization | None, target: str) -> Model:
-    return Model(architecture_of(config, "random"), quantization, footprint_of(target), options_class(target)())
+    return Model(
+        architecture_of(config, "random"), quantization, find_target(target).footprint(), options_class(target)()
+    )
 
 
 @settings(max_examples=80, deadline=None)

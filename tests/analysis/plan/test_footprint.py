@@ -15,7 +15,8 @@ from moec.compiler import build
 from moec.compiler.architecture import Weight
 from moec.compiler.spec import Spec, load_spec, parse_spec
 from moec.compiler.spec.quantization import WeightScheme
-from moec.compiler.spec.targets import footprint_of, target_packages
+from moec.compiler.spec.targets import target_packages
+from moec.compiler.target import find_target
 
 TINY = Path(__file__).parents[3] / "specs" / "models" / "mobilemoe-tiny.yaml"
 DENSE = """
@@ -48,7 +49,7 @@ def test_packed_sizes_are_the_kernels(seed: int) -> None:
     n, k = (grouped, free) if axis_out else (free, grouped)
     fmt = WeightFormat({4: Kind.INT4, 8: Kind.INT8}[bits], group, axis_out=axis_out)
     scheme = WeightScheme(bits, group, "out" if axis_out else "in")
-    found = footprint_of("xnnpack").weight_bytes(Weight("expert", "w", 3, n, k), scheme, None)
+    found = find_target("xnnpack").footprint().weight_bytes(Weight("expert", "w", 3, n, k), scheme, None)
     assert found == 3 * kernel_api.packed_bytes(n, k, fmt)
 
 
@@ -105,6 +106,6 @@ def test_peak_memory_is_the_measured_one(compiled: tuple[Spec, str, Path]) -> No
 
 
 def test_targets_that_have_sizes() -> None:
-    known = {name for name in target_packages() if footprint_of(name) is not None}
+    known = {name for name in target_packages() if find_target(name).footprint() is not None}
     assert {"xnnpack", "metal"} <= known
-    assert all(footprint_of(name).target == name for name in known)
+    assert all(find_target(name).footprint().target == name for name in known)

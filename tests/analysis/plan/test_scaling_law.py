@@ -17,7 +17,8 @@ from moec.analysis.plan.search import EXPERTS, Found, Limits, search, shape, sha
 from moec.analysis.plan.searched import spec_text
 from moec.compiler.errors import UserError
 from moec.compiler.spec import DecoderConfig, load_spec, parameter_counts, parse_spec
-from moec.compiler.spec.targets import footprint_of, options_class
+from moec.compiler.spec.targets import options_class
+from moec.compiler.target import find_target
 from tests.conftest import Moec
 
 SPECS = Path(__file__).parents[3] / "specs"
@@ -34,7 +35,9 @@ def found(device: str = "galaxy-s25", *, law: Law = PUBLISHED, extrapolate: bool
     chosen = load_device(device)
     asked = Limits(**{"memory": chosen.budget, "context": 8192, **limits})  # type: ignore[arg-type]
     target = chosen.backend
-    return search(chosen, footprint_of(target), options_class(target)(), asked, law=law, extrapolate=extrapolate)
+    return search(
+        chosen, find_target(target).footprint(), options_class(target)(), asked, law=law, extrapolate=extrapolate
+    )
 
 
 @pytest.mark.parametrize(("n", "d", "losses", "digits"), CHECKS)
