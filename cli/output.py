@@ -98,7 +98,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     from rich.table import Table
     from rich.text import Text
 
-    shape = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    shape = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         shape.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
@@ -106,6 +106,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     # no wrapping where a program reads: a width that no row reaches, and no padding at the end of a line
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:
+        console.print(Text(title, style="italic"))  # not the table's own title, which wraps where columns are narrow
         console.print(shape)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 

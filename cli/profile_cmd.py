@@ -66,6 +66,7 @@ def profile(
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
     opened = Artifact.open(artifact)
     target = target_of(opened)
+    target.check_profiles(opened)
     runs = plan_runs(opened, settings)
     machine = None
     if on_device:

@@ -28,7 +28,7 @@ from moec.compiler.artifact import (
     write_manifest,
 )
 from moec.compiler.dumps import Dumps, in_turn, rewritten
-from moec.compiler.errors import ArtifactError, CompileError, UserError
+from moec.compiler.errors import CompileError, UserError
 from moec.compiler.export import MAX_TOKENS
 from moec.compiler.generate import read_tokenizer
 from moec.compiler.pipeline import Pass, PassRecord, PassResult, PipelineLog, run_passes
@@ -90,11 +90,7 @@ def compile(
 def load(artifact: Artifact | str | Path) -> Session:
     """Open an artifact (its folder is checked first) and load it with its target's runtime."""
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
-    if opened.manifest.target not in target_packages():
-        known = ", ".join(target_packages())
-        what = f"is for target {opened.manifest.target!r}, which is not installed (known here: {known})"
-        raise ArtifactError(what, place=str(opened.folder), remedy="install that target, or compile for another")
-    return find_target(opened.manifest.target).load(opened)
+    return target_of(opened).load(opened)
 
 
 def load_exact(artifact: Artifact) -> Session:

@@ -135,6 +135,11 @@ class Target(ABC):
         """An attached device that profiles in place of this machine: `push(model, name)`, `run(request, name)`."""
         raise self._not_profiled(artifact)
 
+    def check_profiles(self, artifact: Artifact) -> None:
+        """UserError, before anything is measured, for a target without `profile`."""
+        if type(self).profile is Target.profile:
+            raise self._not_profiled(artifact)
+
     def describe(self, artifact: Artifact) -> list[Table]:
         """What `moec inspect` shows beside files and sizes."""
         return []
@@ -248,5 +253,9 @@ def find_target(name: str) -> Target:
 
 
 def target_of(artifact: Artifact) -> Target:
-    """The target of an artifact."""
-    return find_target(artifact.manifest.target)
+    """The target of an artifact; ArtifactError when it is not installed."""
+    name, known = artifact.manifest.target, target_packages()
+    if name not in known:
+        what = f"is for target {name!r}, which is not installed (known here: {', '.join(known)})"
+        raise ArtifactError(what, place=str(artifact.folder), remedy="install that target, or compile for another")
+    return find_target(name)

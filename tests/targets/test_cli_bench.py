@@ -95,6 +95,12 @@ def test_refuses_a_file_of_something_else(moec: Moec, folder: Path, tmp_path: Pa
 
 
 def test_a_target_that_does_not_run_here(moec: Moec, tmp_path: Path) -> None:
+    status, _, err = moec("bench", _write_artifact(tmp_path / "artifact", "metal"))
+    assert status == 2
+    assert "an artifact for metal cannot be timed on this machine" in err
+
+
+def test_a_target_that_is_not_installed(moec: Moec, tmp_path: Path) -> None:
     status, _, err = moec("bench", _write_artifact(tmp_path / "artifact", "elsewhere"))
     assert status == 2
-    assert "an artifact for elsewhere cannot be timed on this machine" in err
+    assert "is for target 'elsewhere', which is not installed" in err

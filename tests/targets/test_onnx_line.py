@@ -345,6 +345,9 @@ class TestDamage:
 
     def test_taps_that_are_not_there(self, copy: Path) -> None:
         self.rewritten(copy, moe_taps=[{"x": "nowhere"}])
+        with pytest.raises(ArtifactError, match=r"details\.moe_taps\.0\.indices"):
+            build.load(copy)
+        self.rewritten(copy, moe_taps=[dict.fromkeys(("x", "indices", "weights", "y"), "nowhere")])
         session = build.load(copy)
         with pytest.raises(ArtifactError, match="moe_taps"):
             session.trace(True)
