@@ -360,7 +360,7 @@ def right_tokens(checkpoint: Path, rows: list[dict[str, Any]], *, simulate: bool
 
     (0, 0) for a row that does not fit into the model's context.
     """
-    from moec.compiler.generate import load_tokenizer
+    from moec.compiler.tokenizer import load_tokenizer
     from moec.training.evaluate_models import HarnessModel, checkpoint_model
 
     model = checkpoint_model(checkpoint, simulate)

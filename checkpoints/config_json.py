@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.files import read_bytes
 from moec.compiler.spec.model import DecoderConfig
 
 PACKED_FORMAT = "mobilemoe-int4-g32"
@@ -136,14 +137,11 @@ class ConfigFaults(CheckpointError):
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON mapping from a file that may be anything. CheckpointError if it is none."""
     remedy = "copy it again from where the checkpoint comes from"
+    if not file.exists():
+        raise CheckpointError("missing", place=str(file), remedy=remedy)
+    text = read_bytes(file, limit=_MAX_BYTES, fault=CheckpointError, remedy=remedy)
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise CheckpointError("too large for what it should be", place=str(file), remedy=remedy)
-        raw = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("missing", place=str(file), remedy=remedy) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", place=str(file)) from error
+        raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"no valid JSON ({str(error).splitlines()[0]})", place=str(file), remedy=remedy) from None
     if not isinstance(raw, dict):

@@ -14,9 +14,10 @@ from moec.checkpoints.folder import CONFIG, GGUF, foreign_folder, gguf_refused, 
 from moec.checkpoints.gguf_file import GgufFile, read_gguf
 from moec.checkpoints.safetensors_file import Entry, shown
 from moec.checkpoints.store import expected_tensors, open_store
-from moec.compiler.errors import CheckpointError, SpecError, UserError
+from moec.compiler.errors import ArtifactError, CheckpointError, SpecError, UserError
 from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig, parameter_counts
+from moec.compiler.tokenizer import load_tokenizer
 from moec.sources.decoder.config import decoder_of
 
 if TYPE_CHECKING:
@@ -219,9 +220,9 @@ def _tokenizer(folder: Path) -> TokenizerInfo | None:
     file = folder / TOKENIZER
     if not file.is_file():
         return None
-    from tokenizers import Tokenizer
-
     try:
-        return TokenizerInfo(vocab_size=Tokenizer.from_file(str(file)).get_vocab_size())
-    except Exception:  # the library raises no narrower type
+        tokenizer = load_tokenizer(file)
+    except ArtifactError:
         return TokenizerInfo(vocab_size=None)
+    tokenizer.close()
+    return TokenizerInfo(vocab_size=tokenizer.vocab_size)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.files import open_regular
 
 TYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -92,7 +93,7 @@ class Entry:
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of a file. CheckpointError, of one line per fault, if it is not whole and consistent."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file, fault=CheckpointError) as stream:
             size = os.fstat(stream.fileno()).st_size
             length_bytes = stream.read(8)
             length = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else None

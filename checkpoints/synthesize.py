@@ -89,7 +89,7 @@ def synthesize(
             )
     progress = progress or Progress(quiet=True)
     out = Path(out)
-    with replacing(out, marker=CONFIG, kind="a checkpoint") as folder:
+    with replacing(out, kind="a checkpoint") as folder:
         (folder / CONFIG).write_text(json.dumps(config_to_json(config, packed=qat), indent=2) + "\n", "utf-8")
         tokenizer = train_tokenizer(config.vocab_size, bos_id=config.bos_id, eos_ids=config.eos_ids)
         if tokenizer is not None:

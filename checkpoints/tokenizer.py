@@ -40,7 +40,18 @@ def train_tokenizer(vocab_size: int, *, bos_id: int | None, eos_ids: Sequence[in
     room = min(vocab_size - len(specials), _TRAINED)
     if room < _BYTES:
         return None
-    return json.dumps(_with_specials(json.loads(_train(room)), specials), ensure_ascii=False)
+    raw = _with_specials(json.loads(_train(room)), specials)
+    if bos_id is not None:
+        raw["post_processor"] = _begins_with("<|begin_of_text|>", bos_id)
+    return json.dumps(raw, ensure_ascii=False)
+
+
+def _begins_with(token: str, id_: int) -> dict[str, Any]:
+    """A post-processor that puts a token before every text, as Llama's tokenizers have it."""
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    special = {token: {"id": token, "ids": [id_], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b], "special_tokens": special}
 
 
 def _train(vocab_size: int) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.trust import Trust
+
 
 def register(app: typer.Typer) -> None:
     app.command("compile")(compile_spec)
@@ -20,6 +22,7 @@ def compile_spec(
     force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moec.cli.status import CHECK_FAILED, DONE
+from moec.cli.trust import Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +21,7 @@ def explain(
     target: Annotated[str | None, typer.Option(help="One of the spec's targets; needed when it names several.")] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Also print the graph that the passes left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Say what each pass changed and, for every candidate it left alone, the node and the reason.
 

@@ -47,8 +47,9 @@ def inspect(
 
 def _show_artifact(artifact: Artifact) -> None:
     from moec.cli.output import size, table
+    from moec.compiler.build_record import read_build_record
 
-    manifest = artifact.manifest
+    manifest, record = artifact.manifest, read_build_record(artifact)
     model = manifest.model
     table(
         f"{manifest.name} for {manifest.target}",
@@ -57,7 +58,7 @@ def _show_artifact(artifact: Artifact) -> None:
             ("size", size(artifact.bytes)),
             ("model", f"{model.name}, vocabulary {model.vocab_size}, context {model.context}"),
             ("MoE layers", len(model.moe_layers)),
-            ("checkpoint", manifest.checkpoint),
+            ("checkpoint", record.checkpoint if record is not None else "not known here (no build record)"),
             ("quantization", _quantization_text(manifest.quantization)),
             ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
             ("digests", ", ".join(f"{k} {v}" for k, v in manifest.digests.model_dump().items() if v)),
@@ -74,8 +75,8 @@ def _show_artifact(artifact: Artifact) -> None:
 
     for made in target_of(artifact).describe(artifact):
         table(f"\n{made.title}", made.columns, made.rows, right=made.right)
-    passes = [(p.name, p.changed, len(p.refusals), f"{p.seconds:.2f}", p.digest) for p in manifest.passes]
-    table("\nPasses", ["pass", "changed", "refused", "seconds", "graph"], passes, right=[1, 2, 3])
+    passes = [(p.name, p.changed, len(p.refusals), p.digest) for p in manifest.passes]
+    table("\nPasses", ["pass", "changed", "refused", "graph"], passes, right=[1, 2])
 
 
 def _quantization_text(quantization: Any) -> str:

@@ -6,9 +6,11 @@ Exit status: 0 done, 1 a check failed, 2 the user's fault (one line on stderr), 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -20,7 +22,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from moec.cli.status import BUG, INTERRUPTED, TERMINATED, USER_ERROR
+from moec.compiler.cores import cores_are_shared, wait_without_spinning
 from moec.compiler.errors import UserError
+from moec.compiler.units import printable
 
 app = typer.Typer(
     name="moec",
@@ -68,8 +72,10 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status, with every fault already printed to stderr."""
     _hush()
     _open_streams()
+    wait_without_spinning(os.environ, shared=cores_are_shared())
     try:
-        status = _invoke(arguments)
+        # in a context of its own: what one command was told to trust is not trusted by the next
+        status = contextvars.copy_context().run(_invoke, arguments)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -78,6 +84,8 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
+    except MemoryError:
+        return _out_of_memory()
     except BrokenPipeError:  # the reader of our output has gone, as with `moec ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -90,7 +98,7 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         stopped = _status_of_signal(error)
         if stopped is None:
-            return _bug()
+            return _out_of_memory() if _is_out_of_memory(error) else _bug()
         _say("interrupted")
         return stopped
 
@@ -160,11 +168,28 @@ def _open_streams() -> None:
 def _say(text: str) -> None:
     live = sys.stderr.isatty()
     try:
-        print(("\r\x1b[2K" if live else "") + text, file=sys.stderr, flush=True)
+        print(("\r\x1b[2K" if live else "") + printable(text), file=sys.stderr, flush=True)
     except OSError:
         # where nothing can be said the status still tells: Python's own is 120 for text that stays unwritten
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch and native libraries say it in their own words; what was caught on the way counts."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or re.search(
+            r"can't allocate memory|not enough memory|out of memory|std::bad_alloc|Cannot allocate memory", str(seen)
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _out_of_memory() -> int:
+    _say("out of memory; close other programs, or use a smaller model, context or batch")
+    return USER_ERROR
 
 
 def _bug() -> int:

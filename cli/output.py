@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import UserError
+from moec.compiler.units import CONTROL, printable
 from moec.compiler.units import size as size  # commands take it from here with the rest of what they print with
 
 
@@ -31,7 +32,9 @@ def plain(value: Any) -> Any:
 
 
 def json_text(value: Any) -> str:
-    return json.dumps(plain(value), indent=2, ensure_ascii=False)
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False)
+    # JSON itself escapes the control characters below 32
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def emit_json(value: Any) -> None:
@@ -102,7 +105,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     for index, column in enumerate(columns):
         shape.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        shape.add_row(*[Text(str(cell)) for cell in row])
+        shape.add_row(*[Text(printable(str(cell))) for cell in row])
     # no wrapping where a program reads: a width that no row reaches, and no padding at the end of a line
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.trust import Trust
 from moec.compiler.errors import UserError
 
 RUN = "run.json"
@@ -32,6 +33,7 @@ def report(
         Path | None, typer.Option(help="What `moec verify SPEC --json` wrote. Default: found beside.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Write one self-contained HTML page: sizes, graphs, passes, verification, memory and speed, experts, versions.
 

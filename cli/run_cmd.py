@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.cli.trust import Trust
 from moec.compiler.errors import RunError, UserError
+from moec.compiler.units import printable
 
 if TYPE_CHECKING:
     from moec.compiler.generate import Generation, TextStream
@@ -26,8 +28,12 @@ def run_artifact(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that sum to this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ids, text and rates as JSON at the end.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout, tokens per second go to stderr.
 
@@ -35,21 +41,23 @@ def run_artifact(
     """
     from moec.cli.output import emit_json
     from moec.compiler.artifact import Artifact
-    from moec.compiler.generate import Generation, Sampling, TextStream, encode_prompt, load_tokenizer
+    from moec.compiler.generate import Generation, Sampling, TextStream
+    from moec.compiler.tokenizer import encode_prompt, load_tokenizer
 
     if (prompt is None) == (ids is None):
         raise UserError("give either --prompt TEXT or --ids 1,2,3")
     sampling = Sampling(temperature, top_p, seed)
     prompt_ids = [] if ids is None else _parse_ids(ids)
     opened = Artifact.open(artifact)
+    opened = opened if threads is None else opened.with_threads(threads)
     model = opened.manifest.model
     stream = None
     if ids is None:
         words = load_tokenizer(tokenizer or opened.folder / "tokenizer.json")
         text = sys.stdin.read() if prompt == "-" else prompt
         assert text is not None
-        prompt_ids = encode_prompt(words, text, model.bos_id)
-        stream = TextStream(lambda tokens: words.decode(tokens, skip_special_tokens=True))
+        prompt_ids = encode_prompt(words, text)
+        stream = TextStream(lambda tokens: words.decode(tokens))
     from moec.compiler import build  # torch: seconds, which a fault above need not wait for
 
     session = build.load(opened)
@@ -78,6 +86,7 @@ def _stream(generation: Generation, stream: TextStream | None, *, show: bool) ->
         if show and piece:
             # a terminal that cannot show a character gets a replacement, not a traceback
             encoding = sys.stdout.encoding or "utf-8"
+            piece = printable(piece) if sys.stdout.isatty() else piece  # a model may have learned escape sequences
             print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
     for token in generation:

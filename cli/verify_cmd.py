@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moec.cli.status import CHECK_FAILED
+from moec.cli.trust import Trust
 
 if TYPE_CHECKING:
     from moec.analysis.verify.diff import Difference
@@ -38,6 +39,7 @@ def verify(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare; more take longer.")] = None,
     text: Annotated[Path | None, typer.Option(help="Compare on this text file instead of the shipped prompts.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Replay an artifact against the eager model with the same integer weights, or the passes of a spec one by one.
 
@@ -109,6 +111,7 @@ def bisect(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the finding as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Name the first rewrite that changes what the model computes: pass, layer and node. Exit status 1 if there is one.
 
@@ -138,6 +141,7 @@ def diff(
     stage: Annotated[str, typer.Option(help="For specs: compare the graphs at this stage.")] = "fused",
     tokens: Annotated[int, typer.Option(min=1, help="For artifacts: tokens whose logits are compared.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the differences as JSON.")] = False,
+    trust: Trust = False,
 ) -> None:
     """What differs between two artifacts (manifest and logits) or two graphs (text). Exit status 1 if anything does.
 

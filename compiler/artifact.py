@@ -9,22 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moec.compiler.errors import ArtifactError
-from moec.compiler.replacing import replacing
+from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.files import open_regular, read_bytes
+from moec.compiler.replacing import await_replaced, replacing
 from moec.compiler.spec.targets import TargetOptions, options_class
+from moec.compiler.units import CONTROL
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _REMEDY = "compile it again with `moec compile`"
 # Enough to hold a program's header and instructions, little enough to be read at every load.
 _HEAD_BYTES = 1 << 22
+_MAX_MANIFEST = 16 << 20  # bytes; those of the largest models that were compiled are below 1 MB
 
 
 class _Record(BaseModel):
@@ -45,7 +48,6 @@ class PassEntry(_Record):
 
     name: str
     changed: int
-    seconds: float
     digest: str
     refusals: tuple[str, ...] = ()
 
@@ -79,7 +81,11 @@ _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class ModelRecord(_Record):
-    """What a runtime must know; lengths in tokens. `moe_layers` are module paths in the order they run."""
+    """What a runtime must know; lengths in tokens. `moe_layers` are module paths in the order they run.
+
+    `prompt_begins`, `prompt_ends`: the ids that the model's own tokenizer puts around every text, as its post-processor
+    says; None without a tokenizer. `bos_id` is what the model names so, whether or not a prompt begins with it.
+    """
 
     name: str
     vocab_size: _Count
@@ -88,17 +94,21 @@ class ModelRecord(_Record):
     bos_id: _Id | None
     eos_ids: tuple[_Id, ...]
     moe_layers: tuple[str, ...]
+    prompt_begins: tuple[_Id, ...] | None = None
+    prompt_ends: tuple[_Id, ...] | None = None
 
 
 class Manifest(_Record):
-    """All that is known of an artifact. `details` are the target's facts (`Target.facts`); `notes` are for the user."""
+    """All that is known of an artifact. `details` are the target's facts (`Target.facts`); `notes` are for the user.
+
+    Nothing in it is of the machine or the moment (see `build_record`): the same compile gives the same manifest.
+    """
 
     format: int
     moec: str
     name: str
     target: str
     spec: dict[str, Any]
-    checkpoint: str
     quantization: Any
     model: ModelRecord
     digests: Digests
@@ -107,9 +117,14 @@ class Manifest(_Record):
     sizes_by_role: dict[str, int]
     details: dict[str, Any]
     versions: dict[str, str]
-    seconds: dict[str, float]
     notes: tuple[str, ...] = ()
     codes: tuple[CodesEntry, ...] = ()
+
+    @property
+    def contents(self) -> str:
+        """SHA-256 over the names and digests of all files: what an artifact is, whatever made it. Hexadecimal."""
+        lines = "".join(f"{f.sha256}  {f.name}\n" for f in sorted(self.files, key=lambda f: f.name))
+        return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
 
     def section(self, *names: str) -> Mapping[str, Any]:
         """A mapping inside `spec`, such as ("model", "moe"); empty where there is none."""
@@ -122,9 +137,11 @@ class Manifest(_Record):
 class Artifact:
     """An artifact folder whose manifest was read and whose files have the right length and head."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, overrides: Mapping[str, Any] | None = None) -> None:
+        """`overrides`: options of the target that differ from those it was compiled with, here and now."""
         self.folder = folder
         self.manifest = manifest
+        self._overrides = dict(overrides or {})
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.folder)!r}, {self.manifest.name} for {self.manifest.target})"
@@ -135,11 +152,22 @@ class Artifact:
             raise ArtifactError(f"the manifest lists no {name}", place=str(self.folder), remedy=_REMEDY)
         return self.folder / name
 
+    def with_threads(self, threads: int) -> Artifact:
+        """The same artifact, run by so many threads; RunError where its target does not take a number."""
+        target = self.manifest.target
+        if "threads" not in options_class(target).model_fields:
+            what = f"artifacts for {target} take no number of threads"
+            raise RunError(what, place=str(self.folder), remedy="leave --threads out")
+        return Artifact(self.folder, self.manifest, {**self._overrides, "threads": threads})
+
     def options(self) -> TargetOptions:
         """The options that its spec gave its target; ArtifactError if they are damaged."""
         target = self.manifest.target
+        given = self.manifest.section("targets").get(target) or {}
         try:
-            return options_class(target).model_validate(self.manifest.section("targets").get(target) or {})
+            if self._overrides and isinstance(given, Mapping):
+                given = {**given, **self._overrides}
+            return options_class(target).model_validate(given)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in ("spec", "targets", target, *first["loc"]))
@@ -170,23 +198,21 @@ class Artifact:
 
 def new_artifact(out: Path) -> AbstractContextManager[Path]:
     """The folder to write an artifact into, which becomes `out` when the block ends well (see `replacing`)."""
-    return replacing(out, marker=MANIFEST, kind="an artifact")
+    return replacing(out, kind="an artifact")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`; ArtifactError if it is missing, not JSON, of another format, or incomplete."""
     file = folder / MANIFEST
+    await_replaced(folder)
     if not folder.is_dir():
         found = "is a file, not an artifact folder" if folder.exists() else "no such artifact folder"
         raise ArtifactError(found, place=str(folder), remedy="name a folder that `moec compile` wrote")
-    if file.exists() and not file.is_file():
-        raise ArtifactError("is not a file", place=str(file), remedy=_REMEDY)
+    if not file.exists():
+        raise ArtifactError(f"no {MANIFEST} in this folder", place=str(folder), remedy=_REMEDY)
+    text = read_bytes(file, limit=_MAX_MANIFEST, fault=ArtifactError, remedy=_REMEDY)
     try:
-        raw = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"no {MANIFEST} in this folder", place=str(folder), remedy=_REMEDY) from None
-    except OSError as error:
-        raise ArtifactError(error.strerror or str(error), place=str(file)) from error
+        raw = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"damaged: {_one_line(error)}", place=str(file), remedy=_REMEDY) from error
     version = raw.get("format") if isinstance(raw, dict) else None
@@ -198,10 +224,26 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"damaged: {where}: {first['msg']}", place=str(file), remedy=_REMEDY) from error
+    control = next(_control_characters(raw), None)
+    if control is not None:  # they would reach the terminal of whoever looks at the artifact
+        raise ArtifactError(f"damaged: control characters in {control!r}", place=str(file), remedy=_REMEDY)
     for record in manifest.files:  # a manifest is input: it may not point outside its folder
         if Path(record.name).name != record.name or "\0" in record.name:
             raise ArtifactError(f"damaged: file name {record.name!r}", place=str(file), remedy=_REMEDY)
     return manifest
+
+
+def _control_characters(value: Any) -> Iterator[str]:
+    """Texts of a JSON value that hold control characters other than line ends and tabs."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _control_characters(key)
+            yield from _control_characters(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _control_characters(inner)
+    elif isinstance(value, str) and CONTROL.search(value):
+        yield value[:40]
 
 
 def _one_line(error: Exception) -> str:
@@ -209,16 +251,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_file(file: Path, record: FileRecord) -> None:
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise ArtifactError("is not a file", place=str(file), remedy=_REMEDY)
+    if not file.exists():
+        raise ArtifactError("the file is missing", place=str(file), remedy=_REMEDY)
     try:
-        with file.open("rb") as stream:
+        with open_regular(file, fault=ArtifactError, remedy=_REMEDY) as stream:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(_HEAD_BYTES)
-    except FileNotFoundError:
-        raise ArtifactError("the file is missing", place=str(file), remedy=_REMEDY) from None
-    except IsADirectoryError:
-        raise ArtifactError("is a folder, not a file", place=str(file), remedy=_REMEDY) from None
     except OSError as error:
         raise ArtifactError(error.strerror or str(error), place=str(file)) from error
     if size != record.bytes:

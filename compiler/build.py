@@ -27,10 +27,10 @@ from moec.compiler.artifact import (
     record_file,
     write_manifest,
 )
+from moec.compiler.build_record import model_paths, portable, write_build_record
 from moec.compiler.dumps import Dumps, in_turn, rewritten
 from moec.compiler.errors import CompileError, UserError
 from moec.compiler.export import MAX_TOKENS
-from moec.compiler.generate import read_tokenizer
 from moec.compiler.pipeline import Pass, PassRecord, PassResult, PipelineLog, run_passes
 from moec.compiler.program import Program, module_path
 from moec.compiler.progress import Progress
@@ -39,6 +39,8 @@ from moec.compiler.spec import Spec, as_spec
 from moec.compiler.spec.sources import source_of
 from moec.compiler.spec.targets import TargetOptions, target_packages
 from moec.compiler.target import LoweredFiles, Session, find_target, target_of
+from moec.compiler.tokenizer import TextTokenizer
+from moec.compiler.trust import trusting
 
 _VERSIONED = ("torch", "executorch", "torchao", "numpy")
 
@@ -50,12 +52,14 @@ def compile(
     out: str | Path | None = None,
     progress: Progress | None = None,
     force: bool = False,
+    trust: bool = False,
 ) -> Artifact:
     """Compile a spec into an artifact folder and open it. `out` defaults to NAME-TARGET in the working directory.
 
     `spec`: a YAML file, a mapping of the same keys, or a `Spec`.
 
-    A spec that names a `device:` which it does not fit is refused, unless `force`.
+    A spec that names a `device:` which it does not fit is refused, unless `force`. A python model or an exported
+    program is code: TrustError unless `trust`.
 
     UserError (SpecError, CheckpointError, CompileError ...) for a fault of the input; an artifact that stood at `out`
     is then untouched.
@@ -68,9 +72,9 @@ def compile(
     if spec.device is not None and not force:
         check_fits(spec, load_device(spec.device), name)
     place = Path(out) if out is not None else Path(f"{spec.name}-{name}")
-    with new_artifact(place) as folder:
+    with trusting(trust), new_artifact(place) as folder:
         store = open_checkpoint(spec, checkpoint)
-        companions = _companions(store)
+        companions, words = _companions(store)
         clock.lap("checkpoint")
         log = PipelineLog()
         program, passes = program_and_passes(spec, store, name)
@@ -82,15 +86,28 @@ def compile(
         for file, content in companions.items():
             (folder / file).write_bytes(content)
         lowered = replace(lowered, files=(*lowered.files, *companions))
-        manifest = _manifest(spec, name, store, program, log, lowered, folder, clock.laps)
+        manifest = _manifest(spec, name, store, program, log, lowered, folder, words)
         write_manifest(folder, manifest)
+    clock.lap("write")
+    write_build_record(
+        place,
+        manifest,
+        checkpoint=store.folder,
+        model=model_paths(spec),
+        seconds=clock.laps,
+        pass_seconds=tuple((r.name, round(r.seconds, 3)) for r in log.records),
+    )
     return Artifact.open(place)
 
 
-def load(artifact: Artifact | str | Path) -> Session:
-    """Open an artifact (its folder is checked first) and load it with its target's runtime."""
+def load(artifact: Artifact | str | Path, *, trust: bool = False) -> Session:
+    """Open an artifact (its folder is checked first) and load it with its target's runtime.
+
+    An MLIR artifact is code: TrustError unless `trust`.
+    """
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
-    return target_of(opened).load(opened)
+    with trusting(trust):
+        return target_of(opened).load(opened)
 
 
 def load_exact(artifact: Artifact) -> Session:
@@ -188,15 +205,15 @@ def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> Checkpoint:
     return source_of(spec.model).open(spec, None if folder is None else Path(folder))
 
 
-def _companions(store: Checkpoint) -> dict[str, bytes]:
+def _companions(store: Checkpoint) -> tuple[dict[str, bytes], TextTokenizer | None]:
     """What the model brings beside its weights, checked: a damaged tokenizer is a fault now, not when it is run."""
     found = dict(store.companions())
     unknown = sorted(set(found) - set(COMPANIONS))
     assert not unknown, f"{type(store).__name__} brings {unknown}, known are {COMPANIONS}"
     # {} is the tokenizer of a corpus that came as ids
-    if TOKENIZER in found and found[TOKENIZER].strip() != b"{}":
-        read_tokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))
-    return found
+    if found.get(TOKENIZER, b"{}").strip() == b"{}":
+        return found, None
+    return found, TextTokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))
 
 
 class _Clock:
@@ -220,18 +237,18 @@ def _manifest(
     log: PipelineLog,
     lowered: LoweredFiles,
     folder: Path,
-    seconds: dict[str, float],
+    words: TextTokenizer | None,
 ) -> Manifest:
     files = [record_file(folder / name, lowered.digests.get(name)) for name in lowered.files]
+    begins, ends = (None, None) if words is None else words.adds()
     info = program.info
-    resolved = spec.model_dump(mode="json")
+    resolved = portable(spec).model_dump(mode="json")
     return Manifest(
         format=FORMAT,
         moec=version("moec"),
         name=spec.name,
         target=target,
         spec=resolved,
-        checkpoint=str(store.folder.absolute()),
         quantization=resolved["quantization"],
         model=ModelRecord(
             name=info.name,
@@ -241,9 +258,11 @@ def _manifest(
             bos_id=info.bos_id,
             eos_ids=info.eos_ids,
             moe_layers=info.moe_layers,
+            prompt_begins=begins,
+            prompt_ends=ends,
         ),
         digests=Digests(
-            spec=hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
+            spec=spec_digest(spec),
             checkpoint=store.digest(),
             graph=program.digest(),
             kernel=lowered.kernel_digest,
@@ -253,7 +272,6 @@ def _manifest(
         sizes_by_role=dict(lowered.sizes_by_role),
         details=lowered.facts.model_dump(mode="json", exclude_unset=True),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
-        seconds=seconds,
         notes=(*store.notes, *lowered.notes),
         codes=_codes(program),
     )
@@ -272,12 +290,16 @@ def _codes(program: Program) -> tuple[CodesEntry, ...]:
     )
 
 
+def spec_digest(spec: Spec) -> str:
+    """SHA-256 of a spec without its paths: the same for everybody who compiles the same thing."""
+    return hashlib.sha256(json.dumps(portable(spec).model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
 def _entry(record: PassRecord) -> PassEntry:
     refusals = tuple(f"{r.where or r.node}: {r.reason}" for r in record.refusals)
     return PassEntry(
         name=record.name,
         changed=record.changed,
-        seconds=round(record.seconds, 3),
         digest=record.digest,
         refusals=refusals,
     )

@@ -43,3 +43,7 @@ class RunError(UserError):
 
 class MissingExtra(UserError):
     """An optional dependency is not installed; the remedy names the extra."""
+
+
+class TrustError(UserError):
+    """Something would run code that came from outside, and the user did not say that it is trusted."""

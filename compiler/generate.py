@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +15,6 @@ import numpy as np
 from moec.compiler.errors import ArtifactError, RunError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from moec.compiler.target import Session
 
 
@@ -159,41 +156,3 @@ class Generation:
             started = time.perf_counter()
             logits = self.session.decode(token)
             self.stats.decode_seconds += time.perf_counter() - started
-
-
-def load_tokenizer(file: Path) -> Tokenizer:
-    """A `tokenizer.json`; ArtifactError when it is missing or damaged."""
-    if not file.is_file():
-        raise ArtifactError(
-            "no such tokenizer", place=str(file), remedy="put tokenizer.json into the checkpoint folder"
-        )
-    return read_tokenizer(file.read_bytes(), str(file))
-
-
-def read_tokenizer(content: bytes, place: str) -> Tokenizer:
-    """The content of a `tokenizer.json`; ArtifactError, which names `place`, when it is damaged."""
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_buffer(content)  # from_file takes no path that is not UTF-8
-    except Exception as error:  # the library raises bare Exception for every fault of the file
-        raise ArtifactError(
-            f"not a tokenizer: {str(error).splitlines()[0]}", place=place, remedy="take the model's tokenizer.json"
-        ) from None
-
-
-def check_unicode(text: str, place: str) -> None:
-    """RunError for half characters: bytes that were no UTF-8, or a lone surrogate of a JSON file."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RunError("holds half a character", place=place, remedy="give it as UTF-8") from None
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str, bos_id: int | None) -> list[int]:
-    """Ids of `text`, starting with `bos_id` if the model has one: once, whether or not the tokenizer adds it itself."""
-    check_unicode(text, "--prompt")
-    ids = list(tokenizer.encode(text, add_special_tokens=True).ids)
-    if bos_id is not None and (not ids or ids[0] != bos_id):
-        ids.insert(0, bos_id)
-    return ids

@@ -99,7 +99,8 @@ def quantize_weight(
     """Eq. 6, per group along the last dimension. The codes are rounded against the scale as it is stored.
 
     A group whose scale is too small for `scale_dtype` gets scale 0 and codes 0 (float16: below 2e-7 in magnitude).
-    Raises CompileError for values that are not finite or whose scale `scale_dtype` cannot hold.
+    Raises CompileError for values that are not finite, whose scale `scale_dtype` cannot hold, or where more than half
+    of the groups that are not zero would become so.
     """
     if w.shape[-1] % group_size:
         raise ValueError(f"last dimension {w.shape[-1]} is not a multiple of the group size {group_size}")
@@ -110,15 +111,23 @@ def quantize_weight(
     )
     scales = torch.empty((*w.shape[:-1], width // group_size), dtype=scale_dtype)
     rows_NL, rows_codes, rows_scales = _rows(w), _rows(codes), _rows(scales)
+    present = lost = 0
     for piece in _pieces(rows_NL):
         grouped = rows_NL[piece].to(torch.float32).unflatten(-1, (-1, group_size))
         magnitude = grouped.abs().amax(-1)
         scale = (2.0 * magnitude / (2**bits - 1)).to(scale_dtype)
         _check_scales(magnitude, scale)
+        present += int((magnitude > 0).sum())
+        lost += int(((magnitude > 0) & (scale == 0)).sum())
         divisor = scale.to(torch.float32).unsqueeze(-1)
         q = torch.where(divisor > 0, grouped / divisor, 0.0).round_().clamp_(qmin, qmax).to(torch.int8).flatten(-2)
         rows_scales[piece] = scale
         rows_codes[piece] = pack_int4(q) if bits == 4 else q
+    if 2 * lost > present:
+        raise CompileError(
+            f"cannot quantize a weight most of which is too small: {lost} of {present} groups would become zero",
+            remedy="check the checkpoint's scale, or keep this role in fp32",
+        )
     return QuantizedTensor(codes, scales, bits, group_size)
 
 

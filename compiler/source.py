@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.files import read_bytes
 from moec.compiler.spec.strict import Fault, Section
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from moec.compiler.spec.quantization import Quantization
 
 TOKENIZER, CHAT_TEMPLATE, GENERATION = "tokenizer.json", "chat_template.jinja", "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 #: Files that a checkpoint may bring beside its weights; an artifact holds them under the same names.
-COMPANIONS = (TOKENIZER, CHAT_TEMPLATE, GENERATION)
+COMPANIONS = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION)
+_MAX_COMPANION = 256 << 20  # bytes; the tokenizers of the largest vocabularies take 35 MB
 
 M = TypeVar("M", bound=Section)
 
@@ -59,13 +62,18 @@ class Checkpoint(ABC):
         """SHA-256, in hexadecimal, of what tells these weights from others: `moec verify` compares it."""
 
     def companions(self) -> Mapping[str, bytes]:
-        """Content of the files of `COMPANIONS` that the model has; by default the tokenizer.json beside its weights.
+        """Content of the files of `COMPANIONS` that the model has; by default those beside its weights.
 
         A source whose weights lie in one file makes them from it: a tokenizer.json as the tokenizers library reads it,
-        a chat template in Jinja, a generation_config.json with the keys of transformers.
+        a chat template in Jinja, a generation_config.json with the keys of transformers. CheckpointError for one that
+        cannot be read.
         """
-        file = self.folder / TOKENIZER
-        return {TOKENIZER: file.read_bytes()} if file.is_file() else {}
+        files = {name: self.folder / name for name in COMPANIONS}
+        return {
+            name: read_bytes(file, limit=_MAX_COMPANION, fault=CheckpointError)
+            for name, file in files.items()
+            if file.exists()
+        }
 
 
 class ModelSource(ABC, Generic[M]):

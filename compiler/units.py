@@ -1,6 +1,16 @@
-"""Quantities as people read them."""
+"""Quantities and texts as people read them."""
 
 from __future__ import annotations
+
+import re
+
+#: Control characters of both ranges but for line ends and tabs: what a terminal may take for a command.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: a control character, which may come from a file or from a model, is U+FFFD."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def size(count: float) -> str:

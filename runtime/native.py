@@ -52,8 +52,31 @@ class NativeFiles:
     def runner(self) -> Path:
         return self.folder / "moec_runner"
 
+    @property
+    def all(self) -> tuple[Path, Path, Path]:
+        return self.kernels, self.runtime, self.runner
+
+    @property
+    def sums(self) -> Path:
+        return self.folder / "SHA256SUMS"
+
+    def built(self) -> bool:
+        return all(p.is_file() for p in self.all)
+
     def complete(self) -> bool:
-        return all(p.is_file() for p in (self.kernels, self.runtime, self.runner))
+        """Whether all files are there as they were built. UserError for files that somebody else can change.
+
+        A damaged file, as a full disk or a lost machine leaves it, is no build: it is made again.
+        """
+        if not self.built() or not self.sums.is_file():
+            return False
+        for place in (self.folder.parent, self.folder, self.sums, *self.all):
+            _check_owner(place)
+        return self.sums.read_text("utf-8", errors="replace") == self.text_of_sums()
+
+    def text_of_sums(self) -> str:
+        """As `sha256sum` writes it."""
+        return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in self.all)
 
 
 _built: NativeFiles | None = None
@@ -255,18 +278,47 @@ def _build_into(
         _run(configure, step)
         _run([cmake, "--build", str(work)], step)
     built = NativeFiles(work / "out", files.digest)
-    if not built.complete():
+    if not built.built():
         raise AssertionError(f"the build left {built.folder} incomplete")
     staging = files.folder.with_name(f"{files.folder.name}.new-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir()
-        for path in (built.kernels, built.runtime, built.runner):
+        staging.mkdir(mode=0o755)
+        staged = NativeFiles(staging, files.digest)
+        for path in built.all:
             shutil.copy2(path, staging / path.name)
+            (staging / path.name).chmod(0o755)
+        staged.sums.write_text(staged.text_of_sums(), "utf-8")
+        staged.sums.chmod(0o644)
+        for path in (*staged.all, staged.sums, staging):  # on the disk before the name that says so
+            _flush(path)
         shutil.rmtree(files.folder, ignore_errors=True)  # an incomplete one: a complete one would have been used
         staging.rename(files.folder)
+        _flush(files.folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_owner(path: Path) -> None:
+    """UserError for what another user owns or may write: its code would run in this process."""
+    status = path.stat()
+    foreign = status.st_uid not in (os.geteuid(), 0)
+    open_to_others = status.st_mode & 0o002 or (status.st_mode & 0o020 and status.st_gid != os.getegid())
+    if foreign or open_to_others:
+        what = f"belongs to user {status.st_uid}" if foreign else "can be written by other users"
+        raise UserError(
+            f"built kernels are not loaded from here: it {what}",
+            place=str(path),
+            remedy="remove it, or set MOEC_NATIVE_DIR to a folder of your own",
+        )
 
 
 def _sync(folder: Path, sources: dict[str, bytes]) -> None:

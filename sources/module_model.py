@@ -33,6 +33,7 @@ from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint
+from moec.compiler.trust import require_trust
 from moec.sources.roles import roles_by_use
 
 CONTRACT = "forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]"
@@ -75,10 +76,11 @@ class ModuleStore(Checkpoint):
 def open_python(reference: str, folder: Path | None = None) -> ModuleStore:
     """Call `module:function`; `folder` (default: the working directory) is searched for the module first.
 
-    CompileError when it cannot be imported, called, or does not return a module.
+    TrustError unless code is trusted; CompileError when it cannot be imported, called, or does not return a module.
     """
     name, _, function = reference.partition(":")
     where = str((folder or Path.cwd()).resolve())
+    require_trust(f"importing this python module (from {where}, or the path) runs its code", place=reference)
     sys.path.insert(0, where)
     try:
         make = getattr(importlib.import_module(name), function)
@@ -102,9 +104,13 @@ def open_python(reference: str, folder: Path | None = None) -> ModuleStore:
 
 
 def open_exported(file: Path) -> ModuleStore:
-    """A program that torch.export.save wrote. CheckpointError when it is missing or not one."""
+    """A program that torch.export.save wrote. CheckpointError when it is missing or not one.
+
+    TrustError unless code is trusted: torch reads the file by unpickling, which runs what the file says.
+    """
     if not file.is_file():
         raise CheckpointError("there is no such file", place=str(file), remedy="name what torch.export.save wrote")
+    require_trust("reading an exported program unpickles it, which can run any code", place=str(file))
     try:
         exported = torch.export.load(file)
     except Exception as error:

@@ -7,7 +7,6 @@ exports, and its KV cache as static buffers written at start_pos. Weights are re
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,11 +148,8 @@ def _eos_ids(text: Any, folder: Path) -> tuple[int, ...]:
     """The ids that end a text: of generation_config.json (which ends a chat model's turns), then of config.json."""
     file = (folder if folder.is_dir() else folder.parent) / "generation_config.json"
     given: Any = None
-    if file.is_file():
-        try:
-            given = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"it is not JSON: {error}", place=str(file)) from error
+    if file.exists():
+        given = read_json(file)
     found: list[int] = []
     for ids in (given.get("eos_token_id") if isinstance(given, dict) else None, getattr(text, "eos_token_id", None)):
         found += [i for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if isinstance(i, int)]
@@ -179,6 +175,7 @@ def read_config(folder: Path) -> Any:
         if foreign is not None:
             raise foreign
         raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
+    read_json(path / "config.json")  # bounded: what transformers reads afterwards is a small JSON mapping
     try:
         return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,15 @@ def moec(capfd: pytest.CaptureFixture[str]) -> Moec:
         return status, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def trusted() -> Iterator[None]:
+    """Code of models is trusted, as with `--trust`."""
+    from moec.compiler.trust import trusting
+
+    with trusting():
+        yield
 
 
 def refused(result: tuple[int, str, str], *parts: str) -> None:

@@ -26,6 +26,7 @@ from moec.compiler.source import TOKENIZER
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.quantization import Quantization
 from moec.sources.decoder.layout import WeightInfo, weight_layout
+from moec.training.chat_template import TEMPLATE
 from moec.training.model import TrainingDecoder
 from moec.training.rounding import Rounding
 
@@ -115,10 +116,12 @@ def write_checkpoint(
     """
     packed = rounding is not None and rounding.bits in (None, 4)
     layout = [part for info in weight_layout(config).values() for part in _parts(info, packed, rounding)]
-    with replacing(out, marker=CONFIG, kind="a checkpoint") as folder:
+    with replacing(out, kind="a checkpoint") as folder:
         (folder / CONFIG).write_text(json.dumps(config_to_json(config, packed=packed), indent=2) + "\n", "utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
+            if (tokenizer.parent / TEMPLATE).is_file():  # of the model that the tokenizer is of
+                shutil.copyfile(tokenizer.parent / TEMPLATE, folder / TEMPLATE)
         with SafetensorsWriter(folder / "model.safetensors", layout) as writer:
             for info in weight_layout(config).values():
                 for name, value in _values(info, weights[info.name].detach().cpu(), packed, rounding):

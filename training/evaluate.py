@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from moec.compiler.artifact import MANIFEST
 from moec.compiler.errors import MissingExtra, UserError
 from moec.compiler.progress import Progress
 from moec.training.data.tasks import FOLDER as TASKS
+from moec.training.evaluate_tasks import EvaluationError, check_tasks, harness_tasks, sandboxed_templates
 
 if TYPE_CHECKING:
     from moec.training.evaluate_models import Model
@@ -28,15 +29,12 @@ if TYPE_CHECKING:
 _CONFIG = "config.json"
 
 
-class EvaluationError(UserError):
-    """A task is unknown or damaged, or the model cannot serve it."""
-
-
 def evaluate(
     model: str | Path,
     tasks: Sequence[str],
     *,
     include: Sequence[str | Path] = (),
+    data: Mapping[str, Path] | None = None,
     limit: int | None = None,
     simulate: bool = False,
     tokenizer: Path | None = None,
@@ -44,31 +42,45 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run `tasks` on a checkpoint or artifact folder; the harness's results by task, plain values.
 
-    include: folders with tasks: corpora, or folders of YAML files. limit: questions of each task. simulate: compute a
-    checkpoint with the rounding of the artifact made of it (weights, activations, KV cache). Returns {"model", "form",
-    "results": {task: {metric: value, metric_stderr: value}}, "questions": {task: count}, "harness"}.
+    include: folders with tasks: corpora, or folders of YAML files, which run no code unless it is trusted. Tasks that
+    come with the harness, such as arc_easy, find their data in `data`, by task, or in the datasets library's cache.
+    limit: questions of each task. simulate: compute a checkpoint with the rounding of the artifact made of it (weights,
+    activations, KV cache). Returns {"model", "form", "results": {task: {metric: value, metric_stderr: value}},
+    "questions": {task: count}, "harness"}.
     """
     progress = progress or Progress(quiet=True)
     if limit is not None and limit < 1:
         raise EvaluationError(f"a limit of {limit} questions", remedy="use 1 or above")
     harness = _harness()
     folders = [_task_folder(Path(folder)) for folder in include]
-    with TemporaryDirectory() as scratch, _quiet(), _opened(Path(model), simulate, tokenizer) as (opened, words, form):
+    for folder in folders:
+        check_tasks(folder)
+    wrong = sorted(set(data or {}) - set(tasks))
+    if wrong or not tasks:
+        what = f"--data is for {wrong[0]!r}, which is not among the tasks" if wrong else "no task was asked for"
+        raise EvaluationError(what, remedy="name it in --tasks")
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(TemporaryDirectory())
+        opened, words, form = stack.enter_context(_opened(Path(model), simulate, tokenizer))
         from moec.training.evaluate_models import HarnessModel
 
         shipped = Path(scratch, "shipped")
         _shipped_tasks(shipped)
         merged = Path(scratch, "tasks")
         _merge(merged, [shipped, *folders])
-        with _task_faults(include):
+        own = {*list_tasks(include)}
+        foreign = [name for name in tasks if name not in own]
+        cached = harness_tasks(foreign, data or {}, merged) if foreign else False
+        named = (*include, *((data or {}).values()), *(foreign if cached else ()))
+        stack.enter_context(_quiet(keep_cache=cached))
+        stack.enter_context(sandboxed_templates())
+        with _task_faults(named):
             manager = harness.tasks.TaskManager(include_path=str(merged), include_defaults=False)
         unknown = [name for name in tasks if name not in manager.all_tasks]
-        if unknown or not tasks:
-            known = ", ".join(manager.all_tasks)
-            what = f"no task {unknown[0]!r}" if unknown else "no task was asked for"
-            raise EvaluationError(what, remedy=f"there are {known}; corpora with more are named by --include")
+        if unknown:
+            raise EvaluationError(f"no task {unknown[0]!r}", remedy=f"there are {', '.join(manager.all_tasks)}")
         stage = progress.stage(f"evaluate {', '.join(tasks)} on {Path(model).name}")
-        with contextlib.chdir(merged), _task_faults(include), stage:
+        with contextlib.chdir(merged), _task_faults(named), stage:
             raw = harness.simple_evaluate(
                 model=HarnessModel(opened, words),
                 tasks=list(tasks),
@@ -101,7 +113,7 @@ def _task_faults(include: Sequence[str | Path]) -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         place = ", ".join(map(str, include))
-        remedy = "mend the task's YAML: its data must be files beside it"
+        remedy = "its data must be files beside its YAML, given by --data, or in the datasets cache"
         raise EvaluationError(f"a task cannot be used: {reason}", place=place, remedy=remedy) from error
 
 
@@ -137,8 +149,8 @@ def _harness() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Data sets of the call in a folder of their own, no bars or advice on the terminal, no survey of the machine."""
+def _quiet(*, keep_cache: bool = False) -> Iterator[None]:
+    """Data sets in a folder of the call (or the user's cache), no bars or advice on the terminal, no survey."""
     import datasets
     from lm_eval import evaluator
 
@@ -147,7 +159,8 @@ def _quiet() -> Iterator[None]:
     # the harness asks git and torch about the machine for its log, which takes seconds and writes to the terminal
     surveys = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info")}
     with TemporaryDirectory() as cache:
-        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        if not keep_cache:
+            datasets.config.HF_DATASETS_CACHE = Path(cache)
         datasets.disable_progress_bars()
         for name in surveys:
             setattr(evaluator, name, lambda *_: None)
@@ -170,7 +183,7 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _opened(folder: Path, simulate: bool, tokenizer: Path | None) -> Iterator[tuple[Model, Any, str]]:
     """The model, its tokenizer, and what it is: "artifact", "float" or "simulated"."""
-    from moec.compiler.generate import load_tokenizer
+    from moec.compiler.tokenizer import load_tokenizer
     from moec.training.evaluate_models import SessionModel, checkpoint_model
 
     words = load_tokenizer(tokenizer or folder / "tokenizer.json") if folder.is_dir() else None

@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
-from tokenizers import Tokenizer
 
 from moec.checkpoints import spec_from_config
 from moec.checkpoints.config_json import is_packed, read_json
 from moec.checkpoints.folder import CONFIG
 from moec.compiler.artifact import ModelRecord
-from moec.compiler.errors import RunError
-from moec.compiler.generate import Sampler, Sampling, encode_prompt
+from moec.compiler.errors import CheckpointError, RunError
+from moec.compiler.generate import Sampler, Sampling
 from moec.compiler.program import Role
 from moec.compiler.spec.loader import parse_spec
 from moec.compiler.target import Session
+from moec.compiler.tokenizer import TextTokenizer, encode_prompt
 from moec.sources.decoder.config import decoder_of
 from moec.training.checkpoints import load_model
 from moec.training.model import TrainingDecoder
 from moec.training.rounding import Rounding, WeightRounding
 
+DECODERS = ("mobilemoe", "mobilellm")  # the model_type of their config.json
 _AT_ONCE = 4096  # tokens of a batch, padding included
 
 
@@ -121,6 +122,53 @@ class EagerModel:
         return logits_BTV
 
 
+class TransformersModel:
+    """A checkpoint of the transformers library, computed by that library in float32: the reference of its artifact."""
+
+    def __init__(self, folder: Path) -> None:
+        """MissingExtra, CheckpointError. No code of the folder runs, and only safetensors are read."""
+        from moec.sources.transformers_model import read_config
+
+        config = read_config(folder)
+        import transformers
+
+        transformers.logging.disable_progress_bar()
+        try:
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+            ).eval()
+        except Exception as error:  # whatever the library says of a folder
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise CheckpointError(f"transformers cannot load it: {reason}", place=str(folder)) from error
+        text = config.get_text_config()
+        self.context = int(getattr(text, "max_position_embeddings", 0) or 2048)
+        bos, eos = getattr(text, "bos_token_id", None), getattr(text, "eos_token_id", None)
+        self.bos_id = bos if isinstance(bos, int) else None
+        self.eos_ids = tuple(i for i in (eos if isinstance(eos, (list, tuple)) else [eos]) if isinstance(i, int))
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        for row in rows:
+            yield self._model(torch.tensor([list(row)])).logits[0].float().numpy()
+
+    @torch.no_grad()
+    def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: frozenset[int]) -> Iterator[list[int]]:
+        for prompt in prompts:
+            new: list[int] = []
+            found = self._model(torch.tensor([list(prompt)]), use_cache=True)
+            while len(new) < min(new_tokens, self.context - len(prompt)):
+                token = int(found.logits[0, -1].argmax())
+                if token in stop:
+                    break
+                new.append(token)
+                found = self._model(torch.tensor([[token]]), past_key_values=found.past_key_values, use_cache=True)
+            yield new
+
+
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
     """Rows in `order` (shortest first), together as long as they stay below `_AT_ONCE` tokens with their padding."""
     batch: list[int] = []
@@ -140,8 +188,13 @@ class _CarriedWeights(Rounding):
         return None
 
 
-def checkpoint_model(folder: Path, simulate: bool) -> EagerModel:
-    """`checkpoint_decoder`, as the harness asks it."""
+def checkpoint_model(folder: Path, simulate: bool) -> EagerModel | TransformersModel:
+    """`checkpoint_decoder`, as the harness asks it; a model that is not one of moec's decoders by transformers."""
+    if read_json(folder / CONFIG).get("model_type") not in DECODERS:
+        if simulate:
+            what = "only moec's own decoders are simulated"
+            raise CheckpointError(what, place=str(folder), remedy="compile it, and evaluate the artifact")
+        return TransformersModel(folder)
     return EagerModel(checkpoint_decoder(folder, simulate))
 
 
@@ -166,7 +219,7 @@ def checkpoint_decoder(folder: Path, simulate: bool) -> TrainingDecoder:
 class HarnessModel(TemplateLM):
     """A `Model` as lm-evaluation-harness asks for it. Special tokens written in a prompt are read as such."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Model, tokenizer: TextTokenizer) -> None:
         super().__init__()
         self._model, self._tokenizer = model, tokenizer
 
@@ -180,10 +233,10 @@ class HarnessModel(TemplateLM):
         return self.eot_token_id if self._model.bos_id is None else self._model.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids; the model's BOS in front, unless `add_special_tokens` is False."""
+        """Ids, with the special tokens that the tokenizer itself adds unless `add_special_tokens` is False."""
         if add_special_tokens is False:
-            return list(self._tokenizer.encode(string, add_special_tokens=False).ids)
-        return encode_prompt(self._tokenizer, string, self._model.bos_id)
+            return self._tokenizer.encode(string, special_tokens=False)
+        return encode_prompt(self._tokenizer, string, "a task's text")
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a question and of an answer, split where generating would split them.
@@ -248,7 +301,7 @@ class HarnessModel(TemplateLM):
             room = max(1, self._model.context - longest)
             prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
             for place, ids in zip(places, self._model.greedy(prompts, longest, stop), strict=True):
-                text = self._tokenizer.decode(ids, skip_special_tokens=True)
+                text = self._tokenizer.decode(ids)
                 cuts = [at for piece in until if (at := text.find(piece)) >= 0]
                 answers[place] = text[: min(cuts)] if cuts else text
         return [answers[place] for place in range(len(requests))]

@@ -115,6 +115,7 @@ def train(
     if training is None:
         raise SpecError("has no `training:` section", place=loaded.name, remedy="give it stages to train")
     corpus = data if isinstance(data, Corpus) else Corpus.open(data)
+    corpus.check()
     plan = Plan(
         loaded, model, training, corpus, Path(out), stage, resume, None if init is None else Path(init),
         training.seed if seed is None else seed, bits, compute, backend,

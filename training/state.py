@@ -3,30 +3,57 @@
     OUT/state/latest.json     which stage and step, the folder of its tensors, and how long metrics.jsonl was then
     OUT/state/STAGE-STEP/     weights, moments and biases by torch.distributed.checkpoint, from one process or many
 
-The folder is complete on disk before latest.json, which is replaced in one rename, names it. The data position is the
-step: batches are a function of it.
+The folder is complete on disk before latest.json, which is replaced in one rename, names it with the digest of each of
+its files: a flipped bit is found before anything continues from it. The data position is the step: batches are a
+function of it. A state is data: its metadata is unpickled with the classes of `_KNOWN` only, its values as plain ones.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from moec.compiler.artifact import file_digest
 from moec.compiler.errors import UserError
+from moec.compiler.files import read_bytes
 from moec.training.parallel import World
 
 FOLDER, LATEST = "state", "latest.json"
+_MAX_BYTES = 256 << 20  # of latest.json and of a state's metadata, which has some hundred bytes for each tensor
+_PLAIN_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch then unpickles tensors and plain values, whatever a caller asks
+_KNOWN = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,7 @@ class Position:
     """Where a run is: `step` steps of `stage` are done. `folder` holds the tensors; None at the start of a stage.
 
     seconds: of training in this stage. metrics_bytes: the length of metrics.jsonl. random: torch's generator, as hex.
+    digests: SHA-256 of every file of the folder.
     """
 
     stage: str
@@ -55,6 +83,7 @@ class Position:
     folder: str | None = None
     random: str = ""
     finished: tuple[StageResult, ...] = field(default=())
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 class StateStore:
@@ -67,11 +96,14 @@ class StateStore:
         """UserError if it is damaged."""
         file = self._root / LATEST
         try:
-            raw = json.loads(file.read_text("utf-8"))
+            if not file.exists():
+                return None
+            raw = json.loads(read_bytes(file, limit=_MAX_BYTES))
             raw["finished"] = tuple(StageResult(**result) for result in raw["finished"])
-            return Position(**raw)
-        except FileNotFoundError:
-            return None
+            found = Position(**raw)
+            if found.folder is not None and Path(found.folder).name != found.folder:
+                raise ValueError(f"folder {found.folder!r}")
+            return found
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
 
@@ -85,6 +117,8 @@ class StateStore:
         if self._world.main:
             with disk_faults(self._root):
                 self._root.mkdir(parents=True, exist_ok=True)
+                if position.folder is not None:
+                    position = replace(position, digests=_digests(self._root / position.folder))
             write_whole(self._root / LATEST, json.dumps(asdict(position)) + "\n")
             for old in self._root.iterdir():
                 if old.is_dir() and old.name != position.folder:
@@ -104,8 +138,8 @@ class StateStore:
     def load(self, position: Position, tensors: dict[str, Tensor]) -> None:
         """Read the state into `tensors`, in place, whatever the number of processes that wrote it."""
         folder = self._root / str(position.folder)
-        with state_read(folder), _no_warning_of_one_process():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=self._world.size == 1)
+        with state_read(folder, position), _no_warning_of_one_process():
+            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=self._world.size == 1)
 
 
 @contextmanager
@@ -120,13 +154,73 @@ def state_written(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def state_read(folder: Path) -> Iterator[None]:
-    """UserError where torch.distributed.checkpoint cannot read what should be in `folder`."""
+def state_read(folder: Path, position: Position) -> Iterator[None]:
+    """Check the files of `folder`; inside the block torch unpickles plain values only, whoever calls it.
+
+    UserError where they are not those that were written, or torch.distributed.checkpoint cannot read them.
+    """
+    remedy = "start again in another --out"
+    if _digests(folder) != position.digests:
+        raise UserError("damaged: its files are not those that were written", place=str(folder), remedy=remedy)
+    before = os.environ.get(_PLAIN_ONLY)
+    os.environ[_PLAIN_ONLY] = "1"
     try:
+        _metadata(folder)
         yield
-    except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+    except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         what = f"the saved state cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(what, place=str(folder), remedy="start again in another --out") from error
+        raise UserError(what, place=str(folder), remedy=remedy) from error
+    finally:
+        if before is None:
+            del os.environ[_PLAIN_ONLY]
+        else:
+            os.environ[_PLAIN_ONLY] = before
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by name; links and folders, which no state has, by an empty one."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found[file.name] = file_digest(file) if file.is_file() and not file.is_symlink() else ""
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of a metadata file: the classes of torch.distributed.checkpoint, and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no state does")
+
+
+def _metadata(folder: Path) -> Any:
+    """What torch.distributed.checkpoint wrote about a state, checked; ValueError and UnpicklingError."""
+    try:
+        found = _Unpickler(io.BytesIO(read_bytes(folder / ".metadata", limit=_MAX_BYTES))).load()
+    except (pickle.UnpicklingError, UserError):
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its opcodes lead to
+        raise ValueError(f"its metadata is damaged: {error}") from None
+    infos = getattr(found, "storage_data", None)
+    if not isinstance(found, Metadata) or not isinstance(infos, dict):
+        raise ValueError("its metadata is damaged")
+    for info in infos.values():
+        path = getattr(info, "relative_path", None)
+        if not isinstance(path, str) or Path(path).name != path or info.transform_descriptors is not None:
+            raise ValueError(f"its metadata names the file {path!r}")
+    return found
+
+
+class _Reader(dcp.FileSystemReader):
+    """As torch has it, with metadata that is unpickled here."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        found: Metadata = _metadata(Path(self.path))
+        if found.storage_meta is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
 
 
 @contextmanager

@@ -12,18 +12,24 @@ so a spec for it says `bos_id: 0, eos_ids: [1, 4]`. The chat form is Llama 3's:
 
 and so on for more turns, `system` among them.
 
-A given tokenizer that has these markers is used in the same way; one without them gets the plain form
+A given tokenizer is used with the chat template that lies beside it (see `chat_template`): ids and responses are those
+of the model's own form. Without a template one that has these markers is used in the same way, and any other gets the
+plain form
 
     PROMPT in `### Instruction:\\n...\\n\\n### Response:\\n`, then RESPONSE and EOS, for every response.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moec.compiler.files import read_text
+from moec.compiler.tokenizer import MAX_BYTES
+from moec.training.chat_template import ChatTemplate
 from moec.training.data.document import ASSISTANT, ROLES, Turns
 from moec.training.data.shards import DataError
 
@@ -37,7 +43,6 @@ BOS, EOS, START_HEADER, END_HEADER, END_OF_TURN = SPECIALS = (
     "<|end_header_id|>",
     "<|eot_id|>",
 )
-_BOS_NAMES = (BOS, "<s>", "<bos>", "<|startoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
 _MOST = 1 << 20  # several times the largest vocabularies in use
 _LEAST = 256 + len(SPECIALS)  # every byte and the special tokens
@@ -52,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
     DataError if the vocabulary has no room for every byte and the special tokens, or is beyond reason.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     if vocab_size < _LEAST:
         raise DataError(f"a vocabulary of {vocab_size} is too small", remedy=f"use at least {_LEAST}")
@@ -66,6 +71,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    begins = f"{BOS} $A"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=begins, pair=f"{begins} $B", special_tokens=[(BOS, SPECIALS.index(BOS))]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         show_progress=False,
@@ -78,22 +87,41 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
 @dataclass(frozen=True)
 class Coder:
-    """Turns documents and conversations into ids. Markers that occur in a text are read as text, never as markers."""
+    """Turns documents and conversations into ids. Markers that occur in a text are read as text, never as markers.
+
+    A document begins as every prompt will: with what the tokenizer's own post-processor adds.
+    """
 
     tokenizer: Tokenizer
-    bos_id: int | None
+    begins: tuple[int, ...]
     eos_id: int
     chat: bool  # whether the tokenizer has Llama 3's markers of turns
+    template: ChatTemplate | None = None
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.begins[0] if self.begins else None
+
+    @property
+    def form(self) -> str:
+        """How conversations are written: "template", "llama3" or "plain"."""
+        return "template" if self.template is not None else "llama3" if self.chat else "plain"
 
     @staticmethod
-    def from_text(text: str, place: str = "tokenizer.json") -> Coder:
+    def from_text(text: str, place: str = "tokenizer.json", template: ChatTemplate | None = None) -> Coder:
         """DataError if `text` is no tokenizer, or names no token that ends a text."""
         from tokenizers import Tokenizer
 
         try:
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception for every fault of the file
-            raise DataError(f"not a tokenizer: {str(error).splitlines()[0]}", place=place) from None
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            whole, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+        except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise DataError(f"not a tokenizer: {(str(error).splitlines() or ['?'])[0]}", place=place) from None
+        at = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), 0)
         eos_id = _first(tokenizer, _EOS_NAMES)
         if eos_id is None:
             raise DataError(
@@ -101,16 +129,13 @@ class Coder:
             )
         markers = (START_HEADER, END_HEADER, END_OF_TURN)
         chat = all(tokenizer.token_to_id(name) is not None for name in markers)
-        return Coder(tokenizer, _first(tokenizer, _BOS_NAMES), eos_id, chat)
+        return Coder(tokenizer, tuple(whole[:at]), eos_id, chat, template)
 
     @staticmethod
     def from_file(file: Path) -> Coder:
-        """As `from_text`; DataError also if the file cannot be read."""
-        try:
-            return Coder.from_text(file.read_text("utf-8"), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            fault = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise DataError(f"cannot be read: {fault}", place=str(file), remedy="name a tokenizer.json") from None
+        """As `from_text`, with the chat template that lies beside it; DataError also if a file cannot be read."""
+        text = read_text(file, limit=MAX_BYTES, fault=DataError, remedy="name a tokenizer.json")
+        return Coder.from_text(text, str(file), ChatTemplate.beside(file))
 
     @property
     def vocab_size(self) -> int:
@@ -118,12 +143,13 @@ class Coder:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text with BOS before it, if there is one, and EOS behind."""
-        begin = [] if self.bos_id is None else [self.bos_id]
-        return [[*begin, *ids, self.eos_id] for ids in self._plain(texts)]
+        """Each text with BOS before it, if prompts begin with it, and EOS behind."""
+        return [[*self.begins, *ids, self.eos_id] for ids in self._plain(texts)]
 
     def encode_conversations(self, conversations: Sequence[Turns]) -> list[tuple[list[int], list[int]]]:
         """Conversations as ids, and per token whether it belongs to a turn of the assistant (its end included)."""
+        if self.template is not None:
+            return [self._templated(self.template, turns) for turns in conversations]
         if not self.chat:
             return self._plain_conversations(conversations)
         start, end, turn = self._id(START_HEADER), self._id(END_HEADER), self._id(END_OF_TURN)
@@ -133,7 +159,7 @@ class Coder:
         bodies = iter(self._plain(list(texts)))
         found = []
         for turns in conversations:
-            ids: list[int] = [] if self.bos_id is None else [self.bos_id]
+            ids: list[int] = list(self.begins)
             mask = [0] * len(ids)
             for role, _ in turns:
                 answers = role == ASSISTANT
@@ -142,6 +168,36 @@ class Coder:
                 mask += [0] * len(head) + [int(answers)] * len(body)
             found.append((ids, mask))
         return found
+
+    def _templated(self, template: ChatTemplate, turns: Turns) -> tuple[list[int], list[int]]:
+        """In the form of the model's own template: what transformers' `apply_chat_template` gives.
+
+        A conversation that has a marker in a turn's text is encoded in parts, so that the marker stays text.
+        """
+        known = self.tokenizer.get_added_tokens_decoder().values()
+        if not any(token.content in text for token in known if token.special for _, text in turns):
+            text, spans = template.render_responses(turns)
+            return self._masked(text, 0, spans)
+        stand_ins = tuple((role, f"\ue000{index}\ue001") for index, (role, _) in enumerate(turns))
+        text, spans = template.render_responses(stand_ins)
+        ids, mask, at = [], [], 0
+        for piece in re.split("(\ue000[0-9]+\ue001)", text):
+            if piece.startswith("\ue000"):
+                (found,) = self._plain([turns[int(piece[1:-1])][1]])
+                ids += found
+                mask += [int(any(begin <= at < end for begin, end in spans))] * len(found)
+            elif piece:
+                found, flags = self._masked(piece, at, spans)
+                ids += found
+                mask += flags
+            at += len(piece)
+        return ids, mask
+
+    def _masked(self, text: str, at: int, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Ids of `text`, which stands at character `at`, and which of them begin in one of the spans."""
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        flags = [int(any(begin <= at + start < end for begin, end in spans)) for start, _ in found.offsets]
+        return list(found.ids), flags
 
     def _plain_conversations(self, conversations: Sequence[Turns]) -> list[tuple[list[int], list[int]]]:
         """In the plain form what was said before a response, by whomever, is its instruction."""
@@ -158,7 +214,7 @@ class Coder:
         bodies = iter(self._plain([text for parts in texts for text in parts]))
         found = []
         for parts in texts:
-            ids: list[int] = [] if self.bos_id is None else [self.bos_id]
+            ids: list[int] = list(self.begins)
             mask = [0] * len(ids)
             for _ in range(len(parts) // 2):
                 prompt, response = next(bodies), [*next(bodies), self.eos_id]
@@ -168,11 +224,25 @@ class Coder:
         return found
 
     def prompt_text(self, prompt: str) -> str:
-        """The chat form as text, for programs that tokenize themselves; without BOS, which they add."""
+        """The chat form as text, for programs that tokenize themselves; without BOS where they add it."""
+        if self.template is not None:
+            text = self.template.render([("user", prompt)], generation_prompt=True)
+            return text.removeprefix(self.tokenizer.decode(list(self.begins), skip_special_tokens=False))
         if not self.chat:
             return _plain_form(prompt)
         turn = f"{START_HEADER}user{END_HEADER}\n\n{prompt}{END_OF_TURN}"
         return f"{turn}{START_HEADER}assistant{END_HEADER}\n\n"
+
+    def end_of_response(self) -> str:
+        """The text at which a response has ended."""
+        if self.template is not None:
+            asked = (("user", "?"), (ASSISTANT, "!"))
+            text, ((begin, end),) = self.template.render_responses(asked)
+            return text[begin:end].strip().removeprefix("!").strip() or self._name(self.eos_id)
+        return END_OF_TURN if self.chat else "\n###"
+
+    def _name(self, id_: int) -> str:
+        return str(self.tokenizer.id_to_token(id_))
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         self.tokenizer.encode_special_tokens = True  # a marker in a text is text

@@ -86,7 +86,7 @@ def report(
         "name": manifest.name,
         "target": manifest.target,
         "digests": manifest.digests.model_dump(),
-        "checkpoint": manifest.checkpoint,
+        "contents": manifest.contents,
         "machine": machine or f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_cpu_name()}",
         "isa": first["isa"],
         "threads": first["threads"],

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from moec.compiler.errors import RunError, UserError
-from moec.compiler.generate import check_unicode
+from moec.compiler.tokenizer import check_unicode
 
 DUMMY = "dummy"
 REAL = "real"
@@ -96,9 +96,7 @@ def _parse_lines(text: str, name: str) -> list[Prompt]:
     return prompts
 
 
-def real_streams(
-    prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, bos_id: int | None, room: int
-) -> list[Stream]:
+def real_streams(prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, room: int) -> list[Stream]:
     """A stream for each domain, in the order of their first prompts, of at most `room` tokens.
 
     RunError if a single prompt is longer than that, or has no tokens. A domain's prompts are joined as long as they
@@ -106,7 +104,7 @@ def real_streams(
     """
     by_domain: dict[str, list[int]] = {}
     for prompt in prompts:
-        ids = _encoded(prompt, encode, bos_id)
+        ids = _encoded(prompt, encode)
         if len(ids) > room:
             raise RunError(
                 f"the prompt has {len(ids)} tokens, the model's context leaves room for {room}",
@@ -119,13 +117,11 @@ def real_streams(
     return [Stream(name, REAL, tuple(ids)) for name, ids in by_domain.items()]
 
 
-def joined_streams(
-    prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, bos_id: int | None, room: int
-) -> list[Stream]:
+def joined_streams(prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, room: int) -> list[Stream]:
     """As `real_streams`, for texts that may be cut anywhere: each domain's stream has `room` tokens if its texts do."""
     by_domain: dict[str, list[int]] = {}
     for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).extend(_encoded(prompt, encode, bos_id))
+        by_domain.setdefault(prompt.domain, []).extend(_encoded(prompt, encode))
     return [Stream(name, REAL, tuple(ids[:room])) for name, ids in by_domain.items()]
 
 
@@ -144,11 +140,9 @@ def dummy_stream(token: int, length: int) -> Stream:
     return Stream(DUMMY, DUMMY, (token,) * length)
 
 
-def _encoded(prompt: Prompt, encode: Callable[[str], Sequence[int]], bos_id: int | None) -> list[int]:
+def _encoded(prompt: Prompt, encode: Callable[[str], Sequence[int]]) -> list[int]:
     check_unicode(prompt.text, prompt.place)
     ids = list(encode(prompt.text))
-    if bos_id is not None and (not ids or ids[0] != bos_id):
-        ids.insert(0, bos_id)
     if not ids:
         raise RunError("the tokenizer makes no tokens of it", place=prompt.place, remedy="give it some text")
     return ids

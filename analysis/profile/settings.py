@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from moec.analysis.profile.prompts import (
 from moec.analysis.profile.request import Request
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError, UserError
-from moec.compiler.generate import load_tokenizer
+from moec.compiler.tokenizer import load_tokenizer
 
 _CONTEXTS = (256, 1024)  # measured unless others are asked for
 _DUMMY_TEXT = " the"
@@ -95,12 +94,8 @@ def _real(artifact: Artifact, settings: Settings, room: int) -> list[Stream]:
     # the prompts first: a fault in them is found before the tokenizer is loaded
     prompts = shipped_prompts() if shipped else read_prompts(Path(settings.prompts))
     tokenizer = load_tokenizer(artifact.folder / "tokenizer.json")
-
-    def encode(text: str) -> Sequence[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
     join = joined_streams if shipped else real_streams
-    streams = join(prompts, encode, bos_id=model.bos_id, room=model.context if shipped else room)
+    streams = join(prompts, tokenizer.encode, room=model.context if shipped else room)
     wrong = next((i for stream in streams for i in stream.ids if not 0 <= i < model.vocab_size), None)
     if wrong is not None:
         raise RunError(
@@ -149,5 +144,5 @@ def _dummy_token(artifact: Artifact) -> int:
     file = artifact.folder / "tokenizer.json"
     if not file.is_file():
         return model.vocab_size // 2
-    ids = load_tokenizer(file).encode(_DUMMY_TEXT, add_special_tokens=False).ids
+    ids = load_tokenizer(file).encode(_DUMMY_TEXT, special_tokens=False)
     return int(ids[-1]) if ids and ids[-1] < model.vocab_size else model.vocab_size // 2

@@ -16,6 +16,7 @@ from moec.analysis.report import figures
 from moec.analysis.report.evidence import Evidence, find_evidence
 from moec.analysis.report.graphs import COLOURS, Pictures, layer_pictures
 from moec.compiler.artifact import Artifact
+from moec.compiler.build_record import BuildRecord, located, read_build_record
 from moec.compiler.errors import MissingExtra, UserError
 from moec.compiler.progress import Progress
 from moec.compiler.spec import Spec
@@ -55,18 +56,20 @@ def artifact_page(
         "passes": find_evidence(artifact, "passes", passes),
         "profile": find_evidence(artifact, "profile", profile),
     }
-    spec = _spec(artifact)
+    record = read_build_record(artifact)
+    spec = _spec(artifact, record)
     named = device or (spec.device if isinstance(spec, Spec) else None)
     chosen = None if named is None else load_device(named)  # a wrong name is said before any work
     with progress.stage("report", 4) as step:
-        evidence["verify"] = _verified(artifact, evidence["verify"])
-        evidence["passes"] = _checked(artifact, spec, evidence["passes"])
+        evidence["verify"] = _verified(artifact, evidence["verify"], record)
+        evidence["passes"] = _checked(artifact, spec, evidence["passes"], record)
         step("verification")
         pictures = _pictures(spec, manifest.target)
         step("graphs")
         planned = _plan(spec, manifest.target, chosen)
         context = {
             "manifest": manifest,
+            "record": record,
             "total_bytes": artifact.bytes,
             "tiles": _tiles(artifact, evidence, planned),
             "sizes": figures.sizes(manifest.sizes_by_role) if manifest.sizes_by_role else None,
@@ -102,18 +105,25 @@ def number(value: Any) -> str:
     return f"{value:.7f}" if 0.9 < abs(value) < 1 else f"{value:.6g}"
 
 
-def _spec(artifact: Artifact) -> Spec | str:
+def _spec(artifact: Artifact, record: BuildRecord | None) -> Spec | str:
     try:
-        return Spec.model_validate(artifact.manifest.spec)
+        spec = Spec.model_validate(artifact.manifest.spec)
     except ValueError as error:
         return f"the manifest's spec is not one that this version reads: {str(error).splitlines()[0]}"
+    try:
+        return located(spec, {} if record is None else {key: Path(path) for key, path in record.model.items()})
+    except UserError as error:
+        return error.message
 
 
-def _verified(artifact: Artifact, found: Evidence) -> Evidence:
+def _at_hand(artifact: Artifact, record: BuildRecord | None) -> bool:
+    """Whether a small artifact's checkpoint is where it was."""
+    return artifact.bytes <= SMALL_BYTES and record is not None and Path(record.checkpoint).is_dir()
+
+
+def _verified(artifact: Artifact, found: Evidence, record: BuildRecord | None) -> Evidence:
     """The verification found; a small artifact whose checkpoint is at hand is verified now if there is none."""
-    if found.data is not None:
-        return found
-    if artifact.bytes > SMALL_BYTES or not Path(artifact.manifest.checkpoint).is_dir():
+    if found.data is not None or not _at_hand(artifact, record):
         return found
     from moec.analysis.verify.artifact import verify_artifact
 
@@ -124,15 +134,14 @@ def _verified(artifact: Artifact, found: Evidence) -> Evidence:
     return Evidence(report.to_json(), None, f"verified for this page with {_VERIFY_TOKENS} tokens")
 
 
-def _checked(artifact: Artifact, spec: Spec | str, found: Evidence) -> Evidence:
+def _checked(artifact: Artifact, spec: Spec | str, found: Evidence, record: BuildRecord | None) -> Evidence:
     """The checks of each pass that were found; those of a small artifact are made now if there are none."""
-    own = Path(artifact.manifest.checkpoint)
-    if found.data is not None or isinstance(spec, str) or artifact.bytes > SMALL_BYTES or not own.is_dir():
+    if found.data is not None or isinstance(spec, str) or record is None or not _at_hand(artifact, record):
         return found
     from moec.analysis.verify.spec import verify_spec
 
     try:
-        report = verify_spec(spec, checkpoint=own, target=artifact.manifest.target)
+        report = verify_spec(spec, checkpoint=Path(record.checkpoint), target=artifact.manifest.target)
     except UserError as error:
         return Evidence(None, None, f"not checked: {error}")
     return Evidence(report.to_json(), None, "each was checked against its input for this page")

@@ -1,6 +1,8 @@
 """The files that tell about an artifact: its verification and its profile, found beside it or named by the user.
 
-A file that speaks of another artifact is not shown: its digests must be those of the manifest.
+A file that speaks of another artifact is not shown. A verification and a profile are bound to the digest of the
+artifact's contents, which are read whole before anything is said of them; the checks of passes to the graphs that the
+passes left.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Any
 
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import UserError
+from moec.compiler.files import read_bytes
 
-_COMPARED = ("spec", "graph")  # the kernel and the checkpoint's path may change without another artifact
+_MAX_BYTES = 64 << 20  # of a file; a profile of the largest model is a few MB
 
 
 @dataclass(frozen=True)
@@ -62,22 +65,26 @@ def _candidates(folder: Path, kind: str) -> Iterator[Path]:
 def _read(file: Path, kind: str, artifact: Artifact) -> tuple[dict[str, Any] | None, str]:
     """The content, or None and what is wrong with it."""
     try:
-        data = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        return None, f"cannot be read: {error.strerror}"
+        data = json.loads(read_bytes(file, limit=_MAX_BYTES).decode("utf-8"))
+    except UserError as error:
+        return None, error.message
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {str(error).splitlines()[0]}"
     if not isinstance(data, dict) or not _is_a(data, kind):
         return None, {"profile": "not a profile", "passes": "not a verification of a spec's passes"}.get(
             kind, "not a verification of an artifact"
         )
+    about = data if kind == "profile" else data.get("about")
+    about = about if isinstance(about, dict) else {}
     if kind == "passes":
-        fits = data.get("subject") == artifact.manifest.model.name
-        return (data, "") if fits else (None, f"about {data.get('subject')!r}, not {artifact.manifest.model.name!r}")
-    digests = data.get("digests") if kind == "profile" else (data.get("about") or {}).get("digests")
-    own = artifact.manifest.digests.model_dump()
-    if not isinstance(digests, dict) or any(digests.get(name) != own[name] for name in _COMPARED):
-        return None, "about another artifact (its digests differ)"
+        graphs = [[p.name, p.digest] for p in artifact.manifest.passes]
+        return (data, "") if about.get("graphs") == graphs else (None, "about another spec (other passes or graphs)")
+    if about.get("contents") != artifact.manifest.contents:
+        return None, "about another artifact (its contents differ)"
+    try:
+        artifact.check_contents()
+    except UserError as error:
+        return None, f"the artifact is not what it was about: {error}"
     return data, ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from moec.analysis.report.graphs import COLOURS
@@ -29,6 +30,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "moec",  # the same page from the same data
+    "text.parse_math": False,  # a $ in a name is a $
 }
 
 
@@ -52,7 +54,7 @@ def svg(figure: Figure, title: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def sizes(by_role: Mapping[str, int]) -> str:

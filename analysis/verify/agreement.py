@@ -54,6 +54,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.compiler.spec.targets import target_packages
 from moec.compiler.target import Session
+from moec.compiler.trust import trusting
 
 EAGER = "eager"
 DEFAULT_TOKENS = 128
@@ -134,7 +135,7 @@ def verify_agreement(
     artifact = Artifact.open(path)
     artifact.check_contents()
     others = _sorted_out(artifact, against)
-    spec = spec_of(artifact)
+    spec = spec_of(artifact, checkpoint)
     store = open_artifact_checkpoint(artifact, spec, checkpoint)
     prompts = prompt_ids(encoder(artifact), tokens=tokens, text=text)
     prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
@@ -223,7 +224,7 @@ def _members(
     """Every artifact, run. Those made here live in a temporary folder until then."""
     _add_run(found, artifact.manifest.target, artifact, prompts, progress)
     for label, other in others:
-        opened = other
+        opened, made_here = other, other is None
         if opened is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moec-against-"))) / label
             try:
@@ -232,7 +233,10 @@ def _members(
                 found.unavailable[label] = str(error)
                 continue
         names = {m.name for m in found.members} | set(found.failed)
-        _add_run(found, label if label not in names else f"{label} ({opened.folder.name})", opened, prompts, progress)
+        with trusting(made_here):  # a program that was compiled in this very call
+            _add_run(
+                found, label if label not in names else f"{label} ({opened.folder.name})", opened, prompts, progress
+            )
 
 
 def _add_run(

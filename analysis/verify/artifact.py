@@ -20,6 +20,7 @@ from moec.analysis.verify.report import Report
 from moec.checkpoints import WeightStore
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
+from moec.compiler.build_record import located, model_paths, read_build_record
 from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
@@ -50,7 +51,7 @@ def verify_artifact(
     artifact = Artifact.open(path)
     with progress.stage("check digests", len(artifact.manifest.files)):
         artifact.check_contents()
-    spec = spec_of(artifact)
+    spec = spec_of(artifact, checkpoint)
     store = open_artifact_checkpoint(artifact, spec, checkpoint)
     session = build.load_exact(artifact)
     unrounded = None
@@ -125,10 +126,19 @@ def _compare_foreign(
     )
 
 
-def spec_of(artifact: Artifact) -> Spec:
-    """The spec that an artifact was compiled from, resolved. ArtifactError if the manifest's is damaged."""
+def spec_of(artifact: Artifact, given: str | Path | None = None) -> Spec:
+    """The spec that an artifact was compiled from, its model where `given` or the build record says.
+
+    ArtifactError if the manifest's is damaged.
+    """
+    record = read_build_record(artifact)
+    known = {} if record is None else {name: Path(path) for name, path in record.model.items()}
     try:
-        return Spec.model_validate(artifact.manifest.spec)
+        spec = Spec.model_validate(artifact.manifest.spec)
+        names = list(model_paths(spec))
+        if given is not None and len(names) == 1 and (not known or _is_model(Path(given))):
+            known = {names[0]: Path(given)}
+        return located(spec, known)
     except ValueError as error:
         raise ArtifactError(
             f"the spec in its manifest is damaged: {str(error).splitlines()[0]}",
@@ -137,12 +147,24 @@ def spec_of(artifact: Artifact) -> Spec:
         ) from error
 
 
+def _is_model(place: Path) -> bool:
+    """Whether a path is that of a whole model, and not of weights alone."""
+    return place.is_file() or (place / "config.json").is_file()
+
+
 def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path | None) -> Checkpoint:
-    """The checkpoint that the artifact was compiled from: where the manifest says, or where the user says.
+    """The checkpoint that the artifact was compiled from: where its build record says, or where the user says.
 
     Of a python model that is the folder where its module is found, of an exported program the file.
     """
-    recorded = Path(artifact.manifest.checkpoint)
+    record = read_build_record(artifact)
+    if given is None and record is None:
+        raise CheckpointError(
+            "where its checkpoint lies is not known here: no build record lies beside the artifact",
+            place=str(artifact.folder),
+            remedy="name the folder with --checkpoint",
+        )
+    recorded = Path(record.checkpoint) if record is not None else Path(str(given))
     store = source_of(spec.model).reopen(spec, recorded, None if given is None else Path(given))
     if store.digest() != artifact.manifest.digests.checkpoint:
         raise CheckpointError(
@@ -157,18 +179,9 @@ def encoder(artifact: Artifact) -> TextEncoder:
     """The artifact's tokenizer, or hashed words for an artifact without one."""
     if all(f.name != "tokenizer.json" for f in artifact.manifest.files):
         return WordHashEncoder(artifact.manifest.model.vocab_size)
-    from moec.compiler.generate import load_tokenizer
+    from moec.compiler.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(artifact.path("tokenizer.json"))
-    return _TokenizerEncoder(tokenizer)
-
-
-class _TokenizerEncoder:
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    return load_tokenizer(artifact.path("tokenizer.json"))
 
 
 def computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
@@ -238,6 +251,7 @@ def _report(
         "moec": manifest.moec,
         "quantization": manifest.quantization,
         "checkpoint": str(store.folder),
+        "contents": manifest.contents,
         "digests": manifest.digests.model_dump(mode="json"),
         "versions": manifest.versions,
     }

@@ -64,7 +64,7 @@ def diff_artifacts(a: Artifact, b: Artifact, figures: Mapping[str, float]) -> Di
 
 def _comparable(artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest.model_dump(mode="json")
-    kept = {k: v for k, v in manifest.items() if k not in ("seconds", "checkpoint", "passes", "files")}
+    kept = {k: v for k, v in manifest.items() if k not in ("passes", "files")}
     kept["passes"] = [f"{p.name} ({p.changed})" for p in artifact.manifest.passes]
     kept["files"] = {f.name: f.bytes for f in artifact.manifest.files}
     return dict(_flat(kept, ""))

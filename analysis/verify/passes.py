@@ -36,6 +36,7 @@ def verify_passes(
     refusals: list[Refusal] = []
     cache = WeightCache()
     figures: dict[str, Any] = {}
+    graphs: list[list[str]] = []
     with progress.stage("verify passes", len(passes)) as step:
         for p in passes:
             result = p.run(program)
@@ -47,11 +48,14 @@ def verify_passes(
             if only in (None, p.name):
                 checks += _checks(p, program, result, samples, cache)
             refused = f", {len(result.refusals)} refused" if result.refusals else ""
-            figures[p.name] = f"{result.changed} changed{refused}, graph {result.program.digest()}"
+            graphs.append([p.name, result.program.digest()])
+            figures[p.name] = f"{result.changed} changed{refused}, graph {graphs[-1][1]}"
             program = result.program
             step(p.name)
     tokens = ", ".join(f"{s.name} {len(s.ids)}" for s in samples)
-    return Report("passes", program.info.name, tuple(checks), figures={"tokens": tokens, **figures})
+    return Report(
+        "passes", program.info.name, tuple(checks), figures={"tokens": tokens, **figures}, about={"graphs": graphs}
+    )
 
 
 def _checks(

@@ -13,7 +13,7 @@ from moec.compiler.errors import SpecError
 from moec.compiler.spec.device import Device, is_device_file
 from moec.compiler.spec.model import Spec
 from moec.compiler.spec.strict import Section
-from moec.compiler.spec.yaml_tree import MAX_BYTES, Mark, Tree, YamlError, read_tree
+from moec.compiler.spec.yaml_tree import MAX_BYTES, MAX_DEPTH, Mark, Tree, YamlError, read_tree
 
 Path_ = tuple[str | int, ...]
 S = TypeVar("S", bound=Section)
@@ -53,11 +53,16 @@ def as_spec(given: Spec | Mapping[str, Any] | str | Path) -> Spec:
         raise SpecError("\n".join(f"{place}: {path}: {what}" for path, what in faults.items())) from None
 
 
-def _plain(value: Any) -> Any:
-    """Mappings of any kind as dictionaries, all the way down: what the sections of a spec take."""
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Mappings of any kind as dictionaries, all the way down: what the sections of a spec take.
+
+    SpecError for one that contains itself, or is nested as deeply as no spec is.
+    """
+    if depth > MAX_DEPTH:
+        raise SpecError(f"spec: nested more than {MAX_DEPTH} levels deep, or contains itself")
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+    return [_plain(inner, depth + 1) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def load_device_file(file: str | Path) -> Device:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MissingExtra,
         RunError,
         SpecError,
+        TrustError,
         UserError,
     )
     from moec.compiler.spec import Spec, load_spec
@@ -40,6 +41,7 @@ _HOMES = {
         "MissingExtra",
         "RunError",
         "SpecError",
+        "TrustError",
         "UserError",
     ],
     "moec.compiler.spec": ["Spec", "load_spec"],
@@ -61,6 +63,7 @@ __all__ = [  # noqa: RUF022 (the order of the documentation)
     "ArtifactError",
     "RunError",
     "MissingExtra",
+    "TrustError",
     "__version__",
 ]
 

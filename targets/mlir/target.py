@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moec.compiler.errors import ArtifactError
 from moec.compiler.extras import Need, require
 from moec.compiler.target import LoweredFiles, Session, Target, own_facts, own_manifest, own_options, register
+from moec.compiler.trust import require_trust
 from moec.targets.mlir.facts import MlirFacts
 from moec.targets.mlir.options import Options
 
@@ -46,6 +47,10 @@ class MlirTarget(Target):
         from moec.targets.mlir.session import MlirSession
 
         manifest = own_manifest(artifact, self.name)
+        require_trust(
+            "running an MLIR artifact executes its program, which may call any function of this machine",
+            place=str(artifact.folder),
+        )
         facts = own_facts(artifact, MlirFacts)
         iree = facts.engine == "iree"
         module, extra = ("iree.runtime", "iree") if iree else ("torch_mlir", "mlir")

@@ -429,7 +429,7 @@ def test_tokenizer(tmp_path: Path, vocab: int, bos: int | None, eos: tuple[int, 
     file.write_text(text)
     tokenizer = Tokenizer.from_file(str(file))
     sample = "Experts route tokens; naïve café — 東京 42\n\tdef f(x): return x\n"
-    ids = tokenizer.encode(sample).ids
+    ids = tokenizer.encode(sample, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == sample
     assert max(ids) < vocab
     assert not set(ids) & {bos, *eos}

@@ -288,4 +288,5 @@ def test_interrupted(line: Path, tmp_path: Path, sent: signal.Signals) -> None:
     assert digest(tmp_path / "good") == digest(line / "artifact")
     if sent == signal.SIGKILL:
         assert cli.run(_program(line, tmp_path / "good")[3:]) == 0
+        (tmp_path / "good.build.json").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["good"]

@@ -15,7 +15,7 @@ from moec.cli.main import run
 from moec.cli.output import check_apart, check_writable, write_text
 from moec.compiler.artifact import Artifact, ModelRecord, read_manifest
 from moec.compiler.errors import ArtifactError, RunError, UserError
-from moec.compiler.generate import check_unicode, load_tokenizer
+from moec.compiler.tokenizer import check_unicode, load_tokenizer
 
 PLAN = ["plan", "specs/models/mobilemoe-tiny.yaml", "--device", "galaxy-s25"]
 
@@ -173,7 +173,7 @@ def test_no_sizes_are_no_division(artifact: Path, tmp_path: Path, capsys: pytest
 
 def test_pipes_are_no_files(artifact: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(ArtifactError, match="is not a file"):
+    with pytest.raises(ArtifactError, match="is not a regular file"):
         read_manifest(tmp_path)
     folder = _manifest(lambda m: None, tmp_path / "a", artifact)
     for file in artifact.iterdir():
@@ -181,7 +181,7 @@ def test_pipes_are_no_files(artifact: Path, tmp_path: Path) -> None:
             os.mkfifo(folder / file.name)
         elif file.name != "manifest.json":
             (folder / file.name).symlink_to(file)
-    with pytest.raises(ArtifactError, match="is not a file"):
+    with pytest.raises(ArtifactError, match="is not a regular file"):
         Artifact.open(folder)
 
 
@@ -214,7 +214,7 @@ def test_a_tokenizer_in_a_folder_that_is_no_utf8(artifact: Path, tmp_path: Path)
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
     folder.mkdir()
     (folder / "tokenizer.json").symlink_to(artifact / "tokenizer.json")
-    assert load_tokenizer(folder / "tokenizer.json").get_vocab_size() > 0
+    assert load_tokenizer(folder / "tokenizer.json").vocab_size > 0
 
 
 def test_lengths_of_a_real_manifest_are_within_the_bounds(artifact: Path) -> None:

@@ -36,7 +36,6 @@ def write(folder: Path, content: bytes = b"program" * 20_000) -> None:
             name="m",
             target="xnnpack",
             spec={},
-            checkpoint="here",
             quantization="none",
             model=ModelRecord(
                 name="m", vocab_size=8, context=4, max_tokens=2, bos_id=None, eos_ids=(1,), moe_layers=("a",)
@@ -47,7 +46,6 @@ def write(folder: Path, content: bytes = b"program" * 20_000) -> None:
             sizes_by_role={"expert": 3},
             details={},
             versions={},
-            seconds={},
         ),
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moec.compiler.errors import ArtifactError, RunError
-from moec.compiler.generate import Generation, Sampler, Sampling, TextStream, encode_prompt, load_tokenizer
+from moec.compiler.generate import Generation, Sampler, Sampling, TextStream
 
 VOCAB = 300
 
@@ -170,18 +168,3 @@ def test_generation_stops() -> None:
     assert generate([3], 0) == ([], "length", 0)
     with pytest.raises(RunError, match="no tokens"):
         generate([], 4)
-
-
-def test_bos_comes_once(tokenizer: Tokenizer) -> None:
-    plain = tokenizer.encode("the cat").ids
-    assert encode_prompt(tokenizer, "the cat", None) == plain
-    assert encode_prompt(tokenizer, "the cat", 0) == [0, *plain]
-    assert encode_prompt(tokenizer, "<s>the cat", 0) == [0, *plain]
-
-
-def test_a_bad_tokenizer_is_the_users_fault(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no such tokenizer"):
-        load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
-    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a tokenizer"):
-        load_tokenizer(tmp_path / "tokenizer.json")

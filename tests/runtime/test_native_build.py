@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,15 +49,71 @@ def test_no_executorch(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         native.native_files(progress=Progress(quiet=True))
 
 
-def test_a_complete_build_is_used_as_it_is(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler is needed where the cache has the files."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def cached(fresh: Path) -> native.NativeFiles:
+    """A build in the cache, of files that are no libraries."""
     folder = fresh / native._digest(native._read_sources(), "")
     files = native.NativeFiles(folder, folder.name)
     folder.mkdir(parents=True)
-    for path in (files.kernels, files.runtime, files.runner):
-        path.write_bytes(b"")
+    for path in files.all:
+        path.write_bytes(path.name.encode())
+    files.sums.write_text(files.text_of_sums())
+    return files
+
+
+def test_a_complete_build_is_used_as_it_is(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler is needed where the cache has the files."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    files = cached(fresh)
     assert native.native_files() == files
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "missing", "sums", "no sums"])
+def test_a_damaged_build_is_not_loaded(fresh: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """It is built again, for which this test has no compiler."""
+    files = cached(fresh)
+    raw = files.runtime.read_bytes()
+    if damage == "bit":
+        files.runtime.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    elif damage == "truncated":
+        files.runtime.write_bytes(raw[:-1])
+    elif damage == "missing":
+        files.runtime.unlink()
+    elif damage == "sums":
+        files.sums.write_bytes(b"\xff")
+    else:
+        files.sums.unlink()
+    assert not files.complete()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no C\+\+ compiler"):
+        native.native_files()
+
+
+@pytest.mark.parametrize("which", ["cache", "folder", "file"])
+def test_what_others_may_write_is_refused(fresh: Path, which: str) -> None:
+    files = cached(fresh)
+    place = {"cache": fresh, "folder": files.folder, "file": files.kernels}[which]
+    place.chmod(0o777)
+    with pytest.raises(UserError, match=r"can be written by other users; .*MOEC_NATIVE_DIR"):
+        native.native_files()
+
+
+def test_what_another_user_owns_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(fresh)
+    monkeypatch.setattr(native.os, "geteuid", lambda: 4711)
+    owner = fresh.stat().st_uid
+    if owner != 0:
+        with pytest.raises(UserError, match=f"belongs to user {owner}"):
+            native.native_files()
+        return
+    real = Path.stat
+
+    def stat(self: Path, **options: bool) -> object:
+        found = real(self, **options)
+        return os.stat_result((*found[:4], 1234, *found[5:10])) if self.name.startswith("libmoec") else found
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match="belongs to user 1234"):
+        native.native_files()
 
 
 def test_unchanged_sources_keep_their_time_stamps(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from moec.passes.pipelines import fusion
 from moec.sources.module_model import ModuleStore, export_module_model, open_exported, open_python
 from tests.sources import own_models
 
+pytestmark = pytest.mark.usefixtures("trusted")
 HERE = "tests.sources.own_models"
 IDS = torch.randint(0, own_models.V, (1, 20), generator=torch.Generator().manual_seed(2))
 

@@ -25,9 +25,9 @@ def _write_artifact(folder: Path, target: str) -> Path:
         moe_layers=(),
     )
     manifest = artifact.Manifest(
-        format=artifact.FORMAT, moec="0", name="one-layer", target=target, spec={}, checkpoint="", quantization=None,
+        format=artifact.FORMAT, moec="0", name="one-layer", target=target, spec={}, quantization=None,
         model=model, digests=artifact.Digests(spec="", checkpoint="", graph=""), passes=(),
-        files=(artifact.record_file(folder / "model.pte"),), sizes_by_role={}, details={}, versions={}, seconds={},
+        files=(artifact.record_file(folder / "model.pte"),), sizes_by_role={}, details={}, versions={},
     )  # fmt: skip
     artifact.write_manifest(folder, manifest)
     return folder

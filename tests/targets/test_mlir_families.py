@@ -22,6 +22,7 @@ pytest.importorskip("transformers", reason="needs the transformers extra: pip in
 pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
 pytest.importorskip("iree.compiler", reason="needs the iree extra: pip install 'moec[iree]'")
 pytest.importorskip("iree.runtime", reason="needs the iree extra: pip install 'moec[iree]'")
+pytestmark = pytest.mark.usefixtures("trusted")  # programs that were compiled here
 slow = pytest.mark.slow
 
 FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yaml"))

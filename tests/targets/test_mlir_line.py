@@ -25,6 +25,7 @@ from moec.targets.mlir.session import MlirSession
 from tests.interpreter import Interpreter
 
 pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
+pytestmark = pytest.mark.usefixtures("trusted")  # programs that were compiled here
 slow = pytest.mark.slow
 
 MOE = {

@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval", reason="needs the eval extra: pip install 'moec[e
 
 from moec.analysis.verify.prompts import prompts
 from moec.cli.main import run as command
+from moec.compiler.tokenizer import TextTokenizer
 from moec.training.checkpoints import write_checkpoint
 from moec.training.data.document import Document
 from moec.training.data.tasks import write_tasks
@@ -26,6 +27,7 @@ from tests.training.small import config_of, model_of, random_weights, spec_of
 VOCAB = 500
 TOKENIZER = train_tokenizer(prompts().values(), VOCAB)
 CODER = Coder.from_text(TOKENIZER)
+WORDS = TextTokenizer(CODER.tokenizer.to_str().encode(), "tokenizer.json")
 CONFIG = config_of(vocab_size=VOCAB, eos_ids=[1, 4])
 MODEL = EagerModel(model_of(CONFIG, random_weights(CONFIG)))
 RANDOM = np.random.default_rng(2)
@@ -74,7 +76,7 @@ def test_an_empty_answer_is_certain() -> None:
 
 def test_an_answer_keeps_its_ids_behind_a_line_end() -> None:
     # `?` and a line end are one id in many tokenizers, which left nothing of the answer
-    harness = HarnessModel(MODEL, CODER.tokenizer)
+    harness = HarnessModel(MODEL, WORDS)
     for question in ('the text "a b"?\n', "2 + 2?\n\n", "name it: ", "Is it so?", "  \n", ""):
         for answer in ("5", "57", " five", "yes\nno", "\n"):
             given, ids = harness._encode_pair(question, answer)
@@ -138,7 +140,7 @@ class _Adder:
         if "?" not in text or "user" not in text:
             return []
         left, right = text.split("\n\n")[1].split("?")[0].split(" + ")
-        return [*CODER.tokenizer.encode(str(int(left) + int(right))).ids, 4]
+        return [*CODER.tokenizer.encode(str(int(left) + int(right)), add_special_tokens=False).ids, 4]
 
 
 def test_the_harness_gives_a_model_that_knows_full_marks(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +161,7 @@ def test_the_harness_gives_an_even_model_the_perplexity_of_its_vocabulary(
 ) -> None:
     results = _with_model(_Even(), ["heldout_prose", "sums_exact"], tasks, monkeypatch)
     texts = [json.loads(line)["text"] for line in (tasks / "tasks" / "heldout_prose.jsonl").read_text().splitlines()]
-    tokens = sum(len(CODER.tokenizer.encode(text).ids) for text in texts)
+    tokens = sum(len(CODER.tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
     bits = tokens * np.log2(VOCAB) / sum(len(text.encode()) for text in texts)
     assert results["heldout_prose"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     assert results["sums_exact"]["exact_match"] == 0.0
@@ -172,14 +174,14 @@ def _with_model(model: _Adder, names: list[str], tasks: Path, monkeypatch: pytes
 
     @contextmanager
     def opened(*_: object) -> Iterator[tuple[object, object, str]]:
-        yield model, CODER.tokenizer, "float"
+        yield model, WORDS, "float"
 
     monkeypatch.setattr(module, "_opened", opened)
     return evaluate("nothing", names, include=[tasks])["results"]
 
 
 def test_long_rows_are_cut_at_their_beginning_and_windows_do_not_overlap() -> None:
-    harness = HarnessModel(MODEL, CODER.tokenizer)
+    harness = HarnessModel(MODEL, WORDS)
     (context, answer) = random_rows(100, 4)
     ((found, _),) = harness._loglikelihood_tokens([(("", ""), context, answer)])
     (logits,) = MODEL.scores([(context + answer)[:-1][-80:]])

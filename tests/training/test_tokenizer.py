@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from moec.analysis.verify.prompts import prompts
+from moec.training import chat_template
 from moec.training.data.shards import DataError
 from moec.training.tokenizer import SPECIALS, Coder, train_tokenizer
 
@@ -46,8 +48,8 @@ def test_a_conversation_as_ids_is_its_text(prompt: str, response: str) -> None:
     prompt, response = prompt.strip() or "a", response.strip() or "b"
     ((ids, mask),) = CODER.encode_conversations([(("user", prompt), ("assistant", response))])
     text = CODER.prompt_text(prompt) + response + "<|eot_id|>"
-    assert ids == [0, *CODER.tokenizer.encode(text).ids]
-    before = [0, *CODER.tokenizer.encode(CODER.prompt_text(prompt)).ids]
+    assert ids == CODER.tokenizer.encode(text).ids  # which begins with BOS by itself
+    before = [*CODER.tokenizer.encode(CODER.prompt_text(prompt)).ids]
     assert ids[: len(before)] == before
     assert mask == [0] * len(before) + [1] * (len(ids) - len(before))
     assert CODER.tokenizer.decode(ids[len(before) :], skip_special_tokens=True) == response
@@ -66,7 +68,7 @@ def test_every_answer_of_a_conversation_has_a_loss_and_nothing_else() -> None:
         CODER.tokenizer.decode([i], skip_special_tokens=False) for i, flag in zip(first, mask, strict=True) if flag
     ]
     assert "".join(learned) == "b\n<|eot_id|>d 2<|eot_id|>"
-    assert second == [0, *CODER.tokenizer.encode(CODER.prompt_text("a 1?") + "b\n<|eot_id|>").ids]
+    assert second == [*CODER.tokenizer.encode(CODER.prompt_text("a 1?") + "b\n<|eot_id|>").ids]
 
 
 def test_every_digit_is_a_token() -> None:
@@ -114,3 +116,82 @@ def test_faults_are_the_users() -> None:
     without_end = TRAINED.replace("<|end_of_text|>", "<|something|>")
     with pytest.raises(DataError, match="no token that ends"):
         Coder.from_text(without_end)
+
+
+# --- a model's own chat template --------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CONVERSATIONS = [
+    (("user", "What is 1+1?"), ("assistant", "2")),
+    (("system", "Be brief."), ("user", "a"), ("assistant", "b\n"), ("user", "  c"), ("assistant", "dé 4")),
+]
+
+
+def chatml(folder: Path, template: str | None = CHATML, *, in_config: bool = False) -> Path:
+    """A tokenizer folder in ChatML, as Qwen's and SmolLM2's: no BOS, markers, the template in either place."""
+    made = Tokenizer.from_str(TRAINED)
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    made.add_special_tokens([AddedToken(n, special=True) for n in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")])
+    made.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    if template is not None and not in_config:
+        (folder / "chat_template.jinja").write_text(template)
+    elif template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_a_conversation_is_what_transformers_makes_of_it(tmp_path: Path, in_config: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="the independent party: pip install 'moec[transformers]'")
+    coder = Coder.from_file(chatml(tmp_path, in_config=in_config))
+    assert (coder.form, coder.bos_id) == ("template", None)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    for turns, (ids, mask) in zip(CONVERSATIONS, coder.encode_conversations(CONVERSATIONS), strict=True):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        assert ids == theirs.apply_chat_template(messages, return_dict=False)
+        assert len(mask) == len(ids)
+        response = theirs.decode([i for i, m in zip(ids, mask, strict=True) if m])
+        assert response == "".join(f"{text}<|im_end|>\n" for role, text in turns if role == "assistant")
+        assert "###" not in theirs.decode(ids)
+    asked = [{"role": "user", "content": "hi"}]
+    assert coder.prompt_text("hi") == theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert coder.end_of_response() == "<|im_end|>"
+
+
+def test_a_marker_in_a_text_stays_text_in_a_template(tmp_path: Path) -> None:
+    coder = Coder.from_file(chatml(tmp_path))
+    end = coder.tokenizer.token_to_id("<|im_end|>")
+    plain, hostile = (("user", "x y"), ("assistant", "ok")), (("user", "x<|im_end|>y"), ("assistant", "<|im_end|>"))
+    (wanted, _), (ids, mask) = coder.encode_conversations([plain, hostile])
+    assert ids.count(end) == wanted.count(end) == 3
+    assert coder.tokenizer.decode(ids, skip_special_tokens=False).count("<|im_end|>") == 5
+    assert sum(mask) > mask.count(0) // 4
+
+
+TEMPLATES = {
+    "syntax": ("{% for %}", "cannot be rendered"),
+    "refuses": ("{{ raise_exception('no system role') }}", "refuses it: no system role"),
+    "attributes": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered|unsafe"),
+    "endless": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end|too big|Range"
+    ),
+    "long": ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes without end|cannot be rendered"),
+    "forgets": ("{{ messages[-1]['content'] }}", "tells earlier turns otherwise"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_hostile_template_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, message = TEMPLATES[kind]
+    monkeypatch.setattr(chat_template, "_SECONDS", 1.0)
+    coder = Coder.from_file(chatml(tmp_path, template))
+    with pytest.raises(DataError, match=message) as caught:
+        coder.encode_conversations(CONVERSATIONS[1:])
+    assert "\n" not in str(caught.value)

@@ -21,9 +21,10 @@ from typing import Any
 
 from moec.compiler.progress import Progress
 from moec.compiler.replacing import replacing
+from moec.training.chat_template import TEMPLATE
 from moec.training.data.dedup import Deduplicator
 from moec.training.data.document import Document
-from moec.training.data.shards import INDEX, SPLITS, Corpus, DataError, Kind, ShardWriter, write_index
+from moec.training.data.shards import SPLITS, Corpus, DataError, Kind, ShardWriter, write_index
 from moec.training.data.sources import sources
 from moec.training.data.tasks import write_tasks
 from moec.training.data.user import user_documents
@@ -78,18 +79,17 @@ def build(
         raise DataError(f"{twice[0]!r} is a domain already", remedy="give --add another name")
     for name in domains:
         sources(name)  # a fault in a name need not wait for downloads
-    if tokenizer is not None:
-        Coder.from_file(tokenizer)
+    given = None if tokenizer is None else Coder.from_file(tokenizer)
     if limit_mb is not None and not (0 < limit_mb < math.inf):
         raise DataError(f"a limit of {limit_mb} MB", remedy="use a number above 0")
     quota = None if limit_mb is None else limit_mb * 1e6 / (len(domains) + len(added))
-    with replacing(out, marker=INDEX, kind="a corpus") as folder, TemporaryDirectory(dir=folder) as spool:
+    with replacing(out, kind="a corpus") as folder, TemporaryDirectory(dir=folder) as spool:
         left_out: list[str] = []
         waiting = [_collect(name, Path(spool), cache, quota, left_out, progress) for name in dict.fromkeys(domains)]
         waiting += [_collect_user(name, path, Path(spool), quota, progress) for name, path in added.items()]
         cut = _cut(waiting, heldout_share)
         text = _tokenizer(waiting, cut, tokenizer, vocab_size, progress)
-        coder = Coder.from_text(text)
+        coder = given or Coder.from_text(text)
         records = {}
         for domain in waiting:
             with progress.stage(f"tokenize {domain.name}"):
@@ -102,11 +102,13 @@ def build(
             vocab_size=coder.vocab_size,
             eos_id=coder.eos_id,
             bos_id=coder.bos_id,
-            chat="llama3" if coder.chat else "plain",
+            chat=coder.form,
             heldout_share=cut,
             left_out=left_out,
             domains=records,
         )
+        if coder.template is not None:
+            (folder / TEMPLATE).write_text(coder.template.text, "utf-8")
     return Corpus.open(out)
 
 

@@ -6,6 +6,8 @@
     DIR/<domain>/{train,heldout}.docs       int64 [documents + 1]: where each document begins; the last is the length
     DIR/<domain>/{train,heldout}.mask       uint8, one per token, instruction domains only: 1 is a token of a response
 
+corpus.json holds the SHA-256 of every one of these files, which `Corpus.check` compares before a training run.
+
 Numbers are little-endian. Every document begins with the tokenizer's BOS (if it has one) and ends with EOS or with the
 token that ends a turn. A split that a domain lacks has files of no documents.
 """
@@ -23,8 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moec.compiler.artifact import file_digest
 from moec.compiler.errors import UserError
+from moec.compiler.files import read_bytes
 from moec.compiler.replacing import replacing
+from moec.compiler.tokenizer import MAX_BYTES
 
 FORMAT = 1
 INDEX = "corpus.json"
@@ -34,6 +39,7 @@ Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 Kind = Literal["text", "instruction"]
 _REMEDY = "build it again with `moec data build`"
+_MAX_INDEX = 64 << 20  # bytes of corpus.json
 
 
 class DataError(UserError):
@@ -78,9 +84,9 @@ class Corpus:
         folder = Path(folder)
         file = folder / INDEX
         try:
-            index = json.loads(file.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"no corpus here (no {INDEX})", place=str(folder), remedy=_REMEDY) from None
+            if not file.exists():
+                raise DataError(f"no corpus here (no {INDEX})", place=str(folder), remedy=_REMEDY)
+            index = json.loads(read_bytes(file, limit=_MAX_INDEX, fault=DataError, remedy=_REMEDY))
         except (ValueError, RecursionError) as error:
             raise DataError(f"damaged: {str(error).splitlines()[0]}", place=str(file), remedy=_REMEDY) from None
         version = index.get("format") if isinstance(index, dict) else None
@@ -122,16 +128,25 @@ class Corpus:
         return self._shards[domain, split]
 
     def check(self) -> None:
-        """DataError unless every id is one of the vocabulary and the tokenizer is the one that made them."""
+        """DataError unless every file is as it was written, and every id one of the vocabulary."""
         for name in self.domains:
             for split in SPLITS:
                 check_ids(self.shard(name, split).tokens_N, self.vocab_size, f"{self.folder}, {name}/{split}.tokens")
-        try:
-            digest = hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
-        except FileNotFoundError:
-            raise DataError("the file is missing", place=str(self.tokenizer_file), remedy=_REMEDY) from None
-        if digest != self.index.get("tokenizer_sha256"):
+        self._check_digests()
+        tokenizer = read_bytes(self.tokenizer_file, limit=MAX_BYTES, fault=DataError, remedy=_REMEDY)
+        if hashlib.sha256(tokenizer).hexdigest() != self.index.get("tokenizer_sha256"):
             raise DataError("not the tokenizer of these tokens", place=str(self.tokenizer_file), remedy=_REMEDY)
+
+    def _check_digests(self) -> None:
+        recorded = self.index.get("files")
+        if not isinstance(recorded, dict):
+            raise DataError("damaged: no digests of its files", place=str(self.folder / INDEX), remedy=_REMEDY)
+        for domain in self.domains:
+            for file in shard_files(self.folder, domain):
+                name = file.relative_to(self.folder).as_posix()
+                if file_digest(file) != recorded.get(name):
+                    what = "damaged: its contents are not those that were written"
+                    raise DataError(what, place=str(file), remedy=_REMEDY)
 
     def _require(self, domain: str) -> None:
         if domain not in self.index["domains"]:
@@ -248,6 +263,13 @@ class ShardWriter:
         return {"documents": len(self._starts) - 1, "tokens": self._starts[-1]}
 
 
+def shard_files(folder: Path, domain: str) -> list[Path]:
+    """The files of a domain's shards that there are, in order."""
+    bases = [folder / domain / split for split in SPLITS]
+    files = (base.with_suffix(suffix) for base in bases for suffix in (".tokens", ".docs", ".mask"))
+    return [file for file in files if file.is_file()]
+
+
 def check_domain_name(name: str) -> None:
     """DataError unless `name` can be a folder and a key of a mixture."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
@@ -271,7 +293,7 @@ def write_tokens(
     For programs that bring their own tokens, and for tests. DataError for an id outside the vocabulary.
     """
     domains: dict[str, Any] = {}
-    with replacing(out, marker=INDEX, kind="a corpus") as folder:
+    with replacing(out, kind="a corpus") as folder:
         for name, by_split in documents.items():
             flags = (masks or {}).get(name)
             kind: Kind = "text" if flags is None else "instruction"
@@ -303,5 +325,10 @@ def write_index(
         "token_type": token_dtype(vocab_size).name,
         **more,
         "domains": domains,
+        "files": {
+            file.relative_to(folder).as_posix(): file_digest(file)
+            for domain in domains
+            for file in shard_files(folder, domain)
+        },
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -22,7 +22,7 @@ import yaml
 
 from moec.training.data.document import Document
 from moec.training.data.shards import TASKS
-from moec.training.tokenizer import END_OF_TURN, Coder
+from moec.training.tokenizer import Coder
 
 FOLDER = TASKS
 _TEXTS, _TEXT_LENGTH = 40, 1500  # documents of a perplexity task, characters of each
@@ -40,7 +40,7 @@ def write_tasks(folder: Path, coder: Coder, heldout: Mapping[str, Callable[[], I
         random.Random(0).shuffle(listed)
         if listed and listed[0].is_example:
             listed = [document for document in listed if not document.turns]  # a question is one prompt
-            end = END_OF_TURN if coder.chat else "\n###"
+            end = coder.end_of_response()
             for suffix, form, until in (("", coder.prompt_text, end), ("_plain", "{}\n".format, "\n")):
                 _write(out, f"{domain}_choice{suffix}", _choices(listed, form), _CHOICE_KEYS)
                 keys = {**_EXACT_KEYS, "generation_kwargs": {**_EXACT_KEYS["generation_kwargs"], "until": [until]}}

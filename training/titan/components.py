@@ -231,7 +231,7 @@ class StateCheckpoints(CheckpointManager):
         position = self._config.resume
         if position is None or position.folder is None:
             return False
-        with state_read(Path(self._create_checkpoint_id(position.step))):
+        with state_read(Path(self._create_checkpoint_id(position.step)), position):
             return super()._load(position.step)
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:

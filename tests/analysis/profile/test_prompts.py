@@ -61,23 +61,23 @@ def test_a_missing_file_is_one_line() -> None:
 
 
 def characters(text: str) -> list[int]:
-    return [ord(c) for c in text]
+    return [1, *(ord(c) for c in text)]  # as a tokenizer that adds BOS itself
 
 
 def test_streams_begin_each_prompt_and_never_cut_one() -> None:
     given = [p.Prompt("a", "xy", "1"), p.Prompt("b", "z", "2"), p.Prompt("a", "wwww", "3"), p.Prompt("a", "v", "4")]
-    streams = p.real_streams(given, characters, bos_id=1, room=6)
+    streams = p.real_streams(given, characters, room=6)
     assert [s.name for s in streams] == ["a", "b"]
     # the third prompt of five tokens does not fit behind the first, the fourth does
     assert streams[0].ids == (1, ord("x"), ord("y"), 1, ord("v"))
-    assert p.real_streams(given[:1], characters, bos_id=ord("x"), room=6)[0].ids == (ord("x"), ord("y"))
+    assert p.real_streams(given[:1], lambda text: [5, 6], room=6)[0].ids == (5, 6)  # nothing is added to them
 
 
 def test_a_prompt_longer_than_the_context_is_refused() -> None:
     with pytest.raises(RunError, match="f:3: the prompt has 5 tokens, the model's context leaves room for 4"):
-        p.real_streams([p.Prompt("a", "wwww", "f:3")], characters, bos_id=1, room=4)
+        p.real_streams([p.Prompt("a", "wwww", "f:3")], characters, room=4)
     with pytest.raises(RunError, match="makes no tokens"):
-        p.real_streams([p.Prompt("a", "x", "f:1")], lambda text: [], bos_id=None, room=4)
+        p.real_streams([p.Prompt("a", "x", "f:1")], lambda text: [], room=4)
 
 
 def test_mixed_takes_turns() -> None:

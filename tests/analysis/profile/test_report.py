@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 
+from moec.compiler.artifact import Artifact
 from tests.conftest import Moec
 
 pytest.importorskip("matplotlib", reason="the report's plots need matplotlib (extra: report)")
@@ -25,6 +28,7 @@ class Page(HTMLParser):
         super().__init__()
         self.ids: list[str] = []
         self.loads: list[str] = []
+        self.attributes: set[str] = set()
         self.scripts = 0
         self.feed(text)
 
@@ -32,6 +36,7 @@ class Page(HTMLParser):
         self.scripts += tag in ("script", "iframe", "link", "object", "embed")
         if tag == "section":
             self.ids.append(dict(attrs).get("id") or "")
+        self.attributes |= {name for name, _ in attrs}
         self.loads += [value or "" for name, value in attrs if name in _LOADING]
 
 
@@ -83,9 +88,6 @@ def test_what_is_missing_is_said(moec: Moec, line: Path, tmp_path: Path) -> None
     """A lone artifact whose checkpoint is gone: the page says what it lacks and how to get it."""
     copy = tmp_path / "lone"
     shutil.copytree(line / "artifact", copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["checkpoint"] = str(tmp_path / "gone")
-    (copy / "manifest.json").write_text(json.dumps(manifest))
     status, out, err = moec("report", copy, "-q")
     assert status == 0, err
     text = Path(out.strip()).read_text("utf-8")
@@ -100,23 +102,39 @@ def test_text_of_an_artifact_cannot_become_markup(moec: Moec, line: Path, tmp_pa
     shutil.copytree(line / "artifact", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["notes"] = ["<script>alert(1)</script>"]
-    manifest["checkpoint"] = "<img src=x>"
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    record = json.loads((line / "artifact.build.json").read_text())
+    record |= {"checkpoint": "<img src=x>", "machine": "<img src=y>"}
+    (tmp_path / "artifact.build.json").write_text(json.dumps(record))
     status, _, err = moec("report", copy, "-q", "--out", tmp_path / "page.html")
     assert status == 0, err
     read = Page((tmp_path / "page.html").read_text("utf-8"))
     assert read.scripts == 0
-    assert "x" not in read.loads
+    assert not {"x", "y"} & set(read.loads)
+
+
+def test_the_title_of_a_device_cannot_become_markup(moec: Moec, line: Path, tmp_path: Path) -> None:
+    title = 'x" onload="alert(1)"><script>alert(2)</script><svg a="$\\frac'
+    shipped = yaml.safe_load((files("moec") / "specs" / "devices" / "galaxy-s25.yaml").read_text("utf-8"))
+    (tmp_path / "device.yaml").write_text(yaml.safe_dump(shipped | {"title": title}))
+    status, _, err = moec(
+        "report", line / "artifact", "-q", "--device", tmp_path / "device.yaml", "--out", tmp_path / "page.html"
+    )
+    assert status == 0, err
+    read = Page((tmp_path / "page.html").read_text("utf-8"))
+    assert read.scripts == 0
+    assert "onload" not in read.attributes
 
 
 def test_evidence_of_another_artifact_is_not_shown(moec: Moec, line: Path, page: Path, tmp_path: Path) -> None:
     profile = json.loads((line / "kept.json").read_text())
-    profile["digests"]["graph"] = "0" * 16
+    assert profile["contents"] == Artifact.open(line / "artifact").manifest.contents
+    profile["contents"] = "0" * 64  # of another artifact of the same spec: its other digests are the same
     other = tmp_path / "other.json"
     other.write_text(json.dumps(profile))
     status, out, err = moec("report", line / "artifact", "--profile", other, "-q", "--out", tmp_path / "x.html")
     assert (status, out) == (2, "")
-    assert "other.json: about another artifact (its digests differ)" in err
+    assert "other.json: about another artifact (its contents differ)" in err
     assert not (tmp_path / "x.html").exists()
 
 
@@ -127,7 +145,9 @@ def test_evidence_of_another_artifact_is_not_shown(moec: Moec, line: Path, page:
         ("--profile", "[", "not JSON"),
         ("--profile", "[" * 100_000, "not JSON"),
         ("--verify", '{"kind": "passes", "checks": []}', "not a verification of an artifact"),
-        ("--passes", '{"kind": "passes", "checks": [], "subject": "x"}', "about 'x', not 'mobilemoe-tiny'"),
+        ("--passes", '{"kind": "passes", "checks": [], "about": {"graphs": []}}', "about another spec"),
+        ("--passes", '{"kind": "passes", "checks": [], "about": []}', "about another spec"),
+        ("--verify", '{"kind": "artifact", "checks": [], "about": 5}', "about another artifact"),
     ],
 )
 def test_refuses_other_files(moec: Moec, line: Path, tmp_path: Path, option: str, content: str, message: str) -> None:
