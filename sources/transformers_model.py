@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from moec.checkpoints.config_json import read_json
-from moec.checkpoints.folder import foreign_folder, read_tensors, shortened
+from moec.checkpoints.folder import GGUF, foreign_folder, gguf_refused, read_tensors, shortened
 from moec.checkpoints.quantized import said_by_config
 from moec.checkpoints.safetensors_file import finite
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
@@ -169,7 +169,7 @@ def _transformers() -> Any:
 def read_config(folder: Path) -> Any:
     """The transformers config of a folder, or of its config.json."""
     transformers = _transformers()
-    path = folder if folder.is_dir() else folder.parent
+    path = _home(folder)
     if not (path / "config.json").is_file():
         foreign = foreign_folder(path)
         if foreign is not None:
@@ -323,7 +323,7 @@ class TransformersStore(Checkpoint):
     """The checkpoint of a folder. Opened without reading a weight; weights go by the names of transformers' module."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder if folder.is_dir() else folder.parent
+        self.folder = _home(folder)
         foreign = foreign_folder(self.folder)
         if foreign is not None:
             raise foreign
@@ -403,5 +403,14 @@ class TransformersStore(Checkpoint):
         return Conversions(config, self._entries)
 
 
+def _home(path: Path) -> Path:
+    """The folder of a model: `path`, or that of the config.json which it names. CheckpointError for another file."""
+    if path.is_file() and path.name != "config.json":
+        if path.suffix == GGUF:
+            raise gguf_refused(path)
+        raise CheckpointError("is a file", place=str(path), remedy="name the folder with config.json and the weights")
+    return path if path.is_dir() else path.parent
+
+
 def _config_file(folder: Path) -> Path:
-    return (folder if folder.is_dir() else folder.parent) / "config.json"
+    return _home(folder) / "config.json"

@@ -19,6 +19,7 @@ from tests.sources import field_checkpoints as field
 transformers = pytest.importorskip(
     "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
 )
+transformers.utils.logging.disable_progress_bar()  # what a command prints is counted in lines
 NEW = "model.layers.0.self_attn"
 
 
@@ -385,6 +386,17 @@ def test_other_folders_say_what_lies_there(name: str, models: Models, moec: Moec
     tensors, folder = started(models, tmp_path, field.DENSE)
     make(tensors, folder)
     compile_refused(moec, folder, *says)
+
+
+@pytest.mark.parametrize(("name", "says"), [("model-q4_0.gguf", "GGUF"), (field.WEIGHTS, "is a file")])
+def test_a_file_is_no_folder(name: str, says: str, models: Models, moec: Moec, tmp_path: Path) -> None:
+    """A file that lies beside a healthy model does not stand for that model."""
+    tensors, folder = started(models, tmp_path, field.DENSE)
+    field.save(folder, tensors)
+    _gguf(tensors, folder)
+    file = spec(folder)
+    file.write_text(file.read_text().replace("transformers: model", f"transformers: model/{name}"))
+    refused(moec("compile", file, "--out", tmp_path / "art", "-q"), says, name)
 
 
 # --- shared experts of width 0 ----------------------------------------------------------------------------------------
