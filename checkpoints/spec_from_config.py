@@ -95,7 +95,7 @@ def _quantization(config: DecoderConfig) -> dict[str, Any]:
     section: dict[str, Any] = {
         "weights": "int4",
         "group_size": GROUP_SIZE,
-        "activations": "int8",
+        "activations": {"bits": 8, "group": "auto"},
         "kv_cache": "int8",
         "router": "fp32",
         "embedding": "int4",

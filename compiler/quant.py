@@ -6,7 +6,7 @@ Weights are symmetric per group along the **last** dimension of the stored tenso
     s = 2 * max|w| / (2^bits - 1),   q = clamp(round(w / s), -2^(bits-1), 2^(bits-1) - 1),   w ~ s * q.
 A linear [N, K] is thus grouped along its input; experts stored [E, K, N] are grouped along their output.
 
-Activations are symmetric INT8, one scale per token, rounded half to even:
+Activations are symmetric INT8, one scale per token or one for each block of 32 inputs of a token, rounded half to even:
     a = max|x|,   s = a / 127,   q = clamp(rint(x * (127 / a)), -127, 127)   (q = 0 when a = 0).
 The C++ kernels compute exactly this in fp32, so a reference built on `fake_quantize_rows` sees the same integers.
 Linears that XNNPACK serves use `asymmetric_rows`.
@@ -142,6 +142,9 @@ def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:
     raise CompileError(f"cannot quantize a weight with {what}", remedy="check the checkpoint for a diverged tensor")
 
 
+ACTIVATION_BLOCK = 32  # the only block that kernels have (kernels/core/format.h: kActivationBlock)
+
+
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric INT8 along the last dimension: (q as float32 integers [..., K], scale [..., 1])."""
     x = x.to(torch.float32)
@@ -150,10 +153,18 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * inverse).round().clamp(-127, 127), amax / 127.0
 
 
-def fake_quantize_rows(x: torch.Tensor) -> torch.Tensor:
-    """What an INT8 kernel sees of `x`."""
-    q, scale = quantize_rows(x)
-    return q * scale
+def fake_quantize_rows(x: torch.Tensor, block: int = 0) -> torch.Tensor:
+    """What an INT8 kernel sees of `x` [..., K]: one scale for each `block` values along K, the last block perhaps of
+    fewer; 0: one for the whole row."""
+    width = x.shape[-1]
+    if not block:
+        q, scale = quantize_rows(x)
+        return q * scale
+    missing = -width % block
+    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    q, scale = quantize_rows(padded.unflatten(-1, (-1, block)))
+    seen = (q * scale).flatten(-2)
+    return seen[..., :width] if missing else seen
 
 
 def asymmetric_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ QUANTIZED = (fused_moe_q, linear_q)
 
 
 def float_activations() -> Pass:
-    """`int8_activations=True` -> False on every quantized operator."""
+    """`int8_activations=True` -> False on every quantized operator, and no `activation_block`."""
     return Pass("float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL)
 
 
@@ -28,6 +28,6 @@ def _run(program: Program) -> PassResult:
     for node in edit.graph.nodes:
         call: FusedMoeQ[Node] | LinearQ[Node] | None = FusedMoeQ[Node].find(node) or LinearQ[Node].find(node)
         if call is not None and call.int8_activations:
-            node.args = replace(call, int8_activations=False).arguments()
+            node.args = replace(call, int8_activations=False, activation_block=0).arguments()
             changed += 1
     return PassResult(edit.done(stage=Stage.LEGAL), changed)

@@ -51,7 +51,7 @@ def quantize_weights(quantization: Quantization) -> Pass:
 def _run(program: Program, quantization: Quantization) -> PassResult:
     edit = program.edit()
     changed = 0
-    int8 = quantization.activations == "int8"
+    int8 = quantization.int8_activations
     for node in [n for n in edit.graph.nodes if n.op == "call_function"]:
         if is_op(node, aten.linear.default):
             new = _linear(edit, node, quantization, int8)
@@ -109,6 +109,8 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
         return None
     held = quantized(edit, weight, scheme, "out_in", quantization.method)
     codes, scales = operands(edit, held)
+    name = edit.weight_of(weight)
+    assert name is not None
     call = LinearQ(
         x=node.args[0],
         codes=codes,
@@ -117,6 +119,7 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
         bits=scheme.bits,
         group_size=scheme.group_size,
         int8_activations=int8,
+        activation_block=quantization.activation_block(edit.roles[name]),
     )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)
@@ -179,6 +182,7 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
         bits=scheme.bits,
         group_size=scheme.group_size,
         int8_activations=int8,
+        activation_block=quantization.activation_block(Role.EXPERT),
     )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)

@@ -25,12 +25,15 @@ class Kind(IntEnum):
 _AXIS_OUT = 1 << 4
 _INT8_ACTIVATIONS = 1 << 5
 _F32_SCALES = 1 << 6
+_BLOCK_ACTIVATIONS = 1 << 7
 _GROUP_SHIFT = 8
 
 
 @dataclass(frozen=True)
 class WeightFormat:
     """The `format` integer of a packed weight, in words. `axis_out`: groups lie along the output features.
+
+    `block_activations`: INT8 activations have a scale for each 32 inputs of a token, not one for the token.
 
     ValueError when the fields contradict each other: f32 has no groups, a group is a positive multiple of 32.
     """
@@ -40,13 +43,16 @@ class WeightFormat:
     axis_out: bool = False
     int8_activations: bool = False
     f32_scales: bool = False
+    block_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == Kind.F32:
-            if self.group_size or self.axis_out or self.int8_activations or self.f32_scales:
+            if any((self.group_size, self.axis_out, self.int8_activations, self.f32_scales, self.block_activations)):
                 raise ValueError("an f32 weight has no groups, scales or rounded activations")
         elif self.group_size <= 0 or self.group_size % 32 or self.group_size >= 1 << 22:
             raise ValueError(f"group size {self.group_size} is not a positive multiple of 32")
+        if self.block_activations and not self.int8_activations:
+            raise ValueError("this format has no INT8 activations, whose blocks could have scales")
 
     def encode(self) -> int:
         return (
@@ -54,12 +60,13 @@ class WeightFormat:
             | (_AXIS_OUT if self.axis_out else 0)
             | (_INT8_ACTIVATIONS if self.int8_activations else 0)
             | (_F32_SCALES if self.f32_scales else 0)
+            | (_BLOCK_ACTIVATIONS if self.block_activations else 0)
             | self.group_size << _GROUP_SHIFT
         )
 
     @classmethod
     def decode(cls, value: int) -> WeightFormat:
-        known = 0xF | _AXIS_OUT | _INT8_ACTIVATIONS | _F32_SCALES
+        known = 0xF | _AXIS_OUT | _INT8_ACTIVATIONS | _F32_SCALES | _BLOCK_ACTIVATIONS
         if value < 0 or (value & 0xFF) & ~known or (value & 0xF) > max(Kind):
             raise ValueError(f"{value:#x} is not a weight format")
         return cls(
@@ -68,6 +75,7 @@ class WeightFormat:
             axis_out=bool(value & _AXIS_OUT),
             int8_activations=bool(value & _INT8_ACTIVATIONS),
             f32_scales=bool(value & _F32_SCALES),
+            block_activations=bool(value & _BLOCK_ACTIVATIONS),
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,10 @@ class _Straight(torch.autograd.Function):
         return grads[0], None
 
 
-def round_activations(x: Tensor) -> Tensor:
-    """Symmetric INT8 of each row, as the kernels see their input (torchao has only the asymmetric form)."""
-    return _Straight.apply(x, lambda x: fake_quantize_rows(x).to(x.dtype))
+def round_activations(x: Tensor, block: int = 0) -> Tensor:
+    """Symmetric INT8 of each row, or of each `block` values of it, as the kernels see their input (torchao has only the
+    asymmetric form)."""
+    return _Straight.apply(x, lambda x: fake_quantize_rows(x, block).to(x.dtype))
 
 
 def round_to_bfloat16(x: Tensor) -> Tensor:
@@ -113,8 +115,9 @@ class Rounding:
 
     def activations(self, role: Role) -> Callable[[Tensor], Tensor] | None:
         """The rounding of what weights of `role` are multiplied with."""
-        rounds = self.quantization.activations == "int8" and self.quantization.scheme(role) is not None
-        return round_activations if rounds else None
+        if not self.quantization.int8_activations or self.quantization.scheme(role) is None:
+            return None
+        return partial(round_activations, block=self.quantization.activation_block(role))
 
     @property
     def cache(self) -> Callable[[Tensor], Tensor] | None:

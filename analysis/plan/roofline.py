@@ -116,7 +116,7 @@ def peak_operations(model: Model, device: Device) -> float:
         assert device.gpu_fp16_gflop_per_s is not None
         return device.gpu_fp16_gflop_per_s.number * 1e9
     peak = device.int8_gop_per_s.number * 1e9 * device.cores.threads
-    integer = model.quantization is not None and model.quantization.activations == "int8"
+    integer = model.quantization is not None and model.quantization.int8_activations
     return peak if integer else peak * FP32_OVER_INT8
 
 

@@ -257,7 +257,7 @@ def _add_run(
     finally:
         session.close()
     scheme = computed_scheme(artifact.manifest, spec_of(artifact))
-    rounds = scheme is not None and (scheme.activations == "int8" or scheme.kv_cache == "int8")
+    rounds = scheme is not None and scheme.rounds
     roles = asymmetric_roles(artifact.manifest)
     key = json.dumps([None if scheme is None else scheme.model_dump(mode="json"), sorted(roles)])
     arithmetic = Arithmetic(key, rounds, scheme is not None, (artifact, scheme, roles), run, {}, {})

@@ -26,6 +26,7 @@ from moec.compiler.program import Role
 from moec.compiler.progress import Progress
 from moec.compiler.source import Checkpoint
 from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.compiler.spec.sources import source_of
 from moec.compiler.target import Session, facts_of
 
@@ -120,7 +121,7 @@ def _compare_foreign(
         before_target(exported, passes),
         prompts,
         quantized=scheme is not None,
-        rounds_activations=scheme is not None and (scheme.activations == "int8" or scheme.kv_cache == "int8"),
+        rounds_activations=scheme is not None and scheme.rounds,
         unrounded=unrounded,
         progress=progress,
     )
@@ -188,13 +189,14 @@ def computed_scheme(manifest: Manifest, spec: Spec) -> Quantization | None:
     """The spec's quantization as the target computes it: its lowering notes where it rounds less than the spec asks."""
     if spec.quantization is None:
         return None
-    return spec.quantization.model_copy(update=facts_of(manifest).computes)
+    raw = spec.quantization.model_dump(mode="json") | facts_of(manifest).computes
+    return Quantization.model_validate(raw)
 
 
 def rounds_activations(artifact: Artifact, spec: Spec) -> bool:
     """Whether the artifact rounds activations to INT8 as it runs."""
     scheme = computed_scheme(artifact.manifest, spec)
-    return scheme is not None and scheme.activations == "int8"
+    return scheme is not None and scheme.int8_activations
 
 
 def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, list[int]]) -> dict[str, Any]:
@@ -228,9 +230,10 @@ def _float_reference(
     config: DecoderConfig, store: WeightStore, scheme: Quantization | None, roles: Collection[Role]
 ) -> VerifyingReference | None:
     """The same codes and cache without rounding of activations; None when the scheme rounds none."""
-    if scheme is None or scheme.activations == "fp32":
+    if scheme is None or not scheme.int8_activations:
         return None
-    return VerifyingReference(config, store, scheme.model_copy(update={"activations": "fp32"}), xnnpack_roles=roles)
+    unrounded = scheme.model_copy(update={"activations": FLOAT_ACTIVATIONS})
+    return VerifyingReference(config, store, unrounded, xnnpack_roles=roles)
 
 
 def _report(

@@ -62,7 +62,10 @@ def float_products() -> dict[Any, Override]:
     """The quantized products with the same codes, in fp32 arithmetic: activations are not rounded, the cache is."""
 
     def unrounded(call: type[ops.FusedMoeQ[Any]] | type[ops.LinearQ[Any]]) -> Override:
-        return lambda *args, **kwargs: replace(call(*args, **kwargs), int8_activations=False).eager()
+        def product(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return replace(call(*args, **kwargs), int8_activations=False, activation_block=0).eager()
+
+        return product
 
     return {call.op: unrounded(call) for call in (ops.FusedMoeQ, ops.LinearQ)}
 

@@ -41,6 +41,7 @@ class Parameter:
     type: str  # as a torch schema spells it, without a mark for writing
     operand: bool
     written: bool
+    default: str | None = None  # as a torch schema spells it
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Call(Generic[V]):
     def parameters(cls) -> tuple[Parameter, ...]:
         """The signature, in the order of the schema."""
         hints = get_type_hints(cls, include_extras=True)
-        return tuple(_parameter(f.name, hints[f.name]) for f in dataclasses.fields(cls))
+        return tuple(
+            dataclasses.replace(_parameter(f.name, hints[f.name]), default=_default(f)) for f in dataclasses.fields(cls)
+        )
 
     @classmethod
     def find(cls: type[C], node: Any) -> C | None:
@@ -72,8 +75,14 @@ class Call(Generic[V]):
         return found
 
     def arguments(self) -> tuple[Any, ...]:
-        """Every argument in the order of the schema, as the operator takes them."""
-        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+        """The arguments in the order of the schema, as the operator takes them, without defaults at the end."""
+        fields = dataclasses.fields(self)
+        while fields and fields[-1].default is not dataclasses.MISSING and self._holds_default(fields[-1]):
+            fields = fields[:-1]
+        return tuple(getattr(self, f.name) for f in fields)
+
+    def _holds_default(self, field: dataclasses.Field[Any]) -> bool:
+        return bool(getattr(self, field.name) == field.default)
 
     def operands(self) -> Iterator[tuple[Parameter, V]]:
         """The operands that are there."""
@@ -103,6 +112,10 @@ def find_call(node: Any) -> Call[Any] | None:
     return Call.find(node)
 
 
+def _default(field: dataclasses.Field[Any]) -> str | None:
+    return None if field.default is dataclasses.MISSING else str(field.default)
+
+
 def _parameter(name: str, hint: Any) -> Parameter:
     optional = ""
     if get_origin(hint) in (Union, types.UnionType):
@@ -124,7 +137,7 @@ def signature(call: type[Call[Any]], *, in_place: bool = True) -> str:
     alias = iter("abcdefghijklmnop")
     for p in call.parameters():
         kind = p.type.replace("Tensor", f"Tensor({next(alias)}!)", 1) if p.written and in_place else p.type
-        texts.append(f"{kind} {p.name}")
+        texts.append(f"{kind} {p.name}" + ("" if p.default is None else f"={p.default}"))
     return ", ".join(texts)
 
 

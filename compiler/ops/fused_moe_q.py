@@ -7,6 +7,7 @@ Activation arithmetic with int8_activations (`quant.quantize_rows`; rows of x, a
 - groups along in:  y = s_x * sum_g s_w[g] * (integer dot product of group g)
 - groups along out: for each group G of outputs z[k] = x[k] * s_w[k, G] in fp32, (zq, s_z) = quantize_rows(z),
   y[n] = s_z * sum_k zq[k] * q[k, n].
+With `activation_block` x and z are rounded in blocks of so many inputs, and s_x or s_z stands inside the sum.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ops.call import V, register, require, shape_of
-from moec.compiler.ops.linear_q import check_codes, linear_in_groups
+from moec.compiler.ops.linear_q import check_block, check_codes, linear_in_groups
 from moec.compiler.ops.moe_call import WEIGHTS, RoutedMoe, expert_shapes
-from moec.compiler.quant import QuantizedTensor, quantize_rows
+from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, quantize_rows
 
 
-def linear_out_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool) -> Tensor:
+def linear_out_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool, activation_block: int = 0) -> Tensor:
     """x [n, K] times a weight [K, N] grouped along N. Integer sums: exact in fp32 (|sum| < 2^24 up to K = 16,000)."""
     if not int8_activations:
         return x.to(torch.float32) @ weight.dequantize()
     q_KGn = weight.unpacked().to(torch.float32).unflatten(-1, (-1, weight.group_size))
     z_GTK = torch.einsum("tk,kg->gtk", x.to(torch.float32), weight.scales.to(torch.float32))
+    if activation_block:
+        y_GTn = torch.bmm(fake_quantize_rows(z_GTK, activation_block), q_KGn.permute(1, 0, 2))
+        return y_GTn.permute(1, 0, 2).flatten(1)
     zq_GTK, scale_GT1 = quantize_rows(z_GTK)
     y_GTn = torch.bmm(zq_GTK, q_KGn.permute(1, 0, 2)) * scale_GT1
     return y_GTn.permute(1, 0, 2).flatten(1)
@@ -52,6 +56,7 @@ class FusedMoeQ(RoutedMoe[V]):
     bits: int
     group_size: int
     int8_activations: bool
+    activation_block: int = 0
 
     def weight(self, name: str) -> tuple[V, V] | None:
         """(codes, scales) of one of `WEIGHTS`; None if it is absent."""
@@ -70,15 +75,17 @@ class FusedMoeQ(RoutedMoe[V]):
         assert weight is not None
         one = QuantizedTensor(weight[0][expert], weight[1][expert], self.bits, self.group_size)
         multiply = linear_in_groups if self.mlp.layout == "out_in" else linear_out_groups
-        return multiply(rows, one, self.int8_activations)
+        return multiply(rows, one, self.int8_activations, self.activation_block)
 
     def shared_product(self: FusedMoeQ[Tensor], name: str, rows: Tensor) -> Tensor:
         weight = self.weight(name)
         assert weight is not None
-        return linear_in_groups(rows, QuantizedTensor(*weight, self.bits, self.group_size), self.int8_activations)
+        one = QuantizedTensor(*weight, self.bits, self.group_size)
+        return linear_in_groups(rows, one, self.int8_activations, self.activation_block)
 
     def fake(self: FusedMoeQ[Tensor]) -> Tensor:
         op, mlp, d = "fused_moe_q", self.mlp, int(self.x.shape[-1])
+        check_block(op, self.int8_activations, self.activation_block)
         require(self.w13_codes.dim() == 3, op, "w13_codes must have three dimensions")
         present = sum(t is not None for name in WEIGHTS[2:] for t in self._parts(name))
         require(present in (0, 4), op, "a shared expert needs codes and scales of both its weights")

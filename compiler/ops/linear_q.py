@@ -2,7 +2,8 @@
 
 x [..., K] float32; codes [N, K/2] uint8 (bits 4) or [N, K] int8 (bits 8); scales [N, K/group_size]; y [..., N] float32.
 int8_activations: y = s_x * sum_g s_w[g] * (integer dot product of the group), x rounded per row by
-`quant.quantize_rows`. Otherwise fp32 arithmetic on the dequantized weight.
+`quant.quantize_rows`; with `activation_block` there is a scale s_x for each so many inputs, inside the sum. Otherwise
+fp32 arithmetic on the dequantized weight.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ops.call import Call, V, register, require
-from moec.compiler.quant import QuantizedTensor, quantize_rows
+from moec.compiler.quant import ACTIVATION_BLOCK, QuantizedTensor, fake_quantize_rows, quantize_rows
 
 
-def linear_in_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool) -> Tensor:
+def linear_in_groups(x: Tensor, weight: QuantizedTensor, int8_activations: bool, activation_block: int = 0) -> Tensor:
     """x [..., K] times a weight [N, K] grouped along K. The integers are the kernel's; only the fp32 summation order of
     the scaled group products is torch's own."""
     w = weight.dequantize()
     if not int8_activations:
         return torch.nn.functional.linear(x.to(torch.float32), w)
+    if activation_block:
+        return torch.nn.functional.linear(fake_quantize_rows(x, activation_block), w)
     q, scale = quantize_rows(x)
     return torch.nn.functional.linear(q, w) * scale
+
+
+def check_block(op: str, int8_activations: bool, activation_block: int) -> None:
+    """Blocks are of 32 inputs, and only rounded activations have them."""
+    allowed = (0, ACTIVATION_BLOCK) if int8_activations else (0,)
+    require(activation_block in allowed, op, f"activation_block must be one of {allowed}, not {activation_block}")
 
 
 def check_codes(
@@ -53,14 +62,16 @@ class LinearQ(Call[V]):
     bits: int
     group_size: int
     int8_activations: bool
+    activation_block: int = 0
 
     def eager(self: LinearQ[Tensor]) -> Tensor:
         weight = QuantizedTensor(self.codes, self.scales, self.bits, self.group_size)
-        y = linear_in_groups(self.x, weight, self.int8_activations)
+        y = linear_in_groups(self.x, weight, self.int8_activations, self.activation_block)
         return y if self.bias is None else y + self.bias.to(torch.float32)
 
     def fake(self: LinearQ[Tensor]) -> Tensor:
         n = self.codes.shape[0]
+        check_block("linear_q", self.int8_activations, self.activation_block)
         shape = (n, int(self.x.shape[-1]))
         check_codes("linear_q", "weight", self.codes, self.scales, shape, self.bits, self.group_size)
         return self.x.new_empty((*self.x.shape[:-1], n), dtype=torch.float32)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from moec.compiler.spec.methods import method_names
 from moec.compiler.spec.strict import Fault, Section
@@ -63,6 +63,56 @@ RoleOverride = Annotated[
 ]
 
 
+class ActivationQuantization(Section):
+    """How inputs of products with quantized weights are rounded as the model runs: symmetric, by their own magnitudes.
+
+    bits: 8, or 32 for fp32 arithmetic. group: inputs of a token that share a scale, 32 or `token` for all of them;
+    `auto` is 32 for weights grouped along their input and `token` for those grouped along their output, where the
+    kernels would be slower with blocks. `int8` is short for `{bits: 8, group: token}`, `fp32` for `{bits: 32}`.
+    """
+
+    bits: Literal[8, 32] = 8
+    group: Literal[32, "token", "auto"] = "auto"
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        if raw.get("bits") == 32 and raw.get("group", "auto") != "auto":
+            yield Fault(("group",), "fp32 activations have no scales: leave group out")
+
+
+FLOAT_ACTIVATIONS = ActivationQuantization(bits=32)
+_ACTIVATIONS = {"int8": ActivationQuantization(group="token"), "fp32": FLOAT_ACTIVATIONS}
+
+
+def _activations(value: Any) -> Any:
+    return _ACTIVATIONS.get(value, {"bits": value}) if isinstance(value, str) else value
+
+
+def _shortest(value: ActivationQuantization) -> str | dict[str, Any]:
+    """The name that artifacts have always recorded, where there is one."""
+    name = next((name for name, known in _ACTIVATIONS.items() if known == value), None)
+    return name or {"bits": value.bits, "group": value.group}
+
+
+Activations = Annotated[
+    ActivationQuantization,
+    BeforeValidator(_activations),
+    PlainSerializer(_shortest),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": [*_ACTIVATIONS]},
+                {
+                    "type": "object",
+                    "properties": {"bits": {"enum": [8, 32]}, "group": {"enum": [32, "token", "auto"]}},
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
 class Quantization(Section):
     """Symmetric integer weights in groups (MobileMoE Eq. 6), dynamic INT8 activations, INT8 KV cache.
 
@@ -75,7 +125,9 @@ class Quantization(Section):
     weights: WeightType = Field(description="type of every weight matrix that no override below names")
     group_size: Literal[32, 64, 128, 256] = Field(default=32, description="elements that share one scale")
     method: str = Field(default="rtn", description="how codes are computed: round to nearest, or another method")
-    activations: Literal["int8", "fp32"] = Field(default="int8", description="dynamic, one scale per token")
+    activations: Activations = Field(
+        default=ActivationQuantization(), description="dynamic, one scale per token or per 32 of its inputs"
+    )
     kv_cache: Literal["int8", "fp32"] = Field(default="int8", description="one scale per token and KV head")
     router: Literal["fp32"] = Field(default="fp32", description="always fp32; written out for the reader")
     expert_group_axis: Axis = Field(default="out", description="dimension along which experts are grouped")
@@ -109,6 +161,26 @@ class Quantization(Section):
     def scheme(self, role: Role) -> WeightScheme | None:
         """How weights of `role` are stored; None means fp32 (always so for the router, norms, caches, constants)."""
         return self.scheme_of(role.value)
+
+    @property
+    def int8_activations(self) -> bool:
+        """Whether products with quantized weights round what they are multiplied with."""
+        return self.activations.bits == 8
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded as the model runs: activations, or keys and values."""
+        return self.int8_activations or self.kv_cache == "int8"
+
+    def activation_block(self, role: Role) -> int:
+        """Inputs of a token that share a scale when weights of `role` multiply them; 0: all, or they are not rounded.
+
+        Shared experts round as the routed ones, with which they are one operator.
+        """
+        scheme = self.scheme_of("expert" if role.value == "shared" else role.value)
+        if scheme is None or not self.int8_activations or self.activations.group == "token":
+            return 0
+        return 0 if self.activations.group == "auto" and scheme.axis == "out" else 32
 
     def scheme_of(self, role: str) -> WeightScheme | None:
         """`scheme` of a role by its name, for callers that do without the graph's types."""

@@ -59,12 +59,13 @@ typedef struct moec_out {
 
 // --------------------------------------------------------------------------------------------------------------- formats
 //
-// int32 format = kind | axis << 4 | int8_activations << 5 | f32_scales << 6 | group_size << 8
+// int32 format = kind | axis << 4 | int8_activations << 5 | f32_scales << 6 | block_activations << 7 | group_size << 8
 //   kind              0 f32 (every other field 0), 1 int4, 2 int8
 //   axis              0: groups along the input  (codes [N, K],   scales [N, K / group_size])
 //                     1: groups along the output (codes [K, N],   scales [K, N / group_size])
 //   int8_activations  0: fp32 arithmetic on dequantized weights; 1: activations rounded to INT8 (compiler/quant.py)
 //   f32_scales        scales are stored as f32 instead of f16
+//   block_activations with int8_activations: a scale for each 32 inputs of a token; without it one for the whole token
 //   group_size        a positive multiple of 32; it must divide K (axis 0) or N (axis 1)
 
 enum { MOEC_F32 = 0, MOEC_INT4 = 1, MOEC_INT8 = 2 };
@@ -72,6 +73,7 @@ enum {
   MOEC_AXIS_OUT = 1 << 4,
   MOEC_INT8_ACTIVATIONS = 1 << 5,
   MOEC_F32_SCALES = 1 << 6,
+  MOEC_BLOCK_ACTIVATIONS = 1 << 7,
   MOEC_GROUP_SHIFT = 8,
 };
 
@@ -85,7 +87,7 @@ enum {
 //   f32     [N, K] row-major, no padding.
 // A stack of E experts is E such matrices one after the other.
 
-// *bytes = length of ONE packed matrix of N outputs and K inputs. The bit MOEC_INT8_ACTIVATIONS does not matter.
+// *bytes = length of ONE packed matrix of N outputs and K inputs. The bits of activations do not matter.
 MOEC_API int32_t moec_packed_bytes(int64_t n, int64_t k, int32_t format, uint64_t* bytes);
 
 // Pack `count` stacked matrices. codes: int4 uint8 [count, N, K/2] (axis 0) or [count, K, N/2] (axis 1), element 2i in the

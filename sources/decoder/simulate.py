@@ -78,10 +78,16 @@ class Matrix:
     """A weight and the way its products are computed. `shape` is logical: [N, K], or experts [E, K, N]."""
 
     def __init__(
-        self, weight: Tensor | QuantizedTensor, *, in_out: bool, int8_activations: bool, asymmetric: bool = False
+        self,
+        weight: Tensor | QuantizedTensor,
+        *,
+        in_out: bool,
+        int8_activations: bool,
+        activation_block: int = 0,
+        asymmetric: bool = False,
     ) -> None:
         self._weight, self._in_out = weight, in_out
-        self._int8, self._asymmetric = int8_activations, asymmetric
+        self._int8, self._block, self._asymmetric = int8_activations, activation_block, asymmetric
 
     def __call__(self, x: Tensor, index: int | None = None) -> Tensor:
         """x [..., K] times the weight, or expert `index` of it."""
@@ -95,12 +101,12 @@ class Matrix:
             return self._along_out(x, weight)
         if self._asymmetric:
             return F.linear(fake_quantize_rows_asymmetric(x), weight.dequantize())
-        return linear_in_groups(x, weight, self._int8)
+        return linear_in_groups(x, weight, self._int8, self._block)
 
     def _along_out(self, x_TK: Tensor, weight: QuantizedTensor) -> Tensor:
         """Some rows at a time: each is scaled once for every group of outputs."""
         step = max(1, _ELEMENTS // max(1, weight.scales.numel()))
-        return torch.cat([linear_out_groups(piece, weight, self._int8) for piece in x_TK.split(step)])
+        return torch.cat([linear_out_groups(piece, weight, self._int8, self._block) for piece in x_TK.split(step)])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a table, dequantized: an embedding."""
@@ -122,7 +128,13 @@ class Matrix:
                 if isinstance(weight, Tensor)
                 else QuantizedTensor(weight.codes[part], weight.scales[part], weight.bits, weight.group_size)
             )
-            matrix = Matrix(piece, in_out=False, int8_activations=self._int8, asymmetric=self._asymmetric)
+            matrix = Matrix(
+                piece,
+                in_out=False,
+                int8_activations=self._int8,
+                activation_block=self._block,
+                asymmetric=self._asymmetric,
+            )
             y_TN[:, part] = matrix(x_TK)
         return y_TN
 
@@ -146,7 +158,7 @@ class Reference:
         xnnpack_roles: Collection[Role] = (),
     ) -> None:
         self._config, self._weights, self._quantization = config, weights, quantization
-        self._int8 = activations and quantization is not None and quantization.activations == "int8"
+        self._int8 = activations and quantization is not None and quantization.int8_activations
         self._int8_cache = activations and quantization is not None and quantization.kv_cache == "int8"
         self._xnnpack_roles = frozenset(xnnpack_roles)
         self._layout = weight_layout(config)
@@ -168,7 +180,15 @@ class Reference:
         if delegated:
             weight = _bfloat16_scales(weight)
         in_out = stacked and scheme.axis == "out"
-        return Matrix(weight, in_out=in_out, int8_activations=self._int8, asymmetric=self._int8 and delegated)
+        assert self._quantization is not None
+        block = self._quantization.activation_block(info.role) if self._int8 else 0
+        return Matrix(
+            weight,
+            in_out=in_out,
+            int8_activations=self._int8,
+            activation_block=block,
+            asymmetric=self._int8 and delegated,
+        )
 
     def _vector(self, name: str) -> Tensor:
         return self._weights[name].load()

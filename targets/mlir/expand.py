@@ -33,7 +33,7 @@ from moec.compiler.ops import (
     Routing,
 )
 from moec.compiler.ops.moe_math import activate, choices, combine_weights, router_logits
-from moec.compiler.quant import quantize_rows
+from moec.compiler.quant import fake_quantize_rows, quantize_rows
 
 Batched = Callable[[Tensor], Tensor]  # [E, T, in] -> [E, T, out]
 
@@ -66,14 +66,19 @@ def dequantized(codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Te
 
 def expand_linear_q(call: LinearQ[Tensor]) -> Tensor:
     """`linear_q`: x [..., K] times codes [N, K] with scales [N, K / group_size] -> float32 [..., N]."""
-    y = _linear_q(call.x, call.codes, call.scales, call.bits, call.group_size, call.int8_activations)
+    form = (call.bits, call.group_size, call.int8_activations, call.activation_block)
+    y = _linear_q(call.x, call.codes, call.scales, *form)
     return y if call.bias is None else y + call.bias.to(torch.float32)
 
 
-def _linear_q(x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int, rounded: bool) -> Tensor:
+def _linear_q(
+    x: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int, rounded: bool, block: int
+) -> Tensor:
     w = dequantized(codes, scales, bits, group_size)
     if not rounded:
         return functional.linear(x.to(torch.float32), w)
+    if block:
+        return functional.linear(fake_quantize_rows(x, block), w)
     q, scale = quantize_rows(x)
     return functional.linear(q, w) * scale
 
@@ -227,7 +232,14 @@ def expand_fused_moe(moe: FusedMoe[Tensor]) -> tuple[Tensor, Tap]:
 
 
 def _quantized_products(
-    codes: Tensor, scales: Tensor, bias: Tensor | None, layout: str, bits: int, group_size: int, rounded: bool
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    bits: int,
+    group_size: int,
+    rounded: bool,
+    block: int,
 ) -> Batched:
     """[E, T, K] times every expert's weight: `linear_in_groups` (out_in) or `linear_out_groups` (in_out) per expert."""
 
@@ -238,6 +250,8 @@ def _quantized_products(
         w_EKN = dequantized(codes, scales, bits, group_size).transpose(1, 2)
         if not rounded:
             return add_bias(torch.bmm(rows, w_EKN))
+        if block:
+            return add_bias(torch.bmm(fake_quantize_rows(rows, block), w_EKN))
         q, scale = quantize_rows(rows)
         return add_bias(torch.bmm(q, w_EKN) * scale)
 
@@ -250,7 +264,11 @@ def _quantized_products(
         q_XKn = q_EKGn.permute(0, 2, 1, 3).contiguous().view(count * groups, wide, group_size)
         # z = x * s for each group of outputs, rounded by itself
         z_EGTK = rows.unsqueeze(1) * scales.to(torch.float32).permute(0, 2, 1).contiguous().unsqueeze(2)
-        zq_EGTK, scale_EGT1 = quantize_rows(z_EGTK)
+        scale_EGT1: Tensor | float
+        if block:
+            zq_EGTK, scale_EGT1 = fake_quantize_rows(z_EGTK, block), 1.0
+        else:
+            zq_EGTK, scale_EGT1 = quantize_rows(z_EGTK)
         y_XTn = torch.bmm(zq_EGTK.contiguous().view(count * groups, tokens, wide), q_XKn)
         y_EGTn = y_XTn.view(count, groups, tokens, group_size) * scale_EGT1
         return add_bias(y_EGTn.permute(0, 2, 1, 3).contiguous().view(count, tokens, groups * group_size))
@@ -260,7 +278,7 @@ def _quantized_products(
 
 def expand_fused_moe_q(moe: FusedMoeQ[Tensor]) -> tuple[Tensor, Tap]:
     """`fused_moe_q`: (y float32 [T, D], what a trace records). Every expert runs on every token."""
-    form = (moe.bits, moe.group_size, moe.int8_activations)
+    form = (moe.bits, moe.group_size, moe.int8_activations, moe.activation_block)
     w13 = _quantized_products(moe.w13_codes, moe.w13_scales, moe.b13, moe.mlp.layout, *form)
     w2 = _quantized_products(moe.w2_codes, moe.w2_scales, moe.b2, moe.mlp.layout, *form)
     indices, weights, y = _routed(moe, w13, w2)

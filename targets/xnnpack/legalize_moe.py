@@ -95,6 +95,7 @@ def _source(moe: RoutedMoe[Node], name: str) -> Source | None:
             bits=moe.bits,
             group_size=moe.group_size,
             int8_activations=moe.int8_activations,
+            activation_block=moe.activation_block,
             axis_out=moe.mlp.layout == "in_out" and not name.startswith("shared"),  # shared weights are [out, in]
         )
     assert isinstance(moe, FusedMoe)

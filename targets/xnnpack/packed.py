@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Editor, LazyWeight
+from moec.compiler.quant import ACTIVATION_BLOCK
 from moec.runtime.moe_config import Kind, WeightFormat
 from moec.targets.xnnpack import packing
 
@@ -33,7 +34,14 @@ class Source:
 
 
 def quantized_source(
-    codes: Node, scales: Node, *, bits: int, group_size: int, int8_activations: bool, axis_out: bool = False
+    codes: Node,
+    scales: Node,
+    *,
+    bits: int,
+    group_size: int,
+    int8_activations: bool,
+    activation_block: int = 0,
+    axis_out: bool = False,
 ) -> Source:
     """Codes and scales of a weight [N, K] (`axis_out`: grouped along N), and the format they are packed in."""
     return Source(
@@ -45,6 +53,7 @@ def quantized_source(
             axis_out=axis_out,
             int8_activations=int8_activations,
             f32_scales=scales.meta["val"].dtype == torch.float32,
+            block_activations=activation_block == ACTIVATION_BLOCK,
         ),
     )
 
@@ -65,7 +74,7 @@ def pack_into(
     if any(s.format != sources[0].format for s in sources):
         raise AssertionError("only weights of one format can be stacked")
     # the layout does not depend on how activations are treated: an embedding and a head can share it
-    layout = replace(sources[0].format, int8_activations=False)
+    layout = replace(sources[0].format, int8_activations=False, block_activations=False)
     name = _blob_name([_weight_name(editor, s.weight) for s in sources], transposed)
     existing = editor.placeholder_of(name)
     if existing is not None:

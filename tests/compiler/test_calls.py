@@ -19,7 +19,7 @@ SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor? weight, float eps) -> Tensor",
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     "linear_q": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits, int group_size, "
-    "bool int8_activations) -> Tensor",
+    "bool int8_activations, int activation_block=0) -> Tensor",
     "embedding_q": "(Tensor ids, Tensor codes, Tensor scales, int bits, int group_size) -> Tensor",
     "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start_pos, "
     "float scale, int window) -> Tensor",
@@ -32,7 +32,7 @@ SCHEMAS = {
     "Tensor? selection_bias, Tensor w13_codes, Tensor w13_scales, Tensor? b13, Tensor w2_codes, Tensor w2_scales, "
     "Tensor? b2, Tensor? shared_w13_codes, Tensor? shared_w13_scales, Tensor? shared_w2_codes, "
     "Tensor? shared_w2_scales, Tensor? shared_gate, int top_k, str routing, str experts, int bits, int group_size, "
-    "bool int8_activations) -> Tensor",
+    "bool int8_activations, int activation_block=0) -> Tensor",
     "linear_packed": "(Tensor x, Tensor w, Tensor? bias, int n, int k, int format) -> Tensor",
     "gated_linear_packed": "(Tensor x, Tensor w, int f, int k, int format, int activation) -> Tensor",
     "embedding_packed": "(Tensor ids, Tensor w, int n, int k, int format) -> Tensor",

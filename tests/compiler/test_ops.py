@@ -187,6 +187,33 @@ def test_linear_q(bits: int, group: int) -> None:
     same_as_fake(linear_q, x, *args, True)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
+def test_linear_q_by_block(bits: int, group: int) -> None:
+    """A scale for each 32 inputs: the sums of blocks, each of integers, as the kernels add them."""
+    x, w = rand(5, 128), rand(24, 128)
+    x[:, 40] *= 100  # an outlier: its block loses precision, the others keep theirs
+    q = quantize_weight(w, bits=bits, group_size=group)
+    scales = q.scales.repeat_interleave(group // 32, -1).double()
+    wanted = torch.zeros(5, 24, dtype=torch.float64)
+    for b in range(4):
+        codes, scale = quantize_rows(x[:, 32 * b : 32 * b + 32])
+        integers = codes @ q.unpacked()[:, 32 * b : 32 * b + 32].float().T
+        wanted += integers.double() * scale.double() * scales[:, b]
+    args = (q.codes, q.scales, None, bits, group, True)
+    torch.testing.assert_close(linear_q(x, *args, 32).double(), wanted, **CLOSE)
+    assert not torch.allclose(linear_q(x, *args).double(), wanted, **CLOSE)
+    same_as_fake(linear_q, x, *args, 32)
+
+
+@pytest.mark.parametrize(("int8", "block"), [(True, 64), (True, -1), (True, 1), (False, 32)])
+def test_no_other_blocks(int8: bool, block: int) -> None:
+    q = quantize_weight(rand(8, 64), bits=4, group_size=32)
+    with FakeTensorMode() as mode:
+        x, codes, scales = (mode.from_tensor(t) for t in (rand(2, 64), q.codes, q.scales))
+        with pytest.raises(ValueError, match="activation_block must be one of"):
+            linear_q(x, codes, scales, None, 4, 32, int8, block)
+
+
 def test_embedding_q() -> None:
     table = quantize_weight(rand(11, 64), bits=4, group_size=32)
     ids = torch.tensor([[0, 10, 3, 3]])

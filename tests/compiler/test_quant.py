@@ -224,3 +224,10 @@ def test_a_width_that_groups_do_not_divide_names_what_would(
         check_width(shape, WeightScheme(4, group_size, axis), orientation, "w")
     assert remedy in caught.value.line()
     assert "choose another" not in caught.value.line()
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 95, 256])
+def test_blocks_of_activations_are_rows_of_their_own(width: int) -> None:
+    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(width))
+    parts = [fake_quantize_rows(part) for part in x.split(32, -1)]
+    assert torch.equal(fake_quantize_rows(x, 32), torch.cat(parts, -1))

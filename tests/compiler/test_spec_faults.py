@@ -63,6 +63,17 @@ ONE_FAULT = {
     "tag": ("layers: 4", "layers: !!int 4", "model.layers: tags have no meaning in a spec"),
     "python tag": ("layers: 4", "layers: !!python/object/apply:os.system [id]", "model.layers: "),
     "router": ("router: fp32", "router: int8", "quantization.router: the router is always fp32"),
+    "activations": ("activations: int8", "activations: int6", "quantization.activations.bits: expected 8 or 32, got"),
+    "block": (
+        "activations: int8",
+        "activations: {bits: 8, group: 64}",
+        "quantization.activations.group: expected 32, 'token' or 'auto', got 64",
+    ),
+    "block of fp32": (
+        "activations: int8",
+        "activations: {bits: 32, group: 32}",
+        "quantization.activations.group: fp32 activations have no scales: leave group out",
+    ),
     "scheme": ("weights: int4", "weights: int5", "quantization.weights: expected 'int4', 'int8' or 'fp32', got 'int5'"),
     "target": ("[xnnpack]", "[xnpack]", "targets.xnpack: unknown target; did you mean 'xnnpack'?"),
     "no target": ("[xnnpack]", "[]", "targets: name a target; known here:"),

@@ -37,6 +37,14 @@ def test_the_flag_of_every_quantized_operator_and_nothing_else(fused: Program) -
     assert _flags(quantized)[0] is True  # the program it was given is as it was
 
 
+def test_blocks_go_with_the_rounding(fused: Program) -> None:
+    quantized = run(quantize_weights(scheme(activations={"bits": 8, "group": 32})), fused).program
+    legal = run(float_activations(), quantized).program
+    before, after = ([find_call(n) for n in p.graph.nodes if n.target in QUANTIZED] for p in (quantized, legal))
+    assert {call.activation_block for call in before} == {32}  # type: ignore[union-attr]
+    assert {call.activation_block for call in after} == {0}  # type: ignore[union-attr]
+
+
 def test_idempotent_and_nothing_in_a_float_program(fused: Program) -> None:
     legal = run(float_activations(), fused)
     assert legal.changed == 0

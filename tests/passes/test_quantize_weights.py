@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moec.compiler.dialect import check_dialect
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import FusedMoeQ, linear_q
+from moec.compiler.ops import FusedMoeQ, LinearQ, find_call, linear_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program, Role, Stage
 from moec.compiler.quant import QuantizedTensor, quantize_weight
@@ -319,6 +319,26 @@ class _WithCache(nn.Module):
     def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         x = F.embedding(tokens, self.embed)
         return x + self.attention(x, start_pos)
+
+
+@pytest.mark.parametrize(
+    ("activations", "axis", "linear", "experts"),
+    [
+        ("int8", "in", 0, 0),
+        ("fp32", "in", 0, 0),
+        ({}, "in", 32, 32),  # auto, the default: blocks where groups lie along the input
+        ({}, "out", 32, 0),
+        ({"bits": 8, "group": 32}, "out", 32, 32),
+        ({"bits": 8, "group": "token"}, "in", 0, 0),
+    ],
+)
+def test_blocks_of_activations_by_role(
+    float_program: Program, activations: Any, axis: str, linear: int, experts: int
+) -> None:
+    done = quantized(float_program, activations=activations, expert_group_axis=axis)
+    calls = [find_call(node) for node in done.graph.nodes]
+    found = {type(call).__name__: call.activation_block for call in calls if isinstance(call, (LinearQ, FusedMoeQ))}
+    assert found == {"LinearQ": linear, "FusedMoeQ": experts}
 
 
 def test_int8_cache() -> None:

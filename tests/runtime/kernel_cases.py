@@ -15,7 +15,7 @@ from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.ops.fused_moe_q import linear_out_groups
 from moec.compiler.ops.linear_q import linear_in_groups
 from moec.compiler.ops.moe_math import apply_experts, route, shared_expert
-from moec.compiler.quant import QuantizedTensor, pack_int4
+from moec.compiler.quant import ACTIVATION_BLOCK, QuantizedTensor, pack_int4
 from moec.runtime import kernel_api
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 from moec.targets.xnnpack import packing
@@ -52,7 +52,8 @@ class Weight:
         q = self.quantized
         one = QuantizedTensor(q.codes[index], q.scales[index], q.bits, q.group_size)
         multiply = linear_out_groups if self.format.axis_out else linear_in_groups
-        return multiply(x, one, self.format.int8_activations)
+        block = ACTIVATION_BLOCK if self.format.block_activations else 0
+        return multiply(x, one, self.format.int8_activations, block)
 
     def matrix(self, index: int = 0) -> Tensor:
         """The dequantized matrix in float64, [n, k]."""

@@ -57,11 +57,11 @@ def test_every_attribute_value_has_a_code() -> None:
 
 
 def test_formats_survive_encoding() -> None:
-    for fmt in (WeightFormat(), WeightFormat(Kind.INT4, 32), WeightFormat(Kind.INT8, 128, True, True, True)):
+    for fmt in (WeightFormat(), WeightFormat(Kind.INT4, 32), WeightFormat(Kind.INT8, 128, True, True, True, True)):
         assert WeightFormat.decode(fmt.encode()) == fmt
 
 
-@pytest.mark.parametrize("value", [-1, 3, 0x80, 1, 33 << 8 | 1, 32 << 8])
+@pytest.mark.parametrize("value", [-1, 3, 0x80, 1, 33 << 8 | 1, 32 << 8, 32 << 8 | 0x81])
 def test_what_is_not_a_format_is_refused(value: int) -> None:
     with pytest.raises(ValueError, match=r"format|group"):
         WeightFormat.decode(value)

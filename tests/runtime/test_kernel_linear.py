@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ FORMATS = [
     for int8 in (True, False)
     for f32_scales in (False, True)
 ] + [WeightFormat()]
+BY_BLOCK = [replace(fmt, block_activations=True) for fmt in FORMATS if fmt.int8_activations]
+FORMATS += BY_BLOCK
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +47,18 @@ def _random(rng: np.random.Generator, fmt: WeightFormat) -> Weight:
     return random_weight(rng, fmt, *((groups, free) if fmt.axis_out else (free, groups)))
 
 
+def _seen(rows: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """Activations as the integer kernels see them, in float64: code times scale, exactly."""
+    if not fmt.block_activations:
+        q, scale = quantize_rows(rows)
+        return q.double() * scale.double()
+    parts = []
+    for begin in range(0, rows.shape[1], 32):
+        q, scale = quantize_rows(rows[:, begin : begin + 32])
+        parts.append(q.double() * scale.double())
+    return torch.cat(parts, 1)
+
+
 def _exact(w: Weight, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(y, bound): the product in float64 with the activations rounded as the definition says, and sum |terms|."""
     rows = torch.from_numpy(x)
@@ -51,15 +67,13 @@ def _exact(w: Weight, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (rows.double() @ m.t()).numpy(), (rows.double().abs() @ m.abs().t()).numpy()
     assert w.quantized is not None
     if not w.format.axis_out:
-        q, scale = quantize_rows(rows)
-        seen, m = q.double() * scale.double(), w.matrix()
+        seen, m = _seen(rows, w.format), w.matrix()
         return (seen @ m.t()).numpy(), (seen.abs() @ m.abs().t()).numpy()
     codes = w.quantized.unpacked()[0].double().unflatten(-1, (-1, w.format.group_size))  # [k, G, g]
     scales = w.quantized.scales[0].to(torch.float32)
     outputs, bounds = [], []
     for g in range(scales.shape[1]):
-        q, scale = quantize_rows(rows * scales[:, g])
-        seen = q.double() * scale.double()
+        seen = _seen(rows * scales[:, g], w.format)
         outputs.append(seen @ codes[:, g])
         bounds.append(seen.abs() @ codes[:, g].abs())
     return torch.cat(outputs, 1).numpy(), torch.cat(bounds, 1).numpy()
@@ -82,6 +96,8 @@ def test_linear_against_float64_and_bit_equal_everywhere(fmt: WeightFormat) -> N
         # Integer sums are exact; what remains is fp32 rounding of at most one product and one sum per group (per input
         # for float activations): terms + 4 roundings of 2^-24 relative to the sum of magnitudes.
         terms = w.k if not fmt.int8_activations else w.k // fmt.group_size if not fmt.axis_out else 1
+        if fmt.block_activations:  # a product with each of the two scales, and a sum, for each block
+            terms = 2 * -(-w.k // 32)
         tolerance = (terms + 4) * 2.0**-24 * (bound + np.abs(bias)) + 1e-30
         assert (np.abs(results[0] - (exact + bias)) <= tolerance).all()
         for other in results[1:]:
@@ -136,12 +152,33 @@ def test_rows_that_are_not_finite_stay_visible_and_do_not_spread(fmt: WeightForm
         assert np.array_equal(y[clean], kernel_api.linear(x[clean], w.packed, w.n, fmt))
 
 
+@pytest.mark.parametrize("axis_out", [False, True])
+def test_a_block_that_is_large_or_not_finite_leaves_the_others_their_precision(axis_out: bool) -> None:
+    """What blocks are for: one outlier takes the precision of its 31 neighbours, not of the token."""
+    fmt = WeightFormat(Kind.INT4, 32, axis_out, int8_activations=True, block_activations=True)
+    w = random_weight(np.random.default_rng(5), fmt, 32, 96)
+    x = np.random.default_rng(6).standard_normal((1, 96), dtype=np.float32)
+    x[0, 40] = 1e4
+    alone = x.copy()
+    alone[0, 32:64] = 0
+    for isa in kernel_api.available_isas():
+        kernel_api.set_isa(isa)
+        whole, without = (kernel_api.linear(v, w.packed, w.n, fmt) for v in (x, alone))
+        middle = kernel_api.linear(x - alone, w.packed, w.n, fmt)
+        # three blocks: exact but for the fp32 rounding of sums as large as the outlier's
+        assert np.abs(whole - (without + middle)).max() <= 8 * 2.0**-24 * np.abs(middle).max()
+        exact = x[:, :32].astype(np.float64) @ w.matrix().numpy()[:, :32].T + x[:, 64:] @ w.matrix().numpy()[:, 64:].T
+        assert np.abs(without - exact).max() < 0.02 * np.abs(exact).max()
+        token = kernel_api.linear(x, w.packed, w.n, replace(fmt, block_activations=False)) - middle
+        assert np.abs(token - exact).max() > 0.5 * np.abs(exact).max()
+
+
 def test_extremes_of_codes_and_activations_do_not_overflow() -> None:
     """The worst case of the 16-bit sums of AVX2: every code at an end of its range, every activation at +-127."""
     for kind, low, high in ((Kind.INT4, -8, 7), (Kind.INT8, -128, 127)):
         for axis_out in (False, True):
-            for code in (low, high):
-                fmt = WeightFormat(kind, 128, axis_out, int8_activations=True)
+            for code, by_block in product((low, high), (False, True)):
+                fmt = WeightFormat(kind, 128, axis_out, int8_activations=True, block_activations=by_block)
                 q = np.full((128, 128), code, np.int8)
                 codes = ((q[:, ::2] & 15) | (q[:, 1::2] << 4)).astype(np.uint8) if kind == Kind.INT4 else q
                 packed = kernel_api.pack(codes, np.ones((128, 1), np.float16), 128, 128, fmt)
@@ -152,8 +189,9 @@ def test_extremes_of_codes_and_activations_do_not_overflow() -> None:
                         assert (kernel_api.linear(x, packed, 128, fmt) == code * sign * 127 * 128).all()
 
 
-def test_rows_of_zeros_and_tiny_rows() -> None:
-    fmt = WeightFormat(Kind.INT4, 32, int8_activations=True)
+@pytest.mark.parametrize("by_block", [False, True])
+def test_rows_of_zeros_and_tiny_rows(by_block: bool) -> None:
+    fmt = WeightFormat(Kind.INT4, 32, int8_activations=True, block_activations=by_block)
     w = random_weight(np.random.default_rng(3), fmt, 20, 64)
     x = np.zeros((3, 64), np.float32)
     x[1, 7] = 1e-44  # 127 / max overflows: the row rounds to zero

@@ -21,6 +21,7 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError
 from moec.compiler.spec import Spec, load_spec, parameter_counts
+from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.sources.decoder.simulate import Reference
 from moec.targets.metal.target import MetalTarget
 
@@ -70,7 +71,7 @@ def test_float32_equals_the_eager_model(make: Make) -> None:
     spec = spec_of(folder)
     assert spec.quantization is not None
     store = open_store(folder / "checkpoint", spec.model)
-    reference = Reference(spec.model, store, spec.quantization.model_copy(update={"activations": "fp32"}))
+    reference = Reference(spec.model, store, spec.quantization.model_copy(update={"activations": FLOAT_ACTIVATIONS}))
     ids = real_text(spec.model.vocab_size, 160)["prose"][:140]
     session = build.load(folder / "artifact")
     got = np.concatenate([session.prefill(ids[:130], "all"), *(session.decode(i)[None] for i in ids[130:])])
@@ -92,7 +93,7 @@ def test_two_layers_of_s_equal_the_eager_model(tmp_path: Path) -> None:
     assert cli.run(["compile", str(path), "--checkpoint", str(checkpoint), "--out", str(out), "--quiet"]) == 0
     spec = load_spec(path)
     assert spec.quantization is not None
-    quantization = spec.quantization.model_copy(update={"activations": "fp32"})
+    quantization = spec.quantization.model_copy(update={"activations": FLOAT_ACTIVATIONS})
     reference = Reference(spec.model, open_store(checkpoint, spec.model), quantization)
     ids = real_text(spec.model.vocab_size, 160)["prose"][:40]
     session = build.load(out)

@@ -50,8 +50,8 @@ def test_linear_and_embedding(seed: int) -> None:
     n, k, t = pick.randint(1, 33), group * pick.randint(1, 7), pick.randint(1, 9)
     w = quantize_weight(normal(g, n, k), bits=bits, group_size=group)
     x, bias = normal(g, 1, t, k), pick.choice([None, normal(g, n)])
-    for rounded in (False, True):
-        args = (x, w.codes, w.scales, bias, bits, group, rounded)
+    for rounding in ((False,), (True,), (True, 32)):
+        args = (x, w.codes, w.scales, bias, bits, group, *rounding)
         close(expand.expand_linear_q(ops.LinearQ(*args)), ops.linear_q(*args))
     ids = torch.randint(0, n, (1, t), generator=g)
     given = (ids, w.codes, w.scales, bits, group)
@@ -187,8 +187,8 @@ def test_routed_blocks_of_every_kind(seed: int, bits: int) -> None:
         y, tap = expand.expand_fused_moe(ops.FusedMoe(*head, *body, *shared, *text))
         close(y, ops.fused_moe(*head, *body, *shared, *text))
     else:
-        for rounded in (False, True):
-            args = (*head, *body, *shared, *text, bits, 8, rounded)
+        for rounding in ((False,), (True,), (True, 32)):
+            args = (*head, *body, *shared, *text, bits, 8, *rounding)
             y, tap = expand.expand_fused_moe_q(ops.FusedMoeQ(*args))
             close(y, ops.fused_moe_q(*args))
     assert tap.indices.shape == tap.weights.shape == (n["t"], top_k)

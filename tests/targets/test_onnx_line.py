@@ -23,6 +23,7 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.spec import load_spec
+from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.sources.decoder.simulate import Reference
 
 TINY = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml"
@@ -89,7 +90,7 @@ def logits_pair(folder: Path, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     store = open_store(folder / "checkpoint", spec.model)
     scheme = spec.quantization
     if scheme is not None:
-        scheme = scheme.model_copy(update={"activations": "fp32"})
+        scheme = scheme.model_copy(update={"activations": FLOAT_ACTIVATIONS})
     ids = prompt_ids(WordHashEncoder(spec.model.vocab_size), tokens=4 * tokens)["prose"][:tokens]
     with build.load(folder / "artifact") as session:  # type: ignore[attr-defined]
         got = np.concatenate([session.prefill(ids[:-9], "all"), *(session.decode(i)[None] for i in ids[-9:])])

@@ -74,6 +74,10 @@ def test_activations_round_as_the_kernels_do() -> None:
     x = torch.randn(7, 33, generator=torch.Generator().manual_seed(0), requires_grad=True)
     rounded = round_activations(x)
     assert torch.equal(rounded, fake_quantize_rows(x.detach()))
+    blocks = round_activations(x, 32)  # of 32 values and of the one that is left
+    parts = [fake_quantize_rows(part) for part in x.detach().split(32, -1)]
+    assert torch.equal(blocks, torch.cat(parts, -1))
+    assert not torch.equal(blocks, rounded)
     (grad,) = torch.autograd.grad((rounded * torch.arange(33.0)).sum(), x)
     assert torch.equal(grad, torch.arange(33.0).expand(7, 33))
 

@@ -10,6 +10,7 @@ namespace moec {
 
 constexpr int64_t kBlockRows = 16;  // rows that are interleaved: one 512-bit register of int32 lanes
 constexpr int64_t kUnit = 8;        // inputs that are interleaved: 64 bytes of int4 codes for 16 rows
+constexpr int64_t kActivationBlock = 32;  // inputs of a token that share a scale with block_activations
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -19,6 +20,7 @@ struct Format {
   bool axis_out = false;
   bool int8_activations = false;
   bool f32_scales = false;
+  bool block_activations = false;  // only with int8_activations
   int64_t group = 0;
 
   int64_t scale_bytes() const { return f32_scales ? 4 : 2; }
@@ -36,6 +38,12 @@ struct Matrix {
   int64_t blocks() const { return divide_up(n, kBlockRows); }
   int64_t block_bytes() const { return padded_k() / kUnit * format.unit_bytes(); }
   int64_t groups() const { return format.axis_out ? n / format.group : k / format.group; }
+  // Parts of a row of rounded activations: each has a correction, and with block_activations a scale.
+  int64_t parts() const {
+    if (format.block_activations) return divide_up(k, kActivationBlock);
+    return format.kind == MOEC_F32 || format.axis_out ? 1 : groups();
+  }
+  int64_t scales_of_row() const { return format.block_activations ? parts() : 1; }
   const uint8_t* codes(int64_t block) const { return data + block * block_bytes(); }
   const uint8_t* all_scales() const { return data + blocks() * block_bytes(); }
   // axis in: the [groups, 16] scales of a row block

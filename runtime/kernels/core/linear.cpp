@@ -38,7 +38,7 @@ int32_t run_linear(const Matrix& w, int64_t t, const float* x, const float* bias
   worker.need(w);
   ScratchPlan plan, worker_plan;
   QuantizedPlan rounded_plan;
-  if (rounded) rounded_plan.add(plan, t, w.padded_k(), w.groups());
+  if (rounded) rounded_plan.add(plan, t, w);
   worker.add(worker_plan);
   const int64_t tiles = divide_up(t, kTokenTile), tile = divide_up(t, tiles);
   const int64_t chunk = chunk_blocks(w, blocks, sides, threads), chunks = divide_up(blocks, chunk);

@@ -26,6 +26,7 @@ void quantize_for(const Kernels& isa, const Matrix& w, const float* x, int64_t x
   task.rows = rows;
   task.k = w.k;
   task.group = w.format.group;
+  task.by_block = w.format.block_activations;
   task.offset = code_offset(isa, w.format);
   task.out = out;
   isa.quantize(task);
@@ -36,13 +37,14 @@ void MatmulScratch::need(const Matrix& w) {
   used_ = true;
   float_ |= !w.format.int8_activations;
   if (w.padded_k() > padded_k_) padded_k_ = w.padded_k();
+  if (w.parts() > parts_) parts_ = w.parts();
 }
 
 void MatmulScratch::add(ScratchPlan& plan) {
   if (!used_) return;
   factor_offset_ = plan.add<float>(padded_k_ + 16);
   temporary_offset_ = plan.add<float>(4 * round_up(padded_k_, 64));
-  plan_.add(plan, kTile, padded_k_, 1);
+  plan_.add(plan, kTile, padded_k_, parts_, parts_);
   if (float_) scaled_offset_ = plan.add<float>(kTile * padded_k_);
 }
 
@@ -73,6 +75,7 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
   task.bias = bias;
   task.y_stride = y_stride;
   const int32_t kind = w.format.kind - 1;
+  const bool by_block = w.format.block_activations;
   // Within a matrix the kernels ask for the next blocks while they multiply. The first ones are asked for here: the kernels'
   // loops have too few loads in flight to fetch them quickly.
   ask_for_blocks(w, first, last);
@@ -86,7 +89,7 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
     task.x = rows.x;
     task.x_stride = rows.x_stride;
     task.y = y;
-    w.format.int8_activations ? isa.gemm_int8[kind][0](task) : isa.gemm_float[kind][0](task);
+    w.format.int8_activations ? isa.gemm_int8[kind][0][by_block](task) : isa.gemm_float[kind][0](task);
     return;
   }
   // Groups along the output: the scale sits inside the sum over inputs, so it multiplies the activations first.
@@ -115,9 +118,9 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
       if (w.format.int8_activations) {
         QuantizedRows q = scratch.rows_;
         q.stride = quantized_stride(task.padded_k);
-        isa.quantize({x, rows.x_stride, task.m, w.k, w.k, code_offset(isa, w.format), factor, scratch.temporary_, q});
+        isa.quantize({x, rows.x_stride, task.m, w.k, w.k, by_block, code_offset(isa, w.format), factor, scratch.temporary_, q});
         task.rows = q;
-        isa.gemm_int8[kind][1](task);
+        isa.gemm_int8[kind][1][by_block](task);
         continue;
       }
       for (int64_t t = 0; t < task.m; ++t) {

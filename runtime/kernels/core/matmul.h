@@ -31,12 +31,16 @@ struct QuantizedPlan {
   size_t q = 0, scale = 0, correction = 0;
   int64_t stride = 0, rows = 0;
 
-  void add(ScratchPlan& plan, int64_t row_count, int64_t padded_k, int64_t groups) {
+  // `scales` and `parts` of a row: Matrix::scales_of_row, Matrix::parts
+  void add(ScratchPlan& plan, int64_t row_count, int64_t padded_k, int64_t scales, int64_t parts) {
     stride = quantized_stride(padded_k);
     rows = row_count;
     q = plan.add<int8_t>(rows * stride);
-    scale = plan.add<float>(rows);
-    correction = plan.add<int32_t>(rows * groups);
+    scale = plan.add<float>(rows * scales);
+    correction = plan.add<int32_t>(rows * parts);
+  }
+  void add(ScratchPlan& plan, int64_t row_count, const Matrix& w) {
+    add(plan, row_count, w.padded_k(), w.scales_of_row(), w.parts());
   }
   QuantizedRows at(uint8_t* base) const {
     return {reinterpret_cast<int8_t*>(base + q), stride, reinterpret_cast<float*>(base + scale),
@@ -62,7 +66,7 @@ class MatmulScratch {
   friend void matmul(const Kernels&, const Matrix&, int64_t, int64_t, const Rows&, const float*, float*, int64_t,
                      const MatmulScratch&);
   bool used_ = false, float_ = false;
-  int64_t padded_k_ = 0;
+  int64_t padded_k_ = 0, parts_ = 1;
   size_t factor_offset_ = 0, temporary_offset_ = 0, scaled_offset_ = 0;
   QuantizedPlan plan_;
   float* factor_ = nullptr;

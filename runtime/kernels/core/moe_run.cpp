@@ -68,8 +68,6 @@ void activate_rows(const Kernels& isa, const Moe& moe, bool interleaved, const f
   isa.activate(a);
 }
 
-int64_t groups_of(const Matrix& m) { return m.format.kind == MOEC_F32 ? 1 : m.groups(); }
-
 // State that both schedules share.
 struct Run {
   const Kernels& isa;
@@ -154,11 +152,12 @@ int32_t no_memory(int64_t tokens) {
   return fail(MOEC_OUT_OF_MEMORY, "moe: no memory for the scratch of %" PRId64 " tokens", tokens);
 }
 
-void copy_quantized_row(const QuantizedRows& from, int64_t i, const QuantizedRows& to, int64_t j, int64_t groups) {
+// Rounded row i of `from`, for products with w, becomes row j of `to`.
+void copy_quantized_row(const Matrix& w, const QuantizedRows& from, int64_t i, const QuantizedRows& to, int64_t j) {
   std::memcpy(to.q + j * to.stride, from.q + i * from.stride, size_t(from.stride));
-  to.scale[j] = from.scale[i];
-  for (int64_t g = 0; g < groups; ++g) {
-    to.correction[g * to.correction_stride + j] = from.correction[g * from.correction_stride + i];
+  for (int64_t p = 0; p < w.scales_of_row(); ++p) to.scale[p * to.part_stride + j] = from.scale[p * from.part_stride + i];
+  for (int64_t p = 0; p < w.parts(); ++p) {
+    to.correction[p * to.part_stride + j] = from.correction[p * from.part_stride + i];
   }
 }
 
@@ -193,8 +192,12 @@ int64_t tile_rows(const Moe& moe) {
   return rows < 8 ? 8 : rows > kMostTile ? kMostTile : rows;
 }
 
-int64_t most_groups(const Moe& moe, const Matrix& a, const Matrix& b) {
-  return moe.shared_width ? most(groups_of(a), groups_of(b)) : groups_of(a);
+// Room for rows of `width` inputs that are rounded for the routed or for the shared matrix.
+void add_rounded(QuantizedPlan& rounded, ScratchPlan& plan, const Moe& moe, int64_t rows, int64_t width, const Matrix& routed,
+                 const Matrix& shared) {
+  const bool both = moe.shared_width > 0;
+  rounded.add(plan, rows, round_up(width, kUnit), most(routed.scales_of_row(), both ? shared.scales_of_row() : 1),
+              most(routed.parts(), both ? shared.parts() : 1));
 }
 
 TileSpace plan_tile(const Moe& moe, int64_t tile, ScratchPlan& plan) {
@@ -213,8 +216,8 @@ TileSpace plan_tile(const Moe& moe, int64_t tile, ScratchPlan& plan) {
   s.logits_at = plan.add<float>(kRouterTile * moe.experts);
   s.routing_at = plan.add<float>(routing_scratch(moe.experts, moe.routing.groups, moe.top_k));
   s.row_at = plan.add<float>(moe.d);
-  s.input_plan.add(plan, tile, round_up(moe.d, kUnit), most_groups(moe, moe.w13, moe.shared_w13));
-  s.hidden_plan.add(plan, tile, round_up(width, kUnit), most_groups(moe, moe.w2, moe.shared_w2));
+  add_rounded(s.input_plan, plan, moe, tile, moe.d, moe.w13, moe.shared_w13);
+  add_rounded(s.hidden_plan, plan, moe, tile, width, moe.w2, moe.shared_w2);
   return s;
 }
 
@@ -258,7 +261,7 @@ int32_t run_wide(Run& run) {
   const int64_t most_tiles = shared_tiles + run.pairs / tile + (moe.experts < run.pairs ? moe.experts : run.pairs);
   const size_t tiles_at = plan.add<WideTile>(most_tiles);
   QuantizedPlan x_plan;
-  if (rounded_once) x_plan.add(plan, run.tokens, moe.w13.padded_k(), moe.w13.groups());
+  if (rounded_once) x_plan.add(plan, run.tokens, moe.w13);
   const TileSpace space = plan_tile(moe, tile, worker_plan);
   const size_t shared_bytes = plan.total();
   uint8_t* const base = scratch(shared_bytes + worker_plan.total() * size_t(run.threads));
@@ -306,7 +309,7 @@ int32_t run_wide(Run& run) {
       input.x = run.x + job.begin * d;
     } else if (rounded_once) {
       for (int64_t i = 0; i < job.count; ++i) {
-        copy_quantized_row(x_rounded, run.order[job.begin + i] / k, input.q, i, moe.w13.groups());
+        copy_quantized_row(moe.w13, x_rounded, run.order[job.begin + i] / k, input.q, i);
       }
     } else {
       for (int64_t i = 0; i < job.count; ++i) run.input_row(run.order[job.begin + i], s.x + i * d);
@@ -402,12 +405,12 @@ int32_t run_narrow(Run& run) {
   const size_t shared_hidden_at = plan.add<float>(t * s);
   QuantizedPlan in_plan, hidden_plan, shared_plan, shared_hidden_plan, gather_plan;
   if (round_in) {
-    in_plan.add(plan, input_rows, moe.w13.padded_k(), moe.w13.groups());
-    gather_plan.add(plan, run.pairs, moe.w13.padded_k(), moe.w13.groups());
+    in_plan.add(plan, input_rows, moe.w13);
+    gather_plan.add(plan, run.pairs, moe.w13);
   }
-  if (round_hidden) hidden_plan.add(plan, run.pairs, moe.w2.padded_k(), moe.w2.groups());
-  if (round_shared) shared_plan.add(plan, t, moe.shared_w13.padded_k(), moe.shared_w13.groups());
-  if (round_shared_hidden) shared_hidden_plan.add(plan, t, moe.shared_w2.padded_k(), moe.shared_w2.groups());
+  if (round_hidden) hidden_plan.add(plan, run.pairs, moe.w2);
+  if (round_shared) shared_plan.add(plan, t, moe.shared_w13);
+  if (round_shared_hidden) shared_hidden_plan.add(plan, t, moe.shared_w2);
   MatmulScratch matmul_plan;
   matmul_plan.need(moe.w13);
   matmul_plan.need(moe.w2);
@@ -463,7 +466,7 @@ int32_t run_narrow(Run& run) {
   if (gather_rounded) {
     const QuantizedRows once = in_plan.at(base);
     quantize_for(run.isa, moe.w13, run.x, d, t, once);
-    for (int64_t i = 0; i < run.pairs; ++i) copy_quantized_row(once, run.order[i] / k, pair_q, i, moe.w13.groups());
+    for (int64_t i = 0; i < run.pairs; ++i) copy_quantized_row(moe.w13, once, run.order[i] / k, pair_q, i);
   } else {
     for (int64_t i = 0; i < run.pairs; ++i) run.input_row(run.order[i], inputs + i * d);
     if (round_in) quantize_for(run.isa, moe.w13, inputs, d, run.pairs, pair_q);

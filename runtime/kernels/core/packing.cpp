@@ -206,8 +206,10 @@ int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Fo
   f.axis_out = format & MOEC_AXIS_OUT;
   f.int8_activations = format & MOEC_INT8_ACTIVATIONS && !float_activations;
   f.f32_scales = format & MOEC_F32_SCALES;
+  f.block_activations = format & MOEC_BLOCK_ACTIVATIONS && f.int8_activations;
   f.group = format >> MOEC_GROUP_SHIFT;
-  if (format < 0 || f.kind > MOEC_INT8 || (format & 0x80) || (f.kind == MOEC_F32 && format != MOEC_F32)) {
+  if (format < 0 || f.kind > MOEC_INT8 ||
+      (format & MOEC_BLOCK_ACTIVATIONS && !(format & MOEC_INT8_ACTIVATIONS)) || (f.kind == MOEC_F32 && format != MOEC_F32)) {
     return fail(MOEC_INVALID_ARGUMENT, "%s: %#x is not a weight format", name, unsigned(format));
   }
   if (f.kind != MOEC_F32) {

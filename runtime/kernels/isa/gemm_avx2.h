@@ -111,7 +111,7 @@ inline __m256 load_scales8(const uint8_t* p, bool f32) {
 }
 
 // One block times kM tokens. Sums of groups live in memory: registers go to the products of one group.
-template <int kKind, bool kAxisOut, bool kVnni, int kM>
+template <int kKind, bool kAxisOut, bool kByBlock, bool kVnni, int kM>
 void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
                 int outputs) {
   constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
@@ -121,7 +121,35 @@ void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, 
   __m256 total[2][kM];
   __m256i sum[2][kM];
   const int32_t* correction = rows.correction;
-  if (kAxisOut) {
+  if (kByBlock) {
+    const int64_t groups = kAxisOut ? 1 : a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
+    const float* activation_scale = rows.scale;
+    int64_t rest_of_group = a.group;
+    for (int t = 0; t < kM; ++t) total[0][t] = total[1][t] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < a.padded_k; k += 32, correction += rows.part_stride, activation_scale += rows.part_stride) {
+      MOEC_UNROLL
+      for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
+      const int units = kAxisOut && a.padded_k - k < 32 ? int(a.padded_k - k) / 8 : 4;
+      add_units<kKind, kVnni, kM>(codes, units, block_bytes, q, stride, sum);
+      codes += units * kUnitBytes;
+      q += 32;
+      MOEC_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const __m256 s = kAxisOut ? _mm256_setzero_ps() : load_scales8(scales + h * (a.f32_scales ? 32 : 16), a.f32_scales);
+        if (!kAxisOut) __builtin_prefetch(scales + groups * scale_stride);
+        MOEC_UNROLL
+        for (int t = 0; t < kM; ++t) {
+          const __m256 part = _mm256_cvtepi32_ps(sum[h][t]), as = _mm256_set1_ps(activation_scale[t]);
+          total[h][t] = kAxisOut ? _mm256_fmadd_ps(part, as, total[h][t])
+                                 : _mm256_fmadd_ps(_mm256_mul_ps(part, as), s, total[h][t]);
+        }
+      }
+      if (!kAxisOut && (rest_of_group -= 32) == 0) {
+        rest_of_group = a.group;
+        scales += scale_stride;
+      }
+    }
+  } else if (kAxisOut) {
     MOEC_UNROLL
     for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
     int64_t units = a.padded_k / 8;
@@ -135,7 +163,7 @@ void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, 
   } else {
     const int64_t groups = a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
     for (int t = 0; t < kM; ++t) total[0][t] = total[1][t] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; ++g, correction += rows.correction_stride, scales += scale_stride) {
+    for (int64_t g = 0; g < groups; ++g, correction += rows.part_stride, scales += scale_stride) {
       MOEC_UNROLL
       for (int t = 0; t < kM; ++t) sum[0][t] = sum[1][t] = _mm256_set1_epi32(correction[t]);
       for (int64_t i = 0; i < a.group; i += 32, codes += 4 * kUnitBytes, q += 32) {
@@ -151,12 +179,13 @@ void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, 
     }
   }
   for (int t = 0; t < kM; ++t) {
-    const __m256 scale = _mm256_set1_ps(rows.scale[t]);
-    store_outputs(y + t * a.y_stride, {_mm256_mul_ps(total[0][t], scale), _mm256_mul_ps(total[1][t], scale)}, bias, outputs);
+    const __m256 scale = _mm256_set1_ps(kByBlock ? 1.0f : rows.scale[t]);
+    for (int h = 0; h < 2; ++h) total[h][t] = kByBlock ? total[h][t] : _mm256_mul_ps(total[h][t], scale);
+    store_outputs(y + t * a.y_stride, {total[0][t], total[1][t]}, bias, outputs);
   }
 }
 
-template <int kKind, bool kAxisOut, bool kVnni>
+template <int kKind, bool kAxisOut, bool kByBlock, bool kVnni>
 void gemm_int8(const GemmTask& a) {
   constexpr int kTile = 4;
   const int64_t scale_stride = kAxisOut ? 0 : a.padded_k / a.group * (a.f32_scales ? 64 : 32);
@@ -170,10 +199,10 @@ void gemm_int8(const GemmTask& a) {
       const int64_t row = a.m * i / tiles, rows = a.m * (i + 1) / tiles - row;
       float* const y = a.y + row * a.y_stride + block * 16;
       switch (rows) {
-        case 1: gemm_block<kKind, kAxisOut, kVnni, 1>(a, codes, scales, row, y, bias, outputs); break;
-        case 2: gemm_block<kKind, kAxisOut, kVnni, 2>(a, codes, scales, row, y, bias, outputs); break;
-        case 3: gemm_block<kKind, kAxisOut, kVnni, 3>(a, codes, scales, row, y, bias, outputs); break;
-        default: gemm_block<kKind, kAxisOut, kVnni, 4>(a, codes, scales, row, y, bias, outputs); break;
+        case 1: gemm_block<kKind, kAxisOut, kByBlock, kVnni, 1>(a, codes, scales, row, y, bias, outputs); break;
+        case 2: gemm_block<kKind, kAxisOut, kByBlock, kVnni, 2>(a, codes, scales, row, y, bias, outputs); break;
+        case 3: gemm_block<kKind, kAxisOut, kByBlock, kVnni, 3>(a, codes, scales, row, y, bias, outputs); break;
+        default: gemm_block<kKind, kAxisOut, kByBlock, kVnni, 4>(a, codes, scales, row, y, bias, outputs); break;
       }
     }
   }
@@ -182,10 +211,14 @@ void gemm_int8(const GemmTask& a) {
 template <bool kVnni>
 inline Kernels table_256() {
   Kernels t = generic_table(kVnni ? 128 : 0);
-  t.gemm_int8[0][0] = gemm_int8<MOEC_INT4, false, kVnni>;
-  t.gemm_int8[0][1] = gemm_int8<MOEC_INT4, true, kVnni>;
-  t.gemm_int8[1][0] = gemm_int8<MOEC_INT8, false, kVnni>;
-  t.gemm_int8[1][1] = gemm_int8<MOEC_INT8, true, kVnni>;
+  t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false, kVnni>;
+  t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true, kVnni>;
+  t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false, kVnni>;
+  t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true, kVnni>;
+  t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false, kVnni>;
+  t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true, kVnni>;
+  t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false, kVnni>;
+  t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true, kVnni>;
   return t;
 }
 

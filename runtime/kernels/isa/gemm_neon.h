@@ -100,7 +100,7 @@ MOEC_INLINE void store_outputs4(float* y, float32x4_t v, const float* bias, int 
 }
 
 // Eight rows times kM tokens. codes and scales point at the first of the eight rows; outputs: how many of them exist.
-template <int kKind, bool kAxisOut, int kM, typename Sums>
+template <int kKind, bool kAxisOut, bool kByBlock, int kM, typename Sums>
 void gemm_half_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
                      int outputs) {
   constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
@@ -109,7 +109,31 @@ void gemm_half_block(const GemmTask& a, const uint8_t* codes, const uint8_t* sca
   const int64_t stride = rows.stride;
   float32x4_t total[2][kM];
   Sums sums;
-  if (kAxisOut) {
+  if (kByBlock) {
+    const int64_t scale_stride = a.f32_scales ? 64 : 32;
+    const int32_t* correction = rows.correction;
+    const float* activation_scale = rows.scale;
+    int64_t rest_of_group = a.group;
+    for (int t = 0; t < kM; ++t) total[0][t] = total[1][t] = vdupq_n_f32(0.0f);
+    for (int64_t k = 0; k < a.padded_k; k += 32, correction += rows.part_stride, activation_scale += rows.part_stride) {
+      sums.begin(correction);
+      const int64_t end = kAxisOut && a.padded_k - k < 32 ? a.padded_k : k + 32;
+      for (int64_t i = k; i < end; i += 8, codes += kUnitBytes, q += 8) sums.template add_unit<kKind>(codes, q, stride);
+      for (int quad = 0; quad < 2; ++quad) {
+        const float32x4_t s =
+            kAxisOut ? vdupq_n_f32(0.0f) : load_scales4(scales + quad * (a.f32_scales ? 16 : 8), a.f32_scales);
+        for (int t = 0; t < kM; ++t) {
+          const float32x4_t part = vcvtq_f32_s32(sums.rows(quad, t));
+          total[quad][t] = kAxisOut ? vfmaq_n_f32(total[quad][t], part, activation_scale[t])
+                                    : vfmaq_f32(total[quad][t], vmulq_n_f32(part, activation_scale[t]), s);
+        }
+      }
+      if (!kAxisOut && (rest_of_group -= 32) == 0) {
+        rest_of_group = a.group;
+        scales += scale_stride;
+      }
+    }
+  } else if (kAxisOut) {
     sums.begin(rows.correction);
     for (int64_t k = 0; k < a.padded_k; k += 8, codes += kUnitBytes, q += 8) sums.template add_unit<kKind>(codes, q, stride);
     for (int t = 0; t < kM; ++t) {
@@ -119,7 +143,7 @@ void gemm_half_block(const GemmTask& a, const uint8_t* codes, const uint8_t* sca
     const int64_t groups = a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
     const int32_t* correction = rows.correction;
     for (int t = 0; t < kM; ++t) total[0][t] = total[1][t] = vdupq_n_f32(0.0f);
-    for (int64_t g = 0; g < groups; ++g, correction += rows.correction_stride, scales += scale_stride) {
+    for (int64_t g = 0; g < groups; ++g, correction += rows.part_stride, scales += scale_stride) {
       sums.begin(correction);
       for (int64_t k = 0; k < a.group; k += 8, codes += kUnitBytes, q += 8) sums.template add_unit<kKind>(codes, q, stride);
       for (int quad = 0; quad < 2; ++quad) {
@@ -130,13 +154,13 @@ void gemm_half_block(const GemmTask& a, const uint8_t* codes, const uint8_t* sca
   }
   for (int t = 0; t < kM; ++t) {
     for (int quad = 0; quad < 2; ++quad) {
-      const float32x4_t v = vmulq_n_f32(total[quad][t], rows.scale[t]);
+      const float32x4_t v = kByBlock ? total[quad][t] : vmulq_n_f32(total[quad][t], rows.scale[t]);
       store_outputs4(y + t * a.y_stride + 4 * quad, v, bias ? bias + 4 * quad : nullptr, outputs - 4 * quad);
     }
   }
 }
 
-template <int kKind, bool kAxisOut, bool kMatrix>
+template <int kKind, bool kAxisOut, bool kByBlock, bool kMatrix>
 void gemm_int8(const GemmTask& a) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   constexpr bool kPairs = kMatrix;
@@ -158,14 +182,14 @@ void gemm_int8(const GemmTask& a) {
     float* const y = a.y + half * 8;
     int64_t row = 0;
     for (; row + 4 <= a.m; row += 4) {
-      gemm_half_block<kKind, kAxisOut, 4, Four>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
+      gemm_half_block<kKind, kAxisOut, kByBlock, 4, Four>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
     }
     if (row + 2 <= a.m) {
-      gemm_half_block<kKind, kAxisOut, 2, Two>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
+      gemm_half_block<kKind, kAxisOut, kByBlock, 2, Two>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
       row += 2;
     }
     if (row < a.m) {
-      gemm_half_block<kKind, kAxisOut, 1, DotSums<1>>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
+      gemm_half_block<kKind, kAxisOut, kByBlock, 1, DotSums<1>>(a, codes, scales, row, y + row * a.y_stride, bias, outputs);
     }
   }
 }
@@ -173,10 +197,14 @@ void gemm_int8(const GemmTask& a) {
 template <bool kMatrix>
 inline Kernels table_neon() {
   Kernels t = generic_table(0);
-  t.gemm_int8[0][0] = gemm_int8<MOEC_INT4, false, kMatrix>;
-  t.gemm_int8[0][1] = gemm_int8<MOEC_INT4, true, kMatrix>;
-  t.gemm_int8[1][0] = gemm_int8<MOEC_INT8, false, kMatrix>;
-  t.gemm_int8[1][1] = gemm_int8<MOEC_INT8, true, kMatrix>;
+  t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false, kMatrix>;
+  t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true, kMatrix>;
+  t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false, kMatrix>;
+  t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true, kMatrix>;
+  t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false, kMatrix>;
+  t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true, kMatrix>;
+  t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false, kMatrix>;
+  t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true, kMatrix>;
   return t;
 }
 

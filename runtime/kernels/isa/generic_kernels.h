@@ -192,8 +192,77 @@ inline int32_t round_part(const float* x, int64_t begin, int64_t end, F32x16 inv
   return reduce_iadd(sum);
 }
 
+// What rounds values whose largest magnitude has these bits: x * inverse to the nearest integer. inverse 0: to zero, because
+// all are zero, or so small that 127 / max overflows, or one is not finite, which the scale then says.
+struct RowScale {
+  float inverse, scale;
+};
+inline RowScale row_scale(int32_t largest_bits) {
+  if (largest_bits >= 0x7F800000) return {0.0f, __builtin_nanf("")};
+  float largest;
+  std::memcpy(&largest, &largest_bits, 4);
+  const float inverse = largest_bits ? 127.0f / largest : 0.0f;
+  if (inverse == 0.0f || inverse > 3.4028234e38f) return {0.0f, 0.0f};
+  return {inverse, largest / 127.0f};
+}
+
+// Up to 32 values, and what they are multiplied with first.
+template <bool kFactor>
+inline void load_block(const float* x, const float* factor, int n, F32x16 (&v)[2]) {
+  const auto at = [&](const float* p, int i) {
+    return n >= i + 16 ? load(p + i) : n > i ? load_n(p + i, n - i) : set1(0.0f);
+  };
+  for (int h = 0; h < 2; ++h) v[h] = kFactor ? mul(at(x, 16 * h), at(factor, 16 * h)) : at(x, 16 * h);
+}
+
+// A scale and a correction for each 32 inputs. The row is read once for the magnitudes, which lie in cache afterwards.
+template <bool kFactor>
+void quantize_blocks(const QuantizeTask& a) {
+  constexpr int kTogether = 8;  // blocks whose reductions and divisions overlap
+  const I32x16 magnitude = iset1(0x7FFFFFFF);
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const float* const x = a.x + row * a.x_stride;
+    int8_t* const q = a.out.q + row * a.out.stride;
+    float* scale = a.out.scale + row;
+    int32_t* correction = a.out.correction + row;
+    const int64_t blocks = (a.k + 31) / 32;
+    for (int64_t first = 0; first < blocks; first += kTogether) {
+      const int count = blocks - first < kTogether ? int(blocks - first) : kTogether;
+      const auto length = [&](int i) {
+        const int64_t rest = a.k - (first + i) * 32;
+        return rest < 32 ? int(rest) : 32;
+      };
+      int32_t most[kTogether];
+      RowScale found[kTogether];
+      F32x16 v[2];
+      for (int i = 0; i < count; ++i) {
+        load_block<kFactor>(x + (first + i) * 32, kFactor ? a.factor + (first + i) * 32 : nullptr, length(i), v);
+        most[i] = reduce_imax(imax(iand(bits(v[0]), magnitude), iand(bits(v[1]), magnitude)));
+      }
+      for (int i = 0; i < count; ++i) found[i] = row_scale(most[i]);
+      for (int i = 0; i < count; ++i, scale += a.out.part_stride, correction += a.out.part_stride) {
+        load_block<kFactor>(x + (first + i) * 32, kFactor ? a.factor + (first + i) * 32 : nullptr, length(i), v);
+        *scale = found[i].scale;
+        int8_t* const to = q + (first + i) * 32;  // rows are padded to a multiple of 64 bytes
+        if (found[i].inverse == 0.0f) {
+          std::memset(to, 0, 32);
+          *correction = 0;
+          continue;
+        }
+        const F32x16 inverse = set1(found[i].inverse);
+        const I32x16 low = round_to_int(mul(v[0], inverse)), high = round_to_int(mul(v[1], inverse));
+        store_int8(to, low);
+        store_int8(to + 16, high);
+        *correction = -a.offset * reduce_iadd(iadd(low, high));
+      }
+    }
+    if (a.out.stride > 32 * blocks) std::memset(q + 32 * blocks, 0, size_t(a.out.stride - 32 * blocks));
+  }
+}
+
 // Rows are taken four at a time, so that the reductions of one overlap with the passes over another.
 void quantize(const QuantizeTask& a) {
+  if (a.by_block) return a.factor ? quantize_blocks<true>(a) : quantize_blocks<false>(a);
   constexpr int kRows = 4;
   const int64_t temporary_stride = (a.k + 63) / 64 * 64;
   for (int64_t first = 0; first < a.rows; first += kRows) {
@@ -209,18 +278,14 @@ void quantize(const QuantizeTask& a) {
     for (int r = 0; r < rows; ++r) {
       int8_t* const q = a.out.q + (first + r) * a.out.stride;
       int32_t* correction = a.out.correction + first + r;
-      float largest;
-      std::memcpy(&largest, &most[r], 4);
-      const bool finite = most[r] < 0x7F800000;
-      const float inverse = finite && most[r] ? 127.0f / largest : 0.0f;
-      const bool rounds_to_zero = inverse == 0.0f || inverse > 3.4028234e38f;  // all zero, or too small for 127 / max
-      a.out.scale[first + r] = finite ? (rounds_to_zero ? 0.0f : largest / 127.0f) : __builtin_nanf("");
-      if (rounds_to_zero) {
+      const auto [inverse, scale] = row_scale(most[r]);
+      a.out.scale[first + r] = scale;
+      if (inverse == 0.0f) {
         std::memset(q, 0, size_t(a.out.stride));
-        for (int64_t k = 0; k < a.k; k += a.group, correction += a.out.correction_stride) *correction = 0;
+        for (int64_t k = 0; k < a.k; k += a.group, correction += a.out.part_stride) *correction = 0;
         continue;
       }
-      for (int64_t k = 0; k < a.k; k += a.group, correction += a.out.correction_stride) {
+      for (int64_t k = 0; k < a.k; k += a.group, correction += a.out.part_stride) {
         *correction = -a.offset * round_part(x[r], k, k + a.group < a.k ? k + a.group : a.k, set1(inverse), q);
       }
       if (a.out.stride > a.k) std::memset(q + a.k, 0, size_t(a.out.stride - a.k));

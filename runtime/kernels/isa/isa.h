@@ -12,24 +12,25 @@ namespace moec {
 struct QuantizedRows {
   int8_t* q = nullptr;            // [rows, stride], zero from k up to the padded k
   int64_t stride = 0;             // bytes
-  float* scale = nullptr;         // [rows]
-  int32_t* correction = nullptr;  // [groups, correction_stride] (one group with groups along the output), row t of group g
-                                  // at g * correction_stride + t: -offset * (sum of q over the group's inputs)
-  int64_t correction_stride = 0;  // >= rows
+  float* scale = nullptr;         // [rows], or by block [parts, part_stride]: that of part p of row t at p * part_stride + t
+  int32_t* correction = nullptr;  // [parts, part_stride]: -offset * (sum of q over the part's inputs)
+  int64_t part_stride = 0;        // >= rows; a part is 32 inputs by block, else a group of the weights along the input, or
+                                  // the whole row with groups along the output
 
   QuantizedRows from(int64_t row) const {
-    return {q + row * stride, stride, scale + row, correction + row, correction_stride};
+    return {q + row * stride, stride, scale + row, correction + row, part_stride};
   }
 };
 
 // Rounds `rows` rows of x to INT8 (compiler/quant.py: quantize_rows), after multiplying element k by factor[k] if there is
-// one. A row with a NaN or an infinity gets q = 0 and scale NaN, so that every output of it is NaN.
+// one. A row (by block: a block of it) with a NaN or an infinity gets q = 0 and scale NaN, so that every output of it is NaN.
 struct QuantizeTask {
   const float* x;       // [rows, x_stride]
   int64_t x_stride;     // elements
   int64_t rows;
   int64_t k;
-  int64_t group;        // inputs a correction is summed over
+  int64_t group;        // inputs a correction is summed over; 32 by block, whatever it says
+  bool by_block;        // a scale for each 32 inputs
   int32_t offset;       // what the kernel adds to the codes
   const float* factor;  // [k] or NULL
   float* temporary;     // [4, k padded to 64] when there is a factor
@@ -85,8 +86,10 @@ struct Kernels {
   int32_t int8_offset;  // what the integer kernels add to int8 codes (int4: 8 everywhere)
 
   void (*quantize)(const QuantizeTask&);
+  // [kind - 1][axis_out][by_block]: by block each 32 inputs add fma(float(sum) * activation scale, weight scale, total), or
+  // with groups along the output fma(float(sum), activation scale, total)
+  void (*gemm_int8[2][2][2])(const GemmTask&);
   // [kind - 1][axis_out]
-  void (*gemm_int8[2][2])(const GemmTask&);
   void (*gemm_float[2][2])(const GemmTask&);
   void (*gemm_f32)(const FloatGemmTask&);
   void (*activate)(const ActivateTask&);

@@ -10,8 +10,8 @@ namespace moec {
 namespace {
 
 // Tokens of a pass. 2 blocks x 6 tokens of integer and of float sums are 24 of the 32 registers; with groups along the
-// output there are no float sums.
-constexpr int tile_of(bool axis_out) { return axis_out ? 8 : 6; }
+// output and one scale a token there are no float sums.
+constexpr int tile_of(bool axis_out, bool by_block) { return axis_out && !by_block ? 8 : 6; }
 
 #define MOEC_UNROLL _Pragma("GCC unroll 16")
 
@@ -59,7 +59,7 @@ inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_
   }
 }
 
-template <int kKind, bool kAxisOut, int kB, int kM>
+template <int kKind, bool kAxisOut, bool kByBlock, int kB, int kM>
 void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
                  int outputs) {
   constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
@@ -86,7 +86,45 @@ void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales,
       sum[i / kM][i % kM] = _mm512_add_epi32(sum[i / kM][i % kM], other[i / kM][i % kM]);
     }
   };
-  if (kAxisOut) {
+  if (kByBlock) {
+    const int64_t groups = kAxisOut ? 1 : a.padded_k / a.group, scale_stride = a.f32_scales ? 64 : 32;
+    MOEC_UNROLL
+    for (int i = 0; i < kB * kM; ++i) total[i / kM][i % kM] = _mm512_setzero_ps();
+    const int32_t* correction = rows.correction;
+    const float* activation_scale = rows.scale;
+    int64_t rest_of_group = a.group;
+    for (int64_t k = 0; k < a.padded_k; k += 32, correction += rows.part_stride, activation_scale += rows.part_stride) {
+      begin(correction);
+      if (!kAxisOut || k + 32 <= a.padded_k) {
+        add_unit<kKind, kB, kM>(codes, block_bytes, q, stride, sum, kSplit ? other : sum);
+        add_unit<kKind, kB, kM>(codes + kUnitBytes, block_bytes, q + 8, stride, sum, kSplit ? other : sum);
+        add_unit<kKind, kB, kM>(codes + 2 * kUnitBytes, block_bytes, q + 16, stride, sum, kSplit ? other : sum);
+        add_unit<kKind, kB, kM>(codes + 3 * kUnitBytes, block_bytes, q + 24, stride, sum, kSplit ? other : sum);
+        codes += 4 * kUnitBytes;
+        q += 32;
+      } else {
+        for (int64_t i = k; i < a.padded_k; i += 8, codes += kUnitBytes, q += 8) {
+          add_unit<kKind, kB, kM>(codes, block_bytes, q, stride, sum, kSplit ? other : sum);
+        }
+      }
+      join();
+      MOEC_UNROLL
+      for (int b = 0; b < kB; ++b) {
+        const __m512 s = kAxisOut ? _mm512_setzero_ps() : load_scales(scales + b * groups * scale_stride, a.f32_scales).a;
+        if (!kAxisOut) __builtin_prefetch(scales + (kB + b) * groups * scale_stride);
+        MOEC_UNROLL
+        for (int t = 0; t < kM; ++t) {
+          const __m512 part = _mm512_cvtepi32_ps(sum[b][t]), as = _mm512_set1_ps(activation_scale[t]);
+          total[b][t] = kAxisOut ? _mm512_fmadd_ps(part, as, total[b][t])
+                                 : _mm512_fmadd_ps(_mm512_mul_ps(part, as), s, total[b][t]);
+        }
+      }
+      if (!kAxisOut && (rest_of_group -= 32) == 0) {
+        rest_of_group = a.group;
+        scales += scale_stride;
+      }
+    }
+  } else if (kAxisOut) {
     begin(rows.correction);
     const uint8_t* const end = codes + block_bytes;
     for (; codes < end; codes += kUnitBytes, q += 8) {
@@ -100,7 +138,7 @@ void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales,
     MOEC_UNROLL
     for (int i = 0; i < kB * kM; ++i) total[i / kM][i % kM] = _mm512_setzero_ps();
     const int32_t* correction = rows.correction;
-    for (int64_t g = 0; g < groups; ++g, correction += rows.correction_stride, scales += scale_stride) {
+    for (int64_t g = 0; g < groups; ++g, correction += rows.part_stride, scales += scale_stride) {
       begin(correction);
       for (int64_t i = 0; i < a.group; i += 32, codes += 4 * kUnitBytes, q += 32) {
         add_unit<kKind, kB, kM>(codes, block_bytes, q, stride, sum, kSplit ? other : sum);
@@ -119,32 +157,33 @@ void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales,
     }
   }
   for (int t = 0; t < kM; ++t) {
-    const __m512 scale = _mm512_set1_ps(rows.scale[t]);
+    const __m512 scale = _mm512_set1_ps(kByBlock ? 1.0f : rows.scale[t]);
     MOEC_UNROLL
     for (int b = 0; b < kB; ++b) {
       const int exist = outputs - 16 * b < 16 ? outputs - 16 * b : 16;
-      store_outputs(y + t * a.y_stride + 16 * b, {_mm512_mul_ps(total[b][t], scale)}, bias ? bias + 16 * b : nullptr, exist);
+      store_outputs(y + t * a.y_stride + 16 * b, {kByBlock ? total[b][t] : _mm512_mul_ps(total[b][t], scale)}, bias ? bias + 16 * b : nullptr, exist);
     }
   }
 }
 
 using BlocksFunction = void (*)(const GemmTask&, const uint8_t*, const uint8_t*, int64_t, float*, const float*, int);
 
-template <int kKind, bool kAxisOut, int kB, int... kTokens>
+template <int kKind, bool kAxisOut, bool kByBlock, int kB, int... kTokens>
 BlocksFunction pick(int64_t tokens, std::integer_sequence<int, kTokens...>) {
-  static constexpr BlocksFunction kFunctions[] = {gemm_blocks<kKind, kAxisOut, kB, kTokens + 1>...};
+  static constexpr BlocksFunction kFunctions[] = {
+      gemm_blocks<kKind, kAxisOut, kByBlock, kB, kTokens + 1>...};
   return kFunctions[tokens - 1];
 }
 
-template <int kKind, bool kAxisOut, int kB>
+template <int kKind, bool kAxisOut, bool kByBlock, int kB>
 BlocksFunction blocks_function(int64_t tokens) {
-  return pick<kKind, kAxisOut, kB>(tokens, std::make_integer_sequence<int, tile_of(kAxisOut)>{});
+  return pick<kKind, kAxisOut, kByBlock, kB>(tokens, std::make_integer_sequence<int, tile_of(kAxisOut, kByBlock)>{});
 }
 
-template <int kKind, bool kAxisOut>
+template <int kKind, bool kAxisOut, bool kByBlock>
 void gemm_int8(const GemmTask& a) {
   const int64_t scale_stride = kAxisOut ? 0 : a.padded_k / a.group * (a.f32_scales ? 64 : 32);
-  constexpr int kTile = tile_of(kAxisOut);
+  constexpr int kTile = tile_of(kAxisOut, kByBlock);
   const int64_t tiles = (a.m + kTile - 1) / kTile;  // of nearly equal size: 4 and 4 tokens beat 6 and 2
   for (int64_t block = 0; block < a.blocks; block += 2) {
     const uint8_t* const codes = a.codes + block * a.block_bytes;
@@ -155,7 +194,8 @@ void gemm_int8(const GemmTask& a) {
     const float* const bias = a.bias ? a.bias + block * 16 : nullptr;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = a.m * i / tiles, rows = a.m * (i + 1) / tiles - row;
-      const BlocksFunction f = both ? blocks_function<kKind, kAxisOut, 2>(rows) : blocks_function<kKind, kAxisOut, 1>(rows);
+      const BlocksFunction f = both ? blocks_function<kKind, kAxisOut, kByBlock, 2>(rows)
+                                    : blocks_function<kKind, kAxisOut, kByBlock, 1>(rows);
       f(a, codes, scales, row, a.y + row * a.y_stride + block * 16, bias, outputs);
     }
   }
@@ -166,10 +206,14 @@ void gemm_int8(const GemmTask& a) {
 const Kernels& avx512vnni_kernels() {
   static const Kernels table = [] {
     Kernels t = generic_table(128);
-    t.gemm_int8[0][0] = gemm_int8<MOEC_INT4, false>;
-    t.gemm_int8[0][1] = gemm_int8<MOEC_INT4, true>;
-    t.gemm_int8[1][0] = gemm_int8<MOEC_INT8, false>;
-    t.gemm_int8[1][1] = gemm_int8<MOEC_INT8, true>;
+    t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false>;
+    t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true>;
+    t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false>;
+    t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true>;
+    t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false>;
+    t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true>;
+    t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false>;
+    t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true>;
     return t;
   }();
   return table;

@@ -15,36 +15,48 @@ inline int32_t code(const uint8_t* block, int64_t row, int64_t k) {
   return half ? byte >> 4 : byte & 15;
 }
 
-template <int kKind, bool kAxisOut>
+inline float weight_scale(const uint8_t* scales, bool f32, int64_t i) {
+  if (f32) {
+    float scale;
+    std::memcpy(&scale, scales + i * 4, 4);
+    return scale;
+  }
+  uint16_t half;
+  std::memcpy(&half, scales + i * 2, 2);
+  return half_to_float(half);
+}
+
+template <int kKind>
+inline int32_t dot(const uint8_t* codes, int64_t row, const int8_t* q, int64_t begin, int64_t end, int32_t sum) {
+  for (int64_t k = begin; k < end; ++k) sum += code<kKind>(codes, row, k) * q[k];
+  return sum;
+}
+
+template <int kKind, bool kAxisOut, bool kByBlock>
 void gemm_int8(const GemmTask& a) {
   const int64_t groups = kAxisOut ? 1 : a.padded_k / a.group;
+  const int64_t part = kByBlock ? 32 : kAxisOut ? a.padded_k : a.group;
   for (int64_t n = 0; n < a.outputs; ++n) {
     const uint8_t* const codes = a.codes + n / 16 * a.block_bytes;
     const int64_t row = n % 16;
     for (int64_t m = 0; m < a.m; ++m) {
       const int8_t* const q = a.rows.q + m * a.rows.stride;
-      const int32_t* const correction = a.rows.correction + m;
+      const int32_t* correction = a.rows.correction + m;
+      const float* activation_scale = a.rows.scale + m;
       float total = 0.0f;
-      for (int64_t g = 0; g < groups; ++g) {
-        int32_t sum = correction[g * a.rows.correction_stride];
-        const int64_t begin = kAxisOut ? 0 : g * a.group, end = kAxisOut ? a.padded_k : begin + a.group;
-        for (int64_t k = begin; k < end; ++k) sum += code<kKind>(codes, row, k) * q[k];
-        if (kAxisOut) {
-          total = float(sum);
-          break;
-        }
-        const int64_t i = (n / 16 * groups + g) * 16 + row;
-        float scale;
-        if (a.f32_scales) {
-          std::memcpy(&scale, a.scales + i * 4, 4);
+      for (int64_t k = 0; k < a.padded_k; k += part, correction += a.rows.part_stride) {
+        const int64_t end = k + part < a.padded_k ? k + part : a.padded_k;
+        float sum = float(dot<kKind>(codes, row, q, k, end, *correction));
+        const float scale = kAxisOut ? 1.0f : weight_scale(a.scales, a.f32_scales, (n / 16 * groups + k / a.group) * 16 + row);
+        if (kByBlock && !kAxisOut) sum *= *activation_scale;
+        if (kByBlock) {
+          total = std::fma(sum, kAxisOut ? *activation_scale : scale, total);
+          activation_scale += a.rows.part_stride;
         } else {
-          uint16_t half;
-          std::memcpy(&half, a.scales + i * 2, 2);
-          scale = half_to_float(half);
+          total = kAxisOut ? sum : std::fma(sum, scale, total);
         }
-        total = std::fma(float(sum), scale, total);
       }
-      const float y = total * a.rows.scale[m];
+      const float y = kByBlock ? total : total * a.rows.scale[m];
       a.y[m * a.y_stride + n] = a.bias ? y + a.bias[n] : y;
     }
   }
@@ -55,10 +67,14 @@ void gemm_int8(const GemmTask& a) {
 const Kernels& scalar_kernels() {
   static const Kernels table = [] {
     Kernels t = generic_table(0);
-    t.gemm_int8[0][0] = gemm_int8<MOEC_INT4, false>;
-    t.gemm_int8[0][1] = gemm_int8<MOEC_INT4, true>;
-    t.gemm_int8[1][0] = gemm_int8<MOEC_INT8, false>;
-    t.gemm_int8[1][1] = gemm_int8<MOEC_INT8, true>;
+    t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false>;
+    t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true>;
+    t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false>;
+    t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true>;
+    t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false>;
+    t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true>;
+    t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false>;
+    t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true>;
     return t;
   }();
   return table;

@@ -69,8 +69,8 @@ def test_float(routing, experts, extras):
 
 
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
-@pytest.mark.parametrize("int8", [False, True])
-def test_quantized(layout, int8):
+@pytest.mark.parametrize(("int8", "block"), [(False, 0), (True, 0), (True, 32)])
+def test_quantized(layout, int8, block):
     values = _values(ROUTINGS[1], Experts(layout=layout), biases=True, shared=True, seed=5)
     packed: dict = {}
     for name, value in values.items():
@@ -79,7 +79,7 @@ def test_quantized(layout, int8):
             continue
         q = quantize_weight(value, bits=4, group_size=32)
         packed[f"{name}_codes"], packed[f"{name}_scales"] = q.codes, q.scales
-    packed |= {"bits": 4, "group_size": 32, "int8_activations": int8}
+    packed |= {"bits": 4, "group_size": 32, "int8_activations": int8, "activation_block": block}
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(6))
     expected = ops.fused_moe_q(x, x, *packed.values())
     block = FusedBlock(ops.FusedMoeQ(x, x, **packed), shared_input=True)

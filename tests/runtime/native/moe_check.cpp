@@ -75,7 +75,8 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 
 int32_t random_format(bool axis_out) {
   const int32_t groups[] = {32, 64, 96, 128};
-  return int32_t(uniform(1, 2)) | (axis_out ? MOEC_AXIS_OUT : 0) | (uniform(0, 3) ? MOEC_INT8_ACTIVATIONS : 0) |
+  const int32_t activations[] = {0, MOEC_INT8_ACTIVATIONS, MOEC_INT8_ACTIVATIONS | MOEC_BLOCK_ACTIVATIONS};
+  return int32_t(uniform(1, 2)) | (axis_out ? MOEC_AXIS_OUT : 0) | activations[uniform(0, 2)] |
          (uniform(0, 3) ? 0 : MOEC_F32_SCALES) | groups[uniform(0, 3)] << MOEC_GROUP_SHIFT;
 }
 
