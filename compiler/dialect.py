@@ -1,102 +1,259 @@
-"""What is legal at each stage, as data, checked after every pass.
+"""What is legal at each stage, as data: `STAGES` for the compiler's own, and what a target declares for LEGAL.
 
-From FUSED on no expert weight is read by anything but a fused MoE node (a block that stayed unmatched would gather
-[tokens, k, 2F, D] of weights at run time), no topk is left, no rows are picked by value, and the
-router of every such node is FP32.
+A stage permits operators and holds invariants; it keeps the invariants of the stages before it. Both are checked on the
+exported graph and after every pass (`pipeline.steps`), on the program and on its method for the last token.
+
+    EXPORTED    any operator; tokens and start_pos go in, one result comes out, every weight that is read is held
+    CANONICAL   no operator of torch's own that writes an operand
+    FUSED       no top-k, no rows picked by value; experts are read by fused MoE nodes alone (a block that stayed
+                unmatched would gather [tokens, k, 2F, D] of weights at run time), their routers are FP32
+    QUANTIZED   codes are read by operators that know them as codes
+    LEGAL       what the target's `Legality` says, nothing else
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Node
 
 from moec.compiler.errors import CompileError
+from moec.compiler.ops.call import NAMESPACE, find_call
 from moec.compiler.ops.moe_call import MoeCall
+from moec.compiler.program import Program, Role, Stage, module_path
 
-if TYPE_CHECKING:
-    from torch.fx import Node
-
-    from moec.compiler.program import Program
+NOT_FUSED = "see what was tried with `moec explain`"
 
 
-def check_dialect(program: Program, *, after: str) -> None:
-    """Raise CompileError naming the first node that is illegal at the program's stage."""
-    from moec.compiler.program import Stage
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not legal. `what` follows "after PASS "; `node` gives the place."""
 
-    if program.stage < Stage.FUSED:
-        return
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            _check_expert_weight(program, node, after)
-        elif (moe := MoeCall[Any].find(node)) is not None:
-            _check_router(node, moe, after)
-        elif _operator(node) == "aten::topk":
-            _refuse_topk(node, after)
-        elif picks_rows(node):
-            _refuse_rows(node, after)
+    what: str
+    node: Node | None = None
+    remedy: str = ""
 
 
-def _operator(node: Node) -> str:
+@dataclass(frozen=True)
+class Invariant:
+    """Something that holds from a stage on, and how to find where it does not."""
+
+    name: str
+    faults: Callable[[Program], Iterable[Fault]]
+
+
+@dataclass(frozen=True)
+class Permitted:
+    """Operators by qualified name ("moec::linear_q", "aten::topk") and namespace ("aten").
+
+    `namespaces` None: all. `operators` are permitted beside the namespaces. What has no schema (item access, arithmetic
+    on sizes) is always permitted.
+    """
+
+    namespaces: frozenset[str] | None = None
+    operators: frozenset[str] = frozenset()
+    remedy: str = NOT_FUSED
+
+    def __contains__(self, operator: str) -> bool:
+        if not operator or operator in self.operators:
+            return True
+        return self.namespaces is None or operator.partition("::")[0] in self.namespaces
+
+
+@dataclass(frozen=True)
+class Legality:
+    """What a stage permits, or what a target takes: `owner` says which, for people."""
+
+    owner: str
+    permitted: Permitted = Permitted()
+    invariants: tuple[Invariant, ...] = ()
+
+
+def check_dialect(program: Program, *, after: str, target: Legality | None = None) -> None:
+    """Raise CompileError naming the first thing that is illegal at the program's stage.
+
+    `target`: what the target declared, for a program at stage LEGAL.
+    """
+    stages = [STAGES[stage] for stage in Stage if stage <= program.stage]
+    legal = [*stages, target] if target is not None else stages
+    for one in (program, program.last_token):
+        if one is None:
+            continue
+        for fault in _faults(one, legal):
+            place = None if fault.node is None else module_path(fault.node) or fault.node.name
+            raise CompileError(
+                f"after {after} {fault.what}", place=place or program.info.name, remedy=fault.remedy or None
+            )
+
+
+def _faults(program: Program, legal: Sequence[Legality]) -> Iterator[Fault]:
+    """In the order of the stages: what an early stage refuses explains what a later one would say."""
+    for legality in legal:
+        for invariant in legality.invariants:
+            yield from invariant.faults(program)
+        for node in program.graph.nodes:
+            if node.op == "call_function" and operator_name(node) not in legality.permitted:
+                yield Fault(
+                    f"{node.name} ({node.target}) is no operator of {legality.owner}", node, legality.permitted.remedy
+                )
+
+
+def operator_name(node: Node) -> str:
+    """`namespace::name` of the operator that a node calls; "" for what has no schema."""
     schema = getattr(node.target, "_schema", None)
     return schema.name if schema is not None else ""
 
 
-def _check_expert_weight(program: Program, node: Node, after: str) -> None:
-    from moec.compiler.program import Role, module_path
-
-    name = program.weight_of(node)
-    if name is None:
-        return
-    stacked = program.roles.get(name) is Role.EXPERT
-    for user in node.users:
-        # a weight [E, ., .] that is no filter of a convolution belongs to experts, whatever its role says
-        cube = len(program.weights[name].shape) == 3 and program.roles.get(name) not in (Role.CACHE, Role.CONSTANT)
-        unfused = cube and user.op == "call_function" and "conv" not in _operator(user)
-        if (stacked or unfused) and MoeCall.find(user) is None:
-            raise CompileError(
-                f"after {after} the experts {name} are read by {user.name} ({user.target}): "
-                "this MoE block was not fused",
-                place=module_path(user) or user.name,
-                remedy="see what was tried with `moec explain`",
-            )
+# ---- EXPORTED
 
 
-def _refuse_topk(node: Node, after: str) -> None:
-    """A choice of experts that is still spelled out: its block was not fused, however its experts are stored."""
-    from moec.compiler.program import module_path
+def _signature_faults(program: Program) -> Iterator[Fault]:
+    signature = program.exported.graph_signature
+    inputs = [s for s in signature.input_specs if s.kind == InputKind.USER_INPUT]
+    results = [s for s in signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    if len(inputs) != 2 or len(results) != 1:
+        yield Fault(
+            f"the graph takes {len(inputs)} inputs and gives {len(results)} results",
+            remedy="the signature must be forward(tokens [1, T], start_pos [1]) -> logits [1, T, V]",
+        )
 
-    raise CompileError(
-        f"after {after} {node.name} ({node.target}) still selects: this MoE block was not fused",
-        place=module_path(node) or node.name,
-        remedy="see what was tried with `moec explain`",
-    )
+
+def _weight_faults(program: Program) -> Iterator[Fault]:
+    for node in program.graph.nodes:
+        name = program.weight_of(node) if node.op == "placeholder" else None
+        if name is None or not node.users:
+            continue
+        weight = program.weights.get(name)
+        if weight is None:
+            yield Fault(f"the graph reads {name}, which the program does not hold", node)
+            continue
+        value = node.meta["val"]
+        if tuple(value.shape) != tuple(weight.shape):
+            yield Fault(f"the graph reads {name} as {list(value.shape)}, it is {list(weight.shape)}", node)
+
+
+# ---- CANONICAL
+
+
+def _writing_faults(program: Program) -> Iterator[Fault]:
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and operator_name(node).startswith("aten::"):
+            yield Fault(f"{node.name} ({node.target}) writes its operand: the graph is not functional", node)
+
+
+# ---- FUSED
 
 
 def picks_rows(node: Node) -> bool:
     """Whether the size of a result depends on values: rows of the tokens that chose an expert."""
-    name = _operator(node)
+    name = operator_name(node)
     return name in ("aten::nonzero", "aten::nonzero_numpy") or (name == "aten::where" and len(node.args) == 1)
 
 
-def _refuse_rows(node: Node, after: str) -> None:
-    """A dispatch that is still spelled out: no target computes as many rows as a value says."""
-    from moec.compiler.program import module_path
+def _expert_faults(program: Program) -> Iterator[Fault]:
+    for node in program.graph.nodes:
+        name = program.weight_of(node) if node.op == "placeholder" else None
+        if name is None:
+            continue
+        stacked = program.roles.get(name) is Role.EXPERT
+        for user in node.users:
+            # a weight [E, ., .] that is no filter of a convolution belongs to experts, whatever its role says
+            cube = len(program.weights[name].shape) == 3 and program.roles.get(name) not in (Role.CACHE, Role.CONSTANT)
+            unfused = cube and user.op == "call_function" and "conv" not in operator_name(user)
+            if (stacked or unfused) and MoeCall.find(user) is None:
+                yield Fault(
+                    f"the experts {name} are read by {user.name} ({user.target}): this MoE block was not fused",
+                    user,
+                    NOT_FUSED,
+                )
 
-    raise CompileError(
-        f"after {after} {node.name} ({node.target}) still picks rows by value: this MoE block was not fused",
-        place=module_path(node) or node.name,
-        remedy="see what was tried with `moec explain`",
+
+def _selection_faults(program: Program) -> Iterator[Fault]:
+    """A choice of experts, or a dispatch, that is still spelled out: no target computes as many rows as a value says,
+    and a choice that is left means a block that was not fused, however its experts are stored."""
+    for node in program.graph.nodes:
+        what = "selects" if operator_name(node) == "aten::topk" else "picks rows by value" if picks_rows(node) else ""
+        if what:
+            yield Fault(f"{node.name} ({node.target}) still {what}: this MoE block was not fused", node, NOT_FUSED)
+
+
+def _router_faults(program: Program) -> Iterator[Fault]:
+    for node in program.graph.nodes:
+        moe = MoeCall[Any].find(node)
+        for operand in () if moe is None else (moe.router_input, moe.router_weight):
+            if operand.meta["val"].dtype != torch.float32:
+                yield Fault(f"the router operand {operand.name} is not float32", node, "keep the router in float32")
+
+
+# ---- QUANTIZED
+
+CODES = (torch.uint8, torch.int8)
+
+
+def _code_faults(program: Program) -> Iterator[Fault]:
+    """Codes of a matrix that an operator of torch's own takes for numbers. A target's operators know their own."""
+    for node in program.graph.nodes:
+        name = program.weight_of(node) if node.op == "placeholder" else None
+        if name is None or len(node.meta["val"].shape) < 2 or node.meta["val"].dtype not in CODES:
+            continue
+        if program.roles.get(name) in (Role.CACHE, Role.CONSTANT, Role.OTHER):
+            continue
+        for user in node.users:
+            if operator_name(user).startswith("aten::"):
+                yield Fault(f"the codes {name} are read as numbers by {user.name} ({user.target})", user)
+
+
+# ---- what targets declare
+
+
+def _int8_faults(program: Program) -> Iterator[Fault]:
+    for node in program.graph.nodes:
+        call = find_call(node)
+        if call is not None and getattr(call, "int8_activations", False):
+            yield Fault(f"{node.name} ({node.target}) rounds its activations to INT8", node)
+
+
+FLOAT_ACTIVATIONS = Invariant("products take float activations", _int8_faults)
+
+OWN_OPERATORS = frozenset(
+    f"{NAMESPACE}::{name}"
+    for name in (
+        "rms_norm",
+        "rope",
+        "cached_attention",
+        "cached_attention_q8",
+        "linear_q",
+        "embedding_q",
+        "fused_moe",
+        "fused_moe_q",
     )
+)
+TORCH = frozenset({"aten", "prims", "prim"})
 
-
-def _check_router(node: Node, moe: MoeCall[Any], after: str) -> None:
-    from moec.compiler.program import module_path
-
-    for operand in (moe.router_input, moe.router_weight):
-        if operand.meta["val"].dtype != torch.float32:
-            raise CompileError(
-                f"after {after} the router operand {operand.name} is not float32",
-                place=module_path(node) or node.name,
-                remedy="keep the router in float32",
-            )
+STAGES: dict[Stage, Legality] = {
+    Stage.EXPORTED: Legality(
+        "an exported graph",
+        invariants=(
+            Invariant("tokens and start_pos in, one result out", _signature_faults),
+            Invariant("every weight that is read is held, in its shape", _weight_faults),
+        ),
+    ),
+    Stage.CANONICAL: Legality(
+        "a canonical graph", invariants=(Invariant("no operator of torch's own writes", _writing_faults),)
+    ),
+    Stage.FUSED: Legality(
+        "a fused graph",
+        invariants=(
+            Invariant("experts are read by fused MoE nodes alone", _expert_faults),
+            Invariant("nothing selects, nothing picks rows by value", _selection_faults),
+            Invariant("routers are FP32", _router_faults),
+        ),
+    ),
+    Stage.QUANTIZED: Legality("a quantized graph", invariants=(Invariant("codes are read as codes", _code_faults),)),
+    Stage.LEGAL: Legality("a legal graph"),
+}

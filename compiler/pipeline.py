@@ -1,14 +1,14 @@
-"""Passes and the one loop that runs them: the dialect is checked after every pass."""
+"""Passes and the one iterator that runs them (`steps`): the dialect is checked after every pass."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from moec.compiler.dialect import check_dialect
+from moec.compiler.dialect import Legality, check_dialect
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Program, Stage, module_path
 
@@ -48,12 +48,25 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass:
-    """One rewrite. `needs` is the stage it starts from, `gives` the stage it leaves; a pass never lowers the stage."""
+    """One rewrite. `needs` is the stage it starts from, `gives` the stage it leaves; a pass never lowers the stage.
+
+    `declares`: what the program's target takes; it holds from here on.
+    """
 
     name: str
     run: Callable[[Program], PassResult]
     needs: Stage
     gives: Stage
+    declares: Legality | None = None
+
+
+def legal_for(target: Legality, name: str = "legal") -> Pass:
+    """Nothing is rewritten: the program is what `target` takes, or an error names what it does not take."""
+    return Pass(name, _legal, needs=Stage.FUSED, gives=Stage.LEGAL, declares=target)
+
+
+def _legal(program: Program) -> PassResult:
+    return PassResult(program.edit().done(stage=Stage.LEGAL), 0)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,47 @@ class PipelineLog:
     records: list[PassRecord] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One pass that ran: the program it was given, what it made of it, and how long that took."""
+
+    ran: Pass
+    before: Program
+    result: PassResult
+    seconds: float
+
+    @property
+    def after(self) -> Program:
+        return self.result.program
+
+
+def steps(program: Program, passes: Sequence[Pass]) -> Iterator[Step]:
+    """Run `passes` in order, one for each step that is taken: what compiling, verifying and bisecting iterate over.
+
+    The program as it came, and after every pass, must be legal at its stage. CompileError when it is not; it then
+    carries the reason of the nearest refusal.
+    """
+    refusals: list[Refusal] = []
+    declared: Legality | None = None
+    check_dialect(program, after="export")
+    for p in passes:
+        if program.stage < p.needs:
+            raise AssertionError(f"pass {p.name} needs stage {p.needs.name}, the program is at {program.stage.name}")
+        started = time.perf_counter()
+        result = p.run(program)
+        seconds = time.perf_counter() - started
+        if result.program.stage < program.stage or result.program.stage < p.gives:
+            raise AssertionError(f"pass {p.name} left stage {result.program.stage.name}, declared {p.gives.name}")
+        refusals += result.refusals
+        declared = p.declares or declared
+        try:
+            check_dialect(result.program, after=p.name, target=declared)
+        except CompileError as error:
+            raise with_reason(error, refusals) from None
+        yield Step(p, program, result, seconds)
+        program = result.program
+
+
 def run_passes(
     program: Program,
     passes: Sequence[Pass],
@@ -81,32 +135,14 @@ def run_passes(
     log: PipelineLog | None = None,
     after: Callable[[Pass, PassResult], None] | None = None,
 ) -> Program:
-    """Run `passes` in order. `after` sees every result (dumps, progress, per-pass equivalence).
-
-    CompileError when the dialect refuses what a pass left; it then carries the reason of the nearest refusal.
-    """
-    refusals: list[Refusal] = []
-    for p in passes:
-        if program.stage < p.needs:
-            raise AssertionError(f"pass {p.name} needs stage {p.needs.name}, the program is at {program.stage.name}")
-        started = time.perf_counter()
-        result = p.run(program)
-        if result.program.stage < program.stage or result.program.stage < p.gives:
-            raise AssertionError(f"pass {p.name} left stage {result.program.stage.name}, declared {p.gives.name}")
-        refusals += result.refusals
-        try:
-            check_dialect(result.program, after=p.name)
-        except CompileError as error:
-            raise with_reason(error, refusals) from None
+    """The program after all `passes`. `after` sees every result (dumps, progress). CompileError as in `steps`."""
+    for step in steps(program, passes):
+        program, result = step.after, step.result
         if log is not None:
-            log.records.append(
-                PassRecord(
-                    p.name, result.changed, time.perf_counter() - started, result.refusals, result.program.digest()
-                )
-            )
-        program = result.program
+            record = PassRecord(step.ran.name, result.changed, step.seconds, result.refusals, program.digest())
+            log.records.append(record)
         if after is not None:
-            after(p, result)
+            after(step.ran, result)
     return program
 
 

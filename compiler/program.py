@@ -79,6 +79,9 @@ class Program:
     info: ModelInfo
     stage: Stage = Stage.EXPORTED
     quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    # the same model giving logits [1, V] of the last token of a call, for targets that ship both as methods: made by
+    # the pass `last_token`, dropped by every edit after it
+    last_token: Program | None = None
 
     @property
     def graph(self) -> torch.fx.Graph:
@@ -98,10 +101,12 @@ class Program:
         return weight_names(self.exported)
 
     def text(self) -> str:
-        return program_text(self)
+        """Of the graph, and of that for the last token if there is one."""
+        method = "" if self.last_token is None else f"last token of {self.last_token.text()}"
+        return program_text(self) + method
 
     def digest(self) -> str:
-        """Of the graph, whatever its operands are called."""
+        """Of the graph for every token, whatever its operands are called."""
         return hashlib.sha256(program_text(self, names=False).encode()).hexdigest()[:16]
 
 
@@ -248,6 +253,7 @@ class Editor:
             roles=self.roles,
             quantized=self.quantized,
             stage=self._program.stage if stage is None else stage,
+            last_token=None,
         )
 
     def _named_outputs(self) -> list[OutputSpec]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from moec.compiler.dialect import Legality
 from moec.compiler.ops import FusedMoeQ, LinearQ, fused_moe_q, linear_q
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
@@ -17,9 +18,9 @@ from moec.compiler.program import Program, Stage
 QUANTIZED = (fused_moe_q, linear_q)
 
 
-def float_activations() -> Pass:
-    """`int8_activations=True` -> False on every quantized operator, and no `activation_block`."""
-    return Pass("float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL)
+def float_activations(target: Legality | None = None) -> Pass:
+    """`int8_activations=True` -> False on every quantized operator, and no `activation_block`: legal for `target`."""
+    return Pass("float_activations", _run, needs=Stage.FUSED, gives=Stage.LEGAL, declares=target)
 
 
 def _run(program: Program) -> PassResult:

@@ -6,6 +6,7 @@ from moec.compiler.pipeline import Pass
 from moec.compiler.plugins import installed_rules
 from moec.compiler.spec.quantization import Quantization
 from moec.passes.canonicalize import canonicalize
+from moec.passes.check_router import check_router
 from moec.passes.drop_empty import drop_empty
 from moec.passes.expand_complex import expand_complex
 from moec.passes.flatten_tokens import flatten_tokens
@@ -14,7 +15,6 @@ from moec.passes.fuse_moe import fuse_moe
 from moec.passes.fuse_rms_norm import fuse_rms_norm
 from moec.passes.fuse_rope import fuse_rope
 from moec.passes.narrow_routing import narrow_routing
-from moec.passes.pin_router import pin_router
 from moec.passes.quantize_weights import quantize_weights
 
 
@@ -31,7 +31,7 @@ def fusion() -> list[Pass]:
         narrow_routing(),
         fuse_moe(),
         fuse_attention(),
-        pin_router(),
+        check_router(),
     ]
 
 

@@ -27,7 +27,7 @@ from moec.analysis.verify.report import Check
 from moec.analysis.verify.rounding import float_products, shaken_operators, with_weights_of
 from moec.analysis.verify.structure import has_target_operators
 from moec.compiler.errors import ArtifactError
-from moec.compiler.pipeline import Pass
+from moec.compiler.pipeline import Pass, steps
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.target import Session
@@ -38,11 +38,10 @@ OnLayer = Callable[[int, FusedBlock, Mapping[str, Routed]], None]
 
 def before_target(program: Program, passes: Sequence[Pass]) -> Program:
     """The program as the passes of the compiler leave it, before the first operator of a target appears."""
-    for p in passes:
-        after = p.run(program).program
-        if has_target_operators(after):
-            return program
-        program = after
+    for step in steps(program, passes):
+        if has_target_operators(step.after):
+            return step.before
+        program = step.after
     return program
 
 

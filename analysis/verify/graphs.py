@@ -376,8 +376,33 @@ def pass_checks(
             wrong = sum(r.failed for r in regions)
             detail = f"{wrong} of {len(regions)} regions wrong" if wrong else f"{len(regions)} regions"
             checks.append(Check(f"{name}: each rewrite alone", worst.value, worst.tolerance, where, detail))
+    if after.last_token is not None and before.last_token is None:
+        checks.append(_last_token_check(name, after, after.last_token, samples, cache))
     checks.append(Check(f"{name}: structure", float(len(faults)), tolerances.NO_FAULTS, detail="; ".join(faults[:3])))
     return checks
+
+
+def _last_token_check(
+    name: str, every: Program, last: Program, samples: Sequence[Sample], cache: WeightCache | None
+) -> Check:
+    """The method for the last token of each call against the last row of all of them."""
+    runners = [GraphRunner(program, cache=cache or WeightCache()) for program in (every, last)]
+    worst, cosine, place = 0.0, 1.0, ""
+    for sample in samples:
+        for runner in runners:
+            runner.reset()
+        for start, ids in sample.calls():
+            rows, row = (runner(ids, start).numpy() for runner in runners)
+            untied = np.zeros(1, dtype=bool)
+            ratio = close_rows(rows[-1:], row, untied)[0] if row.shape == (1, rows.shape[1]) else float("inf")
+            cosine = min(cosine, float(metrics.row_cosines(rows[-1:], row).min())) if np.isfinite(ratio) else -1.0
+            if ratio >= worst:
+                worst, place = ratio, sample.name
+    if every.stage >= Stage.QUANTIZED and has_target_operators(
+        every
+    ):  # kernels that round INT8 rows of the head's input
+        return Check(f"{name}: last token", cosine, tolerances.LAYER_MIN_COSINE, place)
+    return Check(f"{name}: last token", worst, tolerances.FLOAT_CLOSE, place)
 
 
 def _end_to_end(name: str, comparisons: Sequence[Comparison], rounded: bool) -> list[Check]:

@@ -9,9 +9,8 @@ from typing import Any
 from moec.analysis.verify.graphs import Region, Sample, compare_regions, pass_checks
 from moec.analysis.verify.interpret import WeightCache
 from moec.analysis.verify.report import Check, Report
-from moec.compiler.dialect import check_dialect
-from moec.compiler.errors import CompileError, UserError
-from moec.compiler.pipeline import Pass, PassResult, Refusal, with_reason
+from moec.compiler.errors import UserError
+from moec.compiler.pipeline import Pass, Step, steps
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 
@@ -33,35 +32,28 @@ def verify_passes(
         raise UserError(f"there is no pass {only!r}", remedy=f"name one of {names}")
     progress = progress or Progress(quiet=True)
     checks: list[Check] = []
-    refusals: list[Refusal] = []
     cache = WeightCache()
     figures: dict[str, Any] = {}
     graphs: list[list[str]] = []
-    with progress.stage("verify passes", len(passes)) as step:
-        for p in passes:
-            result = p.run(program)
-            refusals += result.refusals
-            try:
-                check_dialect(result.program, after=p.name)
-            except CompileError as error:
-                raise with_reason(error, refusals) from None
-            if only in (None, p.name):
-                checks += _checks(p, program, result, samples, cache)
+    with progress.stage("verify passes", len(passes)) as done:
+        for step in steps(program, passes):
+            name, result = step.ran.name, step.result
+            if only in (None, name):
+                checks += step_checks(step, samples, cache)
             refused = f", {len(result.refusals)} refused" if result.refusals else ""
-            graphs.append([p.name, result.program.digest()])
-            figures[p.name] = f"{result.changed} changed{refused}, graph {graphs[-1][1]}"
-            program = result.program
-            step(p.name)
+            graphs.append([name, step.after.digest()])
+            figures[name] = f"{result.changed} changed{refused}, graph {graphs[-1][1]}"
+            done(name)
     tokens = ", ".join(f"{s.name} {len(s.ids)}" for s in samples)
     return Report(
         "passes", program.info.name, tuple(checks), figures={"tokens": tokens, **figures}, about={"graphs": graphs}
     )
 
 
-def _checks(
-    p: Pass, program: Program, result: PassResult, samples: Sequence[Sample], cache: WeightCache
-) -> list[Check]:
-    return pass_checks(p.name, program, result.program, result.changed, samples, cache, result.folded)
+def step_checks(step: Step, samples: Sequence[Sample], cache: WeightCache) -> list[Check]:
+    """All checks of one pass against the graph it was given."""
+    result = step.result
+    return pass_checks(step.ran.name, step.before, step.after, result.changed, samples, cache, result.folded)
 
 
 @dataclass(frozen=True)
@@ -104,19 +96,18 @@ def bisect_passes(
     """Run pass after pass until one fails a check; then look for the rewrite.
 
     Every pass is compared with the graph it was given, so the first failure is the culprit: there is nothing to halve.
+    CompileError when a pass leaves what its stage does not permit.
     """
     progress = progress or Progress(quiet=True)
     ran: list[str] = []
     cache = WeightCache()
-    with progress.stage("bisect", len(passes)) as step:
-        for p in passes:
-            result = p.run(program)
-            ran.append(p.name)
-            failures = tuple(c for c in _checks(p, program, result, samples, cache) if not c.passed)
+    with progress.stage("bisect", len(passes)) as done:
+        for step in steps(program, passes):
+            ran.append(step.ran.name)
+            failures = tuple(c for c in step_checks(step, samples, cache) if not c.passed)
             if failures:
-                wrong = [r for r in compare_regions(program, result.program, samples[0]) if r.failed]
+                wrong = [r for r in compare_regions(step.before, step.after, samples[0]) if r.failed]
                 region = wrong[0] if wrong else None
-                return Bisection(program.info.name, tuple(ran), p.name, region, failures)
-            program = result.program
-            step(p.name)
+                return Bisection(program.info.name, tuple(ran), step.ran.name, region, failures)
+            done(step.ran.name)
     return Bisection(program.info.name, tuple(ran))

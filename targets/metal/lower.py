@@ -20,7 +20,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 from torch.fx import Graph, Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import cached_attention_q8, find_call, linear_q
+from moec.compiler.ops import cached_attention_q8, find_call
 from moec.compiler.program import Editor, Program, Role, module_path
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
@@ -112,12 +112,10 @@ class BuiltMethod:
     instructions: Mapping[str, int]
 
 
-def build_method(program: Program, options: Options, *, every_token: bool) -> BuiltMethod:
+def build_method(program: Program, options: Options) -> BuiltMethod:
     """The delegate payload of one method. CompileError naming a node that has no lowering."""
     dtype = DTYPES[options.dtype]
     edit = program.edit()
-    if not every_token:
-        take_last_token(edit)
     caches = _caches(edit.graph)
     _retype(edit, caches, dtype)
     builder: Any = _Builder(
@@ -191,30 +189,6 @@ def _signature(edit: Editor, caches: Sequence[Node]) -> ExportGraphSignature:
     return ExportGraphSignature(input_specs=inputs, output_specs=[*written, *results])
 
 
-def take_last_token(edit: Editor) -> None:
-    """Turn logits [1, T, V] into [1, V] of the last token, before the head where it is a plain product."""
-    graph = edit.graph
-    output = graph.output_node()
-    # caches that the graph writes come first
-    logits: Any = output.args[0][[s.kind for s in edit.output_specs].index(OutputKind.USER_OUTPUT)]  # type: ignore[index]
-    head = logits.target in (linear_q, torch.ops.aten.linear.default)
-    source: Any = logits.args[0] if head else logits
-    with graph.inserting_after(source):
-        last = graph.call_function(torch.ops.aten.select.int, (source, 1, -1))
-    last.meta["val"] = source.meta["val"].select(1, -1)
-    if not head:
-        output.replace_input_with(logits, last)
-        edit.output_specs = [
-            replace(s, arg=TensorArgument(last.name)) if s.kind == OutputKind.USER_OUTPUT else s
-            for s in edit.output_specs
-        ]
-        return
-    logits.replace_input_with(source, last)
-    values = [a.meta["val"] if isinstance(a, Node) else a for a in logits.args]
-    with last.meta["val"].fake_mode:
-        logits.meta["val"] = logits.target(*values)
-
-
 def _unsupported(builder: Any, program: Program) -> CompileError | None:
     for node, info in builder.node_info.items():
         if not info.supported:
@@ -240,9 +214,9 @@ def _constants(builder: Any, edit: Editor) -> dict[str, Encoding | torch.Tensor]
 
 def lower(program: Program, out: Path, options: Options, progress: Any) -> LoweredFiles:
     """Write `out/model.pte`. The manifest's facts say how to replay it and what could not be checked here."""
-    built: dict[str, BuiltMethod] = {}
-    for name in progress.each("lower to Metal", ("forward", "forward_all")):
-        built[name] = build_method(program, options, every_token=name == "forward_all")
+    assert program.last_token is not None, "the pass last_token has not run"
+    methods = {"forward": program.last_token, "forward_all": program}
+    built = {name: build_method(methods[name], options) for name in progress.each("lower to Metal", list(methods))}
     constants = {k: v for method in built.values() for k, v in method.constants.items()}
     quantized = {k: v for method in built.values() for k, v in method.quantized.items()}
     store = NamedDataStore()

@@ -27,9 +27,9 @@ class MetalTarget(Target):
     facts_class = MetalFacts
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
-        from moec.passes.float_activations import float_activations
+        from moec.targets.metal.legalize import legalize_passes
 
-        return [float_activations()]
+        return legalize_passes()
 
     def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
         from moec.targets.metal.lower import lower  # the delegate's builder: seconds to import

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from moec.compiler.pipeline import Pass, PassResult
-from moec.compiler.program import Program, Stage
+from moec.compiler.dialect import OWN_OPERATORS, TORCH, Legality, Permitted
+from moec.compiler.pipeline import Pass, legal_for
+
+LEGAL = Legality("the target mlir", Permitted(TORCH, OWN_OPERATORS))
 
 
 def legalize_passes() -> list[Pass]:
-    return [Pass("mlir_legal", _run, needs=Stage.FUSED, gives=Stage.LEGAL)]
-
-
-def _run(program: Program) -> PassResult:
-    return PassResult(program.edit().done(stage=Stage.LEGAL), 0)
+    return [legal_for(LEGAL, "mlir_legal")]

@@ -28,9 +28,9 @@ class OnnxTarget(Target):
     facts_class = OnnxFacts
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
-        from moec.passes.float_activations import float_activations
+        from moec.targets.onnx.legalize import legalize_passes
 
-        return [float_activations()]
+        return legalize_passes()
 
     def lower(self, program: Program, out: Path, options: TargetOptions, progress: Progress) -> LoweredFiles:
         require("onnx", "onnx", "compiling for onnx")

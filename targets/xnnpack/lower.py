@@ -30,7 +30,6 @@ from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack.execution import quiet, to_execution
 from moec.targets.xnnpack.facts import MethodFacts, XnnpackFacts
 from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
-from moec.targets.xnnpack.legalize_last_token import last_token
 from moec.targets.xnnpack.options import Options
 from moec.targets.xnnpack.pte import Emitted, WrittenFile, emit, write_pte
 
@@ -57,7 +56,8 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
     native_files(progress=progress)  # packing needs the kernels: built now if this machine has none yet
     delegated = _delegated_weights(program)
     with progress.stage("lower to ExecuTorch", total=None):
-        methods = {"forward_all": program, "forward": last_token(program)}
+        assert program.last_token is not None, "the pass last_token has not run"
+        methods = {"forward_all": program, "forward": program.last_token}
         exported = {name: _with_weights(method, delegated) for name, method in methods.items()}
         partitioners: list[Partitioner] = [LinearPartitioner()] if delegated else []
         execution = to_execution(exported, partitioners)

@@ -15,8 +15,8 @@ from moec.compiler.errors import CompileError
 from moec.compiler.ops import FusedMoe, fused_moe
 from moec.compiler.pipeline import PassResult, run_passes
 from moec.compiler.program import Program, Role, module_path
+from moec.passes.check_router import check_router
 from moec.passes.fuse_moe import fuse_moe
-from moec.passes.pin_router import pin_router
 from tests.harness import check_equal, check_golden, check_refused, check_rule, run
 from tests.passes.moe_zoo import FF, Block, program, zoo
 
@@ -456,7 +456,7 @@ def test_routed_output_read_twice_ends_the_block_before_the_shared_expert() -> N
 def test_reason_reaches_the_user() -> None:
     """The dialect refuses the program, with the reason of the rule that could not fuse."""
     with pytest.raises(CompileError, match=r"was not fused.*(first|second) half"):
-        run_passes(program(activate=_swapped_halves), [fuse_moe(), pin_router()])
+        run_passes(program(activate=_swapped_halves), [fuse_moe(), check_router()])
 
 
 def test_bfloat16_router_is_refused_by_name() -> None:
@@ -475,7 +475,7 @@ def test_bfloat16_router_is_refused_by_name() -> None:
             check_equal(before, result.program)
             continue
         with pytest.raises(CompileError, match=r"bfloat16|linear|computed"):
-            run_passes(before, [fuse_moe(), pin_router()])
+            run_passes(before, [fuse_moe(), check_router()])
 
 
 def test_shared_weights_of_two_blocks() -> None:

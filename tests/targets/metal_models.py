@@ -11,8 +11,11 @@ from torch import Tensor, nn
 import moec.compiler.ops as ops
 from moec.compiler.export import assemble, export_module
 from moec.compiler.ops import Experts
+from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
 from moec.compiler.quant import quantize_weight
+from moec.targets.metal.options import Options
+from moec.targets.metal.target import MetalTarget
 
 
 @dataclass(frozen=True)
@@ -202,4 +205,9 @@ def program_of(weights: Weights, *, max_tokens: int = 32, name: str = "handmade"
         moe_layers=tuple(f"layers.{i}" for i in range(s.layers)),
     )
     program = assemble(exported, {k: lazy(v) for k, v in weights.values.items()}, weights.roles, info)
-    return replace(program, stage=Stage.LEGAL)
+    return legal(replace(program, stage=Stage.FUSED))
+
+
+def legal(program: Program) -> Program:
+    """What the Metal target lowers: after its own passes."""
+    return run_passes(program, MetalTarget().legalize(Options()))

@@ -27,6 +27,7 @@ from moec.targets.metal.lower import lower
 from moec.targets.metal.options import Options
 from moec.targets.metal.session import MetalSession
 from tests.sources.test_transformers_families import FAMILIES, _saved
+from tests.targets.metal_models import legal
 
 # fp32 sums in another order: at most 4e-6 was seen on logits up to 4; a wrong formula gives differences above 1e-2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -40,7 +41,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     model_folder.mkdir()
     _saved(name, model_folder)
     exported = export_transformers(model_folder, "tiny", weights=TransformersStore(model_folder), max_tokens=16)
-    program = run_passes(exported, fusion())
+    program = legal(run_passes(exported, fusion()))
     ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -75,5 +76,5 @@ def test_a_cache_that_is_written_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CompileError, match=r"writes cache_k_0 in a way that was not recognised: by aten\.index_add"
     ) as e:
-        lower(edit.done(), tmp_path, Options(), Progress(quiet=True))
+        lower(legal(edit.done()), tmp_path, Options(), Progress(quiet=True))
     assert e.value.remedy

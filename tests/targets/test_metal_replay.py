@@ -28,7 +28,7 @@ from moec.targets.metal.lower import lower
 from moec.targets.metal.options import Options
 from moec.targets.metal.session import MetalSession
 from tests.interpreter import Interpreter
-from tests.targets.metal_models import Shape, Weights, make_weights, program_of
+from tests.targets.metal_models import Shape, Weights, legal, make_weights, program_of
 
 ATOL = 1e-5
 
@@ -270,7 +270,7 @@ def test_an_operator_without_lowering_is_named(tmp_path: Path) -> None:
     node.target = torch.ops.aten.lgamma.default
     node.args = node.args[:1]
     with pytest.raises(CompileError, match=r"aten\.lgamma\.default.*no Metal lowering"):
-        lower(edit.done(), tmp_path, Options(dtype="float32"), Progress(quiet=True))
+        lower(legal(edit.done()), tmp_path, Options(dtype="float32"), Progress(quiet=True))
 
 
 def test_a_group_size_mlx_does_not_have(tmp_path: Path) -> None:

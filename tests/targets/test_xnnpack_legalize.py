@@ -16,7 +16,6 @@ from moec.compiler.program import Program, Stage
 from moec.compiler.spec import Spec
 from moec.passes.pipelines import pipeline
 from moec.targets.xnnpack.legalize import legalize_passes
-from moec.targets.xnnpack.legalize_last_token import last_token
 from moec.targets.xnnpack.options import Kernels, Options
 from tests.interpreter import Interpreter
 
@@ -107,7 +106,8 @@ def test_delegated_int4_linears_follow_torchaos_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["moec", "xnnpack"])
 def test_the_last_token_alone_reaches_the_head(head: str, tmp_path: Path) -> None:
     program = run_passes(fused(DENSE, INT4, tmp_path), legalize_passes(kernels(head=head)))
-    last = last_token(program)
+    last = program.last_token
+    assert last is not None
     # the same operators on one row: equal but for the order of sums in torch's own linear
     np.testing.assert_allclose(logits(last), logits(program)[:, -1], atol=1e-5, rtol=1e-5)
     head_node = [n for n in last.graph.nodes if "linear" in str(n.target)][-1]

@@ -1,7 +1,8 @@
-"""Pin the router: every fused MoE node scores its experts in FP32, from an FP32 weight and an FP32 input.
+"""Check the router: every fused MoE node scores its experts in FP32, from an FP32 weight and an FP32 input.
 
-A BF16 router changes the selected set of 2.6% of tokens; FP32 against FP64, one in 20,000. This pass moves nothing: it
-refuses what the dialect would refuse after every later pass, naming the layer.
+A BF16 router changes the selected set of 2.6% of tokens; FP32 against FP64, one in 20,000. Nothing is rewritten: with
+the routers checked, and named as the layer's when they are not FP32, the program is FUSED, which holds them FP32 from
+then on (`dialect.STAGES`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Role, Stage, module_path
 
 
-def pin_router() -> Pass:
-    return Pass("pin_router", _run, needs=Stage.CANONICAL, gives=Stage.FUSED)
+def check_router() -> Pass:
+    return Pass("check_router", _run, needs=Stage.CANONICAL, gives=Stage.FUSED)
 
 
 def _run(program: Program) -> PassResult:

@@ -1,4 +1,4 @@
-"""pin_router: FP32 or an error that names the layer, also after a pass that should not have touched the router."""
+"""check_router: FP32 or an error that names the layer, also after a pass that should not have touched the router."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from moec.compiler.errors import CompileError
 from moec.compiler.ops import FusedMoe
 from moec.compiler.pipeline import Pass, PassResult, run_passes
 from moec.compiler.program import Program, Role, Stage
+from moec.passes.check_router import check_router
 from moec.passes.fuse_moe import fuse_moe
-from moec.passes.pin_router import pin_router
 from tests.harness import run
 from tests.passes.moe_zoo import program
 
 
 @pytest.fixture(scope="module")
 def fused() -> Program:
-    return run_passes(program(), [fuse_moe(), pin_router()])
+    return run_passes(program(), [fuse_moe(), check_router()])
 
 
 def test_float32_passes(fused: Program) -> None:
     assert fused.stage is Stage.FUSED
-    again = run(pin_router(), fused)
+    again = run(check_router(), fused)
     assert again.changed == 1
     assert again.program.text() == fused.text()
 
@@ -44,7 +44,7 @@ def test_a_bfloat16_router_is_an_error_that_names_the_layer(fused: Program, stag
     """By the pass itself while the graph is fused, and by the dialect after any later pass."""
     before = run(fuse_moe(), program()).program if stage is Stage.CANONICAL else fused
     with pytest.raises(CompileError, match=r"blocks\.moe.*(not float32|as bfloat16)"):
-        run_passes(before, [Pass("rounding", _rounded, stage, stage), pin_router()])
+        run_passes(before, [Pass("rounding", _rounded, stage, stage), check_router()])
 
 
 def test_a_router_by_another_role_is_an_error(fused: Program) -> None:
@@ -54,4 +54,4 @@ def test_a_router_by_another_role_is_an_error(fused: Program) -> None:
         return PassResult(edit.done(), 1)
 
     with pytest.raises(CompileError, match="not a router by role"):
-        run_passes(fused, [Pass("wrong", wrong, Stage.FUSED, Stage.FUSED), pin_router()])
+        run_passes(fused, [Pass("wrong", wrong, Stage.FUSED, Stage.FUSED), check_router()])
