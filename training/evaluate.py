@@ -104,11 +104,22 @@ def _task_faults(include: Sequence[str | Path]) -> Iterator[None]:
 
     The harness and the library that reads its data say it by exceptions of every kind.
     """
+    from jinja2 import TemplateError
+
     try:
         yield
     except UserError:
         raise
-    except (ConnectionError, OSError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (
+        TemplateError,
+        ConnectionError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         if not include:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
