@@ -45,8 +45,9 @@ from moec.training.data.sources import DOMAINS
 from moec.training.model import TrainingDecoder
 from moec.training.parallel import World
 from moec.training.rounding import Rounding
-from moec.training.run import data_seed, train
+from moec.training.run import train
 from moec.training.stage import Trainer
+from moec.training.stages import data_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "models" / "mobilemoe-nano.yaml"

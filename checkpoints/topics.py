@@ -11,8 +11,7 @@ from collections import Counter
 
 import torch
 
-from moec.analysis.profile.prompts import shipped_prompts
-from moec.analysis.verify.prompts import DOMAINS, prompts
+from moec.compiler.texts import DOMAINS, prompts, shipped_prompts
 
 TOPICS = ("common", *DOMAINS)
 # A token belongs to a domain that holds more than this share of its relative frequency; four even ones would have 1/4.

@@ -11,7 +11,7 @@ import typer
 from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
-    from moec.analysis.profile.request import Request
+    from moec.compiler.profile_request import Request
 
 
 def register(app: typer.Typer) -> None:

@@ -6,27 +6,14 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("compiler", "sources", "checkpoints", "passes", "targets", "runtime", "analysis", "training", "cli")
-# A room may import from itself and from the rooms named. `training` yields checkpoints; nothing imports it.
-ALLOWED = {
-    "compiler": {"compiler"},
-    "runtime": {"compiler", "runtime"},
-    "passes": {"compiler", "passes"},
-    "checkpoints": {"compiler", "checkpoints", "sources", "analysis"},
-    "sources": {"compiler", "checkpoints", "sources"},
-    "targets": {"compiler", "passes", "checkpoints", "runtime", "analysis", "targets"},
-    "analysis": {"compiler", "passes", "checkpoints", "sources", "analysis"},
-    "training": {"compiler", "checkpoints", "sources", "analysis", "training"},
-    "cli": set(ROOMS),
-}
-# Where the registries are looked up: the pipeline itself and the options of a spec's targets.
-LOOKS_UP = re.compile(r"compiler/(build|export|spec/targets)\.py")
 MAX_LINES = 600
 
 
@@ -37,25 +24,85 @@ def sources(*patterns: str) -> Iterator[Path]:
 
 
 def imported(file: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(file.read_text("utf-8"), str(file))):
+    yield from imports_below(ast.parse(file.read_text("utf-8"), str(file)), file)
+
+
+def imports_below(tree: ast.AST, file: Path, *, run: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import below `tree`; `run` leaves out those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: a relative import"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif run and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for inner in node.orelse:
+                yield from imports_below(inner, file, run=run)
+        else:
+            yield from imports_below(node, file, run=run)
 
 
-def test_imports_run_one_way() -> None:
-    wrong = []
+def table() -> dict[str, set[str] | None]:
+    """Rooms of CONTRIBUTING's table and the rooms that each may import; None for every room."""
+    found: dict[str, set[str] | None] = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("| `") or len(cells) != 3:
+            continue
+        allowed = re.findall(r"`([\w/.]+)`", cells[2])
+        for room in re.findall(r"`([\w/.]+)`", cells[0]):
+            if room.split("/")[0] in ROOMS and cells[2].strip(" |"):
+                found[room] = None if cells[2] == "every room" else set(allowed)
+            elif room.split("/")[0] in ROOMS and room.count("/") == 1 and room.endswith("/"):
+                found[room] = set()  # a whole room that imports itself alone
+    return found
+
+
+def room_of(path: str, rooms: Iterable[str]) -> str:
+    """The room of the table that a file lies in: the longest that fits."""
+    return max((room for room in rooms if path == room or path.startswith(room)), key=len)
+
+
+def modules() -> dict[str, str]:
+    """Dotted name -> path of every module of the rooms."""
+    found = {}
     for file in sources("*.py"):
         path = file.relative_to(ROOT)
-        for line, name in imported(file):
-            parts = name.split(".")
-            if parts[0] != "moec" or len(parts) < 2 or parts[1] not in ROOMS:
+        found[".".join(("moec", *path.with_suffix("").parts)).removesuffix(".__init__")] = path.as_posix()
+    return found
+
+
+def test_the_table_has_every_room_and_no_circle() -> None:
+    rooms = table()
+    assert {room.split("/")[0] for room in rooms} == set(ROOMS)
+    unknown = {name for allowed in rooms.values() for name in allowed or ()} - set(rooms)
+    assert not unknown, f"the table allows imports from {unknown}, which are no rooms of it"
+    order = {room: (set(rooms) if allowed is None else allowed) - {room} for room, allowed in rooms.items()}
+    TopologicalSorter(order).prepare()  # CycleError names the circle
+
+
+def test_imports_follow_the_table() -> None:
+    rooms, known = table(), modules()
+    wrong = []
+    for path in known.values():
+        allowed = rooms[room := room_of(path, rooms)]
+        for line, name in imported(ROOT / path):
+            target = known.get(name) or known.get(name.rpartition(".")[0])
+            if target is None or allowed is None:
                 continue
-            if parts[1] not in ALLOWED[path.parts[0]] and not LOOKS_UP.fullmatch(path.as_posix()):
-                wrong.append(f"{path}:{line}: {name}")
+            other = room_of(target, rooms)
+            if other != room and other not in allowed:
+                wrong.append(f"{path}:{line}: {name} is of {other}, which {room} may not import")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        names = [name for _, name in imports_below(ast.parse((ROOT / path).read_text("utf-8")), ROOT / path, run=True)]
+        graph[module] = {t for n in names if (t := n if n in known else n.rpartition(".")[0]) in known} - {module}
+    TopologicalSorter(graph).prepare()
 
 
 def test_nothing_outside_imports_a_room_by_its_bare_name() -> None:

@@ -241,7 +241,7 @@ def _merge(out: Path, folders: Sequence[Path]) -> None:
 
 def _shipped_tasks(out: Path) -> None:
     """`shipped_text`: the texts that verification uses, a small perplexity task that needs no corpus."""
-    from moec.analysis.verify.prompts import prompts
+    from moec.compiler.texts import prompts
     from moec.training.data.tasks import write_text_task
 
     out.mkdir()

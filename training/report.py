@@ -19,7 +19,7 @@ import numpy as np
 from moec.compiler.errors import MissingExtra, UserError
 from moec.training import report_figures as figures
 from moec.training.metrics import FILE as METRICS
-from moec.training.run import RUN
+from moec.training.stages import RUN
 from moec.training.utilisation import divergence, entropy, frequencies, from_loads
 
 MEASURED = "measured.json"

@@ -14,8 +14,8 @@ from typing import Any
 
 from moec.analysis.profile.experts import counts_array, utilisation
 from moec.analysis.profile.prompts import DUMMY, REAL, Stream
-from moec.analysis.profile.request import Request, Run
 from moec.compiler.artifact import Manifest
+from moec.compiler.profile_request import Request, Run
 from moec.compiler.progress import Progress
 
 FORMAT_VERSION = 1

@@ -6,27 +6,16 @@ with the model's BOS. Its first c tokens are the prompt of context c.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.tokenizer import check_unicode
+from moec.compiler.texts import DUMMY, Prompt, parse_lines
 
-DUMMY = "dummy"
 REAL = "real"
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One text; `place` says where it stands, for messages."""
-
-    domain: str
-    text: str
-    place: str
 
 
 @dataclass(frozen=True)
@@ -41,12 +30,6 @@ class Stream:
     def unique(self) -> int:
         """How many different tokens it holds."""
         return len(set(self.ids))
-
-
-def shipped_prompts() -> list[Prompt]:
-    """The shipped texts: code (CPython, PSF-2.0), knowledge (World Factbook, public domain), math (GSM8K, MIT)."""
-    file = files("moec") / "specs" / "prompts" / "profile.jsonl"
-    return _parse_lines(file.read_text("utf-8"), "specs/prompts/profile.jsonl")
 
 
 def read_prompts(file: Path) -> list[Prompt]:
@@ -66,7 +49,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     if file.suffix.lower() not in _SUFFIXES:
         prompts = [Prompt(file.stem or "text", text, str(file))]
     else:
-        prompts = _parse_lines(text, str(file))
+        prompts = parse_lines(text, str(file))
     if not prompts:
         raise UserError(
             "holds no prompt", place=str(file), remedy='write lines such as {"domain": "code", "text": "..."}'
@@ -77,26 +60,9 @@ def read_prompts(file: Path) -> list[Prompt]:
     return prompts
 
 
-def _parse_lines(text: str, name: str) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{name}:{number}"
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"not JSON: {error}", place=place, remedy="write one JSON object a line") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
-            raise UserError("no `text`", place=place, remedy='write lines such as {"domain": "code", "text": "..."}')
-        domain = raw.get("domain", "text")
-        if not isinstance(domain, str) or not domain.strip() or domain == DUMMY or len(domain) > 60:
-            raise UserError(f"{domain!r} is no name of a domain", place=place, remedy="use a short word such as code")
-        prompts.append(Prompt(domain, raw["text"], place))
-    return prompts
-
-
-def real_streams(prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, room: int) -> list[Stream]:
+def real_streams(
+    prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, bos_id: int | None, room: int
+) -> list[Stream]:
     """A stream for each domain, in the order of their first prompts, of at most `room` tokens.
 
     RunError if a single prompt is longer than that, or has no tokens. A domain's prompts are joined as long as they

@@ -14,12 +14,12 @@ from moec.analysis.profile.prompts import (
     mixed_stream,
     read_prompts,
     real_streams,
-    shipped_prompts,
 )
-from moec.analysis.profile.request import Request
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.tokenizer import load_tokenizer
+from moec.compiler.profile_request import Request
+from moec.compiler.texts import shipped_prompts
 
 _CONTEXTS = (256, 1024)  # measured unless others are asked for
 _DUMMY_TEXT = " the"

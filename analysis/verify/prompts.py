@@ -1,29 +1,18 @@
-"""Real text to verify, profile and train on: four domains, written for this project, shipped with it.
-
-Real text matters: repeated or random tokens reach few experts, or all of them evenly, and understate both the memory
-and the routing of a Mixture of Experts.
-"""
+"""Token ids of the shipped texts (compiler/texts.py), for a model with or without a tokenizer."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from importlib.resources import files
 from typing import Protocol
 
-DOMAINS = ("code", "knowledge", "math", "prose")
+from moec.compiler.texts import prompts
 
 
 class TextEncoder(Protocol):
     """Anything that turns text into token ids, without special tokens."""
 
     def encode(self, text: str) -> list[int]: ...
-
-
-def prompts() -> dict[str, str]:
-    """The shipped texts by domain (code, knowledge, math, prose), each of several hundred to two thousand tokens."""
-    folder = files("moec") / "specs" / "prompts"
-    return {name: (folder / f"{name}.txt").read_text(encoding="utf-8") for name in DOMAINS}
 
 
 class WordHashEncoder:

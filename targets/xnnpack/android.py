@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moec.analysis.profile.request import Request
 from moec.compiler.errors import RunError, UserError
+from moec.compiler.profile_request import Request
 from moec.targets.xnnpack.profiling import arguments
 
 # Where an app-less process may execute files.

@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from moec.analysis.profile.request import Request
 from moec.compiler.errors import RunError
+from moec.compiler.profile_request import Request
 from moec.runtime.native import runner_binary
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moec.compiler.spec import DecoderConfig, Spec
-from moec.training import run
+from moec.training import run, stages
 from moec.training.checkpoints import initial_weights
 from moec.training.data.shards import Corpus
 from moec.training.model import TrainingDecoder
@@ -29,7 +29,7 @@ class BrokenOff(Exception):
 
 def perform(job: dict[str, Any]) -> None:
     """One run; its float32 weights, which the checkpoint rounds, are kept aside."""
-    out, write = Path(job["out"]), run.write_checkpoint
+    out, write = Path(job["out"]), stages.write_checkpoint
     stop = job.get("stop_at")
 
     def writing(folder: Path, config: Any, weights: Any, **options: Any) -> None:
@@ -37,15 +37,15 @@ def perform(job: dict[str, Any]) -> None:
         torch.save(whole, out.with_suffix(".pt"))
         write(folder, config, whole, **options)
 
-    run.write_checkpoint = writing  # type: ignore[assignment]
-    save = run.StateStore.save
+    stages.write_checkpoint = writing  # type: ignore[assignment]
+    save = stages.StateStore.save
 
-    def saving(store: run.StateStore, position: Any, tensors: Any = None) -> None:
+    def saving(store: stages.StateStore, position: Any, tensors: Any = None) -> None:
         save(store, position, tensors)
         if position.step == stop:
             raise BrokenOff
 
-    run.StateStore.save = saving  # type: ignore[method-assign]
+    stages.StateStore.save = saving  # type: ignore[method-assign]
     try:
         run.train(
             Spec.model_validate(job["spec"]),
@@ -57,7 +57,7 @@ def perform(job: dict[str, Any]) -> None:
     except BrokenOff:
         pass
     finally:
-        run.write_checkpoint, run.StateStore.save = write, save  # type: ignore[method-assign]
+        stages.write_checkpoint, stages.StateStore.save = write, save  # type: ignore[method-assign]
 
 
 def measure(job: dict[str, Any]) -> None:

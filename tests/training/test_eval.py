@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the eval extra: pip install 'moec[eval]'")
 
-from moec.analysis.verify.prompts import prompts
 from moec.cli.main import run as command
+from moec.compiler.texts import prompts
 from moec.compiler.tokenizer import TextTokenizer
 from moec.training.checkpoints import write_checkpoint
 from moec.training.data.document import Document

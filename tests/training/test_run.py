@@ -24,8 +24,9 @@ from moec.sources.decoder.layout import weight_layout
 from moec.training.data.shards import Corpus
 from moec.training.metrics import Live, Metrics
 from moec.training.optimizer import learning_rate
-from moec.training.run import RunResult, train
+from moec.training.run import train
 from moec.training.stage import Trainer
+from moec.training.stages import RunResult
 from tests.training.small import MOE, PRETRAIN, QAT, SFT, STAGE, corpus_of, spec_of
 
 ALL = (PRETRAIN, SFT, QAT)

@@ -25,7 +25,8 @@ from moec.checkpoints import open_store
 from moec.compiler.errors import CheckpointError, MissingExtra, RunError, UserError
 from moec.training.data.shards import Corpus, DataError
 from moec.training.parallel import World
-from moec.training.run import RunResult, train
+from moec.training.run import train
+from moec.training.stages import RunResult
 from moec.training.state import StateStore
 from tests.training.parallel_worker import BrokenOff, perform
 from tests.training.small import DENSE, MOE, PRETRAIN, QAT, SFT, corpus_of, spec_of

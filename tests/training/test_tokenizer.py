@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from moec.analysis.verify.prompts import prompts
+from moec.compiler.texts import prompts
 from moec.training import chat_template
 from moec.training.data.shards import DataError
 from moec.training.tokenizer import SPECIALS, Coder, train_tokenizer

@@ -18,7 +18,7 @@ from moec.compiler.spec.training import TrainingStage
 from moec.training.data.batches import Batches
 from moec.training.model import TrainingDecoder
 from moec.training.parallel import World
-from moec.training.run import Plan, Run, RunResult, stage_seed, steps_before
+from moec.training.stages import Plan, Run, RunResult, stage_seed, steps_before
 from moec.training.state import Position, StageResult, restore_random_state
 from moec.training.titan import device
 

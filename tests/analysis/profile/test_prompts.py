@@ -9,11 +9,12 @@ import pytest
 
 from moec.analysis.profile import prompts as p
 from moec.compiler.errors import RunError, UserError
+from moec.compiler.texts import shipped_prompts
 
 
 def test_shipped_prompts_are_long_and_licensed() -> None:
     """Room for 8K tokens a domain, at the four characters a token that large vocabularies reach."""
-    found = p.shipped_prompts()
+    found = shipped_prompts()
     length = {d: sum(len(x.text) for x in found if x.domain == d) for d in ("code", "knowledge", "math")}
     assert {x.domain for x in found} == set(length)
     assert min(length.values()) > 4 * 8192

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from moec.analysis.verify import tolerances
-from moec.analysis.verify.prompts import DOMAINS, WordHashEncoder, prompt_ids, prompts
+from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
 from moec.analysis.verify.report import Check, LayerRow, Report
+from moec.compiler.texts import DOMAINS, prompts
 
 
 def _row(layer: int, *, sqnr: float, passed: bool = True) -> LayerRow:
