@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import CheckpointError
+from moec.sources.transformers_config import auto_model
 
 _MOST_PIECES = 4096  # numbers come from a file
 
@@ -28,8 +29,6 @@ class Conversions:
     """
 
     def __init__(self, config: Any, stored: Iterable[str]) -> None:
-        from moec.sources.transformers_model import auto_model
-
         self._config = config
         with torch.device("meta"):
             self._model = auto_model(config).from_config(config, dtype=torch.float32)

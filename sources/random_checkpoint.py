@@ -31,7 +31,8 @@ def save_random(
 
     MissingExtra without transformers; CheckpointError or CompileError for a config that it does not know.
     """
-    from moec.sources.transformers_model import random_model, read_config
+    from moec.sources.transformers_config import read_config
+    from moec.sources.transformers_model import random_model
 
     config = read_config(folder)
     for key, value in (changes or {}).items():

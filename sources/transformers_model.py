@@ -22,15 +22,16 @@ from torch._subclasses.fake_tensor import (
 )
 
 from moec.checkpoints.config_json import read_json
-from moec.checkpoints.folder import GGUF, foreign_folder, gguf_refused, read_tensors, shortened
+from moec.checkpoints.folder import foreign_folder, read_tensors, shortened
 from moec.checkpoints.quantized import said_by_config
 from moec.checkpoints.safetensors_file import finite
-from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
+from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint, Weights
 from moec.sources.accounting import check_tensors
 from moec.sources.roles import roles_by_use
+from moec.sources.transformers_config import auto_model, home_of, read_config
 
 EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
 
@@ -156,36 +157,6 @@ def _eos_ids(text: Any, folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if 0 <= i < int(text.vocab_size)))
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(
-            "reading this model needs transformers", remedy="pip install 'moec[transformers]'"
-        ) from error
-    return transformers
-
-
-def read_config(folder: Path) -> Any:
-    """The transformers config of a folder, or of its config.json."""
-    transformers = _transformers()
-    path = _home(folder)
-    if not (path / "config.json").is_file():
-        foreign = foreign_folder(path)
-        if foreign is not None:
-            raise foreign
-        raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
-    read_json(path / "config.json")  # bounded: what transformers reads afterwards is a small JSON mapping
-    try:
-        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"transformers {transformers.__version__} does not read it: {first[0][:300]}",
-            place=str(path / "config.json"),
-        ) from error
-
-
 def shapes_of(folder: Path, context: int | None = None) -> tuple[Any, nn.Module, int]:
     """The config of a folder, its module with fake parameters (nothing is allocated), and its context length."""
     config = read_config(folder)
@@ -219,22 +190,6 @@ def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
     return model.eval()
-
-
-def auto_model(config: Any) -> Any:
-    """The factory of `config`'s model that writes text: of one that reads images too, the text part is exported."""
-    transformers = _transformers()
-    for factory, mapping in (
-        ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
-        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
-        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
-    ):
-        if type(config) in getattr(transformers, mapping, ()):
-            return getattr(transformers, factory)
-    raise CompileError(
-        f"transformers {transformers.__version__} has no model of {config.model_type} that writes text",
-        remedy="give the config.json of a whole language model",
-    )
 
 
 def random_model(config: Any, folder: Path) -> nn.Module:
@@ -323,7 +278,7 @@ class TransformersStore(Checkpoint):
     """The checkpoint of a folder. Opened without reading a weight; weights go by the names of transformers' module."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = _home(folder)
+        self.folder = home_of(folder)
         foreign = foreign_folder(self.folder)
         if foreign is not None:
             raise foreign
@@ -403,14 +358,5 @@ class TransformersStore(Checkpoint):
         return Conversions(config, self._entries)
 
 
-def _home(path: Path) -> Path:
-    """The folder of a model: `path`, or that of the config.json which it names. CheckpointError for another file."""
-    if path.is_file() and path.name != "config.json":
-        if path.suffix == GGUF:
-            raise gguf_refused(path)
-        raise CheckpointError("is a file", place=str(path), remedy="name the folder with config.json and the weights")
-    return path if path.is_dir() else path.parent
-
-
 def _config_file(folder: Path) -> Path:
-    return _home(folder) / "config.json"
+    return home_of(folder) / "config.json"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.compiler.errors import RunError, UserError
-from moec.compiler.tokenizer import check_unicode
 from moec.compiler.texts import DUMMY, Prompt, parse_lines
+from moec.compiler.tokenizer import check_unicode
 
 REAL = "real"
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -60,9 +60,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     return prompts
 
 
-def real_streams(
-    prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, bos_id: int | None, room: int
-) -> list[Stream]:
+def real_streams(prompts: Iterable[Prompt], encode: Callable[[str], Sequence[int]], *, room: int) -> list[Stream]:
     """A stream for each domain, in the order of their first prompts, of at most `room` tokens.
 
     RunError if a single prompt is longer than that, or has no tokens. A domain's prompts are joined as long as they

@@ -17,9 +17,9 @@ from moec.analysis.profile.prompts import (
 )
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError, UserError
-from moec.compiler.tokenizer import load_tokenizer
 from moec.compiler.profile_request import Request
 from moec.compiler.texts import shipped_prompts
+from moec.compiler.tokenizer import load_tokenizer
 
 _CONTEXTS = (256, 1024)  # measured unless others are asked for
 _DUMMY_TEXT = " the"

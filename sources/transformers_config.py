@@ -1,0 +1,65 @@
+"""A config.json as the transformers library reads it, and the class of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moec.checkpoints.config_json import read_json
+from moec.checkpoints.folder import GGUF, foreign_folder, gguf_refused
+from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(
+            "reading this model needs transformers", remedy="pip install 'moec[transformers]'"
+        ) from error
+    return transformers
+
+
+def home_of(path: Path) -> Path:
+    """The folder of a model: `path`, or that of the config.json which it names. CheckpointError for another file."""
+    if path.is_file() and path.name != "config.json":
+        if path.suffix == GGUF:
+            raise gguf_refused(path)
+        raise CheckpointError("is a file", place=str(path), remedy="name the folder with config.json and the weights")
+    return path if path.is_dir() else path.parent
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, or of its config.json."""
+    transformers = _transformers()
+    path = home_of(folder)
+    if not (path / "config.json").is_file():
+        foreign = foreign_folder(path)
+        if foreign is not None:
+            raise foreign
+        raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
+    read_json(path / "config.json")  # bounded: what transformers reads afterwards is a small JSON mapping
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not read it: {first[0][:300]}",
+            place=str(path / "config.json"),
+        ) from error
+
+
+def auto_model(config: Any) -> Any:
+    """The factory of `config`'s model that writes text: of one that reads images too, the text part is exported."""
+    transformers = _transformers()
+    for factory, mapping in (
+        ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
+    ):
+        if type(config) in getattr(transformers, mapping, ()):
+            return getattr(transformers, factory)
+    raise CompileError(
+        f"transformers {transformers.__version__} has no model of {config.model_type} that writes text",
+        remedy="give the config.json of a whole language model",
+    )
