@@ -59,8 +59,8 @@ def table() -> dict[str, set[str] | None]:
 
 
 def room_of(path: str, rooms: Iterable[str]) -> str:
-    """The room of the table that a file lies in: the longest that fits."""
-    return max((room for room in rooms if path == room or path.startswith(room)), key=len)
+    """The room of the table that a file lies in: the longest that fits; `analysis/__init__.py` is in none of them."""
+    return max((room for room in rooms if path == room or path.startswith(room)), key=len, default=path)
 
 
 def modules() -> dict[str, str]:
@@ -85,7 +85,7 @@ def test_imports_follow_the_table() -> None:
     rooms, known = table(), modules()
     wrong = []
     for path in known.values():
-        allowed = rooms[room := room_of(path, rooms)]
+        allowed = rooms.get(room := room_of(path, rooms), set())
         for line, name in imported(ROOT / path):
             target = known.get(name) or known.get(name.rpartition(".")[0])
             if target is None or allowed is None:

@@ -180,7 +180,7 @@ def test_models_of_transformers(family: str) -> None:
     )
     import torch
 
-    from moec.sources.transformers_model import read_config
+    from moec.sources.transformers_config import read_config
     from moec.sources.transformers_source import TransformersModel
 
     spec = load_spec(SPECS / "families" / f"{family}.yaml")
