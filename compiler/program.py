@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.fx import Node
 
 from moec.compiler.ops.call import NAMESPACE, Call
+from moec.compiler.roles import Role as Role
 from moec.compiler.weights import LazyWeight as LazyWeight
 from moec.compiler.weights import QuantizedWeight
 
@@ -34,22 +35,6 @@ class Stage(IntEnum):
     FUSED = 2
     QUANTIZED = 3
     LEGAL = 4
-
-
-class Role(StrEnum):
-    """What a weight is for. Decides its quantization; set at export or by the pass that recognised the block."""
-
-    ROUTER = "router"
-    EXPERT = "expert"
-    SHARED = "shared"
-    ATTENTION = "attention"
-    FFN = "ffn"
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    NORM = "norm"
-    CACHE = "cache"
-    CONSTANT = "constant"
-    OTHER = "other"
 
 
 @dataclass(frozen=True)

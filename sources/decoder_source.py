@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.source import Checkpoint, ModelSource, Weights, register
-from moec.compiler.spec.model import DecoderConfig, grouped_width_faults, parameter_counts
+from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.strict import Fault
+from moec.sources.decoder.layout import group_faults, parameter_counts
 
 if TYPE_CHECKING:
     from moec.compiler.architecture import Architecture
@@ -25,7 +26,7 @@ class DecoderSource(ModelSource[DecoderConfig]):
     section = DecoderConfig
 
     def quantization_faults(self, model: DecoderConfig, quantization: Quantization) -> Iterator[Fault]:
-        return grouped_width_faults(model, quantization)
+        return group_faults(model, quantization)
 
     def parameters(self, model: DecoderConfig) -> Mapping[str, int]:
         return parameter_counts(model)

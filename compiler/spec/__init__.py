@@ -1,7 +1,7 @@
 """Specs: what a user asks for, read strictly and with the place of every fault."""
 
 from moec.compiler.spec.loader import as_spec, load_spec, parse_spec
-from moec.compiler.spec.model import DecoderConfig, MoeConfig, Quantization, Spec, WeightScheme, parameter_counts
+from moec.compiler.spec.model import DecoderConfig, MoeConfig, Quantization, Spec, WeightScheme
 
 __all__ = [
     "DecoderConfig",
@@ -11,6 +11,5 @@ __all__ = [
     "WeightScheme",
     "as_spec",
     "load_spec",
-    "parameter_counts",
     "parse_spec",
 ]

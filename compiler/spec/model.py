@@ -38,7 +38,6 @@ __all__ = [
     "RopeScaling",
     "Spec",
     "WeightScheme",
-    "parameter_counts",
 ]
 
 # Bounds that keep every derived size far from 64-bit overflow and catch a slipped digit.
@@ -242,54 +241,3 @@ def group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
         return
     for fault in source_of(model).quantization_faults(model, scheme):
         yield fault._replace(loc=("model", *fault.loc))
-
-
-def grouped_width_faults(model: DecoderConfig, scheme: Quantization) -> Iterator[Fault]:
-    """Every width along which weights are grouped must be a multiple of the group size of its role."""
-    for role, section, width, loc in _grouped_widths(model, scheme):
-        override = getattr(scheme, section, None) if section else None
-        kind = override.weights if override else scheme.weights
-        size = (override.group_size if override else None) or scheme.group_size
-        if kind != "fp32" and width % size:
-            yield Fault(
-                loc, f"{role} is grouped along this width: it must be a multiple of group_size ({size}), got {width}"
-            )
-
-
-def _grouped_widths(model: DecoderConfig, scheme: Quantization) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
-    """(what, override key, width, its place) of every dimension along which some weight is grouped."""
-    yield "the embedding", "embedding", model.d_model, ("d_model",)
-    yield "attention", "attention", model.d_model, ("d_model",)
-    yield "the attention output", "attention", model.heads * model.head_dim, ("head_dim",)
-    if model.ffn_width is not None:
-        yield "the feed-forward block", "ffn", model.ffn_width, ("ffn_width",)
-    if model.moe is None:
-        return
-    yield "experts", "experts", model.d_model, ("d_model",)
-    if scheme.expert_group_axis == "in":
-        yield "the experts' down projection", "experts", model.moe.expert_width, ("moe", "expert_width")
-    else:  # gate and up lie side by side: twice the width is grouped
-        yield "gate and up of the experts", "experts", 2 * model.moe.expert_width, ("moe", "expert_width")
-    if model.moe.shared_width:
-        yield "the shared expert", "shared", model.moe.shared_width, ("moe", "shared_width")
-
-
-def parameter_counts(config: DecoderConfig) -> dict[str, int]:
-    """`total` and `active` (per token) parameters of a model, a tied embedding counted once.
-
-    The selection bias is a balancing state, not a parameter, and is left out as in the published figures.
-    """
-    width, head_dim = config.d_model, config.head_dim
-    attention = 2 * width * config.heads * head_dim + 2 * width * config.kv_heads * head_dim
-    norms = 2 * width
-    if config.moe is not None:
-        moe = config.moe
-        expert = 3 * width * moe.expert_width
-        always = moe.experts * width + 3 * width * moe.shared_width
-        total_ffn, active_ffn = always + moe.experts * expert, always + moe.top_k * expert
-    else:
-        assert config.ffn_width is not None
-        total_ffn = active_ffn = 3 * width * config.ffn_width
-    tables = config.vocab_size * width * (1 if config.tied_embeddings else 2) + width
-    fixed = tables + config.layers * (attention + norms)
-    return {"total": fixed + config.layers * total_ffn, "active": fixed + config.layers * active_ffn}

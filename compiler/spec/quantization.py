@@ -12,7 +12,7 @@ from moec.compiler.spec.methods import method_names
 from moec.compiler.spec.strict import Fault, Section
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Role
+    from moec.compiler.roles import Role
 
 WeightType = Literal["int4", "int8", "fp32"]
 Axis = Literal["in", "out"]

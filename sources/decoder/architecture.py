@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moec.compiler.architecture import Architecture, Cache, Experts, Weight
+from moec.compiler.roles import Role
 from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 
 def architecture_of(config: DecoderConfig, name: str) -> Architecture:
-    """The account of one of our decoders; the same shapes as `model/layout.py` (a test compares them)."""
+    """The account of one of our decoders, its weights those of the table (layout.py)."""
     width, layers, d = config.d_model, config.layers, config.head_dim
     moe = config.moe
     return Architecture(
@@ -20,7 +22,7 @@ def architecture_of(config: DecoderConfig, name: str) -> Architecture:
         vocab_size=config.vocab_size,
         context=config.context,
         tied=config.tied_embeddings,
-        weights=tuple(_decoder_weights(config)),
+        weights=tuple(_weights(config)),
         caches=tuple(Cache(config.kv_heads, d, d, config.window(n)) for n in range(layers)),
         experts=None if moe is None else Experts(layers, moe.experts, moe.top_k, moe.expert_width, moe.shared_width),
         ffn_width=config.ffn_width or 0,
@@ -28,30 +30,22 @@ def architecture_of(config: DecoderConfig, name: str) -> Architecture:
     )
 
 
-def _decoder_weights(config: DecoderConfig) -> Iterator[Weight]:
-    width, layers, d = config.d_model, config.layers, config.head_dim
-    yield Weight("embedding", "token table", 1, config.vocab_size, width, used=0)
-    yield Weight("attention", "q, k, v", layers, (config.heads + 2 * config.kv_heads) * d, width)
-    yield Weight("attention", "output", layers, width, config.heads * d)
-    yield from _feed_forward(config)
-    yield Weight("norm", "norms", 2 * layers + 1, width, 1)
-    if not config.tied_embeddings:
-        yield Weight("head", "head", 1, config.vocab_size, width)
-
-
-def _feed_forward(config: DecoderConfig) -> Iterator[Weight]:
-    width, layers, moe = config.d_model, config.layers, config.moe
-    if moe is None:
-        assert config.ffn_width is not None
-        yield Weight("ffn", "gate, up", layers, 2 * config.ffn_width, width)
-        yield Weight("ffn", "down", layers, width, config.ffn_width)
-        return
-    experts, used = layers * moe.experts, layers * moe.top_k
-    yield Weight("router", "router", layers, moe.experts, width)
-    if moe.selection_bias:
-        yield Weight("router", "selection bias", layers, moe.experts, 1, counted=False)
-    yield Weight("expert", "gate, up", experts, 2 * moe.expert_width, width, used)
-    yield Weight("expert", "down", experts, width, moe.expert_width, used)
-    if moe.shared_width:
-        yield Weight("shared", "gate, up", layers, 2 * moe.shared_width, width)
-        yield Weight("shared", "down", layers, width, moe.shared_width)
+def _weights(config: DecoderConfig) -> Iterator[Weight]:
+    """The table of weights, layers together: equal parts of a layer are rows of one matrix, experts are matrices."""
+    parts: dict[tuple[Role, str], list[WeightInfo]] = {}
+    for info in weight_layout(config).values():
+        parts.setdefault((info.role, info.part), []).append(info)
+    for (role, part), infos in parts.items():
+        first = infos[0]
+        if role is Role.EXPERT:
+            (experts, width_in, width_out), moe = first.shape, config.moe
+            assert moe is not None
+            count, used = len(infos) * experts, len(infos) * moe.top_k
+            yield Weight(role.value, part, count, width_out, width_in, used)
+        elif len(first.shape) == 1:
+            yield Weight(role.value, part, len(infos), first.shape[0], 1, counted=first.counted)
+        else:
+            together = [info for info in infos if info.layer == first.layer]
+            rows = sum(info.shape[0] for info in together)
+            used = 0 if role is Role.EMBEDDING else None
+            yield Weight(role.value, part, len(infos) // len(together), rows, first.shape[1], used)

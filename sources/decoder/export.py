@@ -8,8 +8,9 @@ from moec.compiler.export import MAX_TOKENS, assemble, export_module, unreadable
 from moec.compiler.program import ModelInfo, Program
 from moec.compiler.source import Weights
 from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.buffers import cache_names, constant_tensors, roles
 from moec.sources.decoder.decoder import Decoder
-from moec.sources.decoder.layout import cache_names, constant_tensors, moe_layers, roles, weight_layout
+from moec.sources.decoder.layout import moe_layers, weight_layout
 
 
 def export_decoder(

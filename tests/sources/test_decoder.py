@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 
 from moec.compiler.program import Role
-from moec.compiler.spec.model import DecoderConfig, RopeConfig, RopeScaling, parameter_counts
+from moec.compiler.spec.model import DecoderConfig, RopeConfig, RopeScaling
+from moec.sources.decoder.buffers import cache_names, constant_tensors, roles
 from moec.sources.decoder.decoder import Attention, Decoder
-from moec.sources.decoder.layout import cache_names, constant_tensors, moe_layers, roles, weight_layout
+from moec.sources.decoder.layout import moe_layers, parameter_counts, weight_layout
 from moec.sources.decoder.rope import rope_frequencies, rope_tables
 
 RELEASED_SCALING = {"factor": 16.0, "original_context": 8192, "low_freq_factor": 1.0, "high_freq_factor": 1.0}

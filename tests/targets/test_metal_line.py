@@ -20,8 +20,9 @@ from moec.cli import main as cli
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError
-from moec.compiler.spec import Spec, load_spec, parameter_counts
+from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
+from moec.sources.decoder.layout import parameter_counts
 from moec.sources.decoder.simulate import Reference
 from moec.targets.metal.target import MetalTarget
 

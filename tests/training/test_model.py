@@ -155,3 +155,13 @@ def test_a_model_without_weights_is_refused() -> None:
     del weights["model.norm.weight"]
     with pytest.raises(AssertionError, match="not given"):
         load_weights(TrainingDecoder(config), weights.items())
+
+
+@pytest.mark.parametrize("name", ["mobilemoe-tiny", "mobilellm-pro"])
+def test_the_weights_are_those_of_the_table(name: str) -> None:
+    """Names and shapes of what is trained are the table's, from which checkpoints, plans and counts follow."""
+    spec = load_spec(Path(__file__).parents[2] / "specs" / "models" / f"{name}.yaml")
+    config = decoder_of(spec, "trained")
+    with torch.device("meta"):
+        found = {n: tuple(t.shape) for n, t in TrainingDecoder(config).state_dict().items()}
+    assert found == {n: info.shape for n, info in weight_layout(config).items()}
