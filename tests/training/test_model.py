@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moec.compiler.spec import load_spec
+from moec.sources.decoder.config import decoder_of
 from moec.sources.decoder.decoder import Decoder
+from moec.sources.decoder.layout import weight_layout
 from moec.training.loss import token_losses
 from moec.training.model import Forward, TrainingDecoder, document_positions
 from tests.training.small import DENSE, MOE, config_of, model_of, random_weights
