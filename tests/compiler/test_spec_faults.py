@@ -40,7 +40,11 @@ ONE_FAULT = {
     "kv heads": ("kv_heads: 2", "kv_heads: 3", "model.kv_heads: heads (4) must be a multiple of kv_heads, got 3"),
     "odd head": ("head_dim: 32", "head_dim: 33", "model.head_dim: must be even"),
     "group": ("d_model: 128", "d_model: 144", "model.d_model: the embedding is grouped along this width"),
-    "shared group": ("shared_width: 256", "shared_width: 250", "model.moe.shared_width: the shared expert is grouped"),
+    "shared group": (
+        "shared_width: 256",
+        "shared_width: 250",
+        "model.moe.shared_width: down of the shared expert is grouped",
+    ),
     "zero": ("layers: 4", "layers: 0", "model.layers: must be at least 1, got 0"),
     "negative": ("scale: 2.5", "scale: -2.5", "model.moe.scale: must be above 0, got -2.5"),
     "infinite": ("scale: 2.5", "scale: .inf", "model.moe.scale: expected a finite number"),
