@@ -12,8 +12,8 @@ from moec.cli.status import CHECK_FAILED
 from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
-    from moec.checkpoints import Inspection
     from moec.compiler.spec import Spec
+    from moec.sources.inspection import Inspection
 
 _commands = typer.Typer(no_args_is_help=True, help="Make, look into, and describe checkpoint folders.")
 
@@ -71,10 +71,10 @@ def inspect(
 
 def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> None:
     """Print the findings about `folder`; typer.Exit(1) if it is damaged or contradicts `spec`."""
-    from moec import checkpoints
     from moec.cli.output import emit_json
+    from moec.sources.inspection import inspect as look_into
 
-    found = checkpoints.inspect(folder, spec)
+    found = look_into(folder, spec)
     if as_json:
         emit_json(found)
     else:

@@ -27,6 +27,7 @@ from moec.compiler.spec.loader import load_spec, parse_spec
 from moec.compiler.spec.model import DecoderConfig, Spec
 from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.simulate import Reference
+from moec.sources.inspection import inspect
 
 SPARSE = {
     "architecture": "mobilemoe", "layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
@@ -465,7 +466,7 @@ def test_spec_from_config(tmp_path: Path, model: dict[str, Any]) -> None:
     assert spec.name == "My-model-v2"
     assert spec.checkpoint == folder.resolve()
     assert spec.quantization is not None
-    assert not checkpoints.inspect(folder, spec).problems
+    assert not inspect(folder, spec).problems
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: missing"):
         checkpoints.spec_from_config(folder)
@@ -474,7 +475,7 @@ def test_spec_from_config(tmp_path: Path, model: dict[str, Any]) -> None:
 def test_inspect(tmp_path: Path) -> None:
     spec = spec_of(vocab_size=600)
     folder = make(tmp_path / "c", spec=spec)
-    found = checkpoints.inspect(folder)
+    found = inspect(folder)
     assert found.problems == ()
     assert found.layout.startswith("packed INT4")
     assert found.tokenizer is not None
@@ -486,17 +487,17 @@ def test_inspect(tmp_path: Path) -> None:
     assert roles["expert"].bytes == roles["expert"].parameters * 9 // 16
     assert found.parameters["total"] == sum(role.parameters for role in found.roles) - 2 * 5
     json.dumps(found.to_json())
-    problems = checkpoints.inspect(folder, spec_of(vocab_size=601)).problems
+    problems = inspect(folder, spec_of(vocab_size=601)).problems
     assert any("vocab_size" in line for line in problems)
     (folder / "model.safetensors").write_bytes(b"short")
-    assert checkpoints.inspect(folder).problems
+    assert inspect(folder).problems
 
 
 def test_inspect_of_rubbish(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
-    found = checkpoints.inspect(tmp_path)
+    found = inspect(tmp_path)
     assert found.problems
     assert found.tokenizer is not None
     assert found.tokenizer.vocab_size is None
