@@ -127,7 +127,7 @@ class TransformersModel:
 
     def __init__(self, folder: Path) -> None:
         """MissingExtra, CheckpointError. No code of the folder runs, and only safetensors are read."""
-        from moec.sources.transformers_model import read_config
+        from moec.sources.transformers_config import read_config
 
         config = read_config(folder)
         import transformers
