@@ -38,17 +38,29 @@ def verify(
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here, for CI.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare; more take longer.")] = None,
     text: Annotated[Path | None, typer.Option(help="Compare on this text file instead of the shipped prompts.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A checkpoint of the float model, if the artifact's own holds codes.")
+    ] = None,
+    quality_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens for what quantization cost (default 1536); 0: do not measure it.")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option(min=0, help="Fail if the mean KL divergence from the float model exceeds this.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     trust: Trust = False,
 ) -> None:
     """Replay an artifact against the eager model with the same integer weights, or the passes of a spec one by one.
+
+    Of an artifact it also says what quantization cost: KL divergence from the float model, agreement of the likeliest
+    token, and perplexity, on held-out text or on --text.
 
     With --against, compare it with what other targets make of the same spec and weights (compiled here, or folders
     that exist) and with the eager model, each with each: a target that is wrong stands apart and is named.
 
     Exit status 1 if a tolerance is missed; the report names the check, the place, and by how much.
 
-    Examples: [bold]moec verify build/s --json report.json[/bold],
+    Examples: [bold]moec verify build/s --json report.json[/bold], [bold]moec verify build/s --max-kld 0.1[/bold],
     [bold]moec verify build/tiny --against onnx,mlir,metal[/bold]
     """
     from moec.cli.output import check_apart, check_writable
@@ -57,6 +69,10 @@ def verify(
 
     check_writable(json_file, junit_file)
     check_apart(json_file, junit_file)
+    given = {"--reference": reference, "--quality-tokens": quality_tokens, "--max-kld": max_kld}
+    measured = [name for name, value in given.items() if value is not None]
+    if measured and (against is not None or path.is_file()):
+        raise UserError(f"{measured[0]} is for one artifact", place=str(path), remedy="name a compiled folder alone")
     progress = Progress(quiet=quiet)
     if path.is_file():
         from moec.compiler.spec import load_spec
@@ -72,7 +88,7 @@ def verify(
             target=target,
             after=None if after in (None, EACH) else after,
             tokens=tokens or DEFAULT_TOKENS,
-            text=_read(text),
+            text=read_text(text),
             progress=progress,
         )
     else:
@@ -90,14 +106,21 @@ def verify(
                 others,
                 checkpoint=checkpoint,
                 tokens=tokens or agreement.DEFAULT_TOKENS,
-                text=_read(text),
+                text=read_text(text),
                 progress=progress,
             )
             return _show(found, json_file, junit_file)
-        from moec.analysis.verify.artifact import DEFAULT_TOKENS, verify_artifact
+        from moec.analysis.verify.artifact import DEFAULT_TOKENS, QUALITY_TOKENS, verify_artifact
 
         report = verify_artifact(
-            path, checkpoint=checkpoint, tokens=tokens or DEFAULT_TOKENS, text=_read(text), progress=progress
+            path,
+            checkpoint=checkpoint,
+            tokens=tokens or DEFAULT_TOKENS,
+            text=read_text(text),
+            reference=reference,
+            quality_tokens=QUALITY_TOKENS if quality_tokens is None else quality_tokens,
+            max_kld=max_kld,
+            progress=progress,
         )
     _show(report, json_file, junit_file)
 
@@ -159,7 +182,8 @@ def diff(
         raise typer.Exit(CHECK_FAILED)
 
 
-def _read(text: Path | None) -> str | None:
+def read_text(text: Path | None) -> str | None:
+    """The text of a file to measure with; UserError if it is no text, or empty."""
     from moec.compiler.errors import UserError
 
     if text is None:

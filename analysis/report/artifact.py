@@ -156,6 +156,14 @@ def _pictures(spec: Spec | str, target: str) -> Pictures | str:
         return f"the model could not be exported: {error}"
 
 
+def _fidelity_tile(found: object) -> tuple[str, str, str]:
+    """What quantization cost, beside the verification: codes that are computed rightly may still be poor codes."""
+    kld, top1 = (found.get(key) if isinstance(found, Mapping) else None for key in ("kld", "top1"))
+    if not isinstance(kld, float) or not isinstance(top1, float):
+        return "quantization", "not measured", "against the float model"
+    return "KL divergence", f"{kld:.3f}", f"from the float model; top-1 {top1:.0%}"
+
+
 def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan | str) -> list[tuple[str, str, str]]:
     """What one wants to know first: (label, value, what it is)."""
     manifest = artifact.manifest
@@ -176,6 +184,7 @@ def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan |
         tiles.append(
             ("verification", "passed" if verified.get("passed") else "FAILED", f"{passed} of {len(checks)} checks")
         )
+        tiles.append(_fidelity_tile(verified.get("fidelity")))
     profile = evidence["profile"].data
     if profile is not None and profile["ratios"]:
         last = profile["ratios"][-1]

@@ -15,8 +15,10 @@ import torch
 from moec.analysis.verify.compare import Comparison, compare
 from moec.analysis.verify.foreign import before_target, compare_foreign
 from moec.analysis.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
+from moec.analysis.verify.quality.fidelity import Fidelity, fidelity_of
 from moec.analysis.verify.reference import VerifyingReference
-from moec.analysis.verify.report import Report
+from moec.analysis.verify.report import Check, Report
+from moec.analysis.verify.tolerances import Tolerance
 from moec.checkpoints import WeightStore
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
@@ -31,6 +33,7 @@ from moec.compiler.spec.sources import source_of
 from moec.compiler.target import Session, facts_of
 
 DEFAULT_TOKENS = 512
+QUALITY_TOKENS = 1536  # a chunk of each domain of the held-out text
 
 
 def verify_artifact(
@@ -39,13 +42,20 @@ def verify_artifact(
     checkpoint: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     text: str | None = None,
+    reference: str | Path | None = None,
+    quality_tokens: int = QUALITY_TOKENS,
+    max_kld: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Run real text through the artifact and through the eager reference, and compare them.
+    """Run real text through the artifact and through the eager reference, and compare them; and the artifact against
+    the float model, which says what quantization cost.
 
     checkpoint: the folder that the artifact was compiled from, if it has moved since. tokens: in total, shared between
-    the four domains of the shipped prompts (or of `text` alone). ArtifactError for a damaged artifact, CheckpointError
-    for a missing or different checkpoint; a computed difference is not an error but a failed check of the Report.
+    the four domains of the shipped prompts (or of `text` alone). reference: a checkpoint of the float model, if that
+    which the artifact was compiled from holds codes. quality_tokens: of held-out text for it, 0 for none. max_kld: the
+    most that the mean KL divergence may be, in nats; a divergence that cannot be measured misses it. ArtifactError for
+    a damaged artifact, CheckpointError for a missing or different checkpoint; a computed difference is not an error but
+    a failed check of the Report.
     """
     started = time.perf_counter()
     progress = progress or Progress(quiet=True)
@@ -77,7 +87,24 @@ def verify_artifact(
         session.close()
         if unrounded is not None:
             unrounded.close()
-    return _report(artifact, store, prompts, found, time.perf_counter() - started)
+    fidelity = fidelity_of(
+        artifact,
+        spec,
+        store,
+        reference=None if reference is None else Path(reference),
+        tokens=quality_tokens,
+        text=text,
+        progress=progress,
+    )
+    if max_kld is not None:
+        found.checks.append(_gate(fidelity, max_kld))
+    return _report(artifact, store, prompts, found, fidelity, time.perf_counter() - started)
+
+
+def _gate(fidelity: Fidelity, max_kld: float) -> Check:
+    value = float("nan") if fidelity.overall is None else fidelity.overall.kld
+    limit = Tolerance("<=", max_kld, "nats", "the limit that --max-kld gives")
+    return Check("quantization: mean KL divergence from the float model", value, limit, detail=fidelity.why)
 
 
 def _compare_ours(
@@ -237,7 +264,12 @@ def _float_reference(
 
 
 def _report(
-    artifact: Artifact, store: Checkpoint, prompts: dict[str, list[int]], found: Comparison, seconds: float
+    artifact: Artifact,
+    store: Checkpoint,
+    prompts: dict[str, list[int]],
+    found: Comparison,
+    fidelity: Fidelity,
+    seconds: float,
 ) -> Report:
     manifest = artifact.manifest
     counts = ", ".join(f"{name} {len(ids)}" for name, ids in prompts.items())
@@ -258,7 +290,9 @@ def _report(
         "digests": manifest.digests.model_dump(mode="json"),
         "versions": manifest.versions,
     }
-    return Report("artifact", str(artifact.folder), tuple(found.checks), tuple(found.layers), figures, about)
+    return Report(
+        "artifact", str(artifact.folder), tuple(found.checks), tuple(found.layers), figures, about, fidelity=fidelity
+    )
 
 
 def peak_rss_mb() -> float:

@@ -27,6 +27,7 @@ from moec.analysis.verify import metrics, tolerances
 from moec.analysis.verify.blocks import FusedBlock
 from moec.analysis.verify.graphs import close_rows
 from moec.analysis.verify.metrics import RouterAgreement
+from moec.analysis.verify.phases import Drift, judge_steps, tail_cosine, tail_limit
 from moec.analysis.verify.reference import FLOAT_SHAKE, SHAKE, Followed, VerifyingReference
 from moec.analysis.verify.replay import Replay, experts_used, replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check, LayerRow
@@ -78,7 +79,7 @@ def compare(
     drift, tied = free_run(found, reference, replays, len(layer_names), progress)
     consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
     if float_reference is not None:
-        without_rounding(found, float_reference, unrounded, replays, len(layer_names), progress)
+        without_rounding(found, float_reference, unrounded, replays, len(layer_names), progress, steps)
     return found
 
 
@@ -286,9 +287,9 @@ def free_run(
     replays: Mapping[str, Replay],
     moe_layers: int,
     progress: Progress,
-) -> tuple[float, dict[str, np.ndarray]]:
-    """End to end from token ids on. Returns 1 - median cosine of the reference with itself shaken (0 when nothing is
-    rounded), and by prompt the tokens with a tie in any layer, bool [T]."""
+) -> tuple[Drift, dict[str, np.ndarray]]:
+    """End to end from token ids on. Returns how far the reference drifts from itself when shaken, and by prompt the
+    tokens with a tie in any layer, bool [T]."""
     prompts = {name: replay.ids for name, replay in replays.items()}
     routed: dict[int, Mapping[str, Routed]] = {}
     with progress.stage("run the reference", max(moe_layers, 1)) as step:
@@ -302,7 +303,7 @@ def free_run(
             return _beyond_drift(found, "free run: ", reference, (logits, routed), replays, step), tied
     found.figures.update(logits_figures("free run: ", replays, logits))
     _free_run_float(found, reference, replays, logits, tied)
-    return 0.0, tied
+    return Drift.none(), tied
 
 
 def _beyond_drift(
@@ -313,9 +314,9 @@ def _beyond_drift(
     replays: Mapping[str, Replay],
     step: Callable[[str], None],
     shake: float = SHAKE,
-) -> float:
+) -> Drift:
     """Whole runs of the artifact against those of the reference, `free`: no further than both drift, which the shaken
-    reference tells. Returns that drift, 1 - median cosine."""
+    reference tells. Returns that drift."""
     logits, routed = free
     prompts = {name: replay.ids for name, replay in replays.items()}
     shaken_routed: dict[int, Mapping[str, Routed]] = {}
@@ -341,7 +342,14 @@ def _beyond_drift(
         limit = tolerances.beyond_drift(tolerance, 1 - same, count)
         detail = f"the reference with itself, shaken: {same:.7g}{more}"
         found.checks.append(Check(f"{prefix}{name}", value, limit, detail=detail))
-    return 1 - drift["median cosine"]
+    rows = Drift.of(logits, shaken)
+    cosines_T = np.concatenate(
+        [metrics.row_cosines(logits[name], replay.logits_TV) for name, replay in replays.items()]
+    )
+    detail = f"the reference with itself, shaken: {1 - rows.tail:.7g}"
+    limit = tail_limit(rows)
+    found.checks.append(Check(f"{prefix}cosine of all but the worst 5%", tail_cosine(cosines_T), limit, detail=detail))
+    return rows
 
 
 def _free_run_float(
@@ -374,10 +382,12 @@ def without_rounding(
     replays: Mapping[str, Replay],
     moe_layers: int,
     progress: Progress,
+    steps: int,
 ) -> None:
     """How far rounding takes the artifact from float activations; and its codes, run without rounding, end to end.
 
-    The second drifts little, since only the KV cache rounds: its limits are close to those of a single layer.
+    The second drifts little, since only the KV cache rounds: its limits are close to those of a single layer. The
+    longest prompt runs once more in odd chunks and `steps` single tokens, which are judged apart.
     """
     prompts = {name: replay.ids for name, replay in replays.items()}
     routed: dict[int, Mapping[str, Routed]] = {}
@@ -388,7 +398,11 @@ def without_rounding(
         return
     with progress.stage("run the artifact with float activations", max(moe_layers, 1)) as step:
         unrounded = {name: replay_prompt(session, ids, moe_layers) for name, ids in prompts.items()}
-        _beyond_drift(found, "free run, float activations: ", reference, (logits, routed), unrounded, step, FLOAT_SHAKE)
+        prefix = "free run, float activations: "
+        drift = _beyond_drift(found, prefix, reference, (logits, routed), unrounded, step, FLOAT_SHAKE)
+        name = max(prompts, key=lambda prompt: len(prompts[prompt]))
+        pieces = replay_in_pieces(session, prompts[name], moe_layers, steps)
+        found.checks += judge_steps(prefix, logits[name], pieces.logits_TV, steps, drift, name)
 
 
 def _keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]
@@ -413,7 +427,7 @@ def consistency(
     name: str,
     whole: Replay,
     pieces: Replay,
-    drift: float,
+    drift: Drift,
     tied_T: np.ndarray,
     steps: int,
 ) -> None:
@@ -422,14 +436,11 @@ def consistency(
     again_TV = np.asarray(session.prefill(list(whole.ids), logits="all"))
     session.reset()
     last_1V = np.asarray(session.prefill(list(whole.ids), logits="last")).reshape(1, -1)
-    label = f"consistency: odd chunks and {steps} decode steps equal one prefill"
     if found.quantized:
         # every piece has been compared layer by layer; together they drift like any two runs
-        cosine = metrics.Cosine.of(whole.logits_TV, pieces.logits_TV).median
-        found.checks.append(Check(label, cosine, tolerances.beyond_drift(tolerances.MEDIAN_COSINE, drift), name))
+        found.checks += judge_steps("consistency: ", whole.logits_TV, pieces.logits_TV, steps, drift, name)
     else:
-        ratio, _ = close_rows(whole.logits_TV, pieces.logits_TV, tied_T)
-        found.checks.append(Check(label, ratio, tolerances.FLOAT_CLOSE, name))
+        found.checks += _steps_in_float(whole.logits_TV, pieces.logits_TV, tied_T, steps, name)
     last = "consistency: last logits equal all logits"
     if found.quantized:
         cosine = metrics.Cosine.of(whole.logits_TV[-1:], last_1V).median
@@ -439,3 +450,17 @@ def consistency(
         found.checks.append(Check(last, ratio, tolerances.FLOAT_CLOSE, name))
     error = metrics.max_abs_error(whole.logits_TV, again_TV)
     found.checks.append(Check("consistency: a second run is identical", error, tolerances.IDENTICAL, name))
+
+
+def _steps_in_float(
+    whole_TV: np.ndarray, pieces_TV: np.ndarray, tied_T: np.ndarray, steps: int, name: str
+) -> list[Check]:
+    """Every element of the rows that came in odd chunks, and of those that were decoded one at a time."""
+    head = len(whole_TV) - steps
+    after_tie_T = np.logical_or.accumulate(tied_T)  # a tie before the first decode step explains one that follows
+    checks = []
+    for label, rows in (("odd chunks", slice(0, head)), ("decode steps", slice(head, None))):
+        if len(whole_TV[rows]):
+            ratio, _ = close_rows(whole_TV[rows], pieces_TV[rows], after_tie_T[rows])
+            checks.append(Check(f"consistency: {label}, every element", ratio, tolerances.FLOAT_CLOSE, name))
+    return checks

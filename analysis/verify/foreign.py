@@ -152,7 +152,7 @@ def compare_foreign(
         _exported_elements(found, replays, logits, tied)
     if unrounded is not None:
         unrounding = GraphReference(last, cache, float_products())
-        compare.without_rounding(found, unrounding, unrounded, replays, len(layers), progress)
+        compare.without_rounding(found, unrounding, unrounded, replays, len(layers), progress, steps)
     return found
 
 

@@ -6,13 +6,16 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.table import Table
 
 from moec.analysis.verify.tolerances import Tolerance
+
+if TYPE_CHECKING:
+    from moec.analysis.verify.quality.fidelity import Fidelity
 
 FORMAT_VERSION = 1
 
@@ -96,6 +99,8 @@ class Report:
     layers: tuple[LayerRow, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    # of an artifact: what quantization cost, or why that is not known
+    fidelity: Fidelity | None = field(default=None, kw_only=True)
 
     @property
     def passed(self) -> bool:
@@ -115,6 +120,7 @@ class Report:
         return tuple(sorted(self.layers, key=lambda row: (row.passed, row.sqnr_db))[:count])
 
     def to_json(self) -> dict[str, Any]:
+        fidelity = {} if self.fidelity is None else {"fidelity": self.fidelity.to_json()}
         return {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -124,6 +130,7 @@ class Report:
             "layers": [row.to_json() for row in self.layers],
             "figures": _json_tree(self.figures),
             "about": _json_tree(self.about),
+            **fidelity,
         }
 
     def junit(self) -> str:
@@ -171,7 +178,12 @@ class Report:
             console.print(f"  {name}: {_figure(value)}", highlight=False, markup=False)
         for check in self.failures:
             console.print(f"FAILED {check.line()}", style="bold red", highlight=False, markup=False)
-        console.print("passed" if self.passed else "FAILED", style="bold green" if self.passed else "bold red")
+        if self.fidelity is not None:
+            for line in self.fidelity.lines():
+                console.print(f"  quantization, {line}", highlight=False, markup=False)
+        more = "" if self.fidelity is None else f"; {self.fidelity.line()}"
+        style = "bold green" if self.passed else "bold red"
+        console.print(("passed" if self.passed else "FAILED") + more, style=style, highlight=False, markup=False)
 
 
 def _checks_table(checks: Iterable[Check]) -> Table:

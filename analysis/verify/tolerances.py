@@ -74,6 +74,12 @@ EXPORTED_COSINE = Tolerance(
     "and a wrong rewrite costs far more",
 )  # fmt: skip
 
+ROW_COSINE = Tolerance(
+    ">", 0.999, "cosine",
+    "a row of a whole run may differ by a few flipped INT8 steps beyond what both runs drift by; a position, a cache "
+    "row or a scale that is wrong for this token alone turns it by percents",
+)  # fmt: skip
+
 TOP1 = Tolerance(
     ">", 0.99, "of tokens",
     "a greedy answer may change only where the two best logits are closer than the noise of flipped INT8 steps",

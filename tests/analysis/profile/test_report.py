@@ -62,7 +62,15 @@ def test_page_has_every_section_and_loads_nothing(page: Path) -> None:
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in read.loads)
     assert "url(" not in re.sub(r"url\(#[^)]*\)", "", text)
     assert "Not shown" not in text
-    for part in ("fused_moe_packed", "fuse_moe", "verified for this page", "Galaxy S25", "Real over dummy", "sha256"):
+    for part in (
+        "fused_moe_packed",
+        "fuse_moe",
+        "verified for this page",
+        "What quantization cost",
+        "Galaxy S25",
+        "Real over dummy",
+        "sha256",
+    ):
         assert part in text
     # every pass, checked on the spot as the artifact is small
     assert "each was checked against its input for this page" in text

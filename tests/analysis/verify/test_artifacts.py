@@ -74,7 +74,7 @@ def test_the_command_writes_json_and_junit(compiled, tmp_path, capsys):
         ]
     )
     assert status == 0
-    assert capsys.readouterr().out.rstrip().endswith("passed")
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("passed; KL divergence ")
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["passed"] is True
     assert {"checks", "layers", "figures", "about"} <= set(document)

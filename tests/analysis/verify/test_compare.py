@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from moec.analysis.verify.compare import Comparison, compare
+from moec.analysis.verify.phases import Drift, judge_steps
 from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
 from moec.analysis.verify.report import Report
 from moec.compiler.errors import ArtifactError
 from moec.compiler.progress import Progress
+from moec.sources.decoder.decoder import Decoder
 from tests.analysis.verify.fakes import FakeSession, blocks, decoder, reference
 
 PROMPTS = prompt_ids(WordHashEncoder(211), tokens=160)
@@ -52,7 +54,11 @@ def test_without_rounding_no_drift_is_allowed():
     floats = reference(decoder())
     found = _compare(good, quantized=True, floats=floats, unrounded=good)
     checks = {c.name: c for c in found.checks if c.name.startswith("free run, float activations")}
-    assert {name.split(": ")[1] for name in checks} == {"median cosine", "top-1 agreement", "expert sets equal"}
+    assert {name.split(": ")[1] for name in checks} == {
+        "median cosine", "top-1 agreement", "expert sets equal", "cosine of all but the worst 5%",
+        "odd chunks, median cosine", "odd chunks, worst cosine", "decode steps, median cosine",
+        "decode steps, worst cosine",
+    }  # fmt: skip
     assert all(c.passed for c in checks.values())
     assert checks["free run, float activations: median cosine"].tolerance.limit == pytest.approx(0.9999, abs=1e-7)
     wrong = _compare(good, quantized=True, floats=floats, unrounded=bad)
@@ -167,7 +173,68 @@ class _Stale(FakeSession):
 
 def test_decoding_at_wrong_positions_fails():
     failed = _failed(_compare(_Forgetful(decoder()), quantized=True))
-    assert {"consistency: odd chunks and 8 decode steps equal one prefill", "block inputs: min cosine"} <= failed
+    assert {"consistency: odd chunks, worst cosine", "consistency: decode steps, median cosine"} <= failed
+    assert "block inputs: min cosine" in failed
+
+
+class _LateSteps(FakeSession):
+    """A call of one token stands at the position before its own, over the last row of the cache; prefill is right."""
+
+    def prefill(self, ids, logits="last"):
+        late = len(ids) == 1 and self.position > 0
+        self.position -= late
+        out = super().prefill(ids, logits)
+        self.position += late
+        return out
+
+
+class _OneWrongStep(FakeSession):
+    """One single step of eight turns by eight degrees."""
+
+    def prefill(self, ids, logits="last"):
+        out = super().prefill(ids, logits)
+        if len(ids) > 1 or self.position != 37:
+            return out
+        noise = np.random.default_rng(0).standard_normal(out.shape).astype(np.float32)
+        return out + 0.14 * noise * np.linalg.norm(out) / np.linalg.norm(noise)
+
+
+def dense() -> Decoder:
+    """Without MoE blocks nothing is traced: only whole runs are compared."""
+    return decoder(architecture="mobilellm", moe=None, ffn_width=96)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_single_steps_that_are_wrong_fail_where_all_of_prefill_is_right(quantized):
+    found = _compare(_LateSteps(dense()), reference(dense()), names=[], quantized=quantized)
+    wanted = {"median cosine", "worst cosine"} if quantized else {"every element"}
+    assert _failed(found) == {f"consistency: decode steps, {name}" for name in wanted}
+
+
+def test_the_one_step_that_is_wrong_is_seen():
+    failed = _failed(_compare(_OneWrongStep(dense()), reference(dense()), names=[], quantized=True))
+    assert failed == {"consistency: decode steps, worst cosine"}
+
+
+def test_single_steps_are_judged_without_rounding_too():
+    good, late = FakeSession(dense()), _LateSteps(dense())
+    floats = reference(dense())
+    found = _compare(good, reference(dense()), names=[], quantized=True, floats=floats, unrounded=late)
+    assert _failed(found) == {f"free run, float activations: decode steps, {n} cosine" for n in ("median", "worst")}
+
+
+def test_a_twentieth_of_the_rows_cannot_hide_and_drift_excuses_what_it_is():
+    rng = np.random.default_rng(0)
+    drift = Drift(np.abs(rng.normal(0, 1e-3, 512)))
+    a = rng.standard_normal((40, 300)).astype(np.float32)
+    near = a + 0.02 * rng.standard_normal(a.shape).astype(np.float32)  # 1 - cosine of 2e-4
+    assert all(c.passed for c in judge_steps("", a, near, 8, drift, "x"))
+    assert not any(c.passed for c in judge_steps("", a, near, 8, Drift.none(), "x") if "median" in c.name)
+    one = near.copy()
+    one[-3] = a[-4]
+    assert [c.name for c in judge_steps("", a, one, 8, drift, "x") if not c.passed] == ["decode steps, worst cosine"]
+    one[-3] = np.nan
+    assert [c.name for c in judge_steps("", a, one, 8, drift, "x") if not c.passed] == ["decode steps, worst cosine"]
 
 
 def test_a_second_run_that_differs_fails():
