@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moec.cli.trust import Trust
+
+if TYPE_CHECKING:
+    from moec.compiler.spec import Spec
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +23,12 @@ def compile_spec(
     target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How codes are computed: rtn, gptq, awq_gptq, ... or auto; wins over the spec's.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text or JSON lines that such a method runs the model on; wins over the spec's.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -33,12 +43,14 @@ def compile_spec(
     Example: [bold]moec compile specs/models/mobilemoe-s.yaml --checkpoint MobileMoE-S-QAT --out build/s[/bold]
 
     Example: [bold]moec compile SmolLM2-135M-Instruct --out build/smollm2[/bold]
+
+    Example: [bold]moec compile my.yaml --method awq_gptq --calibration chats.jsonl --out build/my[/bold]
     """
     from moec.cli.given import spec_given
     from moec.cli.output import emit_json, size
     from moec.compiler.progress import Progress
 
-    loaded = spec_given(spec, quiet=quiet)
+    loaded = _with_method(spec_given(spec, quiet=quiet), method, calibration)
     from moec.compiler import build  # torch: seconds, which a fault in the spec need not wait for
 
     progress = Progress(quiet=quiet)
@@ -48,5 +60,44 @@ def compile_spec(
         emit_json({"artifact": artifact.folder, "bytes": artifact.bytes, "manifest": manifest})
         return
     print(f"{artifact.folder}: {manifest.name} for {manifest.target}, {size(artifact.bytes)}")
+    if manifest.calibration is not None:
+        print(calibrated(manifest.calibration))
     for note in manifest.notes:
         print(f"note: {note}")
+
+
+def _with_method(spec: Spec, method: str | None, file: Path | None) -> Spec:
+    """The spec with another method of quantization, or other text to calibrate it on."""
+    from moec.compiler.errors import UserError
+    from moec.compiler.spec.methods import AUTO, method_names
+    from moec.compiler.spec.quantization import Calibration
+
+    if method is None and file is None:
+        return spec
+    if spec.quantization is None:
+        raise UserError("the spec quantizes nothing", place=spec.name, remedy="leave --method and --calibration out")
+    changes: dict[str, Any] = {}
+    if method is not None:
+        if method not in (AUTO, *method_names()):
+            known = ", ".join((*method_names(), AUTO))
+            raise UserError(f"there is no quantization method {method!r}", remedy=f"known here: {known}")
+        changes["method"] = method
+    if file is not None:
+        given = spec.quantization.calibration or Calibration()
+        lines = file.suffix.lower() in (".jsonl", ".ndjson")
+        text = {"text": None if lines else file.absolute(), "jsonl": file.absolute() if lines else None}
+        changes["calibration"] = given.model_copy(update={**text, "domains": None})
+    return spec.model_copy(update={"quantization": spec.quantization.model_copy(update=changes)})
+
+
+def calibrated(report: Mapping[str, Any]) -> str:
+    """One line about a calibration: method, tokens, and the experts that saw least."""
+    text = f"calibrated by {report['method']} on {report['tokens']:,} tokens"
+    experts = [e for layer in report["moe"] for e in layer["experts"]]
+    if experts:
+        least = min(e["tokens"] + e["forced"] for e in experts)
+        shown = sum(e["forced"] > 0 for e in experts)
+        text += f"; {len(experts)} experts saw at least {least}, {shown} of them more than the router sends them"
+    if "measured" in report:
+        text += "; KLD " + ", ".join(f"{name} {value:.3f}" for name, value in report["measured"].items())
+    return text

@@ -102,6 +102,7 @@ class Manifest(_Record):
     """All that is known of an artifact. `details` are the target's facts (`Target.facts`); `notes` are for the user.
 
     Nothing in it is of the machine or the moment (see `build_record`): the same compile gives the same manifest.
+    calibration: the method that computed the codes, the text, and every expert with the tokens that it saw.
     """
 
     format: int
@@ -119,6 +120,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
     codes: tuple[CodesEntry, ...] = ()
+    calibration: dict[str, Any] | None = None
 
     @property
     def contents(self) -> str:

@@ -77,7 +77,7 @@ def compile(
         companions, words = _companions(store)
         clock.lap("checkpoint")
         log = PipelineLog()
-        program, passes = program_and_passes(spec, store, name)
+        program, passes = program_and_passes(spec, store, name, progress)
         clock.lap("export")
         program = run_all(program, passes, log=log, progress=progress)
         clock.lap("passes")
@@ -157,14 +157,35 @@ def explain(spec: Spec | Mapping[str, Any] | str | Path, target: str | None = No
     return Explanation(spec.name, tuple(log.records), reached[-1].text(), tuple(matched), error)
 
 
-def program_and_passes(spec: Spec, weights: Weights | None, target: str | None = None) -> tuple[Program, list[Pass]]:
+def program_and_passes(
+    spec: Spec, weights: Weights | None, target: str | None = None, progress: Progress | None = None
+) -> tuple[Program, list[Pass]]:
     """The exported Program of a spec and every pass up to LEGAL for a target. `weights` None: shapes only."""
     from moec.passes.pipelines import pipeline
 
     name, options = chosen_target(spec, target)
     max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
     program = source_of(spec.model).export(spec, weights, max_tokens=max_tokens)
-    return program, [*pipeline(spec.quantization), *find_target(name).legalize(options)]
+    calibrate = _calibration(spec, weights, progress or Progress(quiet=True))
+    return program, [*pipeline(spec.quantization, calibrate), *find_target(name).legalize(options)]
+
+
+def _calibration(spec: Spec, weights: Weights | None, progress: Progress) -> Pass | None:
+    """The pass that calibrates, for a method that observes inputs; text is read by the checkpoint's own tokenizer."""
+    from moec.analysis.calibration.calibrate import calibrate_weights, needs_calibration
+    from moec.compiler.word_hash import WordHashEncoder
+
+    if spec.quantization is None or not needs_calibration(spec.quantization):
+        return None
+
+    def encode(program: Program) -> Callable[[str], list[int]]:
+        found = weights.companions() if isinstance(weights, Checkpoint) else {}
+        if TOKENIZER not in found or found[TOKENIZER].strip() == b"{}":
+            return WordHashEncoder(program.info.vocab_size).encode
+        tokenizer = TextTokenizer(found[TOKENIZER], TOKENIZER)
+        return lambda text: list(tokenizer.encode(text, special_tokens=False))
+
+    return calibrate_weights(spec.quantization, encode, progress)
 
 
 def run_all(
@@ -274,6 +295,7 @@ def _manifest(
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
         notes=(*store.notes, *lowered.notes),
         codes=_codes(program),
+        calibration=None if program.calibration is None else dict(program.calibration()),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
@@ -56,6 +56,7 @@ class Program:
 
     quantized: the weights that are held as codes, by the name of the float weight. An entry stays when a target packs
     the codes into another layout: it then says what was packed, and its tensors are no longer among `weights`.
+    calibration: what was observed to compute the codes, for people and the manifest; None where nothing was.
     """
 
     exported: ExportedProgram
@@ -67,6 +68,7 @@ class Program:
     # the same model giving logits [1, V] of the last token of a call, for targets that ship both as methods: made by
     # the pass `last_token`, dropped by every edit after it
     last_token: Program | None = None
+    calibration: Callable[[], Mapping[str, Any]] | None = field(default=None, compare=False)
 
     @property
     def graph(self) -> torch.fx.Graph:

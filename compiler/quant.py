@@ -131,6 +131,39 @@ def quantize_weight(
     return QuantizedTensor(codes, scales, bits, group_size)
 
 
+def stored_scales(w: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Scales [..., G] of a weight [..., L] as they are stored. CompileError for those that `dtype` cannot hold."""
+    stored = scales.to(dtype)
+    if not torch.isfinite(stored).all():
+        _check_scales(w.abs().amax(), stored)
+    return stored
+
+
+def packed_codes(q: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [..., L] as a `QuantizedTensor` holds them."""
+    return pack_int4(q) if bits == 4 else q
+
+
+def rounded_to(
+    w: torch.Tensor, scales: torch.Tensor, *, bits: int, scale_dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
+    """The nearest codes to `w` [..., L] under given scales [..., G] of either sign; a scale of 0 gives codes of 0.
+
+    The codes are rounded against the scales as they are stored. CompileError as `stored_scales`.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    stored = stored_scales(w, scales, scale_dtype)
+    group_size = w.shape[-1] // scales.shape[-1]
+    codes = torch.empty(w.shape, dtype=torch.int8)
+    rows_NL, rows_codes, rows_scales = _rows(w), _rows(codes), _rows(stored)
+    for piece in _pieces(rows_NL):
+        divisor = rows_scales[piece].to(torch.float32).unsqueeze(-1)
+        grouped = rows_NL[piece].to(torch.float32).unflatten(-1, (-1, group_size))
+        q = torch.where(divisor == 0, 0.0, grouped / divisor).round_().clamp_(low, high)
+        rows_codes[piece] = q.to(torch.int8).flatten(-2)
+    return QuantizedTensor(packed_codes(codes, bits), stored, bits, group_size)
+
+
 def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:
     if not scale.numel() or torch.isfinite(scale).all():
         return

@@ -9,11 +9,12 @@ groups lie along L.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from abc import ABC, abstractmethod
 from functools import cache
 from importlib.metadata import entry_points
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class Inputs:
         self.forced += x_TK.shape[0] if forced else 0
         self.energy_K += x_TK.square().sum(0, dtype=torch.float64)
 
+    def divided(self, factors_K: Tensor) -> Self:
+        """What would have been seen of inputs that are divided by factors."""
+        other = copy.copy(self)
+        other.energy_K = self.energy_K / factors_K.double().square()
+        return other
+
 
 class Moments(Inputs):
     """With the second moments of the inputs: moments_KK = sum x x^T, float32."""
@@ -52,6 +59,11 @@ class Moments(Inputs):
     def add(self, x_TK: Tensor, *, forced: bool = False) -> None:
         super().add(x_TK, forced=forced)
         self.moments_KK.addmm_(x_TK.t(), x_TK)
+
+    def divided(self, factors_K: Tensor) -> Self:
+        other = super().divided(factors_K)
+        other.moments_KK = self.moments_KK / (factors_K[:, None] * factors_K)
+        return other
 
 
 class Quantizer(ABC):

@@ -57,12 +57,14 @@ class StoredCodes:
 
     load() gives them in the layout of the float weight, grouped along its last dimension, or along the one before it
     where `transposed` (the result is then transposed in its last two dimensions beside the float weight).
+    unscaled: where channels were scaled before: from the dequantized weight to what it is in the model as exported.
     """
 
     format: CodeFormat
     load: Callable[[], QuantizedTensor] = field(repr=False, compare=False)
     provenance: Provenance = Provenance("carried", "checkpoint")
     transposed: bool = False
+    unscaled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class QuantizedWeight:
     name, shape, role: of the float weight that the codes stand for. codes, scales, zero_points: names of weights.
     orientation: of the codes. group_axis: `in` groups along the reduction of the product, `out` along its outputs.
     transposed: whether the codes lie transposed (last two dimensions) beside the float weight.
+    unscaled: as of `StoredCodes`.
     """
 
     name: str
@@ -95,6 +98,7 @@ class QuantizedWeight:
     transposed: bool
     provenance: Provenance
     zero_points: str | None = None
+    unscaled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[str, ...]:

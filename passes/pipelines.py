@@ -35,6 +35,11 @@ def fusion() -> list[Pass]:
     ]
 
 
-def pipeline(quantization: Quantization | None) -> list[Pass]:
-    """EXPORTED -> FUSED for `quantization: none`, EXPORTED -> QUANTIZED otherwise."""
-    return fusion() if quantization is None else [*fusion(), quantize_weights(quantization)]
+def pipeline(quantization: Quantization | None, calibrate: Pass | None = None) -> list[Pass]:
+    """EXPORTED -> FUSED for `quantization: none`, EXPORTED -> QUANTIZED otherwise.
+
+    calibrate: the pass of a method that observes inputs (analysis/calibration/calibrate.py).
+    """
+    if quantization is None:
+        return fusion()
+    return [*fusion(), *([] if calibrate is None else [calibrate]), quantize_weights(quantization)]

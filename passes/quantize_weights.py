@@ -13,7 +13,8 @@ spec quantizes and no rule here reaches is an error that names it: nothing is le
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,44 @@ def _check_complete(program: Program, quantization: Quantization) -> None:
 
 def _scheme(edit: Editor, name: str | None, quantization: Quantization) -> WeightScheme | None:
     return None if name is None else quantization.scheme(edit.roles[name])
+
+
+@dataclass(frozen=True)
+class Read:
+    """A weight that the pass quantizes, where it is read: the node, and the name of its operand there."""
+
+    node: Node
+    operand: str
+    name: str
+    scheme: WeightScheme
+    orientation: Orientation
+
+
+def reads(program: Program, quantization: Quantization) -> list[Read]:
+    """Every read of a weight that the pass turns into codes, in the order of the graph."""
+    found: list[Read] = []
+
+    def add(node: Node, operand: str, weight: Any, scheme: WeightScheme | None, orientation: Orientation) -> None:
+        name = program.weight_of(weight) if isinstance(weight, Node) else None
+        if name is not None and scheme is not None:
+            found.append(Read(node, operand, name, scheme, orientation))
+
+    for node in program.graph.nodes:
+        if is_op(node, aten.linear.default, aten.embedding.default):
+            weight = node.args[0 if is_op(node, aten.embedding.default) else 1]
+            name = program.weight_of(weight)
+            scheme = None if name is None else quantization.scheme(program.roles[name])
+            add(node, "weight", weight, scheme, "out_in")
+        elif node.target is fused_moe:
+            scheme = quantization.scheme(Role.EXPERT)
+            call: FusedMoe[Node] = FusedMoe.of(node)
+            layout: Orientation = "in_out" if call.mlp.layout == "in_out" else "out_in"
+            add(node, "w13", call.w13, scheme, layout)
+            add(node, "w2", call.w2, scheme, layout)
+            of_shared = None if scheme is None else WeightScheme(scheme.bits, scheme.group_size, "in")
+            add(node, "shared_w13", call.shared_w13, of_shared, "out_in")
+            add(node, "shared_w2", call.shared_w2, of_shared, "out_in")
+    return found
 
 
 def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
@@ -218,6 +257,7 @@ def quantized(
         orientation=orientation if not transposed else "in_out" if orientation == "out_in" else "out_in",
         transposed=transposed,
         provenance=Provenance("computed", method) if source.stored is None else source.stored.provenance,
+        unscaled=None if source.stored is None else source.stored.unscaled,
     )
     *lead, a, b = source.shape
     rows, width = (b, a) if transposed else (a, b)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.analysis.calibration.calibrate import needs_calibration
 from moec.analysis.verify import metrics, tolerances
 from moec.analysis.verify.agreement_report import AgreementReport, PairRow
 from moec.analysis.verify.artifact import (
@@ -298,9 +299,11 @@ def _add_arithmetic(
         assert member.arithmetic is not None
         template = member.arithmetic
         artifact, scheme, roles = template.reference
-        key = template.key if isinstance(spec.model, DecoderConfig) else artifact.manifest.target
+        # the simulation rounds weights itself; the codes of a calibration are those that the passes carry
+        ours = isinstance(spec.model, DecoderConfig) and not needs_calibration(spec.quantization)
+        key = template.key if ours else artifact.manifest.target
         if key not in made:
-            if isinstance(spec.model, DecoderConfig):
+            if ours and isinstance(spec.model, DecoderConfig):
                 reference: Any = VerifyingReference(spec.model, store, scheme, xnnpack_roles=roles)
             else:
                 program = build.program_and_passes(spec, store, artifact.manifest.target)

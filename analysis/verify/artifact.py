@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.analysis.calibration.calibrate import needs_calibration
 from moec.analysis.verify.compare import Comparison, compare
 from moec.analysis.verify.foreign import before_target, compare_foreign
 from moec.analysis.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
@@ -77,7 +78,9 @@ def verify_artifact(
         if not any(prompts.values()):
             raise UserError("there is no token in the text to verify with", remedy="give a longer text")
         prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
-        if isinstance(spec.model, DecoderConfig) and isinstance(store, WeightStore):
+        # the simulation rounds weights itself; the codes of a calibration are those that the passes carry
+        own = not needs_calibration(spec.quantization)
+        if own and isinstance(spec.model, DecoderConfig) and isinstance(store, WeightStore):
             found = _compare_ours(artifact, spec, spec.model, store, session, unrounded, prompts, progress)
         else:
             found = _compare_foreign(artifact, spec, store, session, unrounded, prompts, progress)

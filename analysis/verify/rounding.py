@@ -16,18 +16,26 @@ from moec.compiler.weights import QuantizedWeight
 
 
 def with_weights_of(before: Program, after: Program) -> Program:
-    """`before` with the dequantized codes of `after` in the place of each weight that `after` quantized."""
+    """`before` with the dequantized codes of `after` in the place of each weight that `after` quantized.
+
+    Where a calibration scaled channels and `before` is the model as it was before that, the scaling is undone.
+    """
     replaced = dict(before.weights)
     for name, weight in before.weights.items():
         held = after.quantized.get(name)
         if held is None or name in after.weights or held.codes not in after.weights:
             continue
-        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(held, after, weight.dtype))
+        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(held, after, weight))
     return replace(before, weights=replaced)
 
 
-def _dequantizer(held: QuantizedWeight, program: Program, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    return lambda: held.dequantize(program.weights, dtype)
+def _dequantizer(held: QuantizedWeight, program: Program, weight: LazyWeight) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        value = held.dequantize(program.weights, weight.dtype)
+        scaled = weight.stored is not None  # a calibrated weight: its float value is scaled as its codes are
+        return value if scaled or held.unscaled is None else held.unscaled(value)
+
+    return load
 
 
 def unrounded_operators() -> dict[Any, Override]:

@@ -158,6 +158,11 @@ def _resolved(spec: Spec, folder: Path) -> Spec:
     paths = {name: value for name, value in spec.model if isinstance(value, Path)}
     if paths:
         changes["model"] = spec.model.model_copy(update={n: _absolute(path, folder) for n, path in paths.items()})
+    given = None if spec.quantization is None else spec.quantization.calibration
+    if spec.quantization is not None and given is not None:
+        found = {n: _absolute(path, folder) for n in ("text", "jsonl") if (path := getattr(given, n)) is not None}
+        resolved = given.model_copy(update=found)
+        changes["quantization"] = spec.quantization.model_copy(update={"calibration": resolved})
     if spec.device is not None and is_device_file(spec.device):
         changes["device"] = str(_absolute(Path(spec.device), folder))
     return spec.model_copy(update=changes) if changes else spec

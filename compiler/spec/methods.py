@@ -11,6 +11,7 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
+AUTO = "auto"  # several methods are computed, and the one of least divergence is taken
 GROUP = "moec.quantizers"
 PACKAGE = "moec.compiler.quantizers"
 
@@ -24,6 +25,6 @@ def own_methods() -> tuple[str, ...]:
 
 @cache
 def method_names() -> tuple[str, ...]:
-    """The methods that a spec may name, ours first."""
+    """The methods that there are, ours first."""
     ours = own_methods()
     return (*ours, *sorted({p.name for p in entry_points(group=GROUP)} - set(ours)))

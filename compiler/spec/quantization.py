@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-from moec.compiler.spec.methods import method_names
+from moec.compiler.spec.methods import AUTO, method_names
 from moec.compiler.spec.strict import Fault, Section
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 WeightType = Literal["int4", "int8", "fp32"]
 Axis = Literal["in", "out"]
+LoosePath = Annotated[Path, Field(strict=False)]
 _BITS = {"int4": 4, "int8": 8}
 
 
@@ -113,6 +115,28 @@ Activations = Annotated[
 ]
 
 
+class Calibration(Section):
+    """Text that a method of quantization runs the model on. Without a key, shipped text of all domains.
+
+    text: a file; jsonl: a file with an object a line that has `text` and may have `domain`; domains: of the shipped
+    text. Every expert sees `tokens_per_expert` tokens: where the router sends fewer, those it scores highest are added.
+    Layers or experts (LAYER.NUMBER) of `uncalibrated` may see fewer.
+    """
+
+    text: LoosePath | None = None
+    jsonl: LoosePath | None = None
+    domains: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    tokens: int = Field(default=32768, ge=1, le=1 << 24, description="at most; fewer if there is less text")
+    tokens_per_expert: int = Field(default=128, ge=0, le=1 << 20)
+    uncalibrated: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        given = [key for key in ("text", "jsonl", "domains") if raw.get(key) is not None]
+        if len(given) > 1:
+            yield Fault((given[1],), f"only one of text, jsonl and domains can be given, {given[0]} is")
+
+
 class Quantization(Section):
     """Symmetric integer weights in groups (MobileMoE Eq. 6), dynamic INT8 activations, INT8 KV cache.
 
@@ -125,6 +149,7 @@ class Quantization(Section):
     weights: WeightType = Field(description="type of every weight matrix that no override below names")
     group_size: Literal[32, 64, 128, 256] = Field(default=32, description="elements that share one scale")
     method: str = Field(default="rtn", description="how codes are computed: round to nearest, or another method")
+    calibration: Calibration | None = None
     activations: Activations = Field(
         default=ActivationQuantization(), description="dynamic, one scale per token or per 32 of its inputs"
     )
@@ -144,8 +169,8 @@ class Quantization(Section):
         if router != "fp32":
             yield Fault(("router",), "the router is always fp32: an integer router changes which experts are selected")
         method = raw.get("method", "rtn")
-        if isinstance(method, str) and method not in method_names():
-            known = ", ".join(method_names())
+        if isinstance(method, str) and method not in (AUTO, *method_names()):
+            known = ", ".join((*method_names(), AUTO))
             yield Fault(("method",), f"there is no quantization method {method!r}; known here: {known}")
 
     def _override(self, role: str) -> RoleQuantization | None:

@@ -90,3 +90,24 @@ def test_a_device_to_train_on_is_checked_before_the_work(
     assert fault in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "quantization", "fault"),
+    [
+        (["--method", "gtpq"], "{weights: int4}", "there is no quantization method 'gtpq'; known here: "),
+        (["--method", "gptq"], "none", "the spec quantizes nothing; leave --method and --calibration out"),
+        (["--calibration", "a.txt"], "none", "the spec quantizes nothing"),
+    ],
+)
+def test_methods_that_cannot_be_used(
+    options: list[str], quantization: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "a.yaml"
+    model = "{transformers: .}"
+    spec.write_text(f"name: a\nmodel: {model}\nquantization: {quantization}\ntargets: [xnnpack]\n")
+    assert run(["compile", str(spec), *options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
