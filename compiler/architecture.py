@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.compiler.states import Codes, State, key_value_states
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -61,6 +63,11 @@ class Cache:
         if self.whole:
             return self.whole
         return min(position + 1, self.window) if self.window else position + 1
+
+    def states(self, codes: Codes | None = None, dtype: str = "float32") -> tuple[State, State]:
+        """Keys and values as the model declares them. Windowed layers keep every position, as our caches do."""
+        widths = (self.kv_heads, self.key_width, self.value_width)
+        return key_value_states("", *widths, window=self.window, dtype=dtype, codes=codes)
 
     def macs(self, heads: int, position: int) -> int:
         """Multiply-accumulates of `heads` query heads of the token at `position`: scores and weighted values."""

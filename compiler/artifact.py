@@ -67,6 +67,21 @@ class CodesEntry(_Record):
     origin: str
 
 
+class StateEntry(_Record):
+    """States of the Program that are alike, as it declares them; a target that holds them otherwise says so in details.
+
+    shape: an extent is a number, or `positions` (`positions<=N`: the last N). block: elements along each axis that
+    share a scale, 0 for the whole axis; empty without codes. bytes: of all of them at the model's context.
+    """
+
+    states: int
+    shape: tuple[int | str, ...]
+    dtype: str
+    update: str
+    block: tuple[int, ...] = ()
+    bytes: int
+
+
 class Digests(_Record):
     """What went in. `checkpoint` covers names, types, shapes and sizes of the tensors, not their bytes."""
 
@@ -121,6 +136,7 @@ class Manifest(_Record):
     notes: tuple[str, ...] = ()
     codes: tuple[CodesEntry, ...] = ()
     calibration: dict[str, Any] | None = None
+    states: tuple[StateEntry, ...] = ()
 
     @property
     def contents(self) -> str:

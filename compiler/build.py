@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from moec.compiler.artifact import (
     Manifest,
     ModelRecord,
     PassEntry,
+    StateEntry,
     new_artifact,
     record_file,
     write_manifest,
@@ -38,6 +39,7 @@ from moec.compiler.source import COMPANIONS, TOKENIZER, Checkpoint, Weights
 from moec.compiler.spec import Spec, as_spec
 from moec.compiler.spec.sources import source_of
 from moec.compiler.spec.targets import TargetOptions, target_packages
+from moec.compiler.states import State
 from moec.compiler.target import LoweredFiles, Session, find_target, target_of
 from moec.compiler.tokenizer import TextTokenizer
 from moec.compiler.trust import trusting
@@ -296,6 +298,7 @@ def _manifest(
         notes=(*store.notes, *lowered.notes),
         codes=_codes(program),
         calibration=None if program.calibration is None else dict(program.calibration()),
+        states=_states(program),
     )
 
 
@@ -315,6 +318,26 @@ def _codes(program: Program) -> tuple[CodesEntry, ...]:
 def spec_digest(spec: Spec) -> str:
     """SHA-256 of a spec without its paths: the same for everybody who compiles the same thing."""
     return hashlib.sha256(json.dumps(portable(spec).model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _states(program: Program) -> tuple[StateEntry, ...]:
+    """What the program carries between calls, states that are alike counted together."""
+    alike: dict[tuple[Any, ...], list[State]] = {}
+    for state in program.states.values():
+        alike.setdefault((state.shape, state.dtype, state.codes, state.update), []).append(state)
+    return tuple(_state_entry(states, program.info.context) for states in alike.values())
+
+
+def _state_entry(states: Sequence[State], context: int) -> StateEntry:
+    first = states[0]
+    return StateEntry(
+        states=len(states),
+        shape=tuple(extent if isinstance(extent, int) else str(extent) for extent in first.shape),
+        dtype=first.tensors(context)[0].dtype,
+        update=str(first.update),
+        block=() if first.codes is None else tuple(b or 0 for b in first.codes.block),
+        bytes=sum(state.bytes(context) for state in states),
+    )
 
 
 def _entry(record: PassRecord) -> PassEntry:

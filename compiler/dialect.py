@@ -3,7 +3,8 @@
 A stage permits operators and holds invariants; it keeps the invariants of the stages before it. Both are checked on the
 exported graph and after every pass (`pipeline.steps`), on the program and on its method for the last token.
 
-    EXPORTED    any operator; tokens and start_pos go in, one result comes out, every weight that is read is held
+    EXPORTED    any operator; tokens and start_pos go in, one result comes out; every weight that is read is held, and
+                every buffer that is written is a state that the program declares
     CANONICAL   no operator of torch's own that writes an operand
     FUSED       no top-k, no rows picked by value; experts are read by fused MoE nodes alone (a block that stayed
                 unmatched would gather [tokens, k, 2F, D] of weights at run time), their routers are FP32
@@ -136,6 +137,28 @@ def _weight_faults(program: Program) -> Iterator[Fault]:
             yield Fault(f"the graph reads {name} as {list(value.shape)}, it is {list(weight.shape)}", node)
 
 
+def _state_faults(program: Program) -> Iterator[Fault]:
+    """A state whose buffers are not as it says, and a buffer that is written and belongs to no state."""
+    declared = program.state_tensors()
+    nodes = {str(program.weight_of(n)): n for n in program.graph.nodes if n.op == "placeholder"}
+    for name, tensor in declared.items():
+        weight = program.weights.get(name)
+        held = None if weight is None else (tuple(weight.shape), str(weight.dtype).removeprefix("torch."))
+        if held != (tensor.shape, tensor.dtype):
+            said = (tensor.shape, tensor.dtype)
+            yield Fault(f"the state {name} is declared as {said}, it is {held}", nodes.get(name))
+    written = [
+        str(s.target) for s in program.exported.graph_signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION
+    ]
+    for node in program.graph.nodes:
+        call = find_call(node)
+        if call is not None:
+            written += [str(program.weight_of(operand)) for operand in call.written().values()]
+    for name in written:
+        if name not in declared:
+            yield Fault(f"{name} is written and is no state of the program", nodes.get(name))
+
+
 # ---- CANONICAL
 
 
@@ -241,6 +264,7 @@ STAGES: dict[Stage, Legality] = {
         invariants=(
             Invariant("tokens and start_pos in, one result out", _signature_faults),
             Invariant("every weight that is read is held, in its shape", _weight_faults),
+            Invariant("what is written is declared, as it is", _state_faults),
         ),
     ),
     Stage.CANONICAL: Legality(

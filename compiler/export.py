@@ -6,7 +6,7 @@ weight is allocated: the graph comes from shapes alone, and the weights stay laz
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from torch.export.graph_signature import InputKind
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role, Stage
+from moec.compiler.program import zeros as zeros
+from moec.compiler.states import State
+from moec.compiler.written_states import written_states
 
 MAX_TOKENS = 128  # tokens of one call: bounds the planned memory; a session splits longer prompts
 EXAMPLE_TOKENS = 7  # any count that is not special (0, 1) and no model dimension
@@ -34,11 +37,6 @@ def export_module(
         return torch.export.export(module.eval(), example, dynamic_shapes=(dynamic, None), strict=False)
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWeight:
-    """A buffer that starts at zero: a cache."""
-    return LazyWeight(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
-
-
 def unreadable(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWeight:
     """A weight of a program that has shapes only: enough for every pass."""
 
@@ -49,9 +47,16 @@ def unreadable(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.flo
 
 
 def assemble(
-    exported: ExportedProgram, weights: Mapping[str, LazyWeight], role_of: Mapping[str, Role], info: ModelInfo
+    exported: ExportedProgram,
+    weights: Mapping[str, LazyWeight],
+    role_of: Mapping[str, Role],
+    info: ModelInfo,
+    states: Iterable[State] = (),
 ) -> Program:
-    """Attach lazy weights to an exported graph and check that each one the graph reads is there in its shape."""
+    """Attach lazy weights to an exported graph and check that each one the graph reads is there in its shape.
+
+    `states`: what the source knows of the states that the graph writes; the others are read off the graph.
+    """
     used: dict[str, LazyWeight] = {}
     for spec in exported.graph_signature.input_specs:
         if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target is None:
@@ -74,4 +79,5 @@ def assemble(
         roles={name: role_of.get(name, Role.OTHER) for name in used},
         info=info,
         stage=Stage.EXPORTED,
+        states={**written_states(exported, info.context), **{s.name: s for s in states}},
     )

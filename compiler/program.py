@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from moec.compiler.ops.call import NAMESPACE, Call
 from moec.compiler.roles import Role as Role
+from moec.compiler.states import State, StateTensor
 from moec.compiler.weights import LazyWeight as LazyWeight
 from moec.compiler.weights import QuantizedWeight
 
@@ -65,6 +66,7 @@ class Program:
     info: ModelInfo
     stage: Stage = Stage.EXPORTED
     quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    states: Mapping[str, State] = field(default_factory=dict)  # what is carried between calls, by its buffer's name
     # the same model giving logits [1, V] of the last token of a call, for targets that ship both as methods: made by
     # the pass `last_token`, dropped by every edit after it
     last_token: Program | None = None
@@ -76,6 +78,10 @@ class Program:
 
     def edit(self) -> Editor:
         return Editor(self)
+
+    def state_tensors(self) -> dict[str, StateTensor]:
+        """The buffers of all states, scales included, by name."""
+        return {t.name: t for state in self.states.values() for t in state.tensors(self.info.context)}
 
     def weight_of(self, node: Node) -> str | None:
         """The weight's name if `node` is the placeholder of a parameter, buffer or constant; None otherwise."""
@@ -111,6 +117,7 @@ class Editor:
         self.output_specs = list(program.exported.graph_signature.output_specs)
         self.weights: dict[str, LazyWeight] = dict(program.weights)
         self.roles: dict[str, Role] = dict(program.roles)
+        self.states: dict[str, State] = dict(program.states)
         self.quantized: dict[str, QuantizedWeight] = dict(program.quantized)
         self._names = weight_names(program.exported)  # placeholder -> weight
         by_name = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
@@ -155,6 +162,24 @@ class Editor:
             node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
         self.weights[name] = weight
         return node
+
+    def hold(self, state: State) -> tuple[Node, ...]:
+        """Declare `state`, new or in another form: its buffers get the shapes and types that it says, and are zero.
+
+        The placeholders: of the state, and of its scales if it has codes.
+        """
+        self.states[state.name] = state
+        nodes = []
+        for t in state.tensors(self._program.info.context):
+            made, held = zeros(t.shape, getattr(torch, t.dtype)), self.weights.get(t.name)
+            if held is None:
+                nodes.append(self.add_weight(t.name, made, Role.CACHE, mutable=True))
+                continue
+            if (tuple(held.shape), held.dtype) != (made.shape, made.dtype):
+                self.retype_weight(t.name, made)
+            self.roles[t.name] = Role.CACHE
+            nodes.append(self._placeholders[t.name])
+        return tuple(nodes)
 
     def call(self, target: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
         """A new call at the current insertion point, its fake value computed; `like` lends the source location."""
@@ -212,6 +237,7 @@ class Editor:
             del self._placeholders[name]
             self.weights.pop(name, None)
             self.roles.pop(name, None)
+            self.states.pop(name, None)
 
     def done(self, *, stage: Stage | None = None) -> Program:
         """Eliminate dead code, rebuild the exported program and return it."""
@@ -239,6 +265,7 @@ class Editor:
             weights=self.weights,
             roles=self.roles,
             quantized=self.quantized,
+            states=self.states,
             stage=self._program.stage if stage is None else stage,
             last_token=None,
         )
@@ -263,6 +290,11 @@ class Editor:
             for s in self.input_specs
             if s.kind in (InputKind.PARAMETER, InputKind.BUFFER) and isinstance(s.arg, TensorArgument)
         }
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWeight:
+    """A buffer that starts at zero: a state."""
+    return LazyWeight(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
 def _as_weight(spec: InputSpec) -> InputSpec:

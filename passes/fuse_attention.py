@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moec.compiler.export import zeros
 from moec.compiler.matching.evaluate import PositionEvaluator, is_positions, sample_calls, window_of_mask
 from moec.compiler.matching.read import VIEWS, Stuck, arg, dim_of, is_op, same_size, shape, static, value
 from moec.compiler.ops import CachedAttention
 from moec.compiler.pipeline import Pass, PassResult, Refusal
-from moec.compiler.program import Editor, Program, Role, Stage
+from moec.compiler.program import Editor, Program, Stage, module_path
+from moec.compiler.states import Appended, State
 
 aten = torch.ops.aten
 RULE = "fuse_attention"
@@ -106,7 +106,7 @@ class _Fuser:
             query = _swap(edit, q)
             rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
             for cache in (keys, values):
-                self._own_cache(cache)
+                self._own_cache(cache, window, module_path(node))
             call = CachedAttention(
                 q=query,
                 k=rows[0],
@@ -122,13 +122,12 @@ class _Fuser:
             edit.drop_mutation(cache.write)
         end.replace_all_uses_with(fused)
 
-    def _own_cache(self, cache: _Cache) -> None:
-        """The buffer becomes the operator's: float32 [1, S, KV, d], role CACHE. Behind the mask it is never read."""
+    def _own_cache(self, cache: _Cache, window: int, layer: str) -> None:
+        """The buffer becomes the operator's: float32 [1, S, KV, d]. Behind the mask it is never read."""
         name = str(self._edit.weight_of(cache.buffer))
-        self._edit.roles[name] = Role.CACHE
-        if cache.heads_first:
-            _, heads, length, width = (int(s) for s in shape(cache.buffer))
-            self._edit.retype_weight(name, zeros((1, length, heads, width)))
+        _, *middle, width = self._edit.states[name].shape
+        heads, positions = middle if cache.heads_first else reversed(middle)
+        self._edit.hold(State(name, (1, positions, heads, width), Appended(1, window), layer=layer))
 
     def _cache(self, node: Any) -> _Cache:
         """Read keys or values [1, H, S, d]: a written cache, its heads perhaps repeated."""

@@ -40,6 +40,7 @@ from moec.compiler.program import Editor, Program, Role, Stage, module_path
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.quantizer import check_stored, check_width, codes_of, last_axis
 from moec.compiler.spec.quantization import Quantization, WeightScheme
+from moec.compiler.states import Codes
 from moec.compiler.weights import CodeFormat, LazyWeight, Orientation, Provenance, QuantizedWeight
 
 QUANTIZED = {linear_q, embedding_q, fused_moe_q}  # what else they read in float has no integer form: router, biases
@@ -60,8 +61,8 @@ def _run(program: Program, quantization: Quantization) -> PassResult:
             new = _embedding(edit, node, quantization)
         elif node.target is fused_moe:
             new = _moe(edit, node, quantization, int8)
-        elif node.target is cached_attention and quantization.kv_cache == "int8":
-            new = _cache(edit, node)
+        elif node.target is cached_attention and quantization.cache_codes is not None:
+            new = _cache(edit, node, quantization.cache_codes)
         else:
             continue
         if new is None:
@@ -310,18 +311,12 @@ class _Pair:
         return self._take("scales")
 
 
-def _cache(edit: Editor, node: Node) -> Node:
+def _cache(edit: Editor, node: Node, codes: Codes) -> Node:
     attention = CachedAttention[Node].of(node)
     scales = []
     for cache in (attention.k_cache, attention.v_cache):
-        name = str(edit.weight_of(cache))
-        shape = edit.weights[name].shape
-        edit.retype_weight(name, _zeros(shape, torch.int8))
-        scales.append(edit.add_weight(name + "_scale", _zeros(shape[:-1], torch.float32), Role.CACHE, mutable=True))
+        state = edit.states[str(edit.weight_of(cache))]
+        scales.append(edit.hold(replace(state, codes=codes))[1])
     given = {f.name: getattr(attention, f.name) for f in fields(attention)}
     with edit.graph.inserting_before(node):
         return edit.emit(CachedAttentionQ8(**given, k_scale=scales[0], v_scale=scales[1]), like=node)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyWeight:
-    return LazyWeight(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))

@@ -122,4 +122,4 @@ class Rounding:
     @property
     def cache(self) -> Callable[[Tensor], Tensor] | None:
         """The rounding of keys and values, one scale per token and head."""
-        return round_activations if self.quantization.kv_cache == "int8" else None
+        return None if self.quantization.cache_codes is None else round_activations

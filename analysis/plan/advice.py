@@ -83,7 +83,7 @@ def _stored(q: Quantization | None) -> Quantization | None:
 
 
 def _smaller(q: Quantization) -> Iterator[tuple[str, Quantization]]:
-    if q.kv_cache == "fp32":
+    if q.cache_codes is None:
         yield "kv_cache: int8", q.model_copy(update={"kv_cache": "int8"})
     if q.weights != "int4":
         yield "weights: int4", q.model_copy(update={"weights": "int4"})

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.states import Codes
 
 
 class Footprint(Protocol):
@@ -26,8 +27,8 @@ class Footprint(Protocol):
         """Bytes that the runtime keeps beside the stored weight, such as a repacked copy."""
         ...
 
-    def cache_bytes(self, cache: Cache, kind: str, positions: int) -> int:
-        """Keys and values of `positions` positions of one layer; `kind` is `int8` or `fp32`."""
+    def cache_bytes(self, cache: Cache, codes: Codes | None, positions: int) -> int:
+        """States of `positions` positions of one layer, in `codes` or as floats of the target's own type."""
         ...
 
     def constant_bytes(self, architecture: Architecture, positions: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from moec.analysis.plan.footprint import Footprint
 from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import Quantization, WeightScheme
+from moec.compiler.states import Codes
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Model:
         return self.stored(weight) * weight.touched / weight.count
 
     @property
-    def cache_kind(self) -> str:
-        return self.quantization.kv_cache if self.quantization is not None else "fp32"
+    def cache_codes(self) -> Codes | None:
+        return None if self.quantization is None else self.quantization.cache_codes
 
     def cache_bytes(self, positions: int) -> int:
         """KV cache of `positions` positions, all layers. Windowed layers keep every position, as our caches do."""
@@ -53,7 +54,7 @@ class Model:
         return sum(self._rows(c, c.seen(position)) for c in self.architecture.caches)
 
     def _rows(self, cache: Cache, positions: int) -> int:
-        return self.footprint.cache_bytes(cache, "fp32" if cache.whole else self.cache_kind, positions)
+        return self.footprint.cache_bytes(cache, None if cache.whole else self.cache_codes, positions)
 
 
 @dataclass(frozen=True)

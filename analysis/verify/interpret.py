@@ -16,7 +16,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import Node
 
-from moec.compiler.program import LazyWeight, Program, Role
+from moec.compiler.program import LazyWeight, Program
 
 Observer = Callable[[Node, tuple[Any, ...], Any], None]
 Override = Callable[..., Any]
@@ -71,6 +71,7 @@ class GraphRunner:
         self.state: dict[str, torch.Tensor] = {}
         self._sources = self._input_sources()
         self._dead_after = _dead_after(program)
+        self._states = program.state_tensors()
         self.reset()
 
     def reset(self) -> None:
@@ -135,10 +136,7 @@ class GraphRunner:
         return logits.flatten(0, -2).to(torch.float32)
 
     def _is_state(self, name: str) -> bool:
-        return self.program.roles.get(name) == Role.CACHE or any(
-            s.kind == OutputKind.BUFFER_MUTATION and s.target == name
-            for s in self.program.exported.graph_signature.output_specs
-        )
+        return name in self._states
 
     def _input_sources(self) -> dict[str, tuple[str, Any]]:
         """Placeholder name -> ("weight", name), ("constant", name) or ("input", index)."""

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from moec.compiler.spec.methods import AUTO, method_names
 from moec.compiler.spec.strict import Fault, Section
+from moec.compiler.states import PER_TOKEN_AND_HEAD, Codes
 
 if TYPE_CHECKING:
     from moec.compiler.roles import Role
@@ -63,6 +64,9 @@ RoleOverride = Annotated[
         }
     ),
 ]
+
+
+_CACHES: dict[str, Codes | None] = {"fp32": None, "int8": PER_TOKEN_AND_HEAD}
 
 
 class ActivationQuantization(Section):
@@ -173,6 +177,11 @@ class Quantization(Section):
             known = ", ".join((*method_names(), AUTO))
             yield Fault(("method",), f"there is no quantization method {method!r}; known here: {known}")
 
+    @property
+    def cache_codes(self) -> Codes | None:
+        """How KV caches are held: None as they are, in fp32."""
+        return _CACHES[self.kv_cache]
+
     def _override(self, role: str) -> RoleQuantization | None:
         return {
             "embedding": self.embedding,
@@ -195,7 +204,7 @@ class Quantization(Section):
     @property
     def rounds(self) -> bool:
         """Whether anything is rounded as the model runs: activations, or keys and values."""
-        return self.int8_activations or self.kv_cache == "int8"
+        return self.int8_activations or self.cache_codes is not None
 
     def activation_block(self, role: Role) -> int:
         """Inputs of a token that share a scale when weights of `role` multiply them; 0: all, or they are not rounded.

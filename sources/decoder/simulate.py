@@ -159,7 +159,7 @@ class Reference:
     ) -> None:
         self._config, self._weights, self._quantization = config, weights, quantization
         self._int8 = activations and quantization is not None and quantization.int8_activations
-        self._int8_cache = activations and quantization is not None and quantization.kv_cache == "int8"
+        self._int8_cache = activations and quantization is not None and quantization.cache_codes is not None
         self._xnnpack_roles = frozenset(xnnpack_roles)
         self._layout = weight_layout(config)
         self._names = moe_layers(config)

@@ -11,6 +11,7 @@ from typing import Any
 
 from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.states import Codes
 from moec.targets.metal.options import Options
 
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -41,9 +42,8 @@ class MetalFootprint:
         """The biases of the affine form: one for each scale."""
         return 0 if scheme is None or weight.columns == 1 else self._scales(weight, scheme, options)
 
-    def cache_bytes(self, cache: Cache, kind: str, positions: int) -> int:
-        width = cache.key_width + cache.value_width
-        return positions * cache.kv_heads * (width + 8 if kind == "int8" else 2 * width)
+    def cache_bytes(self, cache: Cache, codes: Codes | None, positions: int) -> int:
+        return sum(state.bytes(positions) for state in cache.states(codes, dtype="float16"))
 
     def constant_bytes(self, architecture: Architecture, positions: int) -> int:
         """Cosines and sines, float32 [context, d / 2] each, loaded whole; of our own decoders."""

@@ -20,8 +20,9 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 from torch.fx import Graph, Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import cached_attention_q8, find_call
+from moec.compiler.ops import find_call
 from moec.compiler.program import Editor, Program, Role, module_path
+from moec.compiler.states import coded_type
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
 from moec.targets.constant_methods import constant_methods
@@ -274,10 +275,9 @@ def _made(
 def _facts(
     built: Mapping[str, BuiltMethod], options: Options, rounded: Mapping[str, float], program: Program
 ) -> MetalFacts:
-    int8_cache = any(n.target is cached_attention_q8 for n in program.graph.nodes)
     return MetalFacts(
         dtype=options.dtype,
-        kv_cache="int8" if int8_cache else options.dtype,
+        kv_cache=coded_type(program.states.values()) or options.dtype,
         activations=options.dtype,
         computes={"activations": "fp32"},
         methods={

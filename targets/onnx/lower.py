@@ -22,6 +22,7 @@ from torch.fx import Node
 from moec.compiler.errors import CompileError
 from moec.compiler.ops import cached_attention, cached_attention_q8
 from moec.compiler.program import Program, module_path
+from moec.compiler.states import coded_type
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
 from moec.targets.onnx import aten, handlers
@@ -50,7 +51,7 @@ def build(program: Program, options: Options) -> tuple[ModelProto, Context]:
     layers = [n for n in nodes if n.target in ATTENTION]
     if not layers:
         raise CompileError("the model has no attention block that was recognised", place=program.info.name)
-    c.int8_cache = options.kv_cache == "spec" and any(n.target is cached_attention_q8 for n in layers)
+    c.int8_cache = options.kv_cache == "spec" and coded_type(program.states.values()) is not None
     for node in layers:
         declare_cache(c, node, int8=c.int8_cache)
     c.values[start] = past_length(c)
@@ -171,6 +172,7 @@ def _notes(program: Program, options: Options) -> tuple[str, ...]:
     notes = []
     if any(n.target in QUANTIZED for n in program.graph.nodes):
         notes.append("activations are float32: products do not round them to INT8, whatever the spec says")
-    if options.kv_cache == "fp32" and any(n.target is cached_attention_q8 for n in program.graph.nodes):
-        notes.append("the KV cache is float32 by the target's option, the spec says int8")
+    coded = coded_type(program.states.values())
+    if options.kv_cache == "fp32" and coded is not None:
+        notes.append(f"the KV cache is float32 by the target's option, the spec says {coded}")
     return tuple(notes)

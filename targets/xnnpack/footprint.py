@@ -11,6 +11,7 @@ from typing import Any
 
 from moec.compiler.architecture import Architecture, Cache, Weight
 from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.states import Codes
 from moec.targets.xnnpack.options import Options
 
 _ROWS, _INPUTS = 16, 8  # kernels/core/format.h: kBlockRows, kUnit
@@ -56,10 +57,8 @@ class XnnpackFootprint:
         chosen = getattr(kernels, section)
         return chosen == "xnnpack" or (chosen == "auto" and scheme is None and section != "head")
 
-    def cache_bytes(self, cache: Cache, kind: str, positions: int) -> int:
-        width = cache.key_width + cache.value_width
-        # INT8 rows have one float scale per position and head, for keys and for values
-        return positions * cache.kv_heads * (width + 8 if kind == "int8" else 4 * width)
+    def cache_bytes(self, cache: Cache, codes: Codes | None, positions: int) -> int:
+        return sum(state.bytes(positions) for state in cache.states(codes))
 
     def constant_bytes(self, architecture: Architecture, positions: int) -> int:
         """Cosines and sines, float32 [positions, d / 2] each; models that are not ours compute them in every call."""
