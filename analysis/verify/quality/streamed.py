@@ -51,8 +51,8 @@ class _Run(GraphRunner):
         self._inputs = [torch.tensor([list(ids)], dtype=torch.int64), torch.tensor([0], dtype=torch.int64)]
         self._values: dict[Node, Any] = {}
         self._dead_after = _dead_after(program)
-        self._states = frozenset(name for name in program.weights if self._is_state(name))
-        self._idle_after = _idle_after(program, self._states)
+        self._carried = frozenset(name for name in program.weights if self._is_state(name))
+        self._idle_after = _idle_after(program, self._carried)
 
     def reset(self) -> None:
         self.state = {}
@@ -60,7 +60,7 @@ class _Run(GraphRunner):
     def value_of(self, node: Node, inputs: Sequence[torch.Tensor] = ()) -> Any:
         """As the runner's, with a cache made when its layer first asks for it."""
         kind, key = self._sources[node.name]
-        if kind == "weight" and key in self._states and key not in self.state:
+        if kind == "weight" and key in self._carried and key not in self.state:
             self.state[key] = self.program.weights[key].load().clone()
         return super().value_of(node, inputs)
 
