@@ -234,7 +234,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"damaged: {_one_line(error)}", place=str(file), remedy=_REMEDY) from error
     version = raw.get("format") if isinstance(raw, dict) else None
-    if version != FORMAT:
+    if version == 1:
+        raw = _from_format_1(raw)
+    elif version != FORMAT:
         raise ArtifactError(f"format {version!r}, this moec reads format {FORMAT}", place=str(file), remedy=_REMEDY)
     try:
         manifest = Manifest.model_validate(raw)
@@ -249,6 +251,15 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(record.name).name != record.name or "\0" in record.name:
             raise ArtifactError(f"damaged: file name {record.name!r}", place=str(file), remedy=_REMEDY)
     return manifest
+
+
+def _from_format_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1 as one of today: it also held the checkpoint's folder and the seconds that were taken."""
+    passes = raw.get("passes")
+    if isinstance(passes, list):
+        passes = [{k: v for k, v in p.items() if k != "seconds"} if isinstance(p, dict) else p for p in passes]
+    rest = {k: v for k, v in raw.items() if k not in ("checkpoint", "seconds")}
+    return {**rest, "passes": passes, "format": FORMAT}
 
 
 def _control_characters(value: Any) -> Iterator[str]:

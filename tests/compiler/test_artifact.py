@@ -67,6 +67,20 @@ def test_what_is_written_is_read(good: Path) -> None:
         opened.path("tokenizer.json")
 
 
+def test_artifacts_of_format_1_open(good: Path) -> None:
+    """They held the checkpoint's folder and seconds; an unknown key, or a format of the future, is still refused."""
+    raw = json.loads((good / MANIFEST).read_text())
+    entry = {"name": "fuse", "changed": 1, "seconds": 0.1, "digest": "d", "refusals": []}
+    old = {k: v for k, v in raw.items() if k not in ("codes", "calibration", "states")}
+    old |= {"format": 1, "checkpoint": "/elsewhere", "seconds": {"lower": 1.5}, "passes": [entry]}
+    (good / MANIFEST).write_text(json.dumps(old))
+    assert Artifact.open(good).manifest.passes[0].changed == 1
+    for change in ({"unknown": 1}, {"format": FORMAT + 1}):
+        (good / MANIFEST).write_text(json.dumps({**old, **change}))
+        with pytest.raises(ArtifactError, match=r"damaged|this moec reads format"):
+            Artifact.open(good)
+
+
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         raw = json.loads((folder / MANIFEST).read_text())
