@@ -149,7 +149,7 @@ def test_an_artifact_of_another_target(moec: Moec, line: Path, tmp_path: Path) -
     shutil.copytree(line / "artifact", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "target": "metal"}))
-    refused(moec("profile", copy), "an artifact for metal cannot be profiled from here", "compile the spec for xnnpack")
+    refused(moec("profile", copy), "an artifact for metal cannot be profiled from here", "`moec inspect` gives")
 
 
 def test_adb_is_named_when_it_is_absent(
