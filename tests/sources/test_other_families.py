@@ -214,7 +214,7 @@ def test_ends_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2, 96]}')
     assert _eos_ids(text, tmp_path) == (7, 2)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="no valid JSON"):
         _eos_ids(text, tmp_path)
 
 
