@@ -91,7 +91,7 @@ def _patterns(names: tuple[str, ...]) -> str:
 
 
 def _by_domain(nodes: dict[str, int]) -> list[tuple[str, int]]:
-    domains: dict[str, int] = Field(default_factory=dict)
+    domains: dict[str, int] = {}
     for name, count in nodes.items():
         domain = name.rpartition("::")[0] or "ai.onnx"
         domains[domain] = domains.get(domain, 0) + count

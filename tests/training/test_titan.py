@@ -223,7 +223,7 @@ def test_a_damaged_state(damage: str, corpus: Corpus, tmp_path: Path) -> None:
     with broken_off("pretrain", 4):
         titan(spec, corpus, out)
     next(p for p in sorted(out.rglob("*")) if p.name.endswith(damage)).write_bytes(os.urandom(100))
-    with pytest.raises(UserError, match=r"the saved state cannot be read: .*start again in another --out"):
+    with pytest.raises(UserError, match="its files are not those that were written; start again in another --out"):
         titan(spec, corpus, out, resume=True)
 
 
