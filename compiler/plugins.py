@@ -4,7 +4,7 @@
     fuse_x = "their_package.fuse_x:fuse_x"
 
 Each names a function of no arguments that returns a `Pass` from CANONICAL to CANONICAL. They run in the order of their
-names, before the rules of ours that fuse, and are checked like ours: by the dialect, by `moec verify`, by `moec bisect`.
+names, before the rules of ours that fuse, and are checked like ours: by the dialect, `moec verify` and `moec bisect`.
 """
 
 from __future__ import annotations

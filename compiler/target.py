@@ -239,16 +239,17 @@ def find_target(name: str) -> Target:
     try:
         importlib.import_module(f"{packages[name]}.target")
         made = _TARGETS[name]()
-        if not isinstance(made, Target):
-            raise TypeError(f"{type(made).__name__} is no moec.compiler.target.Target")
     except Exception as error:
         if packages[name].startswith("moec."):
             raise
         # somebody else's distribution, whatever is wrong with it: nothing of ours to report as a bug
-        what = "does not register it" if isinstance(error, KeyError) else f"cannot be used: {error}"
+        what = "does not register it" if isinstance(error, KeyError) else f"cannot be imported: {error}"
         raise UserError(
             f"target {name}: its package {packages[name]} {what}", remedy="reinstall or remove the distribution"
         ) from error
+    if not isinstance(made, Target):
+        what = f"registers {type(made).__name__}, which is no moec.compiler.target.Target"
+        raise UserError(f"target {name}: its package {packages[name]} {what}", remedy="update the distribution")
     return made
 
 

@@ -224,18 +224,17 @@ class Options(TargetOptions):
 
     shout: bool = False
 '''
-TARGET = '''
+TARGET = """
 import json
 
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Stage
-from moec.compiler.target import LoweredFiles, register
+from moec.compiler.target import LoweredFiles, Target, register
 
 
-class Count:
-    """Counts operators."""
-
+class Count(Target):
     name = "count"
+    about = "Counts operators."
 
     def legalize(self, options):
         legal = lambda program: PassResult(program.edit().done(stage=Stage.LEGAL), 0)
@@ -251,7 +250,7 @@ class Count:
 
 
 register("count", Count)
-'''
+"""
 
 
 def distribution(folder: Path, package: str, *, name: str = "count", **files: str) -> Path:

@@ -53,7 +53,7 @@ def test_a_block_that_is_fused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOEC_DUMP", str(tmp_path / "dump"))
-    assert run(["explain", _spec(tmp_path, {"python": "tests.sources.own_models:cached"})]) == 0
+    assert run(["explain", "--trust", _spec(tmp_path, {"python": "tests.sources.own_models:cached"})]) == 0
     out = capsys.readouterr().out
     assert "MoE blocks" in out
     assert "after_topk=true" in out
@@ -74,12 +74,12 @@ def test_a_block_that_is_not(
     (tmp_path / "loose_model.py").write_text(LOOSE)
     monkeypatch.chdir(tmp_path)
     spec = _spec(tmp_path, {"python": "loose_model:reads_the_indices"})
-    assert run(["explain", spec]) == 1
+    assert run(["explain", "--trust", spec]) == 1
     out = capsys.readouterr().out
     assert "Nearest misses" in out
     assert "remedy:" in out
     assert "This model does not compile" in out
-    assert run(["explain", spec, "--json"]) == 1
+    assert run(["explain", "--trust", spec, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     refusals = [r for p in found["passes"] for r in p["refusals"] if r["rule"] == "fuse_moe"]
     assert refusals
