@@ -1,1 +1,0 @@
-#include "../../../../runtime/runner/operator_table.cpp"

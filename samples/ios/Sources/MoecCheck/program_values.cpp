@@ -1,1 +1,0 @@
-#include "../../../../runtime/runner/program_values.cpp"

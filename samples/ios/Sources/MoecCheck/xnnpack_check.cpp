@@ -1,1 +1,0 @@
-#include "../../../../runtime/runner/xnnpack_check.cpp"
