@@ -227,6 +227,7 @@ class Options(TargetOptions):
 TARGET = """
 import json
 
+from moec.compiler.errors import RunError
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Stage
 from moec.compiler.target import LoweredFiles, Target, register
@@ -246,7 +247,7 @@ class Count(Target):
         return LoweredFiles(("count.json",))
 
     def load(self, artifact):
-        raise NotImplementedError
+        raise RunError("a count cannot be run")
 
 
 register("count", Count)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,7 +46,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Call(Generic[V]):
+class Call(ABC, Generic[V]):
     """One call of an operator, its arguments by name; a tensor operand is a V, an absent optional one None."""
 
     op: ClassVar[Any]  # the OpOverload, set by `register`
@@ -98,13 +99,13 @@ class Call(Generic[V]):
         """The same call with `value_of(operand)` in the place of each operand."""
         return dataclasses.replace(self, **{p.name: value_of(value) for p, value in self.operands()})
 
+    @abstractmethod
     def eager(self) -> Any:
         """The result, of tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fake(self) -> Any:
         """Shapes only. ValueError for operands that no kernel may be given."""
-        raise NotImplementedError
 
 
 def find_call(node: Any) -> Call[Any] | None:

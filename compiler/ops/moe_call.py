@@ -5,6 +5,7 @@ N tokens, D model width, E experts, K experts per token, F expert width, S share
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -65,9 +66,9 @@ class RoutedMoe(MoeCall[V]):
     def has_shared(self) -> bool:
         return self.shape("shared_w2") is not None
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The logical shape of one of `WEIGHTS`; None if it is absent."""
-        raise NotImplementedError
 
     @property
     def sizes(self) -> MoeSizes:
@@ -80,13 +81,13 @@ class RoutedMoe(MoeCall[V]):
 
     # ---- with tensors
 
+    @abstractmethod
     def product(self: RoutedMoe[Tensor], name: str, expert: int, rows: Tensor) -> Tensor:
         """`rows` [n, in] times the weight `w13` or `w2` of one expert, without bias: [n, out]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shared_product(self: RoutedMoe[Tensor], name: str, rows: Tensor) -> Tensor:
         """`rows` [n, in] times `shared_w13` or `shared_w2`: [n, out]."""
-        raise NotImplementedError
 
     def scores(self: RoutedMoe[Tensor], router_input: Tensor) -> tuple[Tensor, Tensor]:
         """(what top-k sees, what the weights are gathered from), both float32 [N, E]."""

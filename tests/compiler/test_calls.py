@@ -57,6 +57,21 @@ class Odd(Call[V]):
     sizes: list[int]
     limit: float | None
 
+    def eager(self) -> V:
+        return self.x
+
+    def fake(self) -> V:
+        return self.x
+
+
+def test_an_operator_without_a_reference_cannot_be_made() -> None:
+    @dataclass(frozen=True)
+    class Bare(Call[V]):
+        x: V
+
+    with pytest.raises(TypeError, match=r"abstract.*eager.*fake"):
+        Bare("x")  # type: ignore[abstract]
+
 
 def test_a_signature_is_made_of_the_fields() -> None:
     assert signature(Odd) == "Tensor x, Tensor(a!) state, Tensor(b!)? more, int[] sizes, float? limit"
