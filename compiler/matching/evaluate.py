@@ -6,7 +6,7 @@ spelling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from moec.compiler.matching.read import Stuck
 from moec.compiler.program import Editor, Role
 
 MAX_NODES = 400  # a mask of any model seen takes under fifty nodes; a larger cone is not a mask
+# Of a sampled mask [T, size]: 64 MB as bool, 256 MB as float32. A call of 128 tokens fits it up to 524,288 positions.
+MAX_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Call:
 
     tokens: int
     start: int
+
+
+Values = Callable[[list[Call]], Iterator[Tensor]]  # of one node
 
 
 class PositionEvaluator:
@@ -66,12 +71,15 @@ class PositionEvaluator:
         if name is not None and self._edit.roles[name] is not Role.CONSTANT:
             raise Stuck(node, f"it depends on the {self._edit.roles[name].value} tensor {name}")
 
-    def values(self, root: Node, calls: Iterable[Call]) -> list[Tensor]:
-        """The value of `root` in each call."""
+    def values(self, root: Node, calls: Iterable[Call]) -> Iterator[Tensor]:
+        """The value of `root` in each call, computed when it is taken: one at a time is in memory."""
         cone = self.cone(root)
-        return [self._run(cone, call)[root] for call in calls]
+        last_read = {source: node for node in cone for source in node.all_input_nodes}
+        for call in calls:
+            yield self._run(cone, last_read, call)
 
-    def _run(self, cone: list[Node], call: Call) -> dict[Node, Any]:
+    def _run(self, cone: list[Node], last_read: Mapping[Node, Node], call: Call) -> Any:
+        """The value of the cone's last node; every other is dropped behind the node that reads it last."""
         env: dict[Node, Any] = {}
         for node in cone:
             if node is self._tokens:
@@ -86,7 +94,10 @@ class PositionEvaluator:
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
                 env[node] = node.target(*args, **kwargs)
-        return env
+            for source in node.all_input_nodes:
+                if last_read[source] is node:
+                    del env[source]
+        return env[cone[-1]]
 
 
 def sample_calls(size: int, max_tokens: int, marks: Iterable[int] = ()) -> list[Call]:
@@ -100,7 +111,7 @@ def sample_calls(size: int, max_tokens: int, marks: Iterable[int] = ()) -> list[
     return sorted(calls, key=lambda c: (c.tokens, c.start))
 
 
-def is_positions(values: Callable[[list[Call]], list[Tensor]], calls: list[Call]) -> bool:
+def is_positions(values: Values, calls: list[Call]) -> bool:
     """Whether the index of a cache write is start, start+1, ... in every call."""
     return all(
         torch.equal(v.flatten().to(torch.long), torch.arange(c.start, c.start + c.tokens))
@@ -108,26 +119,27 @@ def is_positions(values: Callable[[list[Call]], list[Tensor]], calls: list[Call]
     )
 
 
-def window_of_mask(values: Callable[[list[Call]], list[Tensor]], size: int, max_tokens: int) -> int | None:
+def window_of_mask(values: Values, size: int, max_tokens: int) -> int | None:
     """0 for a causal mask, w for a causal mask over the last w positions, None for anything else.
 
     A mask is bool (True attends) or additive (0 attends, at most half the lowest float32 does not); [..., T, size].
+    The longest call that is sampled has `max_tokens`, or as many as MAX_ELEMENTS leaves rows of this size.
     """
-    last = _attends(values([Call(1, size - 1)])[0], size)
+    last = _attends(next(values([Call(1, size - 1)])), size)
     if last is None:
         return None
     seen = int(last.sum())
     window = 0 if seen == size else seen
     if seen == 0:
         return None
-    calls = sample_calls(size, max_tokens, (window,))
-    keys = torch.arange(size)[None, :]
+    calls = sample_calls(size, min(max_tokens, max(3, MAX_ELEMENTS // size)), (window,))
+    keys = torch.arange(size, dtype=torch.int32)[None, :]
     for call, value in zip(calls, values(calls), strict=True):
         mask = _attends(value, size)
-        rows = torch.arange(call.start, call.start + call.tokens)[:, None]
+        rows = torch.arange(call.start, call.start + call.tokens, dtype=torch.int32)[:, None]
         wanted = keys <= rows
         if window:
-            wanted &= rows - keys < window
+            wanted &= keys > rows - window
         if mask is None or mask.shape != wanted.shape or not torch.equal(mask, wanted):
             return None
     return window

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import MappingProxyType
 
@@ -107,6 +109,32 @@ def test_explain_reads_no_weight() -> None:
     assert "moec.fused_moe_packed" in found.text
     assert found.name == "one"
     assert any(r.name == "fuse_moe" and r.changed == 1 for r in found.records)
+
+
+PEAK_OF_EXPLAIN = """
+import re, sys
+from pathlib import Path
+from moec.compiler import build
+from moec.compiler.spec import Spec
+found = build.explain(Spec.model_validate_json(sys.argv[1]))
+assert not found.error and any(m[2] == "moec.cached_attention.default" for m in found.matched), found
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize(
+    ("context", "windowed"),
+    [(1 << 22, False), pytest.param(1 << 24, True, marks=pytest.mark.slow)],
+)
+def test_explain_holds_no_mask_of_the_whole_context(context: int, windowed: bool) -> None:
+    """2^24 positions: a mask of 128 tokens is 2 GB, and masks of all sampled calls were in memory together (19 GB)."""
+    window = {"attention_window": {"size": 4096, "every_nth_global": 2}} if windowed else {}
+    large = spec(model={**MODEL, **window, "layers": 2, "context": context})
+    command = [sys.executable, "-W", "ignore", "-c", PEAK_OF_EXPLAIN, large.model_dump_json()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    peak = int(done.stdout.split()[-1]) * 1024
+    assert 1 << 28 < peak < 3 << 29, "torch and ExecuTorch take 0.4 GB by themselves, a sampled mask 64 MB"
 
 
 def test_passes_reach_legal(checkpoint: Path) -> None:

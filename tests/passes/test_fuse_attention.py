@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from moec.compiler.matching import evaluate
 from moec.compiler.ops import CachedAttention
 from moec.compiler.program import Program, Role
 from moec.passes.fuse_attention import fuse_attention
@@ -96,6 +97,24 @@ def test_window(window: int) -> None:
         return (keys <= positions.unsqueeze(1)) & (keys > positions.unsqueeze(1) - window)
 
     assert _call(check_rule(fuse_attention(), program(mask=mask), count=1)).window == window
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(None, 0), (1 << 16, None)])
+def test_a_large_cache_is_sampled_in_few_rows(chunk: int | None, window: int | None) -> None:
+    """Of so many elements only; whoever attends within chunks is still refused."""
+    size, rows = 1 << 22, []
+
+    def values(calls: list[evaluate.Call]) -> Iterator[Tensor]:
+        keys = torch.arange(size, dtype=torch.int32)[None, :]
+        for call in calls:
+            rows.append(call.tokens)
+            at = torch.arange(call.start, call.start + call.tokens, dtype=torch.int32)[:, None]
+            causal = keys <= at
+            yield causal if chunk is None else causal & (keys // chunk == at // chunk)
+
+    assert evaluate.window_of_mask(values, size, max_tokens=128) == window
+    assert max(rows) * size <= evaluate.MAX_ELEMENTS
+    assert chunk is not None or max(rows) == 16
 
 
 def test_additive_mask() -> None:
