@@ -36,7 +36,8 @@ KERNEL := $(VENV)/.moec-kernel
 KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \
   -o -name '*.cmake' -o -name native.py -o -name '*.inl')
 BUILD := build
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --retries 10 -q
+PIP_TORCH := $(PIP_INSTALL) --no-deps --require-hashes $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 COMMA := ,
 
 # the packages of extras, $(1), as requirements.lock has them: those versions, with those digests, and nothing else.
@@ -63,9 +64,14 @@ $(INSTALLED): pyproject.toml requirements.lock tools/locked.py
 	  echo "cannot make a virtual environment: install the venv package of $(PYTHON)" >&2; exit 2; }
 	@echo "installing moec and its dependencies into $(VENV) (torch is large: minutes without a package cache)"
 	$(if $(TORCH_WHEEL),$(PIP_INSTALL) --no-deps '$(TORCH_WHEEL)')
-# torch first: which of the lock's packages it needs is known once it is there (a wheel for the CPU needs no CUDA)
+# torch first: which of the lock's packages it needs is known once it is there. The wheel for the CPU, which needs no
+# CUDA (2.7 GB), is taken where an index or a folder has it: of two files pip would prefer one whose index states a digest
+	@$(BIN)/python -c 'from importlib import metadata; metadata.version("torch")' 2>/dev/null || { \
+	  $(BIN)/python tools/locked.py only torch+cpu > $(VENV)/selected.txt; \
+	  $(PIP_TORCH) -r $(VENV)/selected.txt >/dev/null 2>&1 \
+	    || echo "no index has the locked torch for the CPU alone: installing the default index's wheel"; }
 	$(BIN)/python tools/locked.py only setuptools torch > $(VENV)/selected.txt
-	$(PIP_INSTALL) --no-deps --require-hashes $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(VENV)/selected.txt
+	$(PIP_TORCH) -r $(VENV)/selected.txt
 	$(call install,$(EXTRAS))
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -117,6 +117,16 @@ def test_a_line_that_is_not_of_the_lock_is_refused(damage: str) -> None:
         locked.read(damage)
 
 
+def test_the_wheel_for_the_cpu_has_a_line_of_its_own() -> None:
+    lock = locked.read(TEXT)
+    plain, cpu = locked.one(lock, "torch"), locked.one(lock, "torch+cpu")
+    assert plain is lock["torch"]
+    assert cpu.lines[0] == f"torch=={plain.version}+cpu \\"
+    assert cpu.lines[1:] == plain.lines[1:]
+    with pytest.raises(KeyError, match=r"not in requirements\.lock"):
+        locked.one(lock, "nothing+cpu")
+
+
 def test_an_unknown_extra_is_named() -> None:
     command = [sys.executable, str(ROOT / "tools" / "locked.py"), "select", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,7 +1,8 @@
 """The lock: `requirements.lock` has every package's exact version and the SHA-256 of each file that it may come as.
 
     python tools/locked.py select NAME ...   the lines of these extras of moec and of all that they need, for pip
-    python tools/locked.py only NAME ...     the lines of these packages, without what they need
+    python tools/locked.py only NAME ...     the lines of these packages, without what they need; torch+cpu is the wheel
+                                             of the locked torch with the local version "cpu"
     python tools/locked.py write             requirements.lock anew, from the versions that this environment holds
 
 What is selected is complete, so that pip is told to resolve nothing (`--no-deps --require-hashes`): a package or a file
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ def required(project: Mapping[str, Any], extras: Sequence[str]) -> set[str]:
         raise KeyError(f"pyproject.toml has no extra {', '.join(unknown)}")
     wanted = [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
     return {plain(re.split(r"[\[<>=!;~ ]", line)[0]) for line in wanted}
+
+
+def one(lock: Mapping[str, Locked], name: str) -> Locked:
+    """The package NAME, or of NAME+LOCAL the files of that local version. KeyError if it is not locked."""
+    name, _, local = name.partition("+")
+    if plain(name) not in lock:
+        raise KeyError(f"not in requirements.lock: {name}; run `make lock`")
+    package = lock[plain(name)]
+    if not local:
+        return package
+    version = f"{package.version}+{local}"
+    head = package.lines[0].replace(f"=={package.version}", f"=={version}", 1)
+    return replace(package, version=version, lines=(head, *package.lines[1:]))
 
 
 def selected(
@@ -146,7 +160,7 @@ def main() -> None:
             return
         lock = read(LOCK.read_text("utf-8"))
         if given.what == "only":
-            chosen = [lock[plain(name)] for name in given.names]
+            chosen = [one(lock, name) for name in given.names]
         else:
             extras = [extra for names in given.names for extra in names.split(",")]
             roots = required(settings["project"], extras) | {BUILD}
