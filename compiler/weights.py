@@ -68,13 +68,41 @@ class StoredCodes:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A weight that another one was made from (gate and up joined, experts stacked), and the way back to it.
+
+    take(value): from the value of the weight that was made, the weight `name`, or its matrix `index` if that is given.
+    """
+
+    name: str
+    index: int | None
+    take: Callable[[torch.Tensor], torch.Tensor] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class LazyWeight:
-    """One tensor of the program, loaded on demand. `stored`: its codes, where it has any before a pass quantizes it."""
+    """One tensor of the program, loaded on demand. `stored`: its codes, where it has any before a pass quantizes it.
+
+    origins: the weights of the exported model that a pass made it from; none for a weight of that model itself.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
     stored: StoredCodes | None = field(default=None, repr=False, compare=False)
+    origins: tuple[Origin, ...] = field(default=(), repr=False, compare=False)
+
+    def taken(
+        self, name: str, take: Callable[[torch.Tensor], torch.Tensor], index: int | None = None
+    ) -> tuple[Origin, ...]:
+        """The origins of a weight that is made from this one, called `name`, where `take` is the way back from it.
+
+        index: the matrix that `take` gives, if it gives one alone. What this one was itself made of is followed, which
+        one matrix of it does not allow.
+        """
+        if not self.origins or index is not None:
+            return (Origin(name, index, take),)
+        return tuple(replace(o, take=_in_turn(take, o.take)) for o in self.origins)
 
 
 @dataclass(frozen=True)
@@ -84,7 +112,7 @@ class QuantizedWeight:
     name, shape, role: of the float weight that the codes stand for. codes, scales, zero_points: names of weights.
     orientation: of the codes. group_axis: `in` groups along the reduction of the product, `out` along its outputs.
     transposed: whether the codes lie transposed (last two dimensions) beside the float weight.
-    unscaled: as of `StoredCodes`.
+    unscaled: as of `StoredCodes`. origins: as of `LazyWeight`.
     """
 
     name: str
@@ -99,6 +127,7 @@ class QuantizedWeight:
     provenance: Provenance
     zero_points: str | None = None
     unscaled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    origins: tuple[Origin, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -115,6 +144,12 @@ class QuantizedWeight:
         """What the codes stand for, in the layout of the float weight."""
         value = self.tensor(weights).dequantize(dtype)
         return value.transpose(-1, -2) if self.transposed else value
+
+
+def _in_turn(
+    first: Callable[[torch.Tensor], torch.Tensor], then: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda value: then(first(value))
 
 
 Piece = tuple[LazyWeight, int | None]  # a weight, or one of the matrices [index] that it stacks

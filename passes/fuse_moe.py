@@ -9,6 +9,7 @@ stays, with a Refusal that names the node; the dialect then refuses the program.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.fx import Node
@@ -30,7 +31,7 @@ from moec.compiler.matching.read import Stuck, aten, is_op
 from moec.compiler.ops import FusedMoe
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, LazyWeight, Program, Role, Stage, writes
-from moec.compiler.weights import joined_codes, stacked_codes
+from moec.compiler.weights import Origin, joined_codes, stacked_codes
 
 RULE = "fuse_moe"
 
@@ -182,7 +183,11 @@ def _scaled(edit: Editor, weight: Node, scale: Node) -> Node:
     def load() -> torch.Tensor:
         return plain.load() * factors.load().reshape(-1, *[1] * (len(plain.shape) - 1))
 
-    scaled = LazyWeight(plain.shape, plain.dtype, load)
+    def unscaled(value: torch.Tensor) -> torch.Tensor:
+        by = factors.load().reshape(-1, *[1] * (len(plain.shape) - 1))
+        return torch.where(by == 0, 0.0, value / by)  # a scale of zero leaves nothing of its expert
+
+    scaled = LazyWeight(plain.shape, plain.dtype, load, origins=plain.taken(name, unscaled))
     return edit.add_weight(_unique(edit, f"{name}.scaled"), scaled, edit.roles[name])
 
 
@@ -212,7 +217,28 @@ def _made(edit: Editor, weight: Node | Stack | None) -> Node | None:
     name = _unique(edit, _stack_name(names))
     pieces = [[(sources[source], index) for source, index in expert] for expert in names]
     codes = stacked_codes(pieces, weight.out_dim - len(shape) + 1, name)
-    return edit.add_weight(name, LazyWeight(shape, dtype, load, codes), Role.EXPERT)
+    origins = _places(names, sources, weight.out_dim)
+    return edit.add_weight(name, LazyWeight(shape, dtype, load, codes, origins), Role.EXPERT)
+
+
+def _places(
+    names: list[list[tuple[str, int | None]]], sources: Mapping[str, LazyWeight], out_dim: int
+) -> tuple[Origin, ...]:
+    """Where each piece of each expert lies in the stack."""
+    origins: list[Origin] = []
+    for expert, pieces in enumerate(names):
+        start = 0
+        for name, index in pieces:
+            shape = sources[name].shape
+            size = (shape if index is None else shape[1:])[out_dim]
+            origins += sources[name].taken(name, _part(out_dim, start, size, expert), index)
+            start += size
+    return tuple(origins)
+
+
+def _part(dim: int, start: int, size: int, expert: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of a weight (or of its matrix `expert`), `size` rows or columns from `start` on."""
+    return lambda value: (value if expert is None else value[expert]).narrow(dim, start, size)
 
 
 def _stack_name(names: list[list[tuple[str, int | None]]]) -> str:
@@ -243,7 +269,11 @@ def _joined_experts(edit: Editor, gate: Node, up: Node, layout: str) -> Node:
     sizes[dim] += b.shape[dim]
     name = f"{first}+{second.rpartition('.')[2]}"
     codes = joined_codes([a, b], dim - 3, name)
-    joined = LazyWeight(tuple(sizes), a.dtype, lambda: torch.cat([a.load(), b.load()], dim), codes)
+    origins = (
+        *a.taken(first, _part(dim, 0, a.shape[dim])),
+        *b.taken(second, _part(dim, a.shape[dim], b.shape[dim])),
+    )
+    joined = LazyWeight(tuple(sizes), a.dtype, lambda: torch.cat([a.load(), b.load()], dim), codes, origins)
     return edit.add_weight(name, joined, Role.EXPERT)
 
 
@@ -254,11 +284,14 @@ def _stacked_gate_up(edit: Editor, shared: SharedExpert) -> Node:
     parent = prefix.rpartition(".")[0]
     name = f"{parent}.gate_up_proj.{leaf}" if parent else f"{gate_name}+{up_name}"
     name = _unique(edit, name)  # there may be such a weight, or a block that shares this one's
-    return edit.add_weight(name, stacked(edit.weights[gate_name], edit.weights[up_name], name), Role.SHARED)
+    return edit.add_weight(name, stacked(edit, gate_name, up_name, name), Role.SHARED)
 
 
-def stacked(first: LazyWeight, second: LazyWeight, name: str) -> LazyWeight:
-    """Rows of `first`, then rows of `second`. Stored codes stay codes, and must then be of one format in both."""
-    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+def stacked(edit: Editor, gate: str, up: str, name: str) -> LazyWeight:
+    """Rows of `gate`, then rows of `up`. Stored codes stay codes, and must then be of one format in both."""
+    first, second = edit.weights[gate], edit.weights[up]
+    rows = first.shape[0]
+    shape = (rows + second.shape[0], *first.shape[1:])
     codes = joined_codes([first, second], -2, name)
-    return LazyWeight(shape, first.dtype, lambda: torch.cat([first.load(), second.load()]), codes)
+    origins = (*first.taken(gate, _part(0, 0, rows)), *second.taken(up, _part(0, rows, second.shape[0])))
+    return LazyWeight(shape, first.dtype, lambda: torch.cat([first.load(), second.load()]), codes, origins)

@@ -259,6 +259,7 @@ def quantized(
         transposed=transposed,
         provenance=Provenance("computed", method) if source.stored is None else source.stored.provenance,
         unscaled=None if source.stored is None else source.stored.unscaled,
+        origins=source.origins,
     )
     *lead, a, b = source.shape
     rows, width = (b, a) if transposed else (a, b)

@@ -126,7 +126,7 @@ class _Calibrated:
         def load() -> Tensor:
             return with_factors(original.load(), *self._results.factors(name), in_out=in_out)
 
-        return LazyWeight(original.shape, original.dtype, load)
+        return replace(original, load=load, stored=None)
 
     def report(self) -> Mapping[str, Any]:
         """What was observed, and how the method was chosen."""

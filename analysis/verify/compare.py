@@ -27,7 +27,7 @@ from moec.analysis.verify import metrics, tolerances
 from moec.analysis.verify.blocks import FusedBlock
 from moec.analysis.verify.graphs import close_rows
 from moec.analysis.verify.metrics import RouterAgreement
-from moec.analysis.verify.phases import Drift, judge_steps, tail_cosine, tail_limit
+from moec.analysis.verify.phases import Drift, judge_elements, judge_steps, tail_cosine, tail_limit
 from moec.analysis.verify.reference import FLOAT_SHAKE, SHAKE, Followed, VerifyingReference
 from moec.analysis.verify.replay import Replay, experts_used, replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check, LayerRow
@@ -293,17 +293,25 @@ def free_run(
     prompts = {name: replay.ids for name, replay in replays.items()}
     routed: dict[int, Mapping[str, Routed]] = {}
     with progress.stage("run the reference", max(moe_layers, 1)) as step:
-        logits = reference.run(prompts, _keeping(routed, step))
-    tied = {name: np.zeros(len(ids), dtype=bool) for name, ids in prompts.items()}
-    for by_prompt in routed.values():
-        for name, r in by_prompt.items():
-            tied[name] |= metrics.selection_gaps(r.scores_TE, r.indices_TK.shape[-1]) < tolerances.TIE_GAP
+        logits = reference.run(prompts, keeping(routed, step))
+    tied = tied_tokens(prompts, routed)
     if found.quantized:
         with progress.stage("run the reference shaken", max(moe_layers, 1)) as step:
             return _beyond_drift(found, "free run: ", reference, (logits, routed), replays, step), tied
     found.figures.update(logits_figures("free run: ", replays, logits))
     _free_run_float(found, reference, replays, logits, tied)
     return Drift.none(), tied
+
+
+def tied_tokens(
+    prompts: Mapping[str, Sequence[int]], routed: Mapping[int, Mapping[str, Routed]]
+) -> dict[str, np.ndarray]:
+    """By prompt, whether a selection of a token is a tie in any layer, bool [T]."""
+    tied = {name: np.zeros(len(ids), dtype=bool) for name, ids in prompts.items()}
+    for by_prompt in routed.values():
+        for name, r in by_prompt.items():
+            tied[name] |= metrics.selection_gaps(r.scores_TE, r.indices_TK.shape[-1]) < tolerances.TIE_GAP
+    return tied
 
 
 def _beyond_drift(
@@ -320,7 +328,7 @@ def _beyond_drift(
     logits, routed = free
     prompts = {name: replay.ids for name, replay in replays.items()}
     shaken_routed: dict[int, Mapping[str, Routed]] = {}
-    shaken = reference.shaken(prompts, _keeping(shaken_routed, step), shake=shake)
+    shaken = reference.shaken(prompts, keeping(shaken_routed, step), shake=shake)
     figures = logits_figures(prefix, replays, logits)
     found.figures.update(figures)
     drift = _figures("", {name: (logits[name], shaken[name]) for name in prompts})
@@ -392,7 +400,7 @@ def without_rounding(
     prompts = {name: replay.ids for name, replay in replays.items()}
     routed: dict[int, Mapping[str, Routed]] = {}
     with progress.stage("run the reference with float activations", max(moe_layers, 1)) as step:
-        logits = reference.run(prompts, _keeping(routed, step))
+        logits = reference.run(prompts, keeping(routed, step))
     found.figures.update(logits_figures("against float activations: ", replays, logits))
     if session is None:
         return
@@ -403,9 +411,21 @@ def without_rounding(
         name = max(prompts, key=lambda prompt: len(prompts[prompt]))
         pieces = replay_in_pieces(session, prompts[name], moe_layers, steps)
         found.checks += judge_steps(prefix, logits[name], pieces.logits_TV, steps, drift, name)
+        head, single = pieces_of(logits[name], pieces, steps)
+        whole = {prompt: (logits[prompt], replay.logits_TV) for prompt, replay in unrounded.items()}
+        for phase, pairs in (("prefill", whole), ("odd chunks", {name: head}), ("decode steps", {name: single})):
+            found.checks += judge_elements(prefix, phase, pairs, drift)
 
 
-def _keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]
+def pieces_of(
+    reference_TV: np.ndarray, pieces: Replay, steps: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(reference, actual) of the rows that came in odd chunks, and of the `steps` that were decoded one at a time."""
+    head = len(reference_TV) - steps
+    return (reference_TV[:head], pieces.logits_TV[:head]), (reference_TV[head:], pieces.logits_TV[head:])
+
+
+def keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]
     def on_layer(layer: int, block: MoeReference, routed: Mapping[str, Routed]) -> None:
         kept[layer] = dict(routed)
         step(f"layer {layer}")

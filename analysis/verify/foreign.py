@@ -1,6 +1,7 @@
 """Artifacts of models that are not ours: the exported graph is the eager model, and fused nodes give the blocks.
 
-    free run, exported    the model's own graph, before any pass, with the artifact's dequantized weights
+    exported model        the model's own graph, before any pass, with the artifact's dequantized weights, against the
+                          graph that the passes made, which then rounds nothing: every element
     free run, quantized   the last graph before the target's passes, rounding like the artifact, against measured drift;
                           where the session can, once more with both sides rounding no activations
     blocks                each fused node, taken apart, on the artifact's own input and routing
@@ -24,7 +25,13 @@ from moec.analysis.verify.interpret import GraphRunner, Override, WeightCache
 from moec.analysis.verify.reference import SHAKE
 from moec.analysis.verify.replay import Replay, replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check
-from moec.analysis.verify.rounding import float_products, shaken_operators, with_weights_of
+from moec.analysis.verify.rounding import (
+    float_products,
+    shaken_operators,
+    unrounded_operators,
+    untraced,
+    with_weights_of,
+)
 from moec.analysis.verify.structure import has_target_operators
 from moec.compiler.errors import ArtifactError
 from moec.compiler.pipeline import Pass, steps
@@ -145,15 +152,46 @@ def compare_foreign(
     compare.consistency(found, session, longest, replays[longest], pieces, drift, tied[longest], steps)
     logits = _exported_logits(with_weights_of(exported, last), prompts, cache, progress)
     found.figures.update(compare.logits_figures("against the exported model: ", replays, logits))
-    if rounds_activations:
+    _codes_found(found, untraced(exported, last))
+    _passes_elements(found, GraphReference(last, cache, unrounded_operators()), prompts, logits, progress)
+    if not rounds_activations:
+        _exported_elements(found, replays, {longest: pieces}, logits, tied, steps)
+    elif unrounded is None:
         value = compare.logits_figures("", replays, logits)["median cosine"]
         found.checks.append(Check("exported model: median cosine", value, tolerances.EXPORTED_COSINE))
-    else:
-        _exported_elements(found, replays, logits, tied)
     if unrounded is not None:
         unrounding = GraphReference(last, cache, float_products())
         compare.without_rounding(found, unrounding, unrounded, replays, len(layers), progress, steps)
     return found
+
+
+def _codes_found(found: compare.Comparison, lost: Sequence[str]) -> None:
+    """A weight whose codes cannot be put into the exported model would be compared with its float value."""
+    detail = f"{', '.join(lost[:3])}: say `origins` where the weight is made" if lost else ""
+    name = "exported model: weights without their codes"
+    found.checks.append(Check(name, float(len(lost)), tolerances.NO_FAULTS, detail=detail))
+
+
+def _passes_elements(
+    found: compare.Comparison,
+    passes: GraphReference,
+    prompts: Mapping[str, Sequence[int]],
+    exported: Mapping[str, np.ndarray],
+    progress: Progress,
+) -> None:
+    """What the passes made of the model, rounding nothing, against the model as it was exported: the same codes, every
+    element. With it, an artifact that computes what the passes' graph says is the model."""
+    routed: dict[int, Mapping[str, Routed]] = {}
+    with progress.stage("run the graph of the passes", 1):
+        logits = passes.run(prompts, compare.keeping(routed, lambda layer: None))
+    tied = compare.tied_tokens(prompts, routed)
+    ratios = {name: close_rows(exported[name], logits[name], tied[name])[0] for name in prompts}
+    where = max(ratios, key=lambda name: ratios[name])
+    limit = tolerances.FLOAT_CLOSE
+    if 1 < ratios[where] < np.inf:
+        shaken = passes.shaken(prompts)
+        limit = tolerances.deep_float(max(close_rows(logits[n], shaken[n], tied[n])[0] for n in prompts))
+    found.checks.append(Check("exported model: every element of the passes' graph", ratios[where], limit, where))
 
 
 def _exported_logits(
@@ -167,12 +205,24 @@ def _exported_logits(
 def _exported_elements(
     found: compare.Comparison,
     replays: Mapping[str, Replay],
+    pieces: Mapping[str, Replay],
     logits: Mapping[str, np.ndarray],
     tied: Mapping[str, np.ndarray],
+    steps: int,
 ) -> None:
-    """The artifact against the model as it was exported, element by element: passes and kernels together."""
-    ratios = {name: close_rows(logits[name], r.logits_TV, tied[name])[0] for name, r in replays.items()}
-    where = max(ratios, key=lambda name: ratios[name])
-    found.checks.append(Check("exported model: every element", ratios[where], tolerances.FLOAT_CLOSE, where))
+    """The artifact against the model as it was exported, element by element: passes and kernels together. What was
+    prefilled at once, in odd chunks, and decoded in `steps` single tokens is judged apart."""
+    phases: dict[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]] = {
+        "every element": {name: (logits[name], r.logits_TV, tied[name]) for name, r in replays.items()},
+    }
+    for name, replay in pieces.items():
+        head, single = compare.pieces_of(logits[name], replay, steps)
+        after_tie_T = np.logical_or.accumulate(tied[name])
+        phases["odd chunks, every element"] = {name: (*head, after_tie_T[: len(head[0])])}
+        phases["decode steps, every element"] = {name: (*single, after_tie_T[len(head[0]) :])}
+    for phase, rows in phases.items():
+        ratios = {name: close_rows(*of)[0] for name, of in rows.items()}
+        where = max(ratios, key=lambda name: ratios[name])
+        found.checks.append(Check(f"exported model: {phase}", ratios[where], tolerances.FLOAT_CLOSE, where))
     top1 = compare.logits_figures("", replays, logits)["top-1 agreement"]
     found.checks.append(Check("exported model: top-1 agreement", top1, tolerances.TOP1))

@@ -15,26 +15,36 @@ import numpy as np
 
 from moec.analysis.verify import metrics, tolerances
 from moec.analysis.verify.report import Check
-from moec.analysis.verify.tolerances import Tolerance, beyond_drift
+from moec.analysis.verify.tolerances import Tolerance, beyond_drift, or_drift
+
+Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by prompt: what the reference computes, and what is judged
 
 TAIL = 0.05  # the share of rows that is the tail
 
 
 @dataclass(frozen=True)
 class Drift:
-    """1 - cosine of the reference with itself shaken, row by row, all prompts together; empty where nothing rounds."""
+    """The reference with itself shaken, row by row, all prompts together; zero where nothing rounds.
+
+    rows: 1 - cosine. errors: `metrics.row_errors`.
+    """
 
     rows: np.ndarray
+    errors: np.ndarray
 
     @staticmethod
     def of(reference: Mapping[str, np.ndarray], shaken: Mapping[str, np.ndarray]) -> Drift:
         """From the logits of both, by prompt."""
-        return Drift(np.concatenate([1 - metrics.row_cosines(reference[name], shaken[name]) for name in reference]))
+        pairs = [(reference[name], shaken[name]) for name in reference]
+        return Drift(
+            np.concatenate([1 - metrics.row_cosines(r, s) for r, s in pairs]),
+            np.concatenate([metrics.row_errors(r, s) for r, s in pairs]),
+        )
 
     @staticmethod
     def none() -> Drift:
         """Of a run that rounds nothing."""
-        return Drift(np.zeros(1))
+        return Drift(np.zeros(1), np.zeros(1))
 
     @property
     def median(self) -> float:
@@ -50,10 +60,17 @@ class Drift:
 
     def median_of(self, count: int) -> float:
         """The largest median of any `count` rows in a row: what so short a run may drift by, rightly."""
-        if count >= len(self.rows):
-            return self.median
-        windows = np.lib.stride_tricks.sliding_window_view(self.rows, count)
-        return float(np.median(windows, -1).max())
+        return _largest_median(self.rows, count)
+
+    def error_median_of(self, count: int) -> float:
+        """The same of `errors`."""
+        return _largest_median(self.errors, count)
+
+
+def _largest_median(rows: np.ndarray, count: int) -> float:
+    if count >= len(rows):
+        return float(np.median(rows))
+    return float(np.median(np.lib.stride_tricks.sliding_window_view(rows, count), -1).max())
 
 
 def tail_cosine(cosines_T: np.ndarray) -> float:
@@ -79,6 +96,25 @@ def judge_steps(
         checks.append(Check(f"{prefix}{name}, median cosine", float(np.median(rows)), middle, where))
         checks.append(Check(f"{prefix}{name}, worst cosine", float(rows.min()), worst, where))
     return checks
+
+
+def judge_elements(prefix: str, phase: str, pairs: Pairs, drift: Drift) -> list[Check]:
+    """Every element of runs that round no activations, by prompt: (reference, actual), float32 [T, V].
+
+    The error of a row is its largest difference over its largest logit. The median row is held to the distance of fp32
+    sums behind one flipped INT8 step of the KV cache, the worst row to that of a few; either to four times what the
+    shaken reference shows, where that is more.
+    """
+    errors_T = np.concatenate([metrics.row_errors(reference, actual) for reference, actual in pairs.values()])
+    if not len(errors_T):
+        return []
+    where = max(pairs, key=lambda name: metrics.row_error(*pairs[name]))
+    middle = or_drift(tolerances.ELEMENTS_MEDIAN, drift.error_median_of(len(errors_T)))
+    worst = or_drift(tolerances.ELEMENTS_WORST, float(drift.errors.max()))
+    return [
+        Check(f"{prefix}{phase}, elements of the median row", float(np.median(errors_T)), middle),
+        Check(f"{prefix}{phase}, elements of the worst row", float(errors_T.max()), worst, where),
+    ]
 
 
 def tail_limit(drift: Drift) -> Tolerance:

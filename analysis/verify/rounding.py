@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,30 +12,79 @@ from moec.analysis.verify.interpret import Override
 from moec.analysis.verify.reference import SHAKE
 from moec.compiler import ops
 from moec.compiler.program import LazyWeight, Program
-from moec.compiler.weights import QuantizedWeight
+from moec.compiler.weights import Origin, QuantizedWeight
 
 
 def with_weights_of(before: Program, after: Program) -> Program:
     """`before` with the dequantized codes of `after` in the place of each weight that `after` quantized.
 
-    Where a calibration scaled channels and `before` is the model as it was before that, the scaling is undone.
+    Weights that were joined or stacked in between get their parts of the codes. Where a calibration scaled channels and
+    `before` is the model as it was before that, the scaling is undone.
     """
+    values = _Values(before, after)
     replaced = dict(before.weights)
-    for name, weight in before.weights.items():
-        held = after.quantized.get(name)
-        if held is None or name in after.weights or held.codes not in after.weights:
-            continue
-        replaced[name] = LazyWeight(weight.shape, weight.dtype, _dequantizer(held, after, weight))
+    for name, parts in _held_parts(before, after).items():
+        weight = before.weights[name]
+        replaced[name] = LazyWeight(weight.shape, weight.dtype, _loader(weight, parts, values))
     return replace(before, weights=replaced)
 
 
-def _dequantizer(held: QuantizedWeight, program: Program, weight: LazyWeight) -> Callable[[], torch.Tensor]:
+def untraced(before: Program, after: Program) -> list[str]:
+    """Weights that `after` quantized and that cannot be found in `before`: `with_weights_of` leaves these in float."""
+    found = {held.name for parts in _held_parts(before, after).values() for held, _ in parts}
+    names = (n for n, held in after.quantized.items() if held.codes in after.weights and n not in after.weights)
+    lost = {n for n in names if n not in found}
+    for name, held in after.quantized.items():
+        if name not in before.weights and any(o.name not in before.weights for o in held.origins):
+            lost.add(name)
+    return sorted(lost)
+
+
+_Part = tuple[QuantizedWeight, Origin]
+
+
+def _held_parts(before: Program, after: Program) -> dict[str, list[_Part]]:
+    """Weights of `before` that `after` holds as codes, and where they lie in these."""
+    parts: dict[str, list[_Part]] = {}
+    for name, held in after.quantized.items():
+        if held.codes not in after.weights or name in after.weights:
+            continue
+        origins = (Origin(name, None, lambda value: value),) if name in before.weights else held.origins
+        for origin in origins:
+            if origin.name in before.weights:
+                parts.setdefault(origin.name, []).append((held, origin))
+    return parts
+
+
+def _loader(weight: LazyWeight, parts: Sequence[_Part], values: _Values) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
-        value = held.dequantize(program.weights, weight.dtype)
-        scaled = weight.stored is not None  # a calibrated weight: its float value is scaled as its codes are
-        return value if scaled or held.unscaled is None else held.unscaled(value)
+        if parts[0][1].index is None:
+            held, origin = parts[0]
+            return origin.take(values.of(held, weight)).contiguous()
+        made = weight.load().clone()  # matrices that no part covers keep their floats
+        for held, origin in parts:
+            made[origin.index] = origin.take(values.of(held, weight))
+        return made
 
     return load
+
+
+class _Values:
+    """Dequantized weights of a program. The last one is kept, since the parts of a stack are read one after another."""
+
+    def __init__(self, before: Program, after: Program) -> None:
+        self._weights, self._scaled = after.weights, {n for n, w in before.weights.items() if w.stored is not None}
+        self._last: tuple[str, torch.dtype, torch.Tensor] | None = None
+
+    def of(self, held: QuantizedWeight, like: LazyWeight) -> torch.Tensor:
+        if self._last is not None and self._last[:2] == (held.name, like.dtype):
+            return self._last[2]
+        value = held.dequantize(self._weights, like.dtype)
+        # a calibrated weight: its float value is scaled as its codes are
+        if held.unscaled is not None and held.name not in self._scaled:
+            value = held.unscaled(value)
+        self._last = (held.name, like.dtype, value)
+        return value
 
 
 def unrounded_operators() -> dict[Any, Override]:

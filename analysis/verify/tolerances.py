@@ -80,6 +80,19 @@ ROW_COSINE = Tolerance(
     "row or a scale that is wrong for this token alone turns it by percents",
 )  # fmt: skip
 
+ELEMENTS_MEDIAN = Tolerance(
+    "<=", 2e-3, "of the row's largest logit",
+    "the same codes without rounding of activations: fp32 sums in another order move a logit by some 1e-6 of the row's "
+    "largest, and by up to 1e-3 (measured) once they move one key in the KV cache across an INT8 boundary; a position, "
+    "a cache row or a scale that is wrong moves it by percents",
+)  # fmt: skip
+
+ELEMENTS_WORST = Tolerance(
+    "<=", 2e-2, "of the row's largest logit",
+    "a key or value that flips changes by 1/127 of its row, and the logits of a token that attends to little else by "
+    "a few times as much",
+)  # fmt: skip
+
 TOP1 = Tolerance(
     ">", 0.99, "of tokens",
     "a greedy answer may change only where the two best logits are closer than the noise of flipped INT8 steps",
@@ -132,6 +145,17 @@ def beyond_drift(tolerance: Tolerance, drift: float, count: int | None = None) -
         upper += _DEVIATIONS * math.sqrt(upper * count + 1) / count
     limit = tolerance.limit - _DRIFT * upper
     reason = f"{tolerance.limit:g}, less twice the {upper:.2e} by which the reference drifts from itself when shaken"
+    return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
+
+
+def or_drift(tolerance: Tolerance, drift: float) -> Tolerance:
+    """`tolerance`, an upper limit on a distance, or four times the measured `drift` where that is more.
+
+    As in `beyond_drift`, and twice that: 1 - cosine grows with the square of a distance, and of the rare flips that
+    make such a distance one run may have several times as many as another.
+    """
+    limit = max(tolerance.limit, 2 * _DRIFT * drift)
+    reason = f"{tolerance.reason}; the reference drifts {drift:.2e} from itself when shaken"
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
 
 

@@ -118,3 +118,23 @@ def test_a_square_weight_knows_how_it_lies(zeros: bool) -> None:
         value = tensor.dequantize()
         assert torch.equal(held.dequantize(tensors), value.t() if transposed else value)
         assert held.tensors == (("q", "s", "z") if zeros else ("q", "s"))
+
+
+def test_what_was_joined_of_what_was_stacked_leads_back_to_each_matrix() -> None:
+    """Experts of their own, stacked to [E, N, K]; gates and ups joined; the way back from the joined weight."""
+    matrices = {f"{part}.{e}": torch.randn(4, 6) for part in ("gate", "up") for e in range(3)}
+    own = {n: LazyWeight((4, 6), torch.float32, lambda m=m: m) for n, m in matrices.items()}
+
+    def stack(part: str) -> LazyWeight:
+        origins = [o for e in range(3) for o in own[f"{part}.{e}"].taken(f"{part}.{e}", lambda v, e=e: v[e])]
+        value = torch.stack([matrices[f"{part}.{e}"] for e in range(3)])
+        return LazyWeight((3, 4, 6), torch.float32, lambda: value, origins=tuple(origins))
+
+    gates, ups = stack("gate"), stack("up")
+    origins = (*gates.taken("gate", lambda v: v[:, :4]), *ups.taken("up", lambda v: v[:, 4:]))
+    joined = torch.cat([gates.load(), ups.load()], 1)
+    assert {o.name for o in origins} == set(matrices)
+    assert all(torch.equal(o.take(joined), matrices[o.name]) for o in origins)
+    # one matrix of a weight that was itself made of others: the way ends at that weight
+    (lost,) = gates.taken("gates", lambda v: v, index=1)
+    assert (lost.name, lost.index) == ("gates", 1)

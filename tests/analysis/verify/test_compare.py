@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moec.analysis.verify.compare import Comparison, compare
-from moec.analysis.verify.phases import Drift, judge_steps
+from moec.analysis.verify.phases import Drift, judge_elements, judge_steps
 from moec.analysis.verify.prompts import WordHashEncoder, prompt_ids
 from moec.analysis.verify.report import Report
 from moec.compiler.errors import ArtifactError
@@ -58,6 +58,8 @@ def test_without_rounding_no_drift_is_allowed():
         "median cosine", "top-1 agreement", "expert sets equal", "cosine of all but the worst 5%",
         "odd chunks, median cosine", "odd chunks, worst cosine", "decode steps, median cosine",
         "decode steps, worst cosine",
+        *(f"{phase}, elements of the {row} row" for phase in ("prefill", "odd chunks", "decode steps")
+          for row in ("median", "worst")),
     }  # fmt: skip
     assert all(c.passed for c in checks.values())
     assert checks["free run, float activations: median cosine"].tolerance.limit == pytest.approx(0.9999, abs=1e-7)
@@ -220,12 +222,32 @@ def test_single_steps_are_judged_without_rounding_too():
     good, late = FakeSession(dense()), _LateSteps(dense())
     floats = reference(dense())
     found = _compare(good, reference(dense()), names=[], quantized=True, floats=floats, unrounded=late)
-    assert _failed(found) == {f"free run, float activations: decode steps, {n} cosine" for n in ("median", "worst")}
+    judged = ("median cosine", "worst cosine", "elements of the median row", "elements of the worst row")
+    assert _failed(found) == {f"free run, float activations: decode steps, {n}" for n in judged}
+
+
+def test_elements_of_one_row_and_of_most_rows_are_told_apart_and_drift_excuses_what_it_is():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((40, 300)).astype(np.float32)
+    size_T1 = np.abs(a).max(-1, keepdims=True)
+    one = a.copy()
+    one[7, 5] += 0.05 * size_T1[7, 0]  # a cosine of 0.99999: no angle shows it
+
+    def failed(b: np.ndarray, drift: Drift) -> list[str]:
+        return [c.name for c in judge_elements("", "x", {"p": (a, b)}, drift) if not c.passed]
+
+    assert failed(a + 1e-6 * size_T1, Drift.none()) == []
+    assert failed(one, Drift.none()) == ["x, elements of the worst row"]
+    most = a + 0.01 * size_T1
+    assert failed(most, Drift.none()) == ["x, elements of the median row"]
+    assert failed(most, Drift(np.zeros(40), np.full(40, 0.003))) == []
+    assert failed(np.where(a == a[3], np.nan, a), Drift.none()) == ["x, elements of the worst row"]
+    assert judge_elements("", "x", {"p": (a[:0], a[:0])}, Drift.none()) == []
 
 
 def test_a_twentieth_of_the_rows_cannot_hide_and_drift_excuses_what_it_is():
     rng = np.random.default_rng(0)
-    drift = Drift(np.abs(rng.normal(0, 1e-3, 512)))
+    drift = Drift(np.abs(rng.normal(0, 1e-3, 512)), np.zeros(512))
     a = rng.standard_normal((40, 300)).astype(np.float32)
     near = a + 0.02 * rng.standard_normal(a.shape).astype(np.float32)  # 1 - cosine of 2e-4
     assert all(c.passed for c in judge_steps("", a, near, 8, drift, "x"))

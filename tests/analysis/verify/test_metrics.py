@@ -95,6 +95,7 @@ def test_errors_find_the_one_wrong_element(seed, rows, columns, where):
     size = float(np.abs(r[where % a.size // columns]).max())
     assert metrics.row_error(r, a) == pytest.approx(error / size)
     assert metrics.row_error(r, r) == 0.0
+    assert metrics.row_errors(r, a).nonzero()[0].tolist() == [where % a.size // columns]
 
 
 @given(seeds, small, small)
