@@ -27,6 +27,7 @@ from moec.analysis.verify.replay import Replay, replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check
 from moec.analysis.verify.rounding import (
     float_products,
+    routed_as,
     shaken_operators,
     unrounded_operators,
     untraced,
@@ -60,15 +61,27 @@ class GraphReference:
         self._program, self._cache, self._overrides = program, cache, overrides or {}
         self._nodes = {node: layer for layer, node in enumerate(fused_nodes(program))}
 
-    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
-        """Logits float32 [T, V] by prompt; `on_layer` sees the selections of every fused node."""
-        return self._run(prompts, on_layer, {})
+    def run(
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        on_layer: OnLayer | None = None,
+        *,
+        routing: compare.Selections | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Logits float32 [T, V] by prompt; `on_layer` sees the selections that every fused node makes, those included
+        that `routing` replaces."""
+        return self._run(prompts, on_layer, {}, routing)
 
     def shaken(
-        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None, *, shake: float = SHAKE
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        on_layer: OnLayer | None = None,
+        *,
+        routing: compare.Selections | None = None,
+        shake: float = SHAKE,
     ) -> dict[str, np.ndarray]:
         """`run` with relative noise of `shake` in every norm's output."""
-        return self._run(prompts, on_layer, shaken_operators(shake))
+        return self._run(prompts, on_layer, shaken_operators(shake), routing)
 
     def block(self, layer: int) -> FusedBlock:
         """The fused node of the `layer`-th MoE layer with its weights."""
@@ -76,9 +89,14 @@ class GraphReference:
         return block_of(next(n for n, at in self._nodes.items() if at == layer), runner)
 
     def _run(
-        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None, overrides: Mapping[Any, Override]
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        on_layer: OnLayer | None,
+        overrides: Mapping[Any, Override],
+        routing: compare.Selections | None,
     ) -> dict[str, np.ndarray]:
-        runner = GraphRunner(self._program, overrides={**self._overrides, **overrides}, cache=self._cache)
+        overrides = {**self._overrides, **overrides}
+        free = GraphRunner(self._program, overrides=overrides, cache=self._cache)
         parts: dict[int, dict[str, list[Routed]]] = {}
         logits = {}
         for name, ids in prompts.items():
@@ -87,6 +105,10 @@ class GraphReference:
                 if node in self._nodes:
                     parts.setdefault(self._nodes[node], {}).setdefault(name, []).append(_routed(node, args))
 
+            runner = free
+            if routing is not None and self._nodes:
+                forced = routed_as(routing[name], overrides)
+                runner = GraphRunner(self._program, overrides=forced, cache=self._cache)
             logits[name] = run_chunks(runner, ids, self._program.info.max_tokens, observe)
         if on_layer is not None:
             for layer, by_prompt in sorted(parts.items()):

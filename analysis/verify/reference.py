@@ -78,12 +78,17 @@ class VerifyingReference(Reference):
             self._replays = None
 
     def shaken(
-        self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None, *, shake: float = SHAKE
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        on_layer: OnLayer | None = None,
+        *,
+        routing: Mapping[str, Sequence[np.ndarray]] | None = None,
+        shake: float = SHAKE,
     ) -> dict[str, np.ndarray]:
         """`run` with relative noise of `shake` in every block's input; the same noise at every call."""
         self._noise, self._shake = torch.Generator().manual_seed(0), shake
         try:
-            return self.run(prompts, on_layer)
+            return self.run(prompts, on_layer, routing=routing)
         finally:
             self._noise = None
 

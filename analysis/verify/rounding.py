@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from moec.analysis.verify.interpret import Override
 from moec.analysis.verify.reference import SHAKE
 from moec.compiler import ops
+from moec.compiler.ops.moe_math import combine_weights
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.weights import Origin, QuantizedWeight
 
@@ -117,14 +119,42 @@ def unrounded_operators() -> dict[Any, Override]:
 
 def float_products() -> dict[Any, Override]:
     """The quantized products with the same codes, in fp32 arithmetic: activations are not rounded, the cache is."""
+    return {form.op: _FloatProduct(form) for form in (ops.FusedMoeQ, ops.LinearQ)}
 
-    def unrounded(call: type[ops.FusedMoeQ[Any]] | type[ops.LinearQ[Any]]) -> Override:
-        def product(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return replace(call(*args, **kwargs), int8_activations=False, activation_block=0).eager()
 
-        return product
+class _FloatProduct:
+    def __init__(self, form: type[ops.FusedMoeQ[Any]] | type[ops.LinearQ[Any]]) -> None:
+        self._form = form
 
-    return {call.op: unrounded(call) for call in (ops.FusedMoeQ, ops.LinearQ)}
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return replace(self._form(*args, **kwargs), int8_activations=False, activation_block=0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.call(*args, **kwargs).eager()
+
+
+def routed_as(selections: Sequence[np.ndarray], overrides: Mapping[Any, Override]) -> dict[Any, Override]:
+    """`overrides` with the experts of every token given: `selections` are int [T, K] of each fused node, in the order
+    they run. Successive calls take successive tokens. The weights of the selected experts are the node's own."""
+    given = [torch.from_numpy(np.asarray(indices_TK, dtype=np.int64)) for indices_TK in selections]
+    taken = [0] * len(given)
+    calls = 0
+
+    def routed(form: type[ops.FusedMoe[Any]] | type[ops.FusedMoeQ[Any]]) -> Override:
+        plain = overrides.get(form.op)
+
+        def moe(*args: Any, **kwargs: Any) -> torch.Tensor:
+            nonlocal calls
+            layer, calls = calls % len(given), calls + 1
+            call = plain.call(*args, **kwargs) if isinstance(plain, _FloatProduct) else form(*args, **kwargs)
+            start, taken[layer] = taken[layer], taken[layer] + len(call.x)
+            indices_TK = given[layer][start : taken[layer]]
+            _, scores_TE = call.scores(call.router_input)
+            return call.output(call.x, indices_TK, combine_weights(scores_TE, indices_TK, call.selection))
+
+        return moe
+
+    return {**overrides, **{form.op: routed(form) for form in (ops.FusedMoe, ops.FusedMoeQ)}}
 
 
 def shaken_operators(shake: float = SHAKE) -> dict[Any, Override]:

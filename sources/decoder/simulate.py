@@ -207,13 +207,19 @@ class Reference:
         return ReferenceResult(logits[""], tuple(records))
 
     @torch.no_grad()
-    def run(self, prompts: Mapping[str, Sequence[int]], on_layer: OnLayer | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        on_layer: OnLayer | None = None,
+        *,
+        routing: Mapping[str, Sequence[np.ndarray]] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Logits float32 [T, V] by prompt; each layer's weights are read once for all prompts.
 
         `on_layer(n, block, routed)` is called for the n-th MoE layer while its weights are in memory, with the free
-        routing of each prompt.
+        routing of each prompt. `routing`: expert indices [T, K] for each MoE layer, in order, instead of the free ones.
         """
-        return self._run(prompts, on_layer, None, None)
+        return self._run(prompts, on_layer, routing, None)
 
     def _run(
         self,
