@@ -8,7 +8,7 @@ imports torch and whatever else is heavy inside the methods that need it. docs/a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -18,7 +18,8 @@ from moec.compiler.spec.strict import Fault, Section
 
 if TYPE_CHECKING:
     from moec.compiler.architecture import Architecture
-    from moec.compiler.program import LazyWeight, Program
+    from moec.compiler.program import LazyWeight, Program, Role
+    from moec.compiler.reference import LayerReference
     from moec.compiler.spec.model import Spec
     from moec.compiler.spec.quantization import Quantization
 
@@ -146,6 +147,23 @@ class ModelSource(ABC, Generic[M]):
 
     def architecture(self, spec: Spec) -> Architecture | None:
         """What `moec plan` counts: every matrix, cache and expert. None when only code or weights tell the shapes."""
+        return None
+
+    # --- what an artifact is verified against ------------------------------------------------------------------------
+
+    def reference(
+        self,
+        spec: Spec,
+        checkpoint: Checkpoint,
+        quantization: Quantization | None,
+        *,
+        asymmetric_roles: Collection[Role] = (),
+    ) -> LayerReference | None:
+        """The model in eager PyTorch, with the weights of `checkpoint` and rounding as `quantization` says, None for
+        float. It should read and round these by itself: what it shares with the passes, it cannot check.
+
+        asymmetric_roles: as of `Facts`. None, as here, for the exported program as the reference.
+        """
         return None
 
 

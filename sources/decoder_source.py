@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from moec.sources.decoder.layout import group_faults, parameter_counts
 
 if TYPE_CHECKING:
     from moec.compiler.architecture import Architecture
-    from moec.compiler.program import Program
+    from moec.compiler.program import Program, Role
+    from moec.compiler.reference import LayerReference
     from moec.compiler.spec.model import Spec
     from moec.compiler.spec.quantization import Quantization
 
@@ -72,6 +73,20 @@ class DecoderSource(ModelSource[DecoderConfig]):
         from moec.sources.decoder.architecture import architecture_of
 
         return architecture_of(self.model(spec), spec.name)
+
+    def reference(
+        self,
+        spec: Spec,
+        checkpoint: Checkpoint,
+        quantization: Quantization | None,
+        *,
+        asymmetric_roles: Collection[Role] = (),
+    ) -> LayerReference:
+        from moec.checkpoints import WeightStore
+        from moec.sources.decoder.following import DecoderReference
+
+        assert isinstance(checkpoint, WeightStore), "`open` gives one"
+        return DecoderReference(self.model(spec), checkpoint, quantization, asymmetric_roles=asymmetric_roles)
 
 
 register(DecoderSource())

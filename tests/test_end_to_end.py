@@ -118,7 +118,7 @@ def test_the_quantized_artifact_computes_what_its_spec_says(
     roles = [Role(r) for r in artifact.manifest.details.get("asymmetric_roles", ())]
     assert bool(roles) == (kernels is THEIRS)
     store = open_store(checkpoint, wanted.model)
-    reference = Reference(wanted.model, store, wanted.quantization, xnnpack_roles=roles)
+    reference = Reference(wanted.model, store, wanted.quantization, asymmetric_roles=roles)
     prompt = ids(wanted)
     ours, theirs = logits_of(artifact, prompt), reference.forward(prompt).logits
     # the project's bound for quantized artifacts; single tokens may sit on a rounding edge of an activation

@@ -130,6 +130,14 @@ def test_modules_say_what_they_are() -> None:
     assert not silent, f"no docstring: {silent}"
 
 
+def test_only_a_model_source_tells_models_apart() -> None:
+    """Everything else calls the source of `spec.model`; a class of sections is an answer for one source alone."""
+    asks = re.compile(r"isinstance\(\s*(\w+\.)*spec\.model\s*,")
+    files = [f for f in sources("*.py") if (p := f.relative_to(ROOT)).parts[0] != "sources" and p.name != "source.py"]
+    wrong = [str(f.relative_to(ROOT)) for f in files if asks.search(f.read_text("utf-8"))]
+    assert not wrong, wrong
+
+
 def test_no_unfinished_work() -> None:
     marks = re.compile(r"\b(TODO|FIXME|XXX)\b")
     files = [*sources("*.py", "*.cpp", "*.h", "*.cc", "*.yaml"), ROOT / "Makefile"]

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.analysis.calibration.calibrate import needs_calibration
 from moec.analysis.verify import metrics, tolerances
 from moec.analysis.verify.agreement_report import AgreementReport, PairRow
 from moec.analysis.verify.artifact import (
     asymmetric_roles,
     computed_scheme,
     encoder,
+    layer_reference,
     open_artifact_checkpoint,
     peak_rss_mb,
     spec_of,
@@ -44,7 +44,6 @@ from moec.analysis.verify.compare import DECODE_STEPS
 from moec.analysis.verify.foreign import GraphReference, before_target
 from moec.analysis.verify.interpret import WeightCache
 from moec.analysis.verify.prompts import prompt_ids
-from moec.analysis.verify.reference import VerifyingReference
 from moec.analysis.verify.replay import bounds, joined_traces
 from moec.analysis.verify.report import Check
 from moec.analysis.verify.tolerances import Tolerance, beyond_drift
@@ -52,7 +51,8 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError, RunError, UserError
 from moec.compiler.progress import Progress
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.reference import Reference
+from moec.compiler.spec.model import Spec
 from moec.compiler.spec.targets import target_packages
 from moec.compiler.target import Session
 from moec.compiler.trust import trusting
@@ -261,7 +261,7 @@ def _add_run(
     rounds = scheme is not None and scheme.rounds
     roles = asymmetric_roles(artifact.manifest)
     key = json.dumps([None if scheme is None else scheme.model_dump(mode="json"), sorted(roles)])
-    arithmetic = Arithmetic(key, rounds, scheme is not None, (artifact, scheme, roles), run, {}, {})
+    arithmetic = Arithmetic(key, rounds, scheme is not None, (artifact, scheme), run, {}, {})
     found.members.append(Member(name, run, arithmetic, str(artifact.folder)))
 
 
@@ -298,14 +298,11 @@ def _add_arithmetic(
     for member in found.members:
         assert member.arithmetic is not None
         template = member.arithmetic
-        artifact, scheme, roles = template.reference
-        # the simulation rounds weights itself; the codes of a calibration are those that the passes carry
-        ours = isinstance(spec.model, DecoderConfig) and not needs_calibration(spec.quantization)
-        key = template.key if ours else artifact.manifest.target
+        artifact, scheme = template.reference
+        reference: Reference | None = layer_reference(artifact, spec, store, scheme)
+        key = template.key if reference is not None else artifact.manifest.target
         if key not in made:
-            if ours and isinstance(spec.model, DecoderConfig):
-                reference: Any = VerifyingReference(spec.model, store, scheme, xnnpack_roles=roles)
-            else:
+            if reference is None:
                 program = build.program_and_passes(spec, store, artifact.manifest.target)
                 reference = GraphReference(before_target(*program), WeightCache())
             with progress.stage(f"run {EAGER} as {member.name} rounds"):

@@ -17,18 +17,17 @@ from moec.analysis.verify.compare import Comparison, compare
 from moec.analysis.verify.foreign import before_target, compare_foreign
 from moec.analysis.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
 from moec.analysis.verify.quality.fidelity import Fidelity, fidelity_of
-from moec.analysis.verify.reference import VerifyingReference
 from moec.analysis.verify.report import Check, Report
 from moec.analysis.verify.tolerances import Tolerance
-from moec.checkpoints import WeightStore
 from moec.compiler import build
 from moec.compiler.artifact import Artifact, Manifest
 from moec.compiler.build_record import located, model_paths, read_build_record
 from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
+from moec.compiler.reference import LayerReference
 from moec.compiler.source import Checkpoint
-from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.model import Quantization, Spec
 from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.compiler.spec.sources import source_of
 from moec.compiler.target import Session, facts_of
@@ -78,10 +77,9 @@ def verify_artifact(
         if not any(prompts.values()):
             raise UserError("there is no token in the text to verify with", remedy="give a longer text")
         prompts = {name: ids[: artifact.manifest.model.context] for name, ids in prompts.items() if ids}
-        # the simulation rounds weights itself; the codes of a calibration are those that the passes carry
-        own = not needs_calibration(spec.quantization)
-        if own and isinstance(spec.model, DecoderConfig) and isinstance(store, WeightStore):
-            found = _compare_ours(artifact, spec, spec.model, store, session, unrounded, prompts, progress)
+        eager = layer_reference(artifact, spec, store, computed_scheme(artifact.manifest, spec))
+        if eager is not None:
+            found = _compare_layers(artifact, spec, store, eager, session, unrounded, prompts, progress)
         else:
             found = _compare_foreign(artifact, spec, store, session, unrounded, prompts, progress)
         found.figures.update(_rounding_figures(artifact, session, prompts))
@@ -110,25 +108,41 @@ def _gate(fidelity: Fidelity, max_kld: float) -> Check:
     return Check("quantization: mean KL divergence from the float model", value, limit, detail=fidelity.why)
 
 
-def _compare_ours(
+def layer_reference(
+    artifact: Artifact, spec: Spec, store: Checkpoint, scheme: Quantization | None
+) -> LayerReference | None:
+    """The reference of the artifact's model source, rounding as `scheme` says; None where the exported graph is it.
+
+    A source's reference rounds weights itself; the codes of a calibration are those that the passes carry.
+    """
+    if needs_calibration(spec.quantization):
+        return None
+    roles = asymmetric_roles(artifact.manifest)
+    return source_of(spec.model).reference(spec, store, scheme, asymmetric_roles=roles)
+
+
+def _compare_layers(
     artifact: Artifact,
     spec: Spec,
-    config: DecoderConfig,
-    store: WeightStore,
+    store: Checkpoint,
+    reference: LayerReference,
     session: Session,
     unrounded: Session | None,
     prompts: Mapping[str, list[int]],
     progress: Progress,
 ) -> Comparison:
     scheme = computed_scheme(artifact.manifest, spec)
-    roles = asymmetric_roles(artifact.manifest)
+    floats = None  # the same codes and cache without rounding of activations
+    if scheme is not None and scheme.int8_activations:
+        unrounding = scheme.model_copy(update={"activations": FLOAT_ACTIVATIONS})
+        floats = layer_reference(artifact, spec, store, unrounding)
     return compare(
         session,
-        VerifyingReference(config, store, scheme, xnnpack_roles=roles),
+        reference,
         prompts,
         layer_names=artifact.manifest.model.moe_layers,
         quantized=scheme is not None,
-        float_reference=_float_reference(config, store, scheme, roles),
+        float_reference=floats,
         unrounded=unrounded,
         progress=progress,
     )
@@ -254,16 +268,6 @@ def _rounding_figures(artifact: Artifact, exact: Session, prompts: Mapping[str, 
 def asymmetric_roles(manifest: Manifest) -> Collection[Role]:
     """Roles whose linears the target runs with asymmetric activation rounding, as its lowering noted them."""
     return [Role(name) for name in facts_of(manifest).asymmetric_roles]
-
-
-def _float_reference(
-    config: DecoderConfig, store: WeightStore, scheme: Quantization | None, roles: Collection[Role]
-) -> VerifyingReference | None:
-    """The same codes and cache without rounding of activations; None when the scheme rounds none."""
-    if scheme is None or not scheme.int8_activations:
-        return None
-    unrounded = scheme.model_copy(update={"activations": FLOAT_ACTIVATIONS})
-    return VerifyingReference(config, store, unrounded, xnnpack_roles=roles)
 
 
 def _report(

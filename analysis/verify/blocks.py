@@ -15,7 +15,7 @@ from moec.analysis.verify.interpret import GraphRunner
 from moec.compiler.ops import RoutedMoe
 from moec.compiler.ops.moe_math import combine_weights
 from moec.compiler.program import Program
-from moec.sources.decoder.simulate import Routed
+from moec.compiler.reference import Routed
 
 
 def fused_nodes(program: Program) -> list[Node]:

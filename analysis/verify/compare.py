@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +28,21 @@ from moec.analysis.verify.blocks import FusedBlock
 from moec.analysis.verify.graphs import close_rows
 from moec.analysis.verify.metrics import RouterAgreement
 from moec.analysis.verify.phases import Drift, judge_elements, judge_steps, tail_cosine, tail_limit
-from moec.analysis.verify.reference import FLOAT_SHAKE, SHAKE, Followed, VerifyingReference
-from moec.analysis.verify.replay import Replay, experts_used, replay_in_pieces, replay_prompt
+from moec.analysis.verify.replay import experts_used, replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check, LayerRow
 from moec.analysis.verify.tolerances import Tolerance
 from moec.compiler.progress import Progress
+from moec.compiler.reference import (
+    FLOAT_SHAKE,
+    SHAKE,
+    Followed,
+    LayerReference,
+    Reference,
+    ReferenceBlock,
+    Replay,
+    Routed,
+)
 from moec.compiler.target import MoeTrace, Session
-from moec.sources.decoder.simulate import MoeReference, Routed
-
-Selections = Mapping[str, Sequence[np.ndarray]]  # by prompt and MoE layer: int [T, K]
 
 DECODE_STEPS = 8
 _CLOSE = {"atol": tolerances.FLOAT_ATOL, "rtol": tolerances.FLOAT_RTOL}
@@ -54,12 +60,12 @@ class Comparison:
 
 def compare(
     session: Session,
-    reference: VerifyingReference,
+    reference: LayerReference,
     prompts: Mapping[str, Sequence[int]],
     *,
     layer_names: Sequence[str],
     quantized: bool,
-    float_reference: FreeReference | None = None,
+    float_reference: Reference | None = None,
     unrounded: Session | None = None,
     progress: Progress,
 ) -> Comparison:
@@ -114,7 +120,7 @@ def _figures(prefix: str, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) ->
 
 def _layer_by_layer(
     found: Comparison,
-    reference: VerifyingReference,
+    reference: LayerReference,
     replays: Mapping[str, Replay],
     layer_names: Sequence[str],
     progress: Progress,
@@ -122,7 +128,7 @@ def _layer_by_layer(
     own = RouterAgreement(0, 0, 0)
     with progress.stage("compare layer by layer", len(layer_names)) as step:
 
-        def on_layer(layer: int, block: MoeReference, followed: Mapping[str, Followed]) -> None:
+        def on_layer(layer: int, block: ReferenceBlock, followed: Mapping[str, Followed]) -> None:
             nonlocal own
             row, agreement = _layer_row(layer, layer_names[layer], block, replays, followed, quantized=found.quantized)
             found.layers.append(row)
@@ -149,7 +155,7 @@ def _layer_by_layer(
 def _layer_row(
     layer: int,
     name: str,
-    block: MoeReference,
+    block: ReferenceBlock,
     replays: Mapping[str, Replay],
     followed: Mapping[str, Followed],
     *,
@@ -274,28 +280,9 @@ def _pooled(traces: Sequence[MoeTrace]) -> MoeTrace:
 # --- free run -------------------------------------------------------------------------------------------------------
 
 
-class FreeReference(Protocol):
-    """What a free run needs: the model on its own, and shaken. `on_layer(n, block, selections by prompt)`.
-
-    `routing`: the experts of every token, instead of those that the model selects.
-    """
-
-    def run(
-        self, prompts: Mapping[str, Sequence[int]], on_layer: Any = None, *, routing: Selections | None = None
-    ) -> Mapping[str, np.ndarray]: ...
-    def shaken(
-        self,
-        prompts: Mapping[str, Sequence[int]],
-        on_layer: Any = None,
-        *,
-        routing: Selections | None = None,
-        shake: float = SHAKE,
-    ) -> Mapping[str, np.ndarray]: ...
-
-
 def free_run(
     found: Comparison,
-    reference: FreeReference,
+    reference: Reference,
     replays: Mapping[str, Replay],
     moe_layers: int,
     progress: Progress,
@@ -329,7 +316,7 @@ def tied_tokens(
 def _beyond_drift(
     found: Comparison,
     prefix: str,
-    reference: FreeReference,
+    reference: Reference,
     free: tuple[Mapping[str, np.ndarray], Mapping[int, Mapping[str, Routed]]],
     replays: Mapping[str, Replay],
     step: Callable[[str], None],
@@ -374,7 +361,7 @@ def _beyond_drift(
 
 def _free_run_float(
     found: Comparison,
-    reference: FreeReference,
+    reference: Reference,
     replays: Mapping[str, Replay],
     logits: Mapping[str, np.ndarray],
     tied: Mapping[str, np.ndarray],
@@ -397,7 +384,7 @@ def _free_run_float(
 
 def without_rounding(
     found: Comparison,
-    reference: FreeReference,
+    reference: Reference,
     session: Session | None,
     replays: Mapping[str, Replay],
     moe_layers: int,
@@ -427,7 +414,7 @@ def without_rounding(
 
 
 def _routed_alike(
-    reference: FreeReference, whole: Mapping[str, Replay], name: str, pieces: Replay, steps: int
+    reference: Reference, whole: Mapping[str, Replay], name: str, pieces: Replay, steps: int
 ) -> list[Check]:
     """Every row of a run without rounding of activations, `pieces` being that of prompt `name` in pieces.
 
@@ -476,7 +463,7 @@ def pieces_of(
 
 
 def keeping(kept: dict[int, Mapping[str, Routed]], step: Callable[[str], None]):  # type: ignore[no-untyped-def]
-    def on_layer(layer: int, block: MoeReference, routed: Mapping[str, Routed]) -> None:
+    def on_layer(layer: int, block: ReferenceBlock, routed: Mapping[str, Routed]) -> None:
         kept[layer] = dict(routed)
         step(f"layer {layer}")
 

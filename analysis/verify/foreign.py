@@ -11,7 +11,7 @@ T tokens, V vocabulary, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from moec.analysis.verify import compare, tolerances
 from moec.analysis.verify.blocks import FusedBlock, block_of, fused_nodes
 from moec.analysis.verify.graphs import close_rows, moe_selection_scores
 from moec.analysis.verify.interpret import GraphRunner, Override, WeightCache
-from moec.analysis.verify.reference import SHAKE
-from moec.analysis.verify.replay import Replay, replay_in_pieces, replay_prompt
+from moec.analysis.verify.replay import replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check
 from moec.analysis.verify.rounding import (
     float_products,
@@ -38,10 +37,8 @@ from moec.compiler.errors import ArtifactError
 from moec.compiler.pipeline import Pass, steps
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
+from moec.compiler.reference import SHAKE, OnLayer, Prompts, Replay, Routed, Selections
 from moec.compiler.target import Session
-from moec.sources.decoder.simulate import Routed
-
-OnLayer = Callable[[int, FusedBlock, Mapping[str, Routed]], None]
 
 
 def before_target(program: Program, passes: Sequence[Pass]) -> Program:
@@ -54,7 +51,7 @@ def before_target(program: Program, passes: Sequence[Pass]) -> Program:
 
 
 class GraphReference:
-    """A program run on whole prompts, in calls of at most its `max_tokens`; `Reference`'s interface over a graph."""
+    """A program run on whole prompts, in calls of at most its `max_tokens`; `Reference` of compiler/reference.py."""
 
     def __init__(self, program: Program, cache: WeightCache, overrides: Mapping[Any, Override] | None = None) -> None:
         """`overrides`: operators that are computed otherwise than the program says, in every run."""
@@ -63,10 +60,10 @@ class GraphReference:
 
     def run(
         self,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
-        routing: compare.Selections | None = None,
+        routing: Selections | None = None,
     ) -> dict[str, np.ndarray]:
         """Logits float32 [T, V] by prompt; `on_layer` sees the selections that every fused node makes, those included
         that `routing` replaces."""
@@ -74,10 +71,10 @@ class GraphReference:
 
     def shaken(
         self,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
-        routing: compare.Selections | None = None,
+        routing: Selections | None = None,
         shake: float = SHAKE,
     ) -> dict[str, np.ndarray]:
         """`run` with relative noise of `shake` in every norm's output."""
@@ -90,10 +87,10 @@ class GraphReference:
 
     def _run(
         self,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         on_layer: OnLayer | None,
         overrides: Mapping[Any, Override],
-        routing: compare.Selections | None,
+        routing: Selections | None,
     ) -> dict[str, np.ndarray]:
         overrides = {**self._overrides, **overrides}
         free = GraphRunner(self._program, overrides=overrides, cache=self._cache)
@@ -141,7 +138,7 @@ def compare_foreign(
     session: Session,
     exported: Program,
     last: Program,
-    prompts: Mapping[str, Sequence[int]],
+    prompts: Prompts,
     *,
     quantized: bool,
     rounds_activations: bool,
@@ -197,7 +194,7 @@ def _codes_found(found: compare.Comparison, lost: Sequence[str]) -> None:
 def _passes_elements(
     found: compare.Comparison,
     passes: GraphReference,
-    prompts: Mapping[str, Sequence[int]],
+    prompts: Prompts,
     exported: Mapping[str, np.ndarray],
     progress: Progress,
 ) -> None:
@@ -217,7 +214,7 @@ def _passes_elements(
 
 
 def _exported_logits(
-    program: Program, prompts: Mapping[str, Sequence[int]], cache: WeightCache, progress: Progress
+    program: Program, prompts: Prompts, cache: WeightCache, progress: Progress
 ) -> dict[str, np.ndarray]:
     runner = GraphRunner(program, cache=cache)
     with progress.stage("run the exported model", len(prompts)), torch.no_grad():

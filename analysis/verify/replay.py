@@ -7,23 +7,14 @@ T tokens, V vocabulary, D model width, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from moec.compiler.errors import ArtifactError
+from moec.compiler.reference import Replay
 from moec.compiler.session import joined_layer
 from moec.compiler.target import MoeTrace, Session
-
-
-@dataclass(frozen=True)
-class Replay:
-    """One prompt through the artifact: all logits [T, V] and one trace per MoE layer, in order, over all T tokens."""
-
-    ids: tuple[int, ...]
-    logits_TV: np.ndarray
-    layers: tuple[MoeTrace, ...]
 
 
 def replay_prompt(session: Session, ids: Sequence[int], moe_layers: int) -> Replay:

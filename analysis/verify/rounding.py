@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from moec.analysis.verify.interpret import Override
-from moec.analysis.verify.reference import SHAKE
 from moec.compiler import ops
 from moec.compiler.ops.moe_math import combine_weights
 from moec.compiler.program import LazyWeight, Program
+from moec.compiler.reference import SHAKE
 from moec.compiler.weights import Origin, QuantizedWeight
 
 

@@ -1,8 +1,13 @@
 """The decoder evaluated layer by layer with the weights and the rounding that a compiled artifact has.
 
 It is what artifacts are verified against: the same codes and scales, and, where asked, the same rounding of activations
-and of the KV cache, in plain PyTorch. Weights are streamed: no more than one layer is in memory, and of a quantized
-layer only the expert at hand is dequantized.
+and of the KV cache, in plain PyTorch.
+
+Verification runs this and not the exported graph for two reasons. It reads and rounds the checkpoint by itself, so a
+pass that is wrong cannot be wrong on both sides. And its layers can be started from an artifact's own values
+(`following.py`): dynamic INT8 rounding makes whole runs drift apart, however right both are, and only layers that start
+from the same values can be held to tight limits. Weights are streamed: no more than one layer is in memory, and of a
+quantized layer only the expert at hand is dequantized.
 
 Shape suffixes as in `decoder.py`: T tokens, D d_model, H query heads, G KV heads, d head_dim, E experts, K selected
 experts, V vocabulary.
@@ -10,7 +15,7 @@ experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +30,7 @@ from moec.compiler.ops.linear_q import linear_in_groups
 from moec.compiler.program import LazyWeight, Role
 from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, fake_quantize_rows_asymmetric
 from moec.compiler.quantizer import codes_of
+from moec.compiler.reference import OnLayer, Prompts, Routed, Selections
 from moec.compiler.spec.model import DecoderConfig, Quantization
 from moec.sources.decoder.decoder import apply_rope
 from moec.sources.decoder.layout import moe_layers, weight_layout
@@ -37,19 +43,6 @@ class Weights(Protocol):
     """Model weight name -> LazyWeight: a `WeightStore`, or a mapping."""
 
     def __getitem__(self, name: str, /) -> LazyWeight: ...
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What a router did with T tokens.
-
-    scores_TE: what top-k saw, float32, so that ties can be found. indices_TK: the free selection, int64, best first.
-    weights_TK: combine weights, float32, of the selection that was forced if one was, else of the free one.
-    """
-
-    scores_TE: np.ndarray
-    indices_TK: np.ndarray
-    weights_TK: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,6 @@ class ReferenceResult:
 
     logits: np.ndarray
     layers: tuple[LayerRecord, ...]
-
-
-OnLayer = Callable[[int, "MoeReference", Mapping[str, Routed]], None]
 
 
 class Matrix:
@@ -144,8 +134,8 @@ class Reference:
 
     quantization: which weights are codes, as the compiler's own pass makes or carries them; None for float weights.
     activations: False computes in float on the same codes and with a float KV cache: what the weights alone cost.
-    xnnpack_roles: roles whose INT4 linears the XNNPACK delegate serves. It rounds activations asymmetrically and holds
-    scales as bfloat16.
+    asymmetric_roles: roles whose INT4 linears another engine serves (`Facts.asymmetric_roles`). It rounds activations
+    asymmetrically and holds scales as bfloat16.
     """
 
     def __init__(
@@ -155,12 +145,12 @@ class Reference:
         quantization: Quantization | None,
         *,
         activations: bool = True,
-        xnnpack_roles: Collection[Role] = (),
+        asymmetric_roles: Collection[Role] = (),
     ) -> None:
         self._config, self._weights, self._quantization = config, weights, quantization
         self._int8 = activations and quantization is not None and quantization.int8_activations
         self._int8_cache = activations and quantization is not None and quantization.cache_codes is not None
-        self._xnnpack_roles = frozenset(xnnpack_roles)
+        self._asymmetric_roles = frozenset(asymmetric_roles)
         self._layout = weight_layout(config)
         self._names = moe_layers(config)
         self._cos_SP, self._sin_SP = rope_tables(config.rope, config.context, config.head_dim)
@@ -169,7 +159,7 @@ class Reference:
 
     def _matrix(self, name: str, *, delegated: bool = True) -> Matrix:
         info = self._layout[name]
-        delegated = delegated and info.role in self._xnnpack_roles
+        delegated = delegated and info.role in self._asymmetric_roles
         scheme = self._quantization.scheme(info.role) if self._quantization is not None else None
         stacked = len(info.shape) == 3
         weight: Tensor | QuantizedTensor
@@ -209,10 +199,10 @@ class Reference:
     @torch.no_grad()
     def run(
         self,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
-        routing: Mapping[str, Sequence[np.ndarray]] | None = None,
+        routing: Selections | None = None,
     ) -> dict[str, np.ndarray]:
         """Logits float32 [T, V] by prompt; each layer's weights are read once for all prompts.
 
@@ -223,9 +213,9 @@ class Reference:
 
     def _run(
         self,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         on_layer: OnLayer | None,
-        forced: Mapping[str, Sequence[np.ndarray]] | None,
+        forced: Selections | None,
         records: list[LayerRecord] | None,
     ) -> dict[str, np.ndarray]:
         ids = {name: self._checked(tokens) for name, tokens in prompts.items()}

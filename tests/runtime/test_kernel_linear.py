@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from moec.analysis.verify.reference import FLOAT_SHAKE
 from moec.compiler.quant import quantize_rows
+from moec.compiler.reference import FLOAT_SHAKE
 from moec.runtime import kernel_api
 from moec.runtime.moe_config import ACTIVATION, Kind, WeightFormat
 from moec.targets.xnnpack import packing

@@ -17,6 +17,7 @@ from moec.compiler.errors import CompileError, RunError
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor, quantize_rows, quantize_weight
 from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.sources import source_of
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.simulate import Matrix, Reference
@@ -155,7 +156,7 @@ def test_out_groups_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_roles_that_xnnpack_serves(tmp_path: Path) -> None:
     """Asymmetric rows and bfloat16 scales, in those roles only."""
     config, store = opened(tmp_path, qat=True)
-    reference = Reference(config, store, scheme(), xnnpack_roles=[Role.SHARED])
+    reference = Reference(config, store, scheme(), asymmetric_roles=[Role.SHARED])
     stored = store["model.layers.0.feed_forward.shared_expert.up_proj.weight"].stored
     assert stored is not None
     codes = stored.load()
@@ -176,6 +177,18 @@ def test_roles_that_xnnpack_serves(tmp_path: Path) -> None:
     torch.testing.assert_close(plain._matrix(name)(x), F.linear(q * s, codes.dequantize()), atol=1e-5, rtol=1e-5)
 
 
+def test_verification_gets_it_from_the_model_source(tmp_path: Path) -> None:
+    spec = Spec.model_validate({"name": "t", "model": MODEL, "quantization": INT4})
+    config, store = opened(tmp_path, qat=True)
+    given = source_of(spec.model).reference(spec, store, scheme(), asymmetric_roles=[Role.SHARED])
+    assert given is not None
+    logits = given.run({"a": IDS})["a"]
+    assert np.array_equal(
+        logits, Reference(config, store, scheme(), asymmetric_roles=[Role.SHARED]).run({"a": IDS})["a"]
+    )
+    assert not np.array_equal(logits, given.shaken({"a": IDS})["a"])
+
+
 def test_routing_free_and_forced(tmp_path: Path) -> None:
     config, store = opened(tmp_path, qat=True)
     reference = Reference(config, store, scheme())
@@ -183,6 +196,10 @@ def test_routing_free_and_forced(tmp_path: Path) -> None:
     again = reference.forward(IDS, [r.routed.indices_TK for r in free.layers])
     assert np.array_equal(free.logits, again.logits)
     other = [np.roll(r.routed.indices_TK, 1, axis=0) for r in free.layers]
+    seen: dict[int, np.ndarray] = {}
+    run = reference.run({"a": IDS}, lambda n, _, r: seen.update({n: r["a"].indices_TK}), routing={"a": other})
+    assert np.array_equal(run["a"], reference.forward(IDS, other).logits)
+    assert np.array_equal(seen[0], free.layers[0].routed.indices_TK), "what it would have selected is reported"
     forced = reference.forward(IDS, other)
     assert not np.array_equal(free.logits, forced.logits)
     for record, used in zip(forced.layers, other, strict=True):

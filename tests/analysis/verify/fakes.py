@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from moec.analysis.verify.reference import VerifyingReference
 from moec.analysis.verify.weights import unkind_weights
 from moec.compiler.program import LazyWeight
 from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.target import MoeTrace
 from moec.sources.decoder.decoder import Decoder, MoeBlock
+from moec.sources.decoder.following import DecoderReference
 from moec.sources.decoder.layout import weight_layout
 
 CONFIG = {
@@ -84,8 +84,8 @@ class FakeSession:
         pass
 
 
-def reference(model: Decoder) -> VerifyingReference:
+def reference(model: Decoder) -> DecoderReference:
     """The streamed reference with the weights of `model`, unrounded."""
     tensors = {name: parameter.data for name, parameter in model.named_parameters()}
     weights = {n: LazyWeight(tuple(w.shape), torch.float32, lambda w=w: w) for n, w in tensors.items()}
-    return VerifyingReference(model.config, weights, None)
+    return DecoderReference(model.config, weights, None)

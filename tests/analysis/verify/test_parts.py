@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moec.analysis.verify.diff import diff_texts, logits_figures
-from moec.analysis.verify.reference import stream_of
 from moec.analysis.verify.replay import bounds, joined_traces, replay_in_pieces, replay_prompt
 from moec.analysis.verify.weights import unkind_weights
 from moec.compiler.program import Role
 from moec.compiler.target import MoeTrace
+from moec.sources.decoder.following import stream_of
 from tests.analysis.verify.fakes import FakeSession, decoder
 
 

@@ -1,4 +1,4 @@
-"""The eager reference run in the three ways that verification needs.
+"""The decoder's reference in the three ways that verification runs it.
 
     free       on its own, from token ids to logits
     following  re-synchronised with an artifact at the input and output of every MoE block: each part starts from what
@@ -16,39 +16,31 @@ T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moec.analysis.verify.replay import Replay
-from moec.sources.decoder.simulate import LayerRecord, MoeReference, OnLayer, Reference, Routed
+from moec.compiler.reference import (
+    SHAKE,
+    Followed,
+    OnFollowed,
+    OnLayer,
+    Prompts,
+    ReferenceBlock,
+    Replay,
+    Routed,
+    Selections,
+)
+from moec.sources.decoder.simulate import LayerRecord, Reference
 
-# Relative, per element: what an fp32 sum of about a thousand terms (a norm, a dot product) loses by its order.
-SHAKE = 5e-7
-# The same of our kernels on unrounded activations, which add products one after the other. Measured against float64:
-# 1.2e-7 to 6.8e-7 (K of 384 to 1536, groups along either axis; tests/runtime/test_kernel_linear.py).
-FLOAT_SHAKE = 7e-7
 # Elements whose norm weight is this much smaller than the median say nothing of the stream they came from.
 _BLIND = 1e-2
 
 
-@dataclass(frozen=True)
-class Followed:
-    """One MoE layer of one prompt: `x_TD`, the block's input as the reference computes it from the artifact's previous
-    layer, and `y_TD`, the block's output for the artifact's own input and routing."""
-
-    x_TD: np.ndarray
-    y_TD: np.ndarray
-
-
-OnFollowed = Callable[[int, MoeReference, Mapping[str, Followed]], None]
-
-
-class VerifyingReference(Reference):
-    """A `Reference` that can also follow an artifact, or be shaken. Free runs are `run`, as before."""
+class DecoderReference(Reference):
+    """A `Reference` that can also follow an artifact, or be shaken: the `LayerReference` of compiler/reference.py."""
 
     _replays: Mapping[str, Replay] | None = None
     _predicted: dict[str, np.ndarray]
@@ -63,7 +55,7 @@ class VerifyingReference(Reference):
         prompts = {name: replay.ids for name, replay in replays.items()}
         records: list[LayerRecord] = []
 
-        def followed(layer: int, block: MoeReference, _: Mapping[str, Routed]) -> None:
+        def followed(layer: int, block: ReferenceBlock, _: Mapping[str, Routed]) -> None:
             found = {
                 name: Followed(self._predicted[name], record.y_TD)
                 for name, record in zip(prompts, records, strict=True)
@@ -79,10 +71,10 @@ class VerifyingReference(Reference):
 
     def shaken(
         self,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
-        routing: Mapping[str, Sequence[np.ndarray]] | None = None,
+        routing: Selections | None = None,
         shake: float = SHAKE,
     ) -> dict[str, np.ndarray]:
         """`run` with relative noise of `shake` in every block's input; the same noise at every call."""
