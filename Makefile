@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   && echo $$p && break; done)
 EXTRAS ?= dev,metal,transformers,train,report
-TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures,titan,quality
+TEST_EXTRAS ?= onnx,mlir,iree,eval,plan,pictures,titan,quality,sbom,sign
 TORCH_INDEX ?=
 TORCH_WHEEL ?=
 PYTEST_ARGS ?=
@@ -47,7 +47,7 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock new-rule bench-kernel bench-peers bench-roles \
+.PHONY: help setup demo test test-slow test-sanitize lint format lock sbom new-rule bench-kernel bench-peers bench-roles \
   bench-passes bench-training replay plan-accuracy paper-tables train-report real-model clean distclean
 
 help: ## this list
@@ -124,6 +124,13 @@ lock: $(INSTALLED) ## requirements.lock anew, from the environment that the test
 	$(call install,lock)
 	$(BIN)/python tools/locked.py write
 	touch $(INSTALLED)
+
+# of the environment as it stands: `make setup` in a fresh clone has what the lock selects and no more
+sbom: setup ## build/sbom.cdx.json: what moec and its extras are made of, in CycloneDX
+	$(call install,sbom)
+	@mkdir -p $(BUILD)
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --spec-version 1.6 \
+	  --output-file $(BUILD)/sbom.cdx.json
 
 bench-kernel: setup ## one MoE layer against its peers and the machine's limits (bench/README.md, likewise the others)
 	$(call install,bench)
