@@ -1,8 +1,9 @@
 """From a legal graph to ExecuTorch's edge dialect by renaming operators, where that is all there is to do.
 
 `to_edge_transform_and_lower` decomposes, functionalizes and traces a graph again about ten times, which is most of a
-compile. A fused decoder holds a dozen plain operators besides `moec`'s own: those are renamed one by one here. A
-graph with anything else gives None, and takes ExecuTorch's way.
+compile. A fused decoder holds some plain operators besides `moec`'s own, a foreign one the arithmetic of its rotary
+embedding too: those are renamed one by one here, to the program that ExecuTorch's way gives. A graph with anything else
+gives None, and takes that way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes.replace_aten_with_edge_pass import aten_to_edge
+from executorch.exir.program._program import lift_constant_tensor_pass
 from torch._export.verifier import Verifier
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
@@ -35,8 +37,15 @@ VIEWS = {
     aten.transpose.int: aten.transpose_copy.int,
 }
 UNCHANGED = {
+    aten.cat.default,
+    aten.cos.default,
+    aten.exp.default,
     aten.index_select.default,
+    aten.neg.default,
+    aten.rsqrt.default,
     aten.sigmoid.default,
+    aten.sin.default,
+    aten.tanh.default,
     aten.linear.default,
     torch.ops.torchao.choose_qparams_affine.default,
     torch.ops.torchao.quantize_affine.default,
@@ -72,19 +81,23 @@ def plain_edge_program(exported: ExportedProgram) -> ExportedProgram | None:
         rename(graph, node)
     signature = copy.copy(exported.graph_signature)
     signature.output_specs = [*_mutations(exported, graph), *signature.output_specs]
-    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    root = torch.nn.Module()
+    _numbers_to_tensors(graph, root)
+    module = torch.fx.GraphModule(root, graph)
     module.meta.update(exported.graph_module.meta)
-    return ExportedProgram(
+    edge = ExportedProgram(
         root=module,
         graph=graph,
         graph_signature=signature,
-        state_dict=exported.state_dict,
+        state_dict=dict(exported.state_dict),
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
         example_inputs=exported.example_inputs,
         constants=exported.constants,
         verifiers=[InPlaceEdgeVerifier],
     )
+    lifted: ExportedProgram = lift_constant_tensor_pass(edge)
+    return lifted
 
 
 def _renaming(node: Node) -> Callable[[Graph, Node], None] | None:
@@ -95,7 +108,9 @@ def _renaming(node: Node) -> Callable[[Graph, Node], None] | None:
         return _keep if target._schema.is_mutable else _to_edge
     if target in VIEWS or target in UNCHANGED:
         return _to_edge
-    if target in ARITHMETIC and not node.kwargs and _same_type(node):
+    if target in ARITHMETIC and not node.kwargs and (_same_type(node) or _by_number(node)):
+        return _to_edge
+    if target is aten._to_copy.default and set(node.kwargs) == {"dtype"} and not _same_type(node):
         return _to_edge
     if target is aten.silu.default:
         return _expand_silu
@@ -108,6 +123,25 @@ def _same_type(node: Node) -> bool:
     """Two tensors of one type: nothing to promote, no number to make a tensor of."""
     values = [a.meta.get("val") if isinstance(a, Node) else None for a in node.args]
     return all(isinstance(v, torch.Tensor) and v.dtype == node.meta["val"].dtype for v in values)
+
+
+def _by_number(node: Node) -> bool:
+    """A float32 tensor and a number, in this order: the number becomes a float32 tensor, and nothing is promoted."""
+    tensor, number = node.args[0], node.args[1]
+    value = tensor.meta.get("val") if isinstance(tensor, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32 and type(number) is float
+
+
+def _numbers_to_tensors(graph: Graph, root: torch.nn.Module) -> None:
+    """Makes operands that are numbers tensors of no dimension, as the edge dialect has them: constants in `root`."""
+    arithmetic = {aten_to_edge(target) for target in ARITHMETIC}
+    for node in graph.nodes:
+        if node.target not in arithmetic or isinstance(node.args[1], Node):
+            continue
+        name = f"number_{node.name}"
+        root.register_buffer(name, torch.tensor(node.args[1]))
+        with graph.inserting_before(node):
+            node.args = (node.args[0], graph.get_attr(name))
 
 
 def _keep(graph: Graph, node: Node) -> None:
