@@ -317,6 +317,8 @@ bool moec_model::open(int32_t threads) {
   module = std::make_unique<Module>(path, Module::LoadMode::Mmap);
   Watch watch;
   const Error code = module->load(executorch::runtime::Program::Verification::InternalConsistency);
+  // check_file has opened it and knows its length: what fails is the mapping, for want of address space
+  if (code == Error::AccessFailed || code == Error::MemoryAllocationFailed) return fail("no address space to map the file", code, watch);
   if (code != Error::Ok) return fail("damaged, or written by another version of ExecuTorch", code, watch);
   const std::string fault = program_fault(path);
   if (!fault.empty()) return fail("damaged: " + fault);

@@ -89,6 +89,8 @@ class CpuSession(SessionBase):
         error = runtime.moec_model_error(self._handle).decode(errors="replace")
         if error:
             self.close()
+            if error.startswith(("no address space", "out of memory")):
+                raise MemoryError(f"{path}: {error}")
             raise ArtifactError(error, place=str(path), remedy="compile the artifact again")
         runtime.moec_model_float_activations(self._handle, int(float_activations))
         info = _Info()
