@@ -208,7 +208,7 @@ def test_onnxruntime_genai_finds_the_names_that_it_looks_for(make: Make) -> None
 
 
 def test_onnxruntime_genai_continues_as_we_do(make: Make) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="the oracle is onnxruntime-genai, which no extra brings")
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs the genai extra: pip install 'moec[genai]'")
     folder, prompt = make() / "artifact", [0, 5, 9, 100, 7]
     model = genai.Model(str(folder))
     settings = genai.GeneratorParams(model)
