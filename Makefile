@@ -7,6 +7,7 @@
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
 #: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
 #: BASE          the revision that replay compares with
+#: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all)
 #: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
 SHELL := /bin/bash
@@ -24,6 +25,9 @@ TORCH_WHEEL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PLAN_ARGS ?=
+FUZZ ?=
+# the shell has a variable of this name, too, which is not meant
+SECONDS := $(if $(filter command line,$(origin SECONDS)),$(SECONDS),60)
 NAME ?=
 BASE ?=
 
@@ -47,7 +51,8 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize lint format lock sbom new-rule bench-kernel bench-peers bench-roles \
+.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers \
+  bench-roles \
   bench-passes bench-training replay plan-accuracy paper-tables train-report real-model clean distclean
 
 help: ## this list
@@ -110,6 +115,10 @@ test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
 # the kernel library under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer
 test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	$(BIN)/python -m moec.runtime.native sanitize
+
+# a file in tests/fuzz/targets or tests/fuzz/native is a target; FUZZ="pte spec" chooses
+fuzz: setup ## every reader on damaged input, SECONDS each (default 60); FUZZ names targets
+	$(BIN)/python -W ignore -m tests.fuzz $(SECONDS) $(FUZZ)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,17 +1,16 @@
 // The runtime library: see moec_runtime.h. ExecuTorch's Module does the loading; what is added is checking before trust
-// (file length, flatbuffer, method signatures), lazily backed arenas that methods share, and reasons for failures.
+// (program_file.h, program_check.h, method signatures), lazily backed arenas that methods share, and reasons for failures.
 #include "moec_runtime.h"
 
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/kernel/operator_registry.h>
 #include <executorch/runtime/platform/log.h>
 #include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
@@ -29,8 +28,9 @@
 
 #include "memory.h"
 #include "moec_kernel.h"
+#include "operator_table.h"
+#include "program_file.h"
 #include "registration/ops_executorch.h"
-#include "program_check.h"
 
 // The wheel ships this class without its header.
 namespace executorch::extension::threadpool {
@@ -145,6 +145,13 @@ class FloatActivations {
   bool on_;
 };
 
+// Whether none of `count` values is NaN. -infinity is a logit: of a token that is never chosen.
+bool all_numbers(const float* values, int64_t count) {
+  bool nan = false;
+  for (int64_t i = 0; i < count; ++i) nan |= values[i] != values[i];
+  return !nan;
+}
+
 struct Method {
   std::vector<Span<uint8_t>> buffers;
   std::unique_ptr<HierarchicalAllocator> memory;
@@ -160,10 +167,13 @@ std::string text(const char* format, ...) {
   return line;
 }
 
-uint64_t little_endian(const uint8_t* p) {
-  uint64_t value = 0;
-  for (int i = 7; i >= 0; --i) value = value << 8 | p[i];
-  return value;
+// One line of text, whatever a damaged file had where a name should be.
+std::string one_line(std::string text) {
+  for (char& c : text) {
+    if (c == '\n' || c == '\t') c = ' ';
+    if (c < ' ' || c > '~') c = '?';
+  }
+  return text;
 }
 
 }  // namespace
@@ -174,17 +184,14 @@ struct moec_model {
   std::string path;
   std::vector<Arena> arenas;  // outlive the methods that point into them
   std::map<std::string, Method> methods;
+  ProgramFile* file = nullptr;  // the module's
   std::unique_ptr<Module> module;
   moec_model_info info = {};
   std::vector<int64_t> eos_ids;
   bool float_activations = false;
 
   bool fail(std::string what) {
-    error = std::move(what);
-    for (char& c : error) {  // one line of text, whatever a damaged file had where a name should be
-      if (c == '\n' || c == '\t') c = ' ';
-      if (c < ' ' || c > '~') c = '?';
-    }
+    error = one_line(std::move(what));
     return false;
   }
 
@@ -194,7 +201,6 @@ struct moec_model {
   }
 
   bool open(int32_t threads);
-  bool check_file();
   bool read_constants();
   bool check_method(const char* name);
   bool reserve_arenas(const std::vector<std::string>& names);
@@ -203,28 +209,6 @@ struct moec_model {
   bool integer(const char* name, bool required, int64_t* value);
   bool forward(const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity);
 };
-
-bool moec_model::check_file() {
-  struct stat status = {};
-  if (stat(path.c_str(), &status) != 0) return fail(std::strerror(errno));
-  if (!S_ISREG(status.st_mode)) return fail("not a file");
-  std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  if (!file) return fail(std::strerror(errno));
-  uint8_t head[40] = {};
-  const size_t got = std::fread(head, 1, sizeof head, file.get());
-  if (got < sizeof head || std::memcmp(head + 4, "ET", 2) != 0) return fail("not an ExecuTorch program");
-  info.file_bytes = status.st_size;
-  if (std::memcmp(head + 8, "eh00", 4) != 0) return true;  // no extended header: everything is inside the flatbuffer
-  const uint64_t program = little_endian(head + 16), base = little_endian(head + 24);
-  const uint64_t length = static_cast<uint64_t>(status.st_size);
-  // the size of the segments stands behind the first 32 bytes of the header since version 1.1 of the format
-  const uint64_t header = little_endian(head + 12) & 0xffffffffu;
-  const uint64_t segments = header >= 32 ? little_endian(head + 32) : 0;
-  if (program > length || base > length || segments > length - base)
-    return fail(text("truncated: %" PRIu64 " bytes, its header announces %" PRIu64, length,
-                     segments > UINT64_MAX - base ? UINT64_MAX : std::max(program, base + segments)));
-  return true;
-}
 
 bool moec_model::integer(const char* name, bool required, int64_t* value) {
   Watch watch;
@@ -313,14 +297,18 @@ bool moec_model::load_method(const std::string& name) {
 }
 
 bool moec_model::open(int32_t threads) {
-  if (!check_file()) return false;
-  module = std::make_unique<Module>(path, Module::LoadMode::Mmap);
+  std::string fault;
+  std::unique_ptr<ProgramFile> opened = ProgramFile::open(path, &fault);
+  if (!opened) return fail(fault);
+  file = opened.get();
+  info.file_bytes = static_cast<int64_t>(file->bytes());
+  module = std::make_unique<Module>(std::move(opened));
   Watch watch;
   const Error code = module->load(executorch::runtime::Program::Verification::InternalConsistency);
   // check_file has opened it and knows its length: what fails is the mapping, for want of address space
   if (code == Error::AccessFailed || code == Error::MemoryAllocationFailed) return fail("no address space to map the file", code, watch);
   if (code != Error::Ok) return fail("damaged, or written by another version of ExecuTorch", code, watch);
-  const std::string fault = program_fault(path);
+  fault = file->check();
   if (!fault.empty()) return fail("damaged: " + fault);
   const auto present = module->method_names();
   if (!present.ok()) return fail("no list of methods", present.error(), watch);
@@ -365,6 +353,7 @@ bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all,
     return fail(text("room for %" PRId64 " logits, %" PRId64 " are needed", capacity, wanted));
   if (all && !info.has_all) return fail("the program has no method forward_all");
   const std::string name = all ? "forward_all" : "forward";
+  if (file->truncated()) return fail("truncated while it is in use");
   if (!load_method(name)) return false;
   // never written: ExecuTorch's tensors just have no const form
   auto tokens = executorch::extension::from_blob(const_cast<int64_t*>(ids), {1, static_cast<int32_t>(n)}, ScalarType::Long);
@@ -376,8 +365,10 @@ bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all,
   const auto& output = (*result)[0].toTensor();
   if (output.numel() != wanted)
     return fail(text("%s gave %zd logits instead of %" PRId64, name.c_str(), static_cast<ssize_t>(output.numel()), wanted));
-  if (capacity != 0) std::memcpy(logits, output.const_data_ptr<float>(), static_cast<size_t>(wanted) * sizeof(float));
-  return true;
+  if (file->truncated()) return fail("truncated while it is in use");
+  if (capacity == 0) return true;
+  std::memcpy(logits, output.const_data_ptr<float>(), static_cast<size_t>(wanted) * sizeof(float));
+  return all_numbers(logits, wanted) ? true : fail("the logits are not numbers: the weights are damaged, or too large");
 }
 
 // ------------------------------------------------------------------------------------------------------------------ C API
@@ -497,6 +488,23 @@ int32_t moec_model_memory(moec_model* model, moec_memory* memory) {
   } catch (const std::bad_alloc&) {
     return -1;
   }
+}
+
+int32_t moec_check_program(const char* path, char* reason, size_t capacity) {
+  std::string fault;
+  try {
+    const std::unique_ptr<ProgramFile> file = ProgramFile::open(path ? path : "", &fault);
+    if (file) fault = file->check();
+  } catch (const std::exception& e) {
+    fault = e.what();
+  }
+  if (reason && capacity > 0) std::snprintf(reason, capacity, "%s", one_line(fault).c_str());
+  return fault.empty() ? 0 : -1;
+}
+
+int32_t moec_has_operator(const char* name) {
+  watch_executorch();
+  return name && find_operator(name) && executorch::ET_RUNTIME_NAMESPACE::registry_has_op_function(name);
 }
 
 int64_t moec_cached_bytes(const char* path) {

@@ -1,4 +1,6 @@
-// C API of a loaded model: a `.pte` opened through ExecuTorch's Module (mapped, its pages faulted in when first touched).
+// C API of a loaded model: a `.pte` that was checked and is then run by ExecuTorch's Module, its weights mapped (pages are
+// faulted in when first touched). The file may come from anyone: a damaged one is an error, and so is one that is cut while
+// it is in use, or whose weights give logits that are NaN.
 // Python reaches it through ctypes, the runner binary links it; neither needs torch.
 //
 // A model has the method forward(tokens int64 [1, T], start_pos int64 [1]) -> float32 [1, V] or [1, 1, V], the logits of the
@@ -73,6 +75,12 @@ typedef struct moec_memory {
 
 // model NULL: the process alone. 0, or -1 where the system does not tell.
 MOEC_RUNTIME_API int32_t moec_model_memory(moec_model* model, moec_memory* memory);
+
+// Whether this runtime would open the file, without loading anything of it: 0, or -1 and the reason, one line of at most
+// `capacity` bytes with its end. Its operators are looked up, its numbers are not computed.
+MOEC_RUNTIME_API int32_t moec_check_program(const char* path, char* reason, size_t capacity);
+// 1 if this runtime has the operator, "aten::add.out".
+MOEC_RUNTIME_API int32_t moec_has_operator(const char* name);
 
 // Pages of a file in the page cache, bytes (-1: unknown); asks the system to forget them (0, or -1 if it did not agree; it
 // keeps pages that a process has mapped).

@@ -1,166 +1,181 @@
-// The program part of a .pte is a flatbuffer (ExecuTorch's schema/program.fbs; the field numbers below count the fields of
-// its tables in order, a union takes two). ExecuTorch's verifier makes sure that offsets stay inside the buffer, but not
-// that an instruction's operator is one of the list, and follows the index all the same.
+// The program part of a .pte is a flatbuffer: ExecuTorch's schema/program.fbs. ExecuTorch's verifier makes sure that offsets
+// stay inside it, and little else. Values, calls and delegates are checked in files of their own.
 #include "program_check.h"
 
-#include <cstdint>
-#include <cstdio>
+#include <algorithm>
 #include <cstring>
-#include <memory>
-#include <stdexcept>
+#include <set>
 #include <vector>
+
+#include "program_calls.h"
+#include "program_values.h"
+#include "xnnpack_check.h"
 
 namespace {
 
-// A program of a hundred layers takes a few megabytes.
-constexpr size_t kLargestProgram = size_t{1} << 28;
+using namespace moec_program;
 
-struct Damaged : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+constexpr uint64_t kLargestProgram = uint64_t{1} << 28;  // a program of a hundred layers takes a few megabytes
+constexpr uint64_t kLargestPayload = uint64_t{1} << 32;
+constexpr uint64_t kConstantAlignment = 16;  // what ExecuTorch's own compiler gives, and float kernels rely on
+constexpr uint32_t kMostMethods = 256;
+constexpr int64_t kLargestConstant = 1 << 16;
 
-// A flatbuffer of which nothing is believed: every read is checked against its end.
-class Buffer {
+uint64_t little_endian(const uint8_t* p, int bytes) {
+  uint64_t value = 0;
+  for (int i = bytes - 1; i >= 0; --i) value = value << 8 | p[i];
+  return value;
+}
+
+class Program {
  public:
-  explicit Buffer(std::vector<uint8_t> bytes) : bytes_(std::move(bytes)) {}
+  explicit Program(const ProgramView& view)
+      : view_(view), buffer_(view.program, view.program_bytes), root_(buffer_, buffer_.follow(0)) {}
 
-  template <typename T>
-  T at(size_t offset) const {
-    if (offset > bytes_.size() || bytes_.size() - offset < sizeof(T)) throw Damaged("an offset outside the program");
-    T value;
-    std::memcpy(&value, bytes_.data() + offset, sizeof value);  // little endian, as all machines this runs on
-    return value;
+  void check() {
+    read_layout();
+    const Vector plans = root_.required(1, 4, "the list of methods");
+    if (plans.size > kMostMethods) throw Damaged("hundreds of methods");
+    std::set<std::string> names;
+    for (uint32_t i = 0; i < plans.size; ++i) {
+      const Table plan = root_.element(plans, i);
+      const std::string name = plan.text(0, "the name of a method");
+      if (!names.insert(name).second) throw Damaged("two methods of one name");
+      if (name != "forward" && name != "forward_all") check_small(plan);
+      check_plan(plan);
+    }
   }
-  size_t follow(size_t offset) const { return offset + at<uint32_t>(offset); }
 
  private:
-  std::vector<uint8_t> bytes_;
+  // Segments, constants and named data lie inside the file.
+  void read_layout() {
+    const bool extended = view_.program_bytes >= 32 && std::memcmp(view_.program + 8, "eh00", 4) == 0;
+    const uint64_t base = extended ? little_endian(view_.program + 24, 8) : view_.program_bytes;
+    const Vector segments = root_.vector(4, 4);
+    for (uint32_t i = 0; i < segments.size; ++i) {
+      const Table segment = root_.element(segments, i);
+      const uint64_t offset = segment.number<uint64_t>(0), size = segment.number<uint64_t>(1);
+      if (base > view_.file_bytes || offset > view_.file_bytes - base || size > view_.file_bytes - base - offset)
+        throw Damaged("a segment outside the file");
+      layout_.segments.push_back({base + offset, size});
+    }
+    read_constants();
+    if (root_.has(6) && root_.vector(6, 4).size > 0) throw Damaged("initial values of caches, which this runtime does not load");
+    const Vector payloads = root_.vector(3, 4);
+    for (uint32_t i = 0; i < payloads.size; ++i) {
+      const Vector data = root_.element(payloads, i).vector(0, 1);
+      layout_.inline_payloads.push_back({data.first, data.size});
+    }
+    const Vector named = root_.vector(7, 4);
+    for (uint32_t i = 0; i < named.size; ++i) {
+      const Table entry = root_.element(named, i);
+      const uint32_t segment = entry.number<uint32_t>(1);
+      if (segment >= layout_.segments.size()) throw Damaged("named data in a segment that is not there");
+      if (!layout_.named.emplace(entry.text(0, "the name of data"), layout_.segments[segment]).second)
+        throw Damaged("two data of one name");
+    }
+  }
+
+  void read_constants() {
+    if (root_.has(2) && root_.vector(2, 4).size > 1) throw Damaged("constants inside the program, an old format");
+    if (!root_.has(5)) return;
+    const Table constants = root_.table(5, "the list of constants");
+    const Vector offsets = constants.vector(1, 8);
+    if (offsets.size == 0) return;
+    const uint32_t segment = constants.number<uint32_t>(0);
+    if (offsets.size > 1 && segment >= layout_.segments.size()) throw Damaged("constants in a segment that is not there");
+    for (uint32_t i = 0; i < offsets.size; ++i) {
+      const uint64_t offset = offsets.get<uint64_t>(i);
+      if (i > 0 && (offset > layout_.segments[segment].bytes || offset % kConstantAlignment != 0 ||
+                    layout_.segments[segment].offset % kConstantAlignment != 0))
+        throw Damaged("a constant outside the file, or not aligned");
+      layout_.constants.push_back(i > 0 ? layout_.segments[segment].bytes - offset : 0);
+    }
+  }
+
+  // The methods that give constants are run with memory that ExecuTorch fills with zeros: they need none.
+  void check_small(const Table& plan) {
+    const Vector arenas = plan.vector(8, 8);
+    for (uint32_t i = 0; i < arenas.size; ++i)
+      if (arenas.size > 16 || arenas.get<int64_t>(i) > kLargestConstant) throw Damaged("a constant that takes memory");
+  }
+
+  void check_plan(const Table& plan) {
+    if (plan.has(9) && plan.vector(9, 4).size > 0) throw Damaged("memory of another device");
+    std::vector<Value> values = read_values(plan, layout_);
+    for (const int field : {3, 4}) {
+      const Vector ends = plan.vector(field, 4);
+      for (uint32_t i = 0; i < ends.size; ++i) {
+        const int32_t index = ends.get<int32_t>(i);
+        if (index < 0 || static_cast<size_t>(index) >= values.size()) throw Damaged("an input or output that is not there");
+        Value& value = values[static_cast<size_t>(index)];
+        if (field == 3 && value.kind == Kind::kTensor) {
+          if (value.memory.where == Region::kConstant) throw Damaged("an input that is a constant");
+          if (value.memory.where == Region::kFresh) value.memory.where = Region::kInput;
+        }
+      }
+    }
+    const std::vector<std::vector<DelegatePort>> ports = check_delegates(plan);
+    check_calls(plan, values, [&](uint32_t index, const Arguments& arguments) {
+      if (!view_.trusted_backend.empty()) return std::vector<bool>(arguments.size(), false);
+      return check_ports(ports[index], arguments);
+    });
+    const Vector outputs = plan.vector(4, 4);
+    for (uint32_t i = 0; i < outputs.size; ++i) {
+      const Value& value = values[static_cast<size_t>(outputs.get<int32_t>(i))];
+      if (value.kind == Kind::kTensor && value.memory.where != Region::kPlanned && view_.trusted_backend.empty())
+        throw Damaged("an output that is a constant, an input, or has no memory");
+    }
+  }
+
+  std::vector<std::vector<DelegatePort>> check_delegates(const Table& plan) {
+    const Vector delegates = plan.required(7, 4, "the delegates of a method");
+    std::vector<std::vector<DelegatePort>> ports;
+    for (uint32_t i = 0; i < delegates.size; ++i) {
+      const Table delegate = plan.element(delegates, i);
+      const std::string id = delegate.text(0, "the name of a delegate");
+      if (id != (view_.trusted_backend.empty() ? "XnnpackBackend" : view_.trusted_backend))
+        throw Damaged("the delegate " + id.substr(0, 80) + ", which this runtime has not");
+      const Vector specs = delegate.vector(2, 4);
+      for (uint32_t s = 0; s < specs.size; ++s) {
+        const Table spec = delegate.element(specs, s);
+        spec.text(0, "an option of a delegate");
+        spec.required(1, 1, "an option of a delegate");
+      }
+      const Table data = delegate.table(1, "the data of a delegate");
+      ports.push_back(check_payload(data.number<int8_t>(0), data.number<uint32_t>(1)));
+    }
+    return ports;
+  }
+
+  std::vector<DelegatePort> check_payload(int8_t location, uint32_t index) {
+    const auto& parts = location == 1 ? layout_.segments : layout_.inline_payloads;
+    if ((location != 0 && location != 1) || index >= parts.size()) throw Damaged("a delegate whose data is not there");
+    const Layout::Part part = parts[index];
+    if (!view_.trusted_backend.empty()) return {};
+    if (part.bytes > kLargestPayload) throw Damaged("a delegate's data of impossible size");
+    const uint8_t* data = location == 0 ? buffer_.bytes(part.offset, part.bytes) : view_.segment(part.offset, part.bytes);
+    if (!data) throw Damaged("a delegate's data cannot be read");
+    return check_xnnpack(data, part.bytes, layout_);
+  }
+
+  const ProgramView& view_;
+  const Buffer buffer_;
+  const Table root_;
+  Layout layout_;
 };
-
-struct Vector {
-  const Buffer* buffer;
-  size_t first;
-  uint32_t size;
-
-  int32_t number(uint32_t i) const { return buffer->at<int32_t>(first + size_t{4} * i); }
-};
-
-class Table {
- public:
-  Table(const Buffer& buffer, size_t offset) : buffer_(&buffer), offset_(offset) {
-    const int64_t vtable = static_cast<int64_t>(offset) - buffer.at<int32_t>(offset);
-    if (vtable < 0) throw Damaged("an offset outside the program");
-    vtable_ = static_cast<size_t>(vtable);
-  }
-  bool has(int field) const { return place(field) != 0; }
-  // The number of a field; 0 where it is absent, as the schema has it.
-  template <typename T>
-  T number(int field) const {
-    const size_t at = place(field);
-    return at ? buffer_->at<T>(at) : T{0};
-  }
-  Table table(int field) const {
-    const size_t at = place(field);
-    if (!at) throw Damaged("a part is missing");
-    return Table(*buffer_, buffer_->follow(at));
-  }
-  // An absent vector is an empty one.
-  Vector vector(int field) const {
-    const size_t at = place(field);
-    if (!at) return {buffer_, 0, 0};
-    const size_t start = buffer_->follow(at);
-    return {buffer_, start + 4, buffer_->at<uint32_t>(start)};
-  }
-  Table element(const Vector& v, uint32_t i) const { return Table(*buffer_, buffer_->follow(v.first + size_t{4} * i)); }
-
- private:
-  size_t place(int field) const {
-    const size_t slot = 4 + 2 * static_cast<size_t>(field);
-    if (slot + 2 > buffer_->at<uint16_t>(vtable_)) return 0;
-    const uint16_t offset = buffer_->at<uint16_t>(vtable_ + slot);
-    return offset ? offset_ + offset : 0;
-  }
-
-  const Buffer* buffer_;
-  size_t offset_, vtable_;
-};
-
-void check_index(int64_t index, uint32_t count, const char* what) {
-  if (index < 0 || index >= count)
-    throw Damaged("an instruction names " + std::string(what) + " " + std::to_string(index) + " of " + std::to_string(count));
-}
-
-struct Counts {
-  uint32_t values, operators, delegates, instructions;
-};
-
-void check_arguments(const Table& call, const Counts& counts) {
-  const Vector arguments = call.vector(1);
-  for (uint32_t i = 0; i < arguments.size; ++i) check_index(arguments.number(i), counts.values, "value");
-}
-
-void check_instruction(const Table& instruction, const Counts& counts) {
-  enum Kind : uint8_t { kKernel = 1, kDelegate, kMove, kJumpFalse, kFree };
-  const uint8_t kind = instruction.number<uint8_t>(0);
-  if (kind < kKernel || kind > kFree) throw Damaged("an instruction of no known kind");
-  const Table call = instruction.table(1);
-  const int64_t first = call.number<int32_t>(0), second = kind == kMove || kind == kJumpFalse ? call.number<int32_t>(1) : 0;
-  switch (kind) {
-    case kKernel:
-      check_index(first, counts.operators, "operator");
-      return check_arguments(call, counts);
-    case kDelegate:
-      check_index(first, counts.delegates, "delegate");
-      return check_arguments(call, counts);
-    case kMove:
-      check_index(first, counts.values, "value");
-      return check_index(second, counts.values, "value");
-    case kJumpFalse:
-      check_index(first, counts.values, "value");
-      return check_index(second, counts.instructions + 1, "instruction");  // one past the last ends the method
-    default:
-      return check_index(first, counts.values, "value");
-  }
-}
-
-void check_plan(const Table& plan) {
-  enum Field { kValues = 2, kChains = 5, kOperators = 6, kDelegates = 7 };
-  Counts counts = {plan.vector(kValues).size, plan.vector(kOperators).size, plan.vector(kDelegates).size, 0};
-  const Vector operators = plan.vector(kOperators);
-  for (uint32_t i = 0; i < operators.size; ++i)
-    if (!plan.element(operators, i).has(0)) throw Damaged("an operator without a name");
-  const Vector chains = plan.vector(kChains);
-  for (uint32_t c = 0; c < chains.size; ++c) {
-    const Table chain = plan.element(chains, c);
-    const Vector instructions = chain.vector(2);
-    counts.instructions = instructions.size;
-    for (uint32_t i = 0; i < instructions.size; ++i) check_instruction(chain.element(instructions, i), counts);
-  }
-}
-
-// The flatbuffer: as long as the extended header says, or the whole file of a program without one.
-std::vector<uint8_t> read_program(FILE* file) {
-  uint8_t head[24] = {};
-  if (std::fread(head, 1, sizeof head, file) != sizeof head) throw Damaged("it is too short");
-  uint64_t length = 0;
-  if (std::memcmp(head + 8, "eh00", 4) == 0) std::memcpy(&length, head + 16, sizeof length);
-  if (!length) length = std::fseek(file, 0, SEEK_END) == 0 ? static_cast<uint64_t>(std::ftell(file)) : 0;
-  std::vector<uint8_t> bytes(static_cast<size_t>(length < kLargestProgram ? length : kLargestProgram));
-  std::rewind(file);
-  bytes.resize(std::fread(bytes.data(), 1, bytes.size(), file));
-  return bytes;
-}
 
 }  // namespace
 
-std::string program_fault(const std::string& path) {
-  std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  if (!file) return "it cannot be read";
+uint64_t program_length(const uint8_t* head, size_t bytes, uint64_t file_bytes) {
+  if (bytes < 40 || std::memcmp(head + 4, "ET12", 4) != 0) return 0;
+  const bool extended = std::memcmp(head + 8, "eh00", 4) == 0;
+  return std::min({extended ? little_endian(head + 16, 8) : file_bytes, file_bytes, kLargestProgram});
+}
+
+std::string program_fault(const ProgramView& view) {
   try {
-    const Buffer buffer(read_program(file.get()));
-    const Table program(buffer, buffer.follow(0));
-    const Vector plans = program.vector(1);
-    for (uint32_t i = 0; i < plans.size; ++i) check_plan(program.element(plans, i));
+    Program(view).check();
   } catch (const Damaged& damage) {
     return damage.what();
   }

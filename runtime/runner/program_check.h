@@ -1,8 +1,29 @@
-// Checks the structure of a .pte that ExecuTorch takes on trust: every index an instruction holds.
-#pragma once
+// Checks the structure of a .pte that ExecuTorch takes on trust. Everything about a program that this runtime believes is
+// checked here, once, when the file is opened; the bytes that were checked are those that are run (program_file.h).
+#ifndef MOEC_PROGRAM_CHECK_H_
+#define MOEC_PROGRAM_CHECK_H_
 
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <string>
 
-// "" if every instruction of every method names operators, delegates and values that are there, else what is wrong, in
-// one line. Reads the program part of the file `path` only, never its weights.
-std::string program_fault(const std::string& path);
+// Gives `length` bytes of the file at `offset`, which stay valid and the same while the model is open; nullptr: not there.
+using ReadSegment = std::function<const uint8_t*(uint64_t offset, uint64_t length)>;
+
+struct ProgramView {
+  const uint8_t* program;  // the flatbuffer with its extended header
+  size_t program_bytes;
+  uint64_t file_bytes;
+  ReadSegment segment;
+  // The payload of delegates of this backend is not looked into; empty: XNNPACK's, and no other is allowed.
+  std::string trusted_backend;
+};
+
+// "" if this runtime survives the program, whatever numbers it computes; else what is wrong, in one line.
+std::string program_fault(const ProgramView& view);
+
+// The length of the flatbuffer as the file's first 64 bytes say it, 0 if they are no ExecuTorch program.
+uint64_t program_length(const uint8_t* head, size_t bytes, uint64_t file_bytes);
+
+#endif  // MOEC_PROGRAM_CHECK_H_

@@ -2,104 +2,54 @@
 //
 //   moec_sample MODEL.pte COUNT ID...      e.g.  moec_sample build/tiny/model.pte 8 12 7 99
 //
-// A tokenizer is the application's own: artifacts carry a Hugging Face tokenizer.json.
-#include <executorch/extension/module/module.h>
-#include <executorch/extension/tensor/tensor.h>
-
+// A tokenizer is the application's own: artifacts carry a Hugging Face tokenizer.json. The file is opened by the checked
+// runtime: a damaged one is an error with a reason, where ExecuTorch's bare Module would believe it.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <string>
 #include <vector>
 
-using executorch::aten::ScalarType;
-using executorch::extension::from_blob;
-using executorch::extension::Module;
-using executorch::runtime::Error;
-using executorch::runtime::EValue;
+#include "moec_runtime.h"
 
 namespace {
 
-// One loaded model and how far its cache is filled. Module is not thread-safe: one thread at a time.
+// One loaded model and how far its cache is filled. One call runs at a time.
 class Model {
  public:
-  explicit Model(const std::string& path)
-      // mapped, not read: the weights of experts that are never selected stay on disk
-      : module_(path, Module::LoadMode::Mmap, nullptr, nullptr, nullptr, /*share_memory_arenas=*/true) {}
-
-  bool load() {
-    const Error error = module_.load_method("forward");
-    if (error != Error::Ok) {
-      // 0x14: an operator is missing, which is our kernel library; 0x20: a backend is missing
-      std::fprintf(stderr, "cannot load forward: error 0x%x\n", static_cast<unsigned>(error));
-      return false;
-    }
-    // the longest chunk of one call is the upper bound of the first input, tokens [1, T]
-    const auto meta = module_.method_meta("forward");
-    if (!meta.ok() || !meta->input_tensor_meta(0).ok() || meta->input_tensor_meta(0)->sizes().size() != 2) {
-      std::fprintf(stderr, "forward does not take tokens [1, T]\n");
-      return false;
-    }
-    max_tokens_ = meta->input_tensor_meta(0)->sizes()[1];
-    return max_tokens_ > 0 && constant("get_vocab_size", vocab_size_) && constant("get_max_context_len", context_);
+  explicit Model(const char* path) : model_(moec_model_open(path, /*threads=*/0)) {
+    if (*moec_model_error(model_)) std::fprintf(stderr, "cannot load %s: %s\n", path, moec_model_error(model_));
+    moec_model_get_info(model_, &info_);
   }
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+  ~Model() { moec_model_close(model_); }
+
+  bool loaded() const { return *moec_model_error(model_) == '\0'; }
 
   // Appends tokens and leaves the logits of the last one in `logits`. Longer prompts go through in chunks.
   bool append(const std::vector<int64_t>& ids, std::vector<float>& logits) {
-    if (ids.empty() || position_ + static_cast<int64_t>(ids.size()) > context_) {
-      std::fprintf(stderr, "%zu tokens do not fit: position %lld of %lld\n", ids.size(),
-                   static_cast<long long>(position_), static_cast<long long>(context_));
+    if (ids.empty() || static_cast<int64_t>(ids.size()) > info_.context - position_) {
+      std::fprintf(stderr, "%zu tokens do not fit: position %lld of %lld\n", ids.size(), static_cast<long long>(position_),
+                   static_cast<long long>(info_.context));
       return false;
     }
-    for (const int64_t id : ids) {
-      if (id < 0 || id >= vocab_size_) {
-        std::fprintf(stderr, "token id %lld is not in the vocabulary of %lld\n", static_cast<long long>(id),
-                     static_cast<long long>(vocab_size_));
+    logits.resize(static_cast<size_t>(info_.vocab_size));
+    for (size_t begin = 0; begin < ids.size(); begin += static_cast<size_t>(info_.max_tokens)) {
+      const int64_t count = std::min(static_cast<int64_t>(ids.size() - begin), info_.max_tokens);
+      if (moec_model_forward(model_, ids.data() + begin, count, position_, /*all=*/0, logits.data(), info_.vocab_size) != 0) {
+        std::fprintf(stderr, "%s\n", moec_model_error(model_));  // an id outside the vocabulary, logits that are no numbers
         return false;
       }
-    }
-    for (size_t begin = 0; begin < ids.size(); begin += static_cast<size_t>(max_tokens_)) {
-      const size_t count = std::min(ids.size() - begin, static_cast<size_t>(max_tokens_));
-      std::vector<int64_t> chunk(ids.begin() + static_cast<int64_t>(begin),
-                                 ids.begin() + static_cast<int64_t>(begin + count));
-      int64_t start = position_;
-      auto tokens = from_blob(chunk.data(), {1, static_cast<int>(count)}, ScalarType::Long);
-      auto start_pos = from_blob(&start, {1}, ScalarType::Long);
-      const auto result = module_.forward({EValue(tokens), EValue(start_pos)});
-      if (!result.ok() || result->size() != 1 || !(*result)[0].isTensor()) {
-        std::fprintf(stderr, "forward failed: error 0x%x\n", static_cast<unsigned>(result.error()));
-        return false;
-      }
-      const auto& output = (*result)[0].toTensor();
-      if (output.numel() < vocab_size_ || output.scalar_type() != ScalarType::Float) {
-        std::fprintf(stderr, "forward gave %lld values\n", static_cast<long long>(output.numel()));
-        return false;
-      }
-      // [1, V] or [1, 1, V]: the last row
-      const float* last = output.const_data_ptr<float>() + output.numel() - vocab_size_;
-      logits.assign(last, last + vocab_size_);
-      position_ += static_cast<int64_t>(count);
+      position_ += count;
     }
     return true;
   }
 
  private:
-  bool constant(const char* name, int64_t& value) {
-    const auto result = module_.execute(name);
-    if (!result.ok() || result->empty() || !(*result)[0].isInt()) {
-      std::fprintf(stderr, "the file has no %s\n", name);
-      return false;
-    }
-    value = (*result)[0].toInt();
-    return value > 0;
-  }
-
-  Module module_;
+  moec_model* model_;
+  moec_model_info info_ = {};
   int64_t position_ = 0;
-  int64_t vocab_size_ = 0;
-  int64_t context_ = 0;
-  int64_t max_tokens_ = 0;
 };
 
 bool parse(const char* text, int64_t& value) {
@@ -126,14 +76,10 @@ int main(int argc, char** argv) {
     ids.push_back(id);
   }
   Model model(argv[1]);
-  if (!model.load()) {
-    return 1;
-  }
+  if (!model.loaded()) return 1;
   std::vector<float> logits;
   for (int64_t i = 0; i < count; ++i) {
-    if (!model.append(ids, logits)) {
-      return 1;
-    }
+    if (!model.append(ids, logits)) return 1;
     const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
     std::printf("%lld\n", static_cast<long long>(best));
     ids.assign(1, best);

@@ -11,9 +11,15 @@ let package = Package(
     .package(url: "https://github.com/pytorch/executorch.git", branch: "swiftpm-1.5.1")
   ],
   targets: [
+    // The structure checks of the native runtime, compiled from its sources; they need neither ExecuTorch nor kernels.
+    .target(
+      name: "MoecCheck",
+      path: "Sources/MoecCheck",
+      cxxSettings: [.unsafeFlags(["-std=c++17"])]),
     .target(
       name: "MoecModel",
       dependencies: [
+        "MoecCheck",
         .product(name: "executorch", package: "executorch"),
         .product(name: "backend_mlx", package: "executorch"),
       ],

@@ -22,7 +22,8 @@ from executorch.exir.schema import DelegateCall, KernelCall
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from moec.compiler.program import Program, Role, weight_names
+from moec.compiler.errors import CompileError
+from moec.compiler.program import Program, Role, module_path, weight_names
 from moec.compiler.progress import Progress
 from moec.compiler.target import LoweredFiles
 from moec.runtime.native import native_files, source_digest
@@ -32,9 +33,11 @@ from moec.targets.xnnpack.facts import MethodFacts, XnnpackFacts
 from moec.targets.xnnpack.legalize_delegate import INT8_SUFFIX
 from moec.targets.xnnpack.options import Options
 from moec.targets.xnnpack.pte import Emitted, WrittenFile, emit, write_pte
+from moec.targets.xnnpack.session import missing_operators, program_fault
 
 aten = torch.ops.aten
 MODEL = "model.pte"
+_REPORT = "this is a fault of moec, not of the model: please report it"
 
 
 class LinearPartitioner(XnnpackPartitioner):
@@ -64,8 +67,13 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
         with quiet():
             emitted = emit(execution.methods, constant_methods(program.info))
     del exported
+    _check_operators(emitted, program)
     with progress.stage("write weights", total=len(emitted.weights)) as step:
         written = write_pte(out / MODEL, emitted, program.weights, execution.named_data, after=step)
+    if fault := program_fault(out / MODEL):
+        raise CompileError(
+            f"the runtime would refuse the program that was made: {fault}", place=program.info.name, remedy=_REPORT
+        )
     return LoweredFiles(
         files=(MODEL,),
         sizes_by_role=_sizes_by_role(program, written),
@@ -73,6 +81,32 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
         digests={MODEL: written.sha256},
         kernel_digest=source_digest(),
         notes=_notes(program, delegated),
+    )
+
+
+def _check_operators(emitted: Emitted, program: Program) -> None:
+    """CompileError for a program that could not be loaded: before its weights are packed."""
+    operators = {
+        f"{op.name}.{op.overload}" if op.overload else op.name
+        for plan in emitted.program.execution_plan
+        for op in plan.operators
+    }
+    missing = missing_operators(sorted(operators))
+    if not missing:
+        return
+    first = missing[0].partition(".")[0].removesuffix("_copy")
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(getattr(node.target, "_schema", "")).startswith(
+            (first + ".", first + "(")
+        ):
+            where = module_path(node) or program.info.name
+            break
+    else:
+        where = program.info.name
+    raise CompileError(
+        f"the runtime has no kernel for {', '.join(missing)}",
+        place=where,
+        remedy="write the model with operators that it has, or compile for another target (onnx, mlir)",
     )
 
 

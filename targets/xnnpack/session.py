@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_set_isa": (i32, [ctypes.c_char_p]),
         "moec_model_isa": (ctypes.c_char_p, []),
         "moec_model_float_activations": (None, [handle, i32]),
+        "moec_check_program": (i32, [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]),
+        "moec_has_operator": (i32, [ctypes.c_char_p]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -186,6 +188,18 @@ class CpuSession(SessionBase):
         ids = (ctypes.c_int64 * max(count, 1))()
         runtime.moec_model_eos_ids(self._handle, ids, count)
         return tuple(ids[:count])
+
+
+def program_fault(file: Path) -> str:
+    """Why the runtime would not open `file`, in one line; empty if it would. Nothing is loaded or run."""
+    reason = ctypes.create_string_buffer(1024)
+    _runtime().moec_check_program(os.fsencode(file), reason, len(reason))
+    return reason.value.decode(errors="replace")
+
+
+def missing_operators(names: Iterable[str]) -> list[str]:
+    """Those of `names` ("aten::add.out") that the runtime has no kernel for."""
+    return [name for name in names if not _runtime().moec_has_operator(name.encode())]
 
 
 def set_isa(name: str | None) -> None:

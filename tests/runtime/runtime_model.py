@@ -19,6 +19,7 @@ from moec.compiler.program import ModelInfo
 from moec.runtime.moe_config import MoeConfig, WeightFormat
 from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack import cpu_ops, packing  # noqa: F401  (cpu_ops registers moec::*)
+from moec.targets.xnnpack.lower import LinearPartitioner
 
 V, D, H, KV, HEAD, S, E, TOP_K, F = 97, 64, 6, 2, 32, 256, 8, 2, 32
 MAX_TOKENS = 16
@@ -85,8 +86,11 @@ class OneLayer(nn.Module):
         return torch.ops.moec.linear_packed(x.view(1, t, D), self.head, None, V, D, _F32.encode())
 
 
-def write_pte(path: Path, *, int8_cache: bool = False, window: int = 0) -> OneLayer:
-    """Write the program with methods forward and forward_all that share a cache; the eager twin of forward_all."""
+def write_pte(path: Path, *, int8_cache: bool = False, window: int = 0, delegate: bool = False) -> OneLayer:
+    """Write the program with methods forward and forward_all that share a cache; the eager twin of forward_all.
+
+    `delegate`: XNNPACK computes the two plain linears.
+    """
     models = {"forward": OneLayer(int8_cache=int8_cache, window=window, last=True)}
     models["forward_all"] = OneLayer(int8_cache=int8_cache, window=window)
     example = (torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -101,6 +105,7 @@ def write_pte(path: Path, *, int8_cache: bool = False, window: int = 0) -> OneLa
             }
             edge = to_edge_transform_and_lower(
                 exported,
+                partitioner={name: [LinearPartitioner()] for name in exported} if delegate else None,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
                 constant_methods=constant_methods(ModelInfo("one-layer", V, S, MAX_TOKENS, 1, EOS_IDS)),
             )

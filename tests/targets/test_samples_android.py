@@ -18,21 +18,23 @@ from tests.runtime import runtime_model as m
 from tests.targets.test_samples_cpp import PROMPT, continued
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "android"
+RUNNER = Path(__file__).parents[2] / "runtime" / "runner"
 JAVA = """
 package dev.moec;
 public class MoecModel {
   private static native long open(String path);
   private static native void close(long handle);
-  private static native long constant(long handle, String name);
+  private static native long vocabSize(long handle);
+  private static native long context(long handle);
   private static native long maxTokens(long handle);
   private static native float[] forward(long handle, long[] ids, long start);
 
   public static void main(String[] args) {
     System.load(args[0]);
     long handle = open(args[1]);
-    System.out.println(constant(handle, "get_vocab_size") + " " + maxTokens(handle));
+    System.out.println(vocabSize(handle) + " " + context(handle) + " " + maxTokens(handle));
     try {
-      constant(handle, "get_nothing");
+      forward(handle, new long[] {97}, 0);
     } catch (IllegalStateException e) {
       System.out.println(e.getMessage());
     }
@@ -79,6 +81,8 @@ def test_a_java_machine_generates_what_eager_does(tmp_path: Path) -> None:
     library = tmp_path / "libmoec_jni.so"
     command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fPIC", "-shared"]
     command += ["-DC10_USING_CUSTOM_GENERATED_MACROS", *(f"-isystem{folder}" for folder in headers)]
+    names = re.findall(r"set\(names (.*?)\)", (RUNNER / "sources.cmake").read_text("utf-8"))[0].split()
+    command += [f"-I{RUNNER}", f"-I{RUNNER.parent / 'kernels'}", *(str(RUNNER / f"{name}.cpp") for name in names)]
     command += [str(SAMPLE / "cpp" / "moec_jni.cpp"), "-o", str(library), "-Wl,--no-undefined,--no-as-needed"]
     command += [str(kernels), f"-L{wheel / 'lib'}", *(f"-l{name}" for name in libraries)]
     command += [f"-Wl,-rpath,{wheel / 'lib'}:{Path(kernels).parent}"]
@@ -95,8 +99,8 @@ def test_a_java_machine_generates_what_eager_does(tmp_path: Path) -> None:
     java = subprocess.run(
         ["java", "-cp", str(tmp_path), "dev.moec.MoecModel", *arguments], capture_output=True, text=True, timeout=120
     )
-    said, missing, *ids = java.stdout.splitlines()
-    assert said == f"97 {m.MAX_TOKENS}"
-    assert missing == "the file has no get_nothing"
+    said, refused, *ids = java.stdout.splitlines()
+    assert said == f"97 {m.S} {m.MAX_TOKENS}"
+    assert refused == "token 97 is not in 0 .. 96"
     assert [int(token) for token in ids] == continued(eager, PROMPT, 6)
-    assert "IllegalStateException: cannot load forward: error " in java.stderr
+    assert "IllegalStateException: cannot load the model: No such file or directory" in java.stderr

@@ -78,8 +78,8 @@ def test_it_generates_what_eager_does(sample: Path, model: tuple[Path, m.OneLaye
     [
         ((), "usage"),
         (("x", "3", "1"), "cannot load"),
-        (("MODEL", "3", "97"), "97 is not in the vocabulary of 97"),
-        (("MODEL", "3", "-1"), "not in the vocabulary"),
+        (("MODEL", "3", "97"), "token 97 is not in 0 .. 96"),
+        (("MODEL", "3", "-1"), "token -1 is not in 0 .. 96"),
         (("MODEL", "3", "a"), "a is not a token id"),
         (("MODEL", "3", *["1"] * 300), "300 tokens do not fit"),
     ],

@@ -20,8 +20,8 @@ class MoecModel(artifact: File) : Closeable {
         val file = File(artifact, "model.pte")
         require(file.isFile) { "$file is not there" }
         handle = open(file.path)
-        vocabSize = constant(handle, "get_vocab_size").toInt()
-        context = constant(handle, "get_max_context_len").toInt()
+        vocabSize = vocabSize(handle).toInt()
+        context = context(handle).toInt()
         maxTokens = maxTokens(handle).toInt()
     }
 
@@ -67,7 +67,8 @@ class MoecModel(artifact: File) : Closeable {
 
         @JvmStatic private external fun open(path: String): Long
         @JvmStatic private external fun close(handle: Long)
-        @JvmStatic private external fun constant(handle: Long, name: String): Long
+        @JvmStatic private external fun vocabSize(handle: Long): Long
+        @JvmStatic private external fun context(handle: Long): Long
         @JvmStatic private external fun maxTokens(handle: Long): Long
         @JvmStatic private external fun forward(handle: Long, ids: LongArray, start: Long): FloatArray
     }

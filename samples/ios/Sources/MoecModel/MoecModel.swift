@@ -1,12 +1,15 @@
 // One artifact with its KV cache: token ids in, logits out. Tokenizing is the application's.
 import ExecuTorch
 import Foundation
+import MoecCheck
 
 public enum MoecError: Error {
   case noModel(URL)
   case noTokens(URL)  // the file's `forward` takes no tokens: another compiler wrote it
   case doesNotFit(tokens: Int, position: Int, context: Int)
   case notInVocabulary(Int64)
+  case damaged(URL, reason: String)
+  case notNumbers  // NaN among the logits: the weights are damaged
 }
 
 /// Not thread-safe: use it from one queue. Only `forward` is loaded: every loaded method has a KV cache of its own.
@@ -25,6 +28,11 @@ public final class MoecModel {
     setenv("MLX_ENABLE_TF32", "0", 1)
     let file = artifact.appendingPathComponent("model.pte")
     guard FileManager.default.fileExists(atPath: file.path) else { throw MoecError.noModel(file) }
+    // ExecuTorch believes a file's structure: what is wrong with it must be found first.
+    var reason = [CChar](repeating: 0, count: 512)
+    guard moec_check_file(file.path, "MLXBackend", &reason, reason.count) == 0 else {
+      throw MoecError.damaged(file, reason: String(cString: reason))
+    }
     let module = Module(filePath: file.path, loadMode: .mmap)
     try module.load("forward")
     // Methods of the file that return constants; the module converts them, or throws when there is none of that name.
@@ -56,6 +64,7 @@ public final class MoecModel {
       let start = Tensor<Int64>([Int64(position)], shape: [1])
       let output: Tensor<Float> = try module.forward([tokens, start])
       logits = Array(output.scalars().suffix(vocabSize))
+      guard logits.count == vocabSize, !logits.contains(where: { $0.isNaN }) else { throw MoecError.notNumbers }
       position += chunk.count
     }
     return logits

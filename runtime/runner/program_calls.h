@@ -1,0 +1,23 @@
+// The instructions of a program's method: each call against what its operator or delegate takes.
+#ifndef MOEC_PROGRAM_CALLS_H_
+#define MOEC_PROGRAM_CALLS_H_
+
+#include <functional>
+#include <vector>
+
+#include "program_values.h"
+
+namespace moec_program {
+
+using Arguments = std::vector<const Value*>;
+
+// Checks the arguments of a call of delegate `index`, and says which of them it writes; throws Damaged.
+using DelegateCheck = std::function<std::vector<bool>(uint32_t index, const Arguments& arguments)>;
+
+// Throws Damaged at the first instruction that this runtime would not survive. `values` are those of `plan`; the memory of
+// views is filled in.
+void check_calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate);
+
+}  // namespace moec_program
+
+#endif  // MOEC_PROGRAM_CALLS_H_

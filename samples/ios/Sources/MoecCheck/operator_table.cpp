@@ -1,0 +1,1 @@
+#include "../../../../runtime/runner/operator_table.cpp"

@@ -1,0 +1,1 @@
+#include "../../../../runtime/runner/program_calls.cpp"

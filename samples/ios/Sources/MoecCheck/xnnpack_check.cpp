@@ -1,0 +1,1 @@
+#include "../../../../runtime/runner/xnnpack_check.cpp"

@@ -1,0 +1,38 @@
+"""tokenizer.json, read and used as `moec run` does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from moec.compiler.errors import UserError
+from moec.compiler.generate import encode_prompt, read_tokenizer
+from tests.fuzz.mutate import flip
+
+
+class TokenizerFile:
+    name = "tokenizer"
+
+    def seeds(self, folder: Path) -> Sequence[bytes]:
+        alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE({**alphabet, "ab": 256, "abc": 257}, [("a", "b"), ("ab", "c")]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        return [tokenizer.to_str().encode()]
+
+    def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
+        return flip(rng, rng.choice(seeds))
+
+    def run(self, data: bytes, folder: Path) -> None:
+        try:
+            tokenizer = read_tokenizer(data, "tokenizer.json")
+            tokenizer.decode(encode_prompt(tokenizer, "abc, <s> d\u00e9j\u00e0 vu", None))
+        except UserError:
+            return
+
+
+TARGET = TokenizerFile()

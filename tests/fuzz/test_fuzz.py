@@ -1,0 +1,95 @@
+"""Every fuzz target for a second or two, always the same mutants; and that the harness sees what it must see."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import harness, native
+
+TARGETS = sorted(file.stem for file in (Path(__file__).parent / "targets").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_reader_survives(name: str, tmp_path: Path) -> None:
+    target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
+    assert target.name == name
+    outcome = harness.run(target, tmp_path, seconds=2, most=2000)
+    assert outcome.mutants > 10
+    assert not outcome.failures, f"mutants of seed 0: {outcome.failures}"
+
+
+@pytest.mark.parametrize("name", native.names())
+def test_a_native_reader_survives(name: str, tmp_path: Path) -> None:
+    found, reason = native.compiler()
+    if found is None:
+        pytest.skip(reason)
+    assert native.run(name, tmp_path, 3, seed=1) == 0
+
+
+class Faulty:
+    """Fails as it is told from its fifth mutant on."""
+
+    name = "faulty"
+
+    def __init__(self, fail: Callable[[], None]) -> None:
+        self.fail = fail
+
+    def seeds(self, folder: Path) -> Sequence[bytes]:
+        return [b"seed"]
+
+    def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
+        return bytes([rng.randrange(256)])
+
+    def run(self, data: bytes, folder: Path) -> None:
+        if data[0] < 60:
+            self.fail()
+
+
+def _raise() -> None:
+    raise ValueError("not a refusal")
+
+
+def _fill() -> None:
+    held = bytearray(harness.MEMORY_BYTES + (64 << 20))
+    held[::4096] = b"x" * len(held[::4096])
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "died of SIGSEGV"),
+        (_raise, "exit status 1"),
+        (lambda: time.sleep(600), "hangs"),
+    ],
+)
+def test_the_harness_sees_failures(
+    fail: Callable[[], None],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(harness, "HANG_S", 0.3)
+    target = Faulty(fail)
+    outcome = harness.run(target, tmp_path, seconds=60, most=12)
+    assert outcome.mutants == 12
+    wanted = [i for i in range(12) if harness.mutant(target, [b"seed"], 0, i)[0] < 60]
+    assert wanted
+    assert outcome.failures == dict.fromkeys(wanted, said)
+    for index in wanted:
+        assert (tmp_path / f"failure-{index}").read_bytes() == harness.mutant(target, [b"seed"], 0, index)
+
+
+def test_the_harness_sees_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "MEMORY_BYTES", harness._resident(os.getpid()) + (64 << 20))
+    outcome = harness.run(Faulty(_fill), tmp_path, seconds=60, most=8)
+    assert set(outcome.failures.values()) == {"memory"}
