@@ -5,6 +5,7 @@ Mutant number i of a run is made from the target's name, the run's seed and i al
 
 from __future__ import annotations
 
+import faulthandler
 import mmap
 import os
 import random
@@ -77,6 +78,7 @@ def _fork(body: Callable[[], None]) -> int:
     if child:
         return child
     try:
+        faulthandler.disable()  # what ends a child is told by its status, not by pages of frames
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         body()
         os._exit(0)

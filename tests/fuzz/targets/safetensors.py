@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from moec.checkpoints.folder import read_tensors
-from moec.checkpoints.inspect import inspect
 from moec.compiler.errors import UserError
+from moec.sources.inspection import inspect
 from tests.fuzz.mutate import flip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moec.compiler.errors import UserError
-from moec.compiler.generate import encode_prompt, read_tokenizer
+from moec.compiler.tokenizer import TextTokenizer, encode_prompt
 from tests.fuzz.mutate import flip
 
 
@@ -29,10 +29,15 @@ class TokenizerFile:
 
     def run(self, data: bytes, folder: Path) -> None:
         try:
-            tokenizer = read_tokenizer(data, "tokenizer.json")
-            tokenizer.decode(encode_prompt(tokenizer, "abc, <s> d\u00e9j\u00e0 vu", None))
+            tokenizer = TextTokenizer(data, "tokenizer.json")
         except UserError:
             return
+        try:
+            tokenizer.decode(encode_prompt(tokenizer, "abc, <s> d\u00e9j\u00e0 vu"))
+        except UserError:
+            return
+        finally:
+            tokenizer.close()
 
 
 TARGET = TokenizerFile()
