@@ -58,6 +58,16 @@ class _Factors:
     columns: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _MoeNode:
+    """A fused MoE node: its operands as nodes and constants of the graph, and as values, by name."""
+
+    node: Node
+    operands: Mapping[str, Any]
+    values: Mapping[str, Any]
+    layer: MoeLayer
+
+
 class Engine:
     """One calibration of `program` (stage FUSED) on `texts` of token ids."""
 
@@ -171,103 +181,86 @@ class Engine:
 
     def _moe(self, stretch: Stretch, node: Node) -> None:
         call: FusedMoe[Node] = FusedMoe.of(node)
-        nodes = {f.name: getattr(call, f.name) for f in fields(call)}
-        given = {
-            k: self._program.weights[str(self._program.weight_of(v))].load()
-            if isinstance(v, Node) and v.op == "placeholder"
-            else v
-            for k, v in nodes.items()
-        }
+        moe = self._moe_node(node, call)
         x_TD = self._stream.joint_operand(call.x).to(torch.float32)
         same = call.x is call.router_input
         router_TD = x_TD if same else self._stream.joint_operand(call.router_input).to(torch.float32)
-        layer, y_TD = MoeLayer(given), torch.zeros_like(x_TD)
+        y_TD = torch.zeros_like(x_TD)
         everything = self._kind(x_TD.shape[-1])
         everything.add(x_TD)
-        factors = self._norm_factors(node, nodes, layer, given, everything)
-        if any((node, part) in self._experts for part in ("w13", "w2")):
-            self._routed(node, nodes, layer, given, x_TD, router_TD, y_TD, factors)
+        factors = self._norm_factors(moe, everything)
+        if any((moe.node, part) in self._experts for part in ("w13", "w2")):
+            self._routed(moe, x_TD, router_TD, y_TD, factors)
         else:
-            for _ in layer.run(x_TD, router_TD, 0, y_TD):
+            for _ in moe.layer.run(x_TD, router_TD, 0, y_TD):
                 pass
-        hidden = layer.shared(x_TD, y_TD)
+        hidden = moe.layer.shared(x_TD, y_TD)
         if hidden is not None:
-            self._shared(node, nodes, layer, given, everything, hidden, factors)
+            self._shared(moe, everything, hidden, factors)
         self._write_factors(factors)
         self._stream.give(stretch, y_TD if self._stream.needs(node) else None)
 
-    def _norm_factors(
-        self, node: Node, nodes: Mapping[str, Any], layer: MoeLayer, given: Mapping[str, Any], inputs: Inputs
-    ) -> _Factors:
+    def _moe_node(self, node: Node, call: FusedMoe[Node]) -> _MoeNode:
+        operands = {f.name: getattr(call, f.name) for f in fields(call)}
+        values = {
+            name: self._program.weights[str(self._program.weight_of(operand))].load()
+            if isinstance(operand, Node) and operand.op == "placeholder"
+            else operand
+            for name, operand in operands.items()
+        }
+        return _MoeNode(node, operands, values, MoeLayer(values))
+
+    def _norm_factors(self, moe: _MoeNode, inputs: Inputs) -> _Factors:
         factors = _Factors()
-        link = next((k for k in self._links if k.readers == (node,)), None)
+        link = next((k for k in self._links if k.readers == (moe.node,)), None)
         if link is None or not isinstance(inputs, Moments):
             return factors
         products = []
-        if (shared := self._experts.get((node, "shared_w13"))) is not None:
-            products.append(Product(given["shared_w13"], shared.scheme, inputs))
-        if (routed := self._experts.get((node, "w13"))) is not None and routed.scheme.axis == "in":
-            for expert in range(0, layer.count, max(1, layer.count // _JUDGED_EXPERTS)):
-                products.append(Product(_matrix(given["w13"][expert], routed), routed.scheme, inputs))
+        if (shared := self._experts.get((moe.node, "shared_w13"))) is not None:
+            products.append(Product(moe.values["shared_w13"], shared.scheme, inputs))
+        if (routed := self._experts.get((moe.node, "w13"))) is not None and routed.scheme.axis == "in":
+            for expert in range(0, moe.layer.count, max(1, moe.layer.count // _JUDGED_EXPERTS)):
+                products.append(Product(_matrix(moe.values["w13"][expert], routed), routed.scheme, inputs))
         readers = ("router_weight", "w13", "shared_w13", "shared_gate")
-        present = [str(self._program.weight_of(nodes[r])) for r in readers if nodes.get(r) is not None]
+        present = [str(self._program.weight_of(moe.operands[r])) for r in readers if moe.operands.get(r) is not None]
         self._add(link, best_factors(products), factors, present)
         return factors
 
-    def _routed(
-        self,
-        node: Node,
-        nodes: Mapping[str, Any],
-        layer: MoeLayer,
-        given: Mapping[str, Any],
-        x_TD: Tensor,
-        router_TD: Tensor,
-        y_TD: Tensor,
-        factors: _Factors,
-    ) -> None:
-        up, down = self._experts[node, "w13"], self._experts[node, "w2"]
+    def _routed(self, moe: _MoeNode, x_TD: Tensor, router_TD: Tensor, y_TD: Tensor, factors: _Factors) -> None:
+        up, down = self._experts[moe.node, "w13"], self._experts[moe.node, "w2"]
         columns = factors.columns.get(up.name)
         codes: list[tuple[list[QuantizedTensor], list[QuantizedTensor]]] = [([], []) for _ in self._methods]
         seen: list[dict[str, int]] = []
         by_expert: list[Tensor | None] = []
-        for part in layer.run(x_TD, router_TD, self._coverage.least, y_TD):
+        for part in moe.layer.run(x_TD, router_TD, self._coverage.least, y_TD):
             inputs_up, inputs_down = self._inputs(part.up), self._inputs(part.down)
             seen.append({"tokens": inputs_up.tokens - inputs_up.forced, "forced": inputs_up.forced})
-            self._check_coverage(self._layers[node], part, inputs_up)
-            w13, w2 = _matrix(given["w13"][part.expert], up), _matrix(given["w2"][part.expert], down)
-            hidden = self._hidden_factors(layer, w2, down.scheme, inputs_down, "expert")
+            self._check_coverage(self._layers[moe.node], part, inputs_up)
+            w13, w2 = _matrix(moe.values["w13"][part.expert], up), _matrix(moe.values["w2"][part.expert], down)
+            hidden = self._hidden_factors(moe.layer, w2, down.scheme, inputs_down, "expert")
             by_expert.append(hidden)
-            rows = None if hidden is None else _up_rows(layer, hidden)
+            rows = None if hidden is None else _up_rows(moe.layer, hidden)
             for method, (ups, downs) in zip(self._methods, codes, strict=True):
                 ups.append(_codes(method.quantizer, w13, up.scheme, inputs_up, rows, columns))
                 downs.append(_codes(method.quantizer, w2, down.scheme, inputs_down, None, hidden))
         for method, (ups, downs) in zip(self._methods, codes, strict=True):
             method.writer.codes(up.name, filled(len(ups), ups))
             method.writer.codes(down.name, filled(len(downs), downs))
-        self.report["moe"].append({"layer": self._layers[node], "experts": seen})
+        self.report["moe"].append({"layer": self._layers[moe.node], "experts": seen})
         if any(f is not None for f in by_expert):
             width = max(len(f) for f in by_expert if f is not None)
             factors_EF = torch.stack([torch.ones(width) if f is None else f for f in by_expert])
             factors.columns[down.name] = factors_EF
-            factors.rows[up.name] = torch.stack([_up_rows(layer, f_F) for f_F in factors_EF])
-            if nodes.get("b13") is not None:
-                factors.rows[str(self._program.weight_of(nodes["b13"]))] = factors.rows[up.name]
+            factors.rows[up.name] = torch.stack([_up_rows(moe.layer, f_F) for f_F in factors_EF])
+            if moe.operands.get("b13") is not None:
+                factors.rows[str(self._program.weight_of(moe.operands["b13"]))] = factors.rows[up.name]
 
-    def _shared(
-        self,
-        node: Node,
-        nodes: Mapping[str, Any],
-        layer: MoeLayer,
-        given: Mapping[str, Any],
-        inputs_up: Inputs,
-        hidden_TS: Tensor,
-        factors: _Factors,
-    ) -> None:
-        up, down = self._experts.get((node, "shared_w13")), self._experts.get((node, "shared_w2"))
+    def _shared(self, moe: _MoeNode, inputs_up: Inputs, hidden_TS: Tensor, factors: _Factors) -> None:
+        up, down = self._experts.get((moe.node, "shared_w13")), self._experts.get((moe.node, "shared_w2"))
         if up is None or down is None:
             return
         inputs_down = self._inputs(Seen(hidden_TS, hidden_TS[:0]))
-        found = self._hidden_factors(layer, given["shared_w2"], down.scheme, inputs_down, "shared")
+        found = self._hidden_factors(moe.layer, moe.values["shared_w2"], down.scheme, inputs_down, "shared")
         if found is not None:
             factors.columns[down.name] = found
             factors.rows[up.name] = torch.cat([torch.ones_like(found), 1.0 / found])
