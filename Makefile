@@ -52,8 +52,8 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers \
-  bench-roles \
-  bench-passes bench-training replay plan-accuracy paper-tables train-report real-model clean distclean
+  bench-quality bench-roles bench-passes bench-training replay plan-accuracy paper-tables train-report real-model \
+  clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -151,6 +151,10 @@ bench-passes: $(INSTALLED) ## seconds of export and passes by the number of laye
 bench-peers: setup ## whole models against llama.cpp
 	$(call install,bench)
 	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+bench-quality: setup ## a real model's divergence from its floats against bytes, beside llama.cpp
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench,quality]"
+	$(BIN)/python -W ignore bench/bench_quality.py --out $(BUILD)/bench/quality $(BENCH_ARGS)
 
 bench-roles: setup ## which kernel should serve which dense role
 	$(BIN)/python -W ignore bench/bench_roles.py --out $(BUILD)/bench $(BENCH_ARGS)

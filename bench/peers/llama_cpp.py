@@ -29,27 +29,28 @@ SOURCE = "llama-cpp-python==0.3.36"
 BLOCK = 32  # Q4_0: one float16 scale and 32 nibbles
 
 
-def build(cache: Path, progress: Progress, *, isa: str = "native") -> Path:
-    """Path of a `llama-bench` binary; downloads and builds it (about ten minutes on two cores) the first time.
+AVX2 = ("-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON")
+
+
+def build(cache: Path, progress: Progress, *, isa: str = "native", program: str = "llama-bench") -> Path:
+    """Path of a binary such as `llama-bench`; downloads and builds it (about ten minutes on two cores) the first time.
 
     `isa`: "native" lets ggml use everything the machine has; "avx2" holds it to AVX2 + FMA + F16C.
     """
-    binary = cache / f"llama-{isa}" / "bin" / "llama-bench"
+    binary = cache / f"llama-{isa}" / "bin" / program
     if binary.exists():
         return binary
     cache.mkdir(parents=True, exist_ok=True)
-    with progress.stage(f"building llama.cpp ({isa})"):
+    with progress.stage(f"building {program} of llama.cpp ({isa})"):
         source = _source(cache)
-        flags = ["-DGGML_NATIVE=ON"]
-        if isa == "avx2":
-            flags = ["-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON"]
+        flags = list(AVX2) if isa == "avx2" else ["-DGGML_NATIVE=ON"]
         bin_dir = Path(sys.executable).parent
         env = {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
         out = cache / f"llama-{isa}"
         off = ["LLAMA_CURL", "LLAMA_OPENSSL", "BUILD_SHARED_LIBS", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER"]
         flags += ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in off)]
         configure = ["cmake", "-S", str(source), "-B", str(out), "-G", "Ninja", *flags]
-        for command in (configure, ["cmake", "--build", str(out), "--target", "llama-bench"]):
+        for command in (configure, ["cmake", "--build", str(out), "--target", program]):
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             if done.returncode:
                 tail = (done.stderr or done.stdout).strip().splitlines()[-1:]
