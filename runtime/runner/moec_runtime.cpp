@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
@@ -152,6 +154,18 @@ bool all_numbers(const float* values, int64_t count) {
   return !nan;
 }
 
+// Models whose program XNNPACK computes in part. XNNPACK keeps a pointer to ExecuTorch's thread pool from when it loads a
+// program: while one is open that pool must not be replaced.
+std::atomic<int> delegated_models{0};
+
+class DelegatedModel {
+ public:
+  DelegatedModel() { ++delegated_models; }
+  DelegatedModel(const DelegatedModel&) = delete;
+  DelegatedModel& operator=(const DelegatedModel&) = delete;
+  ~DelegatedModel() { --delegated_models; }
+};
+
 struct Method {
   std::vector<Span<uint8_t>> buffers;
   std::unique_ptr<HierarchicalAllocator> memory;
@@ -185,6 +199,7 @@ struct moec_model {
   std::vector<Arena> arenas;  // outlive the methods that point into them
   std::map<std::string, Method> methods;
   ProgramFile* file = nullptr;  // the module's
+  std::optional<DelegatedModel> delegated;  // outlives the module
   std::unique_ptr<Module> module;
   moec_model_info info = {};
   std::vector<int64_t> eos_ids;
@@ -201,6 +216,7 @@ struct moec_model {
   }
 
   bool open(int32_t threads);
+  void close();
   bool read_constants();
   bool check_method(const char* name);
   bool reserve_arenas(const std::vector<std::string>& names);
@@ -322,23 +338,34 @@ bool moec_model::open(int32_t threads) {
   return set_threads(threads) && reserve_arenas(names) && load_method("forward");
 }
 
-// One pool does the work, the other has no threads: see ops_executorch.h.
+// One pool does the work, the other has no threads: see ops_executorch.h. Without a delegate ExecuTorch's pool is not even
+// asked for, since another user of ExecuTorch in this process may have a program loaded that points to it.
 bool moec_model::set_threads(int32_t threads) {
   if (!*moec_get_isa()) return fail(moec_last_error());  // MOEC_ISA names what this machine does not have
   if (threads <= 0) threads = moec_fast_cores();
   if (threads > 256) return fail(text("%d threads: at most 256", threads));
-  const bool delegated = module->method_meta("forward")->uses_backend("XnnpackBackend");
-  const size_t theirs = delegated ? static_cast<size_t>(threads) : 1;
-  auto* pool = executorch::extension::threadpool::get_threadpool();
-  if (pool && pool->get_thread_count() != theirs && !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(theirs)))
-    return fail(text("the system does not allow %d threads", threads));
-  if (moec_set_threads(delegated ? 1 : threads) != MOEC_OK) return fail(moec_last_error());
-  if (delegated)
-    moec_use_executorch_threads();
-  else
+  const bool pool_is_used = delegated_models > 0;
+  if (module->method_meta("forward")->uses_backend("XnnpackBackend")) delegated.emplace();
+  if (!delegated && !pool_is_used) {
+    if (moec_set_threads(threads) != MOEC_OK) return fail(moec_last_error());
     moec_set_parallel(nullptr, nullptr, nullptr);
-  info.threads = threads;
+    info.threads = threads;
+    return true;
+  }
+  auto* pool = executorch::extension::threadpool::get_threadpool();
+  if (!pool) return fail("ExecuTorch has no thread pool");
+  if (!pool_is_used && pool->get_thread_count() != static_cast<size_t>(threads) &&
+      !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads)))
+    return fail(text("the system does not allow %d threads", threads));
+  if (moec_set_threads(1) != MOEC_OK) return fail(moec_last_error());
+  moec_use_executorch_threads();
+  info.threads = static_cast<int64_t>(pool->get_thread_count());
   return true;
+}
+
+void moec_model::close() {
+  module.reset();
+  delegated.reset();
 }
 
 bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity) {
@@ -400,7 +427,7 @@ moec_model* moec_model_open(const char* path, int32_t threads) {
   if (!model->error.empty()) {
     guarded(model, [&] {
       Watch watch;
-      model->module.reset();  // half open is closed: a call says so
+      model->close();  // half open is closed: a call says so
       return true;
     });
   }
@@ -413,7 +440,7 @@ void moec_model_close(moec_model* model) {
     std::lock_guard<std::mutex> lock(model->busy);  // a call that runs ends first
     guarded(model, [&] {
       Watch watch;
-      model->module.reset();
+      model->close();
       return true;
     });
   }

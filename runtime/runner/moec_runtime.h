@@ -32,7 +32,10 @@ typedef struct moec_model_info {
 } moec_model_info;
 
 // Never NULL, except when memory is out: a handle whose moec_model_error() is empty is open. threads <= 0: one per
-// fast core (moec_fast_cores of moec_kernel.h). The number of threads is the process's, not the model's: the latest call wins.
+// fast core (moec_fast_cores of moec_kernel.h). The number of threads is the process's, not the model's: the latest call wins,
+// but while a model is open of which XNNPACK computes a part, the number stays, since XNNPACK keeps the threads that it was
+// loaded with. moec_model_info.threads says what a model got. A model of XNNPACK's replaces ExecuTorch's thread pool if that
+// has another number of threads: programs that the application itself loaded through XNNPACK must not be open then.
 MOEC_RUNTIME_API moec_model* moec_model_open(const char* path, int32_t threads);
 MOEC_RUNTIME_API void moec_model_close(moec_model* model);
 MOEC_RUNTIME_API const char* moec_model_error(const moec_model* model);

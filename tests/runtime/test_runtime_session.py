@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,6 +104,45 @@ def test_two_sessions_have_their_own_caches(case: Case, session: CpuSession) -> 
         for i, token in enumerate(ids):
             np.testing.assert_allclose(session.decode(token), expected[i], atol=ATOL, rtol=0)
             other.decode((token + 1) % m.V)
+
+
+BESIDE_XNNPACK = """
+import sys
+from pathlib import Path
+import numpy as np
+from moec.targets.xnnpack.session import CpuSession
+plain, delegated = map(Path, sys.argv[1:])
+ids = [3, 1, 4, 1, 5, 9, 2, 6]
+
+def logits(session):
+    session.reset()
+    return session.prefill(ids, "all")
+
+with CpuSession(delegated, threads=2) as first:
+    assert first.threads == 2
+    wanted = logits(first)
+    for threads in (1, 3, 2):  # each asked ExecuTorch for another pool, whose old threads the first one waits for
+        with CpuSession(plain, threads=threads) as other, CpuSession(delegated, threads=threads) as third:
+            assert (other.threads, third.threads) == (2, 2)
+            for session in (first, third, other, first):
+                assert np.isfinite(logits(session)).all()
+        assert np.array_equal(logits(first), wanted)
+with CpuSession(plain, threads=1) as other:
+    assert other.threads == 1
+    with CpuSession(delegated, threads=3) as session:
+        assert session.threads == 3
+        assert np.array_equal(logits(session), wanted)
+        assert np.isfinite(logits(other)).all()
+"""
+
+
+def test_sessions_beside_one_of_xnnpack(tmp_path: Path) -> None:
+    """XNNPACK keeps a pointer to the thread pool of when it loaded a program; in a process of its own, that may hang."""
+    for name, delegate in (("plain.pte", False), ("delegated.pte", True)):
+        m.write_pte(tmp_path / name, delegate=delegate)
+    command = [sys.executable, "-c", BESIDE_XNNPACK, str(tmp_path / "plain.pte"), str(tmp_path / "delegated.pte")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_sessions_in_two_threads(case: Case) -> None:
