@@ -110,7 +110,7 @@ test: setup $(TESTABLE) ## the tests that take seconds, on all cores
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow --timeout=5400 $(PYTEST_ARGS)
 
 # the kernel library under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer
 test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
@@ -153,7 +153,7 @@ bench-peers: setup ## whole models against llama.cpp
 	$(BIN)/python bench/bench_peers.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-quality: setup ## a real model's divergence from its floats against bytes, beside llama.cpp
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[bench,quality]"
+	$(call install,bench$(COMMA)quality)
 	$(BIN)/python -W ignore bench/bench_quality.py --out $(BUILD)/bench/quality $(BENCH_ARGS)
 
 bench-roles: setup ## which kernel should serve which dense role
