@@ -78,8 +78,8 @@ class CpuSession(SessionBase):
     def __init__(self, model: Path, *, threads: int | None = None, float_activations: bool = False) -> None:
         """Open `model`. `threads` None: one per core this process may use, without the slow ones where cores differ.
         The thread pool is the process's: the session opened last decides its size, except that it stays while a session
-        is open whose program XNNPACK computes in part; `self.threads` is what there is. `float_activations`: compute in fp32
-        on the same codes, where the program would round activations to INT8; a delegate's linears still round."""
+        is open whose program XNNPACK computes in part; `self.threads` is what there is. `float_activations`: compute in
+        fp32 on the same codes, where the program would round activations to INT8; a delegate's linears still round."""
         self._handle: int | None = None
         self._busy = threading.RLock()
         path = Path(model)

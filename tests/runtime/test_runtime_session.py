@@ -137,7 +137,7 @@ with CpuSession(plain, threads=1) as other:
 
 
 def test_sessions_beside_one_of_xnnpack(tmp_path: Path) -> None:
-    """XNNPACK keeps a pointer to the thread pool of when it loaded a program; in a process of its own, that may hang."""
+    """XNNPACK keeps a pointer to the thread pool of when it loaded a program. In a process of its own: it may hang."""
     for name, delegate in (("plain.pte", False), ("delegated.pte", True)):
         m.write_pte(tmp_path / name, delegate=delegate)
     command = [sys.executable, "-c", BESIDE_XNNPACK, str(tmp_path / "plain.pte"), str(tmp_path / "delegated.pte")]
