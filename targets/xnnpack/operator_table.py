@@ -93,8 +93,8 @@ def _encoded(schema: object) -> str:
         if argument.alias_info is not None and argument.alias_info.is_write:
             letters += "!"
             written[frozenset(argument.alias_info.before_set)] = "0123456789abcdefghijklmnopqrstuvwxyz"[index]
-    if not schema.returns:  # type: ignore[attr-defined]
-        return letters + "_"  # an operator that writes a list: ExecuTorch's emitter adds a value that nobody reads
+    if len(schema.returns) != 1:  # type: ignore[attr-defined]
+        return letters + "_"  # what returns nothing, or several: ExecuTorch's emitter adds one value that nobody reads
     return letters + "".join("=" + written[frozenset(r.alias_info.before_set)] for r in schema.returns)  # type: ignore[attr-defined]
 
 

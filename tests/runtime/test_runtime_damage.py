@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 from executorch.exir.schema import DelegateCall, IntList, JumpFalseCall
 
@@ -212,6 +215,32 @@ def test_the_table_of_operators_is_that_of_the_wheel() -> None:
     from moec.targets.xnnpack.operator_table import TABLE, table
 
     assert TABLE.read_text("utf-8") == table(), "python -m moec.targets.xnnpack.operator_table"
+
+
+class ManyResults(torch.nn.Module):
+    """Operators of several results, of a list of them, and of optional arguments."""
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        best, place = torch.topk(x_TD, 4, dim=-1)
+        most, least = x_TD.max(-1, keepdim=True), x_TD.min(-1, keepdim=True)
+        left, right = torch.ops.aten.native_layer_norm(x_TD, [8], None, None, 1e-5)[0].chunk(2, -1)
+        variance, mean = torch.var_mean(x_TD, -1, keepdim=True)
+        parts = best * left - right + torch.gather(x_TD, -1, place)
+        return parts + most.values - least.values + most.indices.float() + variance * mean.clamp(-1, None)
+
+
+def test_operators_of_several_results_are_accepted(tmp_path: Path) -> None:
+    example = (torch.arange(24.0).view(3, 8),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(ManyResults(), example).run_decompositions({})
+        edge = to_edge_transform_and_lower(
+            exported, compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+        )
+        used = {n.target.__name__ for n in edge.exported_program().graph.nodes if n.op == "call_function"}
+        assert {"aten.topk.default", "aten.max.dim", "aten.native_layer_norm.default"} <= used
+        (tmp_path / "model.pte").write_bytes(edge.to_executorch().buffer)
+    assert program_fault(tmp_path / "model.pte") == ""
 
 
 def test_what_the_runtime_has_and_what_it_would_refuse(tmp_path: Path, good: bytes) -> None:
