@@ -6,6 +6,7 @@ touch nearly all; `touched` gives the expectation for a shorter prompt. File-bac
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +48,11 @@ class Model:
 
     def cache_bytes(self, positions: int) -> int:
         """KV cache of `positions` positions, all layers. Windowed layers keep every position, as our caches do."""
-        return sum(self._rows(c, positions) for c in self.architecture.caches)
+        return sum(n * self._rows(c, positions) for c, n in Counter(self.architecture.caches).items())
 
     def cache_read(self, position: int) -> int:
         """Bytes of keys and values that the token at `position` attends to."""
-        return sum(self._rows(c, c.seen(position)) for c in self.architecture.caches)
+        return sum(n * self._rows(c, c.seen(position)) for c, n in Counter(self.architecture.caches).items())
 
     def _rows(self, cache: Cache, positions: int) -> int:
         return self.footprint.cache_bytes(cache, None if cache.whole else self.cache_codes, positions)

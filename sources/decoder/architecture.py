@@ -31,21 +31,24 @@ def architecture_of(config: DecoderConfig, name: str) -> Architecture:
 
 
 def _weights(config: DecoderConfig) -> Iterator[Weight]:
-    """The table of weights, layers together: equal parts of a layer are rows of one matrix, experts are matrices."""
+    """The table of weights, layers together: equal parts of a layer are rows of one matrix, experts are matrices.
+
+    The layers are alike, so one is listed and counted as often: a search plans ten thousands of shapes.
+    """
     parts: dict[tuple[Role, str], list[WeightInfo]] = {}
-    for info in weight_layout(config).values():
+    for info in weight_layout(config.model_copy(update={"layers": 1})).values():
         parts.setdefault((info.role, info.part), []).append(info)
     for (role, part), infos in parts.items():
         first = infos[0]
+        count = sum(1 if info.layer is None else config.layers for info in infos)
         if role is Role.EXPERT:
             (experts, width_in, width_out), moe = first.shape, config.moe
             assert moe is not None
-            count, used = len(infos) * experts, len(infos) * moe.top_k
-            yield Weight(role.value, part, count, width_out, width_in, used)
+            yield Weight(role.value, part, count * experts, width_out, width_in, count * moe.top_k)
         elif len(first.shape) == 1:
-            yield Weight(role.value, part, len(infos), first.shape[0], 1, counted=first.counted)
+            yield Weight(role.value, part, count, first.shape[0], 1, counted=first.counted)
         else:
             together = [info for info in infos if info.layer == first.layer]
             rows = sum(info.shape[0] for info in together)
             used = 0 if role is Role.EMBEDDING else None
-            yield Weight(role.value, part, len(infos) // len(together), rows, first.shape[1], used)
+            yield Weight(role.value, part, count // len(together), rows, first.shape[1], used)

@@ -182,3 +182,18 @@ def test_touched_experts() -> None:
 def test_a_vector_takes_no_products() -> None:
     assert Weight("norm", "norms", 3, 128, 1).macs == 0
     assert Weight("expert", "down", 10, 4, 8, used=2).macs == 64
+
+
+def test_layers_that_are_alike_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search plans ten thousands of shapes of up to eighty layers."""
+    a = shipped("mobilellm-pro")
+    options = options_class("xnnpack")()
+    model = Model(a, Quantization(weights="int4"), find_target("xnnpack").footprint(), options)
+    kinds = len(set(a.caches))
+    assert 1 < kinds < len(a.caches)
+    wanted = sum(model.footprint.cache_bytes(c, model.cache_codes, 100) for c in a.caches)
+    asked = []
+    real = type(model.footprint).cache_bytes
+    monkeypatch.setattr(type(model.footprint), "cache_bytes", lambda *given: asked.append(given) or real(*given))
+    assert model.cache_bytes(100) == wanted
+    assert len(asked) == kinds
