@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from moec.training.optimizer import learning_rate
 from moec.training.run import train
 from moec.training.stage import Trainer
 from moec.training.stages import RunResult
+from tests.forked import ended, forked
 from tests.training.small import MOE, PRETRAIN, QAT, SFT, STAGE, corpus_of, spec_of
 
 ALL = (PRETRAIN, SFT, QAT)
@@ -183,6 +185,32 @@ def test_killed_at_any_moment(whole: RunResult, corpus: Corpus, tmp_path: Path) 
     assert records(out) == records(whole)
     assert same_weights(out, whole.out)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.out.iterdir())
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_moments(whole: RunResult, corpus: Corpus, tmp_path: Path) -> None:
+    """Every run that was killed again and again ends as the one without a stop."""
+    file = spec_file(tmp_path, spec_of(*ALL))
+    words = ["train", str(file), "--data", str(corpus.folder), "--threads", "1", "-q", "--out"]
+    began = time.monotonic()
+    assert ended(forked([*words, str(tmp_path / "once")])) == 0
+    most = (time.monotonic() - began) / 4
+    moments, killed, runs = random.Random(11), 0, 0
+    while killed < 50:
+        runs += 1
+        out = tmp_path / f"run-{runs}"
+        done = False
+        while not done:
+            child = forked([*words, str(out), *(["--resume"] if (out / "state/latest.json").exists() else [])])
+            time.sleep(moments.random() * most)
+            os.kill(child, signal.SIGKILL)
+            status = ended(child)
+            assert status in (0, -signal.SIGKILL)
+            killed += status != 0
+            done = status == 0 or killed >= 50
+        assert ended(forked([*words, str(out), "--resume"])) == 0
+        assert records(out) == records(whole)
+        assert same_weights(out, whole.out)
 
 
 def test_interrupted(whole: RunResult, corpus: Corpus, tmp_path: Path) -> None:
