@@ -20,7 +20,7 @@ from typing import Any
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.memory import memory, weight_bytes
 from moec.analysis.plan.planner import model_of
-from moec.analysis.plan.roofline import decode, prefill, rates_of
+from moec.analysis.plan.roofline import decode, prefill
 from moec.checkpoints import synthesize
 from moec.cli.device_cmd import measured_device
 from moec.cli.output import table
@@ -88,7 +88,7 @@ def compare(folder: Path, device: Device, threads: int, seen: dict[str, float]) 
     options = spec.targets["xnnpack"].model_copy(update={"threads": threads})
     model = model_of(spec, "xnnpack", options)
     used = round(seen["prompt"]) + DECODE
-    rates = rates_of(device, "xnnpack", None)
+    rates = model.footprint.rates(device, None)
     step = decode(model, device, rates, used - DECODE // 2)
     whole = prefill(model, device, rates, round(seen["prompt"]))
     stored = sum(n for role, n in manifest.sizes_by_role.items() if role != "constant")

@@ -43,6 +43,7 @@ def search(
     import sys
 
     from moec.analysis.plan.devices import check_runs, load_device
+    from moec.analysis.plan.planner import footprint_of
     from moec.analysis.plan.scaling_law import PUBLISHED, load_law
     from moec.analysis.plan.search import Limits
     from moec.analysis.plan.search import search as run
@@ -50,7 +51,6 @@ def search(
     from moec.analysis.plan.searched import plot as draw
     from moec.cli.output import check_writable, emit_json, write_text
     from moec.compiler.spec.targets import options_class
-    from moec.compiler.target import find_target
 
     check_writable(out)
     _check_positive(
@@ -79,7 +79,7 @@ def search(
         decode=min_decode,
     )
     options = options_class(target)()
-    found = run(chosen, find_target(target).footprint(), options, limits, law=fitted, extrapolate=extrapolate)
+    found = run(chosen, footprint_of(target), options, limits, law=fitted, extrapolate=extrapolate)
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if out is not None:

@@ -18,6 +18,7 @@ from moec.compiler.spec.targets import target_packages
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact, Manifest
+    from moec.compiler.footprint import Footprint
     from moec.compiler.pipeline import Pass
     from moec.compiler.program import Program
     from moec.compiler.progress import Progress
@@ -117,12 +118,17 @@ class Target(ABC):
         """The artifact's own codes with activations that are not rounded to integers; None where that cannot be run."""
         return None
 
-    def footprint(self) -> Any:
-        """Sizes that a plan needs (`compiler.footprint.Footprint`); None: the target cannot be planned for."""
+    def footprint(self) -> Footprint | None:
+        """Sizes and rates that a plan needs; None: the target cannot be planned for."""
         return None
 
     def bench(self, artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
-        """Times an artifact in a process of its own; keys as `targets/xnnpack/bench.py` lists them."""
+        """Times an artifact in a process of its own.
+
+        The report has `prefill_tokens_per_s`, `decode_tokens_per_s` (at the first context), `load_s`, `peak_rss_mb`
+        (the largest of all runs), `threads`, `isa`, `file_bytes`, and `contexts`: one entry for each, with its own
+        rate, spread and peak. Rates are medians over `plan.repeats`.
+        """
         raise self._not_here(
             artifact, "cannot be timed on this machine", "compile the spec for another of `moec targets`"
         )

@@ -8,6 +8,7 @@ from moec.compiler.errors import UserError
 from moec.compiler.spec.device import Device, device_files, is_device_file
 from moec.compiler.spec.loader import load_device_file
 from moec.compiler.spec.strict import suggestion
+from moec.compiler.spec.targets import options_class
 
 #: The machine whose kernel measurements stand in for a device that has none of its own.
 REFERENCE = "reference-x86"
@@ -36,8 +37,10 @@ def reference() -> Device | None:
 
 
 def check_runs(device: Device, target: str) -> None:
-    """UserError when `device` has no such backend."""
-    if target == "metal" and device.gpu_fp16_gflop_per_s is None:
+    """UserError when `device` lacks what artifacts of `target` run on."""
+    missing = [key for key in options_class(target).device_needs if getattr(device, key, None) is None]
+    if missing:
         raise UserError(
-            f"{device.name} has no Metal GPU", remedy="choose another --target, or a device whose backend is metal"
+            f"{device.name} cannot run target {target}: its file gives no {', '.join(missing)}",
+            remedy="choose another --target or --device",
         )

@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from moec.analysis.plan.footprint import Footprint
 from moec.compiler.architecture import Architecture, Cache, Weight
+from moec.compiler.footprint import Footprint
 from moec.compiler.spec.quantization import Quantization, WeightScheme
 from moec.compiler.states import Codes
 

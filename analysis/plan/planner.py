@@ -18,9 +18,11 @@ from moec.analysis.plan.memory import (
     roles,
     weight_bytes,
 )
-from moec.analysis.plan.roofline import Rates, Step, decode, prefill, rates_of
+from moec.analysis.plan.roofline import Step, decode, prefill
 from moec.compiler.architecture import Architecture
 from moec.compiler.errors import CompileError, UserError
+from moec.compiler.footprint import Footprint
+from moec.compiler.rates import Rates
 from moec.compiler.spec import Spec
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.sources import source_of
@@ -81,7 +83,7 @@ def plan_spec(
         )
     used = context or a.context
     contexts = sorted({c for c in CONTEXTS if c < used} | {used})
-    rates = None if device is None else rates_of(device, target, reference())
+    rates = None if device is None else model.footprint.rates(device, reference())
     peak = memory(model, used)
     fits = device is None or peak.peak <= device.budget
     return Plan(
@@ -120,13 +122,16 @@ def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str,
 
 def model_of(spec: Spec, target: str, options: Any) -> Model:
     """What the planner counts. UserError for a target without sizes or a model without shapes."""
-    footprint = find_target(target).footprint()
-    if footprint is None:
-        planned = ", ".join(name for name in target_packages() if find_target(name).footprint() is not None)
-        raise UserError(
-            f"target {target} does not say how large a model is there", remedy=f"plan for one of: {planned}"
-        )
-    return Model(architecture_of_spec(spec), spec.quantization, footprint, options)
+    return Model(architecture_of_spec(spec), spec.quantization, footprint_of(target), options)
+
+
+def footprint_of(target: str) -> Footprint:
+    """Sizes and rates of a target. UserError for one that has none."""
+    found = find_target(target).footprint()
+    if found is not None:
+        return found
+    planned = ", ".join(name for name in target_packages() if find_target(name).footprint() is not None)
+    raise UserError(f"target {target} does not say how large a model is there", remedy=f"plan for one of: {planned}")
 
 
 class ShapesUnknown(UserError):

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moec.analysis.plan.devices import reference
-from moec.analysis.plan.footprint import Footprint
 from moec.analysis.plan.memory import Model, memory, weight_bytes
-from moec.analysis.plan.roofline import Rates, decode, rates_of
+from moec.analysis.plan.roofline import decode
 from moec.analysis.plan.scaling_law import PUBLISHED, Law, training_flops
 from moec.compiler.errors import UserError
+from moec.compiler.footprint import Footprint
+from moec.compiler.rates import Rates
 from moec.compiler.spec import DecoderConfig, MoeConfig, Quantization
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.model import RopeConfig
@@ -150,7 +151,7 @@ def search(
     Both are warned of. Errors: UserError when nothing is within the limits, saying which limit excludes most.
     """
     quantization = quantization or Quantization(weights="int4")
-    rates = rates_of(device, footprint.target, reference())
+    rates = footprint.rates(device, reference())
     built = [
         _candidate(config, e, g, shared, Model(architecture_of(config, "candidate"), quantization, footprint, options),
                    device, rates, limits, law, extrapolate)

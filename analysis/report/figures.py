@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from moec.analysis.report.graphs import COLOURS
+from moec.analysis.report.graphs import COLOURS, ENGINE
 from moec.compiler.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def sizes(by_role: Mapping[str, int]) -> str:
     axes = figure.subplots()
     names = [role for role, _ in rows]
     values = [count / 1e6 for _, count in rows]
-    bars = axes.barh(names, values, color=[COLOURS.get(role, COLOURS["other"]) for role in names])
+    bars = axes.barh(names, values, color=[COLOURS.get(role, ENGINE) for role in names])
     total = sum(values) or 1.0
     labels = [f"{v:,.1f} MB  {v / total:.1%}" if v >= 0.1 else f"{v * 1e3:,.1f} kB  {v / total:.1%}" for v in values]
     axes.bar_label(bars, labels, padding=4)

@@ -27,9 +27,9 @@ COLOURS = {
     "head": "#b279a2",
     "norm": "#b79a84",
     "constant": "#d0ccc8",
-    "xnnpack": "#8a8f98",
     "other": "#d0ccc8",
 }
+ENGINE = "#8a8f98"  # of what a target stores in a form of its engine's, which has no role
 _HEIGHT, _GAP_X, _GAP_Y = 17, 6, 9
 _CHARACTER = 5.4  # average width of the labels' font, a little more than it is
 # no arithmetic of their own: edges run through them

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from moec.compiler.instruction_sets import instruction_sets
-from moec.compiler.spec.strict import Fault, Section, shown
+from moec.compiler.spec.strict import Fault, Section, shown, suggestion
+from moec.compiler.spec.targets import options_class, target_packages
 
 Source = Annotated[str, Field(min_length=8, max_length=600)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, le=1e9)]
-# The kernels' names (`neon` stands for dotprod as well), one that they have no code for yet, and a GPU backend's.
-_ISAS = (*(s.name for s in instruction_sets()), "sme", "metal")
-if TYPE_CHECKING:
-    Isa = str
-else:
-    Isa = Literal[_ISAS]
+
+
+# The kernels' names (`neon` stands for dotprod as well), and one that they have no code for yet.
+_CPU_ISAS = (*(s.name for s in instruction_sets()), "sme")
+
+
+def isa_names() -> tuple[str, ...]:
+    """What `isa:` may list: instruction sets of CPUs, and what targets add."""
+    return (*_CPU_ISAS, *(name for target in target_packages() for name in options_class(target).device_isas))
+
+
+def _isa_fault(raw: Any, loc: tuple[str | int, ...]) -> Iterator[Fault]:
+    if isinstance(raw, str) and raw not in _CPU_ISAS and raw not in (known := isa_names()):
+        yield Fault(loc, f"expected one of {', '.join(known)}, got {shown(raw)}")
 
 
 def number_of(raw: Any, key: str) -> float | None:
@@ -82,7 +91,7 @@ class KernelRates(Section):
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)]
-    isa: Isa
+    isa: str
     dense_stream_gb_per_s: Figure
     dense_cached_gb_per_s: Figure
     dense_prefill_gop_per_s: Figure
@@ -98,6 +107,10 @@ class KernelRates(Section):
     attention_prefill_gop_per_s: Figure
     instruction_us: Figure
 
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        yield from _isa_fault(raw.get("isa"), ("isa",))
+
 
 NAME = r"^[a-z0-9][a-z0-9.-]{0,63}$"
 
@@ -107,11 +120,11 @@ class Device(Section):
 
     name: Annotated[str, Field(pattern=NAME)]
     title: Annotated[str, Field(min_length=1, max_length=120)]
-    backend: Literal["xnnpack", "metal"]
+    backend: str
     memory_budget_mb: Figure
     memory_total_mb: Figure
     cores: Cores
-    isa: Annotated[tuple[Isa, ...], Field(strict=False, min_length=1)]
+    isa: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     dram_gb_per_s: Figure
     int8_gop_per_s: Figure
     last_cache_mb: Figure | None = None
@@ -126,8 +139,17 @@ class Device(Section):
             yield Fault(
                 ("memory_budget_mb", "number"), f"must be at most memory_total_mb ({shown(total)}), got {shown(budget)}"
             )
-        if raw.get("backend") == "metal" and raw.get("gpu_fp16_gflop_per_s") is None:
-            yield Fault(("gpu_fp16_gflop_per_s",), "a device whose backend is metal needs this key")
+        for index, name in enumerate(isas if isinstance(isas := raw.get("isa"), (list, tuple)) else ()):
+            yield from _isa_fault(name, ("isa", index))
+        backend = raw.get("backend")
+        if not isinstance(backend, str):
+            return
+        if backend not in target_packages():
+            yield Fault(("backend",), f"unknown target {shown(backend)}" + suggestion(backend, target_packages()))
+            return
+        for key in options_class(backend).device_needs:
+            if raw.get(key) is None:
+                yield Fault((key,), f"a device whose backend is {backend} needs this key")
 
     @property
     def budget(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from moec.compiler.spec.device import Device
+from moec.compiler.spec.device import Device, isa_names
 from moec.compiler.spec.model import NAME_PATTERN, Spec
 from moec.compiler.spec.sources import find_source, source_keys
 from moec.compiler.spec.targets import options_class, target_packages
@@ -51,4 +51,7 @@ def spec_schema(targets: Iterable[str] | None = None) -> dict[str, Any]:
 def device_schema() -> dict[str, Any]:
     """The schema of a device file."""
     schema = Device.model_json_schema()
+    schema["properties"]["backend"]["enum"] = sorted(target_packages())
+    isas = list(isa_names())
+    schema["properties"]["isa"]["items"]["enum"] = schema["$defs"]["KernelRates"]["properties"]["isa"]["enum"] = isas
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "moec device"}

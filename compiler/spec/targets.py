@@ -11,7 +11,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -22,7 +22,14 @@ ENTRY_POINTS = "moec.targets"
 
 
 class TargetOptions(Section):
-    """Base of every target's options."""
+    """Base of every target's options, and what a target says of devices.
+
+    device_needs: keys of a device file without which a device cannot run the target's artifacts. device_isas: what such
+    a file may list under `isa:` for the target, beside the instruction sets of CPUs.
+    """
+
+    device_needs: ClassVar[tuple[str, ...]] = ()
+    device_isas: ClassVar[tuple[str, ...]] = ()
 
 
 @cache

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from moec.compiler.architecture import Architecture, Cache, Weight
+from moec.compiler.footprint import Footprint
+from moec.compiler.spec.device import Device
 from moec.compiler.spec.quantization import WeightScheme
 from moec.compiler.states import Codes
 from moec.targets.metal.options import Options
@@ -20,7 +22,7 @@ _LARGEST_GROUP = 128  # larger groups are stored as several of this size with eq
 _PROGRAM_PER_LAYER, _AROUND = 2 * 10_800, 18_000
 
 
-class MetalFootprint:
+class MetalFootprint(Footprint):
     target = "metal"
     checked = "stored sizes: compiled artifacts; memory in use: never measured on Apple hardware, runtime not counted"
     mapped = False  # whether the delegate keeps the file's pages or copies was never seen
@@ -67,6 +69,11 @@ class MetalFootprint:
     def instructions(self, architecture: Architecture) -> int:
         """Not used: nothing is expected of a GPU that was never timed."""
         return 0
+
+    def peak(self, device: Device, *, integer: bool) -> float:
+        """Of the GPU, which computes with floats whatever the weights are. It was never timed: there are no `rates`."""
+        assert device.gpu_fp16_gflop_per_s is not None, "Options.device_needs"
+        return device.gpu_fp16_gflop_per_s.number * 1e9
 
     def chunk(self, options: Any) -> int:
         return options.max_tokens if isinstance(options, Options) else Options().max_tokens

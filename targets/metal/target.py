@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moec.compiler.extras import Need
 from moec.compiler.target import LoweredFiles, Session, Table, Target, own_facts, own_manifest, own_options, register
@@ -12,6 +12,7 @@ from moec.targets.metal.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.footprint import Footprint
     from moec.compiler.pipeline import Pass
     from moec.compiler.program import Program
     from moec.compiler.progress import Progress
@@ -47,7 +48,7 @@ class MetalTarget(Target):
         """The float32 twin: same instructions, same stored values, nothing rounded to 16 bits. `verify` compares it."""
         return self._session(artifact, wide=True)
 
-    def footprint(self) -> Any:
+    def footprint(self) -> Footprint:
         from moec.targets.metal.footprint import FOOTPRINT
 
         return FOOTPRINT

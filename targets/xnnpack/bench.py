@@ -15,12 +15,8 @@ from moec.runtime.native import runner_binary
 
 
 def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
-    """Run the plan, one process for each context. RunError with the runner's reason when the model refuses.
-
-    The report has `prefill_tokens_per_s`, `decode_tokens_per_s` (at the first context), `load_s`, `peak_rss_mb` (the
-    largest of all runs), `threads`, `isa`, `file_bytes`, and `contexts`: one entry for each, with its own rate, spread
-    and peak. Rates are medians over `repeats`.
-    """
+    """The report of `Target.bench`, one process for each context. RunError with the runner's reason when the model
+    refuses."""
     wanted: Sequence[int | None] = plan.contexts or (None,)
     reports = []
     with progress.stage("bench", len(wanted)) as step:

@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from moec.compiler.architecture import Architecture, Cache, Weight
+from moec.compiler.footprint import Footprint
+from moec.compiler.rates import Rates, kernel_rates
+from moec.compiler.spec.device import Device
 from moec.compiler.spec.quantization import WeightScheme
 from moec.compiler.states import Codes
 from moec.targets.xnnpack.options import Options
@@ -29,7 +32,7 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-class XnnpackFootprint:
+class XnnpackFootprint(Footprint):
     target = "xnnpack"
     checked = "artifacts and processes of x86-64 Linux"
     mapped = True
@@ -117,6 +120,9 @@ class XnnpackFootprint:
         norms = 2 * architecture.layers if architecture.qk_norm else 0
         foreign = 0 if architecture.own else 12 + 75 * sum(c.whole > 0 for c in architecture.caches)
         return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms + foreign
+
+    def rates(self, device: Device, reference: Device | None) -> Rates | None:
+        return kernel_rates(device, reference)
 
     def chunk(self, options: Any) -> int:
         return options.max_tokens if isinstance(options, Options) else Options().max_tokens

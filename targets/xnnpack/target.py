@@ -21,6 +21,7 @@ from moec.targets.xnnpack.options import Options
 
 if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
+    from moec.compiler.footprint import Footprint
     from moec.compiler.pipeline import Pass
     from moec.compiler.program import Program
     from moec.compiler.progress import Progress
@@ -60,7 +61,7 @@ class XnnpackTarget(Target):
             return None
         return self._session(artifact, float_activations=True)
 
-    def footprint(self) -> Any:
+    def footprint(self) -> Footprint:
         from moec.targets.xnnpack.footprint import FOOTPRINT
 
         return FOOTPRINT

@@ -21,7 +21,7 @@ FILES = dict(BLOCK.findall(CHAPTER.read_text("utf-8")))
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder on the import path that holds the chapter's package, its entry point, and a tiny checkpoint."""
     folder = tmp_path_factory.mktemp("site")
-    assert set(FILES) == {"their_target/options.py", "their_target/target.py"}
+    assert set(FILES) == {f"their_target/{name}.py" for name in ("options", "footprint", "target")}
     for name, body in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(body)
@@ -92,7 +92,27 @@ def test_what_it_does_not_bring_is_one_line(site: Path, command: str, said: str)
     assert done.stderr.count("\n") == 1
 
 
-def test_it_cannot_be_planned_for_without_sizes(site: Path) -> None:
-    done = moec(site, "plan", "a.yaml", "--device", "galaxy-s25", "--target", "listing")
+def test_it_is_planned_for(site: Path) -> None:
+    device = (ROOT / "specs/devices/galaxy-s25.yaml").read_text("utf-8")
+    (site / "mine.yaml").write_text(device.replace("backend: xnnpack", "backend: listing"))
+    done = moec(site, "plan", "a.yaml", "--device", "./mine.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["target"] == "listing"
+    assert plan["sizes_checked_with"] == "nothing: a listing is never run"
+    assert plan["rates"] is None
+    assert plan["decode"][0]["expected_s"] is None
+    assert plan["decode"][0]["roofline_s"] > 0
+    routed = next(role for role in plan["roles"] if role["role"] == "expert")
+    assert routed["bytes"] == routed["parameters"] // 2 + 4 * routed["parameters"] // 32
+    shown = moec(site, "plan", "a.yaml", "--device", "./mine.yaml")
+    assert "expected: nothing, this backend has not been timed" in shown.stdout
+
+
+def test_a_device_of_a_target_that_is_not_installed_is_one_line(site: Path, tmp_path: Path) -> None:
+    device = (ROOT / "specs/devices/galaxy-s25.yaml").read_text("utf-8")
+    (tmp_path / "mine.yaml").write_text(device.replace("backend: xnnpack", "backend: listin"))
+    done = moec(site, "plan", "a.yaml", "--device", str(tmp_path / "mine.yaml"))
     assert done.returncode == 2
-    assert "listing" in done.stderr
+    assert "unknown target 'listin'; did you mean 'listing'?" in done.stderr
+    assert done.stderr.count("\n") == 1

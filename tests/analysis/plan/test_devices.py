@@ -69,9 +69,11 @@ def test_schema_is_fresh_and_accepts_the_devices() -> None:
         ("number: 5000", "number: 5000\n  low: 4000", "6:1: memory_budget_mb.high: a spread has both ends"),
         ("number: 5000", "number: 5000\n  low: 1\n  high: 2", "must lie in its spread, 1.0 to 2.0"),
         ("backend: xnnpack", "backend: metal", "gpu_fp16_gflop_per_s: a device whose backend is metal needs this key"),
-        ("backend: xnnpack", "backend: npu", "backend: expected 'xnnpack' or 'metal'"),
+        ("backend: xnnpack", "backend: npu", "backend: unknown target 'npu'; known here: "),
         ("threads: 4", "threads: 9", "cores.threads: must be at most big + little (8), got 9"),
-        ("isa: [neon, i8mm]", "isa: [sse]", "isa[0]: expected"),
+        ("isa: [neon, i8mm]", "isa: [neon, sse]", "isa[1]: expected one of "),
+        ("isa: [neon, i8mm]", "isa: [4]", "isa[0]: expected"),
+        ("backend: xnnpack", "backend: [xnnpack]", "backend: expected"),
         ("isa: [neon, i8mm]", "isa: []", "isa"),
         ("name: galaxy-s25", "name: Galaxy S25", "name"),
         ("dram_gb_per_s:", "dram_gbps:", "dram_gb_per_s: this key is required"),
@@ -117,9 +119,9 @@ def test_unknown_devices() -> None:
         load_device("nowhere.yaml")
 
 
-def test_metal_needs_a_gpu() -> None:
+def test_a_device_has_what_the_target_needs() -> None:
     check_runs(load_device("iphone-17"), "metal")
-    with pytest.raises(UserError, match="galaxy-s25 has no Metal GPU"):
+    with pytest.raises(UserError, match="galaxy-s25 cannot run target metal: its file gives no gpu_fp16_gflop_per_s"):
         check_runs(load_device("galaxy-s25"), "metal")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moec.analysis.plan.devices import load_device, reference
-from moec.analysis.plan.planner import check_fits, plan_spec
-from moec.analysis.plan.roofline import decode, prefill, rates_of
+from moec.analysis.plan.planner import check_fits, footprint_of, plan_spec
+from moec.analysis.plan.roofline import decode, prefill
 from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.errors import CompileError, UserError
@@ -103,8 +103,8 @@ def test_rates_scale_with_the_device() -> None:
     """A device without measurements gets the reference's shares of its own peaks, and the report says so."""
     base = reference()
     assert base is not None
-    own, device = rates_of(base, "xnnpack", base), load_device("galaxy-s25")
-    lent = rates_of(device, "xnnpack", base)
+    footprint, device = footprint_of("xnnpack"), load_device("galaxy-s25")
+    own, lent = footprint.rates(base, base), footprint.rates(device, base)
     assert own is not None
     assert lent is not None
     assert lent.weights["dense"] / own.weights["dense"] == pytest.approx(
@@ -112,8 +112,17 @@ def test_rates_scale_with_the_device() -> None:
     )
     assert "not measured" in lent.basis
     assert "not measured" not in own.basis
-    assert rates_of(device, "xnnpack", None) is None
-    assert rates_of(device, "metal", base) is None
+    assert footprint.rates(device, None) is None
+    assert footprint_of("metal").rates(device, base) is None
+
+
+def test_a_peak_is_that_of_what_the_target_runs_on() -> None:
+    phone = load_device("iphone-17")
+    cpu, gpu = footprint_of("xnnpack"), footprint_of("metal")
+    assert cpu.peak(phone, integer=True) == phone.int8_gop_per_s.number * 1e9 * phone.cores.threads
+    assert cpu.peak(phone, integer=False) == cpu.peak(phone, integer=True) / 4
+    assert phone.gpu_fp16_gflop_per_s is not None
+    assert gpu.peak(phone, integer=True) == gpu.peak(phone, integer=False) == phone.gpu_fp16_gflop_per_s.number * 1e9
 
 
 def test_advice_is_what_planning_the_change_gives() -> None:
@@ -235,7 +244,8 @@ def test_the_spec_names_the_device(moec: Moec, tmp_path: Path) -> None:
     [
         (["--device", "galaxy"], "unknown device 'galaxy'"),
         (["--device", "nowhere.yaml"], "nowhere.yaml: no such device"),
-        (["--target", "metal", "--device", "galaxy-s25"], "galaxy-s25 has no Metal GPU"),
+        (["--target", "metal", "--device", "galaxy-s25"], "galaxy-s25 cannot run target metal: its file gives no gpu_"),
+        (["--target", "onnx"], "target onnx does not say how large a model is there"),
         (["--target", "npu"], "unknown target 'npu'"),
         (["--context", "9000"], "--context 9000 is outside the model's 1 to 8192"),
         (["--context", "x"], "--context"),
