@@ -92,7 +92,7 @@ class CpuSession(SessionBase):
         error = runtime.moec_model_error(self._handle).decode(errors="replace")
         if error:
             self.close()
-            if error.startswith(("no address space", "out of memory")):
+            if any(words in error for words in ("no address space", "out of memory", "Cannot allocate memory")):
                 raise MemoryError(f"{path}: {error}")
             raise ArtifactError(error, place=str(path), remedy="compile the artifact again")
         runtime.moec_model_float_activations(self._handle, int(float_activations))

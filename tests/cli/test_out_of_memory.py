@@ -29,6 +29,7 @@ sys.exit(main.run(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow  # 20 s of a core, most of it the compile
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the address space from /proc")
 def test_a_command_that_runs_out_of_memory(tmp_path: Path, moec: Moec) -> None:
     """Angles of 2^21 positions are 256 MiB of the file, its caches as much: no fault of the artifact."""
