@@ -138,17 +138,17 @@ def foreign_folder(folder: Path) -> CheckpointError | None:
         return CheckpointError(
             f"there are no safetensors files, only GGUF ({listed(gguf)})",
             place=str(folder),
-            remedy="give the safetensors checkpoint that it was made from",
+            remedy="name the file itself: `moec compile FILE.gguf`, or in a spec `model: {gguf: FILE}`",
         )
     return None
 
 
 def gguf_refused(file: Path) -> CheckpointError:
-    """What is said of a GGUF file where a checkpoint is expected."""
+    """What is said of a GGUF file where a folder of transformers is expected."""
     return CheckpointError(
-        "is a GGUF file, which moec does not compile",
+        "is a GGUF file, not a folder of transformers",
         place=str(file),
-        remedy="give the safetensors checkpoint that it was made from",
+        remedy="compile it by itself (`moec compile FILE.gguf`), or write `model: {gguf: FILE}`",
     )
 
 

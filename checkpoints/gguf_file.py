@@ -4,23 +4,25 @@ Layout (the GGUF specification of ggml, versions 2 and 3, little endian): the ma
 number of key-value pairs; the pairs; for each tensor its name, dimensions (the fastest first), type and offset; then,
 at a multiple of `general.alignment`, the data. Quantized types are stored in blocks of a row.
 
-Nothing is allocated for a number that the file states before the bytes that it speaks of are known to be there.
+Nothing is allocated for a number that the file states before the bytes that it speaks of are known to be there. Files
+are read and not mapped: one that is cut off meanwhile is an error of one line, where a mapping would end the process.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from moec.checkpoints.safetensors_file import shown
 from moec.compiler.errors import CheckpointError
+from moec.compiler.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -41,8 +43,10 @@ _NUMBERS: Mapping[int, str] = {
 _STRING, _ARRAY = 8, 9
 _MOST = 1 << 16  # tensors, and pairs
 _MOST_STRING = 1 << 24  # bytes of one string: chat templates have thousands
-_MOST_ELEMENTS = 1 << 24  # of all arrays: vocabularies have under a million
+_MOST_ELEMENTS = 1 << 22  # of all arrays: vocabularies have under a million, with as many merges
+_MOST_HEADER = 1 << 28  # bytes of header, metadata and tensor list: the largest in use have 30 million
 _MOST_DIMENSIONS = 4
+_PIECE = 1 << 24  # bytes read at once
 _DOWNLOAD = "download the file again"
 
 
@@ -59,37 +63,70 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """`metadata`: numbers, strings, booleans, lists of strings and numpy arrays of numbers, by key."""
+    """`metadata`: numbers, strings, booleans, lists of strings and numpy arrays of numbers, by key.
+
+    state: of the file when its header was read (device, inode, bytes, nanoseconds of its last change).
+    """
 
     file: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    state: tuple[int, ...] = ()
 
     @property
     def architecture(self) -> str | None:
         found = self.metadata.get("general.architecture")
         return found if isinstance(found, str) else None
 
+    def blocks(self, tensor: GgufTensor) -> np.ndarray:
+        """The bytes of a tensor, uint8 [rows, bytes of a row]; CheckpointError if the file is another by now."""
+        _, block, size = next(known for known in TYPES.values() if known[0] == tensor.type)
+        raw = self.part(tensor.begin, tensor.end - tensor.begin)
+        return raw.reshape(-1, tensor.shape[-1] // block * size) if len(raw) else raw.reshape(0, 0)
+
+    def part(self, begin: int, count: int) -> np.ndarray:
+        """`count` bytes from byte `begin` on, uint8, as an array of its own; CheckpointError as `blocks`."""
+        found = np.empty(count, np.uint8)
+        with open_regular(self.file, fault=CheckpointError) as stream:
+            if self.state and _state(stream) != self.state:
+                raise self._changed()
+            stream.seek(begin)
+            got = 0
+            view = memoryview(found.data)
+            while got < count and (piece := stream.readinto(view[got : got + _PIECE])):  # type: ignore[attr-defined]
+                got += piece
+        if got != count:
+            raise self._changed()
+        return found
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError("changed while it was read", place=str(self.file), remedy="compile it again")
+
 
 def read_gguf(file: Path) -> GgufFile:
     """Header, metadata and tensor list of a file; no tensor is read. CheckpointError if it is not whole."""
-    try:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return _Reader(view, file).read()
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", place=str(file)) from error
-    except ValueError:  # an empty file cannot be mapped
-        raise CheckpointError("damaged or not a GGUF file: it is empty", place=str(file), remedy=_DOWNLOAD) from None
+    with open_regular(file, fault=CheckpointError) as stream:
+        try:
+            return _Reader(stream, file).read()
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", place=str(file)) from error
+
+
+def _state(stream: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(stream.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class _Reader:
-    """A cursor over the mapped file; every read is checked against its end."""
+    """A cursor over the file; every read is checked against its end."""
 
-    def __init__(self, view: mmap.mmap, file: Path) -> None:
-        self._view, self._file = view, file
-        self._size, self._at, self._elements = len(view), 0, 0
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        self._stream, self._file, self._state = stream, file, _state(stream)
+        self._size, self._at, self._elements = self._state[2], 0, 0
 
     def read(self) -> GgufFile:
+        if not self._size:
+            raise self._damaged("it is empty")
         if self._take(4) != MAGIC:
             raise self._damaged("it does not begin with GGUF")
         version = self._u32()
@@ -108,7 +145,7 @@ class _Reader:
             if key in metadata:
                 raise self._damaged(f"the key {shown(key)} occurs twice")
             metadata[key] = self._value(self._u32(), key)
-        return GgufFile(self._file, metadata, self._tensors(tensors, metadata))
+        return GgufFile(self._file, metadata, self._tensors(tensors, metadata), self._state)
 
     def _tensors(self, count: int, metadata: Mapping[str, Any]) -> dict[str, GgufTensor]:
         alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -180,8 +217,13 @@ class _Reader:
     def _take(self, count: int) -> bytes:
         if count > self._size - self._at:
             raise self._damaged(f"truncated: it ends at byte {self._size}, its header goes on")
+        if self._at + count > _MOST_HEADER:
+            raise self._damaged(f"its header is longer than {_MOST_HEADER} bytes")
+        found = self._stream.read(count)
+        if len(found) != count:
+            raise self._damaged("it became shorter while it was read")
         self._at += count
-        return self._view[self._at - count : self._at]
+        return found
 
     def _u32(self) -> int:
         return int(struct.unpack("<I", self._take(4))[0])

@@ -106,17 +106,22 @@ def _show(found: Inspection) -> None:
 
 @_commands.command("spec")
 def write_spec(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder with its config.json.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, or a GGUF file.")],
+    dequantize: Annotated[
+        str | None, typer.Option(metavar="TYPES", help="Types of a GGUF file, such as Q4_K,Q6_K, to quantize anew.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the spec to this file instead of stdout.")] = None,
 ) -> None:
-    """Write the spec that a checkpoint's config.json implies.
+    """Write the spec that a checkpoint's config.json implies, or the metadata of a GGUF file.
 
     Example: [bold]moec checkpoint spec MobileMoE-S-QAT --out my-model.yaml[/bold]
+
+    Example: [bold]moec checkpoint spec Qwen3-0.6B-Q4_K_M.gguf --dequantize Q4_K,Q6_K --out qwen3.yaml[/bold]
     """
-    from moec import checkpoints
+    from moec.cli.given import text_implied
     from moec.cli.output import write_text
 
-    text = checkpoints.spec_from_config(folder)
+    text = text_implied(folder, dequantize)
     if out is None:
         print(text, end="")
     else:

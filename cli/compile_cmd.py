@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compile_spec(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec, or a checkpoint folder.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec, a checkpoint folder, or a GGUF file.")],
     target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
@@ -29,6 +29,9 @@ def compile_spec(
     calibration: Annotated[
         Path | None, typer.Option(help="Text or JSON lines that such a method runs the model on; wins over the spec's.")
     ] = None,
+    dequantize: Annotated[
+        str | None, typer.Option(metavar="TYPES", help="Types of a GGUF file, such as Q4_K,Q6_K, to quantize anew.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -36,7 +39,8 @@ def compile_spec(
 ) -> None:
     """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
 
-    A checkpoint folder stands for the spec that its config.json implies, INT4 in groups of 32, which is printed.
+    A checkpoint folder stands for the spec that its config.json implies, INT4 in groups of 32, which is printed; a GGUF
+    file for one that carries its codes as they are (Q4_0, Q8_0, Q5_0, IQ4_NL; others: --dequantize).
 
     An artifact that stands at --out is replaced only when the new one is complete.
 
@@ -44,13 +48,15 @@ def compile_spec(
 
     Example: [bold]moec compile SmolLM2-135M-Instruct --out build/smollm2[/bold]
 
+    Example: [bold]moec compile Qwen3-0.6B-Q8_0.gguf --out build/qwen3[/bold]
+
     Example: [bold]moec compile my.yaml --method awq_gptq --calibration chats.jsonl --out build/my[/bold]
     """
     from moec.cli.given import spec_given
     from moec.cli.output import emit_json, size
     from moec.compiler.progress import Progress
 
-    loaded = _with_method(spec_given(spec, quiet=quiet), method, calibration)
+    loaded = _with_method(spec_given(spec, dequantize=dequantize, quiet=quiet), method, calibration)
     from moec.compiler import build  # torch: seconds, which a fault in the spec need not wait for
 
     progress = Progress(quiet=quiet)

@@ -1,4 +1,4 @@
-"""What a command was given as its spec: a YAML file, or a checkpoint folder that implies one."""
+"""What a command was given as its spec: a YAML file, or a checkpoint folder or GGUF file that implies one."""
 
 from __future__ import annotations
 
@@ -6,26 +6,52 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moec.compiler.errors import UserError
+
 if TYPE_CHECKING:
     from moec.compiler.spec import Spec
 
 
-def spec_given(path: Path, *, quiet: bool = False) -> Spec:
-    """The spec of a file, or the one that a checkpoint folder stands for, which is printed to stderr unless `quiet`.
+def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False) -> Spec:
+    """The spec of a file, or the one that a checkpoint stands for, which is printed to stderr unless `quiet`.
 
-    Errors: SpecError; CheckpointError for a folder that moec cannot read as a checkpoint.
+    `dequantize`: types of a GGUF file's tensors, separated by commas, whose values are quantized anew.
+
+    Errors: SpecError; CheckpointError for what moec cannot read as a checkpoint; UserError for `dequantize` of a spec.
     """
-    from moec.checkpoints.folder import GGUF, gguf_refused
     from moec.compiler.spec import load_spec
     from moec.compiler.spec.loader import parse_spec
 
-    if path.suffix == GGUF and path.is_file():
-        raise gguf_refused(path)
-    if not path.is_dir():
+    if not path.is_dir() and not _is_gguf(path):
+        if dequantize is not None:
+            raise _not_gguf(path)
         return load_spec(path)
-    from moec.checkpoints.spec_from_config import spec_from_config
-
-    text = spec_from_config(path)
+    text = text_implied(path, dequantize)
     if not quiet:
         print(text, file=sys.stderr)
-    return parse_spec(text, file=str(path), folder=path)
+    return parse_spec(text, file=str(path), folder=path if path.is_dir() else path.parent)
+
+
+def text_implied(path: Path, dequantize: str | None = None) -> str:
+    """YAML text of the spec that a checkpoint folder or a GGUF file stands for; errors as `spec_given`."""
+    from moec.checkpoints.spec_from_config import spec_from_config
+    from moec.checkpoints.spec_from_gguf import spec_from_gguf, unknown_types
+
+    if not _is_gguf(path):
+        if dequantize is not None:
+            raise _not_gguf(path)
+        return spec_from_config(path)
+    kinds = [kind.strip() for kind in (dequantize or "").split(",") if kind.strip()]
+    for kind in unknown_types(kinds):
+        raise UserError(f"--dequantize: {kind} is no quantized type of GGUF", remedy="name types such as Q4_K,Q6_K")
+    return spec_from_gguf(path, kinds)
+
+
+def _is_gguf(path: Path) -> bool:
+    from moec.checkpoints.folder import GGUF
+
+    return path.suffix == GGUF and path.is_file()
+
+
+def _not_gguf(path: Path) -> UserError:
+    return UserError("--dequantize is for a GGUF file", place=str(path), remedy="write it into the spec's `model:`")

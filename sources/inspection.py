@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from moec.checkpoints.config_json import PACKED_FORMAT, config_from_json, is_own, is_packed, read_json
-from moec.checkpoints.folder import CONFIG, GGUF, foreign_folder, gguf_refused, read_tensors
+from moec.checkpoints.folder import CONFIG, GGUF, foreign_folder, read_tensors
 from moec.checkpoints.gguf_file import GgufFile, read_gguf
 from moec.checkpoints.safetensors_file import Entry, shown
 from moec.checkpoints.store import expected_tensors, open_store
@@ -70,7 +70,7 @@ def inspect(folder: str | Path, spec: Spec | None = None) -> Inspection:
     """
     folder = Path(folder)
     if folder.suffix == GGUF and folder.is_file():
-        return _inspect_gguf(folder)
+        return _inspect_gguf(folder, spec)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
     problems: list[str] = []
@@ -141,13 +141,20 @@ def _inspect_transformers(folder: Path, raw: Mapping[str, Any], spec: Spec | Non
     )
 
 
-def _inspect_gguf(file: Path) -> Inspection:
-    """A GGUF file: what lies in it, and as a problem that moec does not compile it."""
-    problems = [gguf_refused(file).line()]
+def _inspect_gguf(file: Path, spec: Spec | None) -> Inspection:
+    """A GGUF file: what `moec compile` would refuse is a problem, and nothing else is."""
+    from moec.sources.gguf_model import open_gguf
+
+    problems: list[str] = []
+    found, parameters = GgufFile(file, {}, {}), 0
     try:
         found = read_gguf(file)
-    except CheckpointError as error:
-        found, problems = GgufFile(file, {}, {}), [error.line()]
+        model = None if spec is None else spec.model
+        store = open_gguf(file, None if spec is None else spec.quantization, getattr(model, "dequantize", ()))
+        store.companions()
+        parameters = store.parameters()
+    except UserError as error:
+        problems += str(error).splitlines()
     sizes: dict[str, int] = {}
     for tensor in found.tensors.values():
         sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.end - tensor.begin
@@ -160,7 +167,7 @@ def _inspect_gguf(file: Path) -> Inspection:
         architecture=f"{shown(found.architecture)} (GGUF)" if found.architecture is not None else None,
         layout="GGUF",
         dtypes=dict(sorted(sizes.items(), key=lambda item: -item[1])),
-        parameters={"total": sum(math.prod(t.shape) for t in found.tensors.values())},
+        parameters={"total": parameters or sum(math.prod(t.shape) for t in found.tensors.values())},
         roles=(),
         tokenizer=TokenizerInfo(vocab_size=len(tokens)) if isinstance(tokens, list) else None,
         problems=tuple(problems),

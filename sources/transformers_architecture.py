@@ -15,6 +15,7 @@ from torch import nn
 
 from moec.compiler.architecture import Architecture, Cache, Experts, Weight
 from moec.compiler.errors import UserError
+from moec.sources.transformers_config import read_config
 from moec.sources.transformers_model import shapes_of
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -26,7 +27,12 @@ def architecture_of_transformers(folder: Path, name: str, context: int | None = 
 
     `context`: positions of the KV cache, default those of the config.
     """
-    config, model, length = shapes_of(folder, context)
+    return architecture_of_config(read_config(folder), folder, name, context)
+
+
+def architecture_of_config(config: Any, folder: Path, name: str, context: int | None = None) -> Architecture:
+    """As `architecture_of_transformers`, of a config that is at hand; `folder` names it in messages."""
+    model, length = shapes_of(config, folder, context)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers, width = (_required(text, key, folder) for key in ("num_hidden_layers", "hidden_size"))
     heads = _required(text, "num_attention_heads", folder)

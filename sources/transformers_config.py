@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(
             f"transformers {transformers.__version__} does not read it: {first[0][:300]}",
             place=str(path / "config.json"),
+        ) from error
+
+
+def config_from_keys(keys: Mapping[str, Any], place: str) -> Any:
+    """The config of the keys that a config.json would have, `model_type` among them; CheckpointError if refused."""
+    transformers = _transformers()
+    given = dict(keys)
+    kind = given.pop("model_type")
+    try:
+        return transformers.AutoConfig.for_model(kind, **given)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not take it as {kind}: {first[0][:300]}", place=place
         ) from error
 
 

@@ -51,6 +51,24 @@ def export_transformers(
     MissingExtra without transformers; CompileError for a model that it cannot build or export.
     """
     config = read_config(folder)
+    ends = _eos_ids(config.get_text_config(), folder)
+    return export_config(
+        config, folder, name, weights=weights, max_tokens=max_tokens, context=context, experts=experts, eos_ids=ends
+    )
+
+
+def export_config(
+    config: Any,
+    folder: Path,
+    name: str,
+    *,
+    eos_ids: tuple[int, ...],
+    weights: Weights | None = None,
+    max_tokens: int = MAX_TOKENS,
+    context: int | None = None,
+    experts: str = EXPERTS,
+) -> Program:
+    """As `export_transformers`, of a config that is at hand. `folder` names it in messages; `eos_ids` end a text."""
     length = _length(config, folder, context)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)
@@ -89,7 +107,7 @@ def export_transformers(
         context=length,
         max_tokens=min(max_tokens, length),
         bos_id=bos if isinstance(bos, int) else None,
-        eos_ids=_eos_ids(text, folder),
+        eos_ids=eos_ids,
     )
     lifted = {n: _constant(t) for n, t in exported.constants.items() if isinstance(t, Tensor) and n not in constants}
     roles |= dict.fromkeys((n for n in lifted if n not in caches), Role.CONSTANT)
@@ -157,12 +175,11 @@ def _eos_ids(text: Any, folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if 0 <= i < int(text.vocab_size)))
 
 
-def shapes_of(folder: Path, context: int | None = None) -> tuple[Any, nn.Module, int]:
-    """The config of a folder, its module with fake parameters (nothing is allocated), and its context length."""
-    config = read_config(folder)
+def shapes_of(config: Any, folder: Path, context: int | None = None) -> tuple[nn.Module, int]:
+    """The module of a config with fake parameters (nothing is allocated), and its context length."""
     model = _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder)
     _tie(model, None)
-    return config, model, _length(config, folder, context)
+    return model, _length(config, folder, context)
 
 
 def _length(config: Any, folder: Path, context: int | None) -> int:
