@@ -180,7 +180,7 @@ class _Reader:
             raise self._damaged(f"tensor {shown(name)} has the unknown type {number}")
         kind, block, size = TYPES[number]
         count = math.prod(shape)
-        if any(extent >= 1 << 40 for extent in shape) or shape[-1] % block:
+        if not all(0 < extent < 1 << 40 for extent in shape) or shape[-1] % block:
             raise self._damaged(f"tensor {shown(name)} has the impossible shape {list(shape)} for {kind}")
         return name, kind, shape, offset, count // block * size
 

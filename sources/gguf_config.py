@@ -155,7 +155,7 @@ class _Maker:
         for key, name in family.scales.items():
             if key in self._metadata:
                 config[name] = self._positive(key)
-        clamp = self._metadata.get("attention.clamp_kqv")
+        clamp = self._scalar("attention.clamp_kqv")
         if clamp is not None:
             if kind != "olmoe":
                 raise self._fault(f"{self._architecture}.attention.clamp_kqv is not known of it")
@@ -164,13 +164,13 @@ class _Maker:
             config["attention_bias"] = True
         if "blk.0.ffn_gate.bias" in self._file.tensors:
             config["mlp_bias"] = True
-        window = self._metadata.get("attention.sliding_window")
+        window = self._scalar("attention.sliding_window")
         if window:
             raise self._fault(f"it attends to the last {shown(window)} positions only, which is not read from GGUF")
-        layout = self._metadata.get("tensor_data_layout", _INTERLEAVED)
+        layout = self._scalar("tensor_data_layout", _INTERLEAVED)
         if layout != _INTERLEAVED:
             raise self._fault(f"its tensor_data_layout is {shown(layout)}, known is {_INTERLEAVED}")
-        if self._metadata.get("attention.causal") is False:
+        if self._scalar("attention.causal") is False:
             raise self._fault("its attention is not causal: it writes no text")
         return config, family
 
@@ -206,16 +206,16 @@ class _Maker:
         if held != experts:
             raise self._fault(f"its metadata speaks of {experts} experts, its tensors are of {held}")
         self._expect("expert_feed_forward_length", width)
-        gating = self._metadata.get("expert_gating_func", 1)
+        gating = self._scalar("expert_gating_func", 1)
         if gating not in (0, 1):
             raise self._fault(f"its router's function is number {shown(gating)}, known is softmax")
-        if self._metadata.get("expert_weights_scale", 0) not in (0, 1):
+        if self._scalar("expert_weights_scale", 0) not in (0, 1):
             raise self._fault("it scales what its experts give, which no known model of the kind does")
         normalised = family.fixed.get("norm_topk_prob", True)
-        if self._metadata.get("expert_weights_norm", normalised) != normalised:
+        if self._scalar("expert_weights_norm", normalised) != normalised:
             raise self._fault(f"its expert_weights_norm is {not normalised}, which no {self._architecture} has")
         for key in ("leading_dense_block_count", "expert_group_count", "expert_group_used_count"):
-            if self._metadata.get(key, 0) not in (0, 1):
+            if self._scalar(key, 0) not in (0, 1):
                 raise self._fault(f"{self._architecture}.{key} is not known of it")
         found: dict[str, Any] = {
             family.experts: experts,
@@ -233,7 +233,7 @@ class _Maker:
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
         theta = self._positive("rope.freq_base", _DEFAULT_THETA)
-        kind = self._metadata.get("rope.scaling.type", "none")
+        kind = self._scalar("rope.scaling.type", "none")
         factors = self._file.tensors.get("rope_freqs.weight")
         if factors is not None and kind not in ("none", "llama3"):
             raise self._fault(f"it has rope_freqs and a scaling of {shown(kind)}")
@@ -299,11 +299,15 @@ class _Maker:
         return value
 
     def _positive(self, key: str, default: float | None = None) -> float:
-        value = self._metadata.get(key, default)
+        value = self._scalar(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
             what = "missing" if value is None else f"{shown(value)}, a positive number is expected"
             raise self._fault(f"{self._architecture}.{key} is {what}")
         return float(value)
+
+    def _scalar(self, key: str, default: Any = None) -> Any:
+        value = self._same_everywhere(key)
+        return default if value is None else value
 
     def _same_everywhere(self, key: str) -> Any:
         """A value that may be given for each layer, and must then be the same in all."""

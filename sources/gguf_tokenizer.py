@@ -90,7 +90,7 @@ def _not_carried(file: GgufFile) -> str | None:
     kind = file.metadata.get(f"{_GGML}model")
     if kind is None:
         return "the file has none"
-    if kind not in ("gpt2", "llama"):
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         return f"its kind is {shown(kind)}, known are gpt2 and llama"
     if kind == "gpt2" and _pre(file) not in _SPLITS:
         return f"it splits words as {shown(_pre(file))} does, which is not known here"

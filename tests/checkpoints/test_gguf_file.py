@@ -165,3 +165,13 @@ def test_inspect_says_what_a_file_holds_and_why_it_does_not_compile(moec: Moec, 
     status, _, err = moec("checkpoint", "inspect", file)
     assert status == 1
     assert "truncated" in err
+
+
+@pytest.mark.parametrize("number", sorted(TYPES))
+@pytest.mark.parametrize("dimensions", [(0,), (256, 0), (0, 4)])
+def test_a_tensor_of_no_elements(tmp_path: Path, number: int, dimensions: tuple[int, ...]) -> None:
+    file = tmp_path / "m.gguf"
+    name = struct.pack("<Q", 1) + b"w" + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + name + struct.pack("<IQ", number, 0) + bytes(64))
+    with pytest.raises(CheckpointError, match="tensor w has the impossible shape"):
+        read_gguf(file)

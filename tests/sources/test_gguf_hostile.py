@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from moec.checkpoints.spec_from_gguf import spec_from_gguf
 from moec.compiler.errors import CheckpointError, UserError
 from moec.compiler.spec.loader import parse_spec
+from moec.sources import gguf_config
 from moec.sources.gguf_source import GgufSource
 from tests.conftest import Moec, refused
 from tests.sources import gguf_files
@@ -279,6 +280,17 @@ def test_any_value_of_any_key(parts: Parts, tmp_path: Path, data: st.DataObject)
     for key in data.draw(st.lists(st.sampled_from(sorted(parts.pairs)), min_size=1, max_size=2)):
         changed.pairs[key] = data.draw(scalars)
     survives(tmp_path / "m.gguf", changed.content())
+
+
+@pytest.mark.parametrize("value", [(9, (5, [])), (9, (5, [1, 2])), (9, (8, ["a"])), (8, ""), (7, True)])
+def test_every_key_that_is_read(parts: Parts, tmp_path: Path, value: tuple[int, object]) -> None:
+    """Arrays where one number is meant, also under keys that this file does not have."""
+    architecture = parts.pairs["general.architecture"][1]
+    names = [f"{architecture}.{key}" for key in sorted(gguf_config._READ)]
+    for key in (*names, "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"):
+        changed = parts.copy()
+        changed.pairs[key] = value
+        survives(tmp_path / "m.gguf", changed.content())
 
 
 @many

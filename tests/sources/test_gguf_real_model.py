@@ -83,7 +83,7 @@ def original() -> Path:
         pytest.skip(f"the weights of a real model are not here and cannot be fetched: {error}")
 
 
-@pytest.fixture(scope="module", params=["Q4_0", "Q8_0"])
+@pytest.fixture(scope="module", params=["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
 def file(request: pytest.FixtureRequest, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rewritten(original, tmp_path_factory.mktemp("smollm2") / f"{request.param}.gguf", as_type(request.param))
 
@@ -120,7 +120,7 @@ def test_codes_of_every_matrix_are_those_of_the_file(file: Path, program: Progra
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     seen = set()
     for held in program.quantized.values():
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.weight", held.name)
+        layer = re.fullmatch(r"model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.weight", held.name)
         part = {"o": "attn_output"} | {n: f"attn_{n}" for n in "qkv"} | {n: f"ffn_{n}" for n in ("gate", "up", "down")}
         name = f"blk.{layer[1]}.{part[layer[2]]}.weight" if layer else "token_embd.weight"
         seen.add(name)
