@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,10 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -76,6 +78,8 @@ class Position:
     digests: SHA-256 of every file of the folder.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     stage: str
     step: int
     seconds: float
@@ -84,6 +88,9 @@ class Position:
     random: str = ""
     finished: tuple[StageResult, ...] = field(default=())
     digests: dict[str, str] = field(default_factory=dict)
+
+
+_POSITION = TypeAdapter(Position)
 
 
 class StateStore:
@@ -98,14 +105,20 @@ class StateStore:
         try:
             if not file.exists():
                 return None
-            raw = json.loads(read_bytes(file, limit=_MAX_BYTES))
-            raw["finished"] = tuple(StageResult(**result) for result in raw["finished"])
-            found = Position(**raw)
+            found = _POSITION.validate_json(read_bytes(file, limit=_MAX_BYTES), strict=True)
             if found.folder is not None and Path(found.folder).name != found.folder:
                 raise ValueError(f"folder {found.folder!r}")
+            if min(found.step, found.metrics_bytes, found.seconds) < 0 or not math.isfinite(found.seconds):
+                raise ValueError(f"step {found.step}, {found.metrics_bytes} bytes, {found.seconds} s")
+            if found.random:
+                torch.Generator().set_state(_random_state(found.random))
             return found
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            what = f"damaged: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        except (ValueError, RuntimeError) as error:
+            what = f"damaged: {str(error).splitlines()[0]}"
+        raise UserError(what, place=str(file), remedy="start again in another --out") from None
 
     def save(self, position: Position, tensors: dict[str, Tensor] | None = None) -> None:
         """Write `tensors`, then make `position` the latest, then remove what was before it. All processes call it."""
@@ -236,7 +249,11 @@ def random_state() -> str:
 
 
 def restore_random_state(text: str) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8))
+    torch.set_rng_state(_random_state(text))
+
+
+def _random_state(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 @contextmanager

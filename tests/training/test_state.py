@@ -124,3 +124,28 @@ def test_a_damaged_shard_is_not_trained_on(damage: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.tokens: damaged: its contents"):
         train(spec_of(PRETRAIN), data=damaged.folder, out=tmp_path / "run", threads=1)
     assert not (tmp_path / "run" / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("step", "four", "step: Input should be a valid integer"),
+        ("step", -1, "step -1"),
+        ("metrics_bytes", -5, "-5 bytes"),
+        ("seconds", None, "seconds: Input should be a valid number"),
+        ("random", "zz", "non-hexadecimal"),
+        ("random", "00", "damaged"),
+        ("folder", "../other", "folder '../other'"),
+        ("finished", [{"name": "a"}], "finished.0.checkpoint: Field required"),
+        ("unknown", 1, "unknown"),
+    ],
+)
+def test_a_position_that_lies(
+    key: str, value: Any, fault: str, stopped_run: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(stopped_run, out)
+    file = out / "state" / "latest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(UserError, match=fault):
+        resumed(out, corpus)
