@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +213,30 @@ def test_killed_at_fifty_moments(whole: RunResult, corpus: Corpus, tmp_path: Pat
         assert ended(forked([*words, str(out), "--resume"])) == 0
         assert records(out) == records(whole)
         assert same_weights(out, whole.out)
+
+
+@pytest.mark.slow
+def test_out_of_disk_at_fifty_moments(whole: RunResult, corpus: Corpus, tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the full disk. What was saved stands, and the run ends as it should."""
+    file, out = spec_file(tmp_path, spec_of(*ALL)), tmp_path / "run"
+    words = ["train", str(file), "--data", str(corpus.folder), "--threads", "1", "-q", "--out", str(out)]
+    largest = max(f.stat().st_size for f in whole.out.rglob("*") if f.is_file())
+    moments, refused_runs = random.Random(12), 0
+    for _ in range(50):
+        most = int(moments.random() * largest)
+
+        def limit(most: int = most) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+        status = ended(forked([*words, *(["--resume"] if (out / "state/latest.json").exists() else [])], limit))
+        assert status in (0, 2)
+        refused_runs += status == 2
+        if status == 0:
+            shutil.rmtree(out)
+    assert refused_runs > 25
+    assert ended(forked([*words, *(["--resume"] if (out / "state/latest.json").exists() else [])])) == 0
+    assert records(out) == records(whole)
+    assert same_weights(out, whole.out)
 
 
 def test_interrupted(whole: RunResult, corpus: Corpus, tmp_path: Path) -> None:
