@@ -41,6 +41,8 @@ def sign(
     if file.resolve().is_relative_to(artifact.resolve()):
         what = "lies inside the artifact, where it would be a file that no signature covers"
         raise UserError(what, place=str(file), remedy="choose another place with --out")
+    if out is None and file.is_symlink():  # planted beside what was downloaded, it would name a file to overwrite
+        raise UserError("is a link", place=str(file), remedy="remove it, or name the file to write with --out")
     check_writable(file)
     write_text(file, signature.sign(Artifact.open(artifact), key))
     print(file)

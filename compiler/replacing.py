@@ -25,7 +25,7 @@ from moec.compiler.files import read_bytes
 
 MARK = ".moec"
 _TEMPORARY, _ASIDE = ".moec-part-", "-old"
-_MAX_MARK = 1 << 20  # bytes; a name in it is at most 255 long, and there are few
+_MAX_MARK = 1 << 24  # bytes; a path in it is some tens long, and a corpus has hundreds
 _WAIT_SECONDS = 2.0  # for the moment between two renames; they follow each other at once
 
 
@@ -94,14 +94,25 @@ def _check_replaceable(out: Path, kind: str) -> None:
     if mark is None or mark[0] != kind:
         what = "holds files and is not" if mark is None else f"holds {mark[0]}, not"
         raise UserError(f"{what} {kind} that moec wrote", place=str(out), remedy=remedy)
-    others = sorted(p.name for p in out.iterdir() if p.name not in mark[1])
+    others = sorted(_contents(out) - mark[1])
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(f"holds {others[0]!r}{more}, which moec did not write", place=str(out), remedy=remedy)
 
 
+def _contents(folder: Path) -> set[str]:
+    """All that lies in a folder and below, by relative path; a folder's ends with a slash. Links are not followed."""
+    found = set()
+    for place, folders, names in os.walk(folder):
+        inner = Path(place).relative_to(folder)
+        for name in folders:
+            found.add(str(inner / name) + ("" if (Path(place) / name).is_symlink() else "/"))
+        found.update(str(inner / name) for name in names)
+    return found
+
+
 def _mark(folder: Path, kind: str) -> None:
-    names = sorted({MARK, *(p.name for p in folder.iterdir())})
+    names = sorted({MARK, *_contents(folder)})
     (folder / MARK).write_text(json.dumps({"moec": kind, "files": names}, indent=1) + "\n", "utf-8")
 
 

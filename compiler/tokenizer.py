@@ -37,7 +37,8 @@ class TextTokenizer:
 
     def __init__(self, content: bytes, place: str) -> None:
         self._place = place
-        command = [sys.executable, "-m", "moec.compiler.tokenizer_worker"]
+        # -P: the folder that the user stands in may be a model's, and its files are not modules to import
+        command = [sys.executable, "-P", "-m", "moec.compiler.tokenizer_worker"]
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moec.compiler.errors import CheckpointError
-from moec.sources.transformers_config import auto_model
+from moec.sources.transformers_config import build_model
 
 _MOST_PIECES = 4096  # numbers come from a file
 
@@ -28,10 +29,10 @@ class Conversions:
     unread: stored names that belong to no tensor of the model -> what the model would call them.
     """
 
-    def __init__(self, config: Any, stored: Iterable[str]) -> None:
+    def __init__(self, config: Any, stored: Iterable[str], place: Path) -> None:
         self._config = config
         with torch.device("meta"):
-            self._model = auto_model(config).from_config(config, dtype=torch.float32)
+            self._model = build_model(config, place)
         self.names: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in self._model.state_dict().items()}
         self.layers: frozenset[str] = frozenset(
             name

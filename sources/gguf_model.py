@@ -32,7 +32,7 @@ from moec.compiler.spec.quantization import Quantization
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes, joined_codes, stacked_codes
 from moec.sources.gguf_config import config_of
 from moec.sources.gguf_tokenizer import companions_of, end_ids, tokenizer_notes
-from moec.sources.transformers_config import auto_model, config_from_keys
+from moec.sources.transformers_config import build_model, config_from_keys
 
 # The model's names -> the file's, of a whole model and below a layer. Several are joined along their rows.
 _WHOLE: Mapping[str, tuple[str, ...]] = {
@@ -77,11 +77,7 @@ class GgufStore(Checkpoint):
             raise refused
         self.config = config_from_keys(keys, str(file))
         with torch.device("meta"):
-            try:
-                model = auto_model(self.config).from_config(self.config, dtype=torch.float32)
-            except (RuntimeError, ValueError, TypeError) as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise CheckpointError(f"transformers cannot build its model: {first[:200]}", place=str(file)) from error
+            model = build_model(self.config, file)
         self.names: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in model.state_dict().items()}
         tied = getattr(model, "all_tied_weights_keys", None)
         self._tied: dict[str, str] = dict(tied) if isinstance(tied, dict) else {}
@@ -155,7 +151,7 @@ class GgufStore(Checkpoint):
         for name, shape in self.names.items():
             if name in self._tied:
                 continue
-            rows, rest = 0, shape[-1:]
+            rows, rest, heights = 0, shape[-1:], set()
             for source in self._sources(name):
                 held = self._held(source)
                 if not held:
@@ -172,7 +168,9 @@ class GgufStore(Checkpoint):
                 if len(found) == 3 and found[0] != shape[0]:
                     raise self._unlike(held[0], name, shape)
                 rows += found[-2] if len(found) > 1 else 1
-            if len(shape) > 1 and rows != shape[-2] and not missing:
+                heights.add(found[-2] if len(found) > 1 else 1)
+            alike = len(heights) <= 1  # a gate and an up projection: halves, not what adds up to the whole
+            if len(shape) > 1 and (rows != shape[-2] or not alike) and not missing:
                 raise self._unlike(self._held(self._sources(name)[0])[0], name, shape)
         if missing:
             many = f"{len(missing)} tensors" if len(missing) > 1 else "a tensor"

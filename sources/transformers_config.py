@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moec.checkpoints.config_json import read_json
 from moec.checkpoints.folder import GGUF, foreign_folder, gguf_refused
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
@@ -78,3 +80,24 @@ def auto_model(config: Any) -> Any:
         f"transformers {transformers.__version__} has no model of {config.model_type} that writes text",
         remedy="give the config.json of a whole language model",
     )
+
+
+def build_model(config: Any, place: Path, experts: str | None = None) -> Any:
+    """The float32 module of a config. CheckpointError where transformers cannot build it, whatever it raises.
+
+    Which kernel computes attention and experts is no property of a checkpoint: a config may name one, even one to fetch
+    and run from a hub. All such keys are set aside, and transformers takes its own, or for experts what `experts` says.
+    """
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in [k for k in vars(part) if "_implementation" in k] if part is not None else ():
+            setattr(part, key, None)
+    if experts is not None:
+        config._experts_implementation = experts
+    try:
+        return auto_model(config).from_config(config, dtype=torch.float32)
+    except CompileError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"{type(error).__name__}: {first[0][:300]}" if isinstance(error, KeyError) else first[0][:300]
+        raise CheckpointError(f"transformers cannot build it: {what}", place=str(place)) from error

@@ -31,7 +31,7 @@ from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint, Weights
 from moec.sources.accounting import check_tensors
 from moec.sources.roles import roles_by_use
-from moec.sources.transformers_config import auto_model, home_of, read_config
+from moec.sources.transformers_config import build_model, home_of, read_config
 
 EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
 
@@ -196,28 +196,15 @@ def _length(config: Any, folder: Path, context: int | None) -> int:
 
 def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:
     """The model with fake float32 parameters and real buffers (rotary frequencies are computed at construction)."""
-    config._experts_implementation = experts
-    try:
-        with _fake_parameters(mode), torch.no_grad():
-            # the attention is transformers' choice: sdpa where the model has it, eager for those with attention sinks
-            model = auto_model(config).from_config(config, dtype=torch.float32)
-    except CompileError:
-        raise
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
+    with _fake_parameters(mode), torch.no_grad():
+        # the attention is transformers' choice: sdpa where the model has it, eager for those with attention sinks
+        model: nn.Module = build_model(config, folder, experts)
     return model.eval()
 
 
 def random_model(config: Any, folder: Path) -> nn.Module:
-    """A float32 model of a config, initialised as transformers does. CompileError when it cannot be built."""
-    try:
-        model = auto_model(config).from_config(config, dtype=torch.float32)
-    except CompileError:
-        raise
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CompileError(f"transformers cannot build it: {first[0][:300]}", place=str(folder)) from error
+    """A float32 model of a config, initialised as transformers does; CheckpointError when it cannot be built."""
+    model: nn.Module = build_model(config, folder)
     return model.eval()
 
 
@@ -372,7 +359,7 @@ class TransformersStore(Checkpoint):
     def _conversions_of(self, config: Any) -> Any:
         from moec.sources.conversions import Conversions
 
-        return Conversions(config, self._entries)
+        return Conversions(config, self._entries, self.folder)
 
 
 def _config_file(folder: Path) -> Path:

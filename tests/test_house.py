@@ -258,3 +258,15 @@ def test_one_version() -> None:
     import moec
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == moec.__version__
+
+
+def test_children_do_not_import_from_the_folder_that_the_user_stands_in() -> None:
+    """`python -m` puts the current folder first on the path, and that may be somebody else's artifact."""
+    asked = re.compile(r'sys\.executable, ("-\w+", )*"-m"')
+    found = [
+        f for f in committed() if f.suffix == ".py" and f.relative_to(ROOT).parts[0] not in ("tests", "bench", "src")
+    ]
+    assert any(asked.search(f.read_text("utf-8")) for f in found)
+    for file in found:
+        for match in asked.finditer(file.read_text("utf-8")):
+            assert '"-P"' in match[0], f"{file}: {match[0]}"

@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def worker_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "moec.targets.mlir.worker", *arguments]
+    return [sys.executable, "-P", "-m", "moec.targets.mlir.worker", *arguments]
 
 
 def lower_text(kind: str, source: Path, out: Path, *, model: str) -> None:

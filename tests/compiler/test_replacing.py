@@ -65,6 +65,24 @@ def test_what_a_user_laid_beside_is_kept(tmp_path: Path, name: str) -> None:
     assert (out / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["tasks/mine.yaml", "tasks/more/mine.yaml", "data.txt/mine.yaml"])
+def test_what_a_user_laid_below_is_kept(tmp_path: Path, name: str) -> None:
+    """In a folder of ours, in a new one below it, and in one that stands where our file was."""
+    out = tmp_path / "a"
+    for again in (False, True):
+        with replacing.replacing(out, kind=KIND) as folder:
+            (folder / "data.txt").write_text("ours")
+            (folder / "tasks").mkdir()
+            (folder / "tasks" / "heldout.yaml").write_text("again" if again else "first")
+    if name.startswith("data.txt"):
+        (out / "data.txt").unlink()
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    with pytest.raises(UserError, match="moec did not write"):
+        make(out)
+    assert (out / name).read_text() == "mine"
+
+
 def test_a_file_laid_there_meanwhile_is_kept(tmp_path: Path) -> None:
     out = make(tmp_path / "a")
     with pytest.raises(UserError, match="moec did not write"), replacing.replacing(out, kind=KIND):

@@ -182,3 +182,24 @@ def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
         file.symlink_to("/dev/zero")
     with pytest.raises(ArtifactError, match=r"not a regular file|is a folder|no such tokenizer"):
         load_tokenizer(file)
+
+
+def test_the_current_folder_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who stands in a downloaded artifact runs no `json.py` that lies in it."""
+    for name in ("json", "tokenizers", "struct", "moec"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = TextTokenizer(whole_word_tokenizer().encode(), "tokenizer.json")
+    try:
+        assert tokenizer.encode("a b")
+    finally:
+        tokenizer.close()
+    assert not (tmp_path / "ran").exists()
+
+
+def whole_word_tokenizer() -> str:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return str(made.to_str())

@@ -308,7 +308,7 @@ def test_weights_that_are_not_finite(role: str, value: float, models: Models, tm
     spoilt.view(-1)[-5] = value
     field.save(folder, {**tensors, PLACES[role]: spoilt})
     store = TransformersStore(folder)
-    names = Conversions(read_config(folder), tensors).names
+    names = Conversions(read_config(folder), tensors, folder).names
     said = []
     for name, shape in names.items():
         try:
@@ -418,3 +418,28 @@ def test_a_shared_expert_of_width_0(quantization: str, moec: Moec, tmp_path: Pat
     if quantization == "none":
         np.testing.assert_allclose(got, wanted_logits(folder, ids), atol=1e-4, rtol=1e-4)  # as above
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize("value", ["evil/kernel", "nope", "flash_attention_2"])
+def test_a_config_chooses_no_kernel(key: str, value: str, models: Models, tmp_path: Path) -> None:
+    """transformers would fetch and run one from a hub. It is no property of the weights, and is set aside."""
+    from moec.sources.transformers_config import read_config
+    from moec.sources.transformers_model import shapes_of
+
+    _, folder = started(models, tmp_path, field.MOE)
+    field.set_config(folder, **{key: value})
+    config = read_config(folder)
+    model, _ = shapes_of(config, folder)
+    assert value not in (model.config._attn_implementation, model.config._experts_implementation)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 0}, {"rope_parameters": {"rope_type": "evil", "rope_theta": 1e6}}, {"hidden_act": "evil"}],
+)
+def test_a_config_that_cannot_be_built(changes: dict[str, Any], models: Models, tmp_path: Path, moec: Moec) -> None:
+    tensors, folder = started(models, tmp_path, field.MOE)
+    field.save(folder, tensors)
+    field.set_config(folder, **changes)
+    refused(moec("compile", folder, "--out", tmp_path / "out", "-q"), str(folder))

@@ -293,6 +293,17 @@ def test_every_key_that_is_read(parts: Parts, tmp_path: Path, value: tuple[int, 
         survives(tmp_path / "m.gguf", changed.content())
 
 
+def test_gate_and_up_of_unlike_heights(parts: Parts, tmp_path: Path) -> None:
+    """Together they have the rows of both; eight of the gate's would have become the up projection's."""
+    changed = parts.copy()
+    for part, more in (("gate", 8), ("up", -8)):
+        name = f"blk.0.ffn_{part}_exps.weight"
+        (columns, rows, experts), kind, raw = parts.tensors[name]
+        size = len(raw) // (rows * experts) * (rows + more) * experts
+        changed.tensors[name] = ((columns, rows + more, experts), kind, (2 * raw)[:size])
+    assert "ffn_gate_exps" in refusal(tmp_path / "m.gguf", changed)
+
+
 @many
 @given(st.data())
 @example(None)

@@ -45,7 +45,9 @@ def wheel(requirement: str, cache: Path) -> Path:
 
     def fetch(folder: Path) -> None:
         _run(
-            [sys.executable, "-m", "pip", "download", *_QUIET, "--no-deps", "-d", ".", requirement], folder, requirement
+            [sys.executable, "-P", "-m", "pip", "download", *_QUIET, "--no-deps", "-d", ".", requirement],
+            folder,
+            requirement,
         )
 
     folder = _cached(cache / "wheels" / requirement, fetch)
@@ -60,7 +62,9 @@ def python_packages(name: str, requirements: Sequence[str], cache: Path) -> Path
 
     def fetch(folder: Path) -> None:
         _run(
-            [sys.executable, "-m", "pip", "install", *_QUIET, "--no-deps", "--target", ".", *requirements], folder, name
+            [sys.executable, "-P", "-m", "pip", "install", *_QUIET, "--no-deps", "--target", ".", *requirements],
+            folder,
+            name,
         )
 
     version = f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"

@@ -155,3 +155,12 @@ def test_a_signature_does_not_go_into_the_artifact(signed: Path, moec: Moec) -> 
     inside = signed / "model.sig"
     refused(moec("sign", signed, "--key", signed.parent / "key.pem", "--out", inside), "inside the artifact")
     assert not inside.exists()
+
+
+def test_a_planted_link_is_not_written_through(signed: Path, moec: Moec) -> None:
+    victim = signed.parent / "victim.txt"
+    victim.write_text("precious")
+    Path(f"{signed}.sig").unlink()
+    Path(f"{signed}.sig").symlink_to(victim)
+    refused(moec("sign", signed, "--key", signed.parent / "key.pem"), "is a link", f"{signed}.sig")
+    assert victim.read_text() == "precious"
