@@ -1,7 +1,6 @@
 # Everything here works in a fresh clone: each target sets up what it needs, once. `make help` lists targets (the text
 # behind ##) and variables (the lines that begin with #:).
 #: PYTHON        the interpreter of .venv, 3.11 to 3.13 (default: the first of python3.11, .12, .13, python3 that fits)
-#: TORCH_INDEX   an extra package index for torch's CPU wheel, which is smaller than the default one
 #: TORCH_WHEEL   a wheel of torch of your own (file or address), installed as it is: the lock does not know its digest
 #: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
@@ -20,7 +19,6 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   && echo $$p && break; done)
 EXTRAS ?= dev,metal,transformers,train,report
 TEST_EXTRAS ?= onnx,genai,mlir,iree,eval,plan,pictures,titan,quality,sbom,sign
-TORCH_INDEX ?=
 TORCH_WHEEL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -41,7 +39,7 @@ KERNEL_SOURCES := $(shell find runtime -name '*.cpp' -o -name '*.cc' -o -name '*
   -o -name '*.cmake' -o -name native.py -o -name '*.inl')
 BUILD := build
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --retries 10 -q
-PIP_TORCH := $(PIP_INSTALL) --no-deps --require-hashes $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_TORCH := $(PIP_INSTALL) --no-deps --require-hashes
 COMMA := ,
 
 # the packages of extras, $(1), as requirements.lock has them: those versions, with those digests, and nothing else.

@@ -158,7 +158,7 @@ def ours(name: str, setting: Setting) -> Model:
 def peer(name: str, setting: Setting) -> Model:
     """A GGUF file of llama.cpp's own quantizer, made once from the same floats."""
     cache, progress = setting.out / "llama.cpp", setting.progress
-    library = llama_quality.library(cache, progress)
+    bindings = llama_quality.bindings(cache, progress)
     origin = setting.out / "float.gguf"
     if not origin.exists():
         part = origin.with_suffix(".part")
@@ -176,7 +176,7 @@ def peer(name: str, setting: Setting) -> Model:
         file = setting.out / f"{name.replace(' ', '-')}.gguf"
         llama_quality.quantize(origin, kind, file, cache, progress, matrix=matrix)
     vocab_size = setting.float_TV.shape[-1]
-    return llama_quality.LlamaModel(f"llama.cpp {name}", file, library, vocab_size)
+    return llama_quality.LlamaModel(f"llama.cpp {name}", file, bindings, vocab_size)
 
 
 def row(name: str, make: Any, setting: Setting) -> Compared:

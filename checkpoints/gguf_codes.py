@@ -107,7 +107,7 @@ def float_values(kind: str, blocks_RB: np.ndarray, width: int) -> torch.Tensor:
     for start in range(0, len(blocks_RB), step):
         try:
             part = gguf.dequantize(blocks_RB[start : start + step], number)
-        except NotImplementedError:
+        except NotImplementedError:  # what the library raises for a type that it only names
             raise CheckpointError(f"the library gguf does not dequantize {kind}", remedy="use another file") from None
         values[start : start + step] = torch.from_numpy(np.ascontiguousarray(part, np.float32))
     return values

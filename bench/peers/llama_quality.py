@@ -37,7 +37,7 @@ for line in sys.stdin:
 """
 
 
-def library(cache: Path, progress: Progress) -> Path:
+def bindings(cache: Path, progress: Progress) -> Path:
     """A folder to import `llama_cpp` from; built the first time, about ten minutes on two cores."""
     folder = cache / "llama-python"
     if (folder / "llama_cpp" / "__init__.py").exists():
@@ -111,14 +111,14 @@ def _run(command: Sequence[str], progress: Progress) -> None:
 class LlamaModel:
     """A GGUF file as llama.cpp runs it, float16 cache included; `moec.analysis.verify.quality.fidelity.Model`."""
 
-    def __init__(self, name: str, file: Path, library: Path, vocab_size: int) -> None:
+    def __init__(self, name: str, file: Path, bindings: Path, vocab_size: int) -> None:
         self.name, self.bytes = name, file.stat().st_size
-        self._file, self._library, self._vocab_size = file, library, vocab_size
+        self._file, self._bindings, self._vocab_size = file, bindings, vocab_size
 
     def logits(self, chunks: Sequence[Chunk]) -> Iterator[np.ndarray]:
         """Float32 [T, V] of each chunk in order, from an empty context."""
         command = [sys.executable, "-c", _READ, str(self._file), str(LENGTH)]
-        env = {**os.environ, "PYTHONPATH": str(self._library)}
+        env = {**os.environ, "PYTHONPATH": str(self._bindings)}
         with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdin is not None
             assert child.stdout is not None
