@@ -15,12 +15,8 @@ from moec.compiler.pipeline import run_passes
 from moec.passes.canonicalize import canonicalize
 from moec.passes.pipelines import fusion
 from moec.sources.random_checkpoint import save_random
-from moec.sources.transformers_model import (
-    TransformersStore,
-    auto_model,
-    export_transformers,
-    read_config,
-)
+from moec.sources.transformers_config import auto_model, read_config
+from moec.sources.transformers_model import TransformersStore, export_transformers
 from tests.interpreter import Interpreter
 
 transformers = pytest.importorskip(
