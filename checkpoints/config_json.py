@@ -135,18 +135,31 @@ class ConfigFaults(CheckpointError):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON mapping from a file that may be anything. CheckpointError if it is none."""
+    """A JSON mapping from a file that may be anything.
+
+    CheckpointError if it is none, or if a key stands twice with two values: of those, readers choose differently.
+    """
     remedy = "copy it again from where the checkpoint comes from"
     if not file.exists():
         raise CheckpointError("missing", place=str(file), remedy=remedy)
     text = read_bytes(file, limit=_MAX_BYTES, fault=CheckpointError, remedy=remedy)
     try:
-        raw = json.loads(text)
+        raw = json.loads(text, object_pairs_hook=_unambiguous)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"no valid JSON ({str(error).splitlines()[0]})", place=str(file), remedy=remedy) from None
     if not isinstance(raw, dict):
         raise CheckpointError("not a JSON mapping", place=str(file), remedy=remedy)
     return raw
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        # compared as text: NaN is not equal to itself
+        if key in found and repr(found[key]) != repr(value):
+            raise ValueError(f"the key {key!r:.60} stands twice, with two values")
+        found[key] = value
+    return found
 
 
 def is_own(raw: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from moec.compiler.artifact import (
     record_file,
     write_manifest,
 )
-from moec.compiler.build_record import model_paths, portable, write_build_record
+from moec.compiler.build_record import check_record_place, model_paths, portable, write_build_record
 from moec.compiler.dumps import Dumps, in_turn, rewritten
 from moec.compiler.errors import CompileError, UserError
 from moec.compiler.export import MAX_TOKENS
@@ -74,6 +74,7 @@ def compile(
     if spec.device is not None and not force:
         check_fits(spec, load_device(spec.device), name)
     place = Path(out) if out is not None else Path(f"{spec.name}-{name}")
+    check_record_place(place)
     with trusting(trust), new_artifact(place) as folder:
         store = open_checkpoint(spec, checkpoint)
         companions, words = _companions(store)

@@ -67,6 +67,20 @@ def record_file_of(folder: Path) -> Path:
     return whole.parent / f"{whole.name}.build.json"
 
 
+def check_record_place(folder: Path) -> None:
+    """UserError if something lies where the record of an artifact at `folder` goes, and is no record of ours."""
+    file = record_file_of(folder)
+    if not file.exists() and not file.is_symlink():
+        return
+    try:
+        ours = not file.is_symlink() and set(BuildRecord.model_fields) == set(_read(file))
+    except (UserError, ValueError, RecursionError, TypeError):
+        ours = False
+    if not ours:
+        remedy = "move it away, or choose another --out"
+        raise UserError("lies where the build record goes, and is none of moec's", place=str(file), remedy=remedy)
+
+
 def write_build_record(
     folder: Path,
     manifest: Manifest,
@@ -97,8 +111,11 @@ def write_build_record(
 def read_build_record(artifact: Artifact) -> BuildRecord | None:
     """The record beside the artifact; None where there is none, a damaged one, or one of another artifact."""
     try:
-        raw = json.loads(read_bytes(record_file_of(artifact.folder), limit=_MAX_BYTES))
-        record = BuildRecord.model_validate(raw)
+        record = BuildRecord.model_validate(_read(record_file_of(artifact.folder)))
     except (UserError, ValueError, RecursionError, ValidationError):
         return None
     return record if record.contents == artifact.manifest.contents else None
+
+
+def _read(file: Path) -> Any:
+    return json.loads(read_bytes(file, limit=_MAX_BYTES))

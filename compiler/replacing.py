@@ -85,6 +85,9 @@ def owned(folder: Path) -> str | None:
 
 
 def _check_replaceable(out: Path, kind: str) -> None:
+    if Path.cwd().is_relative_to(out.resolve()):
+        # it would be exchanged below the feet of whoever stands there
+        raise UserError("is the current folder or lies above it", place=str(out), remedy="choose another --out")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError("exists and is not a folder", place=str(out), remedy="choose another --out")
     if not out.is_dir() or not any(out.iterdir()):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
-#: Control characters of both ranges but for line ends and tabs: what a terminal may take for a command.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: Control characters of both ranges but for line ends and tabs, which a terminal may take for a command, and those that
+#: change the direction of writing, by which one name looks like another.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal: a control character, which may come from a file or from a model, is U+FFFD."""
+    """`text` for a terminal: a control character, which a file or a model may hold, is U+FFFD."""
     return CONTROL.sub("\ufffd", text)
 
 

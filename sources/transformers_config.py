@@ -11,6 +11,7 @@ import torch
 from moec.checkpoints.config_json import read_json
 from moec.checkpoints.folder import GGUF, foreign_folder, gguf_refused
 from moec.compiler.errors import CheckpointError, CompileError, MissingExtra
+from moec.sources.config_limits import check_config
 
 
 def _transformers() -> Any:
@@ -41,7 +42,8 @@ def read_config(folder: Path) -> Any:
         if foreign is not None:
             raise foreign
         raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
-    read_json(path / "config.json")  # bounded: what transformers reads afterwards is a small JSON mapping
+    # bounded: what transformers reads afterwards is a small JSON mapping of numbers that a model can have
+    check_config(read_json(path / "config.json"), str(path / "config.json"))
     try:
         return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -55,6 +57,7 @@ def read_config(folder: Path) -> Any:
 def config_from_keys(keys: Mapping[str, Any], place: str) -> Any:
     """The config of the keys that a config.json would have, `model_type` among them; CheckpointError if refused."""
     transformers = _transformers()
+    check_config(keys, place)
     given = dict(keys)
     kind = given.pop("model_type")
     try:

@@ -87,6 +87,8 @@ def what_differs(folder: Path, signature: Path, key: Path) -> str | None:
     # The statement may leave paths out. It is signed, but by a signer who may not have meant this artifact's files.
     covered = {resource["name"] for resource in statement["predicate"]["resources"]}
     here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+    # a folder has no digest, and is signed by the files in it
+    here |= {f"{place.relative_to(folder).as_posix()}/" for place in folder.rglob("*/") if not any(place.iterdir())}
     missing = sorted(here - covered)
     return f"the signature does not cover {', '.join(missing)}" if missing else None
 

@@ -65,6 +65,20 @@ def test_the_manifest_says_what_was_built(artifact: Artifact, checkpoint: Path) 
     assert [name for name, _ in record.pass_seconds] == names
 
 
+@pytest.mark.parametrize("text", ["my notes", "{}", '{"contents": "x"}', "[1]", None])
+def test_a_file_in_the_place_of_the_record_is_kept(text: str | None, checkpoint: Path, tmp_path: Path) -> None:
+    place = record_file_of(tmp_path / "a")
+    if text is None:
+        (tmp_path / "elsewhere").write_text("theirs")
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.write_text(text)
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"a\.build\.json: .* none of moec's; move it away"):
+        build.compile(spec(checkpoint=str(checkpoint)), out=tmp_path / "a")
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 

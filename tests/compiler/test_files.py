@@ -108,3 +108,10 @@ def test_a_mapping_that_contains_itself_is_no_spec() -> None:
 
 def test_a_terminal_gets_no_commands() -> None:
     assert printable("a\x1b[2J\x07b\r\x9bc\n\td \u00e9") == "a\ufffd[2J\ufffdb\ufffd\ufffdc\n\td \u00e9"
+
+
+def test_a_name_is_read_in_the_order_it_has() -> None:
+    """U+202E and its like turn the direction of writing: `exe.txt` would be shown for `txt.exe`."""
+    turns = [*"\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"]
+    assert printable("".join(turns)) == "\ufffd" * len(turns)
+    assert printable("\u05d0\u0627 \u200d") == "\u05d0\u0627 \u200d"  # writing itself, and what joins emoji

@@ -56,6 +56,19 @@ def test_a_folder_without_our_mark_is_refused(tmp_path: Path, files: dict[str, s
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", [".", "..", "../here", "../../outer", "/"])
+def test_the_current_folder_is_refused_at_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty as it is: it would be exchanged below the feet of whoever stands there."""
+    here = tmp_path / "outer" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    says = pytest.raises(UserError, match="is the current folder or lies above it; choose another --out")
+    with says, replacing.replacing(Path(name), kind=KIND):
+        pytest.fail("the work began")
+    assert [*here.iterdir()] == []
+    make(Path("below"))
+
+
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "verify.json"])
 def test_what_a_user_laid_beside_is_kept(tmp_path: Path, name: str) -> None:
     out = make(tmp_path / "a")

@@ -267,6 +267,22 @@ def test_an_index_that_names_what_a_shard_lacks(models: Models, moec: Moec, tmp_
     compile_refused(moec, folder, "lm_head.weight", field.INDEX)
 
 
+def test_an_index_that_names_a_tensor_twice(models: Models, moec: Moec, tmp_path: Path) -> None:
+    """Readers of JSON take the first or the last: with two files, that is another model."""
+    tensors, folder = started(models, tmp_path, field.DENSE)
+    a, b = _halves(tensors)
+    field.save(folder, a, FIRST)
+    field.save(folder, {n: torch.zeros_like(t) if n in a else t for n, t in tensors.items()}, SECOND)
+    _index(folder, {**dict.fromkeys(a, FIRST), **dict.fromkeys(b, SECOND)})
+    text, name = (folder / field.INDEX).read_text(), sorted(a)[0]
+    for other, fine in ((FIRST, True), (SECOND, False)):
+        (folder / field.INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{name}": "{other}", '))
+        if fine:
+            assert moec("checkpoint", "inspect", folder)[0] == 0
+        else:
+            compile_refused(moec, folder, name, "stands twice")
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
 def test_an_index_may_not_point_outside(name: str, models: Models, moec: Moec, tmp_path: Path) -> None:
     tensors, folder = started(models, tmp_path, field.DENSE)
@@ -436,7 +452,12 @@ def test_a_config_chooses_no_kernel(key: str, value: str, models: Models, tmp_pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_attention_heads": 0}, {"rope_parameters": {"rope_type": "evil", "rope_theta": 1e6}}, {"hidden_act": "evil"}],
+    [
+        {"num_attention_heads": 0},
+        {"vocab_size": -5},
+        {"rope_parameters": {"rope_type": "evil", "rope_theta": 1e6}},
+        {"hidden_act": "evil"},
+    ],
 )
 def test_a_config_that_cannot_be_built(changes: dict[str, Any], models: Models, tmp_path: Path, moec: Moec) -> None:
     tensors, folder = started(models, tmp_path, field.MOE)

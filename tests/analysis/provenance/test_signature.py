@@ -60,6 +60,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "added": lambda a: (a / "more.py").write_text(""),
     "added for git": lambda a: (a / ".gitattributes").write_text(""),
     "added in a folder": lambda a: ((a / ".git").mkdir(), (a / ".git" / "config").write_text("")),
+    "an empty folder added": lambda a: (a / "more").mkdir(),
     "removed": lambda a: (a / "tokenizer.json").unlink(),
     "renamed": lambda a: (a / "tokenizer.json").rename(a / "tokenizer.jso"),
     "link": lambda a: (shutil.move(a / "model.pte", a.parent / "m"), (a / "model.pte").symlink_to(a.parent / "m")),
