@@ -136,6 +136,8 @@ def _hush() -> None:
     warnings.simplefilter("ignore")
     for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # logs what it then raises, which is caught and said in one line
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 class _Terminated(SystemExit):

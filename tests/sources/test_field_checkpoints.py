@@ -454,6 +454,7 @@ def test_a_config_chooses_no_kernel(key: str, value: str, models: Models, tmp_pa
     "changes",
     [
         {"num_attention_heads": 0},
+        {"num_experts_per_tok": 9},
         {"vocab_size": -5},
         {"rope_parameters": {"rope_type": "evil", "rope_theta": 1e6}},
         {"hidden_act": "evil"},
