@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from moec.assistant.stops import StopStrings
+from moec.cli.sampling import (
+    LogitBias,
+    MinP,
+    PresencePenalty,
+    RepeatPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    sampling_of,
+)
 from moec.cli.trust import Trust
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.units import printable
-
-if TYPE_CHECKING:
-    from moec.compiler.generate import Generation, TextStream
 
 
 def register(app: typer.Typer) -> None:
@@ -25,9 +36,19 @@ def run_artifact(
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads it from stdin.")] = None,
     ids: Annotated[str | None, typer.Option(help="The prompt as token ids, such as 1,2,3; prints ids.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that sum to this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repeat_penalty: RepeatPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=100, help="With --json: log-probabilities, and of so many likeliest tokens."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
     ] = None,
@@ -39,64 +60,83 @@ def run_artifact(
 
     Example: [bold]moec run build/s --prompt "The capital of France is" --max-new-tokens 32[/bold]
     """
+    from moec.assistant.generate import Generation, Text
     from moec.cli.output import emit_json
     from moec.compiler.artifact import Artifact
-    from moec.compiler.generate import Generation, Sampling, TextStream
     from moec.compiler.tokenizer import encode_prompt, load_tokenizer
 
     if (prompt is None) == (ids is None):
         raise UserError("give either --prompt TEXT or --ids 1,2,3")
-    sampling = Sampling(temperature, top_p, seed)
+    if ids is not None and stop:
+        raise UserError("--stop is for text", remedy="give --prompt instead of --ids")
     prompt_ids = [] if ids is None else _parse_ids(ids)
+    sampling = sampling_of(
+        artifact,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=logit_bias,
+        seed=seed,
+    )
+    stops = [] if stop is None else stop
+    StopStrings(stops)
     opened = Artifact.open(artifact)
     opened = opened if threads is None else opened.with_threads(threads)
-    model = opened.manifest.model
-    stream = None
+    words = None
     if ids is None:
         words = load_tokenizer(tokenizer or opened.folder / "tokenizer.json")
         text = sys.stdin.read() if prompt == "-" else prompt
         assert text is not None
         prompt_ids = encode_prompt(words, text)
-        stream = TextStream(lambda tokens: words.decode(tokens))
     from moec.compiler import build  # torch: seconds, which a fault above need not wait for
 
     session = build.load(opened)
     try:
-        stops = frozenset(model.eos_ids)
-        generation = Generation(session, prompt_ids, max_new_tokens, sampling, stops, place=str(opened.folder))
-        new_ids, new_text = _stream(generation, stream, show=not as_json)
+        generation = Generation(
+            session,
+            prompt_ids,
+            max_new_tokens,
+            sampling,
+            frozenset(opened.manifest.model.eos_ids),
+            place=str(opened.folder),
+            top_scores=logprobs,
+        )
+        pieces = _id_pieces(generation) if words is None else Text(generation, words.decode, stops)
+        whole = "".join(_shown(pieces, show=not as_json))
+        new_ids = pieces.ids if isinstance(pieces, Text) else [int(i) for i in whole.split(",") if i]
     finally:
         session.close()
     stats = generation.stats
     if as_json:
-        emit_json({"prompt_ids": prompt_ids, "ids": new_ids, "text": new_text, **vars(stats)})
+        found = {"prompt_ids": prompt_ids, "ids": new_ids, "text": None if words is None else whole, **vars(stats)}
+        emit_json(found if logprobs is None else {**found, "logprobs": [vars(s) for s in generation.scores]})
     print(
         f"prefill {stats.prompt_tokens} tokens, {stats.prefill_rate:.1f} tok/s; "
-        f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s; stopped by {stats.stopped}",
+        f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s; {sampling.words()}; "
+        f"stopped by {stats.stopped}",
         file=sys.stderr,
     )
 
 
-def _stream(generation: Generation, stream: TextStream | None, *, show: bool) -> tuple[list[int], str | None]:
-    ids: list[int] = []
-    pieces: list[str] = []
+def _id_pieces(generation: Iterable[int]) -> Iterator[str]:
+    for index, token in enumerate(generation):
+        yield f"{',' if index else ''}{token}"
 
-    def add(piece: str) -> None:
-        pieces.append(piece)
+
+def _shown(pieces: Iterable[str], *, show: bool) -> Iterator[str]:
+    """The pieces, written to stdout as they come."""
+    for piece in pieces:
+        yield piece
         if show and piece:
             # a terminal that cannot show a character gets a replacement, not a traceback
             encoding = sys.stdout.encoding or "utf-8"
-            piece = printable(piece) if sys.stdout.isatty() else piece  # a model may have learned escape sequences
-            print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
-
-    for token in generation:
-        add(stream.push(token) if stream else f"{'' if not ids else ','}{token}")
-        ids.append(token)
-    if stream:
-        add(stream.finish())
+            seen = printable(piece) if sys.stdout.isatty() else piece  # a model may have learned escape sequences
+            print(seen.encode(encoding, "replace").decode(encoding), end="", flush=True)
     if show:
         print(flush=True)
-    return ids, "".join(pieces) if stream else None
 
 
 def _parse_ids(text: str) -> list[int]:

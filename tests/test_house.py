@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("compiler", "sources", "checkpoints", "passes", "targets", "runtime", "analysis", "training", "cli")
+ROOMS = (
+    "compiler",
+    "sources",
+    "checkpoints",
+    "passes",
+    "targets",
+    "runtime",
+    "analysis",
+    "assistant",
+    "training",
+    "cli",
+)
 MAX_LINES = 600
 
 

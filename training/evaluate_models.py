@@ -14,12 +14,12 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
 
+from moec.assistant.sampling import Sampler, Sampling
 from moec.checkpoints import spec_from_config
 from moec.checkpoints.config_json import is_packed, read_json
 from moec.checkpoints.folder import CONFIG
 from moec.compiler.artifact import ModelRecord
 from moec.compiler.errors import CheckpointError, RunError
-from moec.compiler.generate import Sampler, Sampling
 from moec.compiler.program import Role
 from moec.compiler.spec.loader import parse_spec
 from moec.compiler.target import Session

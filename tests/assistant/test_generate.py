@@ -1,6 +1,8 @@
-"""Sampling, stop tokens, and streamed text that equals the decoding of all ids at once."""
+"""Stop tokens, what a session holds, and streamed text that equals the decoding of all ids at once."""
 
 from __future__ import annotations
+
+import threading
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moec.compiler.errors import ArtifactError, RunError
-from moec.compiler.generate import Generation, Sampler, Sampling, TextStream
+from moec.assistant.generate import Generation, Held, Text, TextStream
+from moec.compiler.errors import RunError
 
 VOCAB = 300
 
@@ -80,60 +82,6 @@ def test_bytes_of_a_sentencepiece_tokenizer(text: str) -> None:
     assert not any("�" in piece for piece in pieces)
 
 
-def test_greedy_takes_the_first_of_the_largest() -> None:
-    assert Sampler(Sampling())(np.array([0.0, 3.0, 3.0, -np.inf], np.float32)) == 1
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05])).astype(np.float32)
-    sampler = Sampler(Sampling(temperature=1.0, seed=5))
-    counts = np.bincount([sampler(logits) for _ in range(4000)], minlength=4) / 4000
-    # 4 standard deviations of a share of 4000 draws are at most 4 * sqrt(0.25 / 4000) = 0.032
-    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.032)
-
-
-@pytest.mark.parametrize(("top_p", "count"), [(0.4, 1), (0.5, 1), (0.6, 2), (0.9, 3), (1.0, 4)])
-def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, count: int) -> None:
-    # exact in binary, so that "reaches 0.5" is not a matter of rounding
-    logits = np.log(np.array([0.5, 0.25, 0.1875, 0.0625]))
-    sampler = Sampler(Sampling(temperature=1.0, top_p=top_p, seed=1))
-    assert {sampler(logits) for _ in range(400)} == set(range(count))
-
-
-def test_the_seed_repeats() -> None:
-    logits = np.random.default_rng(0).normal(size=50)
-
-    def draws(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(temperature=1.5, top_p=0.95, seed=seed))
-        return [sampler(logits) for _ in range(20)]
-
-    assert draws(3) == draws(3) != draws(4)
-
-
-def test_extreme_logits_do_not_overflow() -> None:
-    logits = np.array([1e30, -1e30, -np.inf], np.float32)
-    assert Sampler(Sampling(temperature=1e-3, seed=0))(logits) == 0
-    for bad in ([np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf], []):
-        with pytest.raises(ArtifactError, match=r"^build/a: the logits are not finite"):
-            Sampler(Sampling(), "build/a")(np.array(bad))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("top_p", float("nan")),
-        ("seed", -1),
-    ],
-)
-def test_options_are_checked(name: str, value: float) -> None:
-    with pytest.raises(RunError):
-        Sampling(**{name: value})  # type: ignore[arg-type]
-
-
 class Counting:
     """A session that says `last token + 1`, of context 8."""
 
@@ -141,12 +89,17 @@ class Counting:
 
     def __init__(self) -> None:
         self.position = 0
+        self.calls: list[list[int]] = []
+
+    def reset(self) -> None:
+        self.position = 0
 
     def _next(self, token: int) -> np.ndarray:
         return np.eye(self.vocab_size, dtype=np.float32)[(token + 1) % self.vocab_size]
 
     def prefill(self, ids: list[int], logits: str = "last") -> np.ndarray:
         assert logits == "last"
+        self.calls.append(ids)
         self.position += len(ids)
         return self._next(ids[-1])[None]
 
@@ -168,3 +121,66 @@ def test_generation_stops() -> None:
     assert generate([3], 0) == ([], "length", 0)
     with pytest.raises(RunError, match="no tokens"):
         generate([], 4)
+
+
+def test_the_caller_ends_it() -> None:
+    generation = Generation(Counting(), [3], 9)  # type: ignore[arg-type]
+    taken = []
+    for token in generation:
+        taken.append(token)
+        if len(taken) == 2:
+            generation.cancelled.set()
+    assert (taken, generation.stats.stopped) == ([4, 5], "cancelled")
+    before = Generation(Counting(), [3], 9)  # type: ignore[arg-type]
+    before.cancelled.set()
+    assert (list(before), before.stats.stopped, before.stats.new_tokens) == ([], "cancelled", 0)
+
+
+class Rewinding(Counting):
+    max_tokens = 2
+
+    def rewind(self, position: int) -> None:
+        assert position <= self.position
+        self.position = position
+
+
+def test_a_prompt_that_begins_like_what_is_held_is_computed_from_where_it_differs() -> None:
+    session = Rewinding()
+    held = Held(session)  # type: ignore[arg-type]
+    cancelled = threading.Event()
+    assert held.bring([1, 2, 3, 4, 5], cancelled)[1] == 0
+    assert session.calls == [[1, 2], [3, 4], [5]]
+    logits, reused = held.bring([1, 2, 3, 9], cancelled)
+    assert logits is not None
+    assert (reused, session.calls[3:], int(logits.argmax()), held.ids) == (3, [[9]], 10, [1, 2, 3, 9])
+    # the very same prompt: its last token is computed again, since its logits are wanted
+    assert held.bring([1, 2, 3, 9], cancelled)[1] == 3
+    session.reset()  # behind our back
+    assert held.bring([1, 2], cancelled)[1] == 0
+    before = list(held.ids)
+    for wrong, what in (([1, 16], "token id 16"), ([1, 2] * 5, "10 tokens do not fit")):
+        with pytest.raises(RunError, match=what):
+            held.bring(wrong, cancelled)
+    assert held.ids == before
+    assert session.position == len(before)
+
+
+def test_a_session_that_cannot_rewind_begins_anew() -> None:
+    session = Counting()
+    held = Held(session)  # type: ignore[arg-type]
+    held.bring([1, 2, 3], threading.Event())
+    assert held.bring([1, 2, 3, 4], threading.Event())[1] == 3  # going on needs no rewinding
+    assert held.bring([1, 2, 5], threading.Event())[1] == 0
+    assert session.position == 3
+
+
+def test_text_ends_at_a_stop_string_that_spans_tokens() -> None:
+    def run(stops: list[str]) -> tuple[list[str], str, str]:
+        generation = Generation(Counting(), [3], 4)  # type: ignore[arg-type]
+        text = Text(generation, lambda ids: "".join(chr(ord("a") + i) for i in ids), stops)
+        return list(text), text.text, generation.stats.stopped
+
+    assert run([]) == (["e", "f", "g", "h", ""], "efgh", "length")
+    assert run(["fg"]) == (["e", "", ""], "e", "stop string")
+    assert run(["hi"]) == (["e", "f", "g", "", "h"], "efgh", "length")  # held back, then the text was over
+    assert run(["h"])[1:] == ("efg", "stop string")

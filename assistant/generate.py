@@ -1,0 +1,242 @@
+"""Tokens from a session, and text from tokens, that never splits a character.
+
+Works on any `Session`. V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from moec.assistant.sampling import Sampler, Sampling, TokenScore, score
+from moec.assistant.stops import StopStrings
+from moec.compiler.errors import RunError
+
+if TYPE_CHECKING:
+    from moec.compiler.target import Session
+
+
+class TextStream:
+    """Turns ids into text as they come; the pieces joined are the decoding of all ids.
+
+    Decoding one id alone loses leading spaces and breaks characters that span ids, so each piece is the difference of
+    two decodings that begin at the same earlier id, held back while it ends in an unfinished character.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # the context of the next piece, then the ids not yet shown in full
+        self._context = 0
+        self._shown = ""
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this id; may be empty."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        # every one at the end: SentencePiece's byte fallback gives one for each byte of an unfinished character
+        certain = text.rstrip("�")
+        unfinished = len(certain) < len(text)
+        piece = certain[len(self._shown) :]
+        self._shown = certain if len(certain) > len(self._shown) else self._shown
+        if not unfinished and len(self._ids) > self._context:
+            self._ids = self._ids[self._context :]
+            self._context = len(self._ids)
+            self._shown = self._decode(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: an unfinished character comes out as U+FFFD."""
+        piece = self._decode(self._ids)[len(self._shown) :]
+        self._ids, self._context, self._shown = [], 0, ""
+        return piece
+
+
+class Text:
+    """The text of a generation in pieces, up to a stop string; iterate once. `ids`: those taken so far.
+
+    The pieces joined are `text`: the decoding of all ids, cut where a stop string begins.
+    """
+
+    def __init__(self, generation: Generation, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
+        self.generation = generation
+        self.ids: list[int] = []
+        self.text = ""
+        self._stream = TextStream(decode)
+        self._stops = StopStrings(stops)
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self.generation:
+            self.ids.append(token)
+            yield self._shown(self._stops.push(self._stream.push(token)))
+            if self._stops.found is not None:
+                self.generation.stats.stopped = "stop string"
+                return
+        yield self._shown(self._stops.push(self._stream.finish()) + self._stops.finish())
+        if self._stops.found is not None:
+            self.generation.stats.stopped = "stop string"
+
+    def _shown(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+
+class Constraint(Protocol):
+    """What may follow: structured output (`assistant/structured.py`)."""
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the text so far is whole."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is whole and nothing can follow."""
+
+    def allowed(self) -> np.ndarray | None:
+        """The tokens that may come next, bool [V]; None for all. RunError where the constraint gives up."""
+
+    def take(self, token: int) -> None:
+        """The next token, one of those allowed."""
+
+
+@dataclass
+class Stats:
+    """Counts in tokens, times in seconds.
+
+    stopped: "stop token", "stop string", "length", "context", "cancelled", or "complete" where a constraint lets
+    nothing follow. reused_tokens: those of the prompt that the session already held.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stopped: str = "length"
+    reused_tokens: int = 0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, without those that were there."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second; the first of them came with the prefill and is not counted."""
+        return max(self.new_tokens - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Held:
+    """A session and the ids that it holds: a prompt that begins like them is computed from where it differs."""
+
+    def __init__(self, session: Session, place: str | None = None) -> None:
+        self.session = session
+        self.ids: list[int] = []
+        self._place = place
+
+    def bring(self, ids: Sequence[int], cancelled: threading.Event) -> tuple[np.ndarray | None, int]:
+        """Make the session hold exactly `ids`: logits behind the last, float32 [V], and how many were there.
+
+        None where `cancelled` was set meanwhile. RunError as `Session.prefill`; then the session is as it was.
+        """
+        if len(ids) > self.session.context:
+            raise RunError(
+                f"{len(ids)} tokens do not fit: the context holds {self.session.context}",
+                place=self._place,
+                remedy="shorten the prompt",
+            )
+        if wrong := [i for i in ids if not 0 <= i < self.session.vocab_size]:
+            what = f"token id {wrong[0]} is not in the vocabulary"
+            raise RunError(what, place=self._place, remedy=f"ids are 0 to {self.session.vocab_size - 1}")
+        if self.session.position != len(self.ids):  # somebody else used it
+            self.ids = []
+        same = 0
+        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
+            same += 1
+        if same != self.session.position:
+            rewind = getattr(self.session, "rewind", None)
+            if rewind is None or same == 0:
+                self.session.reset()
+                same = 0
+            else:
+                rewind(same)
+        self.ids = list(ids[:same])
+        logits = None
+        step = getattr(self.session, "max_tokens", len(ids))  # a call takes no more, and is not interrupted
+        for begin in range(same, len(ids), step):
+            if cancelled.is_set():
+                return None, same
+            chunk = list(ids[begin : begin + step])
+            logits = self.session.prefill(chunk, logits="last")
+            self.ids += chunk
+        return np.asarray(logits).reshape(-1), same
+
+    def append(self, token: int) -> np.ndarray:
+        """One token more: the logits behind it, float32 [V]."""
+        logits = self.session.decode(token)
+        self.ids.append(token)
+        return logits
+
+
+@dataclass
+class Generation:
+    """Iterate to get token ids, stop tokens left out; `stats` is complete once the iteration ended.
+
+    top_scores: None, or how many of the likeliest tokens are told beside each taken one, in `scores`. cancelled: set it
+    from another thread, and the iteration ends before the next token. held: the session with what it holds, if a
+    prompt may go on from there.
+    """
+
+    session: Session
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: frozenset[int] = frozenset()
+    stats: Stats = field(default_factory=Stats)
+    place: str | None = None  # the artifact, for messages
+    constraint: Constraint | None = None
+    top_scores: int | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    held: Held | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        if not len(self.prompt):
+            raise RunError("the prompt has no tokens", remedy="give --prompt some text")
+        if self.max_new_tokens < 0:
+            raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
+        held = self.held or Held(self.session, self.place)
+        sampler = Sampler(self.sampling, self.place, self.prompt)
+        started = time.perf_counter()
+        logits, self.stats.reused_tokens = held.bring(self.prompt, self.cancelled)
+        self.stats.prompt_tokens = len(self.prompt)
+        self.stats.prefill_seconds = time.perf_counter() - started
+        while self.stats.new_tokens < self.max_new_tokens:
+            if logits is None or self.cancelled.is_set():
+                self.stats.stopped = "cancelled"
+                return
+            token = sampler(logits, None if self.constraint is None else self.constraint.allowed())
+            if token in self.stop:
+                self.stats.stopped = "stop token"
+                return
+            self.stats.new_tokens += 1
+            if self.top_scores is not None:
+                self.scores.append(score(logits, token, self.top_scores))
+            if self.constraint is not None:
+                self.constraint.take(token)
+            yield token
+            if self.constraint is not None and self.constraint.complete:
+                self.stats.stopped = "complete"
+                return
+            if self.stats.new_tokens == self.max_new_tokens:
+                return
+            if self.session.position >= self.session.context:
+                self.stats.stopped = "context"
+                return
+            started = time.perf_counter()
+            logits = held.append(token)
+            self.stats.decode_seconds += time.perf_counter() - started

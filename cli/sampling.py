@@ -1,0 +1,58 @@
+"""Options of every command that samples: what is left out is what the artifact's generation_config.json recommends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moec.compiler.errors import UserError
+
+if TYPE_CHECKING:
+    from moec.assistant.sampling import Sampling
+
+Temperature = Annotated[
+    float | None, typer.Option(help="0 always takes the likeliest token. Default: what the model recommends, else 0.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from this many of the likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that sum to this probability.")
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", help="Sample from tokens with at least this share of the likeliest one's.")
+]
+RepeatPenalty = Annotated[
+    float | None, typer.Option(help="Divide the logits of tokens that occurred by this; 1: none.")
+]
+PresencePenalty = Annotated[float | None, typer.Option(help="Take this off the logits of new tokens that occurred.")]
+LogitBias = Annotated[
+    list[str] | None, typer.Option(metavar="ID=BIAS", help="Add to the logit of a token id; can be given often.")
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. Default: 0.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; can be given often.")]
+
+
+def sampling_of(artifact: Path, *, logit_bias: Sequence[str] | None = None, **given: float | int | None) -> Sampling:
+    """What the options say, and for the rest what the artifact's generation_config.json recommends.
+
+    Faults of the options come first: nothing is read for them.
+    """
+    from moec.assistant.sampling import Sampling, recommended
+    from moec.compiler.source import GENERATION
+
+    bias = None if not logit_bias else _biases(logit_bias)
+    Sampling().given(logit_bias=bias, **given)
+    return recommended(artifact / GENERATION).given(logit_bias=bias, **given)
+
+
+def _biases(given: Sequence[str]) -> Mapping[int, float]:
+    found = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            found[int(token)] = float(bias)
+        except ValueError:
+            raise UserError(f"--logit-bias {text[:40]!r} is not ID=BIAS", remedy="write it as 42=-1.5") from None
+    return found
