@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -21,9 +22,13 @@ class SessionBase(ABC):
     `place`: the artifact's file, which every fault names. `max_tokens`: the longest chunk that a call takes.
     """
 
+    #: Whether the caches still hold what they held at earlier positions.
+    rewinds = False
+
     def __init__(self, place: str, *, vocab_size: int, context: int, max_tokens: int) -> None:
         self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
         self.position = 0
+        self._ids: list[int] = []
         self._place = place
         self._tracing = False
         self._traces: list[MoeTrace] = []
@@ -64,6 +69,7 @@ class SessionBase(ABC):
                 rows = out if begin + len(chunk) == len(tokens) else None
             chunks.append(self._forward(chunk, self.position + begin, rows, every))
         self.position += len(tokens)
+        self._ids += tokens.tolist()
         if self._tracing:
             self._traces += [joined_layer(layer) for layer in zip(*chunks, strict=True)]
         return out
@@ -75,7 +81,67 @@ class SessionBase(ABC):
     def reset(self) -> None:
         """Forget the sequence. What a cache holds is not seen again: attention ends at the current position."""
         self.position = 0
+        self._ids.clear()
         self._traces.clear()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids in the session, `position` of them."""
+        return list(self._ids)
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on. What follows gives the logits, bit for bit, of a session that never had
+        them.
+
+        RunError: the session is closed, `position` is not in 0 .. self.position, or the model's states do not go back
+        (0 they always do).
+        """
+        self._check_open()
+        if not 0 <= position <= self.position:
+            raise RunError(
+                f"position {position}: the session holds {self.position} tokens",
+                place=self._place,
+                remedy=f"rewind to 0 .. {self.position}",
+            )
+        if position in (0, self.position):
+            return self.reset() if position == 0 else None
+        if not self.rewinds:
+            what = "the states of this artifact do not go back to an earlier position"
+            raise RunError(what, place=self._place, remedy="reset() the session and prefill the tokens again")
+        self.position = position
+        del self._ids[position:]
+        self._traces.clear()
+
+    def fork(self) -> Session:
+        """Another session with the same tokens over the same weights; each goes on without the other.
+
+        RunError: the session is closed, or its target has no sessions that fork.
+        """
+        raise self._not_here("fork")
+
+    def save(self, path: str | Path) -> None:
+        """Write tokens and caches to a file, whole or not at all, in place of a session that is there.
+
+        RunError: the session is closed, the disk refuses, the file is no session that moec saved, or the target saves
+        none.
+        """
+        raise self._not_here("be saved")
+
+    def restore(self, path: str | Path) -> None:
+        """Replace tokens and caches by those that `save` wrote; what follows gives the same logits, bit for bit.
+
+        RunError, and the session is as it was: the file is missing, damaged or of another artifact, the session is
+        closed, or the target saves none.
+        """
+        raise self._not_here("be restored")
+
+    def _not_here(self, what: str) -> RunError:
+        remedy = "compile the spec for xnnpack"
+        return RunError(f"sessions of this target cannot {what}", place=self._place, remedy=remedy)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RunError("the session is closed", place=self._place, remedy="load the artifact again")
 
     def trace(self, enabled: bool) -> None:
         """Record every MoE layer of the calls that follow; `take_traces` collects them."""
@@ -125,7 +191,9 @@ def checked_ids(session: Session, ids: Sequence[int] | np.ndarray, *, closed: bo
         raise RunError(
             f"{given.size} tokens do not fit: the context holds {session.context}{state}",
             place=place,
-            remedy="reset() the session or shorten the prompt" if session.position else "shorten the prompt",
+            remedy="reset() or rewind() the session, or shorten the prompt"
+            if session.position
+            else "shorten the prompt",
         )
     return np.ascontiguousarray(given, np.int64)
 

@@ -156,6 +156,14 @@ class State:
         return isinstance(self.update, Appended) and not rolling
 
     @property
+    def rows_are_positions(self) -> bool:
+        """Whether row p along axis 1 of each of its buffers is what position p appended, and nothing else is there."""
+        if not self.rewinds or len(self.shape) < 2 or self.shape[:2] != (1, Positions()):
+            return False
+        assert isinstance(self.update, Appended)
+        return self.update.axis == 1 and (self.codes is None or self.codes.block[1] == 1)
+
+    @property
     def grows(self) -> bool:
         """Whether its size depends on the context."""
         return any(isinstance(extent, Positions) for extent in self.shape)

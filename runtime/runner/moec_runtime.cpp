@@ -5,23 +5,15 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/kernel/operator_registry.h>
-#include <executorch/runtime/platform/log.h>
-#include <executorch/runtime/platform/platform.h>
-#include <executorch/runtime/platform/runtime.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cinttypes>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <optional>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
@@ -29,9 +21,9 @@
 #include <vector>
 
 #include "memory.h"
+#include "model.h"
 #include "moec_kernel.h"
 #include "operator_table.h"
-#include "program_file.h"
 #include "registration/ops_executorch.h"
 
 // The wheel ships this class without its header.
@@ -52,84 +44,16 @@ using executorch::runtime::Error;
 using executorch::runtime::EValue;
 using executorch::runtime::HierarchicalAllocator;
 using executorch::runtime::Span;
+using moec_runtime::delegated_models;
+using moec_runtime::guarded;
+using moec_runtime::Method;
+using moec_runtime::one_line;
+using moec_runtime::pools;
+using moec_runtime::text;
+using moec_runtime::watch_executorch;
+using moec_runtime::Watch;
 
 constexpr int64_t kLargestArena = int64_t{1} << 40;
-
-// ------------------------------------------------------------------------------------------- ExecuTorch's log and aborts
-//
-// Inside a call of this library the first error logged is kept as the reason (the log's later lines only say who passed it
-// on), and an abort of ExecuTorch, its answer to some damaged files, becomes an exception. Outside, other users of
-// ExecuTorch in this process see their usual log.
-
-thread_local std::string* reason = nullptr;
-pal_emit_log_message_method usual_log = nullptr;
-pal_abort_method usual_abort = nullptr;
-
-struct Aborted : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-void on_log(et_timestamp_t time, et_pal_log_level_t level, const char* file, const char* function, size_t line,
-            const char* message, size_t length) {
-  static const bool verbose = std::getenv("MOEC_LOG") != nullptr;
-  if (reason && reason->empty() && (level == kError || level == kFatal)) reason->assign(message, length);
-  if ((!reason || verbose) && usual_log) usual_log(time, level, file, function, line, message, length);
-}
-
-void on_abort() {
-  if (reason) throw Aborted(reason->empty() ? "ExecuTorch gave up" : *reason);
-  usual_abort();
-  std::abort();
-}
-
-void watch_executorch() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    executorch::runtime::runtime_init();
-    usual_log = executorch::runtime::get_pal_impl()->emit_log_message;
-    usual_abort = executorch::runtime::get_pal_impl()->abort;
-    executorch::runtime::PalImpl impl = executorch::runtime::PalImpl::create(on_log, __FILE__);
-    impl.abort = on_abort;
-    executorch::runtime::register_pal(impl);
-  });
-}
-
-class Watch {
- public:
-  Watch() : outer_(reason) {
-    watch_executorch();
-    reason = &text_;
-  }
-  ~Watch() { reason = outer_; }
-  const std::string& text() const { return text_; }
-
- private:
-  std::string text_;
-  std::string* outer_;
-};
-
-// ----------------------------------------------------------------------------------------------------------------- arenas
-
-// Anonymous pages that cost nothing until they are touched: an unused part of a context, or the logits of forward_all in a
-// session that never asks for them, takes no memory.
-class Arena {
- public:
-  explicit Arena(size_t size) : size_(size) {
-    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    data_ = data == MAP_FAILED ? nullptr : static_cast<uint8_t*>(data);
-  }
-  Arena(Arena&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
-  Arena& operator=(Arena&&) = delete;
-  ~Arena() {
-    if (data_) munmap(data_, size_);
-  }
-  uint8_t* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  uint8_t* data_;
-  size_t size_;
-};
 
 // While it lives, operators of this thread compute without rounding activations, if `on`.
 class FloatActivations {
@@ -154,77 +78,7 @@ bool all_numbers(const float* values, int64_t count) {
   return !nan;
 }
 
-// Models whose program XNNPACK computes in part. XNNPACK keeps a pointer to ExecuTorch's thread pool from when it loads a
-// program: while one is open that pool must not be replaced.
-std::atomic<int> delegated_models{0};
-
-class DelegatedModel {
- public:
-  DelegatedModel() { ++delegated_models; }
-  DelegatedModel(const DelegatedModel&) = delete;
-  DelegatedModel& operator=(const DelegatedModel&) = delete;
-  ~DelegatedModel() { --delegated_models; }
-};
-
-struct Method {
-  std::vector<Span<uint8_t>> buffers;
-  std::unique_ptr<HierarchicalAllocator> memory;
-};
-
-std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
-std::string text(const char* format, ...) {
-  char line[1024];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(line, sizeof line, format, arguments);
-  va_end(arguments);
-  return line;
-}
-
-// One line of text, whatever a damaged file had where a name should be.
-std::string one_line(std::string text) {
-  for (char& c : text) {
-    if (c == '\n' || c == '\t') c = ' ';
-    if (c < ' ' || c > '~') c = '?';
-  }
-  return text;
-}
-
 }  // namespace
-
-struct moec_model {
-  std::mutex busy;
-  std::string error;
-  std::string path;
-  std::vector<Arena> arenas;  // outlive the methods that point into them
-  std::map<std::string, Method> methods;
-  ProgramFile* file = nullptr;  // the module's
-  std::optional<DelegatedModel> delegated;  // outlives the module
-  std::unique_ptr<Module> module;
-  moec_model_info info = {};
-  std::vector<int64_t> eos_ids;
-  bool float_activations = false;
-
-  bool fail(std::string what) {
-    error = one_line(std::move(what));
-    return false;
-  }
-
-  bool fail(const char* doing, Error code, const Watch& watch) {
-    const char* why = watch.text().empty() ? executorch::runtime::to_string(code) : watch.text().c_str();
-    return fail(std::string(doing) + ": " + why);
-  }
-
-  bool open(int32_t threads);
-  void close();
-  bool read_constants();
-  bool check_method(const char* name);
-  bool reserve_arenas(const std::vector<std::string>& names);
-  bool load_method(const std::string& name);
-  bool set_threads(int32_t threads);
-  bool integer(const char* name, bool required, int64_t* value);
-  bool forward(const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity);
-};
 
 bool moec_model::integer(const char* name, bool required, int64_t* value) {
   Watch watch;
@@ -241,6 +95,8 @@ bool moec_model::read_constants() {
   if (info.context == 0 && !integer("get_max_seq_len", true, &info.context)) return false;
   info.bos_id = -1;
   if (!integer("get_bos_id", false, &info.bos_id)) return false;
+  if (!integer("get_states_appended", false, &info.rewinds)) return false;
+  info.rewinds = info.rewinds == 1;
   if (info.vocab_size < 1 || info.vocab_size > INT32_MAX || info.context < 1 || info.context > INT32_MAX)
     return fail(text("impossible vocabulary (%" PRId64 ") or context (%" PRId64 ")", info.vocab_size, info.context));
   Watch watch;
@@ -312,6 +168,53 @@ bool moec_model::load_method(const std::string& name) {
   return fail(name.c_str(), code, watch);
 }
 
+// Where the states lie, and which bytes of them a position has. A program that says nothing of its states (an older one)
+// keeps them all: they are then copied whole, and a session cannot go back.
+bool moec_model::find_states() {
+  std::vector<StatePart> parts;
+  Watch watch;
+  const auto meta = module->method_meta("forward");
+  const auto method = module->method("forward");
+  if (!meta.ok() || !method.ok()) return fail("method forward is gone");
+  std::vector<std::pair<size_t, size_t>> covered;  // begin and end, arenas laid behind each other
+  std::vector<size_t> begins = {0};
+  for (const Arena& arena : arenas) begins.push_back(begins.back() + arena.size());
+  for (size_t i = 0; i < meta->num_attributes(); ++i) {
+    const auto info_of = meta->attribute_tensor_meta(i);
+    if (!info_of.ok()) return fail("a state without a description");
+    const auto tensor = (*method)->get_attribute(info_of->name());
+    if (!tensor.ok()) return fail(text("state %zu is missing", i));
+    const auto* data = static_cast<const uint8_t*>(tensor->const_data_ptr());
+    const size_t bytes = tensor->nbytes();
+    size_t arena = 0;
+    while (arena < arenas.size() && !(data >= arenas[arena].data() && data + bytes <= arenas[arena].data() + arenas[arena].size()))
+      ++arena;
+    if (arena == arenas.size()) continue;  // a constant that has a name
+    if (arena == 0) no_sessions = "the program keeps states among its activations";
+    const auto sizes = tensor->sizes();
+    const bool rows = info.rewinds && sizes.size() >= 2 && sizes[0] == 1 && sizes[1] == info.context;
+    const size_t offset = static_cast<size_t>(data - arenas[arena].data());
+    parts.push_back({arena, offset, bytes, rows ? bytes / static_cast<size_t>(info.context) : 0});
+    covered.push_back({begins[arena] + offset, begins[arena] + offset + bytes});
+  }
+  // memory that methods share and no named state explains is carried as it is
+  std::sort(covered.begin(), covered.end());
+  size_t end = arenas.empty() ? 0 : begins[1], gap = 0;
+  constexpr size_t kAlignment = 256;  // of a plan's tensors, at most
+  for (const auto& [from, to] : covered) {
+    if (from > end) gap = std::max(gap, from - end);
+    end = std::max(end, to);
+  }
+  gap = std::max(gap, begins.back() - std::min(end, begins.back()));
+  if (gap >= kAlignment) {
+    parts.clear();
+    for (size_t i = 1; i < arenas.size(); ++i) parts.push_back({i, 0, arenas[i].size(), 0});
+  }
+  seats.set(&arenas, 1, std::move(parts));
+  seats.begin(&own);
+  return true;
+}
+
 bool moec_model::open(int32_t threads) {
   std::string fault;
   std::unique_ptr<ProgramFile> opened = ProgramFile::open(path, &fault);
@@ -335,7 +238,7 @@ bool moec_model::open(int32_t threads) {
   if (!read_constants()) return false;
   for (const std::string& name : names)
     if (!check_method(name.c_str())) return false;
-  return set_threads(threads) && reserve_arenas(names) && load_method("forward");
+  return set_threads(threads) && reserve_arenas(names) && load_method("forward") && find_states();
 }
 
 // One pool does the work, the other has no threads: see ops_executorch.h. Without a delegate ExecuTorch's pool is not even
@@ -368,7 +271,7 @@ void moec_model::close() {
   delegated.reset();
 }
 
-bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity) {
+bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity) {
   if (n < 1 || n > info.max_tokens) return fail(text("%" PRId64 " tokens in one call; 1 .. %" PRId64, n, info.max_tokens));
   if (start < 0 || start > info.context - n)
     return fail(text("%" PRId64 " tokens at position %" PRId64 " do not fit a context of %" PRId64, n, start, info.context));
@@ -382,6 +285,8 @@ bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all,
   const std::string name = all ? "forward_all" : "forward";
   if (file->truncated()) return fail("truncated while it is in use");
   if (!load_method(name)) return false;
+  if (!seats.seat(caches)) return fail("no address space for the caches of another session");
+  caches->reached = std::max(caches->reached, start + n);
   // never written: ExecuTorch's tensors just have no const form
   auto tokens = executorch::extension::from_blob(const_cast<int64_t*>(ids), {1, static_cast<int32_t>(n)}, ScalarType::Long);
   auto position = executorch::extension::from_blob(&start, {1}, ScalarType::Long);
@@ -399,21 +304,6 @@ bool moec_model::forward(const int64_t* ids, int64_t n, int64_t start, bool all,
 }
 
 // ------------------------------------------------------------------------------------------------------------------ C API
-
-// Thread pools belong to the process: opening a model may resize them, which no running model would survive.
-static std::shared_mutex pools;
-
-// No C++ exception may cross into C or Python.
-template <typename Body>
-static bool guarded(moec_model* model, Body body) {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    return model->fail("out of memory");
-  } catch (const std::exception& e) {
-    return model->fail(e.what());
-  }
-}
 
 moec_model* moec_model_open(const char* path, int32_t threads) {
   moec_model* model = new (std::nothrow) moec_model;
@@ -435,7 +325,7 @@ moec_model* moec_model_open(const char* path, int32_t threads) {
 }
 
 void moec_model_close(moec_model* model) {
-  if (!model) return;
+  if (!model || --model->owners > 0) return;  // the last session of it closes it
   {
     std::lock_guard<std::mutex> lock(model->busy);  // a call that runs ends first
     guarded(model, [&] {
@@ -471,7 +361,7 @@ int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int
   const bool ok = guarded(model, [&] {
     if (!model->module || !ids || (capacity != 0 && !logits)) return model->fail("not open, or no buffer");
     Watch watch;
-    return model->forward(ids, n, start, all != 0, logits, capacity);
+    return model->forward(&model->own, ids, n, start, all != 0, logits, capacity);
   });
   return ok ? 0 : -1;
 }

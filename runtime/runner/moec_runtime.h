@@ -29,6 +29,7 @@ typedef struct moec_model_info {
   int64_t file_bytes;
   int64_t arena_bytes;  // activations and caches, reserved; pages count once they are touched
   int64_t threads;
+  int64_t rewinds;  // 1 if a sequence can go back to any position: the program says that its states are appended
 } moec_model_info;
 
 // Never NULL, except when memory is out: a handle whose moec_model_error() is empty is open. threads <= 0: one per
@@ -48,6 +49,39 @@ MOEC_RUNTIME_API int64_t moec_model_eos_ids(const moec_model* model, int64_t* id
 // every one (n * V floats). logits may be NULL when `capacity` is 0: the tokens only enter the cache.
 MOEC_RUNTIME_API int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int64_t start, int32_t all,
                                             float* logits, int64_t capacity);
+
+// ------------------------------------------------------------------------------------------------------------- sessions
+//
+// A sequence of tokens with caches of its own, over the weights and activations of its model. Any number of them may be open;
+// calls of one model run one after another, whichever threads make them. The caches of the session that runs lie where the
+// program reads them: where the system can move pages (Linux since 5.7) changing the session costs microseconds, elsewhere
+// a copy of both. A session keeps its model open. Where a call fails
+// the session is as it was, except that a failed moec_session_forward leaves no tokens behind `start`.
+typedef struct moec_session moec_session;
+
+// Never NULL, except when memory is out; open if moec_session_error() is empty.
+MOEC_RUNTIME_API moec_session* moec_session_open(moec_model* model);
+MOEC_RUNTIME_API void moec_session_close(moec_session* session);
+MOEC_RUNTIME_API const char* moec_session_error(const moec_session* session);
+
+// Tokens in the session; copies the first of them, at most `capacity`.
+MOEC_RUNTIME_API int64_t moec_session_tokens(const moec_session* session, int64_t* ids, int64_t capacity);
+
+// As moec_model_forward, at any position up to the one reached: tokens from `start` on are replaced. A start before it is
+// an error unless moec_model_info.rewinds, or it is 0.
+MOEC_RUNTIME_API int32_t moec_session_forward(moec_session* session, const int64_t* ids, int64_t n, int64_t start, int32_t all,
+                                              float* logits, int64_t capacity);
+// Forgets the tokens from `position` on.
+MOEC_RUNTIME_API int32_t moec_session_rewind(moec_session* session, int64_t position);
+// Another session with the same tokens and a copy of their caches; as moec_session_open.
+MOEC_RUNTIME_API moec_session* moec_session_fork(moec_session* session);
+
+// Writes tokens and caches to a file, in place of the one that is there if that is a session: beside it first, then renamed.
+// `artifact`: what the model is, at most 64 bytes; restoring compares it. The reason of a failure tells of the file alone.
+MOEC_RUNTIME_API int32_t moec_session_save(moec_session* session, const char* path, const char* artifact);
+// Replaces tokens and caches by those of a file. The file is not believed: sizes, ids and digests are checked before
+// anything of the session changes.
+MOEC_RUNTIME_API int32_t moec_session_restore(moec_session* session, const char* path, const char* artifact);
 
 // As moec_set_trace of moec_kernel.h, for callers that only loaded this library.
 typedef void (*moec_model_trace_fn)(void* user, int64_t tokens, int64_t d, int64_t top_k, const float* x,

@@ -239,7 +239,7 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
             store,
             vocab_size=info.vocab_size,
             max_tokens=info.max_tokens,
-            constants=constant_methods(info),
+            constants=constant_methods(info, program.states.values()),
         )
     sizes["program"] = sum(len(m.payload) for m in built.values())
     facts = _facts(built, options, rounded, program)

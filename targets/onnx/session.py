@@ -6,6 +6,7 @@ T tokens, V vocabulary, D width, K experts of a token. One session runs one sequ
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ _TAP_FIELDS = ("x", "indices", "weights", "y")
 
 class OnnxSession(SessionBase):
     """Runs the file unchanged. While it traces, values of the MoE blocks are outputs as well; nothing else differs."""
+
+    rewinds = True  # a call reads no more of a cache than the positions before it
 
     def __init__(
         self,
@@ -59,6 +62,13 @@ class OnnxSession(SessionBase):
         """Forget the sequence."""
         super().reset()
         self._past = dict(self._empty)
+
+    def fork(self) -> OnnxSession:
+        """Another session with the same tokens; the loaded model is shared, and so are caches, which calls replace."""
+        self._check_open()
+        fork = copy(self)
+        fork._past, fork._ids, fork._traces, fork._tracing = dict(self._past), list(self._ids), [], False
+        return fork
 
     def trace(self, enabled: bool) -> None:
         """Record every MoE layer of the calls that follow; `take_traces` collects them. The first call loads the

@@ -65,7 +65,7 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
         partitioners: list[Partitioner] = [LinearPartitioner()] if delegated else []
         execution = to_execution(exported, partitioners)
         with quiet():
-            emitted = emit(execution.methods, constant_methods(program.info))
+            emitted = emit(execution.methods, constant_methods(program.info, program.states.values()))
     del exported
     _check_operators(emitted, program)
     with progress.stage("write weights", total=len(emitted.weights)) as step:

@@ -10,12 +10,14 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moec.compiler.artifact import file_digest
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
@@ -41,10 +43,14 @@ class _Info(ctypes.Structure):
     file_bytes: int
     arena_bytes: int
     threads: int
+    rewinds: int
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("vocab_size", "context", "max_tokens", "bos_id", "has_all", "file_bytes", "arena_bytes", "threads")
+        for name in (
+            *("vocab_size", "context", "max_tokens", "bos_id", "has_all", "file_bytes", "arena_bytes", "threads"),
+            "rewinds",
+        )
     ]
 
 
@@ -59,6 +65,15 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_get_info": (i32, [handle, ctypes.POINTER(_Info)]),
         "moec_model_eos_ids": (i64, [handle, _INT64S, i64]),
         "moec_model_forward": (i32, [handle, _INT64S, i64, i64, i32, _FLOATS, i64]),
+        "moec_session_open": (handle, [handle]),
+        "moec_session_close": (None, [handle]),
+        "moec_session_error": (ctypes.c_char_p, [handle]),
+        "moec_session_tokens": (i64, [handle, _INT64S, i64]),
+        "moec_session_forward": (i32, [handle, _INT64S, i64, i64, i32, _FLOATS, i64]),
+        "moec_session_rewind": (i32, [handle, i64]),
+        "moec_session_fork": (handle, [handle]),
+        "moec_session_save": (i32, [handle, ctypes.c_char_p, ctypes.c_char_p]),
+        "moec_session_restore": (i32, [handle, ctypes.c_char_p, ctypes.c_char_p]),
         "moec_model_trace": (None, [_TRACE, ctypes.c_void_p]),
         "moec_model_set_isa": (i32, [ctypes.c_char_p]),
         "moec_model_isa": (ctypes.c_char_p, []),
@@ -73,41 +88,127 @@ def _runtime() -> ctypes.CDLL:
 
 
 class CpuSession(SessionBase):
-    """The `Session` protocol over a `.pte`. Faults of the caller are RunError, a bad file is ArtifactError."""
+    """The `Session` protocol over a `.pte`. Faults of the caller are RunError, a bad file is ArtifactError.
 
-    def __init__(self, model: Path, *, threads: int | None = None, float_activations: bool = False) -> None:
+    Sessions that were forked from each other share weights and activations; calls of them run one after another.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        threads: int | None = None,
+        float_activations: bool = False,
+        artifact: str | None = None,
+    ) -> None:
         """Open `model`. `threads` None: one per core this process may use, without the slow ones where cores differ.
         The thread pool is the process's: the session opened last decides its size, except that it stays while a session
         is open whose program XNNPACK computes in part; `self.threads` is what there is. `float_activations`: compute in
-        fp32 on the same codes, where the program would round activations to INT8; a delegate's linears still round."""
+        fp32 on the same codes, where the program would round activations to INT8; a delegate's linears still round.
+        `artifact`: SHA-256 that names the artifact in saved sessions; None: that of `model`, read when it is needed."""
         self._handle: int | None = None
         self._busy = threading.RLock()
-        path = Path(model)
-        if not path.is_file():
-            raise ArtifactError("the file does not exist", place=str(path), remedy="compile the artifact again")
+        self._model = Path(model)
+        self._artifact = artifact
+        if not self._model.is_file():
+            raise ArtifactError("the file does not exist", place=str(model), remedy="compile the artifact again")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RunError(f"{threads} threads asked for", remedy=f"give a number from 1 to {MAX_THREADS}")
         runtime = _runtime()
-        self._handle = runtime.moec_model_open(os.fsencode(path), threads or 0)
-        error = runtime.moec_model_error(self._handle).decode(errors="replace")
-        if error:
-            self.close()
-            if any(words in error for words in ("no address space", "out of memory", "Cannot allocate memory")):
-                raise MemoryError(f"{path}: {error}")
-            raise ArtifactError(error, place=str(path), remedy="compile the artifact again")
-        runtime.moec_model_float_activations(self._handle, int(float_activations))
-        info = _Info()
-        runtime.moec_model_get_info(self._handle, ctypes.byref(info))
+        opened = runtime.moec_model_open(os.fsencode(self._model), threads or 0)
+        try:
+            self._check_model(runtime.moec_model_error(opened).decode(errors="replace"))
+            runtime.moec_model_float_activations(opened, int(float_activations))
+            info = _Info()
+            runtime.moec_model_get_info(opened, ctypes.byref(info))
+            eos_ids = _eos_ids(opened)
+            self._hold(runtime.moec_session_open(opened))
+        finally:
+            runtime.moec_model_close(opened)  # the session keeps it
         super().__init__(
-            str(path), vocab_size=int(info.vocab_size), context=int(info.context), max_tokens=int(info.max_tokens)
+            str(model), vocab_size=int(info.vocab_size), context=int(info.context), max_tokens=int(info.max_tokens)
         )
         self.threads = int(info.threads)
         self.bos_id = None if info.bos_id < 0 else int(info.bos_id)
-        self.eos_ids = self._eos_ids()
+        self.eos_ids = eos_ids
+        self.rewinds = bool(info.rewinds)
         self._has_all = bool(info.has_all)
+        self._prepare_traces()
+
+    def _prepare_traces(self) -> None:
         self._callback = _TRACE(self._on_moe)
         self._call: list[MoeTrace] = []  # the layers of the native call that is running
         self._trace_fault: BaseException | None = None
+
+    def _hold(self, handle: int | None) -> None:
+        """Take a native session as this one's, or free it and raise what is wrong with it."""
+        error = _runtime().moec_session_error(handle).decode(errors="replace")
+        self._handle = handle
+        if error:
+            self.close()
+            self._check_model(error)
+
+    def _check_model(self, error: str) -> None:
+        if not error:
+            return
+        if any(words in error for words in ("no address space", "out of memory", "Cannot allocate memory")):
+            raise MemoryError(f"{self._model}: {error}")
+        raise ArtifactError(error, place=str(self._model), remedy="compile the artifact again")
+
+    def fork(self) -> CpuSession:
+        """Another session with the same tokens over the same weights and a copy of the caches; RunError when closed."""
+        with self._busy:
+            self._check_open()
+            fork = copy(self)
+            fork._handle, fork._busy = None, threading.RLock()
+            fork._ids, fork._traces, fork._tracing = list(self._ids), [], False
+            fork._prepare_traces()
+            fork._hold(_runtime().moec_session_fork(self._handle))
+        return fork
+
+    def rewind(self, position: int) -> None:
+        with self._busy:
+            super().rewind(position)
+            self._done(_runtime().moec_session_rewind(self._handle, position))
+
+    def reset(self) -> None:
+        with self._busy:
+            super().reset()
+            if self._handle is not None:
+                self._done(_runtime().moec_session_rewind(self._handle, 0))
+
+    def save(self, path: str | Path) -> None:
+        with self._busy:
+            self._done(_runtime().moec_session_save(self._handle, *self._file(path)), Path(path))
+
+    def restore(self, path: str | Path) -> None:
+        with self._busy:
+            self._done(_runtime().moec_session_restore(self._handle, *self._file(path)), Path(path))
+            count = _runtime().moec_session_tokens(self._handle, None, 0)
+            ids = (ctypes.c_int64 * max(count, 1))()
+            _runtime().moec_session_tokens(self._handle, ids, count)
+            self._ids, self.position = ids[:count], count
+            self._traces.clear()
+
+    def _file(self, path: str | Path) -> tuple[bytes, bytes]:
+        """Path and artifact as the native calls take them."""
+        self._check_open()
+        name = os.fsencode(path)
+        if b"\0" in name:
+            raise RunError("a null byte in the file's name", remedy="name another file")
+        if self._artifact is None:
+            self._artifact = file_digest(self._model)
+        return name, self._artifact.encode()
+
+    def _done(self, status: int, file: Path | None = None) -> None:
+        """Raise what the last native call says if it failed. `file`: a session's, whose fault it then is."""
+        if not status:
+            return
+        error = _runtime().moec_session_error(self._handle).decode(errors="replace")
+        if file is None:
+            raise RunError(error, place=self._place)
+        remedy = "name another file" if "exists and" in error or "written" in error else "prefill its tokens again"
+        raise RunError(error, place=str(file), remedy=remedy)
 
     @property
     def closed(self) -> bool:
@@ -132,7 +233,7 @@ class CpuSession(SessionBase):
         with self._busy:  # a call on another thread ends first
             handle, self._handle = self._handle, None
             if handle is not None:
-                _runtime().moec_model_close(handle)
+                _runtime().moec_session_close(handle)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -151,7 +252,7 @@ class CpuSession(SessionBase):
         if self._tracing:
             runtime.moec_model_trace(self._callback, None)
         try:
-            status = runtime.moec_model_forward(
+            status = runtime.moec_session_forward(
                 self._handle,
                 tokens.ctypes.data_as(_INT64S),
                 len(tokens),
@@ -166,8 +267,7 @@ class CpuSession(SessionBase):
         fault, self._trace_fault = self._trace_fault, None
         if fault is not None:
             raise fault
-        if status:
-            raise RunError(runtime.moec_model_error(self._handle).decode(errors="replace"), place=self._place)
+        self._done(status)
 
     def _on_moe(self, user: Any, t: int, d: int, k: int, x: Any, indices: Any, weights: Any, y: Any) -> None:
         try:
@@ -183,12 +283,13 @@ class CpuSession(SessionBase):
         except BaseException as error:  # ctypes would print it and go on
             self._trace_fault = error
 
-    def _eos_ids(self) -> tuple[int, ...]:
-        runtime = _runtime()
-        count = runtime.moec_model_eos_ids(self._handle, None, 0)
-        ids = (ctypes.c_int64 * max(count, 1))()
-        runtime.moec_model_eos_ids(self._handle, ids, count)
-        return tuple(ids[:count])
+
+def _eos_ids(model: int) -> tuple[int, ...]:
+    runtime = _runtime()
+    count = runtime.moec_model_eos_ids(model, None, 0)
+    ids = (ctypes.c_int64 * max(count, 1))()
+    runtime.moec_model_eos_ids(model, ids, count)
+    return tuple(ids[:count])
 
 
 def program_fault(file: Path) -> str:

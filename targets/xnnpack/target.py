@@ -87,9 +87,13 @@ class XnnpackTarget(Target):
     def _session(self, artifact: Artifact, *, float_activations: bool) -> Session:
         from moec.targets.xnnpack.session import CpuSession
 
-        own_manifest(artifact, self.name)
-        threads = own_options(artifact.options(), Options).threads
-        return CpuSession(artifact.path("model.pte"), threads=threads, float_activations=float_activations)
+        manifest = own_manifest(artifact, self.name)
+        return CpuSession(
+            artifact.path("model.pte"),
+            threads=own_options(artifact.options(), Options).threads,
+            float_activations=float_activations,
+            artifact=manifest.contents,
+        )
 
 
 register("xnnpack", XnnpackTarget)

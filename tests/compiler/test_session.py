@@ -115,3 +115,19 @@ def test_a_closed_session_says_so() -> None:
         session.decode(1)
     with pytest.raises(RunError, match=r"model\.pte: the session is closed; load the artifact again"):
         session.decode(1)
+
+
+def test_what_a_target_without_sessions_says() -> None:
+    session = Echo()
+    session.prefill([1, 2, 3])
+    assert session.tokens == [1, 2, 3]
+    with pytest.raises(
+        RunError, match=r"model\.pte: sessions of this target cannot fork; compile the spec for xnnpack"
+    ):
+        session.fork()
+    with pytest.raises(RunError, match="do not go back to an earlier position"):
+        session.rewind(2)
+    session.rewind(3)
+    assert session.position == 3
+    session.rewind(0)
+    assert (session.position, session.tokens) == (0, [])

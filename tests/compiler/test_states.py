@@ -78,6 +78,8 @@ def test_states_that_do_not_grow_or_cannot_go_back() -> None:
     assert not rolling.rewinds, "what left the window is gone"
     windowed = State("k", (1, Positions(), 2, 64), Appended(1, window=512))
     assert windowed.rewinds
+    assert windowed.rows_are_positions
+    assert not rolling.rows_are_positions
     assert coded_type([recurrent, KEYS]) is None
     assert coded_type([recurrent, replace(KEYS, codes=PER_TOKEN_AND_HEAD)]) == "int8"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.program import ModelInfo
+from moec.compiler.states import key_value_states
 from moec.runtime.moe_config import MoeConfig, WeightFormat
 from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack import cpu_ops, packing  # noqa: F401  (cpu_ops registers moec::*)
@@ -86,13 +87,20 @@ class OneLayer(nn.Module):
         return torch.ops.moec.linear_packed(x.view(1, t, D), self.head, None, V, D, _F32.encode())
 
 
-def write_pte(path: Path, *, int8_cache: bool = False, window: int = 0, delegate: bool = False) -> OneLayer:
+def write_pte(
+    path: Path, *, int8_cache: bool = False, window: int = 0, delegate: bool = False, says_states: bool = True
+) -> OneLayer:
     """Write the program with methods forward and forward_all that share a cache; the eager twin of forward_all.
 
-    `delegate`: XNNPACK computes the two plain linears.
+    `delegate`: XNNPACK computes the two plain linears. `says_states` False: a program as it was before it said how its
+    states are written.
     """
     models = {"forward": OneLayer(int8_cache=int8_cache, window=window, last=True)}
     models["forward_all"] = OneLayer(int8_cache=int8_cache, window=window)
+    states = key_value_states("", KV, HEAD, HEAD, window=window)
+    constants = constant_methods(ModelInfo("one-layer", V, S, MAX_TOKENS, 1, EOS_IDS), states)
+    if not says_states:
+        del constants["get_states_appended"]
     example = (torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     dynamic = ({1: torch.export.Dim("T", min=1, max=MAX_TOKENS)}, {})
     logging.disable(logging.WARNING)
@@ -107,7 +115,7 @@ def write_pte(path: Path, *, int8_cache: bool = False, window: int = 0, delegate
                 exported,
                 partitioner={name: [LinearPartitioner()] for name in exported} if delegate else None,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                constant_methods=constant_methods(ModelInfo("one-layer", V, S, MAX_TOKENS, 1, EOS_IDS)),
+                constant_methods=constants,
             )
             planning = MemoryPlanningPass(share_mutable_buffers=True)
             config = ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)

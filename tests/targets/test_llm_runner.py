@@ -65,7 +65,7 @@ def test_it_runs_our_program_in_chunks_and_says_what_a_session_says(model: Path,
 
 def test_what_every_program_says_about_its_model() -> None:
     """Names of ExecuTorch's runner; `get_max_seq_len` is the most tokens of a call, on every target."""
-    said = constant_methods(ModelInfo("m", vocab_size=9, context=64, max_tokens=16, bos_id=None, eos_ids=(2, 3)))
+    said = constant_methods(ModelInfo("m", vocab_size=9, context=64, max_tokens=16, bos_id=None, eos_ids=(2, 3)), ())
     assert said == {
         "get_vocab_size": 9,
         "get_max_seq_len": 16,
@@ -74,6 +74,7 @@ def test_what_every_program_says_about_its_model() -> None:
         "use_kv_cache": True,
         "get_bos_id": -1,
         "get_eos_ids": [2, 3],
+        "get_states_appended": 1,
     }
 
 

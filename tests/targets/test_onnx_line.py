@@ -253,6 +253,20 @@ def test_commands(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     assert report["isa"].startswith("ONNX Runtime")
 
 
+def test_a_fork_and_a_rewound_session_go_on_as_an_unbroken_one(make: Make, tmp_path: Path) -> None:
+    with build.load(make() / "artifact") as session:  # type: ignore[attr-defined]
+        session.prefill([5, 6, 7, 8])
+        expected = session.prefill([9, 10], "all")
+        session.rewind(4)
+        with session.fork() as fork:
+            np.testing.assert_array_equal(session.prefill([11, 12]), fork.prefill([11, 12]))
+            fork.rewind(4)
+            np.testing.assert_array_equal(fork.prefill([9, 10], "all"), expected)
+            assert (session.tokens[4:], fork.tokens[4:]) == ([11, 12], [9, 10])
+        with pytest.raises(RunError, match="sessions of this target cannot be saved; compile the spec for xnnpack"):
+            session.save(tmp_path / "s")
+
+
 def test_a_session_refuses_what_it_cannot_do(make: Make) -> None:
     with build.load(make() / "artifact") as session:  # type: ignore[attr-defined]
         for ids, fault in (([], "empty"), ([4096], "vocabulary"), ([-1], "vocabulary"), ([1] * 301, "do not fit")):

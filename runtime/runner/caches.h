@@ -1,0 +1,68 @@
+// What a model carries from one call to the next, of many sequences over one program. A program's tensors have fixed
+// addresses: the caches of the sequence that runs lie there (its seat), those of all others are parked elsewhere.
+#ifndef MOEC_CACHES_H_
+#define MOEC_CACHES_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+// Anonymous pages that cost nothing until they are touched: an unused part of a context, or the logits of forward_all in a
+// session that never asks for them, takes no memory.
+class Arena {
+ public:
+  explicit Arena(size_t size);
+  Arena(Arena&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+  Arena& operator=(Arena&&) = delete;
+  ~Arena();
+  uint8_t* data() const { return data_; }  // nullptr: no address space
+  size_t size() const { return size_; }
+  void forget();  // gives the pages back; what is read next is zero
+
+ private:
+  uint8_t* data_;
+  size_t size_;
+};
+
+// A state in the arenas. `row` > 0: bytes of a position, of which the first `position` count; 0: all of its bytes do.
+struct StatePart {
+  size_t arena, offset, bytes, row;
+  size_t bytes_at(int64_t position) const { return row ? row * static_cast<size_t>(position) : bytes; }
+};
+
+// The caches of one sequence. Empty where they have never been parked.
+struct Caches {
+  std::vector<Arena> parked;
+  int64_t reached = 0;  // positions that hold something: as far as a switch must carry them
+};
+
+class Seats {
+ public:
+  // `arenas` outlive this. The parts lie inside them.
+  void set(std::vector<Arena>* arenas, size_t first, std::vector<StatePart> parts);
+  void begin(Caches* caches) { seated_ = caches; }  // who sits there before anybody was parked
+  const std::vector<StatePart>& parts() const { return parts_; }
+  size_t bytes_at(int64_t position) const;
+
+  // Address space for a sequence of its own; false where there is none.
+  bool reserve(Caches* caches) const;
+  // Brings the caches of a sequence to where the program reads them; false: no address space, and nothing has changed.
+  bool seat(Caches* caches);
+  // Forgets a sequence that goes.
+  void leave(Caches* caches);
+  // Where a part lies now; the caches have been reserved or are seated.
+  uint8_t* at(const Caches& caches, const StatePart& part) const;
+  // The first `position` positions of one sequence into another.
+  void copy(const Caches& from, Caches* to, int64_t position) const;
+
+ private:
+  void move(Arena& from, Arena& to, size_t arena, int64_t position) const;
+
+  std::vector<Arena>* arenas_ = nullptr;
+  size_t first_ = 0;  // arenas before it hold activations
+  std::vector<StatePart> parts_;
+  Caches* seated_ = nullptr;
+};
+
+#endif  // MOEC_CACHES_H_

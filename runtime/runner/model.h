@@ -1,0 +1,127 @@
+// A loaded model inside the runtime library: what moec_runtime.h hides from callers.
+#ifndef MOEC_MODEL_H_
+#define MOEC_MODEL_H_
+
+#include <executorch/extension/module/module.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "caches.h"
+#include "moec_runtime.h"
+#include "program_file.h"
+
+namespace moec_runtime {
+
+// Inside a call of this library the first error that ExecuTorch logs is kept as the reason (the log's later lines only say
+// who passed it on), and an abort of ExecuTorch, its answer to some damaged files, becomes an exception. Outside, other
+// users of ExecuTorch in this process see their usual log.
+class Watch {
+ public:
+  Watch();
+  ~Watch();
+  Watch(const Watch&) = delete;
+  Watch& operator=(const Watch&) = delete;
+  const std::string& text() const { return text_; }
+
+ private:
+  std::string text_;
+  std::string* outer_;
+};
+
+// Puts our log and abort in place of ExecuTorch's, once.
+void watch_executorch();
+
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// One line of text, whatever a damaged file had where a name should be.
+std::string one_line(std::string text);
+
+// Models whose program XNNPACK computes in part. XNNPACK keeps a pointer to ExecuTorch's thread pool from when it loads a
+// program: while one is open that pool must not be replaced.
+extern std::atomic<int> delegated_models;
+
+class DelegatedModel {
+ public:
+  DelegatedModel() { ++delegated_models; }
+  DelegatedModel(const DelegatedModel&) = delete;
+  DelegatedModel& operator=(const DelegatedModel&) = delete;
+  ~DelegatedModel() { --delegated_models; }
+};
+
+struct Method {
+  std::vector<executorch::runtime::Span<uint8_t>> buffers;
+  std::unique_ptr<executorch::runtime::HierarchicalAllocator> memory;
+};
+
+// Thread pools belong to the process: opening a model may resize them, which no running model would survive.
+extern std::shared_mutex pools;
+
+}  // namespace moec_runtime
+
+struct moec_model {
+  std::atomic<int> owners{1};  // the caller's handle, and every session
+  std::mutex busy;
+  std::string error;
+  std::string path;
+  std::vector<Arena> arenas;  // outlive the methods that point into them
+  std::map<std::string, moec_runtime::Method> methods;
+  ProgramFile* file = nullptr;  // the module's
+  std::optional<moec_runtime::DelegatedModel> delegated;  // outlives the module
+  std::unique_ptr<executorch::extension::Module> module;
+  moec_model_info info = {};
+  std::vector<int64_t> eos_ids;
+  bool float_activations = false;
+  Seats seats;
+  Caches own;              // of moec_model_forward
+  std::string no_sessions;  // why sessions cannot have caches of their own; empty: they can
+
+  bool fail(std::string what) {
+    error = moec_runtime::one_line(std::move(what));
+    return false;
+  }
+
+  bool fail(const char* doing, executorch::runtime::Error code, const moec_runtime::Watch& watch) {
+    const char* why = watch.text().empty() ? executorch::runtime::to_string(code) : watch.text().c_str();
+    return fail(std::string(doing) + ": " + why);
+  }
+
+  bool open(int32_t threads);
+  void close();
+  bool read_constants();
+  bool check_method(const char* name);
+  bool reserve_arenas(const std::vector<std::string>& names);
+  bool find_states();
+  bool load_method(const std::string& name);
+  bool set_threads(int32_t threads);
+  bool integer(const char* name, bool required, int64_t* value);
+  bool forward(Caches* caches, const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity);
+};
+
+namespace moec_runtime {
+
+// No C++ exception may cross into C or Python.
+template <typename Body>
+bool guarded(moec_model* model, Body body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return model->fail("out of memory");
+  } catch (const std::exception& e) {
+    return model->fail(e.what());
+  }
+}
+
+}  // namespace moec_runtime
+
+#endif  // MOEC_MODEL_H_

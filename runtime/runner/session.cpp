@@ -1,0 +1,176 @@
+// Sequences over one model: the part of moec_runtime.h that is about sessions.
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "caches.h"
+#include "model.h"
+#include "moec_runtime.h"
+#include "session_file.h"
+
+using moec_runtime::guarded;
+using moec_runtime::pools;
+using moec_runtime::text;
+using moec_runtime::Watch;
+
+struct moec_session {
+  moec_model* model = nullptr;
+  std::string error;
+  Caches caches;
+  std::vector<int32_t> tokens;  // ids of a vocabulary that fits: read_constants has seen to it
+};
+
+namespace {
+
+int64_t position_of(const moec_session& session) { return static_cast<int64_t>(session.tokens.size()); }
+
+// The memory of the states that count at `position`.
+std::vector<SessionBytes> parts_of(const moec_session& session, const Caches& caches, int64_t position) {
+  const Seats& seats = session.model->seats;
+  std::vector<SessionBytes> found;
+  for (const StatePart& part : seats.parts()) found.push_back({seats.at(caches, part), part.bytes_at(position)});
+  return found;
+}
+
+// Runs `body` alone on the model; its failure becomes the session's.
+template <typename Body>
+int32_t alone(moec_session* session, Body body) {
+  if (!session) return -1;
+  moec_model* model = session->model;
+  if (!model) return -1;
+  std::lock_guard<std::mutex> lock(model->busy);
+  model->error.clear();
+  const bool ok = guarded(model, body);
+  session->error = model->error;
+  return ok ? 0 : -1;
+}
+
+bool can_start(const moec_session& session, int64_t start) {
+  const int64_t position = position_of(session);
+  if (start < 0 || start > position)
+    return session.model->fail(text("position %" PRId64 ": the session holds %" PRId64 " tokens", start, position));
+  if (start == position || start == 0 || session.model->info.rewinds) return true;
+  return session.model->fail("the model's states cannot go back to an earlier position, or its program does not say that they can");
+}
+
+bool restore(moec_session* session, const char* path, const char* artifact) {
+  moec_model* model = session->model;
+  SessionState state;
+  SessionReader reader;
+  std::string fault = reader.open(path, model->info.context, &state);
+  if (!fault.empty()) return model->fail(fault);
+  if (state.artifact != artifact) return model->fail("was saved with another artifact");
+  for (const int32_t id : state.tokens)
+    if (id < 0 || id >= model->info.vocab_size) return model->fail(text("damaged: token id %d is not in the vocabulary", id));
+  const int64_t position = static_cast<int64_t>(state.tokens.size());
+  if (state.context != model->info.context || reader.state_bytes() != model->seats.bytes_at(position))
+    return model->fail("damaged: its states are not those of this model");
+  Caches fresh;  // the session stays as it was until all of it is there
+  if (!model->seats.reserve(&fresh)) return model->fail("no address space for the caches");
+  fault = reader.read(state, parts_of(*session, fresh, position));
+  if (!fault.empty()) return model->fail(fault);
+  model->seats.leave(&session->caches);
+  session->caches.parked.swap(fresh.parked);
+  session->caches.reached = position;
+  session->tokens.swap(state.tokens);
+  return true;
+}
+
+}  // namespace
+
+moec_session* moec_session_open(moec_model* model) {
+  auto* session = new (std::nothrow) moec_session;
+  if (!session || !model) return session;
+  session->model = model;
+  ++model->owners;
+  alone(session, [&] {
+    if (!model->module) return model->fail("the model is not open");
+    if (!model->no_sessions.empty()) return model->fail(model->no_sessions);
+    return model->seats.reserve(&session->caches) || model->fail("no address space for the caches");
+  });
+  return session;
+}
+
+void moec_session_close(moec_session* session) {
+  if (!session) return;
+  moec_model* model = session->model;
+  if (model) {
+    std::lock_guard<std::mutex> lock(model->busy);  // a call that runs ends first
+    model->seats.leave(&session->caches);
+  }
+  delete session;
+  moec_model_close(model);
+}
+
+const char* moec_session_error(const moec_session* session) {
+  return !session ? "out of memory" : session->model ? session->error.c_str() : "no model";
+}
+
+int64_t moec_session_tokens(const moec_session* session, int64_t* ids, int64_t capacity) {
+  if (!session) return 0;
+  const int64_t count = position_of(*session);
+  for (int64_t i = 0; ids && i < std::min(count, capacity); ++i) ids[i] = session->tokens[static_cast<size_t>(i)];
+  return count;
+}
+
+int32_t moec_session_forward(moec_session* session, const int64_t* ids, int64_t n, int64_t start, int32_t all, float* logits,
+                             int64_t capacity) {
+  return alone(session, [&] {
+    moec_model* model = session->model;
+    std::shared_lock<std::shared_mutex> keep(pools);
+    if (!ids || (capacity != 0 && !logits)) return model->fail("no buffer");
+    if (!can_start(*session, start)) return false;
+    if (n > 0 && n <= model->info.context) session->tokens.reserve(static_cast<size_t>(start + n));
+    Watch watch;
+    session->tokens.resize(static_cast<size_t>(start));  // also where the call then fails: it may have written behind them
+    if (!model->forward(&session->caches, ids, n, start, all != 0, logits, capacity)) return false;
+    for (int64_t i = 0; i < n; ++i) session->tokens.push_back(static_cast<int32_t>(ids[i]));
+    return true;
+  });
+}
+
+int32_t moec_session_rewind(moec_session* session, int64_t position) {
+  return alone(session, [&] {
+    if (!can_start(*session, position)) return false;
+    session->tokens.resize(static_cast<size_t>(position));
+    return true;
+  });
+}
+
+moec_session* moec_session_fork(moec_session* session) {
+  if (!session) return nullptr;
+  moec_session* fork = moec_session_open(session->model);
+  if (!fork || !fork->error.empty()) return fork;
+  alone(fork, [&] {
+    fork->model->seats.copy(session->caches, &fork->caches, position_of(*session));
+    fork->tokens = session->tokens;
+    return true;
+  });
+  return fork;
+}
+
+int32_t moec_session_save(moec_session* session, const char* path, const char* artifact) {
+  return alone(session, [&] {
+    moec_model* model = session->model;
+    SessionState state;
+    if (!path || !artifact || std::strlen(artifact) > 64) return model->fail("no path, or no digest of the artifact");
+    state.artifact = artifact;
+    state.context = model->info.context;
+    state.tokens = session->tokens;
+    const std::string fault = write_session(path, state, parts_of(*session, session->caches, position_of(*session)));
+    return fault.empty() ? true : model->fail(fault);
+  });
+}
+
+int32_t moec_session_restore(moec_session* session, const char* path, const char* artifact) {
+  return alone(session, [&] {
+    if (!path || !artifact) return session->model->fail("no path, or no digest of the artifact");
+    return restore(session, path, artifact);
+  });
+}

@@ -1,0 +1,231 @@
+#include "session_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <random>
+
+namespace {
+
+constexpr char kMagic[] = "moecsess";
+constexpr uint32_t kVersion = 1;
+
+struct Header {
+  char magic[8];
+  uint32_t version, zero;
+  char artifact[64];
+  uint64_t context, tokens, state_bytes, digest, header_digest;
+};
+static_assert(sizeof(Header) == 120, "the header has no holes");
+
+constexpr uint64_t kPrime1 = 0x9E3779B185EBCA87ull, kPrime2 = 0xC2B2AE3D27D4EB4Full, kPrime3 = 0x165667B19E3779F9ull,
+                   kPrime4 = 0x85EBCA77C2B2AE63ull, kPrime5 = 0x27D4EB2F165667C5ull;
+
+uint64_t rotate(uint64_t value, int bits) { return value << bits | value >> (64 - bits); }
+
+template <typename T>
+T load(const uint8_t* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);  // little endian, as all machines this runs on
+  return value;
+}
+
+uint64_t mix(uint64_t lane, uint64_t word) { return rotate(lane + word * kPrime2, 31) * kPrime1; }
+
+uint64_t header_digest(const Header& header) {
+  Xxh64 hash;
+  hash.add(&header, sizeof header - sizeof header.header_digest);
+  return hash.digest();
+}
+
+std::string system_fault(const char* what) { return std::string(what) + ": " + std::strerror(errno); }
+
+bool write_all(int descriptor, const void* data, size_t size) {
+  const auto* at = static_cast<const uint8_t*>(data);
+  while (size > 0) {
+    const ssize_t done = write(descriptor, at, std::min<size_t>(size, size_t{1} << 30));
+    if (done < 0 && errno == EINTR) continue;
+    if (done <= 0) return false;
+    at += done;
+    size -= static_cast<size_t>(done);
+  }
+  return true;
+}
+
+bool read_all(int descriptor, void* data, size_t size) {
+  auto* at = static_cast<uint8_t*>(data);
+  while (size > 0) {
+    const ssize_t done = ::read(descriptor, at, std::min<size_t>(size, size_t{1} << 30));
+    if (done < 0 && errno == EINTR) continue;
+    if (done <= 0) return false;
+    at += done;
+    size -= static_cast<size_t>(done);
+  }
+  return true;
+}
+
+// Opens a regular file; a pipe that nobody writes does not block.
+int open_regular(const std::string& path, std::string* fault) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  struct stat status;
+  if (descriptor < 0) {
+    *fault = system_fault("cannot be read");
+  } else if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
+    *fault = "is not a regular file";
+    close(descriptor);
+    return -1;
+  }
+  return descriptor;
+}
+
+// Why the file at `path` may not be replaced: it is there, and no session of ours.
+std::string foreign(const std::string& path) {
+  struct stat status;
+  if (lstat(path.c_str(), &status) != 0) return "";
+  std::string fault;
+  const int descriptor = S_ISREG(status.st_mode) ? open_regular(path, &fault) : -1;
+  char magic[8] = {};
+  const bool ours = descriptor >= 0 && read_all(descriptor, magic, sizeof magic) && std::memcmp(magic, kMagic, 8) == 0;
+  if (descriptor >= 0) close(descriptor);
+  return ours ? "" : "exists and is not a session that moec saved";
+}
+
+void flush_folder(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  const std::string folder = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) return;
+  fsync(descriptor);  // some file systems have no fsync of folders
+  close(descriptor);
+}
+
+}  // namespace
+
+void Xxh64::add(const void* data, size_t size) {
+  const auto* at = static_cast<const uint8_t*>(data);
+  total_ += size;
+  if (held_ > 0) {
+    const size_t taken = std::min(size, sizeof rest_ - held_);
+    std::memcpy(rest_ + held_, at, taken);
+    held_ += taken;
+    at += taken;
+    size -= taken;
+    if (held_ < sizeof rest_) return;
+    for (int i = 0; i < 4; ++i) lanes_[i] = mix(lanes_[i], load<uint64_t>(rest_ + 8 * i));
+    held_ = 0;
+  }
+  uint64_t a = lanes_[0], b = lanes_[1], c = lanes_[2], d = lanes_[3];
+  for (; size >= 32; size -= 32, at += 32) {
+    a = mix(a, load<uint64_t>(at));
+    b = mix(b, load<uint64_t>(at + 8));
+    c = mix(c, load<uint64_t>(at + 16));
+    d = mix(d, load<uint64_t>(at + 24));
+  }
+  lanes_[0] = a, lanes_[1] = b, lanes_[2] = c, lanes_[3] = d;
+  if (size > 0) std::memcpy(rest_, at, size);
+  held_ = size;
+}
+
+uint64_t Xxh64::digest() const {
+  uint64_t hash = kPrime5;
+  if (total_ >= 32) {
+    hash = rotate(lanes_[0], 1) + rotate(lanes_[1], 7) + rotate(lanes_[2], 12) + rotate(lanes_[3], 18);
+    for (const uint64_t lane : lanes_) hash = (hash ^ mix(0, lane)) * kPrime1 + kPrime4;
+  }
+  hash += total_;
+  const uint8_t *at = rest_, *end = rest_ + held_;
+  for (; end - at >= 8; at += 8) hash = rotate(hash ^ mix(0, load<uint64_t>(at)), 27) * kPrime1 + kPrime4;
+  if (end - at >= 4) {
+    hash = rotate(hash ^ load<uint32_t>(at) * kPrime1, 23) * kPrime2 + kPrime3;
+    at += 4;
+  }
+  for (; at < end; ++at) hash = rotate(hash ^ *at * kPrime5, 11) * kPrime1;
+  hash = (hash ^ hash >> 33) * kPrime2;
+  hash = (hash ^ hash >> 29) * kPrime3;
+  return hash ^ hash >> 32;
+}
+
+std::string write_session(const std::string& path, const SessionState& state, const std::vector<SessionBytes>& parts) {
+  if (const std::string fault = foreign(path); !fault.empty()) return fault;
+  Header header = {};
+  std::memcpy(header.magic, kMagic, sizeof header.magic);
+  header.version = kVersion;
+  std::memcpy(header.artifact, state.artifact.data(), std::min(state.artifact.size(), sizeof header.artifact));
+  header.context = static_cast<uint64_t>(state.context);
+  header.tokens = state.tokens.size();
+  const size_t token_bytes = state.tokens.size() * sizeof(int32_t);
+  Xxh64 hash;
+  hash.add(state.tokens.data(), token_bytes);
+  for (const SessionBytes& part : parts) {
+    hash.add(part.data, part.size);
+    header.state_bytes += part.size;
+  }
+  header.digest = hash.digest();
+  header.header_digest = header_digest(header);
+  char suffix[32];
+  std::random_device random;
+  std::snprintf(suffix, sizeof suffix, ".moec-part-%08x", static_cast<unsigned>(random()));
+  const std::string fresh = path + suffix;
+  const int descriptor = ::open(fresh.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  if (descriptor < 0) return system_fault("cannot be written");
+  bool ok = write_all(descriptor, &header, sizeof header) && write_all(descriptor, state.tokens.data(), token_bytes);
+  for (const SessionBytes& part : parts) ok = ok && write_all(descriptor, part.data, part.size);
+  ok = ok && fsync(descriptor) == 0;
+  std::string fault = ok ? "" : system_fault("cannot be written");
+  if (close(descriptor) != 0 && ok) fault = system_fault("cannot be written");
+  if (fault.empty() && std::rename(fresh.c_str(), path.c_str()) != 0) fault = system_fault("cannot be written");
+  if (!fault.empty()) {
+    unlink(fresh.c_str());
+    return fault;
+  }
+  flush_folder(path);
+  return "";
+}
+
+SessionReader::~SessionReader() {
+  if (descriptor_ >= 0) close(descriptor_);
+}
+
+std::string SessionReader::open(const std::string& path, int64_t most, SessionState* state) {
+  std::string fault;
+  descriptor_ = open_regular(path, &fault);
+  if (descriptor_ < 0) return fault;
+  struct stat status;
+  if (fstat(descriptor_, &status) != 0) return system_fault("cannot be read");
+  Header header;
+  if (!read_all(descriptor_, &header, sizeof header) || std::memcmp(header.magic, kMagic, sizeof header.magic) != 0)
+    return "is not a session that moec saved";
+  if (header.version != kVersion) return "was saved by another version of moec (format " + std::to_string(header.version) + ")";
+  if (header.header_digest != header_digest(header)) return "damaged: its header differs from its digest";
+  if (header.tokens > static_cast<uint64_t>(most) || header.context > INT64_MAX)
+    return "holds " + std::to_string(header.tokens) + " tokens; the context holds " + std::to_string(most);
+  const uint64_t before = sizeof header + header.tokens * sizeof(int32_t), length = static_cast<uint64_t>(status.st_size);
+  if (length < before || length - before != header.state_bytes)
+    return "damaged: " + std::to_string(length) + " bytes are not what its header announces";
+  state->artifact.assign(header.artifact, strnlen(header.artifact, sizeof header.artifact));
+  state->context = static_cast<int64_t>(header.context);
+  state->tokens.resize(header.tokens);
+  if (!read_all(descriptor_, state->tokens.data(), header.tokens * sizeof(int32_t))) return "truncated while it was read";
+  state_bytes_ = header.state_bytes;
+  digest_ = header.digest;
+  return "";
+}
+
+std::string SessionReader::read(const SessionState& state, const std::vector<SessionBytes>& parts) {
+  Xxh64 hash;
+  hash.add(state.tokens.data(), state.tokens.size() * sizeof(int32_t));
+  for (const SessionBytes& part : parts) {
+    // digested while it is still in a processor's cache
+    constexpr size_t kBlock = size_t{1} << 18;
+    for (size_t at = 0; at < part.size; at += kBlock) {
+      const size_t size = std::min(kBlock, part.size - at);
+      if (!read_all(descriptor_, part.data + at, size)) return "truncated while it was read";
+      hash.add(part.data + at, size);
+    }
+  }
+  return hash.digest() == digest_ ? "" : "damaged: its contents differ from its digest";
+}
