@@ -249,7 +249,6 @@ OWN_OPERATORS = frozenset(
         "rms_norm",
         "rope",
         "cached_attention",
-        "cached_attention_q8",
         "linear_q",
         "embedding_q",
         "fused_moe",

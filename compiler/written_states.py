@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
-from moec.compiler.ops import AttentionCall, find_call
+from moec.compiler.ops import CachedAttention, find_call
 from moec.compiler.states import PER_TOKEN_AND_HEAD, Appended, Extent, Positions, Replaced, State, Update
 
 aten = torch.ops.aten
@@ -37,11 +37,11 @@ def written_states(exported: ExportedProgram, context: int) -> dict[str, State]:
         if buffer.name in names:
             updates[buffer] = how if updates.get(buffer, how) == how else Replaced()
     for node in exported.graph.nodes:
-        attention = AttentionCall[Node].find(node)
+        attention = CachedAttention[Node].find(node)
         if attention is None:
             continue
         written = attention.written()
-        appended = Appended(axis=1, window=int(getattr(attention, "window", 0)))
+        appended = Appended(axis=1, window=int(attention.window))
         for cache, scales in (("k_cache", "k_scale"), ("v_cache", "v_scale")):
             updates[written[cache]] = appended
             if scales in written:

@@ -3,7 +3,7 @@
     linear(x, W)            ->  moec::linear_q(x, q, s)              W ~ s * q, Eq. 6 of MobileMoE
     embedding(ids, W)       ->  moec::embedding_q(ids, q, s)         a tied table is quantized once and read by both
     fused_moe(x, ..., W)    ->  moec::fused_moe_q(x, ..., q, s)
-    cached_attention(..)    ->  moec::cached_attention_q8(..)        for kv_cache: int8
+    cached_attention(..)    ->  the same with scales                 for kv_cache: int8
 
 Codes that a checkpoint stores are carried bit for bit; others are computed by the spec's method when a target reads
 them (`quantizer.codes_of`). Each weight that becomes codes is a `QuantizedWeight` of the Program. A weight that the
@@ -13,7 +13,7 @@ spec quantizes and no rule here reaches is an error that names it: nothing is le
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from moec.compiler.errors import CompileError
 from moec.compiler.matching.read import arg, aten, is_op
 from moec.compiler.ops import (
     CachedAttention,
-    CachedAttentionQ8,
     EmbeddingQ,
     FusedMoe,
     FusedMoeQ,
@@ -318,6 +317,5 @@ def _cache(edit: Editor, node: Node, codes: Codes) -> Node:
     for cache in (attention.k_cache, attention.v_cache):
         state = edit.states[str(edit.weight_of(cache))]
         scales.append(edit.hold(replace(state, codes=codes))[1])
-    given = {f.name: getattr(attention, f.name) for f in fields(attention)}
     with edit.graph.inserting_before(node):
-        return edit.emit(CachedAttentionQ8(**given, k_scale=scales[0], v_scale=scales[1]), like=node)
+        return edit.emit(replace(attention, k_scale=scales[0], v_scale=scales[1]), like=node)

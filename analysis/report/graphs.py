@@ -118,7 +118,7 @@ def _direct_roles(program: Program, node: Node) -> tuple[str, ...]:
 def _label(node: Node) -> str:
     parts = str(node.target).split(".")
     name = parts[1] if len(parts) > 1 else parts[0]
-    return {"scaled_dot_product_attention": "sdpa", "cached_attention_q8": "cached_attention"}.get(name, name)
+    return {"scaled_dot_product_attention": "sdpa"}.get(name, name)
 
 
 def draw(found: list[Box]) -> str:

@@ -94,7 +94,9 @@ def unrounded_operators() -> dict[Any, Override]:
     caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        call = ops.CachedAttentionQ8[torch.Tensor](*args, **kwargs)
+        call = ops.CachedAttention[torch.Tensor](*args, **kwargs)
+        if not call.coded:
+            return call.eager()
 
         def empty(cache: torch.Tensor) -> torch.Tensor:
             return torch.zeros(cache.shape, dtype=torch.float32)
@@ -102,19 +104,10 @@ def unrounded_operators() -> dict[Any, Override]:
         place = id(call.k_cache)
         if int(call.start_pos) == 0 or place not in caches:
             caches[place] = (empty(call.k_cache), empty(call.v_cache))
-        exact: ops.CachedAttention[torch.Tensor] = ops.CachedAttention(
-            q=call.q,
-            k=call.k,
-            v=call.v,
-            k_cache=caches[place][0],
-            v_cache=caches[place][1],
-            start_pos=call.start_pos,
-            scale=call.scale,
-            window=call.window,
-        )
-        return exact.eager()
+        keys, values = caches[place]
+        return replace(call, k_cache=keys, v_cache=values, k_scale=None, v_scale=None).eager()
 
-    return {ops.cached_attention_q8: attention, **float_products()}
+    return {ops.cached_attention: attention, **float_products()}
 
 
 def float_products() -> dict[Any, Override]:

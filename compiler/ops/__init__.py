@@ -5,8 +5,7 @@ Each is a class of `call.py` (`LinearQ`: its operands by name, in a graph or wit
 """
 
 from moec.compiler.ops.attributes import Experts, Routing
-from moec.compiler.ops.cached_attention import AttentionCall, CachedAttention, cached_attention
-from moec.compiler.ops.cached_attention_q8 import CachedAttentionQ8, cached_attention_q8
+from moec.compiler.ops.cached_attention import CachedAttention, cached_attention
 from moec.compiler.ops.call import Call, find_call
 from moec.compiler.ops.embedding_q import EmbeddingQ, embedding_q
 from moec.compiler.ops.fused_moe import FusedMoe, fused_moe
@@ -17,9 +16,7 @@ from moec.compiler.ops.rms_norm import RmsNorm, rms_norm
 from moec.compiler.ops.rope import Rope, rope
 
 __all__ = [
-    "AttentionCall",
     "CachedAttention",
-    "CachedAttentionQ8",
     "Call",
     "EmbeddingQ",
     "Experts",
@@ -33,7 +30,6 @@ __all__ = [
     "RoutedMoe",
     "Routing",
     "cached_attention",
-    "cached_attention_q8",
     "embedding_q",
     "find_call",
     "fused_moe",

@@ -4,6 +4,10 @@ T tokens of this call, S cache positions, H query heads, KV key/value heads (H a
 width. q [1, T, H, d], k [1, T, KV, d], v [1, T, KV, e], caches [1, S, KV, d or e], start_pos int64 [1]. Writes k and v
 at positions start_pos .. start_pos+T-1, then query t (position p = start_pos+t) attends to the cache positions j with
 j <= p and, when window > 0, p - j < window. Returns [1, T, H*e].
+
+A cache holds float32 or, with scales beside it, INT8 codes: k_scale and v_scale float32 [1, S, KV], one per position
+and head. k and v are then rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over
+dequantized values.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ops.call import Call, V, Written, register, require
+from moec.compiler.quant import quantize_rows
+
+_OP = "cached_attention"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
@@ -38,49 +45,66 @@ def write_positions(op: str, start_pos: Tensor, count: int, size: int) -> Tensor
 
 
 @dataclass(frozen=True)
-class AttentionCall(Call[V]):
-    """What every form of attention over a cache begins with."""
-
+class CachedAttention(Call[V]):
     q: V
     k: V
     v: V
     k_cache: Written[V]
     v_cache: Written[V]
-
-    def check(self: AttentionCall[Tensor], op: str, window: int) -> None:
-        """ValueError for shapes that are not those of the module's docstring."""
-        q, k, v, k_cache, v_cache = self.q, self.k, self.v, self.k_cache, self.v_cache
-        for name, value in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-            require(value.dim() == 4, op, f"{name} must have four dimensions")
-        require(q.shape[3] == k.shape[3] == k_cache.shape[3], op, "q, k and k_cache must have the same head width")
-        require(v.shape[3] == v_cache.shape[3], op, "v and v_cache must have the same head width")
-        require(k.shape[2] == v.shape[2] == k_cache.shape[2] == v_cache.shape[2], op, "k, v and caches differ in heads")
-        require(q.shape[2] % k.shape[2] == 0, op, "query heads must be a multiple of key/value heads")
-        require(k_cache.shape[1] == v_cache.shape[1], op, "the caches differ in length")
-        require(window >= 0, op, "window must not be negative")
-
-    def result(self: AttentionCall[Tensor]) -> Tensor:
-        """[1, T, H*e] without values."""
-        return self.q.new_empty((self.q.shape[0], self.q.shape[1], self.q.shape[2] * self.v.shape[3]))
-
-
-@dataclass(frozen=True)
-class CachedAttention(AttentionCall[V]):
     start_pos: V
     scale: float
     window: int
+    k_scale: Written[V] | None = None
+    v_scale: Written[V] | None = None
+
+    def parts(self) -> tuple[tuple[V, V, V | None], tuple[V, V, V | None]]:
+        """Keys and values: (the rows of this call, their cache, the cache's scales)."""
+        return (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the caches hold codes."""
+        return self.k_scale is not None
 
     def eager(self: CachedAttention[Tensor]) -> Tensor:
-        positions = write_positions("cached_attention", self.start_pos, self.q.shape[1], self.k_cache.shape[1])
-        self.k_cache.index_copy_(1, positions, self.k)
-        self.v_cache.index_copy_(1, positions, self.v)
+        positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.k_cache.shape[1])
         # what lies behind the last written position is masked: leaving it out makes a short context cheap
         end = int(positions[-1]) + 1
-        return attend(self.q, self.k_cache[:, :end], self.v_cache[:, :end], positions, self.scale, self.window)
+        keys, values = (_extended(*part, positions, end) for part in self.parts())
+        return attend(self.q, keys, values, positions, self.scale, self.window)
 
     def fake(self: CachedAttention[Tensor]) -> Tensor:
-        self.check("cached_attention", self.window)
-        return self.result()
+        """[1, T, H*e] without values; ValueError for shapes that are not those of the module's docstring."""
+        q, k, v, k_cache, v_cache = self.q, self.k, self.v, self.k_cache, self.v_cache
+        for name, value in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+            require(value.dim() == 4, _OP, f"{name} must have four dimensions")
+        require(q.shape[3] == k.shape[3] == k_cache.shape[3], _OP, "q, k and k_cache must have the same head width")
+        require(v.shape[3] == v_cache.shape[3], _OP, "v and v_cache must have the same head width")
+        require(
+            k.shape[2] == v.shape[2] == k_cache.shape[2] == v_cache.shape[2], _OP, "k, v and caches differ in heads"
+        )
+        require(q.shape[2] % k.shape[2] == 0, _OP, "query heads must be a multiple of key/value heads")
+        require(k_cache.shape[1] == v_cache.shape[1], _OP, "the caches differ in length")
+        require(self.window >= 0, _OP, "window must not be negative")
+        require((self.k_scale is None) == (self.v_scale is None), _OP, "keys and values must be stored alike")
+        for _, cache, scales in self.parts():
+            if scales is None:
+                require(cache.dtype.is_floating_point, _OP, "caches of codes need their scales")
+                continue
+            require(cache.dtype == torch.int8, _OP, "caches with scales must be int8")
+            require(tuple(scales.shape) == tuple(cache.shape[:3]), _OP, "scales must be [1, S, KV]")
+        return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
 
 
-cached_attention = register("cached_attention", CachedAttention)
+def _extended(rows: Tensor, cache: Tensor, scales: Tensor | None, positions: Tensor, end: int) -> Tensor:
+    """Write `rows` [1, T, KV, d] at `positions`; the first `end` positions of the cache in fp32."""
+    if scales is None:
+        cache.index_copy_(1, positions, rows)
+        return cache[:, :end]
+    codes, scale = quantize_rows(rows)
+    cache.index_copy_(1, positions, codes.to(torch.int8))
+    scales.index_copy_(1, positions, scale.squeeze(-1))
+    return cache[:, :end].to(torch.float32) * scales[:, :end, :, None]
+
+
+cached_attention = register(_OP, CachedAttention)

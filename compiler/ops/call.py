@@ -157,13 +157,14 @@ def register(name: str, call: type[Call[Any]]) -> Any:
 
 
 def define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `schema` (`name(args) -> result`) with its implementations and return its OpOverload."""
-    name, rest = schema.split("(", 1)
-    qualified = f"{NAMESPACE}::{name.strip()}"
+    """Register `schema` (`name(args) -> result` or `name.overload(..)`) with its implementations; its OpOverload."""
+    full, rest = schema.split("(", 1)
+    name, _, overload = full.strip().partition(".")
+    qualified = f"{NAMESPACE}::{full.strip()}"
     torch.library.define(qualified, "(" + rest, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(eager)
     torch.library.register_fake(qualified)(fake)
-    return getattr(torch.ops.moec, name.strip()).default
+    return getattr(getattr(torch.ops.moec, name), overload or "default")
 
 
 def require(condition: bool, op: str, message: str) -> None:

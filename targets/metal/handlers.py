@@ -82,19 +82,12 @@ def cached_attention(c: Context, n: Node) -> Slot:
     e = c.e
     start, stop = positions(c, call.q, call.start_pos)
     seen: list[Slot] = []
-    for new, cache in ((call.k, call.k_cache), (call.v, call.v_cache)):
-        slot = slot_of(c, cache)
-        e.update(slot, e.transpose(slot_of(c, new), (0, 2, 1, 3)), 2, start, stop)
-        seen.append(e.slice(slot, 2, 0, stop))
-    return _attend(c, n, call.q, seen[0], seen[1], start, stop, float(call.scale), int(call.window))
-
-
-def cached_attention_q8(c: Context, n: Node) -> Slot:
-    call = ops.CachedAttentionQ8[Node].of(n)
-    e = c.e
-    start, stop = positions(c, call.q, call.start_pos)
-    seen: list[Slot] = []
-    for new, cache, scales in ((call.k, call.k_cache, call.k_scale), (call.v, call.v_cache, call.v_scale)):
+    for new, cache, scales in call.parts():
+        if scales is None:
+            slot = slot_of(c, cache)
+            e.update(slot, e.transpose(slot_of(c, new), (0, 2, 1, 3)), 2, start, stop)
+            seen.append(e.slice(slot, 2, 0, stop))
+            continue
         value = e.transpose(slot_of(c, new), (0, 2, 1, 3))
         codes, row_scale = _quantize_rows(e, value if c.dtype == torch.float32 else e.cast(value, torch.float32))
         e.update(slot_of(c, cache), codes, 2, start, stop)
@@ -176,5 +169,4 @@ HANDLERS = {
     ops.rms_norm: rms_norm,
     ops.rope: rope,
     ops.cached_attention: cached_attention,
-    ops.cached_attention_q8: cached_attention_q8,
 }

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from moec.compiler.ops import (
     CachedAttention,
-    CachedAttentionQ8,
     Call,
     EmbeddingQ,
     Experts,
@@ -139,21 +138,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, win
     return y.permute(2, 0, 1, 3).contiguous().view(1, tokens, heads * v.shape[3])
 
 
-def expand_cached_attention(call: CachedAttention[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, new k cache, new v cache)."""
-    keys, values = (appended(*pair, call.start_pos) for pair in ((call.k_cache, call.k), (call.v_cache, call.v)))
-    return attend(call.q, keys, values, call.start_pos, call.scale, call.window), keys, values
-
-
-def expand_cached_attention_q8(call: CachedAttentionQ8[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, new caches in the order of the arguments)."""
-    start, made = call.start_pos, []
-    for value, cache, scales in ((call.k, call.k_cache, call.k_scale), (call.v, call.v_cache, call.v_scale)):
-        codes, s = quantize_rows(value)
-        made.append((appended(cache, codes.to(torch.int8), start), appended(scales, s.squeeze(-1), start)))
-    keys, values = (codes.to(torch.float32) * s.unsqueeze(-1) for codes, s in made)
-    y = attend(call.q, keys, values, start, call.scale, call.window)
-    return y, made[0][0], made[1][0], made[0][1], made[1][1]
+def expand_cached_attention(call: CachedAttention[Tensor]) -> tuple[Tensor, ...]:
+    """(y, new k cache, new v cache, and the new scales of both where they hold codes)."""
+    start, caches, scales, seen = call.start_pos, [], [], []
+    for rows, cache, scale in call.parts():
+        if scale is None:
+            caches.append(appended(cache, rows, start))
+            seen.append(caches[-1])
+            continue
+        codes, s = quantize_rows(rows)
+        caches.append(appended(cache, codes.to(torch.int8), start))
+        scales.append(appended(scale, s.squeeze(-1), start))
+    if scales:  # after both caches: the text of an artifact keeps its order
+        seen = [codes.to(torch.float32) * s.unsqueeze(-1) for codes, s in zip(caches, scales, strict=True)]
+    keys, values = seen
+    return attend(call.q, keys, values, start, call.scale, call.window), *caches, *scales
 
 
 # --- routed blocks --------------------------------------------------------------------------------------------------
@@ -307,5 +306,4 @@ ROUTED: dict[type[Call[Any]], Callable[[Any], tuple[Tensor, Tap]]] = {
 # operators that write caches: the results after the first are the caches that `Call.written` names
 ATTENTION: dict[type[Call[Any]], Callable[[Any], tuple[Tensor, ...]]] = {
     CachedAttention: expand_cached_attention,
-    CachedAttentionQ8: expand_cached_attention_q8,
 }

@@ -24,7 +24,7 @@ from moec.compiler.export import EXAMPLE_TOKENS
 from moec.compiler.ops import find_call
 from moec.compiler.program import Program, module_path
 from moec.targets.mlir.expand import ATTENTION, PLAIN, ROUTED, Tap
-from moec.targets.mlir.operators import FUNCTIONAL
+from moec.targets.mlir.operators import functional
 
 TAPS = ("x", "indices", "weights", "y")
 
@@ -71,7 +71,7 @@ class _Functional(torch.fx.Interpreter):
             return super().run_node(n)
         given, kind = call.map(lambda operand: self.env[operand]), type(call)
         if kind in ATTENTION:
-            results = ATTENTION[kind](given) if self._expand else FUNCTIONAL[kind](*given.arguments())
+            results = ATTENTION[kind](given) if self._expand else functional(given)(*given.arguments())
             names = [str(self._program.weight_of(cache)) for cache in call.written().values()]
             self.caches.update(zip(names, results[1:], strict=True))
             return results[0]

@@ -1,35 +1,41 @@
-"""Attention over a KV cache as a function, for the fused text: the compiler's own operators write in place.
+"""Operators that write states, as functions, for the fused text: the compiler's own operators write in place.
 
-The results after the first are the caches as they are after the call, in the order of the arguments.
+The results after the first are the states as they are after the call, in the order of the arguments. A function has as
+many results as its name says: a call that writes operands which another leaves out is an overload named by them
+(`cached_attention_functional`, and `.k_scale_v_scale` over a cache of codes).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from moec.compiler.ops import AttentionCall, CachedAttention, CachedAttentionQ8, Call
-from moec.compiler.ops.call import define, signature
+from moec.compiler.ops.call import Call, define, signature
 
 
-def _functional(call: type[AttentionCall[Any]]) -> Any:
-    """The form of an operator that returns its caches: `moec::NAME_functional`."""
-    written = [p.name for p in call.parameters() if p.written]
+def functional(call: Call[Any]) -> Any:
+    """The operator `moec::NAME_functional` for a call that writes what `call` writes."""
+    return _functional(type(call), tuple(call.written()))
+
+
+@cache
+def _functional(form: type[Call[Any]], written: tuple[str, ...]) -> Any:
+    optional = {p.name for p in form.parameters() if p.type.endswith("?")}
 
     def eager(*args: Any) -> tuple[Tensor, ...]:
-        given = call(*args)
-        own = replace(given, **{name: cache.clone() for name, cache in given.written().items()})
+        given = form(*args)
+        own = replace(given, **{name: state.clone() for name, state in given.written().items()})
         return own.op(*own.arguments()), *own.written().values()
 
     def fake(*args: Any) -> tuple[Tensor, ...]:
-        given = call(*args)
-        return given.result(), *(cache.new_empty(cache.shape) for cache in given.written().values())
+        given = form(*args)
+        return given.fake(), *(state.new_empty(state.shape) for state in given.written().values())
 
-    name = call.op._schema.name.partition("::")[2]
+    name = form.op._schema.name.partition("::")[2]
+    overload = "_".join(n for n in written if n in optional)
     results = ", ".join(["Tensor"] * (1 + len(written)))
-    return define(f"{name}_functional({signature(call, in_place=False)}) -> ({results})", eager, fake)
-
-
-FUNCTIONAL: dict[type[Call[Any]], Any] = {call: _functional(call) for call in (CachedAttention, CachedAttentionQ8)}
+    full = f"{name}_functional" + (f".{overload}" if overload else "")
+    return define(f"{full}({signature(form, in_place=False)}) -> ({results})", eager, fake)

@@ -16,12 +16,13 @@ from onnx import TensorProto
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import AttentionCall, CachedAttention, CachedAttentionQ8
+from moec.compiler.ops import CachedAttention
 from moec.compiler.ops.call import shape_of
 from moec.compiler.program import module_path
 from moec.targets.onnx.context import Context
+from moec.targets.onnx.facts import PAST, PRESENT
 
-PAST, PRESENT, MASK = "past_key_values", "present", "attention_mask"
+MASK = "attention_mask"
 P, T, S = "past_sequence_length", "sequence_length", "total_sequence_length"
 HIDDEN = float(np.finfo(np.float32).min)  # finite: a row that may see nothing must not become NaN
 
@@ -39,18 +40,21 @@ def total_length(c: Context) -> str:
     return c.once("total_length", lambda: c.b.op("Add", past_length(c), token_count(c)))
 
 
-def declare_cache(c: Context, node: Node, *, int8: bool) -> None:
-    """The inputs and outputs of the next attention layer."""
-    attention = AttentionCall[Node].of(node)
+def declare_cache(c: Context, node: Node) -> None:
+    """The inputs and outputs of the next attention layer. Codes stay codes unless the target's option wants floats."""
+    attention = CachedAttention[Node].of(node)
     n = len(c.caches)
-    element = TensorProto.INT8 if int8 else TensorProto.FLOAT
+    coded = attention.coded and c.options.kv_cache == "spec"
+    if coded:
+        c.coded.add(node)
+    element = TensorProto.INT8 if coded else TensorProto.FLOAT
     layer = {}
     for part, cache in (("key", attention.k_cache), ("value", attention.v_cache)):
         _, _, heads, width = (int(d) for d in shape_of(cache))
         c.add_input(f"{PAST}.{n}.{part}", element, (1, heads, P, width))
         c.add_output(f"{PRESENT}.{n}.{part}", element, (1, heads, S, width))
         layer[part] = [1, heads, width]
-        if int8:
+        if coded:
             c.add_input(f"{PAST}.{n}.{part}_scale", TensorProto.FLOAT, (1, heads, P))
             c.add_output(f"{PRESENT}.{n}.{part}_scale", TensorProto.FLOAT, (1, heads, S))
     c.layers[node] = n
@@ -58,15 +62,14 @@ def declare_cache(c: Context, node: Node, *, int8: bool) -> None:
 
 
 def cached_attention(c: Context, node: Node) -> str:
-    """Both operators: `cached_attention` and `cached_attention_q8`."""
-    call: CachedAttention[Node] | CachedAttentionQ8[Node] = CachedAttention[Node].find(node) or CachedAttentionQ8[
-        Node
-    ].of(node)
+    call = CachedAttention[Node].of(node)
     q, k, v = call.q, call.k, call.v
     if c.values.get(call.start_pos) != past_length(c):
         raise CompileError("attention does not begin at start_pos", place=module_path(node) or node.name)
     n = c.layers[node]
-    keys, values = (_extended(c, f"{n}.{part}", c.value(new)) for part, new in (("key", k), ("value", v)))
+    keys, values = (
+        _extended(c, f"{n}.{part}", c.value(new), coded=node in c.coded) for part, new in (("key", k), ("value", v))
+    )
     heads, width = (int(d) for d in shape_of(q)[2:])
     kv_heads, value_width = int(shape_of(k)[2]), int(shape_of(v)[3])
     b = c.b
@@ -83,11 +86,11 @@ def cached_attention(c: Context, node: Node) -> str:
     return b.reshape(y, 1, -1, heads * value_width, out=node.name)
 
 
-def _extended(c: Context, name: str, new_1TGd: str) -> str:
+def _extended(c: Context, name: str, new_1TGd: str, *, coded: bool) -> str:
     """float [1, KV, S, d]: the cache with the tokens of this call, which is also its output."""
     b = c.b
     new = b.op("Transpose", new_1TGd, perm=[0, 2, 1, 3])
-    if not c.int8_cache:
+    if not coded:
         return b.op("Concat", f"{PAST}.{name}", new, out=f"{PRESENT}.{name}", axis=2)
     codes, scales = _quantized_rows(c, new)
     codes = b.op("Concat", f"{PAST}.{name}", codes, out=f"{PRESENT}.{name}", axis=2)

@@ -26,7 +26,8 @@ NUMPY = {
 
 @dataclass
 class Context:
-    """`values`: the ONNX value of each lowered node. `taps`: for each MoE layer, the values that a trace reads."""
+    """`values`: the ONNX value of each lowered node. `taps`: for each MoE layer, the values that a trace reads.
+    `layers`: the number of each attention node; `coded`: those whose caches hold codes."""
 
     program: Program
     options: Options
@@ -38,7 +39,7 @@ class Context:
     taps: list[dict[str, str]] = field(default_factory=list)
     caches: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[Node, int] = field(default_factory=dict)
-    int8_cache: bool = False
+    coded: set[Node] = field(default_factory=set)
     pieces: dict[Node, Sequence[str]] = field(default_factory=dict)
     _memory: dict[Any, str] = field(default_factory=dict)
 

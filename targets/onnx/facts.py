@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moec.compiler.target import Facts, Table
 from moec.compiler.units import size
 
+PAST, PRESENT = "past_key_values", "present"  # the caches of a model's inputs and outputs begin so
 _Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 

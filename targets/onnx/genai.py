@@ -11,10 +11,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from moec.compiler.ops import AttentionCall
+from moec.compiler.ops import CachedAttention
 from moec.compiler.ops.call import shape_of
-from moec.targets.onnx.attention import MASK, PAST, PRESENT
+from moec.targets.onnx.attention import MASK
 from moec.targets.onnx.context import Context
+from moec.targets.onnx.facts import PAST, PRESENT
 
 GENAI_FILE = "genai_config.json"
 
@@ -23,10 +24,10 @@ def write_genai_config(c: Context, attention: Node, model_file: str, folder: Pat
     """Write the file and return True, or return False where the convention does not hold. `attention`: any of them."""
     info = c.program.info
     shapes = {tuple(layer[part]) for layer in c.caches for part in ("key", "value")}
-    if c.int8_cache or len(shapes) != 1 or not info.eos_ids:
+    if c.coded or len(shapes) != 1 or not info.eos_ids:
         return False
     _, kv_heads, width = shapes.pop()
-    heads = int(shape_of(AttentionCall[Node].of(attention).q)[2])
+    heads = int(shape_of(CachedAttention[Node].of(attention).q)[2])
     decoder = {
         "filename": model_file,
         "head_size": width,

@@ -249,7 +249,6 @@ HANDLERS = {
     ops.rms_norm: rms_norm,
     ops.rope: rope,
     ops.cached_attention: cached_attention,
-    ops.cached_attention_q8: cached_attention,
     ops.fused_moe: fused_moe,
     ops.fused_moe_q: fused_moe,
     torch.ops.aten.linear.default: linear,

@@ -20,7 +20,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import cached_attention, cached_attention_q8
+from moec.compiler.ops import CachedAttention
 from moec.compiler.program import Program, module_path
 from moec.compiler.states import coded_type
 from moec.compiler.target import LoweredFiles
@@ -36,7 +36,6 @@ from moec.targets.onnx.options import Options
 from moec.targets.onnx.weights import DATA_FILE
 
 MODEL_FILE = "model.onnx"
-ATTENTION = (cached_attention, cached_attention_q8)
 HANDLERS: dict[Any, Any] = {**aten.HANDLERS, **handlers.HANDLERS}
 
 
@@ -48,12 +47,11 @@ def build(program: Program, options: Options) -> tuple[ModelProto, Context]:
     tokens, start = (n for n in nodes if n.op == "placeholder" and program.weight_of(n) is None)
     c.values[tokens] = c.add_input("input_ids", TensorProto.INT64, (1, T))
     c.add_input(MASK, TensorProto.INT64, (1, S))
-    layers = [n for n in nodes if n.target in ATTENTION]
+    layers = [n for n in nodes if CachedAttention.find(n)]
     if not layers:
         raise CompileError("the model has no attention block that was recognised", place=program.info.name)
-    c.int8_cache = options.kv_cache == "spec" and coded_type(program.states.values()) is not None
     for node in layers:
-        declare_cache(c, node, int8=c.int8_cache)
+        declare_cache(c, node)
     c.values[start] = past_length(c)
     for node in nodes:
         if node.op == "call_function":
@@ -148,7 +146,7 @@ def _facts(model: ModelProto, c: Context, options: Options) -> OnnxFacts:
     return OnnxFacts(
         flavour=options.flavour,
         dtype="float32",
-        kv_cache="int8" if c.int8_cache else "fp32",
+        kv_cache=(c.coded and coded_type(c.program.states.values())) or "fp32",
         computes={"activations": "fp32", **({"kv_cache": "fp32"} if options.kv_cache == "fp32" else {})},
         caches=tuple(CacheFacts.model_validate(layer) for layer in c.caches),
         moe_taps=tuple(Tap.model_validate(tap) for tap in c.taps),

@@ -18,7 +18,7 @@ from moec.compiler.cores import usable_cores
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
-from moec.targets.onnx.facts import OnnxFacts
+from moec.targets.onnx.facts import PAST, PRESENT, OnnxFacts
 
 # The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
 OLDEST = {"standard": (1, 22), "ort": (1, 31)}
@@ -49,10 +49,10 @@ class OnnxSession(SessionBase):
         self.threads = threads or usable_cores()
         self._path, self._taps = model, facts.moe_taps
         self._oldest = OLDEST.get(facts.flavour, max(OLDEST.values()))
-        self._empty = _empty_caches(facts)
-        self._past = dict(self._empty)
         self._traced = False  # whether the loaded model has the outputs of the taps
         self._session: onnxruntime.InferenceSession | None = self._open(traced=False)
+        self._empty = _empty_caches(self._session, self._place)
+        self._past = dict(self._empty)
 
     @property
     def closed(self) -> bool:
@@ -132,16 +132,16 @@ class OnnxSession(SessionBase):
             "input_ids": tokens[None],
             "attention_mask": np.ones((1, start + len(tokens)), np.int64),
             # no more than `start` positions: a call that stopped between two chunks has left some behind them
-            **{f"past_key_values.{name}": value[:, :, :start] for name, value in self._past.items()},
+            **{f"{PAST}.{name}": value[:, :, :start] for name, value in self._past.items()},
         }
-        names = ["logits", *(f"present.{name}" for name in self._past)]
+        names = ["logits", *(f"{PRESENT}.{name}" for name in self._past)]
         taps = [getattr(tap, field) for tap in self._taps for field in _TAP_FIELDS] if self._tracing else []
         wanted = list(dict.fromkeys([*names, *taps]))
         try:
             found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
         except Exception as error:
             raise RunError(f"ONNX Runtime stopped: {_first_line(error)}", place=self._place, remedy=REMEDY) from error
-        self._past = {name: found[f"present.{name}"] for name in self._past}
+        self._past = {name: found[f"{PRESENT}.{name}"] for name in self._past}
         if rows is not None:
             rows[:] = found["logits"][0, -len(rows) :]
         return [self._trace_of(layer, found) for layer in range(len(self._taps))] if taps else []
@@ -157,15 +157,25 @@ class OnnxSession(SessionBase):
         )
 
 
-def _empty_caches(facts: OnnxFacts) -> dict[str, np.ndarray]:
-    """Caches of no position, by the name that follows `past_key_values.`."""
+_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+
+
+def _empty_caches(session: onnxruntime.InferenceSession, place: str) -> dict[str, np.ndarray]:
+    """Caches of no position as the model declares them, by the name that follows `past_key_values.`. ArtifactError for
+    a declaration that no model of ours has."""
     found: dict[str, np.ndarray] = {}
-    int8 = facts.kv_cache == "int8"
-    for n, layer in enumerate(facts.caches):
-        for part, (batch, heads, width) in (("key", layer.key), ("value", layer.value)):
-            found[f"{n}.{part}"] = np.zeros((batch, heads, 0, width), np.int8 if int8 else np.float32)
-            if int8:
-                found[f"{n}.{part}_scale"] = np.zeros((batch, heads, 0), np.float32)
+    for given in session.get_inputs():
+        if not given.name.startswith(f"{PAST}."):
+            continue
+        try:  # the positions are the extent without a number
+            shape = [size if isinstance(size, int) else 0 for size in given.shape]
+            if 0 not in shape:
+                raise ValueError("no positions")
+            found[given.name.removeprefix(f"{PAST}.")] = np.zeros(shape, _TYPES[given.type])
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"damaged: {given.name} is {given.type} {given.shape}", place=place, remedy=REMEDY
+            ) from error
     return found
 
 

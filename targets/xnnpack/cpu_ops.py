@@ -162,15 +162,16 @@ def _check_packed(op: str, x: Tensor, w: Tensor, k: int) -> None:
 # ---- .out forms
 
 
-def _define_out(name: str) -> Any:
-    """`moec::name.out`: the functional schema with a keyword argument `out` that receives the result."""
+def _define_out(name: str, overload: str) -> Any:
+    """`moec::name.overload`: the functional schema with a keyword argument `out` that receives the result."""
     functional = getattr(torch.ops.moec, name).default
     schema = str(functional._schema)
     arguments = schema[schema.index("(") + 1 : schema.rindex(") -> ")]
     alias = chr(ord("a") + arguments.count("!)"))
-    torch.library.define(f"{NAMESPACE}::{name}.out", f"({arguments}, *, Tensor({alias}!) out) -> Tensor({alias}!)")
-    torch.library.impl(f"{NAMESPACE}::{name}.out", "CompositeExplicitAutograd")(_into(functional))
-    return getattr(torch.ops.moec, name).out
+    qualified = f"{NAMESPACE}::{name}.{overload}"
+    torch.library.define(qualified, f"({arguments}, *, Tensor({alias}!) out) -> Tensor({alias}!)")
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(_into(functional))
+    return getattr(getattr(torch.ops.moec, name), overload)
 
 
 def _into(functional: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -183,15 +184,14 @@ def _into(functional: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 OUT_FORMS = {
-    name: _define_out(name)
-    for name in (
-        "rms_norm",
-        "rope",
-        "cached_attention",
-        "cached_attention_q8",
-        "linear_packed",
-        "gated_linear_packed",
-        "embedding_packed",
-        "fused_moe_packed",
-    )
+    name: _define_out(name, overload)
+    for name, overload in {
+        "rms_norm": "out",
+        "rope": "out",
+        "cached_attention": "scales_out",  # `.out` had no scales: kernels/registration/old_operators.cpp
+        "linear_packed": "out",
+        "gated_linear_packed": "out",
+        "embedding_packed": "out",
+        "fused_moe_packed": "out",
+    }.items()
 }

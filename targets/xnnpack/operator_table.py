@@ -32,6 +32,11 @@ _NUMBERS = {
     "executorch_prim::truediv.Scalar": "ssd!", "executorch_prim::sym_float.Scalar": "sd!",
     "executorch_prim::neg.Scalar": "sa!", "executorch_prim::sym_not.Scalar": "bb!",
 }  # fmt: skip
+# what older artifacts name (runtime/kernels/registration/old_operators.cpp): torch knows no such schemas
+OLD = {
+    "moec::cached_attention.out": "TTTT!T!TdiT!=8",
+    "moec::cached_attention_q8.out": "TTTT!T!T!T!TdiT!=a",
+}
 _HEAD = """// Written by targets/xnnpack/operator_table.py: the operators of this runtime, and the kinds of
 // their arguments, results last.
 //   T tensor  i int  d float  s any number  b bool  S string  I D B lists of them  L tensors  O optional tensors
@@ -75,7 +80,7 @@ def table() -> str:
     ctypes.CDLL(str(kernels_library()), mode=ctypes.RTLD_GLOBAL)
     lines = []
     for name in sorted(set(portable_lib._get_operator_names())):
-        letters = _NUMBERS.get(name)
+        letters = _NUMBERS.get(name, OLD.get(name))
         if letters is None and name.partition("::")[0] in ("aten", "moec", "dim_order_ops"):
             base, _, overload = name.partition(".")
             letters = _encoded(torch._C._get_schema(base, overload))

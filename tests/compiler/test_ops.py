@@ -14,7 +14,6 @@ from moec.compiler.ops import (
     Experts,
     Routing,
     cached_attention,
-    cached_attention_q8,
     embedding_q,
     fused_moe,
     fused_moe_q,
@@ -264,16 +263,16 @@ def test_cached_attention(window: int) -> None:
     )
 
 
-def test_cached_attention_q8() -> None:
+def test_cached_attention_over_codes() -> None:
     """The same as attention over keys and values that `quantize_rows` has rounded."""
     q, k, v = attention_operands(5)
     caches = [torch.zeros(1, 9, 2, 6, dtype=torch.int8) for _ in range(2)]
     scales = [torch.zeros(1, 9, 2) for _ in range(2)]
-    got = cached_attention_q8(q, k, v, *caches, *scales, torch.tensor([0]), 0.4, 0)
+    got = cached_attention(q, k, v, *caches, torch.tensor([0]), 0.4, 0, *scales)
     k, v = (torch.mul(*quantize_rows(t)) for t in (k, v))
     wanted = cached_attention(q, k, v, torch.zeros(1, 9, 2, 6), torch.zeros(1, 9, 2, 6), torch.tensor([0]), 0.4, 0)
     torch.testing.assert_close(got, wanted, **CLOSE)
-    same_as_fake(cached_attention_q8, q, k, v, *caches, *scales, torch.tensor([0]), 0.4, 0)
+    same_as_fake(cached_attention, q, k, v, *caches, torch.tensor([0]), 0.4, 0, *scales)
 
 
 @pytest.mark.parametrize("start", [-1, 8, 100])

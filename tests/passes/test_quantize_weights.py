@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from moec.compiler.dialect import check_dialect
 from moec.compiler.errors import CompileError
-from moec.compiler.ops import FusedMoeQ, LinearQ, find_call, linear_q
+from moec.compiler.ops import CachedAttention, FusedMoeQ, LinearQ, find_call, linear_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program, Role, Stage
 from moec.compiler.quant import QuantizedTensor, quantize_weight
 from moec.compiler.spec.quantization import Quantization
+from moec.compiler.states import PER_TOKEN_AND_HEAD
 from moec.compiler.weights import CodeFormat, StoredCodes
 from moec.passes.pipelines import fusion
 from moec.passes.quantize_weights import quantize_weights
@@ -346,7 +347,8 @@ def test_int8_cache() -> None:
     roles = {"embed": Role.EMBEDDING, **{f"attention.{n}.weight": Role.ATTENTION for n in "qkvo"}}
     program = run_passes(export_toy(_WithCache, roles), fusion())
     done = quantized(program, weights="int8", kv_cache="int8", attention="fp32", embedding="fp32")
-    assert "moec.cached_attention_q8" in done.text()
+    assert all(call.coded for node in done.graph.nodes if (call := CachedAttention.find(node)) is not None)
+    assert {state.codes for state in done.states.values()} == {PER_TOKEN_AND_HEAD}
     assert {w.dtype for n, w in done.weights.items() if n.endswith("cache")} == {torch.int8}
     assert {w.shape for n, w in done.weights.items() if n.endswith("cache_scale")} == {(1, 24, 2)}
     for wanted, got in zip(outputs(program), outputs(done), strict=True):

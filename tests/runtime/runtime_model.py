@@ -70,13 +70,10 @@ class OneLayer(nn.Module):
         q, k, v = qkv[:, :, :H], qkv[:, :, H : H + KV], qkv[:, :, H + KV :].contiguous()
         q = torch.ops.moec.rope(q.contiguous(), cos, sin, True)
         k = torch.ops.moec.rms_norm(torch.ops.moec.rope(k.contiguous(), cos, sin, False), None, 1e-5)
-        caches = [self.k_cache, self.v_cache]
-        if self.int8_cache:
-            y = torch.ops.moec.cached_attention_q8(
-                q, k, v, *caches, self.k_scale, self.v_scale, start_pos, HEAD**-0.5, self.window
-            )
-        else:
-            y = torch.ops.moec.cached_attention(q, k, v, *caches, start_pos, HEAD**-0.5, self.window)
+        scales = [self.k_scale, self.v_scale] if self.int8_cache else []
+        y = torch.ops.moec.cached_attention(
+            q, k, v, self.k_cache, self.v_cache, start_pos, HEAD**-0.5, self.window, *scales
+        )
         x = (x + nn.functional.linear(y, self.out)).view(t, D)
         none = [None] * 2
         x = x + torch.ops.moec.fused_moe_packed(

@@ -99,13 +99,14 @@ def test_cached_attention_is_its_definition(isa: str, seed: int, quantized: bool
         scales = [k_scales.squeeze(-1).numpy().copy(), v_scales.squeeze(-1).numpy().copy()]
     else:
         caches, scales = [before_k.numpy(), before_v.numpy()], [None, None]
-    expected_caches = [_batch(c) for c in caches] + [_batch(c) for c in scales if c is not None]
-    op = torch.ops.moec.cached_attention_q8 if quantized else torch.ops.moec.cached_attention
-    expected = op(_batch(q), _batch(k), _batch(v), *expected_caches, torch.tensor([start]), d**-0.5, window)
+    expected_caches, expected_scales = [_batch(c) for c in caches], [_batch(c) for c in scales if c is not None]
+    expected = torch.ops.moec.cached_attention(
+        _batch(q), _batch(k), _batch(v), *expected_caches, torch.tensor([start]), d**-0.5, window, *expected_scales
+    )
     got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window)
     np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL, rtol=0)
     found = caches + [c for c in scales if c is not None]
-    for ours, theirs in zip(found, expected_caches, strict=True):  # what was written: the same bits
+    for ours, theirs in zip(found, expected_caches + expected_scales, strict=True):  # what was written: the same bits
         np.testing.assert_array_equal(ours, theirs[0].numpy())
 
 

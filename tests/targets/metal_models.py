@@ -154,7 +154,7 @@ class Model(nn.Module):
         caches = [getattr(self, p + "k_cache"), getattr(self, p + "v_cache")]
         if s.int8_cache:
             scales = [getattr(self, p + "k_cache_scale"), getattr(self, p + "v_cache_scale")]
-            y = ops.cached_attention_q8(q, k, v, *caches, *scales, start, s.head**-0.5, window)
+            y = ops.cached_attention(q, k, v, *caches, start, s.head**-0.5, window, *scales)
         else:
             y = ops.cached_attention(q, k, v, *caches, start, s.head**-0.5, window)
         return self.linear(y, p + "o")

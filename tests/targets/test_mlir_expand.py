@@ -17,7 +17,7 @@ from moec.compiler.ops import Experts, Routing
 from moec.compiler.ops.moe_math import choices
 from moec.compiler.quant import pack_int4, quantize_weight
 from moec.targets.mlir import expand
-from moec.targets.mlir.operators import FUNCTIONAL
+from moec.targets.mlir.operators import functional
 
 ATOL, RTOL = 1e-5, 1e-4
 
@@ -79,13 +79,13 @@ def test_attention_over_a_sequence(window: int, heads: int, kv: int, rounded: bo
     if rounded:
         theirs = [c.to(torch.int8) for c in theirs] + [torch.zeros(1, context, kv) for _ in range(2)]
     ours = [c.clone() for c in theirs]
-    call = ops.CachedAttentionQ8 if rounded else ops.CachedAttention
     for count, start in ((5, 0), (1, 5), (1, 6), (6, 7), (2, 0), (1, 2)):
         q, k, v = normal(g, 1, count, heads, d), normal(g, 1, count, kv, d), normal(g, 1, count, kv, e)
         rest = (torch.tensor([start]), 0.37, window)
-        kept = FUNCTIONAL[call](q, k, v, *ours, *rest)
-        y, *ours = expand.ATTENTION[call](call(q, k, v, *ours, *rest))
-        close(y, call.op(q, k, v, *theirs, *rest))
+        call: ops.CachedAttention[Tensor] = ops.CachedAttention(q, k, v, *ours[:2], *rest, *ours[2:])
+        kept = functional(call)(*call.arguments())
+        y, *ours = expand.expand_cached_attention(call)
+        close(y, ops.cached_attention(q, k, v, *theirs[:2], *rest, *theirs[2:]))
         close(kept[0], y)
         for a, b, c in zip(ours, theirs, kept[1:], strict=True):
             assert torch.equal(a, b)

@@ -124,7 +124,7 @@ def test_ort_limits_are_named_before_anything_is_written(fault: str, tmp_path: P
 
 
 def test_int8_cache_is_the_spec_s(tmp_path: Path) -> None:
-    """The same codes and scales as `cached_attention_q8` stores, bit for bit; floats by option."""
+    """The same codes and scales as `cached_attention` stores, bit for bit; floats by option."""
     shape = replace(SMALL, int8_cache=True)
     program = models.program_of(models.make_weights(shape))
     ids = torch.randint(0, shape.vocab, (1, 9), generator=torch.Generator().manual_seed(1))

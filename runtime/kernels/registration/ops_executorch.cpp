@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "moec_kernel.h"
+#include "registration/cached_attention.h"
 #include "registration/ops_executorch.h"
 
 namespace {
@@ -158,17 +159,25 @@ Tensor& rope_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& c
   return out;
 }
 
-Tensor& attention(KernelRuntimeContext& context, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                  const Tensor& k_cache, const Tensor& v_cache, const Tensor* k_scale, const Tensor* v_scale,
-                  const Tensor& start_pos, double scale, int64_t window, Tensor& out) {
-  Check check(context, op);
-  const ScalarType stored = k_scale ? ScalarType::Char : ScalarType::Float;
+// Of a cache: its scales, if it holds codes.
+bool check_scales(Check& check, const char* name, const OptionalTensor& scale) {
+  return !scale.has_value() || check.tensor(name, *scale, ScalarType::Float, 3);
+}
+
+}  // namespace
+
+Tensor& moec_operators::cached_attention(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const Tensor& k_cache, const Tensor& v_cache, const Tensor& start_pos, double scale,
+                                         int64_t window, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                         Tensor& out) {
+  Check check(context, "cached_attention");
+  const ScalarType stored = k_scale.has_value() ? ScalarType::Char : ScalarType::Float;
   if (!check.tensor("q", q, ScalarType::Float, 4) || !check.tensor("k", k, ScalarType::Float, 4) ||
       !check.tensor("v", v, ScalarType::Float, 4) || !check.tensor("k_cache", k_cache, stored, 4) ||
       !check.tensor("v_cache", v_cache, stored, 4) || !check.tensor_from("start_pos", start_pos, ScalarType::Long, 0))
     return out;
-  if (k_scale && (!check.tensor("k_scale", *k_scale, ScalarType::Float, 3) ||
-                  !check.tensor("v_scale", *v_scale, ScalarType::Float, 3)))
+  if (!check_scales(check, "k_scale", k_scale) || !check_scales(check, "v_scale", v_scale) ||
+      !check.same("caches of keys and of values with scales", k_scale.has_value(), v_scale.has_value()))
     return out;
   if (!check.same("elements of start_pos and 1", start_pos.numel(), 1) || !check.same("batch size and 1", q.size(0), 1) ||
       !check.same("batch sizes of q and k", q.size(0), k.size(0)) ||
@@ -198,7 +207,7 @@ Tensor& attention(KernelRuntimeContext& context, const char* op, const Tensor& q
   args.v = in(v);
   args.k_cache = out_of(k_cache);
   args.v_cache = out_of(v_cache);
-  if (k_scale) {
+  if (k_scale.has_value()) {
     args.k_scale = out_of(*k_scale);
     args.v_scale = out_of(*v_scale);
   }
@@ -207,18 +216,7 @@ Tensor& attention(KernelRuntimeContext& context, const char* op, const Tensor& q
   return out;
 }
 
-Tensor& cached_attention_out(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const Tensor& k_cache, const Tensor& v_cache, const Tensor& start_pos, double scale,
-                             int64_t window, Tensor& out) {
-  return attention(context, "cached_attention", q, k, v, k_cache, v_cache, nullptr, nullptr, start_pos, scale, window, out);
-}
-
-Tensor& cached_attention_q8_out(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
-                                const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale, const Tensor& v_scale,
-                                const Tensor& start_pos, double scale, int64_t window, Tensor& out) {
-  return attention(context, "cached_attention_q8", q, k, v, k_cache, v_cache, &k_scale, &v_scale, start_pos, scale, window,
-                   out);
-}
+namespace {
 
 // `format` is an int32 of the C API; the schema's int is 64 bits wide
 bool as_format(Check& check, int64_t format, int32_t* out) {
@@ -325,8 +323,7 @@ Tensor& fused_moe_packed_out(KernelRuntimeContext& context, const Tensor& x, con
 
 EXECUTORCH_LIBRARY(moec, "rms_norm.out", rms_norm_out);
 EXECUTORCH_LIBRARY(moec, "rope.out", rope_out);
-EXECUTORCH_LIBRARY(moec, "cached_attention.out", cached_attention_out);
-EXECUTORCH_LIBRARY(moec, "cached_attention_q8.out", cached_attention_q8_out);
+EXECUTORCH_LIBRARY(moec, "cached_attention.scales_out", moec_operators::cached_attention);
 EXECUTORCH_LIBRARY(moec, "linear_packed.out", linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "gated_linear_packed.out", gated_linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "embedding_packed.out", embedding_packed_out);

@@ -1,0 +1,33 @@
+// Names and arguments that operators had in artifacts written before: registered so that those still open, and used by
+// nothing that is written now. A .pte passes arguments by position, so an operator whose arguments change gets a new name
+// and its old one moves here; targets/xnnpack/operator_table.py lists both, tests/runtime/test_old_artifacts.py opens them.
+//
+//   moec::cached_attention.out      over a float32 cache; now cached_attention.scales_out without scales
+//   moec::cached_attention_q8.out   over an INT8 cache; now cached_attention.scales_out with scales
+#include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
+
+#include "registration/cached_attention.h"
+
+namespace {
+
+using executorch::aten::Tensor;
+using executorch::runtime::KernelRuntimeContext;
+
+Tensor& cached_attention_out(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& k_cache, const Tensor& v_cache, const Tensor& start_pos, double scale,
+                             int64_t window, Tensor& out) {
+  return moec_operators::cached_attention(context, q, k, v, k_cache, v_cache, start_pos, scale, window, std::nullopt,
+                                          std::nullopt, out);
+}
+
+Tensor& cached_attention_q8_out(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
+                                const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale, const Tensor& v_scale,
+                                const Tensor& start_pos, double scale, int64_t window, Tensor& out) {
+  return moec_operators::cached_attention(context, q, k, v, k_cache, v_cache, start_pos, scale, window, k_scale, v_scale,
+                                          out);
+}
+
+EXECUTORCH_LIBRARY(moec, "cached_attention.out", cached_attention_out);
+EXECUTORCH_LIBRARY(moec, "cached_attention_q8.out", cached_attention_q8_out);
+
+}  // namespace
