@@ -14,8 +14,9 @@ import sys
 import time
 
 from moec.compiler.pipeline import PipelineLog, run_passes
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.spec.model import Spec
 from moec.passes.pipelines import pipeline
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.export import export_decoder
 
 

@@ -26,8 +26,9 @@ from moec.compiler.artifact import Artifact
 from moec.compiler.cores import usable_cores
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
-from moec.compiler.spec import DecoderConfig, load_spec
+from moec.compiler.spec import load_spec
 from moec.compiler.timing import BenchPlan
+from moec.sources.decoder.config import DecoderConfig
 from moec.targets.xnnpack.bench import bench
 
 SPECS = Path(__file__).parent.parent / "specs" / "models"

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from moec.compiler.spec import MoeConfig, Spec, load_spec
+from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.training import TrainingStage
+from moec.sources.decoder.config import MoeConfig
 from moec.training.checkpoints import initial_weights, load_weights
 from moec.training.data.batches import Batch
 from moec.training.experts import COMPUTES, Compute, chosen

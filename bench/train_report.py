@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from moec.compiler.progress import Progress
-from moec.compiler.spec import DecoderConfig, Spec, load_spec
+from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.training import TrainingStage
 from moec.compiler.target import Session
+from moec.sources.decoder.config import DecoderConfig
 from moec.training.checkpoints import initial_weights, load_model, load_weights, stored_weights
 from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.build import build

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.files import read_bytes
-from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 
 PACKED_FORMAT = "mobilemoe-int4-g32"
 GROUP_SIZE = 32

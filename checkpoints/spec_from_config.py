@@ -12,7 +12,7 @@ import yaml
 from moec.checkpoints.config_json import GROUP_SIZE, config_from_json, is_own, is_packed, read_json
 from moec.checkpoints.folder import CONFIG, foreign_folder
 from moec.compiler.errors import CheckpointError
-from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 
 GENERATION = "generation_config.json"
 CONTEXT = 4096  # positions of the KV cache in a spec that nobody wrote

@@ -31,8 +31,8 @@ from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight, Role
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.source import Checkpoint, NamedWeights
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 PACKED_ROLES = (Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.FFN, Role.EXPERT, Role.SHARED)

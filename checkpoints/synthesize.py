@@ -39,8 +39,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.quant import quantize_weight
 from moec.compiler.replacing import replacing
 from moec.compiler.source import TOKENIZER
-from moec.compiler.spec.model import DecoderConfig
-from moec.sources.decoder.config import decoder_of
+from moec.sources.decoder.config import DecoderConfig, decoder_of
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 if TYPE_CHECKING:

@@ -98,7 +98,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the planner knows of a model. `own`: one of our decoders, whose graphs we know to the instruction."""
+    """What the planner knows of a model.
+
+    own: the source exports the graph itself, so that targets know its nodes to the operator (norm, one attention, norm,
+    feed-forward in every layer); else they estimate from `caches` and `weights`. ffn_width: of the dense feed-forward
+    blocks, 0 if there are none. qk_norm: whether queries and keys are normalised.
+    """
 
     name: str
     layers: int

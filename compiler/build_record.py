@@ -40,7 +40,7 @@ class BuildRecord(BaseModel):
 
 
 def model_paths(spec: Spec) -> dict[str, Path]:
-    """The paths in the spec's `model:` section, by key; none for a decoder, which is all in the spec."""
+    """The paths in the spec's `model:` section, by key; none where the section holds all of the model."""
     return {name: value for name, value in spec.model if isinstance(value, Path)}
 
 

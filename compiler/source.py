@@ -81,10 +81,12 @@ class ModelSource(ABC, Generic[M]):
     """One form of the `model:` section, from its keys to a Program.
 
     key: the key of `model:` that chooses this source. section: the class of the whole section; paths in it that are
-    relative are taken from the spec's folder.
+    relative are taken from the spec's folder. default: whether a section with no source's key is taken for one of this
+    source, so that its faults are told; one source of this distribution says so.
     """
 
     key: ClassVar[str]
+    default: ClassVar[bool] = False
     section: type[M]
 
     def model(self, spec: Spec) -> M:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.source import Checkpoint, ModelSource, Weights, register
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.strict import Fault
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import group_faults, parameter_counts
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class DecoderSource(ModelSource[DecoderConfig]):
     """The weights are a checkpoint in the released layout, which the spec or the user names."""
 
     key = "architecture"
+    default = True
     section = DecoderConfig
 
     def quantization_faults(self, model: DecoderConfig, quantization: Quantization) -> Iterator[Fault]:

@@ -16,9 +16,8 @@ from moec.checkpoints.safetensors_file import Entry, shown
 from moec.checkpoints.store import expected_tensors, open_store
 from moec.compiler.errors import ArtifactError, CheckpointError, SpecError, UserError
 from moec.compiler.source import TOKENIZER
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.tokenizer import load_tokenizer
-from moec.sources.decoder.config import decoder_of
+from moec.sources.decoder.config import DecoderConfig, decoder_of
 from moec.sources.decoder.layout import parameter_counts
 
 if TYPE_CHECKING:

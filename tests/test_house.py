@@ -149,6 +149,16 @@ def test_only_a_model_source_tells_models_apart() -> None:
     assert not wrong, wrong
 
 
+def test_the_core_names_no_target_and_no_model() -> None:
+    """Neither in code nor in words: what a target or a model says of itself, it registers."""
+    targets = {file.parent.name for file in (ROOT / "targets").glob("*/target.py")}
+    models = {"DecoderConfig", "mobilemoe", "mobilellm", "transformers_config"}
+    named = re.compile(rf"\b({'|'.join(sorted(targets | models))})\b")
+    files = [f for f in sources("*.py") if f.relative_to(ROOT).parts[0] in ("compiler", "passes")]
+    wrong = [f"{f.relative_to(ROOT)}: {found[0]}" for f in files if (found := named.search(f.read_text("utf-8")))]
+    assert not wrong, wrong
+
+
 def test_no_unfinished_work() -> None:
     marks = re.compile(r"\b(TODO|FIXME|XXX)\b")
     files = [*sources("*.py", "*.cpp", "*.h", "*.cc", "*.yaml"), ROOT / "Makefile"]

@@ -23,8 +23,8 @@ from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.replacing import replacing
 from moec.compiler.source import TOKENIZER
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.quantization import Quantization
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 from moec.training.chat_template import TEMPLATE
 from moec.training.model import TrainingDecoder

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moec.compiler.program import Role
-from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import apply_rope
 from moec.sources.decoder.rope import rope_tables
 from moec.training.experts import Compute

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moec.compiler.program import Role
-from moec.compiler.spec.model import MoeConfig
+from moec.sources.decoder.config import MoeConfig
 from moec.training.dispatch import from_rows, plan, to_rows
 from moec.training.experts import Compute, expert_products
 from moec.training.parts import GatedMlp, parameter

@@ -22,8 +22,9 @@ import torch
 from moec.compiler.errors import SpecError, UserError
 from moec.compiler.progress import Progress
 from moec.compiler.source import TOKENIZER
-from moec.compiler.spec import DecoderConfig, Spec
+from moec.compiler.spec import Spec
 from moec.compiler.spec.training import Training, TrainingStage
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import weight_layout
 from moec.training.checkpoints import (
     initial_weights,

@@ -23,10 +23,10 @@ from moec.analysis.plan.scaling_law import PUBLISHED, Law, training_flops
 from moec.compiler.errors import UserError
 from moec.compiler.footprint import Footprint
 from moec.compiler.rates import Rates
-from moec.compiler.spec import DecoderConfig, MoeConfig, Quantization
+from moec.compiler.spec import Quantization
 from moec.compiler.spec.device import Device
-from moec.compiler.spec.model import RopeConfig
 from moec.sources.decoder.architecture import architecture_of
+from moec.sources.decoder.config import DecoderConfig, MoeConfig, RopeConfig
 
 EXPERTS = (1, 2, 4, 8, 16, 32)  # what the paper swept
 GRANULARITIES = (1, 2, 4, 8, 16)

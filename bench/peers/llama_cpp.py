@@ -23,7 +23,7 @@ import numpy as np
 
 from moec.compiler.errors import MissingExtra, UserError
 from moec.compiler.progress import Progress
-from moec.compiler.spec import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 
 SOURCE = "llama-cpp-python==0.3.36"
 BLOCK = 32  # Q4_0: one float16 scale and 32 nibbles

@@ -1,11 +1,9 @@
 """Specs: what a user asks for, read strictly and with the place of every fault."""
 
 from moec.compiler.spec.loader import as_spec, load_spec, parse_spec
-from moec.compiler.spec.model import DecoderConfig, MoeConfig, Quantization, Spec, WeightScheme
+from moec.compiler.spec.model import Quantization, Spec, WeightScheme
 
 __all__ = [
-    "DecoderConfig",
-    "MoeConfig",
     "Quantization",
     "Spec",
     "WeightScheme",

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from moec.compiler.source import ModelSource
 
 ENTRY_POINTS = "moec.sources"
-DEFAULT = "architecture"  # whose faults are told when a section has the key of no source
 
 
 @cache
@@ -42,11 +41,20 @@ def _others() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def source_keys() -> list[str]:
-    """The keys of `model:` that choose a source: `architecture` first, then by name."""
+    """The keys of `model:` that choose a source: that of the default first, then by name."""
     from moec.compiler.source import registered
 
     _own()
-    return sorted({*registered(), *_others()}, key=lambda key: (key != DEFAULT, key))
+    default = default_source().key
+    return sorted({*registered(), *_others()}, key=lambda key: (key != default, key))
+
+
+def default_source() -> ModelSource[Any]:
+    """The source whose faults are told of a section that has the key of no source."""
+    from moec.compiler.source import registered
+
+    _own()
+    return next(source for source in registered().values() if source.default)
 
 
 def find_source(key: str) -> ModelSource[Any]:
@@ -70,7 +78,7 @@ def find_source(key: str) -> ModelSource[Any]:
 
 def source_for(raw: Mapping[str, Any]) -> ModelSource[Any]:
     """The source of a section not yet read: that whose key it has."""
-    return find_source(next((key for key in source_keys() if key in raw), DEFAULT))
+    return find_source(next((key for key in source_keys() if key in raw), default_source().key))
 
 
 def source_of(model: Section) -> ModelSource[Any]:

@@ -22,12 +22,14 @@ ENTRY_POINTS = "moec.targets"
 
 
 class TargetOptions(Section):
-    """Base of every target's options, and what a target says of devices.
+    """Base of every target's options, and what a target says of itself before it is loaded.
 
+    default: whether specs that name no target mean this one; one target of this distribution does.
     device_needs: keys of a device file without which a device cannot run the target's artifacts. device_isas: what such
     a file may list under `isa:` for the target, beside the instruction sets of CPUs.
     """
 
+    default: ClassVar[bool] = False
     device_needs: ClassVar[tuple[str, ...]] = ()
     device_isas: ClassVar[tuple[str, ...]] = ()
 
@@ -61,6 +63,13 @@ def options_class(name: str) -> type[TargetOptions]:
             f"target {name}: {package}.options cannot be used: {error}",
             remedy="reinstall or remove the distribution",
         ) from error
+
+
+def default_targets() -> dict[str, TargetOptions]:
+    """What a spec without `targets:` means: the target whose options say that they are the default."""
+    own = [name for name, package in target_packages().items() if package.startswith("moec.")]
+    (name,) = (name for name in own if options_class(name).default)
+    return parse_targets([name])
 
 
 def normalized(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moec.compiler.architecture import Architecture, Cache, Experts, Weight
 from moec.compiler.roles import Role
-from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from moec.compiler.program import LazyWeight, Role
-from moec.compiler.spec.model import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.rope import rope_tables
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moec.compiler.spec.model import DecoderConfig, MoeConfig
+from moec.sources.decoder.config import DecoderConfig, MoeConfig
 from moec.sources.decoder.rope import rope_tables
 
 Dispatch = Literal["gathered", "loop"]

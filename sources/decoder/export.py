@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moec.compiler.export import MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import ModelInfo, Program
 from moec.compiler.source import Weights
-from moec.compiler.spec.model import DecoderConfig
 from moec.sources.decoder.buffers import cache_names, constant_tensors, roles
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.layout import moe_layers, weight_layout
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.compiler.roles import Role
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.spec.quantization import Quantization
 from moec.compiler.spec.strict import Fault
+from moec.sources.decoder.config import DecoderConfig
 
 
 @dataclass(frozen=True)

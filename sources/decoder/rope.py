@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from moec.compiler.spec.model import RopeConfig, RopeScaling
+from moec.sources.decoder.config import RopeConfig, RopeScaling
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

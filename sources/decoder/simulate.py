@@ -31,7 +31,8 @@ from moec.compiler.program import LazyWeight, Role
 from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, fake_quantize_rows_asymmetric
 from moec.compiler.quantizer import codes_of
 from moec.compiler.reference import OnLayer, Prompts, Routed, Selections
-from moec.compiler.spec.model import DecoderConfig, Quantization
+from moec.compiler.spec.model import Quantization
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import apply_rope
 from moec.sources.decoder.layout import moe_layers, weight_layout
 from moec.sources.decoder.rope import rope_tables

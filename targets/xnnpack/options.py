@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class Options(TargetOptions):
     `threads`: the session's default.
     """
 
+    default: ClassVar[bool] = True
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
     kernels: Kernels = Kernels()

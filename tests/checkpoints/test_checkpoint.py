@@ -24,7 +24,8 @@ from moec.compiler.artifact import file_digest
 from moec.compiler.errors import CheckpointError, SpecError, UserError
 from moec.compiler.quant import QuantizedTensor, quantize_weight, unpack_int4
 from moec.compiler.spec.loader import load_spec, parse_spec
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.spec.model import Spec
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.simulate import Reference
 from moec.sources.inspection import inspect

@@ -11,8 +11,9 @@ import yaml
 from moec.cli.output import json_text
 from moec.compiler.errors import SpecError
 from moec.compiler.program import Role
-from moec.compiler.spec import DecoderConfig, WeightScheme, as_spec, load_spec, parse_spec
+from moec.compiler.spec import WeightScheme, as_spec, load_spec, parse_spec
 from moec.compiler.spec.schema import spec_schema
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import parameter_counts
 
 SPECS = Path(__file__).parents[2] / "specs"

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 
 from moec.compiler.program import Role
-from moec.compiler.spec.model import DecoderConfig, RopeConfig, RopeScaling
 from moec.sources.decoder.buffers import cache_names, constant_tensors, roles
+from moec.sources.decoder.config import DecoderConfig, RopeConfig, RopeScaling
 from moec.sources.decoder.decoder import Attention, Decoder
 from moec.sources.decoder.layout import moe_layers, parameter_counts, weight_layout
 from moec.sources.decoder.rope import rope_frequencies, rope_tables

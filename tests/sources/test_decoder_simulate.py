@@ -16,8 +16,9 @@ from moec.checkpoints.store import WeightStore, open_store
 from moec.compiler.errors import CompileError, RunError
 from moec.compiler.program import Role
 from moec.compiler.quant import QuantizedTensor, quantize_rows, quantize_weight
-from moec.compiler.spec.model import DecoderConfig, Quantization, Spec
+from moec.compiler.spec.model import Quantization, Spec
 from moec.compiler.spec.sources import source_of
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.layout import weight_layout
 from moec.sources.decoder.simulate import Matrix, Reference

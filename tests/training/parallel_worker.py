@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moec.compiler.spec import DecoderConfig, Spec
+from moec.compiler.spec import Spec
+from moec.sources.decoder.config import DecoderConfig
 from moec.training import run, stages
 from moec.training.checkpoints import initial_weights
 from moec.training.data.shards import Corpus

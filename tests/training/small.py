@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from moec.compiler.spec import DecoderConfig, Spec
+from moec.compiler.spec import Spec
+from moec.sources.decoder.config import DecoderConfig
 from moec.training.checkpoints import load_weights
 from moec.training.data.shards import Corpus, write_tokens
 from moec.training.model import TrainingDecoder

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moec.compiler.spec import MoeConfig
 from moec.compiler.spec.training import Balancing
+from moec.sources.decoder.config import MoeConfig
 from moec.training.dispatch import capacity, from_rows, plan, to_rows
 from moec.training.experts import COMPUTES, expert_products
 from moec.training.moe import MoeBlock

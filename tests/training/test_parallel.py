@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moec.compiler.errors import UserError
-from moec.compiler.spec import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import weight_layout
 from moec.training.parallel import joined
 from tests.training.parallel_worker import perform

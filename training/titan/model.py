@@ -22,8 +22,8 @@ from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 from torchtitan.protocols import BaseModel
 
 from moec.compiler.errors import UserError
-from moec.compiler.spec import DecoderConfig
 from moec.compiler.spec.training import TrainingStage
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.rope import rope_tables
 from moec.training.checkpoints import load_weights
 from moec.training.experts import Compute

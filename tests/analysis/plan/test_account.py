@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from moec.analysis.plan.memory import Model, expert_bytes_touched, longest_context, memory, roles, weight_bytes
 from moec.compiler.architecture import Architecture, Weight
-from moec.compiler.spec import DecoderConfig, Quantization, load_spec
-from moec.compiler.spec.model import AttentionWindow, MoeConfig, RopeConfig
+from moec.compiler.spec import Quantization, load_spec
 from moec.compiler.spec.targets import options_class
 from moec.compiler.target import find_target
 from moec.sources.decoder.architecture import architecture_of
+from moec.sources.decoder.config import AttentionWindow, DecoderConfig, MoeConfig, RopeConfig
 from moec.sources.decoder.layout import parameter_counts
 
 SPECS = Path(__file__).parents[3] / "specs"

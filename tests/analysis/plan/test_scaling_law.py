@@ -16,9 +16,10 @@ from moec.analysis.plan.scaling_law import PUBLISHED, Law, effective_experts, la
 from moec.analysis.plan.search import EXPERTS, Found, Limits, search, shape, shapes
 from moec.analysis.plan.searched import spec_text
 from moec.compiler.errors import UserError
-from moec.compiler.spec import DecoderConfig, load_spec, parse_spec
+from moec.compiler.spec import load_spec, parse_spec
 from moec.compiler.spec.targets import options_class
 from moec.compiler.target import find_target
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import parameter_counts
 from tests.conftest import Moec
 

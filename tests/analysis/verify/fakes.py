@@ -9,8 +9,8 @@ import torch
 
 from moec.analysis.verify.weights import unkind_weights
 from moec.compiler.program import LazyWeight
-from moec.compiler.spec.model import DecoderConfig
 from moec.compiler.target import MoeTrace
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import Decoder, MoeBlock
 from moec.sources.decoder.following import DecoderReference
 from moec.sources.decoder.layout import weight_layout

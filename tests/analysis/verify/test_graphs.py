@@ -13,8 +13,9 @@ from moec.analysis.verify.graphs import Sample, compare_programs, compare_region
 from moec.analysis.verify.structure import structure_faults
 from moec.compiler.program import Editor, LazyWeight, Program
 from moec.compiler.source import NamedWeights
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.spec.model import Spec
 from moec.passes.canonicalize import canonicalize
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.export import export_decoder
 

@@ -10,7 +10,8 @@ import torch
 from moec.analysis.verify.interpret import GraphRunner, WeightCache
 from moec.compiler.program import LazyWeight
 from moec.compiler.source import NamedWeights
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.spec.model import Spec
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.export import export_decoder
 from moec.sources.decoder.layout import weight_layout

@@ -14,9 +14,10 @@ from moec.compiler.errors import UserError
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Stage
 from moec.compiler.source import NamedWeights
-from moec.compiler.spec.model import DecoderConfig, Spec
+from moec.compiler.spec.model import Spec
 from moec.passes.canonicalize import canonicalize
 from moec.passes.fuse_rms_norm import fuse_rms_norm
+from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.export import export_decoder
 from moec.sources.decoder.layout import weight_layout
 from tests.analysis.verify.fakes import CONFIG
