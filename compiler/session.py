@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 
 from moec.compiler.errors import RunError
+from moec.compiler.spec.targets import targets_that_save_sessions
 from moec.compiler.target import MoeTrace, Session
 
 
@@ -136,7 +137,7 @@ class SessionBase(ABC):
         raise self._not_here("be restored")
 
     def _not_here(self, what: str) -> RunError:
-        remedy = "compile the spec for xnnpack"
+        remedy = f"compile the spec for {' or '.join(targets_that_save_sessions())}"
         return RunError(f"sessions of this target cannot {what}", place=self._place, remedy=remedy)
 
     def _check_open(self) -> None:

@@ -24,12 +24,14 @@ ENTRY_POINTS = "moec.targets"
 class TargetOptions(Section):
     """Base of every target's options, and what a target says of itself before it is loaded.
 
-    default: whether specs that name no target mean this one; one target of this distribution does.
+    default: whether specs that name no target mean this one; one target of this distribution does. saves_sessions:
+    whether its sessions fork, rewind, save and restore.
     device_needs: keys of a device file without which a device cannot run the target's artifacts. device_isas: what such
     a file may list under `isa:` for the target, beside the instruction sets of CPUs.
     """
 
     default: ClassVar[bool] = False
+    saves_sessions: ClassVar[bool] = False
     device_needs: ClassVar[tuple[str, ...]] = ()
     device_isas: ClassVar[tuple[str, ...]] = ()
 
@@ -67,9 +69,17 @@ def options_class(name: str) -> type[TargetOptions]:
 
 def default_targets() -> dict[str, TargetOptions]:
     """What a spec without `targets:` means: the target whose options say that they are the default."""
-    own = [name for name, package in target_packages().items() if package.startswith("moec.")]
-    (name,) = (name for name in own if options_class(name).default)
+    (name,) = (name for name in _own_targets() if options_class(name).default)
     return parse_targets([name])
+
+
+def targets_that_save_sessions() -> list[str]:
+    """Those of this distribution."""
+    return [name for name in _own_targets() if options_class(name).saves_sessions]
+
+
+def _own_targets() -> list[str]:
+    return [name for name, package in target_packages().items() if package.startswith("moec.")]
 
 
 def normalized(value: Any) -> Any:

@@ -28,6 +28,7 @@ class Options(TargetOptions):
     """
 
     default: ClassVar[bool] = True
+    saves_sessions: ClassVar[bool] = True
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
     kernels: Kernels = Kernels()
