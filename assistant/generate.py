@@ -57,9 +57,9 @@ class TextStream:
 
 
 class Text:
-    """The text of a generation in pieces, up to a stop string; iterate once. `ids`: those taken so far.
+    """The text of a generation in pieces, one for each token and one at the end; iterate once. `ids`: those so far.
 
-    The pieces joined are `text`: the decoding of all ids, cut where a stop string begins.
+    The pieces joined are `text`: the decoding of all ids, cut where a stop string begins. A piece may be empty.
     """
 
     def __init__(self, generation: Generation, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:

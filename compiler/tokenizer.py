@@ -9,26 +9,16 @@ a thread nor an exception handler bounds it. A call costs the pipe, some tens of
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import selectors
-import struct
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.files import read_bytes
+from moec.compiler.worker import Fault, Worker
 
 MAX_BYTES = 256 << 20  # of the file; the largest vocabularies in use take 35 MB
 SECONDS = 60.0  # for one call, of a file that big or a prompt of megabytes; usual ones take milliseconds
-_MAX_REPLY = 1 << 30
 _REMEDY = "take the model's tokenizer.json"
 
 
@@ -37,18 +27,15 @@ class TextTokenizer:
 
     def __init__(self, content: bytes, place: str) -> None:
         self._place = place
-        # -P: the folder that the user stands in may be a model's, and its files are not modules to import
-        command = [sys.executable, "-P", "-m", "moec.compiler.tokenizer_worker"]
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        self._end = weakref.finalize(self, _end, self._process)
+        self._worker = Worker("moec.compiler.tokenizer_worker", "the tokenizer", place, _REMEDY)
         self.vocab_size = int(self._ask({"load": len(content)}, content))
 
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, with the special tokens that the tokenizer itself adds, or without any."""
-        return list(self._ask({"encode": text, "special": special_tokens}))
+    def encode(self, text: str, *, special_tokens: bool = True, markers_as_text: bool = False) -> list[int]:
+        """Ids of `text`, with the special tokens that the tokenizer itself adds, or without any.
+
+        markers_as_text: special tokens that are written in the text are text, not tokens.
+        """
+        return list(self._ask({"encode": text, "special": special_tokens, "as_text": markers_as_text}))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._ask({"decode": [int(i) for i in ids], "skip": skip_special_tokens}))
@@ -56,6 +43,15 @@ class TextTokenizer:
     def token_to_id(self, token: str) -> int | None:
         found = self._ask({"id": token})
         return None if found is None else int(found)
+
+    def special_tokens(self) -> dict[int, str]:
+        """Special tokens by id, which `decode` leaves out."""
+        return {int(i): str(text) for i, text in self._ask({"special": True}).items()}
+
+    def token(self, id_: int) -> str | None:
+        """A token as the vocabulary spells it; None for an id that it does not have."""
+        found = self._ask({"token": int(id_)})
+        return None if found is None else str(found)
 
     def adds(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the post-processor puts before and behind every text."""
@@ -65,29 +61,16 @@ class TextTokenizer:
 
     def close(self) -> None:
         """End the process. Calls after this raise ArtifactError."""
-        self._end()
+        self._worker.close()
 
     def _ask(self, message: dict[str, Any], data: bytes = b"") -> Any:
-        with self._lock:
-            if not self._end.alive:
-                raise ArtifactError("its tokenizer is closed", place=self._place)
-            try:
-                send(self._process.stdin, message, data)
-                reply = json.loads(_receive_within(self._process, time.monotonic() + SECONDS))
-            except TimeoutError:
-                self._end()
-                what = f"the tokenizer does not end: {SECONDS:.0f} seconds have passed"
-                raise ArtifactError(what, place=self._place, remedy=_REMEDY) from None
-            except (EOFError, OSError):
-                self._end()
-                what = f"the tokenizer stopped (status {self._process.poll()})"
-                raise ArtifactError(what, place=self._place, remedy=_REMEDY) from None
-        if "fault" in reply:
+        try:
+            return self._worker.ask(message, data, seconds=SECONDS)
+        except Fault as fault:
             if "load" in message:
-                self._end()
-                raise ArtifactError(f"not a tokenizer: {reply['fault']}", place=self._place, remedy=_REMEDY)
-            raise ArtifactError(f"the tokenizer fails: {reply['fault']}", place=self._place, remedy=_REMEDY)
-        return reply["value"]
+                self._worker.close()
+                raise ArtifactError(f"not a tokenizer: {fault}", place=self._place, remedy=_REMEDY) from None
+            raise ArtifactError(f"the tokenizer fails: {fault}", place=self._place, remedy=_REMEDY) from None
 
 
 def load_tokenizer(file: Path) -> TextTokenizer:
@@ -110,44 +93,3 @@ def encode_prompt(tokenizer: TextTokenizer, text: str, place: str = "--prompt") 
     """The ids of a prompt: what the model's own tokenizer gives, nothing added and nothing cut off."""
     check_unicode(text, place)
     return tokenizer.encode(text)
-
-
-def send(stream: Any, message: dict[str, Any], data: bytes = b"") -> None:
-    """A message as JSON with its length before it, then `data`."""
-    text = json.dumps(message).encode()
-    left = memoryview(struct.pack("<Q", len(text)) + text + data)
-    while left:  # an unbuffered pipe may take less
-        left = left[stream.write(left) :]
-
-
-def _receive_within(process: subprocess.Popen[bytes], until: float) -> bytes:
-    """The next reply. TimeoutError, EOFError."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-
-        def take(count: int) -> bytes:
-            found = bytearray()
-            while len(found) < count:
-                if not selector.select(max(0.0, until - time.monotonic())):
-                    raise TimeoutError
-                assert process.stdout is not None
-                piece = os.read(process.stdout.fileno(), min(count - len(found), 1 << 20))
-                if not piece:
-                    raise EOFError
-                found += piece
-            return bytes(found)
-
-        (length,) = struct.unpack("<Q", take(8))
-        if length > _MAX_REPLY:
-            raise EOFError
-        return take(length)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-    process.wait()

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from moec.compiler import tokenizer as module
+from moec.compiler import worker
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.tokenizer import TextTokenizer, encode_prompt, load_tokenizer
 
@@ -144,9 +145,9 @@ def test_one_that_never_ends_or_dies_is_one_line(does: str, tmp_path: Path, monk
     file = saved(tmp_path, base())
     import sys
 
-    real = module.subprocess.Popen
+    real = worker.subprocess.Popen
     monkeypatch.setattr(module, "SECONDS", 2.0)
-    monkeypatch.setattr(module.subprocess, "Popen", lambda _, **o: real([sys.executable, "-c", does], **o))
+    monkeypatch.setattr(worker.subprocess, "Popen", lambda _, **o: real([sys.executable, "-c", does], **o))
     started = time.monotonic()
     with pytest.raises(ArtifactError, match=r"does not end|stopped") as caught:
         TextTokenizer(file.read_bytes(), str(file))

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from moec.assistant import template as template_module
 from moec.compiler.texts import prompts
-from moec.training import chat_template
 from moec.training.data.shards import DataError
 from moec.training.tokenizer import SPECIALS, Coder, train_tokenizer
 
@@ -176,7 +176,7 @@ def test_a_marker_in_a_text_stays_text_in_a_template(tmp_path: Path) -> None:
 
 
 TEMPLATES = {
-    "syntax": ("{% for %}", "cannot be rendered"),
+    "syntax": ("{% for %}", "not a chat template"),
     "refuses": ("{{ raise_exception('no system role') }}", "refuses it: no system role"),
     "attributes": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered|unsafe"),
     "endless": (
@@ -190,7 +190,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_hostile_template_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template, message = TEMPLATES[kind]
-    monkeypatch.setattr(chat_template, "_SECONDS", 1.0)
+    monkeypatch.setattr(template_module, "SECONDS", 2.0)
     coder = Coder.from_file(chatml(tmp_path, template))
     with pytest.raises(DataError, match=message) as caught:
         coder.encode_conversations(CONVERSATIONS[1:])

@@ -1,0 +1,119 @@
+"""An answer as it comes: its text, its thinking, the tools that it calls, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moec.assistant.generate import Stats, Text
+from moec.assistant.sampling import MAX_TOP, Sampling, TokenScore
+from moec.assistant.segments import Piece
+from moec.assistant.stops import StopStrings
+from moec.assistant.tool_formats import ToolCall
+from moec.compiler.errors import RunError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How an answer is drawn and where it ends. max_new_tokens None: at the end of the context.
+
+    top_scores: None, or of how many of the likeliest tokens log-probabilities are told beside each taken one.
+    RunError for values out of range.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    top_scores: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
+        if self.top_scores is not None and not 0 <= self.top_scores <= MAX_TOP:
+            raise RunError(f"log-probabilities of {self.top_scores} tokens", remedy=f"use 0 to {MAX_TOP}")
+        StopStrings(self.stop)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one token brought: parts of the answer that became certain, and its log-probability if it was asked for."""
+
+    pieces: Sequence[Piece]
+    scores: Sequence[TokenScore] = ()
+
+
+class Splitter(Protocol):
+    """Takes text apart (`assistant/segments.py`)."""
+
+    def push(self, piece: str) -> list[Piece]: ...
+    def finish(self) -> list[Piece]: ...
+
+
+class Answer:
+    """Iterate once: over it for the pieces of its text, or over `steps()` for everything.
+
+    text, thinking, calls, scores, stats: what there is so far. RunError at the end where a format was asked for and the
+    answer ended before it was whole; what came until then is in `text`.
+    """
+
+    def __init__(self, source: Text, splitter: Splitter) -> None:
+        self._source, self._splitter = source, splitter
+        self.text = ""
+        self.thinking = ""
+        self.calls: list[ToolCall] = []
+
+    @property
+    def stats(self) -> Stats:
+        return self._source.generation.stats
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens taken so far."""
+        return self._source.ids
+
+    @property
+    def scores(self) -> list[TokenScore]:
+        return self._source.generation.scores
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a format was asked for and is not whole."""
+        constraint = self._source.generation.constraint
+        return constraint is not None and not constraint.accepting
+
+    def cancel(self) -> None:
+        """End it before the next token; from any thread."""
+        self._source.generation.cancelled.set()
+
+    def __iter__(self) -> Iterator[str]:
+        for step in self.steps():
+            for piece in step.pieces:
+                if piece.kind == "text":
+                    yield piece.text
+        if self.unfinished:
+            raise RunError(
+                f"the answer ended before its format was whole: stopped by {self.stats.stopped} "
+                f"behind {self.stats.new_tokens} tokens",
+                remedy="allow more tokens, or ask for less",
+            )
+
+    def steps(self) -> Iterator[Step]:
+        """Everything, token by token; nothing is raised for a format that is not whole (see `unfinished`)."""
+        told = 0
+        for text in self._source:
+            pieces = self._taken(self._splitter.push(text))
+            yield Step(pieces, self.scores[told:])
+            told = len(self.scores)
+        if pieces := self._taken(self._splitter.finish()):
+            yield Step(pieces)
+
+    def _taken(self, pieces: list[Piece]) -> list[Piece]:
+        for piece in pieces:
+            if piece.kind == "text":
+                self.text += piece.text
+            elif piece.kind == "thinking":
+                self.thinking += piece.text
+            elif piece.call is not None:
+                self.calls.append(piece.call)
+        return pieces

@@ -1,0 +1,206 @@
+"""What an artifact knows of text: its tokenizer, its chat template and what it recommends; prompts become ids here."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moec.assistant.answer import Answer, Limits
+from moec.assistant.generate import Constraint, Generation, Held, Text
+from moec.assistant.messages import checked_messages, checked_tools
+from moec.assistant.sampling import Sampling, recommended
+from moec.assistant.segments import (
+    CHANNEL_MARKERS,
+    THINK_MARKERS,
+    Channels,
+    Segments,
+    has_channels,
+    has_thinking,
+    opens_thinking,
+)
+from moec.assistant.template import ChatTemplate
+from moec.assistant.tool_formats import tool_format
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import RunError
+from moec.compiler.source import GENERATION, TOKENIZER
+from moec.compiler.tokenizer import TextTokenizer, encode_prompt, load_tokenizer
+
+_STAND_IN = "\U000f4d45{}\U000f4d46"  # private characters; a text that holds them is encoded as it is
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids of a prompt, and how its answer is taken apart. `messages`: None for a text to go on from."""
+
+    ids: list[int]
+    messages: list[dict[str, Any]] | None = None
+    thinking: bool = False  # whether the answer begins inside a thinking segment
+    tools: bool = False  # whether tools may be called
+
+
+@dataclass
+class Assistant:
+    """`template` is None for a model without one. `eos_ids` end an answer. place: the artifact, for messages."""
+
+    tokenizer: TextTokenizer
+    template: ChatTemplate | None
+    sampling: Sampling
+    eos_ids: frozenset[int]
+    place: str
+    _special: dict[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(artifact: Artifact, *, tokenizer: Path | None = None, chat_template: Path | None = None) -> Assistant:
+        """What lies in the artifact's folder, or in the files given; ArtifactError for damaged ones or no tokenizer."""
+        words = load_tokenizer(tokenizer or artifact.folder / TOKENIZER)
+        return Assistant(
+            words,
+            ChatTemplate.of_folder(artifact.folder, chat_template),
+            recommended(artifact.folder / GENERATION),
+            frozenset(artifact.manifest.model.eos_ids),
+            str(artifact.folder),
+            words.special_tokens(),
+        )
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def text_prompt(self, text: str, place: str = "--prompt") -> Prompt:
+        """A text to go on from, with the special tokens that the tokenizer itself adds."""
+        return Prompt(encode_prompt(self.tokenizer, text, place))
+
+    def chat_prompt(self, messages: Any, *, tools: Any = None, variables: Mapping[str, Any] | None = None) -> Prompt:
+        """A conversation in the model's own form, up to where its answer begins.
+
+        The ids are those of transformers' `apply_chat_template`, except that special tokens that are written in a
+        message are text. RunError: no template, what `checked_messages` refuses, tools where the template reads none.
+        """
+        template = self._template()
+        messages = checked_messages(messages)
+        if any(m["role"] == "developer" for m in messages) and "developer" not in template.text:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        tools = checked_tools(tools) if tools else None
+        if tools and "tools" not in template.variables:
+            raise RunError("the chat template reads no tools", place=template.place, remedy="leave them out")
+        text, ids = self._encoded(template, messages, tools, variables)
+        return Prompt(ids, messages, opens_thinking(text), bool(tools))
+
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            what = "the model brings no chat template"
+            raise RunError(what, place=self.place, remedy="give one with --chat-template, or a text instead")
+        return self.template
+
+    def _encoded(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> tuple[str, list[int]]:
+        def rendered(messages: Any, tools: Any) -> str:
+            return template.render(messages, tools=tools, generation_prompt=True, variables=variables)
+
+        text = rendered(messages, tools)
+        markers = [marker for marker in self._special.values() if marker]
+        found: list[str] = []
+
+        def hide(value: str) -> str:
+            for marker in sorted(markers, key=len, reverse=True):
+                if marker in value:
+                    found.append(marker)
+                    value = value.replace(marker, _STAND_IN.format(len(found) - 1))
+            return value
+
+        hidden = _mapped(messages, hide), _mapped(tools, hide)
+        if not found:
+            return text, self.tokenizer.encode(text, special_tokens=False)
+        masked = rendered(*hidden)
+        parts = re.split(_STAND_IN.format("([0-9]+)"), masked)
+        parts[1::2] = [found[int(index)] for index in parts[1::2]]
+        if "".join(parts) != text:
+            raise RunError(
+                f"a message holds the special token {found[0]}, and the chat template does not keep it as it is",
+                place="messages",
+                remedy="leave it out",
+            )
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            ids += self._part(part, markers_as_text=index % 2 == 1, first=not ids)
+        return text, ids
+
+    def _part(self, text: str, *, markers_as_text: bool, first: bool) -> list[int]:
+        """Ids of a part of a text: behind a line end, since tokenizers of SentencePiece add a space to a beginning."""
+        if not text:
+            return []
+        if not first:
+            line = self.tokenizer.encode("\n", special_tokens=False)
+            ids = self.tokenizer.encode("\n" + text, special_tokens=False, markers_as_text=markers_as_text)
+            if ids[: len(line)] == line:
+                return ids[len(line) :]
+        return self.tokenizer.encode(text, special_tokens=False, markers_as_text=markers_as_text)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        held: Held,
+        prompt: Prompt,
+        limits: Limits,
+        constraint: Constraint | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Answer:
+        """The answer to a prompt, which is computed as it is iterated."""
+        room = held.session.context - len(prompt.ids)
+        generation = Generation(
+            held.session,
+            prompt.ids,
+            room + 1 if limits.max_new_tokens is None else limits.max_new_tokens,
+            limits.sampling,
+            self.eos_ids,
+            place=self.place,
+            constraint=constraint,
+            top_scores=limits.top_scores,
+            cancelled=cancelled or threading.Event(),
+            held=held,
+        )
+        if prompt.messages is None or self.template is None:
+            return Answer(Text(generation, self.tokenizer.decode, limits.stop), Segments())
+        text = self.template.text
+        tools = tool_format(text) if prompt.tools else None
+        if has_channels(text):
+            return Answer(Text(generation, self._decode_with(CHANNEL_MARKERS), limits.stop), Channels())
+        kept = (*THINK_MARKERS, *_markers(tools))
+        segments = Segments(tools, thinks=has_thinking(text), thinking=prompt.thinking)
+        return Answer(Text(generation, self._decode_with(kept), limits.stop), segments)
+
+    def _decode_with(self, kept: Sequence[str]) -> Callable[[list[int]], str]:
+        """Decoding without special tokens, `kept` apart."""
+        left_out = {i for i, text in self._special.items() if text not in kept}
+        if len(left_out) == len(self._special):
+            return self.tokenizer.decode
+        return lambda ids: self.tokenizer.decode([i for i in ids if i not in left_out], skip_special_tokens=False)
+
+
+def _markers(tools: Any) -> tuple[str, ...]:
+    if tools is None:
+        return ()
+    inner = {
+        "deepseek": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+        "mistral": ("[ARGS]", "[CALL_ID]"),
+    }
+    return (tools.begin, *([tools.end] if tools.end else []), *inner.get(tools.name, ()))
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every text in it changed; keys are left."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return value
