@@ -50,8 +50,8 @@ class Splitter(Protocol):
     def finish(self) -> list[Piece]: ...
 
 
-class Answer:
-    """Iterate once: over it for the pieces of its text, or over `steps()` for everything.
+class Answer(Iterator[str]):
+    """Iterate over it for the pieces of its text, or over `steps()` for everything; once.
 
     text, thinking, calls, scores, stats: what there is so far. RunError at the end where a format was asked for and the
     answer ended before it was whole; what came until then is in `text`.
@@ -62,6 +62,7 @@ class Answer:
         self.text = ""
         self.thinking = ""
         self.calls: list[ToolCall] = []
+        self._pieces = self._texts()
 
     @property
     def stats(self) -> Stats:
@@ -86,7 +87,10 @@ class Answer:
         """End it before the next token; from any thread."""
         self._source.generation.cancelled.set()
 
-    def __iter__(self) -> Iterator[str]:
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _texts(self) -> Iterator[str]:
         for step in self.steps():
             for piece in step.pieces:
                 if piece.kind == "text":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.assistant.answer import Answer, Limits
-from moec.assistant.generate import Constraint, Generation, Held, Text
+from moec.assistant.generate import AfterThinking, Constraint, Generation, Text
 from moec.assistant.messages import checked_messages, checked_tools
 from moec.assistant.sampling import Sampling, recommended
 from moec.assistant.segments import (
@@ -22,12 +22,15 @@ from moec.assistant.segments import (
     has_thinking,
     opens_thinking,
 )
+from moec.assistant.structured import Format, Formats
 from moec.assistant.template import ChatTemplate
 from moec.assistant.tool_formats import tool_format
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import RunError
+from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.files import read_text
 from moec.compiler.source import GENERATION, TOKENIZER
-from moec.compiler.tokenizer import TextTokenizer, encode_prompt, load_tokenizer
+from moec.compiler.target import Session
+from moec.compiler.tokenizer import MAX_BYTES, TextTokenizer, encode_prompt, load_tokenizer
 
 _STAND_IN = "\U000f4d45{}\U000f4d46"  # private characters; a text that holds them is encoded as it is
 
@@ -51,18 +54,22 @@ class Assistant:
     sampling: Sampling
     eos_ids: frozenset[int]
     place: str
+    tokenizer_file: Path
     _special: dict[int, str] = field(default_factory=dict)
+    _formats: Formats | None = None
 
     @staticmethod
     def of(artifact: Artifact, *, tokenizer: Path | None = None, chat_template: Path | None = None) -> Assistant:
         """What lies in the artifact's folder, or in the files given; ArtifactError for damaged ones or no tokenizer."""
-        words = load_tokenizer(tokenizer or artifact.folder / TOKENIZER)
+        file = tokenizer or artifact.folder / TOKENIZER
+        words = load_tokenizer(file)
         return Assistant(
             words,
             ChatTemplate.of_folder(artifact.folder, chat_template),
             recommended(artifact.folder / GENERATION),
             frozenset(artifact.manifest.model.eos_ids),
             str(artifact.folder),
+            file,
             words.special_tokens(),
         )
 
@@ -147,16 +154,17 @@ class Assistant:
 
     def answer(
         self,
-        held: Held,
+        session: Session,
         prompt: Prompt,
         limits: Limits,
-        constraint: Constraint | None = None,
+        format: Format | None = None,
         cancelled: threading.Event | None = None,
     ) -> Answer:
-        """The answer to a prompt, which is computed as it is iterated."""
-        room = held.session.context - len(prompt.ids)
+        """The answer to a prompt, which is computed as it is iterated. RunError for a format that cannot be met."""
+        constraint = None if format is None else self._constraint(session, prompt, format)
+        room = session.context - len(prompt.ids)
         generation = Generation(
-            held.session,
+            session,
             prompt.ids,
             room + 1 if limits.max_new_tokens is None else limits.max_new_tokens,
             limits.sampling,
@@ -165,7 +173,6 @@ class Assistant:
             constraint=constraint,
             top_scores=limits.top_scores,
             cancelled=cancelled or threading.Event(),
-            held=held,
         )
         if prompt.messages is None or self.template is None:
             return Answer(Text(generation, self.tokenizer.decode, limits.stop), Segments())
@@ -176,6 +183,71 @@ class Assistant:
         kept = (*THINK_MARKERS, *_markers(tools))
         segments = Segments(tools, thinks=has_thinking(text), thinking=prompt.thinking)
         return Answer(Text(generation, self._decode_with(kept), limits.stop), segments)
+
+    def _constraint(self, session: Session, prompt: Prompt, format: Format) -> Constraint:
+        if self._formats is None:
+            text = read_text(self.tokenizer_file, limit=MAX_BYTES, fault=ArtifactError)
+            self._formats = Formats(text, session.vocab_size, self.eos_ids, self.place)
+        matcher = self._formats.matcher(format)
+        if prompt.messages is None or self.template is None:
+            return matcher
+        if has_channels(self.template.text):
+            what = "answers in channels cannot be held to a format"
+            raise RunError(what, place=self.template.place, remedy="give a text instead of a conversation")
+        return matcher if not prompt.thinking else AfterThinking(matcher, self._decode_with(THINK_MARKERS))
+
+    def generate(
+        self,
+        session: Session,
+        prompt: str | Sequence[Mapping[str, Any]] | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        top_scores: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """The answer to a text, a conversation or ids, computed as it is iterated (`moec.assistant.answer.Answer`).
+
+        What is None is what the model's generation_config.json recommends, else greedy. Numbers are those of
+        `Sampling`, stop and top_scores those of `Limits`; max_new_tokens None: to the end of the context. tools: of a
+        conversation, in OpenAI's form; calls are in the answer's `calls`. json_schema, regex, grammar: what the answer
+        must be. variables: what the chat template may read, such as `enable_thinking`. RunError for what is wrong.
+        """
+        sampling = self.sampling.given(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+        )
+        limits = Limits(sampling, max_new_tokens, (stop,) if isinstance(stop, str) else stop, top_scores)
+        format = Format.of(json_schema=json_schema, regex=regex, grammar=grammar)
+        return self.answer(session, self._prompt(prompt, tools, variables), limits, format)
+
+    def _prompt(self, prompt: Any, tools: Any, variables: Any) -> Prompt:
+        chat = not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
+        if (tools or variables) and not chat:
+            raise RunError("tools and variables are for conversations", remedy="give messages")
+        if chat:
+            return self.chat_prompt(prompt, tools=tools, variables=variables)
+        return self.text_prompt(prompt, "the prompt") if isinstance(prompt, str) else Prompt(list(prompt))
 
     def _decode_with(self, kept: Sequence[str]) -> Callable[[list[int]], str]:
         """Decoding without special tokens, `kept` apart."""

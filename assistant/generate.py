@@ -103,6 +103,33 @@ class Constraint(Protocol):
         """The next token, one of those allowed."""
 
 
+class AfterThinking:
+    """A `Constraint` that begins behind `</think>`: until then everything may come."""
+
+    def __init__(self, inner: Constraint, decode: Callable[[list[int]], str]) -> None:
+        self._inner, self._decode = inner, decode
+        self._begun = False
+        self._ids: list[int] = []  # the last ones; a marker of several tokens fits in
+
+    @property
+    def accepting(self) -> bool:
+        return self._begun and self._inner.accepting
+
+    @property
+    def complete(self) -> bool:
+        return self._begun and self._inner.complete
+
+    def allowed(self) -> np.ndarray | None:
+        return self._inner.allowed() if self._begun else None
+
+    def take(self, token: int) -> None:
+        if self._begun:
+            return self._inner.take(token)
+        self._ids = [*self._ids[-15:], token]
+        self._begun = self._decode(self._ids).rstrip().endswith("</think>")
+        return None
+
+
 @dataclass
 class Stats:
     """Counts in tokens, times in seconds.
@@ -130,56 +157,35 @@ class Stats:
         return max(self.new_tokens - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-class Held:
-    """A session and the ids that it holds: a prompt that begins like them is computed from where it differs."""
+def bring(
+    session: Session, ids: Sequence[int], cancelled: threading.Event, place: str | None = None
+) -> tuple[np.ndarray | None, int]:
+    """Make a session hold exactly `ids`: logits behind the last, float32 [V], and how many of them were there.
 
-    def __init__(self, session: Session, place: str | None = None) -> None:
-        self.session = session
-        self.ids: list[int] = []
-        self._place = place
-
-    def bring(self, ids: Sequence[int], cancelled: threading.Event) -> tuple[np.ndarray | None, int]:
-        """Make the session hold exactly `ids`: logits behind the last, float32 [V], and how many were there.
-
-        None where `cancelled` was set meanwhile. RunError as `Session.prefill`; then the session is as it was.
-        """
-        if len(ids) > self.session.context:
-            raise RunError(
-                f"{len(ids)} tokens do not fit: the context holds {self.session.context}",
-                place=self._place,
-                remedy="shorten the prompt",
-            )
-        if wrong := [i for i in ids if not 0 <= i < self.session.vocab_size]:
-            what = f"token id {wrong[0]} is not in the vocabulary"
-            raise RunError(what, place=self._place, remedy=f"ids are 0 to {self.session.vocab_size - 1}")
-        if self.session.position != len(self.ids):  # somebody else used it
-            self.ids = []
+    What the session holds is computed again from where it differs only. None where `cancelled` was set meanwhile.
+    RunError at `place` as `Session.prefill`; then the session is as it was.
+    """
+    if len(ids) > session.context:
+        what = f"{len(ids)} tokens do not fit: the context holds {session.context}"
+        raise RunError(what, place=place, remedy="shorten the prompt")
+    if wrong := [i for i in ids if not 0 <= i < session.vocab_size]:
+        what = f"token id {wrong[0]} is not in the vocabulary"
+        raise RunError(what, place=place, remedy=f"ids are 0 to {session.vocab_size - 1}")
+    held = session.tokens
+    same = 0
+    while same < min(len(held), len(ids) - 1) and held[same] == ids[same]:
+        same += 1
+    if same < len(held) and not getattr(session, "rewinds", False):
         same = 0
-        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
-            same += 1
-        if same != self.session.position:
-            rewind = getattr(self.session, "rewind", None)
-            if rewind is None or same == 0:
-                self.session.reset()
-                same = 0
-            else:
-                rewind(same)
-        self.ids = list(ids[:same])
-        logits = None
-        step = getattr(self.session, "max_tokens", len(ids))  # a call takes no more, and is not interrupted
-        for begin in range(same, len(ids), step):
-            if cancelled.is_set():
-                return None, same
-            chunk = list(ids[begin : begin + step])
-            logits = self.session.prefill(chunk, logits="last")
-            self.ids += chunk
-        return np.asarray(logits).reshape(-1), same
-
-    def append(self, token: int) -> np.ndarray:
-        """One token more: the logits behind it, float32 [V]."""
-        logits = self.session.decode(token)
-        self.ids.append(token)
-        return logits
+    if same < len(held):
+        session.rewind(same)
+    logits = None
+    step = getattr(session, "max_tokens", len(ids))  # a call takes no more, and is not interrupted
+    for begin in range(same, len(ids), step):
+        if cancelled.is_set():
+            return None, same
+        logits = session.prefill(list(ids[begin : begin + step]), logits="last")
+    return np.asarray(logits).reshape(-1), same
 
 
 @dataclass
@@ -187,8 +193,7 @@ class Generation:
     """Iterate to get token ids, stop tokens left out; `stats` is complete once the iteration ended.
 
     top_scores: None, or how many of the likeliest tokens are told beside each taken one, in `scores`. cancelled: set it
-    from another thread, and the iteration ends before the next token. held: the session with what it holds, if a
-    prompt may go on from there.
+    from another thread, and the iteration ends before the next token.
     """
 
     session: Session
@@ -202,17 +207,15 @@ class Generation:
     top_scores: int | None = None
     scores: list[TokenScore] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    held: Held | None = None
 
     def __iter__(self) -> Iterator[int]:
         if not len(self.prompt):
             raise RunError("the prompt has no tokens", remedy="give --prompt some text")
         if self.max_new_tokens < 0:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
-        held = self.held or Held(self.session, self.place)
         sampler = Sampler(self.sampling, self.place, self.prompt)
         started = time.perf_counter()
-        logits, self.stats.reused_tokens = held.bring(self.prompt, self.cancelled)
+        logits, self.stats.reused_tokens = bring(self.session, self.prompt, self.cancelled, self.place)
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prefill_seconds = time.perf_counter() - started
         while self.stats.new_tokens < self.max_new_tokens:
@@ -238,5 +241,5 @@ class Generation:
                 self.stats.stopped = "context"
                 return
             started = time.perf_counter()
-            logits = held.append(token)
+            logits = self.session.decode(token)
             self.stats.decode_seconds += time.perf_counter() - started

@@ -15,6 +15,7 @@ from typing import Any
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.planner import check_fits
+from moec.assistant.load import load as load  # compile and load are one module to those who use both
 from moec.compiler.artifact import (
     FORMAT,
     Artifact,
@@ -101,16 +102,6 @@ def compile(
         pass_seconds=tuple((r.name, round(r.seconds, 3)) for r in log.records),
     )
     return Artifact.open(place)
-
-
-def load(artifact: Artifact | str | Path, *, trust: bool = False) -> Session:
-    """Open an artifact (its folder is checked first) and load it with its target's runtime.
-
-    An MLIR artifact is code: TrustError unless `trust`.
-    """
-    opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
-    with trusting(trust):
-        return target_of(opened).load(opened)
 
 
 def load_exact(artifact: Artifact) -> Session:

@@ -6,15 +6,22 @@ T tokens, V vocabulary, D width, K experts of a token. A session runs one sequen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from moec.compiler.errors import RunError
 from moec.compiler.spec.targets import targets_that_save_sessions
 from moec.compiler.target import MoeTrace, Session
+
+
+class Writer(Protocol):
+    """What makes text of a session: the artifact's tokenizer, chat template and defaults (`moec.assistant`)."""
+
+    @property
+    def generate(self) -> Callable[..., Iterator[str]]: ...
 
 
 class SessionBase(ABC):
@@ -25,6 +32,8 @@ class SessionBase(ABC):
 
     #: Whether the caches still hold what they held at earlier positions.
     rewinds = False
+    #: Made when text is first asked for; None for a program without its artifact.
+    writer: Callable[[], Writer] | None = None
 
     def __init__(self, place: str, *, vocab_size: int, context: int, max_tokens: int) -> None:
         self.vocab_size, self.context, self.max_tokens = vocab_size, context, max_tokens
@@ -143,6 +152,18 @@ class SessionBase(ABC):
     def _check_open(self) -> None:
         if self.closed:
             raise RunError("the session is closed", place=self._place, remedy="load the artifact again")
+
+    def generate(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int], **options: Any) -> Iterator[str]:
+        """Text that follows a text, a conversation (`[{"role": "user", "content": "Hi"}]`) or ids, in pieces.
+
+        The prompt is all that the session holds when the answer begins: what it holds already is not computed again,
+        what differs is forgotten. Options: those of `moec.assistant.assistant.Assistant.generate`. RunError: no
+        tokenizer or chat template, a prompt that does not fit, options out of range.
+        """
+        if self.writer is None:
+            what = "a program that was opened without its artifact has no tokenizer"
+            raise RunError(what, place=self._place, remedy="open the artifact with moec.load")
+        return self.writer().generate(self, prompt, **options)
 
     def trace(self, enabled: bool) -> None:
         """Record every MoE layer of the calls that follow; `take_traces` collects them."""

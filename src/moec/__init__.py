@@ -4,6 +4,8 @@
     session = moec.load(artifact)
     logits = session.prefill([1, 2, 3], logits="last")  # float32 [1, vocabulary]
     logits = session.decode(4)  # float32 [vocabulary]
+    for piece in session.generate([{"role": "user", "content": "Hi"}]):  # or a text to go on from
+        print(piece, end="")
 
 Names below are imported when they are first used: `import moec` alone loads neither torch nor ExecuTorch.
 """
@@ -14,8 +16,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moec.assistant.load import load
     from moec.compiler.artifact import Artifact
-    from moec.compiler.build import compile, load
+    from moec.compiler.build import compile
     from moec.compiler.errors import (
         ArtifactError,
         CheckpointError,
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "moec.assistant.load": ["load"],
     "moec.compiler.artifact": ["Artifact"],
-    "moec.compiler.build": ["compile", "load"],
+    "moec.compiler.build": ["compile"],
     "moec.compiler.errors": [
         "ArtifactError",
         "CheckpointError",

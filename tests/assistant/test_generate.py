@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moec.assistant.generate import Generation, Held, Text, TextStream
+from moec.assistant.generate import Generation, Text, TextStream, bring
 from moec.compiler.errors import RunError
+from moec.compiler.session import SessionBase
+from moec.compiler.target import MoeTrace
 
 VOCAB = 300
 
@@ -82,34 +84,27 @@ def test_bytes_of_a_sentencepiece_tokenizer(text: str) -> None:
     assert not any("�" in piece for piece in pieces)
 
 
-class Counting:
-    """A session that says `last token + 1`, of context 8."""
+class Counting(SessionBase):
+    """A session that says `last token + 1`, of a vocabulary of 16."""
 
-    vocab_size, context = 16, 8
-
-    def __init__(self) -> None:
-        self.position = 0
+    def __init__(self, context: int = 8, *, rewinds: bool = False) -> None:
+        super().__init__("counting", vocab_size=16, context=context, max_tokens=2)
+        self.rewinds = rewinds
         self.calls: list[list[int]] = []
 
-    def reset(self) -> None:
-        self.position = 0
+    closed = False
 
-    def _next(self, token: int) -> np.ndarray:
-        return np.eye(self.vocab_size, dtype=np.float32)[(token + 1) % self.vocab_size]
+    def close(self) -> None: ...
 
-    def prefill(self, ids: list[int], logits: str = "last") -> np.ndarray:
-        assert logits == "last"
-        self.calls.append(ids)
-        self.position += len(ids)
-        return self._next(ids[-1])[None]
-
-    def decode(self, token: int) -> np.ndarray:
-        self.position += 1
-        return self._next(token)
+    def _forward(self, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool) -> list[MoeTrace]:
+        self.calls.append(tokens.tolist())
+        if rows is not None:
+            rows[:] = np.eye(16, dtype=np.float32)[(tokens[-len(rows) :] + 1) % 16]
+        return []
 
 
 def generate(prompt: list[int], count: int, stop: frozenset[int] = frozenset()) -> tuple[list[int], str, int]:
-    generation = Generation(Counting(), prompt, count, stop=stop)  # type: ignore[arg-type]
+    generation = Generation(Counting(), prompt, count, stop=stop)
     ids = list(generation)
     return ids, generation.stats.stopped, generation.stats.new_tokens
 
@@ -124,59 +119,50 @@ def test_generation_stops() -> None:
 
 
 def test_the_caller_ends_it() -> None:
-    generation = Generation(Counting(), [3], 9)  # type: ignore[arg-type]
+    generation = Generation(Counting(), [3], 9)
     taken = []
     for token in generation:
         taken.append(token)
         if len(taken) == 2:
             generation.cancelled.set()
     assert (taken, generation.stats.stopped) == ([4, 5], "cancelled")
-    before = Generation(Counting(), [3], 9)  # type: ignore[arg-type]
+    before = Generation(Counting(), [3], 9)
     before.cancelled.set()
     assert (list(before), before.stats.stopped, before.stats.new_tokens) == ([], "cancelled", 0)
 
 
-class Rewinding(Counting):
-    max_tokens = 2
-
-    def rewind(self, position: int) -> None:
-        assert position <= self.position
-        self.position = position
-
-
 def test_a_prompt_that_begins_like_what_is_held_is_computed_from_where_it_differs() -> None:
-    session = Rewinding()
-    held = Held(session)  # type: ignore[arg-type]
+    session = Counting(16, rewinds=True)
     cancelled = threading.Event()
-    assert held.bring([1, 2, 3, 4, 5], cancelled)[1] == 0
+    assert bring(session, [1, 2, 3, 4, 5], cancelled)[1] == 0
     assert session.calls == [[1, 2], [3, 4], [5]]
-    logits, reused = held.bring([1, 2, 3, 9], cancelled)
+    logits, reused = bring(session, [1, 2, 3, 9], cancelled)
     assert logits is not None
-    assert (reused, session.calls[3:], int(logits.argmax()), held.ids) == (3, [[9]], 10, [1, 2, 3, 9])
+    assert (reused, session.calls[3:], int(logits.argmax()), session.tokens) == (3, [[9]], 10, [1, 2, 3, 9])
     # the very same prompt: its last token is computed again, since its logits are wanted
-    assert held.bring([1, 2, 3, 9], cancelled)[1] == 3
-    session.reset()  # behind our back
-    assert held.bring([1, 2], cancelled)[1] == 0
-    before = list(held.ids)
-    for wrong, what in (([1, 16], "token id 16"), ([1, 2] * 5, "10 tokens do not fit")):
+    assert bring(session, [1, 2, 3, 9], cancelled)[1] == 3
+    session.reset()  # whoever else uses it
+    assert bring(session, [1, 2], cancelled)[1] == 0
+    for wrong, what in (([1, 16], "token id 16"), ([1, 2] * 9, "18 tokens do not fit: the context holds 16")):
         with pytest.raises(RunError, match=what):
-            held.bring(wrong, cancelled)
-    assert held.ids == before
-    assert session.position == len(before)
+            bring(session, wrong, cancelled)
+    assert session.tokens == [1, 2]
+    cancelled.set()
+    assert bring(session, [1, 2, 3], cancelled) == (None, 2)
+    assert session.tokens == [1, 2]
 
 
-def test_a_session_that_cannot_rewind_begins_anew() -> None:
-    session = Counting()
-    held = Held(session)  # type: ignore[arg-type]
-    held.bring([1, 2, 3], threading.Event())
-    assert held.bring([1, 2, 3, 4], threading.Event())[1] == 3  # going on needs no rewinding
-    assert held.bring([1, 2, 5], threading.Event())[1] == 0
-    assert session.position == 3
+def test_a_session_that_does_not_go_back_begins_anew() -> None:
+    session = Counting(16)
+    bring(session, [1, 2, 3], threading.Event())
+    assert bring(session, [1, 2, 3, 4], threading.Event())[1] == 3  # going on needs no going back
+    assert bring(session, [1, 2, 5], threading.Event())[1] == 0
+    assert session.tokens == [1, 2, 5]
 
 
 def test_text_ends_at_a_stop_string_that_spans_tokens() -> None:
     def run(stops: list[str]) -> tuple[list[str], str, str]:
-        generation = Generation(Counting(), [3], 4)  # type: ignore[arg-type]
+        generation = Generation(Counting(), [3], 4)
         text = Text(generation, lambda ids: "".join(chr(ord("a") + i) for i in ids), stops)
         return list(text), text.text, generation.stats.stopped
 
