@@ -17,7 +17,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   && echo $$p && break; done)
-EXTRAS ?= dev,metal,transformers,train,report
+EXTRAS ?= dev,metal,transformers,train,report,serve,structured
 TEST_EXTRAS ?= onnx,genai,mlir,iree,eval,plan,pictures,titan,quality,sbom,sign
 TORCH_WHEEL ?=
 PYTEST_ARGS ?=

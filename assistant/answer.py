@@ -95,6 +95,10 @@ class Answer(Iterator[str]):
             for piece in step.pieces:
                 if piece.kind == "text":
                     yield piece.text
+        self.check_finished()
+
+    def check_finished(self) -> None:
+        """RunError, once it has ended, if a format was asked for and is not whole: it says what ended it."""
         if self.unfinished:
             raise RunError(
                 f"the answer ended before its format was whole: stopped by {self.stats.stopped} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,11 +163,10 @@ class Assistant:
     ) -> Answer:
         """The answer to a prompt, which is computed as it is iterated. RunError for a format that cannot be met."""
         constraint = None if format is None else self._constraint(session, prompt, format)
-        room = session.context - len(prompt.ids)
         generation = Generation(
             session,
             prompt.ids,
-            room + 1 if limits.max_new_tokens is None else limits.max_new_tokens,
+            sys.maxsize if limits.max_new_tokens is None else limits.max_new_tokens,
             limits.sampling,
             self.eos_ids,
             place=self.place,

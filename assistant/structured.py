@@ -28,6 +28,7 @@ class Format:
 
     kind: Literal["json_schema", "regex", "grammar"]
     text: str
+    place: str | None = None  # where it comes from, for messages; by default its kind
 
     @staticmethod
     def of(
@@ -77,7 +78,7 @@ class Formats:
 
         if len(given.text) > MAX_CHARACTERS:
             remedy = f"give at most {MAX_CHARACTERS}"
-            raise RunError(f"a format of {len(given.text)} characters", place=given.kind, remedy=remedy)
+            raise RunError(f"a format of {len(given.text)} characters", place=given.place or given.kind, remedy=remedy)
         try:
             if given.kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(given.text, overrides=_JSON)
@@ -86,14 +87,14 @@ class Formats:
             else:
                 grammar = LLMatcher.grammar_from_lark(any_to_lark(given.text))
         except Exception as error:  # the library raises ValueError, and for a grammar whatever its parser meets
-            raise RunError(_line(str(error)), place=given.kind, remedy="mend it") from None
+            raise RunError(_line(str(error)), place=given.place or given.kind, remedy="mend it") from None
         found = LLMatcher(self._tokenizer(), grammar, log_level=0)
         if found.is_error():
-            raise RunError(_line(found.get_error()), place=given.kind, remedy="mend it")
+            raise RunError(_line(found.get_error()), place=given.place or given.kind, remedy="mend it")
         if warnings := found.get_grammar_warnings():
             remedy = "leave out what cannot be enforced"
-            raise RunError(_line(warnings[0]), place=given.kind, remedy=remedy)
-        return Matcher(found, self._vocab_size, given.kind)
+            raise RunError(_line(warnings[0]), place=given.place or given.kind, remedy=remedy)
+        return Matcher(found, self._vocab_size, given.place or given.kind)
 
     def _tokenizer(self) -> Any:
         from llguidance import LLTokenizer
@@ -112,8 +113,8 @@ class Formats:
 class Matcher:
     """A `Constraint` (`assistant/generate.py`) of one answer."""
 
-    def __init__(self, matcher: Any, vocab_size: int, kind: str) -> None:
-        self._matcher, self._vocab_size, self._kind = matcher, vocab_size, kind
+    def __init__(self, matcher: Any, vocab_size: int, place: str) -> None:
+        self._matcher, self._vocab_size, self._place = matcher, vocab_size, place
         self._mask = np.zeros((vocab_size + 31) // 32, np.int32)
 
     @property
@@ -136,7 +137,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RunError(_line(self._matcher.get_error()), place=self._kind, remedy="ask for a simpler format")
+            raise RunError(_line(self._matcher.get_error()), place=self._place, remedy="ask for a simpler format")
 
 
 def _line(text: str) -> str:

@@ -1,15 +1,15 @@
-"""`moec run`: talk to an artifact."""
+"""`moec run`: one answer of an artifact, to a text, a question or ids."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.assistant.stops import StopStrings
+from moec.cli.asking import ChatTemplateFile, Grammar, JsonSchema, Regex, Threads, format_of, show
 from moec.cli.sampling import (
     LogitBias,
     MinP,
@@ -24,7 +24,12 @@ from moec.cli.sampling import (
 )
 from moec.cli.trust import Trust
 from moec.compiler.errors import RunError, UserError
-from moec.compiler.units import printable
+
+if TYPE_CHECKING:
+    from moec.assistant.answer import Answer, Limits
+    from moec.compiler.artifact import Artifact
+
+_MAX_TOOLS_BYTES = 4 << 20
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +40,17 @@ def run_artifact(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that `moec compile` wrote.")],
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads it from stdin.")] = None,
     ids: Annotated[str | None, typer.Option(help="The prompt as token ids, such as 1,2,3; prints ids.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a question, in the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system prompt.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --chat: tools that may be called, as OpenAI's JSON.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Stop after this many tokens.")] = 128,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -49,26 +64,31 @@ def run_artifact(
         int | None,
         typer.Option(min=0, max=100, help="With --json: log-probabilities, and of so many likeliest tokens."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
-    ] = None,
+    threads: Threads = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
+    chat_template: ChatTemplateFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ids, text and rates as JSON at the end.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Continue a prompt; the text streams to stdout, tokens per second go to stderr.
+    """Continue a prompt, or answer it; the text streams to stdout, thinking and tokens per second go to stderr.
 
-    Example: [bold]moec run build/s --prompt "The capital of France is" --max-new-tokens 32[/bold]
+    Examples:
+
+    [bold]moec run build/s --prompt "The capital of France is" --max-new-tokens 32[/bold]
+
+    [bold]moec run build/s --chat --prompt "Name a city" --json-schema city.json[/bold]
     """
-    from moec.assistant.generate import Generation, Text
-    from moec.cli.output import emit_json
+    from moec.assistant.answer import Limits
     from moec.compiler.artifact import Artifact
-    from moec.compiler.tokenizer import encode_prompt, load_tokenizer
 
     if (prompt is None) == (ids is None):
         raise UserError("give either --prompt TEXT or --ids 1,2,3")
-    if ids is not None and stop:
-        raise UserError("--stop is for text", remedy="give --prompt instead of --ids")
+    for name, given in (("--stop", stop), ("--json-schema", json_schema), ("--regex", regex), ("--grammar", grammar)):
+        if ids is not None and (given or chat):
+            raise UserError(f"{'--chat' if chat else name} is for text", remedy="give --prompt instead of --ids")
+    for name, value in (("--system", system), ("--tools", tools), ("--chat-template", chat_template)):
+        if value is not None and not chat:
+            raise UserError(f"{name} is for conversations", remedy="add --chat")
     prompt_ids = [] if ids is None else _parse_ids(ids)
     sampling = sampling_of(
         artifact,
@@ -81,62 +101,114 @@ def run_artifact(
         logit_bias=logit_bias,
         seed=seed,
     )
-    stops = [] if stop is None else stop
-    StopStrings(stops)
+    limits = Limits(sampling, max_new_tokens, stop or (), logprobs)
+    format = format_of(json_schema, regex, grammar)
     opened = Artifact.open(artifact)
     opened = opened if threads is None else opened.with_threads(threads)
-    words = None
-    if ids is None:
-        words = load_tokenizer(tokenizer or opened.folder / "tokenizer.json")
-        text = sys.stdin.read() if prompt == "-" else prompt
-        assert text is not None
-        prompt_ids = encode_prompt(words, text)
-    from moec.compiler import build  # torch: seconds, which a fault above need not wait for
+    if ids is not None:
+        return _run_ids(opened, prompt_ids, limits, as_json=as_json)
 
-    session = build.load(opened)
+    from moec.assistant.assistant import Assistant
+    from moec.assistant.load import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    assert text is not None
+    assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
+    if chat:
+        question = [{"role": "user", "content": text}]
+        messages = question if system is None else [{"role": "system", "content": system}, *question]
+        given_prompt = assistant.chat_prompt(messages, tools=None if tools is None else _tools(tools))
+    else:
+        given_prompt = assistant.text_prompt(text)
+    session = load(opened)
     try:
+        answer = assistant.answer(session, given_prompt, limits, format)
+        _print_answer(answer, show_text=not as_json)
+    finally:
+        session.close()
+    if as_json:
+        more = {"thinking": answer.thinking, "tool_calls": [vars(call) for call in answer.calls]} if chat else {}
+        _print_json(given_prompt.ids, answer.ids, answer.text, answer, logprobs, more)
+    _print_stats(answer.stats, limits)
+    answer.check_finished()
+
+
+def _print_answer(answer: Answer, *, show_text: bool) -> None:
+    thought = False
+    for step in answer.steps():
+        for piece in step.pieces:
+            if not show_text:
+                continue
+            if piece.kind == "thinking":
+                show(piece.text, sys.stderr)
+                thought = True
+            elif piece.call is not None:
+                show(json.dumps({"name": piece.call.name, "arguments": json.loads(piece.call.arguments)}) + "\n")
+            else:
+                if thought:
+                    print(file=sys.stderr)
+                    thought = False
+                show(piece.text)
+    if show_text:
+        print(flush=True)
+
+
+def _run_ids(opened: Artifact, prompt_ids: list[int], limits: Limits, *, as_json: bool) -> None:
+    from moec.assistant.generate import Generation
+    from moec.assistant.load import load
+
+    session = load(opened)
+    new: list[int] = []
+    try:
+        assert limits.max_new_tokens is not None
+        stops = frozenset(opened.manifest.model.eos_ids)
         generation = Generation(
             session,
             prompt_ids,
-            max_new_tokens,
-            sampling,
-            frozenset(opened.manifest.model.eos_ids),
+            limits.max_new_tokens,
+            limits.sampling,
+            stops,
             place=str(opened.folder),
-            top_scores=logprobs,
+            top_scores=limits.top_scores,
         )
-        pieces = _id_pieces(generation) if words is None else Text(generation, words.decode, stops)
-        whole = "".join(_shown(pieces, show=not as_json))
-        new_ids = pieces.ids if isinstance(pieces, Text) else [int(i) for i in whole.split(",") if i]
+        for token in generation:
+            if not as_json:
+                show(f"{',' if new else ''}{token}")
+            new.append(token)
     finally:
         session.close()
-    stats = generation.stats
     if as_json:
-        found = {"prompt_ids": prompt_ids, "ids": new_ids, "text": None if words is None else whole, **vars(stats)}
-        emit_json(found if logprobs is None else {**found, "logprobs": [vars(s) for s in generation.scores]})
+        _print_json(prompt_ids, new, None, generation, limits.top_scores, {})
+    else:
+        print(flush=True)
+    _print_stats(generation.stats, limits)
+
+
+def _print_json(
+    prompt_ids: list[int], new: list[int], text: str | None, source: Any, logprobs: int | None, more: dict[str, Any]
+) -> None:
+    from moec.cli.output import emit_json
+
+    found = {"prompt_ids": prompt_ids, "ids": new, "text": text, **more, **vars(source.stats)}
+    emit_json(found if logprobs is None else {**found, "logprobs": [vars(score) for score in source.scores]})
+
+
+def _print_stats(stats: Any, limits: Limits) -> None:
     print(
         f"prefill {stats.prompt_tokens} tokens, {stats.prefill_rate:.1f} tok/s; "
-        f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s; {sampling.words()}; "
+        f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s; {limits.sampling.words()}; "
         f"stopped by {stats.stopped}",
         file=sys.stderr,
     )
 
 
-def _id_pieces(generation: Iterable[int]) -> Iterator[str]:
-    for index, token in enumerate(generation):
-        yield f"{',' if index else ''}{token}"
+def _tools(file: Path) -> Any:
+    from moec.compiler.files import read_text
 
-
-def _shown(pieces: Iterable[str], *, show: bool) -> Iterator[str]:
-    """The pieces, written to stdout as they come."""
-    for piece in pieces:
-        yield piece
-        if show and piece:
-            # a terminal that cannot show a character gets a replacement, not a traceback
-            encoding = sys.stdout.encoding or "utf-8"
-            seen = printable(piece) if sys.stdout.isatty() else piece  # a model may have learned escape sequences
-            print(seen.encode(encoding, "replace").decode(encoding), end="", flush=True)
-    if show:
-        print(flush=True)
+    try:
+        return json.loads(read_text(file, limit=_MAX_TOOLS_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {str(error).splitlines()[0]}", place=str(file)) from None
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -20,7 +20,6 @@ from moec.compiler.errors import UserError
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
 ABI_VERSION = 2
-MAX_THREADS = 256  # kMostThreads of kernels/core/parallel.cpp
 F32 = NDArray[np.float32]
 _TRANSPOSE = 1 << 4  # MOEC_AXIS_OUT on an f32 format, in moec_pack only
 

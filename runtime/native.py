@@ -29,6 +29,7 @@ from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
 
 _HERE = Path(__file__).resolve().parent
+MAX_THREADS = 256  # kMostThreads of kernels/core/parallel.cpp
 _SUFFIXES = {".h", ".cpp", ".inl", ".txt", ".cmake"}
 _LIBRARY_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 

@@ -21,8 +21,7 @@ from moec.compiler.artifact import file_digest
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
-from moec.runtime.kernel_api import MAX_THREADS
-from moec.runtime.native import runtime_library
+from moec.runtime.native import MAX_THREADS, runtime_library
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _INT32S = ctypes.POINTER(ctypes.c_int32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moec.compiler.ops.attributes import ACTIVATIONS, SCORES, Experts, Routing
-from moec.runtime import kernel_api, moe_config
+from moec.runtime import kernel_api, moe_config, native
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
 KERNEL = Path(kernel_api.__file__).resolve().parent / "kernels"
@@ -37,7 +37,7 @@ def test_lengths_and_versions_agree() -> None:
     assert int(version[1]) == kernel_api.ABI_VERSION
     threads = re.search(r"kMostThreads = (\d+);", (KERNEL / "core/parallel.cpp").read_text())
     assert threads is not None
-    assert int(threads[1]) == kernel_api.MAX_THREADS
+    assert int(threads[1]) == native.MAX_THREADS
 
 
 def test_every_attribute_value_has_a_code() -> None:

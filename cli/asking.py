@@ -1,0 +1,56 @@
+"""What `moec run`, `moec chat` and `moec serve` share: options about format and template, and text on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moec.compiler.errors import UserError
+from moec.compiler.files import read_text
+from moec.compiler.units import printable
+
+if TYPE_CHECKING:
+    from moec.assistant.structured import Format
+
+MAX_FORMAT_BYTES = 1 << 20
+
+JsonSchema = Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON Schema that the answer satisfies.")]
+Regex = Annotated[str | None, typer.Option(help="A regular expression that the whole answer matches.")]
+Grammar = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A grammar (Lark, or llama.cpp's GBNF) that derives the answer.")
+]
+ChatTemplateFile = Annotated[
+    Path | None, typer.Option("--chat-template", metavar="FILE", help="A jinja template; default: the artifact's.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
+]
+
+
+def format_of(json_schema: Path | None, regex: str | None, grammar: Path | None) -> Format | None:
+    """What the answer must be; UserError for a file that cannot be read or is no JSON, and for several formats."""
+    from moec.assistant.structured import Format
+
+    def content(file: Path | None) -> str | None:
+        return None if file is None else read_text(file, limit=MAX_FORMAT_BYTES)
+
+    try:
+        found = Format.of(json_schema=content(json_schema), regex=regex, grammar=content(grammar))
+    except UserError as error:
+        place = str(json_schema) if error.place == "json_schema" else error.place
+        raise UserError(error.message, place=place, remedy=error.remedy) from None
+    file = json_schema or grammar
+    return found if found is None or file is None else replace(found, place=str(file))
+
+
+def show(text: str, stream: Any = None) -> None:
+    """Write text as it comes: a terminal gets no escape sequences that a model may have learned, and no traceback for a
+    character that it cannot show."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    text = printable(text) if stream.isatty() else text
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True, file=stream)
