@@ -6,7 +6,11 @@
 Compared for every case and target: the graph after each pass that changed it (names of operands aside), and each file
 of the artifact byte for byte; of the manifest, what is not a version, a timing, a path or a digest of sources. Weights
 and specs are made once, by the base, so that both sides read the same bytes. A release shape is cut to two layers and a
-vocabulary of 4,096 unless --full is given. Exit status: 0 all equal, 1 something differs, 2 a fault of the call.
+vocabulary of 4,096 unless --full is given.
+
+A case is `equal`, `differs as wanted` (every difference is named, with its reason, in bench/replay_wanted.yaml) or
+`differs`. Exit status: 0 none differs otherwise than as wanted, 1 one does, 2 a fault of the call. What was compiled is
+kept, so that a run that was stopped goes on, and the base is compiled once; --again compiles this checkout anew.
 
 Only the documented interface is used (`moec.compile`, the command line and MOEC_DUMP), so that revisions with other
 rooms can be compared.
@@ -25,13 +29,18 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+WANTED = ROOT / "bench" / "replay_wanted.yaml"
 TARGETS = ("xnnpack", "metal", "onnx", "mlir")
+ROOMS = ("analysis", "checkpoints", "cli", "compiler", "passes", "runtime", "sources", "specs", "src", "targets")
+TOKENS = {"bos_id": 0, "eos_ids": [1]}
 SMALL = {"layers": 2, "vocab_size": 4096, "context": 1024}
 # What a manifest may say otherwise without a number having moved.
 FREE_KEYS = {"moec", "versions", "seconds", "kernel", "checkpoint", "passes", "digest", "graph", "created", "machine"}
@@ -54,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--full", action="store_true", help="release shapes as they are (gigabytes, long)")
     compare.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     compare.add_argument("--only", default="", help="cases whose name contains this text")
-    compare.add_argument("--keep", action="store_true", help="keep artifacts and graphs to look at")
+    compare.add_argument("--keep", action="store_true", help="keep artifacts to look at")
+    compare.add_argument("--again", action="store_true", help="compile this checkout's side anew")
     compare.add_argument("--work", type=Path, default=ROOT / "build" / "replay", help="folder for everything")
     record = commands.add_parser("record", help="compile the cases of a list with the moec that is imported (internal)")
     record.add_argument("cases", type=Path)
@@ -97,10 +107,12 @@ def _compare(given: argparse.Namespace) -> int:
             [{"name": c.name, "spec": str(c.spec), "checkpoint": c.checkpoint and str(c.checkpoint)} for c in cases]
         )
     )
-    results = []
-    for label, tree in (("base", base_tree), ("head", ROOT)):
+    results, kind = [], "-full" if given.full else ""
+    sides = ((f"base-{commit[:12]}{kind}", base_tree), (f"head-{_sources()}{kind}", ROOT))
+    if given.again:
+        shutil.rmtree(work / sides[1][0], ignore_errors=True)
+    for label, tree in sides:
         out = work / label
-        shutil.rmtree(out, ignore_errors=True)
         command = [
             sys.executable,
             str(Path(__file__).resolve()),
@@ -112,7 +124,21 @@ def _compare(given: argparse.Namespace) -> int:
         ]
         subprocess.run([*command, *(["--keep"] if given.keep else [])], env=_environment(tree), check=True, cwd=work)
         results.append(json.loads((out / "results.json").read_text()))
-    return _report(*results, work)
+    asked = [f"{case.name}/{target}" for case in cases for target in given.targets.split(",")]
+    base, head = ({key: found[key] for key in asked} for found in results)
+    return _report(base, head, Wanted.read(commit), *(label for label, _ in sides))
+
+
+def _sources() -> str:
+    """A digest of the code of this checkout: what decides which results of an earlier run still hold."""
+    digest = hashlib.sha256()
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *ROOMS], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in sorted(listed.stdout.decode().splitlines()):
+        if (ROOT / name).is_file():
+            digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _environment(tree: Path) -> dict[str, str]:
@@ -140,6 +166,7 @@ def _cases(tree: Path, folder: Path, only: str, full: bool) -> Iterator[Case]:
         content.pop("training", None)
         if not full and content["model"]["layers"] > 8:
             content["model"].update({k: min(v, content["model"][k]) for k, v in SMALL.items()})
+            content["model"].update({k: v for k, v in TOKENS.items() if k in content["model"]})  # a vocabulary of fewer
         variants: dict[str, tuple[dict[str, Any], bool]] = {"": (content, True)}
         if file.stem == "mobilemoe-tiny":
             variants |= {
@@ -195,13 +222,18 @@ def _record(listed: Path, out: Path, targets: list[str], *, keep: bool) -> int:
     sys.modules["pygraphviz"] = None  # type: ignore[assignment]  # MOEC_DUMP draws no pictures without it: seconds each
     import moec
 
-    results: dict[str, Any] = {}
-    out.mkdir(parents=True)
+    kept = out / "results.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    out.mkdir(parents=True, exist_ok=True)
     for case in json.loads(listed.read_text()):
         for target in targets:
             key, begun = f"{case['name']}/{target}", time.monotonic()
+            if key in results:
+                continue
             dump, artifact = out / "graphs" / key, out / "artifacts" / key
             os.environ["MOEC_DUMP"] = str(dump)
+            shutil.rmtree(dump, ignore_errors=True)
+            shutil.rmtree(artifact, ignore_errors=True)
             artifact.parent.mkdir(parents=True, exist_ok=True)
             try:
                 moec.compile(case["spec"], target=target, checkpoint=case["checkpoint"], out=str(artifact))
@@ -212,7 +244,9 @@ def _record(listed: Path, out: Path, targets: list[str], *, keep: bool) -> int:
             if not keep:
                 shutil.rmtree(artifact, ignore_errors=True)
             print(f"{key}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+            written = kept.with_suffix(".part")
+            written.write_text(json.dumps(results, indent=1))
+            written.replace(kept)
     return 0
 
 
@@ -259,45 +293,92 @@ def _bound(value: Any) -> Any:
     return value
 
 
-def _report(base: dict[str, Any], head: dict[str, Any], work: Path) -> int:
+@dataclass(frozen=True)
+class Entry:
+    """A difference that is wanted: `commit` made it, for cases that match `cases` ("case/target", a shell pattern).
+
+    differs: patterns of the differences as they are reported: `graphs`, the name of a file, `manifest: KEY`.
+    """
+
+    name: str
+    commit: str
+    cases: str
+    differs: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The entries of bench/replay_wanted.yaml whose commit the base does not have."""
+
+    entries: tuple[Entry, ...]
+
+    @staticmethod
+    def read(base: str, file: Path = WANTED) -> Wanted:
+        import yaml
+
+        entries = [
+            Entry(**{**raw, "differs": tuple(raw["differs"])}) for raw in yaml.safe_load(file.read_text("utf-8"))
+        ]
+        return Wanted(tuple(entry for entry in entries if not _holds(base, entry.commit)))
+
+    def of(self, key: str, difference: str) -> Entry | None:
+        """The entry that wants this difference of this case."""
+        for entry in self.entries:
+            if fnmatch(key, entry.cases) and any(fnmatch(difference, pattern) for pattern in entry.differs):
+                return entry
+        return None
+
+
+def _holds(revision: str, commit: str) -> bool:
+    """Whether `commit` is part of `revision`."""
+    found = subprocess.run(["git", "merge-base", "--is-ancestor", commit, revision], cwd=ROOT, capture_output=True)
+    return found.returncode == 0
+
+
+def _report(base: dict[str, Any], head: dict[str, Any], wanted: Wanted, *sides: str) -> int:
     width = max(map(len, base))
-    different = 0
+    counts, used = Counter[str](), dict[str, Entry]()
     for key, before in base.items():
-        notes = _differences(before, head[key])
-        different += bool(notes)
-        state = "differs" if notes else "equal (refused by both)" if "refused" in before else "equal"
+        found = [(said, wanted.of(key, what)) for what, said in _differences(before, head[key])]
+        refused = " (refused by both)" if "refused" in before else ""
+        state = f"equal{refused}" if not found else "differs as wanted" if all(e for _, e in found) else "differs"
+        counts[state.partition(" (")[0]] += 1
         print(f"{key:<{width}}  {state}")
-        for note in notes:
-            print(f"{'':<{width}}    {note}")
-    print(
-        f"{len(base) - different} of {len(base)} equal; graphs as text in {os.path.relpath(work)}/{{base,head}}/graphs"
-    )
-    return 1 if different else 0
+        for said, entry in found:
+            if entry is not None:
+                used[entry.name] = entry
+            print(f"{'':<{width}}    {said}" + ("" if entry is None else f"  [{entry.name}]"))
+    for entry in used.values():
+        print(f"[{entry.name}] {entry.commit}: {entry.reason}")
+    print(", ".join(f"{counts[state]} {state}" for state in ("equal", "differs as wanted", "differs") if counts[state]))
+    print(f"graphs as text in build/replay/{{{','.join(sides)}}}/graphs")
+    return 1 if counts["differs"] else 0
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str]]:
+    """What differs, as an entry names it (`graphs`, a file, `manifest: KEY`), and in words."""
     if "refused" in before or "refused" in after:
         if "refused" in before and "refused" in after:
             return []
-        return [
-            f"refused by {'base' if 'refused' in before else 'head'}: {before.get('refused') or after.get('refused')}"
-        ]
-    notes = []
+        side = "base" if "refused" in before else "head"
+        return [(f"refused by {side}", f"refused by {side}: {before.get('refused') or after.get('refused')}")]
+    found = []
     old, new = before["graphs"], after["graphs"]
     if old != new:
         first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        notes.append(f"graphs: {len(old)} and {len(new)}, from graph-{first + 1:02} on")
+        found.append(("graphs", f"graphs: {len(old)} and {len(new)}, from graph-{first + 1:02} on"))
     for name in sorted(before["files"].keys() | after["files"].keys()):
         a, b = before["files"].get(name), after["files"].get(name)
         if a == b:
             continue
         if a is None or b is None:
-            notes.append(f"{name}: only in {'head' if a is None else 'base'}")
+            found.append((name, f"{name}: only in {'head' if a is None else 'base'}"))
         elif name == "manifest.json":
-            notes.append("manifest: " + ", ".join(_keys(a, b)))
+            found += [(f"manifest: {key}", f"manifest: {key}") for key in _keys(a, b)]
         else:
-            notes.append(f"{name}: other bytes")
-    return notes
+            found.append((name, f"{name}: other bytes"))
+    return found
 
 
 def _keys(a: Any, b: Any, at: str = "") -> list[str]:
