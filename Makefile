@@ -5,7 +5,7 @@
 #: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
 #: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
-#: BASE          the revision that replay compares with
+#: BASE          the revision that replay compares with; with it bench-kernel compares the kernels of both
 #: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all)
 #: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
@@ -141,7 +141,7 @@ sbom: setup ## build/sbom.cdx.json: what moec and its extras are made of, in Cyc
 
 bench-kernel: setup ## one MoE layer against its peers and the machine's limits (bench/README.md, likewise the others)
 	$(call install,bench)
-	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
+	$(BIN)/python $(if $(BASE),bench/kernel_revisions.py --base $(BASE),bench/bench_kernel.py --out $(BUILD)/bench) $(BENCH_ARGS)
 
 bench-passes: $(INSTALLED) ## seconds of export and passes by the number of layers
 	$(BIN)/python bench/bench_passes.py $(BENCH_ARGS)

@@ -1,0 +1,249 @@
+"""Whether the kernels became slower: libraries of two revisions in one process, in turn, or by count of instructions.
+
+    make bench-kernel BASE=REV                             # time here over time at REV, interleaved
+    python bench/kernel_revisions.py --base REV --count    # instructions here over those at REV, by callgrind
+
+Each library is built from the sources of its revision without ExecuTorch, and does the same calls on the same packed
+weights with one thread. Times are medians over rounds in which the libraries take turns; a busy machine spoils them.
+Counts of instructions are exact on any machine, but of AVX2 kernels (valgrind knows no later set), and say nothing of
+memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moec.compiler.ops.attributes import Experts, Routing
+from moec.runtime import kernel_api
+from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = ("runtime/kernels", "targets/xnnpack/kernel")  # where a revision's kernels lie
+D, F, EXPERTS, TOP_K, SHARED, GROUP = 768, 384, 8, 4, 768, 32
+Call = Callable[[], object]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="a revision of this repository")
+    parser.add_argument("--count", action="store_true", help="count instructions instead of time (needs valgrind)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each library")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for builds")
+    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)  # under valgrind: one call, or none
+    given = parser.parse_args()
+    if given.run is not None:
+        for index, (_, call) in enumerate(cases()):
+            if index == given.run:
+                call()
+        return 0
+    libraries = {name: build(name, given.base, given.work) for name in ("base", "head")}
+    found = counted(libraries, given.work) if given.count else timed(libraries, given.rounds)
+    unit = "instructions" if given.count else "us"
+    print(f"{'':<34}{'base, ' + unit:>20}{'head, ' + unit:>20}{'head / base':>14}")
+    for name, (before, after) in found.items():
+        print(f"{name:<34}{before:>20,.0f}{after:>20,.0f}{after / before:>14.4f}")
+    return 0
+
+
+def build(name: str, base: str, work: Path) -> Path:
+    """The library of the base, or of this checkout; built once a revision, anew for this checkout if it changed."""
+    sources = ROOT / PLACES[0]
+    folder = work / f"kernels-{name}"
+    if name == "base":
+        commit = subprocess.run(
+            ["git", "rev-parse", "--verify", f"{base}^{{commit}}"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        folder = work / f"kernels-{commit[:12]}"
+        sources = next((p for place in PLACES if (p := folder / "tree" / place).is_dir()), checkout(commit, folder))
+    project = (
+        f"cmake_minimum_required(VERSION 3.28)\nproject(kernels LANGUAGES CXX)\nadd_subdirectory({sources} kernel)\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "CMakeLists.txt").write_text(project)
+    common = ["-DMOEC_EXECUTORCH=OFF", "-DCMAKE_BUILD_TYPE=Release", "-Wno-dev"]
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake of the environment first
+    cmake = shutil.which("cmake", path=tools)
+    if cmake is None:
+        raise SystemExit("error: no cmake; `make setup` installs one")
+    subprocess.run([cmake, "-S", str(folder), "-B", str(folder / "build"), *common], check=True, stdout=sys.stderr)
+    subprocess.run([cmake, "--build", str(folder / "build"), "-j2"], check=True, stdout=sys.stderr)
+    (library,) = (folder / "build").rglob("libmoec_kernels.*")
+    return library
+
+
+def checkout(commit: str, folder: Path) -> Path:
+    """The kernels' sources of a revision."""
+    for place in PLACES:
+        with tempfile.TemporaryFile() as packed:
+            done = subprocess.run(["git", "archive", commit, place], cwd=ROOT, stdout=packed, stderr=subprocess.DEVNULL)
+            if done.returncode:
+                continue
+            packed.seek(0)
+            with tarfile.open(fileobj=packed) as archive:
+                archive.extractall(folder / "tree", filter="tar")
+        return folder / "tree" / place
+    raise SystemExit(f"{commit} has no kernels in {' or '.join(PLACES)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the calls
+
+
+def cases() -> Iterator[tuple[str, Call]]:
+    """Name and call of everything that is measured, on the library that `kernel_api` has loaded."""
+    rng = np.random.default_rng(0)
+    kernel_api.set_threads(1)
+    for axis_out in (False, True):
+        run = block(rng, axis_out=axis_out)
+        for tokens in (1, 128):
+            x = rng.standard_normal((tokens, D), dtype=np.float32)
+            y = np.empty_like(x)
+            bound = run.bind(x, y)
+            yield f"MoE, groups along {'out' if axis_out else 'in'}, {tokens} tokens", bound
+    fmt = WeightFormat(Kind.INT8, GROUP, int8_activations=True)
+    w = packed(rng, 1, D, D, fmt)
+    for tokens in (1, 64):
+        x = rng.standard_normal((tokens, D), dtype=np.float32)
+        yield f"linear, INT8, {tokens} tokens", linear(x, w, fmt, np.empty((tokens, D), np.float32))
+
+
+def linear(x: kernel_api.F32, w: np.ndarray, fmt: WeightFormat, out: kernel_api.F32) -> Call:
+    return lambda: kernel_api.linear(x, w, D, fmt, out=out)
+
+
+def block(rng: np.random.Generator, *, axis_out: bool) -> kernel_api.PreparedMoe:
+    routed = WeightFormat(Kind.INT4, GROUP, axis_out=axis_out, int8_activations=True)
+    shared = WeightFormat(Kind.INT4, GROUP, int8_activations=True)
+    tensors = kernel_api.MoeTensors(
+        router_weight=rng.standard_normal((EXPERTS, D), dtype=np.float32) * np.float32(D**-0.5),
+        w13=packed(rng, EXPERTS, 2 * F, D, routed),
+        w2=packed(rng, EXPERTS, D, F, routed),
+        shared_w13=packed(rng, 1, 2 * SHARED, D, shared),
+        shared_w2=packed(rng, 1, D, SHARED, shared),
+    )
+    config = MoeConfig(
+        experts=EXPERTS,
+        d_model=D,
+        expert_width=F,
+        top_k=TOP_K,
+        how=Routing(score="sigmoid", normalize="sum", scale=2.5),
+        what=Experts(),
+        w13=routed,
+        w2=routed,
+        shared_width=SHARED,
+        shared_w13=shared,
+        shared_w2=shared,
+    )
+    return kernel_api.PreparedMoe(config, tensors)
+
+
+def packed(rng: np.random.Generator, count: int, n: int, k: int, fmt: WeightFormat) -> np.ndarray:
+    rows, columns = (k, n) if fmt.axis_out else (n, k)
+    bits = 4 if fmt.kind is Kind.INT4 else 8
+    width, dtype = (columns // 2, np.uint8) if bits == 4 else (columns, np.int8)
+    info = np.iinfo(dtype)
+    codes = rng.integers(info.min, info.max, (count, rows, width), dtype=dtype, endpoint=True)
+    scales = rng.uniform(0.01, 0.03, (count, rows, columns // GROUP)).astype(np.float16)
+    return kernel_api.pack(codes, scales, n, k, fmt, count=count)
+
+
+# --------------------------------------------------------------------------------------------------------- measurements
+
+
+def timed(libraries: dict[str, Path], rounds: int) -> dict[str, tuple[float, float]]:
+    """Medians in microseconds. Both libraries are loaded; the calls of one case alternate between them."""
+    calls: dict[str, list[tuple[str, Call]]] = {}
+    for name, library in libraries.items():
+        use(library)
+        calls[name] = [(case, bound_to(kernel_api.library(), call)) for case, call in cases()]
+    found: dict[str, tuple[float, float]] = {}
+    for (case, before), (_, after) in zip(calls["base"], calls["head"], strict=True):
+        samples: tuple[list[float], list[float]] = ([], [])
+        for call in (before, after):
+            call()
+        for turn in range(rounds):
+            for side in (0, 1) if turn % 2 else (1, 0):
+                begin = time.perf_counter()
+                (before, after)[side]()
+                samples[side].append(1e6 * (time.perf_counter() - begin))
+        found[case] = (statistics.median(samples[0]), statistics.median(samples[1]))
+    return found
+
+
+def use(library: Path) -> None:
+    os.environ["MOEC_KERNELS_LIBRARY"] = str(library)
+    kernel_api.library.cache_clear()
+    kernel_api.library()
+
+
+def bound_to(library: ctypes.CDLL, call: Call) -> Call:
+    """The call with its own library, whichever was loaded last."""
+
+    def run() -> object:
+        original = kernel_api.library
+        kernel_api.library = lambda: library  # type: ignore[assignment]
+        try:
+            return call()
+        finally:
+            kernel_api.library = original
+
+    return run
+
+
+def counted(libraries: dict[str, Path], work: Path) -> dict[str, tuple[float, float]]:
+    """Instructions inside the library that each call adds to a run which only packs the weights."""
+    names = [name for name, _ in cases()]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for label, library in libraries.items():
+        packing = instructions_of_run(library, None, work / f"callgrind-{label}")
+        for index, name in enumerate(names):
+            whole = instructions_of_run(library, index, work / f"callgrind-{label}")
+            found[name].append(whole - packing)
+            print(f"{label}: {name}: {whole - packing:,}", file=sys.stderr, flush=True)
+    return {name: (before, after) for name, (before, after) in found.items()}
+
+
+def instructions_of_run(library: Path, case: int | None, out: Path) -> int:
+    """Of this file run with the call of one case, or with none, by callgrind: instructions inside the library."""
+    command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable, __file__]
+    environment = {**os.environ, "MOEC_KERNELS_LIBRARY": str(library), "MOEC_ISA": "avx2", "PYTHONHASHSEED": "0"}
+    run = ["--base", "-", "--run", "-1" if case is None else str(case)]
+    subprocess.run([*command, *run], env=environment, check=True, capture_output=True)
+    return own_instructions(out.read_text(), library)
+
+
+def own_instructions(profile: str, library: Path) -> int:
+    """The instructions of one object in a callgrind profile: its lines of cost, without those of what it calls."""
+    names: dict[str, str] = {}
+    total, inside, skip = 0, False, False
+    for line in profile.splitlines():
+        if line.startswith("ob="):
+            key, _, name = line[3:].partition(" ")
+            names[key] = name or names[key]
+            inside = Path(names[key]).name.startswith("libmoec_kernels")
+        elif line.startswith("cob="):
+            key, _, name = line[4:].partition(" ")
+            names[key] = name or names[key]
+        elif line.startswith("calls="):
+            skip = True  # the next line is the cost of the callee
+        elif line[:1].isdigit() or line[:1] in "+-*":
+            total += int(line.split()[1]) if inside and not skip else 0
+            skip = False
+    assert total, f"nothing of {library} was counted"
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
