@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from moec.compiler.matching.contraction import contraction
 from moec.compiler.matching.read import aten
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Stage
 from moec.passes.canonicalize import CASTS, RESHAPES
 
-PRODUCTS = {aten.linear.default: 2, aten.mm.default: 2, aten.matmul.default: 2, aten.bmm.default: 2}
 SUMS = {aten.add.Tensor}
 
 
@@ -53,10 +53,11 @@ def _is_zero(node: Node, operands: list[Node], zeros: set[Node]) -> bool:
 
 def _is_empty_product(node: Node) -> bool:
     """A product without bias whose reduction has no element; a reduction whose size is not known is not empty."""
-    if node.op != "call_function" or node.target not in PRODUCTS or len(node.args) != PRODUCTS[node.target]:
+    product = contraction(node)
+    if product is None or product.bias is not None:
         return False
-    width = node.args[0].meta["val"].shape[-1]
-    return isinstance(width, int) and width == 0
+    sizes = [product.size(letter) for letter in product.summed]
+    return any(isinstance(size, int) and size == 0 for size in sizes)
 
 
 def _alike(a: Node, b: Node) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from moec.compiler.matching.contraction import contraction
 from moec.compiler.matching.graph import PostDominators
 from moec.compiler.matching.read import arg, aten, is_op, rank
 from moec.compiler.pipeline import Pass, PassResult
@@ -63,7 +64,7 @@ def _run(program: Program) -> PassResult:
         if root is None or end is None:
             continue
         try:
-            # sizes that only values tell are those of the graph, not of its result: no export waits for them
+            # the number of rows an expert gets depends on values; tracing must not ask for it
             with edit.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
                 _Region(edit, root, end).flatten()
             changed += 1
@@ -98,9 +99,9 @@ def _router_input(node: Node) -> Node | None:
         if not sources:
             return None
         source = sources[0]
-        if is_op(source, aten.linear.default, aten.matmul.default):
-            rows = source.args[0]
-            return rows if _batched(rows) and rank(rows) == 3 else None  # type: ignore[return-value,arg-type]
+        product = contraction(source)
+        if product is not None:
+            return next((o for o in product.operands if _batched(o) and rank(o) == 3), None)
         node = source
     return None
 

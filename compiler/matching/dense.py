@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from moec.compiler.matching.activation import MULTIPLY, read_activation
-from moec.compiler.matching.experts import turned
+from moec.compiler.matching.contraction import ONE, Contraction, Product, contraction
 from moec.compiler.matching.loops import OneExpert, Piece, Unrolled
 from moec.compiler.matching.read import (
     Stuck,
@@ -54,8 +54,9 @@ class _Product:
 def read_all_experts(edit: Editor, end: Node) -> Unrolled | None:
     """The experts whose weighted outputs for all tokens are summed to `end` [N, D]; None when it is no such sum."""
     node = unview(end)
-    if is_op(node, aten.einsum.default):
-        return _by_einsum(edit, node)
+    found = contraction(node)
+    if found is not None:
+        return _by_product(edit, node, found)
     if not is_op(node, aten.sum.dim_IntList) or rank(node.args[0]) != 3:  # type: ignore[arg-type]
         return None
     dim = dim_of(node, 1, "dim", 3)
@@ -76,26 +77,24 @@ def read_all_experts(edit: Editor, end: Node) -> Unrolled | None:
     return None
 
 
-def _by_einsum(edit: Editor, node: Node) -> Unrolled | None:
-    """einsum of outputs, three letters, with dense weights, two of them."""
-    terms, result, operands = _equation(node)
-    if len(operands) != 2 or sorted(map(len, terms)) != [2, 3] or len(result) != 2:
+def _by_product(edit: Editor, node: Node, found: Contraction) -> Unrolled | None:
+    """A product of outputs, three letters, with dense weights, two of them, in any spelling."""
+    product = found.split(lambda operand: rank(operand) == 3 and _is_product(edit, operand))
+    if product is None:
         return None
-    if len(terms[0]) == 2:
-        terms, operands = terms[::-1], operands[::-1]
-    (outputs, factor), (all_of, weights) = operands, terms
-    if not _is_product(edit, outputs):
+    product = product.without_ones()
+    if len(product.rows_term) != 2 or len(product.result) != 2:
         return None
-    n, f = result
+    outputs, all_of, weights = product.weight, product.weight_term, product.rows_term
+    n, f = product.result
     e = next((c for c in weights if c != n), "")
     if set(all_of) != {n, e, f} or set(weights) != {n, e} or len({n, e, f}) != 3:
-        raise Stuck(node, f"einsum {node.args[0]} does not sum the weighted outputs of all experts")
-    dense = read_dense(factor)
+        raise Stuck(node, "the product does not sum the weighted outputs of all experts")
+    dense = read_dense(product.rows)
     if dense is not None and weights == e + n:
         dense = replace(dense, dims=dense.dims[::-1])
-    return _weighted(
-        edit, outputs, all_of.translate(str.maketrans(n + e + f, "nef")), dense, factor, ("token", "expert")
-    )
+    dims = all_of.translate(str.maketrans(n + e + f, "nef"))
+    return _weighted(edit, outputs, dims, dense, product.rows, ("token", "expert"))
 
 
 def _weighted(
@@ -222,17 +221,13 @@ def _is_product(edit: Editor, node: Any) -> bool:
         return _is_product(edit, node.args[0])
     if is_op(node, aten.add.Tensor):
         return any(_is_product(edit, n) for n in node.args)
-    if is_op(node, aten.einsum.default):
-        return any(_stack(edit, n) is not None for n in node.args[1])  # type: ignore[union-attr]
-    return is_op(node, aten.bmm.default, aten.matmul.default) and _stack(edit, node.args[1]) is not None
+    found = contraction(node)
+    return found is not None and _over_stack(edit, found) is not None
 
 
-def _stack(edit: Editor, node: Any) -> tuple[Node, bool] | None:
-    """(weight [E, ., .], whether it is used with its last two dimensions exchanged)."""
-    source, exchanged = turned(node)
-    if isinstance(source, Node) and edit.weight_of(source) is not None and rank(source) == 3:
-        return source, exchanged
-    return None
+def _over_stack(edit: Editor, found: Contraction) -> Product | None:
+    """The product as rows times a weight [E, ., .]; None for any other."""
+    return found.split(lambda operand: edit.weight_of(operand) is not None and rank(operand) == 3)
 
 
 def _product(edit: Editor, node: Node, dims: str) -> _Product:
@@ -251,10 +246,10 @@ def _product(edit: Editor, node: Node, dims: str) -> _Product:
             inner = _product(edit, value, dims)
             if inner.bias is None:
                 return replace(inner, bias=_bias(edit, bias, inner, dims))
-    if is_op(node, aten.einsum.default):
-        return _einsum(edit, node, dims)
-    if is_op(node, aten.bmm.default, aten.matmul.default) and dims == EXPERTS_FIRST:
-        return _batched(edit, node)
+    found = contraction(node)
+    product = None if found is None else _over_stack(edit, found)
+    if product is not None:
+        return _contracted(node, product, dims)
     raise Stuck(node, "expected a product with the stacked weights of all experts (einsum, bmm or matmul)")
 
 
@@ -269,60 +264,27 @@ def _bias(edit: Editor, node: Node, product: _Product, dims: str) -> Node:
     return bias
 
 
-def _equation(node: Node) -> tuple[list[str], str, list[Any]]:
-    left, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
-    letters = (left + result).replace(",", "")
-    if not arrow or not letters.isascii() or not letters.isalpha():
-        raise Stuck(node, f"einsum {node.args[0]} is not one that this rule reads")
-    return left.split(","), result, list(node.args[1])  # type: ignore[arg-type]
-
-
-def _einsum(edit: Editor, node: Node, dims: str) -> _Product:
-    """einsum of [N, D], or of [N, E, F] in any order, with weights [E, ., .]; the result is `dims`."""
-    terms, result, operands = _equation(node)
-    wrong = Stuck(node, f"einsum {node.args[0]} does not multiply every token with every expert")
-    if len(terms) != 2 or len(operands) != 2 or len(result) != 3:
-        raise wrong
-    if _stack(edit, operands[1]) is None:
-        terms, operands = terms[::-1], operands[::-1]
-    found = _stack(edit, operands[1])
-    rows, weight = terms
-    if found is None or len(set(rows)) != len(rows) or len(set(weight)) != 3 or len(set(result)) != 3:
+def _contracted(node: Node, product: Product, dims: str) -> _Product:
+    """[N, D], or [N, E, F] in any order, with weights [E, ., .]; the result is `dims`."""
+    wrong = Stuck(node, "the product does not multiply every token with every expert")
+    weight, rows, result = product.weight_term, product.rows_term.replace(ONE, ""), product.result
+    if len(result) != 3 or len(rows) not in (2, 3):
         raise wrong
     n, e, f = (result[dims.index(d)] for d in "nef")
     inner = set(rows) - {n, e}
-    if weight[0] != e or len(inner) != 1 or f not in weight or set(weight) != {e, f, *inner} or n not in rows:
+    if weight[0] != e or len(inner) != 1 or set(weight) != {e, f, *inner} or n not in rows:
         raise wrong
     (summed,) = inner
-    if (
-        summed in result
-        or len(rows) not in (2, 3)
-        or (len(rows) == 2) != (e not in rows)
-        or (len(rows) == 2 and rows != n + summed)
-    ):
+    if summed in result or (len(rows) == 2 and rows != n + summed) or (len(rows) == 3 and e not in rows):
         raise wrong
-    stack, exchanged = found
-    of_rows = None if len(rows) == 2 else rows.translate(str.maketrans(n + e + summed, "nef"))
-    return _Product(operands[0], of_rows, stack, (weight[1] == summed) != exchanged, None, node)
-
-
-def _batched(edit: Editor, node: Node) -> _Product:
-    """rows [E, N, in] (or [N, in], [1, N, in], for all experts) times weights [E, in, out]."""
-    rows, found = node.args[0], _stack(edit, node.args[1])
-    if found is None or not isinstance(rows, Node):
-        raise Stuck(node, "expected stacked weights [E, in, out] as the second operand")
-    stack, exchanged = found
-    count = int(shape(stack)[0])
-    if is_op(node, aten.matmul.default) and (
-        rank(rows) == 2 or (rank(rows) == 3 and count != 1 and static(shape(rows)[0]) == 1)
-    ):
-        x = token_rows(rows, shape(rows)[-1])
-        if rank(x) != 2 or not same_size(shape(x)[1], shape(rows)[-1]):
-            raise Stuck(rows, "the experts do not read tokens [N, D]")
-        return _Product(x, None, stack, not exchanged, None, node)
-    if rank(rows) != 3:
-        raise Stuck(node, "it does not multiply the rows of every expert")
-    x_of_all = _repeated(rows, count)
+    in_out = weight[1] == summed
+    if len(rows) == 2:
+        x = token_rows(product.rows, product.of.size(summed))
+        if rank(x) != 2 or not same_size(shape(x)[1], product.of.size(summed)):
+            raise Stuck(product.rows, "the experts do not read tokens [N, D]")
+        return _Product(x, None, product.weight, in_out, None, node)
+    of_rows = rows.translate(str.maketrans(n + e + summed, "nef"))
+    x_of_all = _repeated(product.rows, int(shape(product.weight)[0])) if of_rows == EXPERTS_FIRST else None
     if x_of_all is not None:
-        return _Product(x_of_all, None, stack, not exchanged, None, node)
-    return _Product(rows, EXPERTS_FIRST, stack, not exchanged, None, node)
+        return _Product(x_of_all, None, product.weight, in_out, None, node)
+    return _Product(product.rows, of_rows, product.weight, in_out, None, node)

@@ -17,6 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from moec.compiler.matching.activation import MULTIPLY, read_activation
+from moec.compiler.matching.contraction import Contraction, contraction, untransposed
 from moec.compiler.matching.read import (
     Stuck,
     advises,
@@ -80,7 +81,7 @@ def expert_indexed(edit: Editor, node: Node) -> bool:
         return False
     if is_op(node, aten.index.Tensor, aten.index_select.default, aten.select.int):
         return _stacked(edit, node.args[0])
-    return is_grouped(node) and _stacked(edit, turned(node.args[1])[0])
+    return is_grouped(node) and _stacked(edit, untransposed(node.args[1], "ekn")[0])
 
 
 def is_grouped(node: Any) -> bool:
@@ -92,15 +93,6 @@ def is_grouped(node: Any) -> bool:
 def _stacked(edit: Editor, node: Any) -> bool:
     """Whether `node` is a weight [E, ., .]."""
     return isinstance(node, Node) and edit.weight_of(node) is not None and rank(node) == 3
-
-
-def turned(node: Any) -> tuple[Any, bool]:
-    """(source, True) of a transpose of the last two of three dimensions; (node, False) of anything else."""
-    if is_op(node, aten.transpose.int) and {d % 3 for d in node.args[1:3]} == {1, 2} and rank(node) == 3:
-        return node.args[0], True
-    if is_op(node, aten.permute.default) and [d % 3 for d in node.args[1]] == [0, 2, 1]:
-        return node.args[0], True
-    return node, False
 
 
 @advises("give every expert the same form, its weights stacked [E, in, out] or [E, out, in]")
@@ -209,12 +201,11 @@ def _product(edit: Editor, node: Node, pairs: Pairs) -> _Product:
                 inner = _product(edit, value, pairs)
                 return replace(inner, bias=_bias(edit, bias, inner, pairs))
         raise Stuck(product, "what is added to the product is not the bias of each row's expert")
-    if is_op(product, aten.einsum.default):
-        if product is not node and rank(node) == rank(product):
+    found = contraction(product)
+    if found is not None:
+        if is_op(product, aten.einsum.default) and product is not node and rank(node) == rank(product):
             raise Stuck(node, "the expert products are reshaped")
-        return _einsum(edit, product, pairs)
-    if is_op(product, aten.bmm.default, aten.matmul.default):
-        return _bmm(edit, product, pairs)
+        return _contracted(edit, product, found, pairs)
     if is_grouped(product):
         return _grouped(edit, product, pairs)
     raise Stuck(product, "expected a product with each row's own expert (einsum, bmm, matmul or a grouped product)")
@@ -240,30 +231,36 @@ def _sorted_indices(ids: Any, pairs: Pairs) -> Node | None:
     return unview(ids.args[0].args[0])
 
 
-def _einsum(edit: Editor, node: Node, pairs: Pairs) -> _Product:
-    """einsum of [N, D] or [N, K, F] with gathered weights [N, K, ., .] (or [N*K, F] with [N*K, ., .]), any letters."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])
-    left, arrow, result = equation.partition("->")
-    terms = left.split(",")
-    wrong = Stuck(node, f"einsum {equation} does not multiply each token with its own experts")
-    if not arrow or len(terms) != 2 or len(operands) != 2 or not equation.isascii():
-        raise wrong
-    if len(terms[0]) > len(terms[1]):
-        terms, operands = terms[::-1], operands[::-1]
-    (rows, weight), (x, gathered) = terms, operands
-    if len(weight) not in (3, 4) or len(set(weight)) != len(weight) or len(rows) < 2:
-        raise wrong
-    lead, (a, b) = weight[:-2], weight[-2:]
-    summed = rows[-1]
-    repeated = len(lead) == 2 and rows[:-1] == lead[0]
-    if (rows[:-1] != lead and not repeated) or summed not in (a, b):
-        raise wrong
-    if result != lead + (b if summed == a else a):
-        raise Stuck(node, f"einsum {equation} does not keep the order [token, rank, feature]")
-    stack, picked = _gathered(edit, gathered)
+def _contracted(edit: Editor, node: Node, found: Contraction, pairs: Pairs) -> _Product:
+    """[N, D] or [N, K, F] with gathered weights [N, K, ., .] (or [N*K, F] with [N*K, ., .]), in any spelling."""
+    whole = found.split(lambda operand: _is_gathered(operand) and rank(operand) in (3, 4))
+    if whole is None:
+        return _not_gathered(edit, found)
+    product = whole.below_transposes().without_ones()
+    lead, (a, b) = product.weight_term[:-2], product.weight_term[-2:]
+    inner = product.rows_term[-1:]
+    repeated = len(lead) == 2 and product.rows_term == lead[0] + inner
+    if (product.rows_term != lead + inner and not repeated) or inner not in (a, b):
+        raise Stuck(node, "it does not multiply each token with its own experts")
+    if product.result != lead + (b if inner == a else a):
+        raise Stuck(node, "the product does not keep the order [token, rank, feature]")
+    stack, picked = _gathered(edit, product.weight)
     if rank(picked) != len(lead):
-        raise Stuck(gathered, "the experts are not gathered by indices [N, K]")
-    return _Product(x, repeated, stack, summed == a, None, _indices(picked, pairs), node)
+        raise Stuck(product.weight, "the experts are not gathered by indices [N, K]")
+    # one row for the K experts of a token, or one for each pair
+    rows = token_rows(product.rows, found.size(inner)) if repeated else unview(product.rows)
+    return _Product(rows, repeated, stack, inner == a, None, _indices(picked, pairs), node)
+
+
+def _not_gathered(edit: Editor, found: Contraction) -> _Product:
+    """Stuck, with the reason that the operand which is most like gathered weights gives."""
+    wide = max(found.operands, key=rank)
+    _gathered(edit, untransposed(wide, "?" * rank(wide))[0])
+    raise Stuck(found.node, "it does not multiply each token with its own experts")
+
+
+def _is_gathered(node: Any) -> bool:
+    return is_op(node, aten.index_select.default, aten.index.Tensor) and rank(node.args[0]) == 3
 
 
 def _gathered(edit: Editor, node: Any) -> tuple[Node, Node]:
@@ -288,30 +285,6 @@ def _indices(picked: Node, pairs: Pairs) -> Node:
     return indices
 
 
-def _bmm(edit: Editor, node: Node, pairs: Pairs) -> _Product:
-    """weights [P, out, in] @ rows [P, in, 1], or rows [P, 1, in] @ weights [P, in, out]; P pairs (N, K for matmul)."""
-    first, second = node.args
-    if not isinstance(first, Node) or not isinstance(second, Node) or rank(first) != rank(second) or rank(first) < 3:
-        raise Stuck(node, "it does not multiply one row with each gathered expert")
-    if shape(second)[-1] == 1:
-        weights, rows, row_first = first, second, False
-    elif shape(first)[-2] == 1:
-        weights, rows, row_first = second, first, True
-    else:
-        raise Stuck(node, "it does not multiply one row with each gathered expert")
-    n = rank(weights)
-    exchanged = is_op(weights, aten.transpose.int) and {d % n for d in weights.args[1:3]} == {n - 2, n - 1}  # type: ignore[operator]
-    stack, picked = _gathered(edit, weights.args[0] if exchanged else weights)
-    if rank(picked) != n - 2:
-        raise Stuck(picked, "the experts are not gathered by indices [N, K]")
-    # rows x weights wants [in, out] as gathered; weights x rows wants [out, in]
-    in_out = row_first != exchanged
-    if n == 4 and shape(rows)[1] == 1 and pairs.top_k != 1:  # matmul repeats one row for the K experts of a token
-        x = token_rows(rows, shape(stack)[1 if in_out else 2])
-        return _Product(x, True, stack, in_out, None, _indices(picked, pairs), node)
-    return _Product(unview(rows), False, stack, in_out, None, _indices(picked, pairs), node)
-
-
 def _grouped(edit: Editor, node: Node, pairs: Pairs) -> _Product:
     """grouped_mm(rows sorted by expert, weights [E, in, out] (or [E, out, in] turned), ends of the groups)."""
     rows, weights, ends = node.args[0], node.args[1], arg(node, 2, "offs")
@@ -319,11 +292,11 @@ def _grouped(edit: Editor, node: Node, pairs: Pairs) -> _Product:
         raise Stuck(node, "a grouped product of rows that are not sorted back")
     if arg(node, 3, "bias") is not None:
         raise Stuck(node, "a grouped product with a bias of its own")
-    stack, exchanged = turned(weights)
-    if not _stacked(edit, stack):
+    stack, term = untransposed(weights, "ekn")
+    if not _stacked(edit, stack) or term[0] != "e":
         raise Stuck(node, "expected expert weights [E, ., .]")
     indices = _group_ends(ends, pairs, int(shape(stack)[0]))
-    return _Product(rows, False, stack, not exchanged, None, indices, node)
+    return _Product(rows, False, stack, term == "ekn", None, indices, node)
 
 
 def _group_ends(ends: Any, pairs: Pairs, count: int) -> Node:

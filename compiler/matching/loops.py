@@ -17,6 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from moec.compiler.matching.activation import MULTIPLY, read_activation
+from moec.compiler.matching.contraction import contraction
 from moec.compiler.matching.read import (
     CASTS,
     Stuck,
@@ -233,7 +234,7 @@ def _added_rows(node: Node) -> tuple[Node, Positions, Node]:
 
 
 def _plus_own_rows(node: Node, into: Node, where: Any, rows: Any) -> Any:
-    """r of y[t] = y[t] + r. A token is there once for each expert: topk selects different ones."""
+    """r of y[t] = y[t] + r. The tokens of one expert are distinct: topk selects K different experts for each."""
     pair = binary(rows, aten.add.Tensor)
     for own, other in () if pair is None else (pair, pair[::-1]):
         if is_op(own, aten.index.Tensor) and own.args[0] is into and list(own.args[1]) == [where]:
@@ -373,23 +374,19 @@ def read_mlp(edit: Editor, output: Node) -> tuple[OneExpert, Node]:
 
 def _linear(edit: Editor, node: Node) -> _Linear:
     """rows times one expert's weight, plus its bias."""
-    if is_op(node, aten.linear.default):
-        piece = _piece(edit, node.args[1], 2)
-        bias = arg(node, 2, "bias")
-        if piece is not None:
-            return _Linear(node.args[0], piece[0], _bias(edit, bias, node), piece[1])
     pair = binary(node, aten.add.Tensor)
-    if pair is not None:
-        for product, bias in (pair, pair[::-1]):
-            if isinstance(product, Node) and isinstance(bias, Node) and _piece(edit, unpad(bias), 1) is not None:
-                inner = _linear(edit, unpad(product))
-                if inner.bias is None:
-                    return replace(inner, bias=_bias(edit, bias, node))
-    if is_op(node, aten.matmul.default, aten.mm.default):
-        piece = _piece(edit, node.args[1], 2)
-        if piece is not None and rank(node) == 2:
-            return _Linear(node.args[0], piece[0], None, not piece[1])
-    raise Stuck(node, "expected a linear of one expert's own weight")
+    for product, bias in () if pair is None else (pair, pair[::-1]):
+        if isinstance(product, Node) and isinstance(bias, Node) and _piece(edit, unpad(bias), 1) is not None:
+            inner = _linear(edit, unpad(product))
+            if inner.bias is None:
+                return replace(inner, bias=_bias(edit, bias, node))
+    found = contraction(node)
+    own = None if found is None else found.split(lambda operand: _piece(edit, operand, 2) is not None)
+    if found is None or own is None or own.matrix is None:
+        raise Stuck(node, "expected a linear of one expert's own weight")
+    piece = _piece(edit, own.weight, 2)
+    assert piece is not None
+    return _Linear(own.rows, piece, _bias(edit, found.bias, node), own.matrix)
 
 
 def _bias(edit: Editor, node: Any, at: Node) -> Piece | None:
@@ -398,22 +395,15 @@ def _bias(edit: Editor, node: Any, at: Node) -> Piece | None:
     piece = _piece(edit, unpad(node), 1)
     if piece is None:
         raise Stuck(at, "the bias is not a weight")
-    return piece[0]
+    return piece
 
 
-def _piece(edit: Editor, node: Any, dims: int) -> tuple[Piece, bool] | None:
-    """(piece, whether it is used transposed) of a weight with `dims` dimensions, or of one taken from a stack."""
-    turned = False
-    if dims == 2 and is_op(node, aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default):
-        if rank(node) != 2 or (is_op(node, aten.transpose.int) and {d % 2 for d in node.args[1:3]} != {0, 1}):
-            return None
-        if is_op(node, aten.permute.default) and [d % 2 for d in node.args[1]] != [1, 0]:
-            return None
-        node, turned = node.args[0], True
+def _piece(edit: Editor, node: Any, dims: int) -> Piece | None:
+    """A weight with `dims` dimensions, or one that is taken from a stack."""
     if not isinstance(node, Node):
         return None
     if edit.weight_of(node) is not None:
-        return (Piece(node), turned) if rank(node) == dims else None
+        return Piece(node) if rank(node) == dims else None
     source: Any = node.args[0] if node.args else None
     index: Any = None
     if is_op(node, aten.select.int) and dim_of(node, 1, "dim", dims + 1) == 0:
@@ -426,4 +416,4 @@ def _piece(edit: Editor, node: Any, dims: int) -> tuple[Piece, bool] | None:
         return None
     if rank(source) != dims + 1:
         return None
-    return Piece(source, index % int(shape(source)[0])), turned
+    return Piece(source, index % int(shape(source)[0]))

@@ -20,8 +20,9 @@ import torch
 from torch.fx import Node
 
 from moec.compiler.matching.activation import MULTIPLY, activation_of
+from moec.compiler.matching.contraction import PRODUCTS, Contraction, contraction
 from moec.compiler.matching.dense import read_all_experts
-from moec.compiler.matching.experts import Pairs, read_experts
+from moec.compiler.matching.experts import Pairs, is_grouped, read_experts
 from moec.compiler.matching.graph import PostDominators
 from moec.compiler.matching.loops import (
     OneExpert,
@@ -155,9 +156,6 @@ def combines_of(topk: Node, paths: PostDominators) -> list[Node]:
     raise Stuck(topk, "the experts that it selects are not combined")
 
 
-CONTRACTIONS = {"linear", "mm", "bmm", "matmul", "addmm", "einsum", "_grouped_mm", "grouped_mm_fallback"}
-
-
 def _prepares_another(topk: Node) -> bool:
     """Its result reaches another topk before any matrix product: it chooses groups of experts."""
     seen, queue = {topk}, [topk]
@@ -165,8 +163,7 @@ def _prepares_another(topk: Node) -> bool:
         for user in queue.pop().users:
             if is_op(user, aten.topk.default):
                 return True
-            schema = getattr(user.target, "_schema", None)
-            if user in seen or (schema is not None and schema.name.rpartition(":")[2] in CONTRACTIONS):
+            if user in seen or is_op(user, *PRODUCTS) or is_grouped(user):
                 continue
             seen.add(user)
             queue.append(user)
@@ -312,8 +309,9 @@ def _stacked_biases(
 def _combined(end: Node) -> tuple[Node, Node | None, Pairs]:
     """(expert outputs of the pairs, their weights [..., 1] or [N, K], the pairs) of a sum over each token's experts."""
     node = unview(end)
-    if is_op(node, aten.einsum.default):
-        return _combined_by_einsum(node)
+    found = contraction(node)
+    if found is not None:
+        return _combined_by_product(node, found)
     if not is_op(node, aten.sum.dim_IntList) or rank(node.args[0]) != 3:
         raise Stuck(node, "the experts' outputs are not summed over the experts of each token")
     if dim_of(node, 1, "dim", 3) != 1:
@@ -339,21 +337,21 @@ def _combined(end: Node) -> tuple[Node, Node | None, Pairs]:
     return value, None, pairs
 
 
-def _combined_by_einsum(node: Node) -> tuple[Node, Node | None, Pairs]:
-    """einsum("tkd,tk->td", outputs, weights), in any letters and order."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])
-    left, _, result = equation.partition("->")
-    terms = left.split(",")
-    if len(terms) == 2 and len(terms[0]) == 2:
-        terms, operands = terms[::-1], operands[::-1]
-    wrong = Stuck(node, f"einsum {equation} does not sum the weighted outputs of each token's experts")
-    if len(terms) != 2 or len(terms[0]) != 3 or len(set(terms[0])) != 3:
-        raise wrong
-    t, k, d = terms[0]
-    top_k = static(shape(operands[0])[1])
-    if terms[1] != t + k or result != t + d or top_k is None:
-        raise wrong
-    return operands[0], operands[1], Pairs(top_k)
+def _combined_by_product(node: Node, found: Contraction) -> tuple[Node, Node | None, Pairs]:
+    """The outputs [t, k, d] times the weights [t, k], summed over k, in any spelling and order."""
+    outputs = found.split(_of_pairs)
+    product = None if outputs is None else outputs.without_ones()
+    if product is None or len(set(product.weight_term)) != 3:
+        raise Stuck(node, "the product does not sum the weighted outputs of each token's experts")
+    t, k, d = product.weight_term
+    if product.rows_term != t + k or product.result != t + d:
+        raise Stuck(node, "the product does not sum the weighted outputs of each token's experts")
+    return product.weight, product.rows, Pairs(int(shape(product.weight)[1]))
+
+
+def _of_pairs(node: Node) -> bool:
+    """[N, K, D] rather than weights with a dimension of size one."""
+    return rank(node) == 3 and static(shape(node)[1]) is not None and static(shape(node)[2]) != 1
 
 
 def _sorted_back(node: Node, pairs: Pairs) -> tuple[Node, Pairs]:
@@ -447,11 +445,12 @@ def _read_gated_mlp(edit: Editor, node: Node, block: MoeBlock) -> SharedExpert |
             if weight is not None and shape(weight)[0] == 1:
                 scale_weight, node = weight, mlp
                 break
-    if not is_op(node, aten.linear.default) or arg(node, 2, "bias") is not None:
+    outer = _matrix(edit, node)
+    if outer is None:
         return None
-    hidden, down = node.args[0], node.args[1]
+    hidden, down = outer
     pair = binary(hidden, *MULTIPLY)
-    if pair is None or edit.weight_of(down) is None:
+    if pair is None:
         return None
     for acted, up in (pair, pair[::-1]):
         kind = activation_of(acted)
@@ -472,11 +471,20 @@ def _plain(experts: Experts, activation: str, alpha: float) -> bool:
 
 def _linear_of(edit: Editor, node: Any, x: Node) -> Node | None:
     """The weight of a linear without bias that reads the rows of `x` [N, D]."""
-    if not is_op(node, aten.linear.default) or arg(node, 2, "bias") is not None:
+    found = _matrix(edit, node)
+    if found is None:
         return None
-    rows, weight = node.args[:2]
-    same = isinstance(rows, Node) and unview(rows) is unview(x) and shape(rows)[-1] == shape(x)[-1]
-    return weight if same and edit.weight_of(weight) is not None else None
+    rows, weight = found
+    return weight if unview(rows) is unview(x) and shape(rows)[-1] == shape(x)[-1] else None
+
+
+def _matrix(edit: Editor, node: Any) -> tuple[Node, Node] | None:
+    """(rows, weight [out, in]) of a product without bias of rows with a weight."""
+    found = contraction(node)
+    product = None if found is None else found.split(lambda operand: edit.weight_of(operand) is not None)
+    if found is None or found.bias is not None or product is None or product.matrix is not False:
+        return None
+    return product.rows, product.weight
 
 
 # -------------------------------------------------------------------------------------------------------------- closure

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moec.compiler.matching.contraction import contraction
 from moec.compiler.matching.read import (
     Stuck,
     advises,
@@ -353,11 +354,11 @@ def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, bool, Node | N
             if none is not None or value(bias).dtype != torch.float32:
                 break
             return source, weight, in_out, unview(bias)
-    found = _linear(logits)
+    found = _linear(edit, logits)
     if found is None:
         raise Stuck(logits, "the router's logits do not come from a linear")
     source, weight, in_out, bias = found
-    if not isinstance(source, Node) or rank(source) != 2:
+    if rank(source) != 2:
         raise Stuck(logits, "the router does not score tokens [N, D]")
     for w in (weight, bias):
         if w is not None and edit.weight_of(w) is None:
@@ -370,31 +371,16 @@ def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, bool, Node | N
     return source, weight, in_out, bias
 
 
-def _linear(node: Node) -> tuple[Any, Any, bool, Any] | None:
+def _linear(edit: Editor, node: Node) -> tuple[Node, Node, bool, Node | None] | None:
     """(rows, weight, whether the weight is [in, out], bias) of a product of rows with a matrix."""
-    if is_op(node, aten.linear.default):
-        rows, weight, in_out, bias = node.args[0], node.args[1], False, arg(node, 2, "bias")
-    elif is_op(node, aten.mm.default, aten.matmul.default) and rank(node) == 2:
-        rows, weight, in_out, bias = node.args[0], node.args[1], True, None
-    elif is_op(node, aten.einsum.default):
-        terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
-        left, _, right = terms.partition(",")
-        operands: Any = node.args[1]
-        if len(operands) != 2 or len(left) != 2 or len(set(left + right)) != 3 or len(right) != 2 or len(result) != 2:
-            return None
-        n, d = left
-        if result[0] != n or d not in right or result[1] not in right or not (left + right).isalpha():
-            return None
-        rows, weight, in_out, bias = operands[0], operands[1], right[0] == d, None
-    else:
+    found = contraction(node)
+    if found is None:
         return None
-    if is_op(weight, aten.t.default, aten.numpy_T.default) or (
-        (is_op(weight, aten.transpose.int) and {d % 2 for d in weight.args[1:3]} == {0, 1})
-        or (is_op(weight, aten.permute.default) and [d % 2 for d in weight.args[1]] == [1, 0])
-    ):
-        weight, in_out = weight.args[0], not in_out
-    two = isinstance(weight, Node) and rank(weight) == 2
-    return (rows, weight, in_out, bias) if two else None
+    # a second operand that is no weight is taken for one: what is wrong with it is said there
+    product = found.split(lambda operand: edit.weight_of(operand) is not None) or found.split(lambda operand: True)
+    if product is None or product.matrix is None:
+        return None
+    return product.rows, product.weight, product.matrix, found.bias
 
 
 def _uncast(node: Any) -> Node:
