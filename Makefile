@@ -55,7 +55,7 @@ endef
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
-	  printf '  %-16s%s\n' "$$name" "$$what"; done
+	  printf '  %-18s%s\n' "$$name" "$$what"; done
 	@echo "variables:"; sed -n 's/^#: /  /p' Makefile
 
 setup: $(INSTALLED) $(KERNEL) ## everything into .venv, kernels built; instant when nothing changed

@@ -1,4 +1,4 @@
-"""What the tensors of a GGUF file hold: codes that are carried as they are, floats, and formats without a like of ours.
+"""What the tensors of a GGUF file hold: codes that are carried as they are, floats, and formats that are not ours.
 
 All that are carried are symmetric codes in blocks of 32 along the input, as ours: a float16 scale of either sign, then
 - Q4_0: 16 bytes, byte i with element i in its low nibble and element i + 16 in its high one, w = scale * (nibble - 8);

@@ -71,7 +71,7 @@ class Entry:
         """
         if self.dtype not in TYPES:
             raise CheckpointError(
-                f"tensor {shown(self.name)} is {self.dtype}, which torch has not", place=str(self.file)
+                f"tensor {shown(self.name)} is {self.dtype}, a type that torch does not have", place=str(self.file)
             )
         dtype = TYPES[self.dtype]
         if self.begin == self.end:

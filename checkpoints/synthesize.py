@@ -72,7 +72,7 @@ def synthesize(
 ) -> Path:
     """Write a random checkpoint for `spec` to the folder `out` and return it. The same seed gives the same bytes.
 
-    router: whether experts prefer clusters of tokens drawn by lot, or topics of text (see above).
+    router: whether experts prefer random clusters of tokens, or topics of text (see above).
     qat: INT4 codes and float16 scales instead of BF16; equal seeds give the same model in both, up to rounding.
     Holds one piece of one tensor. Errors: SpecError if the spec's model is not ours, CheckpointError if a width cannot
     be packed, UserError if `out` cannot be written or holds something else.
@@ -227,7 +227,7 @@ class _TopicWeights(_Weights):
         self._centers_CD = torch.nn.functional.normalize(self._centers_CD + shared_CD, dim=-1)
 
     def _of_topic(self, topics: torch.Tensor, generator: torch.Generator, count: int) -> torch.Tensor:
-        """`count` different clusters of each row's topic, by lot, int64 [rows, count]."""
+        """`count` different clusters of each row's topic, drawn at random, int64 [rows, count]."""
         of_cluster = torch.arange(_CLUSTERS) % len(TOPICS)
         drawn = torch.rand(len(topics), _CLUSTERS, generator=generator)
         return drawn.masked_fill_(of_cluster != topics[:, None], -1.0).topk(count).indices

@@ -23,7 +23,7 @@ def token_topics(tokenizer: str | None, vocab_size: int, generator: torch.Genera
 
     A token of the shipped texts (all of specs/prompts, those that `moec profile` runs among them: a trained router has
     seen the words of its domains) belongs to the domain that uses it most, if that one has more than half of its
-    relative frequency, else it is common. Tokens that these texts do not hold are given a topic by lot.
+    relative frequency, else it is common. Tokens that these texts do not hold get a random topic.
     """
     topics_V = torch.randint(0, len(TOPICS), (vocab_size,), generator=generator)
     if tokenizer is None:

@@ -161,7 +161,7 @@ def _status_of_signal(error: BaseException) -> int | None:
 
 
 def _open_streams() -> None:
-    """A stream that was closed before we began (`>&-`) is None: it becomes one that takes all and gives nothing."""
+    """A stream that was closed before we began (`>&-`) is None: it is replaced by /dev/null."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the rest of the process)

@@ -46,9 +46,10 @@ class Weight:
 class Cache:
     """One layer's keys and values: `kv_heads` rows of both widths a position; `window` 0 means all positions.
 
-    `whole`: attention that is not one kernel keeps FP32 rows and goes over all of so many positions in every call,
-    masked or not; 0: one kernel, which reads those seen. `head_width`: of a query head's key and value together where
-    heads are made from the stored row (latent attention), which then happens to the whole cache; 0: as stored.
+    `whole`: attention that is not one kernel keeps FP32 rows and computes scores for this many positions in every
+    call, masked or not; 0: one kernel, which reads only the positions seen. `head_width`: of a query head's key and
+    value together where heads are made from the stored row (latent attention), of every row of the cache; 0: as
+    stored.
     """
 
     kv_heads: int

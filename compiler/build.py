@@ -1,4 +1,4 @@
-"""The line: spec -> model -> Program -> passes -> target -> Artifact. Registries are read here and in the CLI only."""
+"""The pipeline: spec -> model -> Program -> passes -> target -> Artifact. Only this and commands read registries."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Explanation:
     records: tuple[PassRecord, ...]
     text: str
     matched: tuple[tuple[str, str, str, str], ...] = ()  # pass, block, operator, its attributes
-    error: str = ""  # what stops the line, if anything does
+    error: str = ""  # what stops the compile, if anything does
 
 
 def explain(spec: Spec | Mapping[str, Any] | str | Path, target: str | None = None) -> Explanation:
@@ -225,7 +225,7 @@ def _companions(store: Checkpoint) -> tuple[dict[str, bytes], TextTokenizer | No
     found = dict(store.companions())
     unknown = sorted(set(found) - set(COMPANIONS))
     assert not unknown, f"{type(store).__name__} brings {unknown}, known are {COMPANIONS}"
-    # {} is the tokenizer of a corpus that came as ids
+    # a corpus that was given as token ids has the tokenizer {}
     if found.get(TOKENIZER, b"{}").strip() == b"{}":
         return found, None
     return found, TextTokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))

@@ -75,7 +75,7 @@ def _run(program: Program, quantization: Quantization) -> PassResult:
 
 
 def _check_complete(program: Program, quantization: Quantization) -> None:
-    """No matrix that the spec quantizes is read in float, and none is read whose role nobody knows."""
+    """No matrix that the spec quantizes is read in float, and every matrix that is read has a known role."""
     for node in program.graph.nodes:
         name = program.weight_of(node) if node.op == "placeholder" else None
         if name is None:

@@ -1,4 +1,4 @@
-"""The small modules of the trained decoder. Parameters are float32 and uninitialised; autocast has the last word."""
+"""The small modules of the trained decoder. Parameters are float32 and uninitialised; autocast chooses the types."""
 
 from __future__ import annotations
 

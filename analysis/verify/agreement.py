@@ -64,7 +64,7 @@ _FLOAT = "fp32 sums in another order move a logit by some 1e-6 of the row's larg
 ROW_FLOAT = Tolerance("<=", 1e-5, "of the row's largest logit", _FLOAT)
 ROW_CODES = Tolerance(
     "<=", 1e-4, "of the row's largest logit",
-    _FLOAT + "; scales multiply before or after the sum over a group, which orders more of it",
+    _FLOAT + "; scales multiply before or after the sum over a group, so more sums differ in their order",
 )  # fmt: skip
 RAN = Tolerance("<=", 0.0, "faults", "a target that cannot run what it compiled agrees with nobody")
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of a spec: completion and checks while typing. The loader stays the judge.
+"""The JSON Schema of a spec: completion and checks while typing.
 
 It accepts whatever the loader accepts. What it cannot say stays with the loader: relations between numbers (top_k and
 experts, widths and group sizes, token ids and the vocabulary), and 4.0 where an integer belongs.

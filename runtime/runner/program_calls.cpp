@@ -51,7 +51,7 @@ std::vector<Operator> read_operators(const Table& plan) {
     const std::string overload = entry.has(1) ? entry.text(1, "the name of an operator") : "";
     if (!overload.empty()) name += "." + overload;
     const OperatorEntry* found = find_operator(name.c_str());
-    if (!found) throw Damaged("the program uses the operator " + name.substr(0, 80) + ", which this runtime has not");
+    if (!found) throw Damaged("the program uses the operator " + name.substr(0, 80) + ", which this runtime does not have");
     out.push_back({name, parameters_of(found->arguments)});
   }
   return out;

@@ -135,7 +135,7 @@ class Program {
       const Table delegate = plan.element(delegates, i);
       const std::string id = delegate.text(0, "the name of a delegate");
       if (id != (view_.trusted_backend.empty() ? "XnnpackBackend" : view_.trusted_backend))
-        throw Damaged("the delegate " + id.substr(0, 80) + ", which this runtime has not");
+        throw Damaged("the delegate " + id.substr(0, 80) + ", which this runtime does not have");
       const Vector specs = delegate.vector(2, 4);
       for (uint32_t s = 0; s < specs.size; ++s) {
         const Table spec = delegate.element(specs, s);

@@ -52,7 +52,7 @@ std::vector<uint64_t> read_arenas(const Table& plan) {
 void read_tensor(const Table& tensor, const std::vector<uint64_t>& arenas, const Layout& layout, Value& value) {
   value.type = tensor.number<int8_t>(0);
   const uint64_t width = element_bytes(value.type);
-  if (width == 0) throw Damaged("a tensor of a type that this runtime has not");
+  if (width == 0) throw Damaged("a tensor of a type that this runtime does not have");
   value.bytes = read_shape(tensor, value) * width;
   if (tensor.number<int32_t>(1) != 0) throw Damaged("a tensor with a storage offset");
   const int8_t dynamism = tensor.number<int8_t>(8);

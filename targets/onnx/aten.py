@@ -1,4 +1,4 @@
-"""ATen operators that stay in a program after fusion, in ONNX: what frontends leave around the fused blocks."""
+"""ATen operators that stay in a program after fusion, in ONNX: what is left around the fused blocks."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ STRUCTURES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a long list of arguments": (lambda p: _calls(p, NORM).args.append(0), "takes 5 arguments, it is given 6"),
     "an argument of another kind": (lambda p: _calls(p, NORM).args.__setitem__(2, p.inputs[0]), "of another kind"),
     "another result": (lambda p: _calls(p, NORM).args.__setitem__(4, p.inputs[0]), "is another value"),
-    "another operator": (lambda p: setattr(p.operators[0], "name", "aten::system"), "which this runtime has not"),
+    "another operator": (lambda p: setattr(p.operators[0], "name", "aten::system"), "which this runtime does not have"),
     "an output that is a constant": (lambda p: _to_constant(_output(p, NORM)), "writes a constant or an input"),
     "an output that is the input": (
         lambda p: _calls(p, EMBEDDING).args.__setitem__(slice(-2, None), [p.inputs[0]] * 2),

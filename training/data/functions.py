@@ -1,4 +1,4 @@
-"""Functions with their docstrings, as pairs of a wish and the code that fulfils it."""
+"""Functions with their docstrings, as pairs of an instruction and the code that follows it."""
 
 from __future__ import annotations
 

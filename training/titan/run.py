@@ -30,7 +30,7 @@ class TitanRun(Run):
     """Stages, states and checkpoints in moec's order; from the first step of a stage to its last, torchtitan's loop."""
 
     def __init__(self, plan: Plan, world: World, progress: Progress) -> None:
-        # torchtitan makes meshes of its own, and what it spreads is spread tensors that know their mesh
+        # torchtitan makes device meshes of its own, and its sharded tensors (DTensor) refer to them
         super().__init__(plan, replace(world, mesh=None), progress)
         self._expert_parallel = 1 if world.mesh is None else world.mesh["experts"].size()
 

@@ -12,7 +12,7 @@ void ask_for(const uint8_t* p, int64_t bytes) {
 
 }  // namespace
 
-void ask_for_blocks(const Matrix& w, int64_t first, int64_t last) {
+void prefetch_blocks(const Matrix& w, int64_t first, int64_t last) {
   if (w.format.kind == MOEC_F32) return;
   if (w.format.axis_out) ask_for(w.group_scales(first / w.blocks_together()), w.k * w.format.scale_bytes());
   const int64_t bytes = (last - first) * w.block_bytes();
@@ -78,7 +78,7 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
   const bool by_block = w.format.block_activations;
   // Within a matrix the kernels ask for the next blocks while they multiply. The first ones are asked for here: the kernels'
   // loops have too few loads in flight to fetch them quickly.
-  ask_for_blocks(w, first, last);
+  prefetch_blocks(w, first, last);
   if (!w.format.axis_out) {
     task.scales = w.block_scales(first);
     task.group = w.format.group;

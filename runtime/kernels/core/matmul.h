@@ -48,8 +48,8 @@ struct QuantizedPlan {
   }
 };
 
-// Asks memory for the first codes of these blocks, to be called when something else is to be done before their product.
-void ask_for_blocks(const Matrix& w, int64_t first, int64_t last);
+// Prefetches the first codes of these blocks into cache; called while other work precedes their product.
+void prefetch_blocks(const Matrix& w, int64_t first, int64_t last);
 
 // Rounds rows for a matrix where needs_quantized(matrix.format).
 void quantize_for(const Kernels& isa, const Matrix& w, const float* x, int64_t x_stride, int64_t rows, QuantizedRows out);

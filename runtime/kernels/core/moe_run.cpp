@@ -238,7 +238,7 @@ void run_expert(const Run& run, const Expert& expert, const Rows& input, TileSpa
   const Moe& moe = run.moe;
   const int64_t h13_stride = expert.w13.n;
   matmul(run.isa, expert.w13, 0, expert.w13.blocks(), input, expert.b13, s.h13, h13_stride, s.matmul);
-  ask_for_blocks(expert.w2, 0, expert.w2.blocks());
+  prefetch_blocks(expert.w2, 0, expert.w2.blocks());
   activate_rows(run.isa, moe, expert.interleaved, s.h13, h13_stride, expert.width, input.m, expert.width, s.hidden, expert.width);
   Rows hidden{input.m, s.hidden, expert.width, {}};
   if (needs_quantized(expert.w2.format)) {
@@ -303,7 +303,7 @@ int32_t run_wide(Run& run) {
     const WideTile& job = tiles[unit];
     const bool is_shared = job.expert < 0;
     const Expert expert = is_shared ? shared_expert(moe) : routed_expert(moe, job.expert);
-    ask_for_blocks(expert.w13, 0, expert.w13.blocks());
+    prefetch_blocks(expert.w13, 0, expert.w13.blocks());
     Rows input{job.count, s.x, d, s.input};
     if (is_shared) {
       input.x = run.x + job.begin * d;
@@ -367,7 +367,7 @@ void narrow_up(const Run& run, const Expert& e, int64_t begin, int64_t end, cons
     up_column = e.width;
   } else {
     up_column = n;
-    ask_for_blocks(e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows);
+    prefetch_blocks(e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows);
     matmul(run.isa, e.w13, begin / kBlockRows, end / kBlockRows, input, e.b13, h13, stride, scratch);
     matmul(run.isa, e.w13, (e.width + begin) / kBlockRows, (e.width + end) / kBlockRows, input, e.b13, h13 + n, stride, scratch);
   }
@@ -511,7 +511,7 @@ int32_t run_narrow(Run& run) {
     for (int64_t h = 0; h < run.hits; ++h) {
       const int64_t e = run.hit[h], at = run.first[e];
       const Expert expert = routed_expert(moe, e);
-      if (h + 1 < run.hits) ask_for_blocks(routed_expert(moe, run.hit[h + 1]).w2, block, last);
+      if (h + 1 < run.hits) prefetch_blocks(routed_expert(moe, run.hit[h + 1]).w2, block, last);
       const Rows rows{run.count(e), hidden + at * f, f, round_hidden ? hidden_q.from(at) : QuantizedRows{}};
       matmul(run.isa, expert.w2, block, last, rows, expert.b2, outputs + at * n, n, scratch_w);
     }
