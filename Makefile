@@ -5,7 +5,7 @@
 #: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
 #: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
-#: BASE          the revision that replay compares with; with it bench-kernel compares the kernels of both
+#: BASE          the revision that replay and kernel-revisions compare with
 #: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all)
 #: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
@@ -50,8 +50,8 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers \
-  bench-quality bench-roles bench-passes bench-training replay plan-accuracy paper-tables train-report real-model \
-  clean distclean
+  bench-quality bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
+  real-model clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -141,7 +141,11 @@ sbom: setup ## build/sbom.cdx.json: what moec and its extras are made of, in Cyc
 
 bench-kernel: setup ## one MoE layer against its peers and the machine's limits (bench/README.md, likewise the others)
 	$(call install,bench)
-	$(BIN)/python $(if $(BASE),bench/kernel_revisions.py --base $(BASE),bench/bench_kernel.py --out $(BUILD)/bench) $(BENCH_ARGS)
+	$(BIN)/python bench/bench_kernel.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+kernel-revisions: setup $(TESTABLE) ## whether the kernels became slower: make kernel-revisions BASE=REV [BENCH_ARGS=--count]
+	@test -n "$(BASE)" || { echo "give BASE=REV, a revision to compare with" >&2; exit 2; }
+	$(BIN)/python bench/kernel_revisions.py --base $(BASE) $(BENCH_ARGS)
 
 bench-passes: $(INSTALLED) ## seconds of export and passes by the number of layers
 	$(BIN)/python bench/bench_passes.py $(BENCH_ARGS)

@@ -1,6 +1,6 @@
 """Whether the kernels became slower: libraries of two revisions in one process, in turn, or by count of instructions.
 
-    make bench-kernel BASE=REV                             # time here over time at REV, interleaved
+    make kernel-revisions BASE=REV                         # time here over time at REV, interleaved
     python bench/kernel_revisions.py --base REV --count    # instructions here over those at REV, by callgrind
 
 Each library is built from the sources of its revision without ExecuTorch, and does the same calls on the same packed
