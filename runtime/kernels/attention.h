@@ -1,6 +1,6 @@
 // C API of attention over a KV cache, RMS norm and rotary embedding: the rules of moec_kernel.h hold (error codes and
-// moec_last_error, buffers with their lengths, aligned to their elements), with one difference: results do not depend on the
-// number of threads, but the instruction set, and how a sequence is cut into calls, may change the last bits (sums are taken
+// moec_last_error, buffers with their lengths, aligned to their elements), with one difference: results depend neither on the
+// number of threads nor on how a sequence is cut into calls, but the instruction set may change the last bits (sums are taken
 // in vector order).
 //
 // Letters: T tokens, H query heads, KV key/value heads (H is a multiple), d head size, e value size, S cache capacity.

@@ -174,7 +174,10 @@ bool moec_model::find_states() {
   std::vector<StatePart> parts;
   Watch watch;
   const auto meta = module->method_meta("forward");
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // for its pointers, which die with a method: ours stays loaded
   const auto method = module->method("forward");
+#pragma GCC diagnostic pop
   if (!meta.ok() || !method.ok()) return fail("method forward is gone");
   std::vector<std::pair<size_t, size_t>> covered;  // begin and end, arenas laid behind each other
   std::vector<size_t> begins = {0};

@@ -1,7 +1,8 @@
 // Attention over a KV cache, RMS norm and rotary embedding: checks, the division into items, and the C API.
 //
-// How work is divided depends on the sizes only, never on the number of threads, and partial results are combined in a
-// fixed order: the same call gives the same bits on one thread and on eight.
+// What is summed together, and in which order, depends on a token's position only: keys lie in chunks at fixed positions,
+// and a row folds the results of its chunks in their order. So a token gives the same bits on one thread and on eight, alone
+// and among others.
 #include "attention.h"
 
 #include <inttypes.h>
@@ -21,9 +22,8 @@ namespace {
 
 constexpr int64_t kMaxCapacity = int64_t{1} << 24;  // positions are compared as floats
 constexpr int64_t kTileRows = 96;     // (token, head) rows that share one pass over the keys of a KV head
-constexpr int64_t kEnoughItems = 16;  // below this, long key ranges are split: eight threads stay busy
-constexpr int64_t kShortestSplit = 8 * kKeyBlock;
-constexpr int64_t kLongestChunk = 8 * kKeyBlock;
+constexpr int64_t kEnoughItems = 16;  // below this, chunks are items of their own: eight threads stay busy
+constexpr int64_t kAlign = 16;           // keys: a multiple of every instruction set's lanes
 constexpr int64_t kRowBlock = 16;         // rows of a norm, or tokens of a cache write, per item
 constexpr int64_t kParallelElements = 1 << 15;  // smaller norms and rotations are done by the caller: waking costs more
 
@@ -102,85 +102,137 @@ void write_caches(const AttentionKernels& isa, const moec_attention_args& a) {
   });
 }
 
-// out = sum_i w_i acc_i / sum_i w_i sum_i with w_i = e^(max_i - max); parts `stride` floats apart, in their order.
-void combine(int64_t parts, const float* acc, int64_t acc_stride, const float* top, const float* sum, int64_t stride,
-             int64_t e, float* out) {
-  float highest = top[0];
-  for (int64_t i = 1; i < parts; ++i) highest = std::max(highest, top[i * stride]);
-  float total = 0.0f;
-  for (int64_t j = 0; j < e; ++j) out[j] = 0.0f;
-  for (int64_t i = 0; i < parts; ++i) {
-    const float weight = expf(top[i * stride] - highest);
-    total += weight * sum[i * stride];
-    for (int64_t j = 0; j < e; ++j) out[j] += weight * acc[i * acc_stride + j];
-  }
-  const float inverse = 1.0f / total;
-  for (int64_t j = 0; j < e; ++j) out[j] *= inverse;
+// What the keys so far give for some rows, unnormalised: acc [rows, e], max [rows], sum [rows], one behind the other.
+struct Partial {
+  float *acc, *top, *sum;
+
+  static int64_t floats(int64_t rows, int64_t e) { return rows * (e + 2); }
+  static Partial at(float* base, int64_t rows, int64_t e) { return {base, base + rows * e, base + rows * (e + 1)}; }
+};
+
+// Row r of `chunk` becomes part of row r of `all`; `begins`: it is the first.
+void fold(const AttentionKernels& isa, const Partial& all, const Partial& chunk, int64_t r, int64_t e, bool begins) {
+  if (!begins) return isa.fold_row(chunk.acc + r * e, chunk.top[r], chunk.sum[r], e, all.acc + r * e, all.top + r, all.sum + r);
+  memcpy(all.acc + r * e, chunk.acc + r * e, static_cast<size_t>(e) * sizeof(float));
+  all.top[r] = chunk.top[r];
+  all.sum[r] = chunk.sum[r];
+}
+
+void normalize(const Partial& all, int64_t r, int64_t e, float* out) {
+  const float inverse = 1.0f / all.sum[r];
+  for (int64_t j = 0; j < e; ++j) out[j] = all.acc[r * e + j] * inverse;
+}
+
+// The keys of chunk `index` that tokens [begin, end) see, as an item.
+AttentionItem chunk_item(const AttentionCall& call, int64_t begin, int64_t end, int64_t index, const Partial& partial) {
+  const int64_t first = call.first_key(begin) / kAlign * kAlign, last = call.start + end;
+  return {0,           1,           begin,      end, std::max(first, index * kKeyChunk), std::min(last, (index + 1) * kKeyChunk),
+          partial.acc, partial.top, partial.sum};
 }
 
 int32_t decode_one(const AttentionKernels& isa, const AttentionCall& call) {
-  const int64_t h = call.heads, e = call.value_dim;
-  const int64_t first = call.first_key(0), range = call.start + 1 - first;
-  const int64_t chunk = std::clamp(padded(range / kEnoughItems, kKeyBlock), kKeyBlock, kLongestChunk);
-  const int64_t items = (range + chunk - 1) / chunk;
+  const int64_t h = call.heads, e = call.value_dim, kv = call.kv_heads;
+  const int64_t first = call.first_key(0) / kKeyChunk, chunks = call.start / kKeyChunk + 1 - first;
+  const int64_t groups = std::clamp((kEnoughItems / 2 + chunks - 1) / chunks, int64_t{1}, kv);  // of heads, in a short context
   const int32_t threads = workers();
-  const int64_t part = h * (e + 2), own = decode_scratch(isa.lanes, h, chunk);
-  float* scratch = scratch_floats(items * part + threads * own);
+  const int64_t part = Partial::floats(h, e), own = decode_scratch(isa.lanes, h, kKeyChunk);
+  float* scratch = scratch_floats((chunks + 1) * part + threads * own);
   if (!scratch) return no_memory();
-  for_each_unit(threads, items, [&](int32_t worker, int64_t i) {
-    float* partial = scratch + i * part;
-    const int64_t begin = first + i * chunk;
-    const AttentionItem item = {0,       0, 1, begin, std::min(begin + chunk, call.start + 1), partial, partial + h * e,
-                                partial + h * e + h};
-    isa.decode(call, item, scratch + items * part + worker * own);
+  for_each_unit(threads, chunks * groups, [&](int32_t worker, int64_t i) {
+    const int64_t chunk = i / groups, group = i % groups;
+    AttentionItem item = chunk_item(call, 0, 1, first + chunk, Partial::at(scratch + (1 + chunk) * part, h, e));
+    item.kv_begin = kv * group / groups;
+    item.kv_end = kv * (group + 1) / groups;
+    isa.decode(call, item, scratch + (1 + chunks) * part + worker * own);
   });
-  for (int64_t i = 0; i < h; ++i)
-    combine(items, scratch + i * e, part, scratch + h * e + i, scratch + h * e + h + i, part, e, call.out + i * e);
+  const Partial all = Partial::at(scratch, h, e);
+  for (int64_t r = 0; r < h; ++r) {
+    for (int64_t i = 0; i < chunks; ++i) fold(isa, all, Partial::at(scratch + (1 + i) * part, h, e), r, e, i == 0);
+    normalize(all, r, e, call.out + r * e);
+  }
   return MOEC_OK;
+}
+
+// The tokens of one tile and the heads of one KV head, and the chunks of keys that they see.
+struct Group {
+  int64_t kv_head, begin, end, first_chunk, chunks;
+};
+
+Group group_of(const AttentionCall& call, int64_t tile, int64_t tiles, int64_t index) {
+  Group g;
+  g.kv_head = index % call.kv_heads;
+  g.begin = (tiles - 1 - index / call.kv_heads) * tile;  // the last tokens see most keys: start with them
+  g.end = std::min(g.begin + tile, call.tokens);
+  g.first_chunk = call.first_key(g.begin) / kKeyChunk;
+  g.chunks = (call.start + g.end - 1) / kKeyChunk + 1 - g.first_chunk;
+  return g;
+}
+
+// Folds one chunk into the rows of a group that see a key of it.
+void fold_rows(const AttentionKernels& isa, const AttentionCall& call, const Group& g, int64_t chunk, const Partial& all, const Partial& part) {
+  const int64_t per = call.heads / call.kv_heads;
+  for (int64_t r = 0; r < (g.end - g.begin) * per; ++r) {
+    const int64_t token = g.begin + r / per, first = call.first_key(token) / kKeyChunk;
+    if (chunk >= first && chunk <= (call.start + token) / kKeyChunk) fold(isa, all, part, r, call.value_dim, chunk == first);
+  }
+}
+
+void write_rows_of(const AttentionCall& call, const Group& g, const Partial& all) {
+  const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
+  for (int64_t r = 0; r < (g.end - g.begin) * per; ++r)
+    normalize(all, r, e, call.out + ((g.begin + r / per) * call.heads + g.kv_head * per + r % per) * e);
 }
 
 int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
   const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
-  const int64_t tile = std::clamp(kTileRows / per, int64_t{1}, call.tokens);
-  const int64_t tiles = (call.tokens + tile - 1) / tile, rows = tile * per;
-  const int64_t longest = std::min(call.start + call.tokens, call.window > 0 ? call.window + tile : kMaxCapacity);
-  const int64_t splits = std::clamp(kEnoughItems / (tiles * call.kv_heads), int64_t{1},
-                                    std::max(longest / kShortestSplit, int64_t{1}));
-  const int64_t groups = tiles * call.kv_heads, items = groups * splits;
+  const int64_t most = std::max(kTileRows / per, int64_t{1}), parts = (call.tokens + most - 1) / most;
+  const int64_t tile = (call.tokens + parts - 1) / parts, tiles = (call.tokens + tile - 1) / tile;  // of nearly equal size
+  const int64_t rows = tile * per, groups = tiles * call.kv_heads;
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < groups; i += call.kv_heads) chunks = std::max(chunks, group_of(call, tile, tiles, i).chunks);
   const int32_t threads = workers();
-  const int64_t part = splits > 1 ? rows * (e + 2) : 0;
-  const int64_t own = std::max(tile_scratch(isa.lanes, rows, call.head_dim, e), longest);
-  float* scratch = scratch_floats(items * part + threads * own);
+  const bool split = groups < kEnoughItems && chunks > 1;
+  const int64_t wave = split ? std::min(chunks, kEnoughItems / groups) : 0;  // chunks of a group whose results wait
+  const int64_t part = Partial::floats(rows, e), waiting = split ? groups * (1 + wave) * part : 0;
+  const int64_t own = tile_scratch(isa.lanes, rows, call.head_dim, e) + (split ? 0 : 2 * part);
+  float* scratch = scratch_floats(waiting + threads * own);
   if (!scratch) return no_memory();
-  const auto tokens_of = [&](int64_t group, int64_t* begin, int64_t* end) {
-    *begin = (tiles - 1 - group / call.kv_heads) * tile;  // the last tokens see most keys: start with them
-    *end = std::min(*begin + tile, call.tokens);
+  float* const workers_own = scratch + waiting;
+  const auto run = [&](const Group& g, int64_t chunk, const Partial& to, float* space) {
+    AttentionItem item = chunk_item(call, g.begin, g.end, chunk, to);
+    item.kv_begin = g.kv_head;
+    item.kv_end = g.kv_head + 1;
+    isa.tile(call, item, space);
   };
-  for_each_unit(threads, items, [&](int32_t worker, int64_t i) {
-    const int64_t group = i / splits, split = i % splits;
-    AttentionItem item = {};
-    item.kv_head = group % call.kv_heads;
-    tokens_of(group, &item.token_begin, &item.token_end);
-    const int64_t from = call.first_key(item.token_begin), to = call.start + item.token_end;
-    const int64_t share = padded((to - from + splits - 1) / splits, kKeyBlock);
-    item.key_begin = std::min(from + split * share, to);
-    item.key_end = std::min(item.key_begin + share, to);
-    if (splits > 1) {
-      item.partial_acc = scratch + i * part;
-      item.partial_max = item.partial_acc + rows * e;
-      item.partial_sum = item.partial_max + rows;
-    }
-    isa.tile(call, item, scratch + items * part + worker * own);
-  });
-  if (splits == 1) return MOEC_OK;
-  for (int64_t group = 0; group < groups; ++group) {
-    int64_t begin, end;
-    tokens_of(group, &begin, &end);
-    const float* parts = scratch + group * splits * part;
-    for (int64_t r = 0; r < (end - begin) * per; ++r) {
-      float* out = call.out + ((begin + r / per) * call.heads + group % call.kv_heads * per + r % per) * e;
-      combine(splits, parts + r * e, part, parts + rows * e + r, parts + rows * e + rows + r, part, e, out);
-    }
+  if (!split) {
+    for_each_unit(threads, groups, [&](int32_t worker, int64_t i) {
+      const Group g = group_of(call, tile, tiles, i);
+      float* const space = workers_own + worker * own;
+      const Partial all = Partial::at(space, rows, e), one = Partial::at(space + part, rows, e);
+      for (int64_t chunk = g.first_chunk; chunk < g.first_chunk + g.chunks; ++chunk) {
+        run(g, chunk, one, space + 2 * part);
+        fold_rows(isa, call, g, chunk, all, one);
+      }
+      write_rows_of(call, g, all);
+    });
+    return MOEC_OK;
+  }
+  const auto place = [&](int64_t group, int64_t slot) {
+    return Partial::at(scratch + (group * (1 + wave) + slot) * part, rows, e);
+  };
+  for (int64_t from = 0; from < chunks; from += wave) {
+    for_each_unit(threads, groups * wave, [&](int32_t worker, int64_t i) {
+      const Group g = group_of(call, tile, tiles, i / wave);
+      const int64_t chunk = from + i % wave;
+      if (chunk < g.chunks) run(g, g.first_chunk + chunk, place(i / wave, 1 + i % wave), workers_own + worker * own);
+    });
+    for_each_unit(threads, groups, [&](int32_t, int64_t i) {
+      const Group g = group_of(call, tile, tiles, i);
+      const Partial all = place(i, 0);
+      for (int64_t slot = 0; slot < wave && from + slot < g.chunks; ++slot)
+        fold_rows(isa, call, g, g.first_chunk + from + slot, all, place(i, 1 + slot));
+      if (from + wave >= chunks) write_rows_of(call, g, all);
+    });
   }
   return MOEC_OK;
 }

@@ -8,6 +8,8 @@ namespace {
 
 using V = __m256;
 constexpr int64_t kLanes = 8, kRows = 6, kCols = 2, kDecodeRows = 3, kKeysTogether = 2;
+constexpr int64_t kScoreKeys = 4, kScoreCols = 1;
+constexpr int kOrder[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline V load(const int8_t* p) {
@@ -59,7 +61,7 @@ inline V alternate_sign(V v) { return _mm256_xor_ps(v, _mm256_castsi256_ps(_mm25
 
 #include "attention_simd.inl"
 
-const AttentionKernels kKernels = {kLanes, decode, tile, quantize_row, rms_norm_row, rope_row};
+const AttentionKernels kKernels = {kLanes, decode, tile, fold_row, quantize_row, rms_norm_row, rope_row};
 
 }  // namespace
 

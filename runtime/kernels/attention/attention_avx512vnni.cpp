@@ -8,6 +8,8 @@ namespace {
 
 using V = __m512;
 constexpr int64_t kLanes = 16, kRows = 6, kCols = 4, kDecodeRows = 5, kKeysTogether = 4;
+constexpr int64_t kScoreKeys = 8, kScoreCols = 1;
+constexpr int kOrder[kLanes] = {0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15};
 
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load(const int8_t* p) {
@@ -62,7 +64,7 @@ inline V alternate_sign(V v) {
 
 #include "attention_simd.inl"
 
-const AttentionKernels kKernels = {kLanes, decode, tile, quantize_row, rms_norm_row, rope_row};
+const AttentionKernels kKernels = {kLanes, decode, tile, fold_row, quantize_row, rms_norm_row, rope_row};
 
 }  // namespace
 

@@ -27,28 +27,34 @@ struct AttentionCall {
   }
 };
 
-// A share of the work: the queries of `heads_per_kv` heads of KV head `kv_head` (or of all heads when decoding), tokens
-// [token_begin, token_end), against keys [key_begin, key_end).
+// A share of the work: queries against the keys of one chunk that lie in [key_begin, key_end). `tile` takes the tokens
+// [token_begin, token_end) and the heads of KV head kv_begin; `decode` takes one token and the heads of KV heads [kv_begin,
+// kv_end). key_begin is a multiple of every instruction set's lanes: keys before a row's first are masked.
 struct AttentionItem {
-  int64_t kv_head;
+  int64_t kv_begin, kv_end;
   int64_t token_begin, token_end;
   int64_t key_begin, key_end;
-  // Unnormalised result of rows (token, head): where they are of no further use, `partial` is null and rows are divided
-  // and written to call.out. Else acc f32 [rows, e], max [rows], sum [rows], rows ordered (token, head of the item).
+  // Unnormalised results: acc f32 [rows, e], max [rows], sum [rows]. Rows are ordered (token, head of the item); those of
+  // `decode` are all H heads, of which it writes its own.
   float* partial_acc;
   float* partial_max;
   float* partial_sum;
 };
 
+// The keys of a sequence are cut into chunks at multiples of this, whatever calls they came in and whatever a window hides.
+// A row's result is that of its chunks, folded in their order: so that a token gives the same bits alone and among others.
+constexpr int64_t kKeyChunk = 256;
 // Keys scored at a time. Keys, values, scores and accumulators of one item then fit a 512 KB second-level cache.
 constexpr int64_t kKeyBlock = 64;
 
 struct AttentionKernels {
   int64_t lanes;  // floats of one vector register
-  // One token, all heads: reads the caches once, in order. head_dim and value_dim must be multiples of `lanes`. Partials: H rows.
+  // One token: reads the caches once, in order. head_dim and value_dim must be multiples of `lanes`.
   void (*decode)(const AttentionCall&, const AttentionItem&, float* scratch);
   // Many tokens of one KV head. Any sizes.
   void (*tile)(const AttentionCall&, const AttentionItem&, float* scratch);
+  // A row's next chunk into what it has: acc = e^(row_max - m) acc + e^(part_max - m) part with m the larger, sums likewise.
+  void (*fold_row)(const float* part, float part_max, float part_sum, int64_t n, float* acc, float* row_max, float* row_sum);
   // q = clamp(rint(x * (127 / max|x|)), -127, 127), scale = max|x| / 127; n values
   void (*quantize_row)(const float* x, int64_t n, int8_t* q, float* scale);
   void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* y);
@@ -60,7 +66,7 @@ struct AttentionKernels {
 inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
 inline int64_t tile_scratch(int64_t lanes, int64_t rows, int64_t head_dim, int64_t value_dim) {
   const int64_t r = padded(rows, lanes), d = padded(head_dim, lanes), e = padded(value_dim, lanes);
-  return r * (head_dim + kKeyBlock + e + 5) + kKeyBlock * (d + e);
+  return r * (d + kKeyChunk + e + 2) + kKeyBlock * (d + e) + 2 * kKeyChunk;
 }
 inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t keys) { return (heads + 2) * padded(keys, lanes); }
 

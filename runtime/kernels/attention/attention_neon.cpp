@@ -8,6 +8,8 @@ namespace {
 
 using V = float32x4_t;
 constexpr int64_t kLanes = 4, kRows = 6, kCols = 4, kDecodeRows = 5, kKeysTogether = 4;
+constexpr int64_t kScoreKeys = 4, kScoreCols = 2;
+constexpr int kOrder[kLanes] = {0, 1, 2, 3};
 
 inline V load(const float* p) { return vld1q_f32(p); }
 inline V load(const int8_t* p) {
@@ -49,7 +51,7 @@ inline V alternate_sign(V v) {
 
 #include "attention_simd.inl"
 
-const AttentionKernels kKernels = {kLanes, decode, tile, quantize_row, rms_norm_row, rope_row};
+const AttentionKernels kKernels = {kLanes, decode, tile, fold_row, quantize_row, rms_norm_row, rope_row};
 
 }  // namespace
 

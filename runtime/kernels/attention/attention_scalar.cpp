@@ -40,21 +40,22 @@ void tile(const AttentionCall& call, const AttentionItem& item, float* scratch) 
   const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
   int64_t row = 0;
   for (int64_t t = item.token_begin; t < item.token_end; ++t)
-    for (int64_t h = item.kv_head * per; h < (item.kv_head + 1) * per; ++h, ++row) {
-      if (item.partial_acc) {
-        attend(call, item, t, h, scratch, item.partial_acc + row * e, item.partial_max + row, item.partial_sum + row);
-        continue;
-      }
-      float top, sum;
-      float* out = call.out + (t * call.heads + h) * e;
-      attend(call, item, t, h, scratch, out, &top, &sum);
-      for (int64_t i = 0; i < e; ++i) out[i] /= sum;
-    }
+    for (int64_t h = item.kv_begin * per; h < item.kv_end * per; ++h, ++row)
+      attend(call, item, t, h, scratch, item.partial_acc + row * e, item.partial_max + row, item.partial_sum + row);
 }
 
 void decode(const AttentionCall& call, const AttentionItem& item, float* scratch) {
-  for (int64_t h = 0; h < call.heads; ++h)
+  const int64_t per = call.heads / call.kv_heads;
+  for (int64_t h = item.kv_begin * per; h < item.kv_end * per; ++h)
     attend(call, item, 0, h, scratch, item.partial_acc + h * call.value_dim, item.partial_max + h, item.partial_sum + h);
+}
+
+void fold_row(const float* part, float part_max, float part_sum, int64_t n, float* acc, float* row_max, float* row_sum) {
+  const float top = part_max > *row_max ? part_max : *row_max;
+  const float old = expf(*row_max - top), fresh = expf(part_max - top);
+  *row_sum = old * *row_sum + fresh * part_sum;
+  *row_max = top;
+  for (int64_t j = 0; j < n; ++j) acc[j] = old * acc[j] + fresh * part[j];
 }
 
 void quantize_row(const float* x, int64_t n, int8_t* q, float* scale) {
@@ -88,7 +89,7 @@ void rope_row(const float* x, const float* cos, const float* sin, int64_t n, boo
   }
 }
 
-const AttentionKernels kKernels = {1, decode, tile, quantize_row, rms_norm_row, rope_row};
+const AttentionKernels kKernels = {1, decode, tile, fold_row, quantize_row, rms_norm_row, rope_row};
 
 }  // namespace
 

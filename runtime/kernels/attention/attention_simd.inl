@@ -1,10 +1,12 @@
 // Attention, norms and RoPE over a vector type. Included once by each attention_<isa>.cpp, after it has defined, in its own
 // anonymous namespace, the type `V` (one register of floats) and its operations:
 //   constexpr int64_t kLanes, kRows = 6 (rows of a register tile), kCols (vectors of a register tile), kDecodeRows (query
-//   heads whose sums over 4 vectors of values fit the registers), kKeysTogether (keys scored side by side)
+//   heads whose sums over 4 vectors of values fit the registers), kKeysTogether (keys scored side by side),
+//   kScoreKeys x kScoreCols (keys and vectors of rows whose scores one step of a tile sums)
 //   load(const float*), load(const int8_t*) (widened), store, set1, zero, add, sub, mul, fma(a, b, c) = a*b + c, max, div
 //   exp2i(V) = 2^n of an integral-valued n in [-126, 127], round, hsum, hmax, less_equal_select(a, b, x, y) = a <= b ? x : y
-//   reduce(const V part[kLanes]) -> V whose lane i is the sum of part[i]
+//   reduce(const V part[kLanes]) -> V whose lane i is the sum of part[i]: lanes kOrder[0] + kOrder[1], kOrder[2] + kOrder[3],
+//   ..., then sums of neighbours again. constexpr int kOrder[kLanes] says that order, in which a tile sums too
 //   absolute; store_int8(int8_t*, V): rounded half to even, clamped to [-127, 127] (NaN becomes any code)
 //   swap_pairs(V): (1, 0, 3, 2, ...); duplicate_pairs(const float* c): (c0, c0, c1, c1, ...) of kLanes/2 values;
 //   alternate_sign(V): (-0, +1, -2, +3, ...) of the lanes
@@ -36,15 +38,13 @@ inline V exp_negative(V x) {
   return less_equal_select(x, low, zero(), mul(p, exp2i(exponent)));
 }
 
-// C[rows][cols] = factor[row] * C + A B.   A[i][k] = a[i * a_row + k * a_col], B row-major (float or int8), C row-major.
-// `factor` null: C is overwritten.
-template <int Rows, int Cols, typename B>
-inline void multiply(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const B* b, int64_t b_row, float* c,
-                     int64_t c_row, const float* factor) {
+// C[rows][cols] = A B, or with `more` C + A B.   A[i][k] = a[i * a_row + k * a_col], B row-major, C row-major.
+template <int Rows, int Cols>
+inline void multiply(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
+                     int64_t c_row, bool more) {
   V sum[Rows][Cols];
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Cols; ++j)
-      sum[i][j] = factor ? mul(set1(factor[i]), load(c + i * c_row + j * kLanes)) : zero();
+    for (int j = 0; j < Cols; ++j) sum[i][j] = more ? load(c + i * c_row + j * kLanes) : zero();
   for (int64_t k = 0; k < depth; ++k) {
     V right[Cols];
     for (int j = 0; j < Cols; ++j) right[j] = load(b + k * b_row + j * kLanes);
@@ -57,39 +57,131 @@ inline void multiply(int64_t depth, const float* a, int64_t a_row, int64_t a_col
     for (int j = 0; j < Cols; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
 }
 
-template <int Cols, typename B>
-inline void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const B* b,
-                          int64_t b_row, float* c, int64_t c_row, const float* factor) {
+template <int Cols>
+inline void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                          int64_t b_row, float* c, int64_t c_row, bool more) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    multiply<kRows, Cols>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, factor ? factor + i : factor);
+    multiply<kRows, Cols>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, more);
   a += i * a_row;
   c += i * c_row;
-  factor = factor ? factor + i : factor;
   switch (rows - i) {
-    case 1: return multiply<1, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, factor);
-    case 2: return multiply<2, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, factor);
-    case 3: return multiply<3, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, factor);
-    case 4: return multiply<4, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, factor);
-    case 5: return multiply<5, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, factor);
+    case 1: return multiply<1, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, more);
+    case 2: return multiply<2, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, more);
+    case 3: return multiply<3, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, more);
+    case 4: return multiply<4, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, more);
+    case 5: return multiply<5, Cols>(depth, a, a_row, a_col, b, b_row, c, c_row, more);
     default: return;
   }
 }
 
 // cols must be a multiple of kLanes.
-template <typename B>
-inline void multiply_all(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const B* b,
-                         int64_t b_row, float* c, int64_t c_row, const float* factor) {
+inline void multiply_all(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t a_row, int64_t a_col,
+                         const float* b, int64_t b_row, float* c, int64_t c_row, bool more) {
   static_assert(kRows <= 6 && kCols <= 4, "the remainder switches end there");
   int64_t j = 0;
   for (; j + kCols * kLanes <= cols; j += kCols * kLanes)
-    multiply_rows<kCols>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, factor);
+    multiply_rows<kCols>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, more);
   switch ((cols - j) / kLanes) {
-    case 1: return multiply_rows<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, factor);
-    case 2: return multiply_rows<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, factor);
-    case 3: return multiply_rows<3>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, factor);
+    case 1: return multiply_rows<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, more);
+    case 2: return multiply_rows<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, more);
+    case 3: return multiply_rows<3>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, more);
     default: return;
   }
+}
+
+// The sum of part[kLanes], lane by lane, in the order in which `reduce` sums the lanes of one vector.
+template <int Count = kLanes>
+inline V ordered_sum(const V* part, int first = 0) {
+  if constexpr (Count == 1) {
+    return part[kOrder[first]];
+  } else {
+    return add(ordered_sum<Count / 2>(part, first), ordered_sum<Count / 2>(part, first + Count / 2));
+  }
+}
+
+// Keys x Cols vectors of scores.
+template <int Keys, int Cols>
+struct Scores {
+  V v[Keys][Cols];
+};
+
+// The dot products of Keys keys with Cols * kLanes rows, of which q_t [width][q_stride] is the transpose: the sums that
+// `dot_keys` has in its lanes, one lane after the other, added as `reduce` adds them.
+// Width: that of the keys, or 0 where it is not known here.
+template <int Keys, int Cols, int Width, int Count = kLanes>
+inline __attribute__((always_inline)) Scores<Keys, Cols> dot_rows(int64_t any_width, const float* keys, const float* q_t,
+                                                                  int64_t q_stride, int first = 0) {
+  const int64_t width = Width ? Width : any_width;
+  Scores<Keys, Cols> sum;
+  if constexpr (Count == 1) {
+    for (int i = 0; i < Keys; ++i)
+      for (int j = 0; j < Cols; ++j) sum.v[i][j] = zero();
+    _Pragma("GCC unroll 16") for (int64_t k = kOrder[first]; k < width; k += kLanes) {
+      V right[Cols];
+      for (int j = 0; j < Cols; ++j) right[j] = load(q_t + k * q_stride + j * kLanes);
+      for (int i = 0; i < Keys; ++i) {
+        const V left = set1(keys[i * width + k]);
+        for (int j = 0; j < Cols; ++j) sum.v[i][j] = fma(left, right[j], sum.v[i][j]);
+      }
+    }
+  } else {
+    const auto a = dot_rows<Keys, Cols, Width, Count / 2>(width, keys, q_t, q_stride, first);
+    const auto b = dot_rows<Keys, Cols, Width, Count / 2>(width, keys, q_t, q_stride, first + Count / 2);
+    for (int i = 0; i < Keys; ++i)
+      for (int j = 0; j < Cols; ++j) sum.v[i][j] = add(a.v[i][j], b.v[i][j]);
+  }
+  return sum;
+}
+
+template <int Keys, int Cols, int Width>
+inline void score(int64_t width, const float* keys, const float* factor, const float* q_t, int64_t rows, float* scores) {
+  const auto sum = dot_rows<Keys, Cols, Width>(width, keys, q_t, rows);
+  for (int i = 0; i < Keys; ++i)
+    for (int j = 0; j < Cols; ++j) store(scores + i * rows + j * kLanes, mul(sum.v[i][j], set1(factor[i])));
+}
+
+template <int Cols, int Width>
+inline void score_keys(int64_t count, int64_t width, const float* keys, const float* factor, const float* q_t, int64_t rows,
+                       float* scores) {
+  int64_t i = 0;
+  for (; i + kScoreKeys <= count; i += kScoreKeys)
+    score<kScoreKeys, Cols, Width>(width, keys + i * width, factor + i, q_t, rows, scores + i * rows);
+  for (; i < count; ++i) score<1, Cols, Width>(width, keys + i * width, factor + i, q_t, rows, scores + i * rows);
+}
+
+template <int Width>
+inline void score_rows(int64_t count, int64_t width, const float* keys, const float* factor, const float* q_t, int64_t rows,
+                       float* scores) {
+  int64_t j = 0;
+  for (; j + kScoreCols * kLanes <= rows; j += kScoreCols * kLanes)
+    score_keys<kScoreCols, Width>(count, width, keys, factor, q_t + j, rows, scores + j);
+  for (; j < rows; j += kLanes) score_keys<1, Width>(count, width, keys, factor, q_t + j, rows, scores + j);
+}
+
+// scores[key][row] = factor[key] * key . row; `rows` and `width` are multiples of kLanes.
+inline void score_all(int64_t count, int64_t width, const float* keys, const float* factor, const float* q_t, int64_t rows,
+                      float* scores) {
+  if (width == 64) return score_rows<64>(count, width, keys, factor, q_t, rows, scores);
+  if (width == 128) return score_rows<128>(count, width, keys, factor, q_t, rows, scores);
+  score_rows<0>(count, width, keys, factor, q_t, rows, scores);
+}
+
+// factor[i] = scale * from[i * step] of `count` keys (scale itself where `from` is null), 0 behind them.
+inline void gather_factors(const float* from, int64_t step, float scale, int64_t count, int64_t stride, float* factor) {
+  int64_t i = 0;
+  for (; from && i + 4 <= count; i += 4, from += 4 * step) {
+    const float a = from[0], b = from[step], c = from[2 * step], d = from[3 * step];
+    factor[i] = scale * a;
+    factor[i + 1] = scale * b;
+    factor[i + 2] = scale * c;
+    factor[i + 3] = scale * d;
+  }
+  for (; i < count; ++i) {
+    factor[i] = from ? scale * *from : scale;
+    from = from ? from + step : from;
+  }
+  for (; i < stride; ++i) factor[i] = 0.0f;
 }
 
 // ------------------------------------------------------------------------------------------------------------ many tokens
@@ -98,106 +190,102 @@ inline void multiply_all(int64_t rows, int64_t cols, int64_t depth, const float*
 // cache, no key is ever transposed, and the softmax works on `kLanes` rows at a time without horizontal sums.
 
 template <typename C>
-inline void widen_rows(const C* cache, const float* scales, int64_t first, int64_t count, int64_t kv_heads, int64_t head,
-                       int64_t d, int64_t width, float* out) {
+inline void widen_rows(const C* cache, int64_t first, int64_t count, int64_t kv_heads, int64_t head, int64_t d, int64_t width,
+                       float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = (first + i) * kv_heads + head;
-    const C* x = cache + row * d;
-    const float s = scales ? scales[row] : 1.0f;
+    const C* x = cache + ((first + i) * kv_heads + head) * d;
     float* y = out + i * width;
     int64_t j = 0;
-    for (; j + kLanes <= d; j += kLanes) store(y + j, mul(load(x + j), set1(s)));
-    for (; j < d; ++j) y[j] = static_cast<float>(x[j]) * s;
+    for (; j + kLanes <= d; j += kLanes) store(y + j, load(x + j));
+    for (; j < d; ++j) y[j] = static_cast<float>(x[j]);
     for (; j < width; ++j) y[j] = 0.0f;
+  }
+}
+
+// Scores [count][rows] become weights, kLanes rows at a time: e^(score - max) * v_factor[key], with 0 for keys that a row does
+// not see; sums are taken in the order of `weigh`.
+inline void weigh_rows(float* scores, int64_t count, int64_t rows, bool masked, const float* first_key, const float* last_key,
+                       const float* v_factor, float* row_max, float* row_sum) {
+  const V nothing = set1(kNegative);
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    float* column = scores + r;
+    const V last = load(last_key + r), first = load(first_key + r);
+    V top = nothing;
+    for (int64_t i = 0; i < count; ++i) {
+      V s = load(column + i * rows);
+      if (masked) {
+        const V position = set1(static_cast<float>(i));
+        s = less_equal_select(position, last, s, nothing);
+        s = less_equal_select(first, position, s, nothing);
+        store(column + i * rows, s);
+      }
+      top = max(top, s);
+    }
+    V part[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) part[lane] = zero();
+    for (int64_t begin = 0; begin < count; begin += kLanes) {
+      const int64_t n = count - begin < kLanes ? count - begin : kLanes;
+      for (int64_t lane = 0; lane < n; ++lane) {
+        float* at = column + (begin + lane) * rows;
+        const V s = load(at);
+        V p = exp_negative(sub(s, top));
+        // a row that sees none of these keys has top == kNegative, and every score would weigh e^0
+        if (masked) p = less_equal_select(s, nothing, zero(), p);
+        part[lane] = add(part[lane], p);
+        store(at, mul(p, set1(v_factor[begin + lane])));
+      }
+    }
+    store(row_max + r, top);
+    store(row_sum + r, ordered_sum(part));
   }
 }
 
 template <typename C>
 void tile_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
-  const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv;
-  const int64_t tokens = item.token_end - item.token_begin, rows = tokens * per;
+  const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv, g = item.kv_begin;
+  const int64_t rows = (item.token_end - item.token_begin) * per, count = item.key_end - item.key_begin;
   const int64_t rows_padded = padded(rows, kLanes), d_padded = padded(d, kLanes), e_padded = padded(e, kLanes);
-  float* q_t = scratch;                              // [d][rows_padded], scaled
-  float* scores = q_t + d * rows_padded;             // [kKeyBlock][rows_padded]
-  float* keys = scores + kKeyBlock * rows_padded;    // [kKeyBlock][d_padded]
-  float* values = keys + kKeyBlock * d_padded;       // [kKeyBlock][e_padded]
-  float* acc = values + kKeyBlock * e_padded;        // [rows_padded][e_padded]
-  float* row_max = acc + rows_padded * e_padded;     // [rows_padded], and so on
-  float* row_sum = row_max + rows_padded;
-  float* factor = row_sum + rows_padded;
-  float* last_key = factor + rows_padded;            // positions relative to key_begin, exact as floats (< 2^24)
-  float* first_key = last_key + rows_padded;
+  float* q_t = scratch;                              // [d_padded][rows_padded]
+  float* scores = q_t + d_padded * rows_padded;      // [kKeyChunk][rows_padded]
+  float* acc = scores + kKeyChunk * rows_padded;     // [rows_padded][e_padded]
+  float* first_key = acc + rows_padded * e_padded;   // [rows_padded]: relative to key_begin, exact as floats (< 2^24)
+  float* last_key = first_key + rows_padded;
+  float* block = last_key + rows_padded;             // [kKeyBlock][d_padded + e_padded]
+  float* k_factor = block + kKeyBlock * (d_padded + e_padded);  // [kKeyChunk]
+  float* v_factor = k_factor + kKeyChunk;
 
   for (int64_t r = 0; r < rows_padded; ++r) {
-    const int64_t token = item.token_begin + (r < rows ? r / per : tokens - 1);
+    const int64_t token = r < rows ? item.token_begin + r / per : item.token_end - 1;
     last_key[r] = static_cast<float>(call.start + token - item.key_begin);
     first_key[r] = static_cast<float>(call.first_key(token) - item.key_begin);
-    row_max[r] = kNegative;
-    row_sum[r] = 0.0f;
-    if (r >= rows) {
-      for (int64_t j = 0; j < d; ++j) q_t[j * rows_padded + r] = 0.0f;
-      continue;
-    }
-    const float* q = call.q + (token * call.heads + item.kv_head * per + r % per) * d;
-    for (int64_t j = 0; j < d; ++j) q_t[j * rows_padded + r] = q[j] * call.scale;
+    const float* q = call.q + (token * call.heads + g * per + r % per) * d;
+    for (int64_t j = 0; j < d_padded; ++j) q_t[j * rows_padded + r] = r < rows && j < d ? q[j] : 0.0f;
   }
-  for (int64_t i = 0; i < rows_padded * e_padded; ++i) acc[i] = 0.0f;
+  gather_factors(call.k_scale ? call.k_scale + item.key_begin * kv + g : nullptr, kv, call.scale, count, count, k_factor);
+  gather_factors(call.v_scale ? call.v_scale + item.key_begin * kv + g : nullptr, kv, 1.0f, count, count, v_factor);
 
   const C* k_cache = static_cast<const C*>(call.k_cache);
   const C* v_cache = static_cast<const C*>(call.v_cache);
+  for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
+    const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
+    widen_rows(k_cache, item.key_begin + begin, n, kv, g, d, d_padded, block);
+    score_all(n, d_padded, block, k_factor + begin, q_t, rows_padded, scores + begin * rows_padded);
+  }
   // between these two every key is visible to every row: no masking
   const int64_t all_from = call.first_key(item.token_end - 1), all_to = call.start + item.token_begin + 1;
-  for (int64_t begin = item.key_begin; begin < item.key_end; begin += kKeyBlock) {
-    const int64_t count = item.key_end - begin < kKeyBlock ? item.key_end - begin : kKeyBlock;
-    widen_rows(k_cache, call.k_scale, begin, count, kv, item.kv_head, d, d_padded, keys);
-    widen_rows(v_cache, call.v_scale, begin, count, kv, item.kv_head, e, e_padded, values);
-    multiply_all<float>(count, rows_padded, d, keys, d_padded, 1, q_t, rows_padded, scores, rows_padded, nullptr);
-    const bool masked = begin < all_from || begin + count > all_to;
-    const float offset = static_cast<float>(begin - item.key_begin);
-    for (int64_t r = 0; r < rows_padded; r += kLanes) {
-      float* column = scores + r;
-      const V last = load(last_key + r), first = load(first_key + r), old = load(row_max + r);
-      V top = old;
-      for (int64_t i = 0; i < count; ++i) {
-        V s = load(column + i * rows_padded);
-        if (masked) {
-          const V position = set1(offset + static_cast<float>(i));
-          s = less_equal_select(position, last, s, set1(kNegative));
-          s = less_equal_select(first, position, s, set1(kNegative));
-          store(column + i * rows_padded, s);
-        }
-        top = max(top, s);
-      }
-      V sum = zero();
-      const V nothing = set1(kNegative);
-      for (int64_t i = 0; i < count; ++i) {
-        const V s = load(column + i * rows_padded);
-        V p = exp_negative(sub(s, top));
-        // a row that has seen no key yet has top == kNegative, and every score would weigh e^0
-        if (masked) p = less_equal_select(s, nothing, zero(), p);
-        store(column + i * rows_padded, p);
-        sum = add(sum, p);
-      }
-      const V shrink = exp_negative(sub(old, top));
-      store(factor + r, shrink);
-      store(row_max + r, top);
-      store(row_sum + r, fma(load(row_sum + r), shrink, sum));
-    }
-    multiply_all<float>(rows, e_padded, count, scores, 1, rows_padded, values, e_padded, acc, e_padded, factor);
-  }
-
+  const bool masked = item.key_begin < all_from || item.key_end > all_to;
+  weigh_rows(scores, count, rows_padded, masked, first_key, last_key, v_factor, acc, acc + rows_padded);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* from = acc + r * e_padded;
-    if (item.partial_acc) {
-      for (int64_t j = 0; j < e; ++j) item.partial_acc[r * e + j] = from[j];
-      item.partial_max[r] = row_max[r];
-      item.partial_sum[r] = row_sum[r];
-      continue;
-    }
-    const float inverse = 1.0f / row_sum[r];
-    float* to = call.out + ((item.token_begin + r / per) * call.heads + item.kv_head * per + r % per) * e;
-    for (int64_t j = 0; j < e; ++j) to[j] = from[j] * inverse;
+    item.partial_max[r] = acc[r];
+    item.partial_sum[r] = acc[rows_padded + r];
   }
+  for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
+    const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
+    widen_rows(v_cache, item.key_begin + begin, n, kv, g, e, e_padded, block);
+    multiply_all(rows, e_padded, n, scores + begin * rows_padded, 1, rows_padded, block, e_padded, acc, e_padded, begin > 0);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < e; ++j) item.partial_acc[r * e + j] = acc[r * e_padded + j];
 }
 
 // -------------------------------------------------------------------------------------------------------------- one token
@@ -268,44 +356,27 @@ inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const C* key
   }
 }
 
-// Scores become weights: e^(s * k_factor - max) * v_factor of `count` keys, 0 behind them; max and the sum of the e's.
-inline void weigh(float* s, int64_t count, int64_t stride, const float* k_factor, const float* v_factor, float* row_max,
-                  float* row_sum) {
-  for (int64_t i = count; i < stride; ++i) s[i] = 0.0f;
-  V top = set1(kNegative);
-  for (int64_t i = 0; i < stride; i += kLanes) {
-    const V x = mul(load(s + i), load(k_factor + i));
-    store(s + i, x);
-    if (i + kLanes <= count) top = max(top, x);
-  }
-  float highest = hmax(top);
-  for (int64_t i = count / kLanes * kLanes; i < count; ++i) highest = s[i] > highest ? s[i] : highest;
+// Scores become weights: e^(s * k_factor - max) * v_factor of keys [skip, count), 0 before and behind them; max and the sum of
+// the e's.
+inline void weigh(float* s, int64_t skip, int64_t count, int64_t stride, const float* k_factor, const float* v_factor,
+                  float* row_max, float* row_sum) {
+  for (int64_t i = 0; i < count; i += kLanes) store(s + i, mul(load(s + i), load(k_factor + i)));
+  for (int64_t i = 0; i < skip; ++i) s[i] = kNegative;
   for (int64_t i = count; i < stride; ++i) s[i] = kNegative;
-  V sum = zero();
+  V top = set1(kNegative);
+  for (int64_t i = 0; i < stride; i += kLanes) top = max(top, load(s + i));
+  const float highest = hmax(top);
+  V sum[kLanes];  // one, and what `reduce` wants beside it
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] = zero();
   for (int64_t i = 0; i < stride; i += kLanes) {
     const V p = exp_negative(sub(load(s + i), set1(highest)));
     store(s + i, mul(p, load(v_factor + i)));
-    sum = add(sum, p);
+    sum[0] = add(sum[0], p);
   }
+  float sums[kLanes];
+  store(sums, reduce(sum));
   *row_max = highest;
-  *row_sum = hsum(sum);
-}
-
-// factor[i] = scale * from[i * step] of `count` keys (scale itself where `from` is null), 0 behind them.
-inline void gather_factors(const float* from, int64_t step, float scale, int64_t count, int64_t stride, float* factor) {
-  int64_t i = 0;
-  for (; from && i + 4 <= count; i += 4, from += 4 * step) {
-    const float a = from[0], b = from[step], c = from[2 * step], d = from[3 * step];
-    factor[i] = scale * a;
-    factor[i + 1] = scale * b;
-    factor[i + 2] = scale * c;
-    factor[i + 3] = scale * d;
-  }
-  for (; i < count; ++i) {
-    factor[i] = from ? scale * *from : scale;
-    from = from ? from + step : from;
-  }
-  for (; i < stride; ++i) factor[i] = 0.0f;
+  *row_sum = sums[0];
 }
 
 // acc[row][0 .. Cols) (+)= sum over n keys of weight[row][key] * value[key]. Each value is widened once for all rows.
@@ -358,8 +429,8 @@ inline void add_values_of(int64_t queries, int64_t n, const float* weights, int6
 template <typename C>
 void decode_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv;
-  const int64_t count = item.key_end - item.key_begin;
-  const int64_t stride = padded(count, kLanes);
+  const int64_t count = item.key_end - item.key_begin, stride = padded(count, kLanes);
+  const int64_t hidden = call.first_key(0) - item.key_begin, skip = hidden > 0 ? hidden : 0;
   const C* k_cache = static_cast<const C*>(call.k_cache) + item.key_begin * kv * d;
   const C* v_cache = static_cast<const C*>(call.v_cache) + item.key_begin * kv * e;
   float* scores = scratch;  // [H][stride]
@@ -367,7 +438,7 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
   float* v_factor = k_factor + stride;
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    for (int64_t g = 0; g < kv; ++g) {
+    for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
       // heads visit the block one after the other, in strides: each asks for its share of the next block, so that the
       // memory sees one steady stream. After the last block come the first values.
       if (begin + kKeyBlock < count)
@@ -378,17 +449,17 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
                   stride);
     }
   }
-  for (int64_t g = 0; g < kv; ++g) {
+  for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
     const float* k_scale = call.k_scale ? call.k_scale + item.key_begin * kv + g : nullptr;
     const float* v_scale = call.v_scale ? call.v_scale + item.key_begin * kv + g : nullptr;
     gather_factors(k_scale, kv, call.scale, count, stride, k_factor);
     gather_factors(v_scale, kv, 1.0f, count, stride, v_factor);
     for (int64_t h = g * per; h < (g + 1) * per; ++h)
-      weigh(scores + h * stride, count, stride, k_factor, v_factor, item.partial_max + h, item.partial_sum + h);
+      weigh(scores + h * stride, skip, count, stride, k_factor, v_factor, item.partial_max + h, item.partial_sum + h);
   }
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    for (int64_t g = 0; g < kv; ++g) {
+    for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
       if (begin + kKeyBlock < count)
         prefetch(v_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * e, kKeyBlock * e * int64_t{sizeof(C)});
       add_values_of(per, n, scores + g * per * stride + begin, stride, v_cache + (begin * kv + g) * e, kv * e, e,
@@ -405,6 +476,19 @@ void tile(const AttentionCall& call, const AttentionItem& item, float* scratch) 
 void decode(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   if (call.k_scale) return decode_of<int8_t>(call, item, scratch);
   decode_of<float>(call, item, scratch);
+}
+
+void fold_row(const float* part, float part_max, float part_sum, int64_t n, float* acc, float* row_max, float* row_sum) {
+  const float top = part_max > *row_max ? part_max : *row_max;
+  const V old = exp_negative(set1(*row_max - top)), fresh = exp_negative(set1(part_max - top));
+  float weights[2][kLanes];
+  store(weights[0], old);
+  store(weights[1], fresh);
+  *row_sum = weights[0][0] * *row_sum + weights[1][0] * part_sum;
+  *row_max = top;
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(acc + j, fma(load(part + j), fresh, mul(load(acc + j), old)));
+  for (; j < n; ++j) acc[j] = weights[0][0] * acc[j] + weights[1][0] * part[j];
 }
 
 void quantize_row(const float* x, int64_t n, int8_t* q, float* scale) {

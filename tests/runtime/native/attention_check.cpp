@@ -1,5 +1,5 @@
 // Checks attention, norm and RoPE: every instruction set of this machine against the scalar reference over random shapes, the
-// same bits for every number of threads, and an error (never a crash) for sizes and positions that make no sense.
+// same bits for every number of threads and however the tokens are cut into calls, and an error (never a crash) for sizes and positions that make no sense.
 //
 // usage: attention_check [CASES [SEED]]
 #include "attention.h"
@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <random>
 #include <string>
 #include <vector>
@@ -139,6 +140,28 @@ Result run(const Case& c, const Data& data, const std::string& isa, int32_t thre
   return r;
 }
 
+// The same tokens in several calls, of `most` tokens at most.
+Result run_cut(const Case& c, const Data& data, int64_t most) {
+  Result r = {MOEC_OK, {}, data};
+  for (int64_t at = 0; at < c.tokens && r.status == MOEC_OK;) {
+    Case part = c;
+    part.tokens = std::min(uniform(1, most), c.tokens - at);
+    part.start = c.start + at;
+    const auto rows = [&](const std::vector<float>& all, int64_t width) {
+      return std::vector<float>(all.begin() + at * width, all.begin() + (at + part.tokens) * width);
+    };
+    r.after.q = rows(data.q, c.heads * c.d);
+    r.after.k = rows(data.k, c.kv * c.d);
+    r.after.v = rows(data.v, c.kv * c.e);
+    std::vector<float> y(static_cast<size_t>(part.tokens * c.heads * c.e), NAN);
+    moec_attention_args a = arguments(part, r.after, y);
+    r.status = moec_cached_attention(&a);
+    r.y.insert(r.y.end(), y.begin(), y.end());
+    at += part.tokens;
+  }
+  return r;
+}
+
 float difference(const std::vector<float>& a, const std::vector<float>& b) {
   float worst = 0.0f;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -192,6 +215,11 @@ void compare(const Case& c) {
       const Result many = run(c, data, isa, threads);
       expect(many.status == MOEC_OK && memcmp(many.y.data(), one.y.data(), one.y.size() * sizeof(float)) == 0,
              what + ": other bits with " + std::to_string(threads) + " threads");
+    }
+    for (const int64_t most : {int64_t{1}, int64_t{3}, int64_t{60}}) {
+      const Result cut = run_cut(c, data, most);
+      expect(cut.status == MOEC_OK && memcmp(cut.y.data(), one.y.data(), one.y.size() * sizeof(float)) == 0,
+             what + ": other bits in calls of at most " + std::to_string(most) + " tokens");
     }
   }
 }
@@ -302,6 +330,8 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) compare(random_case());
   compare({3, 6, 2, 64, 64, 5000, 4900, 0, true});  // few tokens, long context: split keys
   compare({1, 12, 4, 64, 64, 8192, 8191, 0, true});
+  compare({40, 8, 1, 64, 64, 9000, 8900, 0, true});    // one group of heads: chunks in parallel
+  compare({300, 32, 8, 16, 16, 700, 250, 70, true});   // enough groups: chunks one after another, across their borders
   compare({1, 5, 1, 64, 64, 8192, 8191, 512, false});
   printf("%s: %d cases, %d failures\n", moec_available_isas(), cases, failures);
   return failures == 0 ? 0 : 1;
