@@ -1,0 +1,1 @@
+"""`moec serve`: OpenAI's HTTP interface in front of one artifact."""

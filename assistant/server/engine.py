@@ -1,0 +1,177 @@
+"""One session behind a queue: requests are answered one after the other, each can be cancelled at any moment.
+
+The queue has a limit, so that a client is told at once that it has to wait, rather than waiting without end. The thread
+that computes is the only one that touches the session; what it finds goes to the event loop of whoever asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moec.assistant.answer import Answer, Limits, Step
+from moec.assistant.assistant import Assistant, Prompt
+from moec.assistant.sampling import TokenScore, score
+from moec.assistant.structured import Format
+from moec.compiler.errors import RunError
+from moec.compiler.target import Session
+
+log = logging.getLogger("moec.server")
+_SCORED = 64  # tokens whose logits are held at once while a prompt is scored
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """log p of every token of a prompt but the first, which nothing comes before."""
+
+    scores: Sequence[TokenScore]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The answer is over; `error` is what ended it, None if it ended as it should."""
+
+    answer: Answer | None
+    error: Exception | None = None
+
+
+Event = Scores | Step | Ended
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt with all that is asked of it. score_prompt: of how many likeliest tokens, None for no scores."""
+
+    prompt: Prompt
+    limits: Limits
+    format: Format | None = None
+    score_prompt: int | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    asked: float = field(default_factory=time.monotonic)
+    _loop: asyncio.AbstractEventLoop | None = None
+    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+    def tell(self, event: Event) -> None:
+        """From any thread."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def event(self) -> Event:
+        """The next event; `Ended` is the last."""
+        return await self._events.get()
+
+
+class Engine:
+    """Answers jobs. most_waiting: of jobs beside the one that runs."""
+
+    def __init__(self, assistant: Assistant, session: Session, *, most_waiting: int) -> None:
+        self.assistant, self.session, self.most_waiting = assistant, session, most_waiting
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._warned = False
+        self._thread = threading.Thread(target=self._work, name="moec-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return int(self._running is not None)
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn; its events go to the event loop that this is called in. QueueFull."""
+        job._loop = asyncio.get_running_loop()
+        with self._changed:
+            if self._stopping or len(self._waiting) >= self.most_waiting:
+                raise QueueFull
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """End a job, whether it waits or runs."""
+        job.cancelled.set()
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.tell(Ended(None))
+
+    def stop(self) -> None:
+        """Cancel all and end the thread."""
+        with self._changed:
+            self._stopping = True
+            for job in [*self._waiting, *([self._running] if self._running else [])]:
+                job.cancelled.set()
+            self._changed.notify()
+        self._thread.join(30)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._stopping:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+                job = self._running = self._waiting.popleft()
+            try:
+                job.tell(self._answer(job))
+            finally:
+                self._running = None
+
+    def _answer(self, job: Job) -> Ended:
+        if job.cancelled.is_set():
+            return Ended(None)
+        answer = None
+        try:
+            answer = self.assistant.answer(self.session, job.prompt, job.limits, job.format, job.cancelled)
+            if job.score_prompt is not None:
+                job.tell(Scores(self._scored(job, job.score_prompt)))
+            for step in answer.steps():
+                job.tell(step)
+            return Ended(answer)
+        except Exception as error:  # whatever one request brings, the next is answered
+            if not isinstance(error, RunError):
+                log.exception("a request failed")
+            return Ended(answer, error)
+
+    def _scored(self, job: Job, top: int) -> list[TokenScore]:
+        """Scores of a prompt's tokens; the session then holds the prompt."""
+        ids = job.prompt.ids
+        if len(ids) > self.session.context:
+            raise RunError(f"{len(ids)} tokens do not fit: the context holds {self.session.context}")
+        self.session.reset()
+        found: list[TokenScore] = []
+        size = _SCORED
+        begin = 0
+        while begin < len(ids) and not job.cancelled.is_set():
+            chunk = ids[begin : begin + size]
+            try:
+                rows = self.session.prefill(chunk, logits="all" if size > 1 else "last")
+            except RunError as error:
+                if size == 1 or "last token only" not in error.message:
+                    raise
+                size = 1  # the artifact gives one row a call
+                if not self._warned:
+                    log.warning("the artifact gives the last row of logits only: prompts are scored token by token")
+                    self._warned = True
+                continue
+            following = ids[begin + 1 : begin + len(chunk) + 1]
+            found += [score(row, token, top) for row, token in zip(np.asarray(rows), following, strict=False)]
+            begin += len(chunk)
+        return found

@@ -1,0 +1,115 @@
+"""`moec serve`: OpenAI's HTTP interface in front of an artifact."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moec.cli.asking import ChatTemplateFile, Threads
+from moec.cli.trust import Trust
+from moec.compiler.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that `moec compile` wrote.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; other than loopback needs a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    token: Annotated[
+        str | None, typer.Option(help="What clients must bring as Authorization: Bearer TOKEN; default: MOEC_TOKEN.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: the artifact's name.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
+    max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Longer bodies are refused unread.")] = 8,
+    threads: Threads = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
+    chat_template: ChatTemplateFile = None,
+    trust: Trust = False,
+) -> None:
+    """Serve chat completions, completions and models, with a page to talk at /, until Ctrl-C.
+
+    Example: [bold]moec serve build/s --port 8080[/bold], and http://localhost:8080/v1 as the base URL of a client.
+    """
+    from moec.compiler.extras import require
+
+    for module in ("starlette", "uvicorn"):
+        require(module, "serve", "moec serve")
+    token = token if token is not None else os.environ.get("MOEC_TOKEN")
+    if token is not None and (not token.isascii() or not token.isprintable() or not token.strip()):
+        raise UserError("a token is of visible ASCII characters", place="--token")
+    if token is None and not _is_loopback(host):
+        raise UserError(f"{host} can be reached from other machines", place="--host", remedy="set a --token")
+
+    import uvicorn
+
+    from moec.assistant.assistant import Assistant
+    from moec.assistant.load import load
+    from moec.assistant.server.app import Server, Settings
+    from moec.compiler.artifact import Artifact
+
+    opened = Artifact.open(artifact)
+    opened = opened if threads is None else opened.with_threads(threads)
+    assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
+    session = load(opened)
+    created = int((opened.folder / "manifest.json").stat().st_mtime)
+    settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created)
+    server = Server(assistant, session, settings)
+    config = uvicorn.Config(
+        server.app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 << 10,
+        limit_concurrency=queue + 256,
+    )
+    listening = uvicorn.Server(config)
+    try:
+        asyncio.run(_run(listening, f"{settings.model}, {assistant.sampling.words()}"))
+    except KeyboardInterrupt:  # the usual way to end it
+        pass
+    finally:
+        server.engine.stop()
+        session.close()
+    if not listening.started:
+        raise UserError(f"cannot listen at {host}:{port}", remedy="choose another --port or --host")
+
+
+async def _announced(server: Any, what: str) -> None:
+    """Say where a server listens once it does."""
+    while not server.started and not server.should_exit:
+        await asyncio.sleep(0.02)
+    for listening in getattr(server, "servers", []):
+        for bound in listening.sockets:
+            address, port = bound.getsockname()[:2]
+            shown = f"[{address}]" if ":" in address else address
+            print(f"{what} at http://{shown}:{port}", file=sys.stderr, flush=True)
+
+
+async def _run(server: Any, what: str) -> None:
+    saying = asyncio.ensure_future(_announced(server, what))
+    try:
+        await server.serve()
+    finally:
+        saying.cancel()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

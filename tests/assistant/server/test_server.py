@@ -1,0 +1,379 @@
+"""The server through OpenAI's own client, and what everybody else is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="the server: pip install 'moec[serve]'")
+pytest.importorskip("uvicorn", reason="the server: pip install 'moec[serve]'")
+openai = pytest.importorskip("openai", reason="the official client: pip install 'moec[dev]'")
+import httpx  # noqa: E402
+
+from tests.assistant.server.running import Running, running  # noqa: E402
+from tests.assistant.speaking import VOCABULARY, Speaking, tokenizer  # noqa: E402
+
+ASK: list[Any] = [{"role": "user", "content": "Hi"}]
+TOOL: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def client(at: Running, **options: Any) -> Any:
+    return openai.OpenAI(base_url=f"{at.url}/v1", api_key="none", max_retries=0, timeout=30, **options)
+
+
+def test_a_chat_completion(tmp_path: Path) -> None:
+    session = Speaking(["Hello 日本!", "Two.", "Three words here.", "x" * 50])
+    with running(tmp_path, session) as at:
+        api = client(at)
+        first = api.chat.completions.create(model="small", messages=ASK, seed=1)
+        assert first.choices[0].message.content == "Hello 日本!"
+        assert (first.choices[0].finish_reason, first.object, first.model) == ("stop", "chat.completion", "small")
+        assert first.usage.prompt_tokens == len(session.prompts[0])
+        assert first.usage.completion_tokens == len(tokenizer().encode("Hello 日本!").ids)
+        said = {"role": "assistant", "content": "Hello 日本!"}
+        second = api.chat.completions.create(model="small", messages=[*ASK, said, *ASK])
+        assert second.choices[0].message.content == "Two."
+        assert second.usage.prompt_tokens_details.cached_tokens > first.usage.prompt_tokens
+        stopped = api.chat.completions.create(model="small", messages=ASK, stop=[" here", "never"])
+        assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("Three words", "stop")
+        cut = api.chat.completions.create(model="small", messages=ASK, max_tokens=7)
+        assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == ("x" * 7, "length")
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking(["Hé 日!"])) as at:
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 2}
+        chunks = list(client(at).chat.completions.create(model="small", messages=ASK, **options))
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hé 日!"
+        assert all("\ufffd" not in (c.choices[0].delta.content or "") for c in chunks if c.choices)
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+        assert chunks[-1].usage.completion_tokens == 8  # bytes
+        told = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+        assert len(told) == 8
+        assert all(len(t.top_logprobs) == 2 and t.logprob <= 0 for t in told)
+
+
+def test_logprobs_are_the_models(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking(["ab"])) as at:
+        found = client(at).chat.completions.create(
+            model="small", messages=ASK, logprobs=True, top_logprobs=3, temperature=0.7, seed=0, logit_bias={"70": -9}
+        )
+        # logit 9 for one token and 0 for the rest, before temperature and bias
+        wanted = 9 - np.log(np.exp(9) + VOCABULARY - 1)
+        content = found.choices[0].logprobs.content
+        assert [t.token for t in content] == ["a", "b"]
+        for token in content:
+            assert token.logprob == pytest.approx(wanted, abs=1e-9)
+            assert token.top_logprobs[0].token == token.token
+            assert token.bytes == list(token.token.encode())
+
+
+def test_completions(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking([" there", "one", "two", "three"])) as at:
+        api = client(at)
+        found = api.completions.create(model="small", prompt="Hi", max_tokens=20)
+        assert (found.choices[0].text, found.object) == (" there", "text_completion")
+        several = api.completions.create(model="small", prompt=["a", "b"], echo=True)
+        assert [c.text for c in several.choices] == ["aone", "btwo"]
+        assert [c.index for c in several.choices] == [0, 1]
+        chunks = list(api.completions.create(model="small", prompt=[20, 21], stream=True))
+        assert "".join(c.choices[0].text for c in chunks) == "three"
+
+
+def test_a_prompt_is_scored(tmp_path: Path) -> None:
+    """What an evaluation asks for: echo with log-probabilities of every token of the prompt."""
+
+    def likes(position: int) -> np.ndarray:
+        return np.linspace(0, 1, VOCABULARY, dtype=np.float32) * position
+
+    ids = list(range(20, 170))  # more than the server scores at once
+    with running(tmp_path, Speaking(likes=likes)) as at:
+        found = client(at).completions.create(
+            model="small", prompt=ids, max_tokens=1, logprobs=1, echo=True, temperature=0
+        )
+        told = found.choices[0].logprobs
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(ids) + 1
+        assert told.token_logprobs[0] is None
+        # a chunk's rows are alike in this model: those of the position behind its last token
+        for index in (1, 63, 64, 65, 149):
+            chunk_end = min((index - 1) // 64 * 64 + 64, 150)
+            row = likes(chunk_end).astype(np.float64)
+            wanted = row[ids[index]] - np.log(np.exp(row).sum())
+            assert told.token_logprobs[index] == pytest.approx(wanted, abs=1e-6)
+            assert max(told.top_logprobs[index].values()) >= told.token_logprobs[index]
+
+
+def test_tools(tmp_path: Path) -> None:
+    said = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    with running(tmp_path, Speaking([said, said, "It is 3."]), "hermes") as at:
+        api = client(at)
+        found = api.chat.completions.create(model="small", messages=ASK, tools=[TOOL])
+        call = found.choices[0].message.tool_calls[0]
+        assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 1})
+        assert (found.choices[0].finish_reason, found.choices[0].message.content) == ("tool_calls", "Let me see.")
+        chunks = list(api.chat.completions.create(model="small", messages=ASK, tools=[TOOL], stream=True))
+        parts = [p for c in chunks for p in c.choices[0].delta.tool_calls or []]
+        assert [(p.index, p.function.name) for p in parts] == [(0, "add")]
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        answered: list[Any] = [
+            *ASK,
+            found.choices[0].message,
+            {"role": "tool", "tool_call_id": call.id, "content": "3"},
+        ]
+        last = api.chat.completions.create(model="small", messages=answered, tools=[TOOL])
+        assert last.choices[0].message.content == "It is 3."
+
+
+def test_thinking_is_told_apart(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking(["<think>\nHm.\n</think>\n\nFour."] * 2), "hermes") as at:
+        found = client(at).chat.completions.create(model="small", messages=ASK).choices[0].message
+        assert (found.content, found.reasoning_content) == ("Four.", "Hm.")
+        chunks = list(client(at).chat.completions.create(model="small", messages=ASK, stream=True))
+        thought = "".join(getattr(c.choices[0].delta, "reasoning_content", None) or "" for c in chunks)
+        assert thought.strip() == "Hm."
+
+
+def test_structured_output(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="structured output: pip install 'moec[structured]'")
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    given: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    with running(tmp_path, Speaking(likes=lambda _: np.arange(VOCABULARY, dtype=np.float32))) as at:
+        api = client(at)
+        found = api.chat.completions.create(model="small", messages=ASK, response_format=given)
+        assert json.loads(found.choices[0].message.content) in ({"n": 1}, {"n": 2})
+        cut = api.chat.completions.create(model="small", messages=ASK, response_format=given, max_tokens=2)
+        assert cut.choices[0].finish_reason == "length"
+        regex = api.chat.completions.create(model="small", messages=ASK, extra_body={"regex": "[ab]{3}"})
+        assert re.fullmatch("[ab]{3}", regex.choices[0].message.content)
+        bad: Any = {
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": {"type": "integer", "minimum": 2, "maximum": 1}},
+        }
+        with pytest.raises(openai.BadRequestError, match="nsatisfiable"):
+            api.chat.completions.create(model="small", messages=ASK, response_format=bad)
+        with pytest.raises(openai.BadRequestError, match="nsatisfiable"):
+            api.chat.completions.create(model="small", messages=ASK, response_format=bad, stream=True)
+
+
+def test_models_health_and_metrics(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking(["Hello."])) as at:
+        api = client(at)
+        assert [m.id for m in api.models.list()] == ["small"]
+        assert api.models.retrieve("small").id == "small"
+        with pytest.raises(openai.NotFoundError, match="this server has small"):
+            api.models.retrieve("large")
+        assert httpx.get(f"{at.url}/health").json() == {"status": "ok", "model": "small"}
+        api.chat.completions.create(model="small", messages=ASK)
+        at.idle()
+        told = httpx.get(f"{at.url}/metrics")
+        assert told.headers["content-type"].startswith("text/plain; version=0.0.4")
+        for line in told.text.splitlines():
+            assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+0-9.e]+', line), line
+        assert 'moec_requests_total{path="/v1/chat/completions",status="200"} 1\n' in told.text
+        assert "moec_generated_tokens_total 6\n" in told.text
+        assert float(re.search(r"^process_resident_memory_bytes (\S+)", told.text, re.M)[1]) > 1e6  # type: ignore[index]
+
+
+def post(at: Running, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    raw = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+    return httpx.post(at.url + path, content=raw, headers=headers, timeout=30, **options)
+
+
+MALFORMED: dict[str, tuple[Any, int, str]] = {
+    "no JSON": (b"{", 400, "not JSON"),
+    "no UTF-8": (b"\xff\xfe", 400, "not JSON"),
+    "deep": ("[" * 100_000, 400, "not JSON"),
+    "a list": ([], 400, "dictionary"),
+    "no messages": ({"model": "small"}, 400, "messages"),
+    "empty messages": ({"messages": []}, 400, "no messages"),
+    "role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role: unknown role robot"),
+    "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "half a character"),
+    "unknown field": ({"messages": ASK, "temprature": 1}, 400, "temprature"),
+    "unknown model": ({"messages": ASK, "model": "gpt"}, 404, "this server has small"),
+    "temperature": ({"messages": ASK, "temperature": -1}, 400, "temperature -1"),
+    "temperature NaN": ('{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature nan"),
+    "a text as a number": ({"messages": ASK, "top_p": "1"}, 400, "top_p"),
+    "negative tokens": ({"messages": ASK, "max_tokens": -1}, 400, "max_tokens"),
+    "too many tokens": ({"messages": ASK, "max_tokens": 1 << 40}, 400, "max_tokens"),
+    "n": ({"messages": ASK, "n": 2}, 400, "n 2"),
+    "an empty stop string": ({"messages": ASK, "stop": [""]}, 400, "has no characters"),
+    "a million stop strings": ({"messages": ASK, "stop": [str(i) for i in range(10**6)]}, 413, "at most"),
+    "too many stop strings": ({"messages": ASK, "stop": [str(i) for i in range(2000)]}, 400, "2000 stop strings"),
+    "bias": ({"messages": ASK, "logit_bias": {"x": 1}}, 400, "logit_bias"),
+    "bias out of the vocabulary": ({"messages": ASK, "logit_bias": {"99999999": 1}}, 400, "not in the vocabulary"),
+    "top_logprobs alone": ({"messages": ASK, "top_logprobs": 2}, 400, "needs logprobs"),
+    "tools without a template for them": ({"messages": ASK, "tools": [TOOL]}, 400, "reads no tools"),
+    "tool_choice": ({"messages": ASK, "tools": [TOOL], "tool_choice": "required"}, 400, "tool_choice"),
+    "response_format": ({"messages": ASK, "response_format": {"type": "xml"}}, 400, "unknown type 'xml'"),
+    "no schema": ({"messages": ASK, "response_format": {"type": "json_schema"}}, 400, "no schema"),
+    "regex": ({"messages": ASK, "regex": "("}, 400, "regex"),
+    "two formats": ({"messages": ASK, "regex": "a", "grammar": "b"}, 400, "at once"),
+    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 4000}]}, 400, "the context holds 512"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with running(tmp_path_factory.mktemp("server"), Speaking([]), most_bytes=1 << 20) as at:
+        yield at
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_bodies_are_refused(kind: str, small: Running) -> None:
+    body, status, what = MALFORMED[kind]
+    reply = post(small, body)
+    assert reply.status_code == status, reply.text
+    assert what in reply.json()["error"]["message"]
+    assert "\n" not in reply.json()["error"]["message"]
+    if not isinstance(body, bytes) and status == 400 and kind not in ("deep",):
+        raw = body if isinstance(body, str) else json.dumps(body)
+        if raw.startswith("{") and '"messages"' in raw:
+            streamed = post(small, raw[:1] + '"stream": true, ' + raw[1:])
+            assert streamed.status_code == 400, streamed.text  # a status, not an event behind a 200
+    assert post(small, {"messages": ASK}).status_code == 200  # the next one is answered
+
+
+def test_malformed_completions_are_refused(small: Running) -> None:
+    for body, what in [
+        ({"prompt": []}, "0 prompts"),
+        ({"prompt": ["a"] * 65}, "65 prompts"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"prompt": [1, 99999999]}, "99999999 is not in the vocabulary"),
+        ({"prompt": [-1]}, "-1 is not in the vocabulary"),
+        ({"prompt": ""}, "no tokens"),
+        ({"prompt": "x" * 1000}, "the context holds 512"),
+        ({"prompt": ["a", "b"], "stream": True}, "a stream is of one prompt"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ]:
+        reply = post(small, body, "/v1/completions")
+        assert reply.status_code == 400, (body, reply.text)
+        assert what in reply.json()["error"]["message"]
+
+
+def test_what_is_not_there(small: Running) -> None:
+    assert httpx.get(f"{small.url}/v2/x").status_code == 404
+    assert httpx.get(f"{small.url}/v1/chat/completions").status_code == 405
+    form = post(small, {"messages": ASK}, headers={"Content-Type": "text/plain"})
+    assert (form.status_code, "application/json" in form.json()["error"]["message"]) == (415, True)
+
+
+def test_another_host_is_refused_without_a_token(small: Running) -> None:
+    """A name of an attacker's that DNS points here: the browser sends it as Host."""
+    for host, status in (
+        ("evil.example", 403),
+        ("localhost:1", 200),
+        ("[::1]:80", 200),
+        ("127.0.0.1.evil.example", 403),
+    ):
+        assert httpx.get(f"{small.url}/health", headers={"Host": host}).status_code == status, host
+
+
+def test_a_token_is_required_where_one_is_set(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking(["Hello."]), token="secret") as at:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer é"},
+        ):
+            sent = {key: value.encode() for key, value in headers.items()}
+            for path in ("/v1/models", "/metrics"):
+                assert httpx.get(at.url + path, headers=sent).status_code == 401
+            assert post(at, {"messages": ASK}, headers=sent).status_code == 401
+        assert httpx.get(f"{at.url}/health").status_code == 200
+        assert httpx.get(f"{at.url}/").status_code == 200
+        api = openai.OpenAI(base_url=f"{at.url}/v1", api_key="secret", max_retries=0)
+        assert api.chat.completions.create(model="small", messages=ASK).choices[0].message.content == "Hello."
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_a_gigabyte_is_refused_unread(small: Running, chunked: bool) -> None:
+    """The answer is there before a megabyte was sent, or soon after the limit where no length was told."""
+    host, port = small.url.removeprefix("http://").split(":")
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {1 << 30}"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode())
+        if chunked:
+            for _ in range(17):
+                connection.sendall(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
+        reply = connection.recv(4096).decode()
+    assert reply.startswith("HTTP/1.1 413"), reply
+    assert small.server.metrics.text().count("413") >= 1
+
+
+def test_a_client_that_leaves_is_not_answered_further(tmp_path: Path) -> None:
+    session = Speaking(["x" * 400, "y" * 400, "Here."], slow=lambda: time.sleep(0.01))
+    with running(tmp_path, session) as at:
+        address = f"{at.url}/v1/chat/completions"
+        for stream in (True, False):
+            asked = {"messages": ASK, "stream": stream}
+            if stream:
+                with httpx.stream("POST", address, json=asked, timeout=30) as reply:
+                    next(reply.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(address, json=asked, timeout=httpx.Timeout(30, read=0.5))
+            at.idle(3)  # of the 4 seconds and more that an answer takes
+            assert session.calls < 300
+            session.calls = 0
+        assert post(at, {"messages": ASK}).json()["choices"][0]["message"]["content"] == "Here."
+        assert "moec_cancelled_total 2\n" in at.server.metrics.text()
+
+
+def test_the_queue_has_a_limit(tmp_path: Path) -> None:
+    import threading
+
+    go = threading.Event()
+    with running(tmp_path, Speaking(["a", "b", "c"], slow=lambda: go.wait(30) and None), most_waiting=1) as at:
+        replies: list[httpx.Response] = []
+        threads = [threading.Thread(target=lambda: replies.append(post(at, {"messages": ASK}))) for _ in range(2)]
+        for thread, state in zip(threads, ((1, 0), (1, 1)), strict=True):
+            thread.start()
+            end = time.monotonic() + 20
+            while (at.server.engine.running, at.server.engine.waiting) != state:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        full = post(at, {"messages": ASK})
+        assert (full.status_code, full.json()["error"]["code"]) == (503, "queue_full")
+        assert full.headers["retry-after"] == "1"
+        go.set()
+        for thread in threads:
+            thread.join(30)
+        assert [reply.status_code for reply in replies] == [200, 200]
+
+
+def test_what_fails_inside_is_a_500_and_the_next_is_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = iter([True])
+
+    def slow() -> None:
+        if next(broken, False):
+            raise ZeroDivisionError("inside")
+
+    with running(tmp_path, Speaking(["Hello.", "Hello."], slow=slow)) as at:
+        reply = post(at, {"messages": ASK})
+        assert (reply.status_code, "inside" in reply.text) == (500, False)
+        assert "ZeroDivisionError" in caplog.text
+        assert post(at, {"messages": ASK}).status_code == 200
+
+
+def test_the_page_runs_what_it_brings_and_nothing_else(small: Running) -> None:
+    reply = httpx.get(small.url + "/")
+    policy = reply.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'nonce-")
+    nonce = re.search(r"nonce-([\w-]+)'", policy)
+    assert nonce is not None
+    assert reply.text.count(f'nonce="{nonce[1]}"') == 2
+    assert "NONCE" not in reply.text
+    # nothing from elsewhere, no handler in an attribute, no text as markup
+    assert not re.search(r"(src|href)\s*=|https?:|//[a-z]|\bon\w+=|innerHTML|insertAdjacentHTML|eval\(", reply.text)
+    assert httpx.get(small.url + "/").text != reply.text  # a nonce is used once
