@@ -239,7 +239,8 @@ def own_instructions(profile: str, library: Path) -> int:
         elif line.startswith("calls="):
             skip = True  # the next line is the cost of the callee
         elif line[:1].isdigit() or line[:1] in "+-*":
-            total += int(line.split()[1]) if inside and not skip else 0
+            numbers = line.split()
+            total += int(numbers[1]) if inside and not skip and len(numbers) == 2 else 0
             skip = False
     assert total, f"nothing of {library} was counted"
     return total

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from moec.compiler.target import MoeTrace
 
 # Relative, per element: what an fp32 sum of about a thousand terms (a norm, a dot product) loses by its order.
-SHAKE = 5e-7
+NOISE = 5e-7
 # The same of our kernels on unrounded activations, which add products one after the other. Measured against float64:
 # 1.2e-7 to 6.8e-7 (K of 384 to 1536, groups along either axis; tests/runtime/test_kernel_linear.py).
-FLOAT_SHAKE = 7e-7
+FLOAT_NOISE = 7e-7
 
 Prompts = Mapping[str, Sequence[int]]  # token ids by the name of the prompt
 Selections = Mapping[str, Sequence[np.ndarray]]  # by prompt and MoE layer: expert indices, int [T, K]
@@ -83,16 +83,16 @@ class Reference(Protocol):
         """
         ...
 
-    def shaken(
+    def perturbed(
         self,
         prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
         routing: Selections | None = None,
-        shake: float = SHAKE,
+        relative: float = NOISE,
     ) -> Mapping[str, np.ndarray]:
-        """`run` with relative noise of `shake` in the input of every block, the same at every call: how far two correct
-        implementations drift apart."""
+        """`run` with noise of `relative` its size in the input of every block, the same at every call: how far two
+        correct implementations drift apart."""
         ...
 
 

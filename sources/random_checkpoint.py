@@ -2,8 +2,9 @@
 
     python -m moec.sources.random_checkpoint FOLDER --out DIR [--seed N] [--set key=value ...]
 
-FOLDER holds config.json; `--set` changes keys of it (JSON values, dots reach into nested sections). Weights are unkind:
-biases and norms are not neutral, selection biases not zero, so that nothing a wrong rewrite drops goes unnoticed.
+FOLDER holds config.json; `--set` changes keys of it (JSON values, dots reach into nested sections). Weights are
+adversarial: biases and norms are not neutral, selection biases not zero, so that nothing a wrong rewrite drops goes
+unnoticed.
 """
 
 from __future__ import annotations

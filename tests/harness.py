@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moec.analysis.verify.weights import unkind_weights
+from moec.analysis.verify.weights import adversarial_weights
 from moec.compiler.dialect import check_dialect
 from moec.compiler.export import assemble, export_module, zeros
 from moec.compiler.pipeline import Pass, PassResult
@@ -43,7 +43,7 @@ VOCABULARY = 40
 
 
 def export_toy(build: Callable[[], nn.Module], roles: Mapping[str, Role] | None = None, *, seed: int = 0) -> Program:
-    """Export a module `forward(tokens [1, T], start_pos [1])` with unkind random weights, at stage CANONICAL.
+    """Export a module `forward(tokens [1, T], start_pos [1])` with adversarial random weights, at stage CANONICAL.
 
     Roles are by name, a cache is a buffer whose name ends in `cache`; other buffers keep their values as constants.
     """
@@ -53,7 +53,7 @@ def export_toy(build: Callable[[], nn.Module], roles: Mapping[str, Role] | None 
         module = build()
     exported = export_module(module, context=CONTEXT, max_tokens=MAX_TOKENS)
     shapes = {n: tuple(p.shape) for n, p in real.named_parameters()}
-    weights = unkind_weights(shapes, roles, seed=seed)
+    weights = adversarial_weights(shapes, roles, seed=seed)
     for name, parameter in real.named_parameters():
         if parameter.dtype != torch.float32:
             weights[name] = _cast(weights[name], parameter.dtype)

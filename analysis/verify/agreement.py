@@ -6,7 +6,7 @@ than any other does is the odd one out. `eager` has no single arithmetic: it mee
 
     float        neither member rounds activations or cache: row by row, relative to the row's largest logit
     rounded      one does. Such runs drift apart (see `reference.py`), so medians and shares are judged, with the drift
-                 measured between the eager model and itself shaken, and between the two eager models where the two
+                 measured between the eager model and itself perturbed, and between the two eager models where the two
                  members do not round alike
 
 T tokens, V vocabulary, K experts per token.
@@ -91,8 +91,8 @@ class Arithmetic:
     prompts: Mapping[str, Sequence[int]]
 
     @cached_property
-    def shaken(self) -> Run:
-        return _eager_run(self.reference, self.prompts, shaken=True)[0]
+    def perturbed(self) -> Run:
+        return _eager_run(self.reference, self.prompts, perturbed=True)[0]
 
     @cached_property
     def tied(self) -> dict[str, np.ndarray]:
@@ -313,7 +313,7 @@ def _add_arithmetic(
 
 
 def _eager_run(
-    reference: Any, prompts: Mapping[str, Sequence[int]], *, shaken: bool = False
+    reference: Any, prompts: Mapping[str, Sequence[int]], *, perturbed: bool = False
 ) -> tuple[Run, dict[str, tuple[np.ndarray, ...]]]:
     """The run, and by prompt and layer the tokens whose selection is a tie."""
     experts: dict[str, list[np.ndarray]] = {name: [] for name in prompts}
@@ -324,7 +324,7 @@ def _eager_run(
             experts[name].append(r.indices_TK)
             ties[name].append(metrics.selection_gaps(r.scores_TE, r.indices_TK.shape[-1]) < tolerances.TIE_GAP)
 
-    logits = (reference.shaken if shaken else reference.run)(prompts, on_layer)
+    logits = (reference.perturbed if perturbed else reference.run)(prompts, on_layer)
     return Run(logits, {n: tuple(e) for n, e in experts.items()}), {n: tuple(t) for n, t in ties.items()}
 
 
@@ -386,8 +386,8 @@ def _limits(
     if not ours.rounds and not theirs.rounds:
         limit = ROW_CODES if ours.quantized else ROW_FLOAT
         if relative > limit.limit:  # many layers of fp32 sums: no tighter than the eager model stays to itself
-            drift = 2 * row_distance(ours.run, ours.shaken, ours.tied)[0]
-            limit = Tolerance("<=", max(limit.limit, drift), limit.unit, f"{limit.reason}; shaken: {drift:.2g}")
+            drift = 2 * row_distance(ours.run, ours.perturbed, ours.tied)[0]
+            limit = Tolerance("<=", max(limit.limit, drift), limit.unit, f"{limit.reason}; perturbed: {drift:.2g}")
         checks = [Check(f"{pair}: logits", relative, limit), Check(f"{pair}: top-1", top1, tolerances.TOP1)]
         if compared:
             checks.append(Check(f"{pair}: experts", same, tolerances.ROUTER_SETS))
@@ -414,7 +414,7 @@ def _drift(ours: Arithmetic, theirs: Arithmetic) -> tuple[float, float, float]:
         same, compared = _expert_sets(x, y, ours)
         return 1 - np.array([np.median(cosines), top1.mean(), same if compared else 1.0])
 
-    total = np.maximum.reduce([apart(arithmetic.run, arithmetic.shaken) for arithmetic in (ours, theirs)])
+    total = np.maximum.reduce([apart(arithmetic.run, arithmetic.perturbed) for arithmetic in (ours, theirs)])
     if ours.key != theirs.key:
         total = total + apart(ours.run, theirs.run)
     return float(total[0]), float(total[1]), float(total[2])

@@ -33,8 +33,8 @@ from moec.analysis.verify.report import Check, LayerRow
 from moec.analysis.verify.tolerances import Tolerance
 from moec.compiler.progress import Progress
 from moec.compiler.reference import (
-    FLOAT_SHAKE,
-    SHAKE,
+    FLOAT_NOISE,
+    NOISE,
     Followed,
     LayerReference,
     Reference,
@@ -287,7 +287,7 @@ def free_run(
     moe_layers: int,
     progress: Progress,
 ) -> tuple[Drift, dict[str, np.ndarray]]:
-    """End to end from token ids on. Returns how far the reference drifts from itself when shaken, and by prompt the
+    """End to end from token ids on. Returns how far the reference drifts from itself when perturbed, and by prompt the
     tokens with a tie in any layer, bool [T]."""
     prompts = {name: replay.ids for name, replay in replays.items()}
     routed: dict[int, Mapping[str, Routed]] = {}
@@ -295,7 +295,7 @@ def free_run(
         logits = reference.run(prompts, keeping(routed, step))
     tied = tied_tokens(prompts, routed)
     if found.quantized:
-        with progress.stage("run the reference shaken", max(moe_layers, 1)) as step:
+        with progress.stage("run the reference perturbed", max(moe_layers, 1)) as step:
             return _beyond_drift(found, "free run: ", reference, (logits, routed), replays, step), tied
     found.figures.update(logits_figures("free run: ", replays, logits))
     _free_run_float(found, reference, replays, logits, tied)
@@ -320,17 +320,17 @@ def _beyond_drift(
     free: tuple[Mapping[str, np.ndarray], Mapping[int, Mapping[str, Routed]]],
     replays: Mapping[str, Replay],
     step: Callable[[str], None],
-    shake: float = SHAKE,
+    relative: float = NOISE,
 ) -> Drift:
-    """Whole runs of the artifact against those of the reference, `free`: no further than both drift, which the shaken
-    reference tells. Returns that drift."""
+    """Whole runs of the artifact against those of the reference, `free`: no further than both drift, which the
+    perturbed reference tells. Returns that drift."""
     logits, routed = free
     prompts = {name: replay.ids for name, replay in replays.items()}
-    shaken_routed: dict[int, Mapping[str, Routed]] = {}
-    shaken = reference.shaken(prompts, keeping(shaken_routed, step), shake=shake)
+    perturbed_routed: dict[int, Mapping[str, Routed]] = {}
+    perturbed = reference.perturbed(prompts, keeping(perturbed_routed, step), relative=relative)
     figures = logits_figures(prefix, replays, logits)
     found.figures.update(figures)
-    drift = _figures("", {name: (logits[name], shaken[name]) for name in prompts})
+    drift = _figures("", {name: (logits[name], perturbed[name]) for name in prompts})
     tokens = sum(len(ids) for ids in prompts.values())
     values: list[tuple[str, float, Tolerance, float, int | None, str]] = [
         (name, figures[f"{prefix}{name}"], tolerance, drift[name], count, "")
@@ -341,19 +341,19 @@ def _beyond_drift(
     ]
     if routed:
         sets = _sets(routed, lambda name, layer: replays[name].layers[layer].indices_TK)
-        itself = _sets(routed, lambda name, layer: shaken_routed[layer][name].indices_TK)
+        itself = _sets(routed, lambda name, layer: perturbed_routed[layer][name].indices_TK)
         ties = f"; {sets.ties} ties of {sets.tokens} left out"
         limit = tolerances.ROUTER_SETS
         values.append(("expert sets equal", sets.fraction, limit, itself.fraction, itself.compared, ties))
     for name, value, tolerance, same, count, more in values:
         limit = tolerances.beyond_drift(tolerance, 1 - same, count)
-        detail = f"the reference with itself, shaken: {same:.7g}{more}"
+        detail = f"the reference with itself, perturbed: {same:.7g}{more}"
         found.checks.append(Check(f"{prefix}{name}", value, limit, detail=detail))
-    rows = Drift.of(logits, shaken)
+    rows = Drift.of(logits, perturbed)
     cosines_T = np.concatenate(
         [metrics.row_cosines(logits[name], replay.logits_TV) for name, replay in replays.items()]
     )
-    detail = f"the reference with itself, shaken: {1 - rows.tail:.7g}"
+    detail = f"the reference with itself, perturbed: {1 - rows.tail:.7g}"
     limit = tail_limit(rows)
     found.checks.append(Check(f"{prefix}cosine of all but the worst 5%", tail_cosine(cosines_T), limit, detail=detail))
     return rows
@@ -374,8 +374,8 @@ def _free_run_float(
     detail = f"{explained} of {tokens} tokens left out after a tie" if explained else ""
     limit = tolerances.FLOAT_CLOSE
     if worst > 1 and np.isfinite(worst):
-        shaken = reference.shaken({name: replay.ids for name, replay in replays.items()})
-        limit = tolerances.deep_float(max(close_rows(logits[n], shaken[n], tied[n])[0] for n in replays))
+        perturbed = reference.perturbed({name: replay.ids for name, replay in replays.items()})
+        limit = tolerances.deep_float(max(close_rows(logits[n], perturbed[n], tied[n])[0] for n in replays))
     found.checks.append(Check("free run: every element", worst, limit, where, detail))
     found.checks.append(Check("free run: tokens compared", 1 - explained / tokens, tolerances.COMPARED))
     top1 = float(found.figures["free run: top-1 agreement"])
@@ -406,7 +406,7 @@ def without_rounding(
     prefix = "free run, float activations: "
     with progress.stage("run the artifact with float activations", max(moe_layers, 1)) as step:
         unrounded = {name: replay_prompt(session, ids, moe_layers) for name, ids in prompts.items()}
-        _beyond_drift(found, prefix, reference, (logits, routed), unrounded, step, FLOAT_SHAKE)
+        _beyond_drift(found, prefix, reference, (logits, routed), unrounded, step, FLOAT_NOISE)
         name = max(prompts, key=lambda prompt: len(prompts[prompt]))
         pieces = replay_in_pieces(session, prompts[name], moe_layers, steps)
     with progress.stage("run the reference with the artifact's routing", max(moe_layers, 1)):
@@ -449,9 +449,9 @@ def _routed_alike(
     if all(check.passed for check in checks):
         return checks
     moved: dict[int, Mapping[str, Routed]] = {}
-    shaken = reference.shaken(prompts, keeping(moved, lambda layer: None), routing=routing, shake=FLOAT_SHAKE)
+    perturbed = reference.perturbed(prompts, keeping(moved, lambda layer: None), routing=routing, relative=FLOAT_NOISE)
     flips = 1 - _sets(routed, lambda prompt, layer: moved[layer][prompt].indices_TK).fraction if routed else 0.0
-    return judged(Drift.of(logits, shaken), flips)
+    return judged(Drift.of(logits, perturbed), flips)
 
 
 def pieces_of(

@@ -26,8 +26,8 @@ from moec.analysis.verify.replay import replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check
 from moec.analysis.verify.rounding import (
     float_products,
+    perturbed_operators,
     routed_as,
-    shaken_operators,
     unrounded_operators,
     untraced,
     with_weights_of,
@@ -37,7 +37,7 @@ from moec.compiler.errors import ArtifactError
 from moec.compiler.pipeline import Pass, steps
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
-from moec.compiler.reference import SHAKE, OnLayer, Prompts, Replay, Routed, Selections
+from moec.compiler.reference import NOISE, OnLayer, Prompts, Replay, Routed, Selections
 from moec.compiler.target import Session
 
 
@@ -69,16 +69,16 @@ class GraphReference:
         that `routing` replaces."""
         return self._run(prompts, on_layer, {}, routing)
 
-    def shaken(
+    def perturbed(
         self,
         prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
         routing: Selections | None = None,
-        shake: float = SHAKE,
+        relative: float = NOISE,
     ) -> dict[str, np.ndarray]:
-        """`run` with relative noise of `shake` in every norm's output."""
-        return self._run(prompts, on_layer, shaken_operators(shake), routing)
+        """`run` with noise of `relative` its size in every norm's output."""
+        return self._run(prompts, on_layer, perturbed_operators(relative), routing)
 
     def block(self, layer: int) -> FusedBlock:
         """The fused node of the `layer`-th MoE layer with its weights."""
@@ -208,8 +208,8 @@ def _passes_elements(
     where = max(ratios, key=lambda name: ratios[name])
     limit = tolerances.FLOAT_CLOSE
     if 1 < ratios[where] < np.inf:
-        shaken = passes.shaken(prompts)
-        limit = tolerances.deep_float(max(close_rows(logits[n], shaken[n], tied[n])[0] for n in prompts))
+        perturbed = passes.perturbed(prompts)
+        limit = tolerances.deep_float(max(close_rows(logits[n], perturbed[n], tied[n])[0] for n in prompts))
     found.checks.append(Check("exported model: every element of the passes' graph", ratios[where], limit, where))
 
 

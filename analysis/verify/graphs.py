@@ -27,7 +27,7 @@ from torch.fx import Node
 from moec.analysis.verify import metrics, tolerances
 from moec.analysis.verify.interpret import GraphRunner, Override, WeightCache
 from moec.analysis.verify.report import Check
-from moec.analysis.verify.rounding import shaken_operators, unrounded_operators, with_weights_of
+from moec.analysis.verify.rounding import perturbed_operators, unrounded_operators, with_weights_of
 from moec.analysis.verify.structure import has_target_operators, structure_faults
 from moec.analysis.verify.tolerances import Tolerance
 from moec.compiler import ops
@@ -78,8 +78,8 @@ class Region:
 class Comparison:
     """One sample through both programs. A tie excuses `explained` tokens of being out of the float tolerance.
 
-    `drift`: 1 - median cosine of the program before with itself, shaken; 0 when nothing is rounded. `drift_ratio`: the
-    same in units of the float tolerance, measured only where `ratio` exceeds it.
+    `drift`: 1 - median cosine of the program before with itself, perturbed; 0 when nothing is rounded. `drift_ratio`:
+    the same in units of the float tolerance, measured only where `ratio` exceeds it.
     """
 
     sample: str
@@ -108,7 +108,7 @@ def compare_programs(
     reference = with_weights_of(before, after)
     first = GraphRunner(reference, overrides=None if rounded else unrounded_operators(), cache=cache)
     second = GraphRunner(after, overrides=None if rounded else unrounded_operators(), cache=cache)
-    shaken = GraphRunner(reference, overrides=shaken_operators(), cache=cache)
+    perturbed = GraphRunner(reference, overrides=perturbed_operators(), cache=cache)
     results = []
     for sample in samples:
         a, b = _run(first, sample), _run(second, sample)
@@ -116,9 +116,9 @@ def compare_programs(
         cosine = metrics.Cosine.of(a.logits_TV, b.logits_TV).median
         drift = drift_ratio = 0.0
         if rounded:
-            drift = 1 - metrics.Cosine.of(a.logits_TV, _run(shaken, sample).logits_TV).median
+            drift = 1 - metrics.Cosine.of(a.logits_TV, _run(perturbed, sample).logits_TV).median
         elif ratio > 1 and before.stage < Stage.QUANTIZED:
-            drift_ratio = close_rows(a.logits_TV, _run(shaken, sample).logits_TV, a.tied_T)[0]
+            drift_ratio = close_rows(a.logits_TV, _run(perturbed, sample).logits_TV, a.tied_T)[0]
         tokens = len(sample.ids)
         results.append(Comparison(sample.name, ratio, cosine, drift, drift_ratio, explained, tokens, b.faults))
     return results

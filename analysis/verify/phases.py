@@ -24,7 +24,7 @@ TAIL = 0.05  # the share of rows that is the tail
 
 @dataclass(frozen=True)
 class Drift:
-    """The reference with itself shaken, row by row, all prompts together; zero where nothing rounds.
+    """The reference with itself perturbed, row by row, all prompts together; zero where nothing rounds.
 
     rows: 1 - cosine. errors: `metrics.row_errors`.
     """
@@ -33,9 +33,9 @@ class Drift:
     errors: np.ndarray
 
     @staticmethod
-    def of(reference: Mapping[str, np.ndarray], shaken: Mapping[str, np.ndarray]) -> Drift:
+    def of(reference: Mapping[str, np.ndarray], perturbed: Mapping[str, np.ndarray]) -> Drift:
         """From the logits of both, by prompt."""
-        pairs = [(reference[name], shaken[name]) for name in reference]
+        pairs = [(reference[name], perturbed[name]) for name in reference]
         return Drift(
             np.concatenate([1 - metrics.row_cosines(r, s) for r, s in pairs]),
             np.concatenate([metrics.row_errors(r, s) for r, s in pairs]),
@@ -83,8 +83,8 @@ def judge_steps(
 ) -> list[Check]:
     """The last `steps` rows, which were decoded one at a time, and those before them, which were prefilled in chunks.
 
-    Both runs round alike. A median may be lower by twice the largest median that as many rows of the shaken reference
-    have; a single row by twice what its worst row has.
+    Both runs round alike. A median may be lower by twice the largest median that as many rows of the perturbed
+    reference have; a single row by twice what its worst row has.
     """
     cosines_T = metrics.row_cosines(reference_TV, actual_TV)
     checks = []
@@ -103,7 +103,7 @@ def judge_elements(prefix: str, phase: str, pairs: Pairs, drift: Drift) -> list[
 
     The error of a row is its largest difference over its largest logit. The median row is held to the distance of fp32
     sums behind one flipped INT8 step of the KV cache, the worst row to that of a few; either to four times what the
-    shaken reference shows, where that is more.
+    perturbed reference shows, where that is more.
     """
     errors_T = np.concatenate([metrics.row_errors(reference, actual) for reference, actual in pairs.values()])
     if not len(errors_T):

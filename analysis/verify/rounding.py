@@ -1,4 +1,4 @@
-"""Comparing a quantized graph with a float one: the same weights on both sides, and rounding switched off or shaken."""
+"""Comparing a quantized graph with a float one: the same weights on both sides, and rounding off, or perturbed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.analysis.verify.interpret import Override
 from moec.compiler import ops
 from moec.compiler.ops.moe_math import combine_weights
 from moec.compiler.program import LazyWeight, Program
-from moec.compiler.reference import SHAKE
+from moec.compiler.reference import NOISE
 from moec.compiler.weights import Origin, QuantizedWeight
 
 
@@ -150,18 +150,18 @@ def routed_as(selections: Sequence[np.ndarray], overrides: Mapping[Any, Override
     return {**overrides, **{form.op: routed(form) for form in (ops.FusedMoe, ops.FusedMoeQ)}}
 
 
-def shaken_operators(shake: float = SHAKE) -> dict[Any, Override]:
+def perturbed_operators(relative: float = NOISE) -> dict[Any, Override]:
     """Norms with noise in the last places: how far a rounding program drifts from itself. See `reference.py`."""
     noise = torch.Generator().manual_seed(0)
 
     def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
         y = ops.RmsNorm[torch.Tensor](*args, **kwargs).eager()
-        return y * (1 + shake * torch.randn(y.shape, generator=noise))
+        return y * (1 + relative * torch.randn(y.shape, generator=noise))
 
     def plain(
         x: torch.Tensor, shape: list[int], weight: torch.Tensor | None = None, eps: float | None = None
     ) -> torch.Tensor:
         y = torch.ops.aten.rms_norm.default(x, shape, weight, eps)
-        return y * (1 + shake * torch.randn(y.shape, generator=noise))
+        return y * (1 + relative * torch.randn(y.shape, generator=noise))
 
     return {ops.rms_norm: norm, torch.ops.aten.rms_norm.default: plain}

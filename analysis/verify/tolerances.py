@@ -7,7 +7,7 @@ A tolerance is a limit, the direction, and why it is neither tighter nor wider. 
   starts from the artifact's own values. What is left is the order of fp32 sums, and the rare activation that this moves
   across a rounding boundary: one INT8 step of one element.
 - free runs of quantized models drift apart however right both are (see `reference.py`). Their limit is that of the
-  quantized regime plus twice the drift measured, on the same tokens, between the reference and itself shaken.
+  quantized regime plus twice the drift measured, on the same tokens, between the reference and itself perturbed.
 
 What the rounding of activations costs the model is reported, never judged: it is a property of the scheme that the user
 chose, not of the compiler.
@@ -144,7 +144,7 @@ def beyond_drift(tolerance: Tolerance, drift: float, count: int | None = None) -
     if count:
         upper += _DEVIATIONS * math.sqrt(upper * count + 1) / count
     limit = tolerance.limit - _DRIFT * upper
-    reason = f"{tolerance.limit:g}, less twice the {upper:.2e} by which the reference drifts from itself when shaken"
+    reason = f"{tolerance.limit:g}, less twice the {upper:.2e} by which the reference drifts from itself when perturbed"
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
 
 
@@ -155,17 +155,18 @@ def or_drift(tolerance: Tolerance, drift: float) -> Tolerance:
     make such a distance one run may have several times as many as another.
     """
     limit = max(tolerance.limit, 2 * _DRIFT * drift)
-    reason = f"{tolerance.reason}; the reference drifts {drift:.2e} from itself when shaken"
+    reason = f"{tolerance.reason}; the reference drifts {drift:.2e} from itself when perturbed"
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
 
 
 def deep_float(drift_ratio: float) -> Tolerance:
-    """`FLOAT_CLOSE` for a whole float model: no tighter than the reference shaken in its last places stays to itself.
+    """`FLOAT_CLOSE` for a whole float model: no tighter than the reference perturbed in its last places stays to
+    itself.
 
     `drift_ratio`: that distance, in units of the tolerance. Depth adds up rounding: 4 layers stay within, 20 may not.
     """
     limit = max(FLOAT_CLOSE.limit, drift_ratio)
-    reason = f"{FLOAT_CLOSE.reason}; the reference drifts {drift_ratio:.3g} x that from itself when shaken"
+    reason = f"{FLOAT_CLOSE.reason}; the reference drifts {drift_ratio:.3g} x that from itself when perturbed"
     return Tolerance(FLOAT_CLOSE.relation, limit, FLOAT_CLOSE.unit, reason)
 
 

@@ -1,7 +1,7 @@
-"""Weights for checking graphs when there is no checkpoint: random, reproducible, and unkind.
+"""Weights for checking graphs when there is no checkpoint: random, reproducible, and adversarial.
 
-Unkind means that nothing which a wrong rewrite could drop is neutral: selection biases and norms differ from 0 and 1,
-router logits are spread enough to select unevenly, experts are large enough for clamps to act.
+Adversarial means that nothing which a wrong rewrite could drop is neutral: selection biases and norms differ from 0 and
+1, router logits are spread enough to select unevenly, experts are large enough for clamps to act.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 from moec.compiler.program import LazyWeight, Program, Role
 
-# Standard deviation of `weight @ x` for a normalised x, by role: how unkind the weights are.
+# Standard deviation of `weight @ x` for a normalised x, by role: how adversarial the weights are.
 _SPREAD = {Role.ROUTER: 1.5, Role.EXPERT: 1.5, Role.SHARED: 1.2}
 
 
-def unkind_weights(
+def adversarial_weights(
     shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, Role], *, seed: int = 0
 ) -> dict[str, LazyWeight]:
     """A float32 weight of each shape, made when it is loaded; equal seeds and names give equal weights.
@@ -34,7 +34,7 @@ def unkind_weights(
 
 
 def with_random_weights(program: Program) -> Program:
-    """The program with unkind weights of its shapes, by its roles; constants and caches stay as they are."""
+    """The program with adversarial weights of its shapes, by its roles; constants and caches stay as they are."""
     kept = (Role.CONSTANT, Role.CACHE)
     shapes = {n: w.shape for n, w in program.weights.items() if program.roles[n] not in kept}
     # before any pass only our decoders know their norms by role: a vector that scales lies around 1
@@ -42,7 +42,7 @@ def with_random_weights(program: Program) -> Program:
         n: Role.NORM if program.roles[n] == Role.OTHER and len(shape) == 1 and "norm" in n else program.roles[n]
         for n, shape in shapes.items()
     }
-    return replace(program, weights={**program.weights, **unkind_weights(shapes, roles)})
+    return replace(program, weights={**program.weights, **adversarial_weights(shapes, roles)})
 
 
 def _maker(name: str, shape: tuple[int, ...], role: Role, seed: int):  # type: ignore[no-untyped-def]

@@ -3,13 +3,13 @@
     free       on its own, from token ids to logits
     following  re-synchronised with an artifact at the input and output of every MoE block: each part starts from what
                the artifact itself computed, so an error shows in the part that made it
-    shaken     free, with the input of every feed-forward block multiplied by 1 + 5e-7 * noise: how far two *correct*
+    perturbed  free, with the input of every feed-forward block multiplied by 1 + 5e-7 * noise: how far two *correct*
                implementations drift apart
 
 Why not free alone: dynamic INT8 rounding amplifies. A relative error e of a row of spread s flips about 30 e of its
 elements to the next of 127 steps; the flips are an error of about 0.15 sqrt(e) for the next rounding. From fp32's 1e-7
-it takes three or four roundings until two runs round independently of each other, whatever the care of either. `shaken`
-measures where that ends for the model at hand, and `following` checks every layer before it begins.
+it takes three or four roundings until two runs round independently of each other, whatever the care of either.
+`perturbed` measures where that ends for the model at hand, and `following` checks every layer before it begins.
 
 T tokens, D model width, V vocabulary.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.reference import (
-    SHAKE,
+    NOISE,
     Followed,
     OnFollowed,
     OnLayer,
@@ -40,12 +40,13 @@ _BLIND = 1e-2
 
 
 class DecoderReference(Reference):
-    """A `Reference` that can also follow an artifact, or be shaken: the `LayerReference` of compiler/reference.py."""
+    """A `Reference` that can also follow an artifact, or be perturbed: the `LayerReference` of
+    compiler/reference.py."""
 
     _replays: Mapping[str, Replay] | None = None
     _predicted: dict[str, np.ndarray]
     _noise: torch.Generator | None = None
-    _shake = SHAKE
+    _relative = NOISE
 
     def follow(self, replays: Mapping[str, Replay], on_layer: OnFollowed) -> dict[str, np.ndarray]:
         """Logits [T, V] by prompt. Every part starts from the artifact's own values: attention from the stream that the
@@ -69,16 +70,16 @@ class DecoderReference(Reference):
         finally:
             self._replays = None
 
-    def shaken(
+    def perturbed(
         self,
         prompts: Prompts,
         on_layer: OnLayer | None = None,
         *,
         routing: Selections | None = None,
-        shake: float = SHAKE,
+        relative: float = NOISE,
     ) -> dict[str, np.ndarray]:
-        """`run` with relative noise of `shake` in every block's input; the same noise at every call."""
-        self._noise, self._shake = torch.Generator().manual_seed(0), shake
+        """`run` with noise of `relative` its size in every block's input; the same noise at every call."""
+        self._noise, self._relative = torch.Generator().manual_seed(0), relative
         try:
             return self.run(prompts, on_layer, routing=routing)
         finally:
@@ -90,8 +91,8 @@ class DecoderReference(Reference):
         streams, inputs = super()._block_inputs(layer, streams)
         noise = self._noise
         if noise is not None:
-            shaken = {n: x * (1 + self._shake * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
-            return streams, shaken
+            perturbed = {n: x * (1 + self._relative * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
+            return streams, perturbed
         if self._replays is None:
             return streams, inputs
         self._predicted = {name: x_TD.numpy() for name, x_TD in inputs.items()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moec.compiler.quant import quantize_rows
-from moec.compiler.reference import FLOAT_SHAKE
+from moec.compiler.reference import FLOAT_NOISE
 from moec.runtime import kernel_api
 from moec.runtime.moe_config import ACTIVATION, Kind, WeightFormat
 from moec.targets.xnnpack import packing
@@ -367,7 +367,7 @@ def test_float_activations_take_the_rounding_away_on_one_thread_only(axis_out: b
 @pytest.mark.parametrize("axis_out", [False, True], ids=["in", "out"])
 @pytest.mark.parametrize("k", [384, 1536])
 def test_float_products_err_by_what_verification_allows_them(k: int, axis_out: bool) -> None:
-    """FLOAT_SHAKE is this error: if the kernels err more `moec verify` is too strict, if far less too mild."""
+    """FLOAT_NOISE is this error: if the kernels err more `moec verify` is too strict, if far less too mild."""
     rng = np.random.default_rng(k)
     fmt = WeightFormat(Kind.INT4, 32, axis_out, int8_activations=False)
     w = random_weight(rng, fmt, 256, k)
@@ -375,4 +375,4 @@ def test_float_products_err_by_what_verification_allows_them(k: int, axis_out: b
     exact = x.astype(np.float64) @ w.matrix().numpy().T
     error = kernel_api.linear(x, w.packed, w.n, fmt) - exact
     relative = float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
-    assert FLOAT_SHAKE / 10 < relative < FLOAT_SHAKE
+    assert FLOAT_NOISE / 10 < relative < FLOAT_NOISE

@@ -187,7 +187,7 @@ def test_verification_gets_it_from_the_model_source(tmp_path: Path) -> None:
     assert np.array_equal(
         logits, Reference(config, store, scheme(), asymmetric_roles=[Role.SHARED]).run({"a": IDS})["a"]
     )
-    assert not np.array_equal(logits, given.shaken({"a": IDS})["a"])
+    assert not np.array_equal(logits, given.perturbed({"a": IDS})["a"])
 
 
 def test_routing_free_and_forced(tmp_path: Path) -> None:

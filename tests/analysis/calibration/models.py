@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moec.analysis.verify.weights import unkind_weights
+from moec.analysis.verify.weights import adversarial_weights
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.source import NamedWeights
@@ -59,7 +59,7 @@ def spec_of(model: Mapping[str, Any] | None = None, **quantization: Any) -> Spec
 def weights_of(spec: Spec, *, seed: int = 0) -> dict[str, LazyWeight]:
     layout = weight_layout(spec.model)  # type: ignore[arg-type]
     roles = {name: info.role for name, info in layout.items()}
-    return unkind_weights({name: info.shape for name, info in layout.items()}, roles, seed=seed)
+    return adversarial_weights({name: info.shape for name, info in layout.items()}, roles, seed=seed)
 
 
 def float_program(model: Mapping[str, Any] | None = None, *, seed: int = 0) -> Program:

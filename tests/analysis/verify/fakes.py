@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from moec.analysis.verify.weights import unkind_weights
+from moec.analysis.verify.weights import adversarial_weights
 from moec.compiler.program import LazyWeight
 from moec.compiler.target import MoeTrace
 from moec.sources.decoder.config import DecoderConfig
@@ -26,7 +26,9 @@ def decoder(seed: int = 0, **changes: object) -> Decoder:
     config = DecoderConfig.model_validate({**CONFIG, **changes})
     model = Decoder(config, "loop").eval()
     layout = weight_layout(config)
-    weights = unkind_weights({n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()}, seed=seed)
+    weights = adversarial_weights(
+        {n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()}, seed=seed
+    )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name].load())
     return model

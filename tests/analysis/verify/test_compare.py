@@ -153,7 +153,7 @@ def test_a_wrong_head_is_seen_in_the_logits_alone():
 
 
 def test_drift_does_not_excuse_an_error():
-    """A shaken float reference does not drift, so a free run is held to the strict limit."""
+    """A perturbed float reference does not drift, so a free run is held to the strict limit."""
     found = _compare(FakeSession(decoder()), quantized=True)
     check = next(c for c in found.checks if c.name == "free run: median cosine")
     assert check.tolerance.limit == pytest.approx(0.9999, abs=1e-6)

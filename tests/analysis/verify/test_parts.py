@@ -1,4 +1,4 @@
-"""The smaller parts: recovering the residual stream, joining traces, unkind weights, differences."""
+"""The smaller parts: recovering the residual stream, joining traces, adversarial weights, differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from moec.analysis.verify.diff import diff_texts, logits_figures
 from moec.analysis.verify.replay import bounds, joined_traces, replay_in_pieces, replay_prompt
-from moec.analysis.verify.weights import unkind_weights
+from moec.analysis.verify.weights import adversarial_weights
 from moec.compiler.program import Role
 from moec.compiler.target import MoeTrace
 from moec.sources.decoder.following import stream_of
@@ -68,10 +68,10 @@ def test_bounds_cover_every_token():
         assert sorted(set(bounds(tokens))) == bounds(tokens)
 
 
-def test_unkind_weights_are_reproducible_and_not_neutral():
+def test_adversarial_weights_are_reproducible_and_not_neutral():
     shapes = {"norm": (64,), "bias": (16,), "router": (16, 64), "experts": (16, 64, 32)}
     roles = {"norm": Role.NORM, "bias": Role.ROUTER, "router": Role.ROUTER, "experts": Role.EXPERT}
-    first, second, other = (unkind_weights(shapes, roles, seed=s) for s in (0, 0, 1))
+    first, second, other = (adversarial_weights(shapes, roles, seed=s) for s in (0, 0, 1))
     for name in shapes:
         assert torch.equal(first[name].load(), second[name].load())
         assert not torch.equal(first[name].load(), other[name].load())

@@ -9,7 +9,7 @@ import torch
 
 from moec.analysis.verify.graphs import Sample
 from moec.analysis.verify.passes import bisect_passes, verify_passes
-from moec.analysis.verify.weights import unkind_weights
+from moec.analysis.verify.weights import adversarial_weights
 from moec.compiler.errors import UserError
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Stage
@@ -31,7 +31,7 @@ def program() -> Program:
     spec = Spec.model_validate({"name": "t", "model": CONFIG, "quantization": "none"})
     assert isinstance(spec.model, DecoderConfig)
     layout = weight_layout(spec.model)
-    weights = unkind_weights({n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()})
+    weights = adversarial_weights({n: i.shape for n, i in layout.items()}, {n: i.role for n, i in layout.items()})
     return export_decoder(spec.model, "t", NamedWeights(weights), max_tokens=16)
 
 
