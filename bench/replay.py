@@ -266,11 +266,22 @@ def _graphs(dump: Path) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """A graph's text without the line that names its stage and without names of operands: `f(x=%1)` as `f(%1)`."""
+    """A graph's text as every revision wrote it, but for the line that names its stage: `f(x=%1)` is `f(%1)`, operands
+    that are absent are left out, and what was one operator and is another reads as it does now."""
     lines = [line for line in text.splitlines() if not line.startswith("program ")]
-    return (
-        "\n".join(re.sub(r"(?<=[(, ])[a-z_]\w*=(?=\S)", "", line) if " = " in line else line for line in lines) + "\n"
-    )
+    return "\n".join(_plain_call(line) if " = " in line else line for line in lines) + "\n"
+
+
+# attention over a cache of codes was an operator of its own, with the scales before the position
+CODED_ATTENTION = re.compile(
+    r"moec\.cached_attention_q8\.default\((?P<caches>(?:[^,]+, ){5})(?P<scales>[^,]+, [^,]+), (?P<rest>.*)\)"
+)
+
+
+def _plain_call(line: str) -> str:
+    line = re.sub(r"(?<=[(, ])[a-z_]\w*=(?=\S)", "", line)
+    line = re.sub(r", None(?=[,)])", "", line)
+    return CODED_ATTENTION.sub(r"moec.cached_attention.default(\g<caches>\g<rest>, \g<scales>)", line)
 
 
 def _files(artifact: Path) -> dict[str, Any]:
@@ -318,7 +329,7 @@ class Wanted:
         import yaml
 
         entries = [
-            Entry(**{**raw, "differs": tuple(raw["differs"])}) for raw in yaml.safe_load(file.read_text("utf-8"))
+            Entry(**{**raw, "differs": tuple(raw["differs"])}) for raw in yaml.safe_load(file.read_text("utf-8")) or ()
         ]
         return Wanted(tuple(entry for entry in entries if not _holds(base, entry.commit)))
 

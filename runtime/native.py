@@ -336,15 +336,25 @@ def _sync(folder: Path, sources: dict[str, bytes]) -> None:
 
 
 def _drop_stale_tree(work: Path, cmake: str, compiler: str, wheel: Path) -> None:
-    """CMake caches absolute paths of tools: a tree of another environment is started afresh."""
+    """CMake caches absolute paths of tools and of the project: a tree of another environment, or of a version whose
+    sources lay elsewhere, is started afresh."""
     stamp = work / "moec-tools.txt"
     wanted = "\n".join(
         (cmake, compiler, str(wheel), version("executorch"), str(Path(compiler).resolve().stat().st_mtime))
     )
-    if work.is_dir() and not (stamp.is_file() and stamp.read_text() == wanted):
+    same = stamp.is_file() and stamp.read_text() == wanted and _is_of(work, work.parent / "src")
+    if work.is_dir() and not same:
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     stamp.write_text(wanted)
+
+
+def _is_of(work: Path, sources: Path) -> bool:
+    """Whether a build folder was configured for the project in `sources`."""
+    cache = work / "CMakeCache.txt"
+    lines = cache.read_text("utf-8", "replace").splitlines() if cache.is_file() else ()
+    found = next((line.partition("=")[2] for line in lines if line.startswith("CMAKE_HOME_DIRECTORY:")), str(sources))
+    return Path(found).resolve() == sources.resolve()
 
 
 def _run(command: list[str], step: object) -> None:

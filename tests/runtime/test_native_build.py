@@ -124,6 +124,17 @@ def test_unchanged_sources_keep_their_time_stamps(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*.cpp")) == ["a.cpp", "c.cpp"]
 
 
+@pytest.mark.parametrize(("home", "kept"), [("src", True), ("src/kernel", False)])
+def test_a_build_folder_of_sources_that_lay_elsewhere_is_started_afresh(tmp_path: Path, home: str, kept: bool) -> None:
+    """CMake refuses a cache of another project: two versions share the folder of builds."""
+    work, compiler = tmp_path / "build", tmp_path / "g++"
+    compiler.write_text("")
+    native._drop_stale_tree(work, "cmake", str(compiler), tmp_path)
+    (work / "CMakeCache.txt").write_text(f"CMAKE_HOME_DIRECTORY:INTERNAL={tmp_path / home}\n")
+    native._drop_stale_tree(work, "cmake", str(compiler), tmp_path)
+    assert (work / "CMakeCache.txt").exists() is kept
+
+
 def test_old_builds_are_forgotten(tmp_path: Path) -> None:
     folders = [tmp_path / f"{i:016x}" for i in range(9)]
     for folder in folders:
