@@ -8,6 +8,8 @@ of the artifact byte for byte; of the manifest, what is not a version, a timing,
 and specs are made once, by the base, so that both sides read the same bytes. A release shape is cut to two layers and a
 vocabulary of 4,096 unless --full is given.
 
+With --keep, artifacts whose files differ are also run, both by this checkout, and their logits compared bit for bit.
+
 A case is `equal`, `differs as wanted` (every difference is named, with its reason, in bench/replay_wanted.yaml) or
 `differs`. Exit status: 0 none differs otherwise than as wanted, 1 one does, 2 a fault of the call. What was compiled is
 kept, so that a run that was stopped goes on, and the base is compiled once; --again compiles this checkout anew.
@@ -40,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WANTED = ROOT / "bench" / "replay_wanted.yaml"
 TARGETS = ("xnnpack", "metal", "onnx", "mlir")
 ROOMS = ("analysis", "checkpoints", "cli", "compiler", "passes", "runtime", "sources", "specs", "src", "targets")
+PROGRAMS = ("pte", "onnx", "onnx.data", "mlir")
 TOKENS = {"bos_id": 0, "eos_ids": [1]}
 SMALL = {"layers": 2, "vocab_size": 4096, "context": 1024}
 # What a manifest may say otherwise without a number having moved.
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--full", action="store_true", help="release shapes as they are (gigabytes, long)")
     compare.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     compare.add_argument("--only", default="", help="cases whose name contains this text")
-    compare.add_argument("--keep", action="store_true", help="keep artifacts to look at")
+    compare.add_argument("--keep", action="store_true", help="keep artifacts, and run those that differ")
     compare.add_argument("--again", action="store_true", help="compile this checkout's side anew")
     compare.add_argument("--work", type=Path, default=ROOT / "build" / "replay", help="folder for everything")
     record = commands.add_parser("record", help="compile the cases of a list with the moec that is imported (internal)")
@@ -71,9 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.add_argument("out", type=Path)
     record.add_argument("--targets", required=True)
     record.add_argument("--keep", action="store_true")
+    answers = commands.add_parser("answers", help="run artifacts of both sides and compare their logits (internal)")
+    answers.add_argument("base", type=Path)
+    answers.add_argument("head", type=Path)
+    answers.add_argument("keys", nargs="+")
     given = parser.parse_args(arguments)
     if given.command == "record":
         return _record(given.cases, given.out, given.targets.split(","), keep=given.keep)
+    if given.command == "answers":
+        print(json.dumps({key: _answers(given.base / key, given.head / key) for key in given.keys}))
+        return 0
     return _compare(given)
 
 
@@ -126,7 +136,9 @@ def _compare(given: argparse.Namespace) -> int:
         results.append(json.loads((out / "results.json").read_text()))
     asked = [f"{case.name}/{target}" for case in cases for target in given.targets.split(",")]
     base, head = ({key: found[key] for key in asked} for found in results)
-    return _report(base, head, Wanted.read(commit), *(label for label, _ in sides))
+    folders = [work / label / "artifacts" for label, _ in sides]
+    numbers = _numbers(base, head, *folders) if given.keep else {}
+    return _report(base, head, Wanted.read(commit), numbers, *(label for label, _ in sides))
 
 
 def _sources() -> str:
@@ -295,10 +307,15 @@ def _files(artifact: Path) -> dict[str, Any]:
     return found
 
 
+def _is_digest(key: str) -> bool:
+    """Of a file, which is compared itself; payloads inside one are told apart by theirs."""
+    return key.endswith("sha256") and key != "payload_sha256"
+
+
 def _bound(value: Any) -> Any:
     """The manifest without what may differ, and without the digests of files, which are compared themselves."""
     if isinstance(value, dict):
-        return {k: _bound(v) for k, v in sorted(value.items()) if k not in FREE_KEYS and not k.endswith("sha256")}
+        return {k: _bound(v) for k, v in sorted(value.items()) if k not in FREE_KEYS and not _is_digest(k)}
     if isinstance(value, list):
         return [_bound(v) for v in value]
     return value
@@ -347,11 +364,54 @@ def _holds(revision: str, commit: str) -> bool:
     return found.returncode == 0
 
 
-def _report(base: dict[str, Any], head: dict[str, Any], wanted: Wanted, *sides: str) -> int:
+def _numbers(base: dict[str, Any], head: dict[str, Any], before: Path, after: Path) -> dict[str, str]:
+    """What the logits of both artifacts say, of cases whose artifacts differ in a program and were kept."""
+    keys = [
+        key
+        for key in base
+        if any(what.partition(".")[2] in PROGRAMS for what, _ in _differences(base[key], head[key]))
+        and (before / key).is_dir()
+        and (after / key).is_dir()
+    ]
+    if not keys:
+        return {}
+    command = [sys.executable, str(Path(__file__).resolve()), "answers", str(before), str(after), *keys]
+    done = subprocess.run(command, env=_environment(ROOT), stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _answers(before: Path, after: Path) -> str:
+    """ "" for the same logits bit for bit, else by how much they differ, or why they were not compared."""
+    import numpy as np
+
+    import moec
+
+    logits = []
+    for folder in (before, after):
+        try:
+            with moec.load(folder) as session:
+                ids = np.random.default_rng(0).integers(0, session.vocab_size, 40)
+                logits.append(
+                    np.concatenate(
+                        [session.prefill(ids[:37], "all"), *(session.decode(int(i))[None] for i in ids[37:])]
+                    )
+                )
+        except moec.UserError as error:
+            return f"not run: {error}".splitlines()[0][:200]
+    a, b = logits
+    if np.array_equal(a, b):
+        return ""
+    return f"differ by {np.abs(a - b).max() / np.abs(a).max():.2g} of the largest"
+
+
+def _report(base: dict[str, Any], head: dict[str, Any], wanted: Wanted, numbers: dict[str, str], *sides: str) -> int:
     width = max(map(len, base))
     counts, used = Counter[str](), dict[str, Entry]()
     for key, before in base.items():
-        found = [(said, wanted.of(key, what)) for what, said in _differences(before, head[key])]
+        differences = _differences(before, head[key])
+        if numbers.get(key):
+            differences.append(("logits", f"logits: {numbers[key]}"))
+        found = [(said, wanted.of(key, what)) for what, said in differences]
         refused = " (refused by both)" if "refused" in before else ""
         state = f"equal{refused}" if not found else "differs as wanted" if all(e for _, e in found) else "differs"
         counts[state.partition(" (")[0]] += 1
@@ -360,6 +420,8 @@ def _report(base: dict[str, Any], head: dict[str, Any], wanted: Wanted, *sides: 
             if entry is not None:
                 used[entry.name] = entry
             print(f"{'':<{width}}    {said}" + ("" if entry is None else f"  [{entry.name}]"))
+        if numbers.get(key) == "":
+            print(f"{'':<{width}}    logits: the same, bit for bit")
     for entry in used.values():
         print(f"[{entry.name}] {entry.commit}: {entry.reason}")
     print(", ".join(f"{counts[state]} {state}" for state in ("equal", "differs as wanted", "differs") if counts[state]))
