@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import TinyModels
+
 Moec = Callable[..., tuple[int, str, str]]
 
 
@@ -21,6 +23,12 @@ def moec(capfd: pytest.CaptureFixture[str]) -> Moec:
         return status, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Compiles variants of the tiny model, each once a session."""
+    return TinyModels(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

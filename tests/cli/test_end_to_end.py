@@ -1,4 +1,4 @@
-"""The whole line through the command line: compile, inspect, verify, run; and every kind of bad input on the way.
+"""Everything through the command line: compile, inspect, verify, run; and every kind of bad input on the way.
 
 Whatever is wrong: exit status 2, one line on stderr that names the file, nothing on stdout, and a good artifact that
 stood at --out still stands.
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from moec.cli import main as cli
 from tests.conftest import Moec, refused
+from tests.tiny import TinyModels, tiny_text
 
 SPECS = Path(__file__).parents[2] / "specs" / "models"
 PROMPT = "The quick brown fox"
@@ -33,16 +34,9 @@ CONTEXT = 96
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def line(tiny: TinyModels) -> Path:
     """A folder with spec.yaml, a QAT checkpoint and the artifact compiled from both."""
-    folder = tmp_path_factory.mktemp("line")
-    text = (SPECS / "mobilemoe-tiny.yaml").read_text()
-    text = text.replace("layers: 4", "layers: 2").replace("context: 1024", f"context: {CONTEXT}")
-    (folder / "spec.yaml").write_text("checkpoint: checkpoint\n" + text)
-    spec, checkpoint = str(folder / "spec.yaml"), str(folder / "checkpoint")
-    assert cli.run(["checkpoint", "synthesize", spec, "--out", checkpoint, "--seed", "1", "--qat", "--quiet"]) == 0
-    assert cli.run(["compile", spec, "--out", str(folder / "artifact"), "--quiet"]) == 0
-    return folder
+    return tiny(tiny_text(context=CONTEXT), named=True)
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""The whole line for Metal: from spec and checkpoint to an artifact that runs, agrees with the CPU, is verified."""
+"""Metal from end to end: from spec and checkpoint to an artifact that runs, agrees with the CPU, is verified."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,35 +24,18 @@ from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.sources.decoder.layout import parameter_counts
 from moec.sources.decoder.simulate import Reference
 from moec.targets.metal.target import MetalTarget
+from tests.tiny import TinyModels, tiny_text
 
 TINY = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml"
 Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Compile a variant of the tiny spec: `edits` are replacements in its text."""
-    made: dict[Any, Path] = {}
+def make(tiny: TinyModels) -> Make:
+    """Compile a variant of the tiny spec: `edits` are other values of its keys."""
 
     def get(target: str = "metal", options: str = "", qat: bool = True, **edits: str) -> Path:
-        key = (target, options, qat, *sorted(edits.items()))
-        if key in made:
-            return made[key]
-        folder = tmp_path_factory.mktemp("line")
-        text = TINY.read_text().replace("layers: 4", "layers: 2").replace("context: 1024", "context: 640")
-        for name, value in edits.items():
-            lines = [
-                f"{line.split(name)[0]}{name}: {value}" if f"{name}:" in line else line for line in text.split("\n")
-            ]
-            text = "\n".join(lines)
-        text = text.replace("targets: [xnnpack]", f"targets: {{{target}: {{{options}}}}}")
-        (folder / "spec.yaml").write_text(text)
-        spec, checkpoint = str(folder / "spec.yaml"), str(folder / "checkpoint")
-        synthesize = ["checkpoint", "synthesize", spec, "--out", checkpoint, "--seed", "1", "--quiet"]
-        assert cli.run([*synthesize, "--qat"] if qat else synthesize) == 0
-        assert cli.run(["compile", spec, "--checkpoint", checkpoint, "--out", str(folder / "artifact"), "--quiet"]) == 0
-        made[key] = folder
-        return folder
+        return tiny(tiny_text(context=640, targets=f"{{{target}: {{{options}}}}}", **edits), qat=qat)
 
     return get
 

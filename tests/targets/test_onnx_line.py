@@ -1,4 +1,4 @@
-"""The whole line for ONNX: from spec and checkpoint to an artifact that ONNX Runtime runs and `moec verify` accepts."""
+"""ONNX from end to end: from spec and checkpoint to an artifact that ONNX Runtime runs and `moec verify` accepts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.spec import load_spec
 from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.sources.decoder.simulate import Reference
+from tests.tiny import TinyModels, tiny_text
 
-TINY = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml"
 DENSE = """
 name: dense-small
 model:
@@ -57,29 +57,14 @@ CODES_LIMIT = 1e-5
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    made: dict[Any, Path] = {}
-
+def make(tiny: TinyModels) -> Make:
     def get(
         options: str = "", quantization: str = Q4, *, qat: bool = False, dense: bool = False, tied: bool = True
     ) -> Path:
-        key = (options, quantization, qat, dense, tied)
-        if key in made:
-            return made[key]
-        folder = tmp_path_factory.mktemp("onnx")
         if dense:
-            text = DENSE.format(tied=str(tied).lower(), quantization=quantization, options=options)
-        else:
-            head = TINY.read_text().partition("quantization:")[0]
-            head = head.replace("layers: 4", "layers: 2").replace("context: 1024", "context: 300")
-            text = f"{head}quantization: {quantization}\ntargets: [{{onnx: {{{options}}}}}]\n"
-        (folder / "spec.yaml").write_text(text)
-        spec, checkpoint = str(folder / "spec.yaml"), str(folder / "checkpoint")
-        synthesize = ["checkpoint", "synthesize", spec, "--out", checkpoint, "--seed", "1", "--quiet"]
-        assert cli.run([*synthesize, "--qat"] if qat else synthesize) == 0
-        assert cli.run(["compile", spec, "--checkpoint", checkpoint, "--out", str(folder / "artifact"), "--quiet"]) == 0
-        made[key] = folder
-        return folder
+            return tiny(DENSE.format(tied=str(tied).lower(), quantization=quantization, options=options), qat=qat)
+        head = tiny_text(context=300).partition("quantization:")[0]
+        return tiny(f"{head}quantization: {quantization}\ntargets: [{{onnx: {{{options}}}}}]\n", qat=qat)
 
     return get
 
