@@ -291,7 +291,9 @@ CODED_ATTENTION = re.compile(
 
 
 def _plain_call(line: str) -> str:
-    line = re.sub(r"(?<=[(, ])[a-z_]\w*=(?=\S)", "", line)
+    line, named = line.replace("'", ""), ""
+    while named != line:  # `routing=score=sigmoid`: an operand's name before a key of its text
+        named, line = line, re.sub(r"(?<=[(, ])[a-z_]\w*=(?=\S)", "", line)
     line = re.sub(r", None(?=[,)])", "", line)
     return CODED_ATTENTION.sub(r"moec.cached_attention.default(\g<caches>\g<rest>, \g<scales>)", line)
 
@@ -323,15 +325,15 @@ def _bound(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """A difference that is wanted: `commit` made it, for cases that match `cases` ("case/target", a shell pattern).
+    """A difference that is wanted: `commit` made it, for cases that match one of `cases` ("case/target").
 
     differs: patterns of the differences as they are reported: `graphs`, the name of a file, `manifest: KEY`.
     """
 
     name: str
     commit: str
-    cases: str
-    differs: tuple[str, ...]
+    cases: Sequence[str]
+    differs: Sequence[str]
     reason: str
 
 
@@ -345,17 +347,19 @@ class Wanted:
     def read(base: str, file: Path = WANTED) -> Wanted:
         import yaml
 
-        entries = [
-            Entry(**{**raw, "differs": tuple(raw["differs"])}) for raw in yaml.safe_load(file.read_text("utf-8")) or ()
-        ]
+        entries = [Entry(**raw) for raw in yaml.safe_load(file.read_text("utf-8")) or ()]
         return Wanted(tuple(entry for entry in entries if not _holds(base, entry.commit)))
 
     def of(self, key: str, difference: str) -> Entry | None:
         """The entry that wants this difference of this case."""
         for entry in self.entries:
-            if fnmatch(key, entry.cases) and any(fnmatch(difference, pattern) for pattern in entry.differs):
+            if _fits(key, entry.cases) and _fits(difference, entry.differs):
                 return entry
         return None
+
+
+def _fits(text: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(text, pattern) for pattern in patterns)
 
 
 def _holds(revision: str, commit: str) -> bool:
