@@ -21,18 +21,19 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from moec.compiler.ops.attributes import Experts, Routing
-from moec.runtime import kernel_api
+from moec.runtime import kernel_api, native
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("runtime/kernels", "targets/xnnpack/kernel")  # where a revision's kernels lie
-D, F, EXPERTS, TOP_K, SHARED, GROUP = 768, 384, 8, 4, 768, 32
+D, F, EXPERTS, TOP_K, SHARED, GROUP = 768, 384, 16, 4, 768, 32
 Call = Callable[[], object]
 
 
@@ -42,13 +43,7 @@ def main() -> int:
     parser.add_argument("--count", action="store_true", help="count instructions instead of time (needs valgrind)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each library")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for builds")
-    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)  # under valgrind: one call, or none
     given = parser.parse_args()
-    if given.run is not None:
-        for index, (_, call) in enumerate(cases()):
-            if index == given.run:
-                call()
-        return 0
     libraries = {name: build(name, given.base, given.work) for name in ("base", "head")}
     found = counted(libraries, given.work) if given.count else timed(libraries, given.rounds)
     unit = "instructions" if given.count else "us"
@@ -101,29 +96,49 @@ def checkout(commit: str, folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ the calls
 
 
-def cases() -> Iterator[tuple[str, Call]]:
-    """Name and call of everything that is measured, on the library that `kernel_api` has loaded."""
+@dataclass
+class Case:
+    """A call of the library that `kernel_api` has loaded, and what it takes, as kernel_calls.cpp reads it."""
+
+    name: str
+    call: Call
+    arrays: Sequence[np.ndarray]
+
+    def write(self, file: Path) -> None:
+        with file.open("wb") as stream:
+            for array in self.arrays:
+                stream.write(np.int64(array.nbytes).tobytes() + array.tobytes())
+
+
+def cases() -> Iterator[Case]:
+    """Everything that is measured."""
     rng = np.random.default_rng(0)
     kernel_api.set_threads(1)
     for axis_out in (False, True):
-        run = block(rng, axis_out=axis_out)
-        for tokens in (1, 128):
+        block = moe(rng, axis_out=axis_out)
+        for tokens in (1, 16, 128):
             x = rng.standard_normal((tokens, D), dtype=np.float32)
-            y = np.empty_like(x)
-            bound = run.bind(x, y)
-            yield f"MoE, groups along {'out' if axis_out else 'in'}, {tokens} tokens", bound
-    fmt = WeightFormat(Kind.INT8, GROUP, int8_activations=True)
-    w = packed(rng, 1, D, D, fmt)
-    for tokens in (1, 64):
-        x = rng.standard_normal((tokens, D), dtype=np.float32)
-        yield f"linear, INT8, {tokens} tokens", linear(x, w, fmt, np.empty((tokens, D), np.float32))
+            config, params = block.config.encode()
+            tables = [np.array([tokens]), np.array(config, np.int64), np.array(params, np.float64)]
+            weights = [block.tensors.router_weight, block.tensors.w13, block.tensors.w2]
+            shared = [w for w in (block.tensors.shared_w13, block.tensors.shared_w2) if w is not None]
+            name = f"MoE, groups along {'out' if axis_out else 'in'}, {tokens} tokens"
+            yield Case(name, block.bind(x, np.empty_like(x)), [*tables, *weights, *shared, x])
+    for kind in (Kind.INT4, Kind.INT8):
+        fmt = WeightFormat(kind, GROUP, int8_activations=True)
+        w = packed(rng, 1, D, D, fmt)
+        for tokens in (1, 64):
+            x = rng.standard_normal((tokens, D), dtype=np.float32)
+            call = linear(x, w, fmt, np.empty((tokens, D), np.float32))
+            name = f"linear, {kind.name}, {tokens} tokens"
+            yield Case(name, call, [np.array([tokens, D, D, fmt.encode()]), x, w])
 
 
 def linear(x: kernel_api.F32, w: np.ndarray, fmt: WeightFormat, out: kernel_api.F32) -> Call:
     return lambda: kernel_api.linear(x, w, D, fmt, out=out)
 
 
-def block(rng: np.random.Generator, *, axis_out: bool) -> kernel_api.PreparedMoe:
+def moe(rng: np.random.Generator, *, axis_out: bool) -> kernel_api.PreparedMoe:
     routed = WeightFormat(Kind.INT4, GROUP, axis_out=axis_out, int8_activations=True)
     shared = WeightFormat(Kind.INT4, GROUP, int8_activations=True)
     tensors = kernel_api.MoeTensors(
@@ -167,7 +182,7 @@ def timed(libraries: dict[str, Path], rounds: int) -> dict[str, tuple[float, flo
     calls: dict[str, list[tuple[str, Call]]] = {}
     for name, library in libraries.items():
         use(library)
-        calls[name] = [(case, bound_to(kernel_api.library(), call)) for case, call in cases()]
+        calls[name] = [(case.name, bound_to(kernel_api.library(), case.call)) for case in cases()]
     found: dict[str, tuple[float, float]] = {}
     for (case, before), (_, after) in zip(calls["base"], calls["head"], strict=True):
         samples: tuple[list[float], list[float]] = ([], [])
@@ -203,24 +218,27 @@ def bound_to(library: ctypes.CDLL, call: Call) -> Call:
 
 
 def counted(libraries: dict[str, Path], work: Path) -> dict[str, tuple[float, float]]:
-    """Instructions inside the library that each call adds to a run which only packs the weights."""
-    names = [name for name, _ in cases()]
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for label, library in libraries.items():
-        packing = instructions_of_run(library, None, work / f"callgrind-{label}")
-        for index, name in enumerate(names):
-            whole = instructions_of_run(library, index, work / f"callgrind-{label}")
-            found[name].append(whole - packing)
-            print(f"{label}: {name}: {whole - packing:,}", file=sys.stderr, flush=True)
-    return {name: (before, after) for name, (before, after) in found.items()}
+    """Instructions inside the library of each call."""
+    use(libraries["head"])
+    program, calls = work / "kernel_calls", work / "calls"
+    source = Path(__file__).with_suffix("").with_name("kernel_calls.cpp")
+    includes = ["-I", str(ROOT / "runtime" / "kernels")]
+    compiler = native.find_compiler()
+    subprocess.run([compiler, "-O2", "-std=c++17", *includes, str(source), "-o", str(program), "-ldl"], check=True)
+    calls.mkdir(exist_ok=True)
+    found = {}
+    for index, case in enumerate(cases()):
+        file = calls / str(index)
+        case.write(file)
+        before, after = (instructions_of(program, library, file, work) for library in libraries.values())
+        found[case.name] = (before, after)
+    return found
 
 
-def instructions_of_run(library: Path, case: int | None, out: Path) -> int:
-    """Of this file run with the call of one case, or with none, by callgrind: instructions inside the library."""
-    command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable, __file__]
-    environment = {**os.environ, "MOEC_KERNELS_LIBRARY": str(library), "MOEC_ISA": "avx2", "PYTHONHASHSEED": "0"}
-    run = ["--base", "-", "--run", "-1" if case is None else str(case)]
-    subprocess.run([*command, *run], env=environment, check=True, capture_output=True)
+def instructions_of(program: Path, library: Path, call: Path, work: Path) -> int:
+    out = work / "callgrind"
+    command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", str(program), str(library), str(call)]
+    subprocess.run(command, env={**os.environ, "MOEC_ISA": "avx2"}, check=True, capture_output=True)
     return own_instructions(out.read_text(), library)
 
 
