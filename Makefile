@@ -7,6 +7,7 @@
 #: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
 #: BASE          the revision that replay and kernel-revisions compare with
 #: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all)
+#: SEED          of the mutants that make fuzz makes (default: the time)
 #: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
 SHELL := /bin/bash
@@ -50,7 +51,7 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers \
-  bench-quality bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
+  bench-quality bench-flash bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
   real-model clean distclean
 
 help: ## this list
@@ -116,11 +117,12 @@ test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, Un
 
 # a file in tests/fuzz/targets or tests/fuzz/native is a target; FUZZ="pte spec" chooses
 fuzz: setup ## every reader on damaged input, SECONDS each (default 60); FUZZ names targets
-	$(BIN)/python -W ignore -m tests.fuzz $(SECONDS) $(FUZZ)
+	$(BIN)/python -W ignore -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(SECONDS) $(FUZZ)
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(INSTALLED) ## ruff, mypy, and that every test can be imported
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -W ignore -m pytest --collect-only -qq >/dev/null || $(BIN)/python -m pytest --collect-only -qq
 
 format: $(INSTALLED) ## ruff's formatter
 	$(BIN)/ruff check --fix-only -q .
@@ -157,6 +159,9 @@ bench-peers: setup ## whole models against llama.cpp
 bench-quality: setup ## a real model's divergence from its floats against bytes, beside llama.cpp
 	$(call install,bench$(COMMA)quality)
 	$(BIN)/python -W ignore bench/bench_quality.py --out $(BUILD)/bench/quality $(BENCH_ARGS)
+
+bench-flash: setup ## an artifact under budgets of memory: BENCH_ARGS="ARTIFACT --ids FILE"
+	$(BIN)/python -W ignore -m bench.bench_flash $(BENCH_ARGS)
 
 bench-roles: setup ## which kernel should serve which dense role
 	$(BIN)/python -W ignore bench/bench_roles.py --out $(BUILD)/bench $(BENCH_ARGS)
