@@ -38,6 +38,7 @@ enum {
   MOEC_WRONG_SIZE = 2,        // a buffer's length is not the length that the sizes ask for
   MOEC_OUT_OF_MEMORY = 3,     // scratch could not be allocated
   MOEC_UNSUPPORTED = 4,       // an instruction set this machine or this build does not have
+  MOEC_UNREADABLE = 5,        // an expert that its source (moec_expert_source) could not give
 };
 
 // One line; valid until the next failing call on this thread. Empty when no call has failed.
@@ -141,6 +142,27 @@ typedef struct moec_moe_args {
 } moec_moe_args;
 
 MOEC_API int32_t moec_moe(const moec_moe_args* args);
+
+// ---------------------------------------------------------------------------------------------- experts outside of memory
+//
+// A source lends the packed matrices of routed experts to moec_moe while it runs. The memory that w13 and w2 of the call
+// point to is then never read: the addresses name the matrices.
+
+typedef struct moec_expert_source {
+  void* user;
+  // Once a chunk of tokens, when its routing is known: experts[0 .. count) are needed, each for uses[i] calls of `acquire`.
+  // The source may reorder `experts`: they are worked on in that order, which changes no result. scratch_bytes: working
+  // memory of the call. Returns 1; 0: w13 is not of this source, and memory is read; -1: none can be given.
+  int32_t (*begin)(void* user, const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
+  // From any thread, which holds one expert at a time: its matrix w13 (which 0) or w2 (which 1), once it is there. NULL: it
+  // cannot be read. Valid until as many calls of `release` as of `acquire` that gave one.
+  const void* (*acquire)(void* user, int32_t expert, int32_t which);
+  void (*release)(void* user, int32_t expert);
+  void (*end)(void* user);  // after a `begin` that returned 1
+} moec_expert_source;
+
+// For operators that this thread calls from now on; NULL: none. The source must live as long.
+MOEC_API void moec_use_expert_source(const moec_expert_source* source);
 
 // ----------------------------------------------------------------------------------------------------------------- trace
 

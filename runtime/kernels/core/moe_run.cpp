@@ -12,6 +12,7 @@
 #include <cinttypes>
 #include <cstring>
 
+#include "core/experts.h"
 #include "core/matmul.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
@@ -32,7 +33,7 @@ int64_t hidden_rows(const Moe& moe) { return moe.gated ? 2 : 1; }
 
 // One expert, routed or shared, as the tile functions see it.
 struct Expert {
-  Matrix w13, w2;
+  Matrix w13, w2;  // of a routed one set where it is held
   const float* b13 = nullptr;
   const float* b2 = nullptr;
   int64_t width = 0;
@@ -40,7 +41,7 @@ struct Expert {
 };
 
 Expert routed_expert(const Moe& moe, int64_t e) {
-  return {moe.expert_w13(e), moe.expert_w2(e), moe.b13 ? moe.b13 + e * moe.w13.n : nullptr,
+  return {moe.w13, moe.w2, moe.b13 ? moe.b13 + e * moe.w13.n : nullptr,
           moe.b2 ? moe.b2 + e * moe.d : nullptr, moe.width, moe.interleaved};
 }
 
@@ -83,7 +84,8 @@ struct Run {
   int32_t* first = nullptr;     // [experts + 1]
   int32_t* order = nullptr;     // [pairs]
   int32_t* position = nullptr;  // [pairs]
-  int32_t* hit = nullptr;       // experts with tokens, ascending
+  int32_t* hit = nullptr;       // experts with tokens, in the order of the work on them
+  int32_t* uses = nullptr;      // [experts] of hit: how often its matrices are asked for
   int64_t hits = 0;
 
   int64_t count(int64_t e) const { return first[e + 1] - first[e]; }
@@ -134,19 +136,23 @@ struct Run {
     }
   }
 
-  void add_sort_plan(ScratchPlan& plan, size_t offsets[4]) const {
+  void add_sort_plan(ScratchPlan& plan, size_t offsets[5]) const {
     offsets[0] = plan.add<int32_t>(moe.experts + 1);
     offsets[1] = plan.add<int32_t>(pairs);
     offsets[2] = plan.add<int32_t>(pairs);
     offsets[3] = plan.add<int32_t>(moe.experts);
+    offsets[4] = plan.add<int32_t>(moe.experts);
   }
-  void place_sort(uint8_t* base, const size_t offsets[4]) {
+  void place_sort(uint8_t* base, const size_t offsets[5]) {
     first = reinterpret_cast<int32_t*>(base + offsets[0]);
     order = reinterpret_cast<int32_t*>(base + offsets[1]);
     position = reinterpret_cast<int32_t*>(base + offsets[2]);
     hit = reinterpret_cast<int32_t*>(base + offsets[3]);
+    uses = reinterpret_cast<int32_t*>(base + offsets[4]);
   }
 };
+
+int32_t unreadable() { return fail(MOEC_UNREADABLE, "moe: the experts cannot be read"); }
 
 int32_t no_memory(int64_t tokens) {
   return fail(MOEC_OUT_OF_MEMORY, "moe: no memory for the scratch of %" PRId64 " tokens", tokens);
@@ -233,11 +239,12 @@ void place_tile(TileSpace& s, uint8_t* base) {
   s.hidden_q = s.hidden_plan.at(base);
 }
 
-// The whole expert for m rows of input: out [m, d].
-void run_expert(const Run& run, const Expert& expert, const Rows& input, TileSpace& s, float* out) {
+// The whole expert for m rows of input: out [m, d]. `held`: whose w2 it is asked for when gate/up is done; NULL: the shared one.
+void run_expert(const Run& run, Expert& expert, HeldExpert* held, const Rows& input, TileSpace& s, float* out) {
   const Moe& moe = run.moe;
   const int64_t h13_stride = expert.w13.n;
   matmul(run.isa, expert.w13, 0, expert.w13.blocks(), input, expert.b13, s.h13, h13_stride, s.matmul);
+  if (held && !held->w2(&expert.w2)) return;
   prefetch_blocks(expert.w2, 0, expert.w2.blocks());
   activate_rows(run.isa, moe, expert.interleaved, s.h13, h13_stride, expert.width, input.m, expert.width, s.hidden, expert.width);
   Rows hidden{input.m, s.hidden, expert.width, {}};
@@ -255,7 +262,7 @@ int32_t run_wide(Run& run) {
   const bool rounded_once = needs_quantized(moe.w13.format) && !moe.routing.apply_input;
 
   ScratchPlan plan, worker_plan;
-  size_t sort[4];
+  size_t sort[5];
   run.add_sort_plan(plan, sort);
   const size_t outputs_at = plan.add<float>(run.pairs * d);
   const int64_t most_tiles = shared_tiles + run.pairs / tile + (moe.experts < run.pairs ? moe.experts : run.pairs);
@@ -285,6 +292,9 @@ int32_t run_wide(Run& run) {
   });
 
   run.sort_pairs();
+  for (int64_t h = 0; h < run.hits; ++h) run.uses[h] = int32_t(2 * divide_up(run.count(run.hit[h]), tile));
+  Experts experts(moe);
+  if (!experts.begin(run.hit, run.uses, run.hits, shared_bytes + worker_plan.total() * size_t(run.threads))) return unreadable();
   int64_t n_tiles = 0;
   for (int64_t i = 0; i < shared_tiles; ++i) {  // first: they are the longest
     const int64_t begin = run.tokens * i / shared_tiles, end = run.tokens * (i + 1) / shared_tiles;
@@ -302,7 +312,9 @@ int32_t run_wide(Run& run) {
     TileSpace s = mine(worker);
     const WideTile& job = tiles[unit];
     const bool is_shared = job.expert < 0;
-    const Expert expert = is_shared ? shared_expert(moe) : routed_expert(moe, job.expert);
+    Expert expert = is_shared ? shared_expert(moe) : routed_expert(moe, job.expert);
+    HeldExpert held(experts, job.expert);
+    if (!is_shared && !held.w13(&expert.w13)) return;
     prefetch_blocks(expert.w13, 0, expert.w13.blocks());
     Rows input{job.count, s.x, d, s.input};
     if (is_shared) {
@@ -317,8 +329,11 @@ int32_t run_wide(Run& run) {
     if (needs_quantized(expert.w13.format) && (is_shared || !rounded_once)) {
       quantize_for(run.isa, expert.w13, input.x, d, job.count, input.q);
     }
-    run_expert(run, expert, input, s, is_shared ? run.y + job.begin * d : outputs + job.begin * d);
+    run_expert(run, expert, is_shared ? nullptr : &held, input, s, is_shared ? run.y + job.begin * d : outputs + job.begin * d);
   });
+
+  experts.end();
+  if (experts.failed()) return unreadable();
 
   for_each_unit(run.threads, divide_up(run.tokens, kRouterTile), [&](int32_t worker, int64_t unit) {
     const TileSpace s = mine(worker);
@@ -396,7 +411,7 @@ int32_t run_narrow(Run& run) {
   const int64_t most_hits = moe.experts < run.pairs ? moe.experts : run.pairs;
 
   ScratchPlan plan, worker_plan;
-  size_t sort[4];
+  size_t sort[5];
   run.add_sort_plan(plan, sort);
   const size_t logits_at = plan.add<float>(t * moe.experts);
   const size_t routing_at = plan.add<float>(routing_scratch(moe.experts, moe.routing.groups, k));
@@ -461,6 +476,13 @@ int32_t run_narrow(Run& run) {
 
   run.route(0, t, logits, reinterpret_cast<float*>(base + routing_at));
   run.sort_pairs();
+  const int64_t up_steps = steps_per_unit(up.count, most_hits, run.threads), up_units = divide_up(up.count, up_steps);
+  const int64_t w2_together = moe.w2.blocks_together();
+  const int64_t out_blocks = w2_together * steps_per_unit(divide_up(moe.w2.blocks(), w2_together), 1, run.threads);
+  const int64_t out_units = divide_up(moe.w2.blocks(), out_blocks);
+  for (int64_t h = 0; h < run.hits; ++h) run.uses[h] = int32_t(up_units + out_units);
+  Experts experts(moe);
+  if (!experts.begin(run.hit, run.uses, run.hits, shared_bytes + worker_plan.total() * size_t(run.threads))) return unreadable();
   QuantizedRows pair_q = round_in ? gather_plan.at(base) : QuantizedRows{};
   const bool gather_rounded = round_in && !moe.routing.apply_input;
   if (gather_rounded) {
@@ -475,7 +497,6 @@ int32_t run_narrow(Run& run) {
   if (round_shared_hidden) quantize_for(run.isa, moe.shared_w2, shared_hidden, s, t, shared_hidden_q);
 
   // Region 2: routed gate/up, shared down (its outputs go to y).
-  const int64_t up_steps = steps_per_unit(up.count, most_hits, run.threads), up_units = divide_up(up.count, up_steps);
   const int64_t together = shared ? moe.shared_w2.blocks_together() : 1;
   const int64_t down_steps = shared ? steps_per_unit(divide_up(moe.shared_w2.blocks(), together), 1, run.threads) : 1;
   const int64_t down_blocks = down_steps * together;
@@ -486,7 +507,10 @@ int32_t run_narrow(Run& run) {
       const int64_t e = run.hit[unit / up_units], begin = unit % up_units * up_steps * up.step;
       const int64_t end = begin + up_steps * up.step, at = run.first[e];
       const Rows input{run.count(e), inputs + at * d, d, round_in ? pair_q.from(at) : QuantizedRows{}};
-      narrow_up(run, routed_expert(moe, e), begin, end < f ? end : f, input, scratch_w, floats(worker, h13_at), hidden + at * f);
+      Expert expert = routed_expert(moe, e);
+      HeldExpert held(experts, e);
+      if (!held.w13(&expert.w13)) return;
+      narrow_up(run, expert, begin, end < f ? end : f, input, scratch_w, floats(worker, h13_at), hidden + at * f);
       return;
     }
     const int64_t block = (unit - run.hits * up_units) * down_blocks, end = block + down_blocks;
@@ -495,13 +519,12 @@ int32_t run_narrow(Run& run) {
            scratch_w);
   });
 
+  if (experts.failed()) return unreadable();
   const QuantizedRows hidden_q = round_hidden ? hidden_plan.at(base) : QuantizedRows{};
   if (round_hidden) quantize_for(run.isa, moe.w2, hidden, f, run.pairs, hidden_q);
 
   // Region 3: routed down for some outputs of all pairs, and their combination.
-  const int64_t w2_together = moe.w2.blocks_together();
-  const int64_t out_blocks = w2_together * steps_per_unit(divide_up(moe.w2.blocks(), w2_together), 1, run.threads);
-  for_each_unit(run.threads, divide_up(moe.w2.blocks(), out_blocks), [&](int32_t worker, int64_t unit) {
+  for_each_unit(run.threads, out_units, [&](int32_t worker, int64_t unit) {
     const MatmulScratch scratch_w = matmul_scratch(worker);
     float* const outputs = floats(worker, h13_at);
     float* const row = floats(worker, row_at);
@@ -510,8 +533,10 @@ int32_t run_narrow(Run& run) {
     const int64_t begin = block * kBlockRows, n = (last * kBlockRows < d ? last * kBlockRows : d) - begin;
     for (int64_t h = 0; h < run.hits; ++h) {
       const int64_t e = run.hit[h], at = run.first[e];
-      const Expert expert = routed_expert(moe, e);
-      if (h + 1 < run.hits) prefetch_blocks(routed_expert(moe, run.hit[h + 1]).w2, block, last);
+      Expert expert = routed_expert(moe, e);
+      HeldExpert held(experts, e);
+      if (!held.w2(&expert.w2)) return;
+      if (h + 1 < run.hits && !experts.lent()) prefetch_blocks(moe.expert_w2(run.hit[h + 1]), block, last);
       const Rows rows{run.count(e), hidden + at * f, f, round_hidden ? hidden_q.from(at) : QuantizedRows{}};
       matmul(run.isa, expert.w2, block, last, rows, expert.b2, outputs + at * n, n, scratch_w);
     }
@@ -527,10 +552,14 @@ int32_t run_narrow(Run& run) {
       run.isa.add(sum, n, y);
     }
   });
-  return MOEC_OK;
+  return experts.failed() ? unreadable() : MOEC_OK;
 }
 
+thread_local const moec_expert_source* source = nullptr;
+
 }  // namespace
+
+const moec_expert_source* expert_source() { return source; }
 
 int32_t run_moe(const Moe& moe, int64_t tokens, const float* x, const float* router_input, float* y, int32_t* indices,
                 float* weights) {
@@ -545,3 +574,5 @@ int64_t moe_chunk_tokens(const Moe& moe) {
 }
 
 }  // namespace moec
+
+void moec_use_expert_source(const moec_expert_source* source) { moec::source = source; }

@@ -1,0 +1,280 @@
+// One mutex guards everything but the bytes themselves: readers and workers meet a few times per expert, whose bytes take
+// hundreds of microseconds to read. A slot whose bytes are being read, that a worker holds, or that a worker waits for, is
+// never given up. Experts that the running call still needs are given up only to a worker that waits.
+#include "expert_cache.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+
+namespace {
+
+uint64_t rounded_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+int64_t now_ns() {
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
+}
+
+}  // namespace
+
+int64_t least_slots(const std::vector<ExpertBlock>& blocks, int32_t threads) {
+  int64_t of_a_token = 0;
+  for (const ExpertBlock& block : blocks) of_a_token += std::min(block.top_k, block.experts);
+  return std::max<int64_t>(of_a_token, threads);
+}
+
+ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<ExpertBlock> blocks, int64_t slots,
+                         ExpertPolicy policy, int readers)
+    : storage_(std::move(storage)), blocks_(std::move(blocks)), policy_(policy), alignment_(storage_->alignment()) {
+  for (size_t b = 0; b < blocks_.size(); ++b) {
+    const ExpertBlock& block = blocks_[b];
+    for (const int half : {0, 1}) room_[half] = std::max(room_[half], rounded_up(block.bytes[half], alignment_) + alignment_);
+    first_.push_back(static_cast<int64_t>(experts_.size()));
+    for (int64_t e = 0; e < block.experts; ++e) {
+      experts_.emplace_back();
+      experts_.back().block = static_cast<int32_t>(b);
+      experts_.back().number = static_cast<int32_t>(e);
+    }
+  }
+  slot_bytes_ = room_[0] + room_[1];
+  usable_ = std::min(slots, static_cast<int64_t>(experts_.size()));
+  slots_.resize(static_cast<size_t>(usable_));
+  mapped_ = slot_bytes_ * static_cast<uint64_t>(usable_);
+  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  memory_ = static_cast<uint8_t*>(memory);
+  source_.user = this;
+  source_.begin = [](void* user, const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch) {
+    return static_cast<ExpertCache*>(user)->begin(w13, experts, uses, count, scratch);
+  };
+  source_.acquire = [](void* user, int32_t expert, int32_t which) {
+    return static_cast<ExpertCache*>(user)->acquire(expert, which);
+  };
+  source_.release = [](void* user, int32_t expert) { static_cast<ExpertCache*>(user)->release(expert); };
+  source_.end = [](void* user) { static_cast<ExpertCache*>(user)->end(); };
+  for (int i = 0; i < readers; ++i) readers_.emplace_back([this] { read_on(); });
+}
+
+ExpertCache::~ExpertCache() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  work_.notify_all();
+  for (std::thread& reader : readers_) reader.join();
+  munmap(memory_, mapped_);
+}
+
+int64_t ExpertCache::slots() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return usable_;
+}
+
+ExpertCounts ExpertCache::counts() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return counts_;
+}
+
+std::string ExpertCache::fault() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return fault_;
+}
+
+ExpertCache::Slot* ExpertCache::slot_of(const Expert& expert) {
+  return expert.slot < 0 ? nullptr : &slots_[static_cast<size_t>(expert.slot)];
+}
+
+uint8_t* ExpertCache::half_of(int64_t slot, int half) const {
+  return memory_ + static_cast<uint64_t>(slot) * slot_bytes_ + (half ? room_[0] : 0);
+}
+
+uint64_t ExpertCache::place_of(const Expert& expert, int half) const {
+  const ExpertBlock& block = blocks_[static_cast<size_t>(expert.block)];
+  return block.offset[half] + static_cast<uint64_t>(expert.number) * block.bytes[half];
+}
+
+void ExpertCache::forget(Slot& slot) {
+  if (slot.expert >= 0) experts_[static_cast<size_t>(slot.expert)].slot = -1;
+  slot.expert = -1;
+  slot.state[0] = slot.state[1] = State::kEmpty;
+}
+
+void ExpertCache::shrink(int64_t slots) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto loading = [](const Slot& slot) { return slot.is(State::kLoading); };
+  ready_.wait(lock, [&] { return std::none_of(slots_.begin(), slots_.end(), loading); });
+  const int64_t left = std::min(usable_, std::max<int64_t>(slots, 0));
+  for (int64_t i = left; i < usable_; ++i) forget(slots_[static_cast<size_t>(i)]);
+  const uint64_t kept = static_cast<uint64_t>(left) * slot_bytes_;
+  madvise(memory_ + kept, static_cast<uint64_t>(usable_) * slot_bytes_ - kept, MADV_DONTNEED);
+  usable_ = left;
+}
+
+// The slot to give up, or -1: an empty one, else one of no use to the running call, else, if a worker waits, another.
+int64_t ExpertCache::victim() const {
+  int64_t best = -1;
+  for (int64_t i = 0; i < usable_; ++i) {
+    const Slot& slot = slots_[static_cast<size_t>(i)];
+    if (slot.expert < 0) return i;
+    const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
+    if (slot.pins > 0 || slot.is(State::kLoading) || expert.waiting > 0) continue;
+    const bool needed = expert.uses > 0;
+    if (needed && waiting_ == 0) continue;
+    if (best < 0) {
+      best = i;
+      continue;
+    }
+    const Slot& other_slot = slots_[static_cast<size_t>(best)];
+    const Expert& other = experts_[static_cast<size_t>(other_slot.expert)];
+    if (needed != (other.uses > 0)) {
+      if (!needed) best = i;
+    } else if (policy_ == ExpertPolicy::kLfu && expert.frequency != other.frequency) {
+      if (expert.frequency < other.frequency) best = i;
+    } else if (slot.stamp < other_slot.stamp) {
+      best = i;
+    }
+  }
+  return best;
+}
+
+// Gives the first pending expert a slot; its two reads become jobs.
+bool ExpertCache::claim() {
+  if (pending_.empty()) return false;
+  const int64_t chosen = victim();
+  if (chosen < 0) return false;
+  const int64_t index = pending_.front();
+  pending_.pop_front();
+  Slot& slot = slots_[static_cast<size_t>(chosen)];
+  forget(slot);
+  slot.expert = index;
+  slot.state[0] = slot.state[1] = State::kLoading;
+  slot.stamp = ++clock_;
+  experts_[static_cast<size_t>(index)].slot = chosen;
+  jobs_.push_back({chosen, 0});
+  jobs_.push_back({chosen, 1});
+  return true;
+}
+
+void ExpertCache::read_on() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    work_.wait(lock, [&] { return stop_ || !jobs_.empty() || claim(); });
+    if (stop_) return;
+    const Job job = jobs_.front();
+    jobs_.pop_front();
+    if (!jobs_.empty() || !pending_.empty()) work_.notify_one();
+    Slot& slot = slots_[static_cast<size_t>(job.slot)];
+    const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
+    const uint64_t bytes = blocks_[static_cast<size_t>(expert.block)].bytes[job.half], begin = place_of(expert, job.half);
+    const uint64_t head = begin % alignment_, needed = head + bytes;
+    lock.unlock();
+    const int64_t started = now_ns();
+    const std::string fault = storage_->read(begin - head, rounded_up(needed, alignment_), needed, half_of(job.slot, job.half));
+    const int64_t took = now_ns() - started;
+    lock.lock();
+    counts_.reading_ns += took;
+    counts_.bytes_read += static_cast<int64_t>(bytes);
+    if (!fault.empty()) fault_ = fault;
+    slot.state[job.half] = fault.empty() ? State::kReady : State::kFailed;
+    ready_.notify_all();
+    if (!pending_.empty()) work_.notify_one();  // the slot may be given up now
+  }
+}
+
+int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
+  const auto same = [&](const ExpertBlock& block) { return block.address == w13; };
+  const auto block = std::find_if(blocks_.begin(), blocks_.end(), same);
+  if (block == blocks_.end()) return 0;
+  call_.lock();
+  if (scratch_bytes > scratch_) {
+    const uint64_t more = scratch_bytes - scratch_;
+    scratch_ = scratch_bytes;
+    shrink(slots() - static_cast<int64_t>((more + slot_bytes_ - 1) / slot_bytes_));
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (usable_ < least_) {
+    fault_ = "the memory budget leaves no room for experts beside the working memory of so many tokens at once";
+    lock.unlock();
+    call_.unlock();
+    return -1;
+  }
+  fault_.clear();
+  block_ = block - blocks_.begin();
+  ++counts_.calls;
+  const auto of = [&](int32_t expert) -> Expert& {
+    return experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + expert)];
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    Expert& expert = of(experts[i]);
+    expert.uses = uses[i];
+    ++expert.frequency;
+    Slot* const slot = slot_of(expert);
+    if (!slot) continue;
+    ready_.wait(lock, [&] { return !slot->is(State::kLoading) || !slot->is(State::kFailed); });
+    if (slot->is(State::kFailed)) forget(*slot);  // it is read again
+  }
+  // those that are there come first: their work hides the reading of the others
+  std::stable_partition(experts, experts + count, [&](int32_t expert) { return of(expert).slot >= 0; });
+  for (int64_t i = 0; i < count; ++i) {
+    Expert& expert = of(experts[i]);
+    expert.slot >= 0 ? ++counts_.hits : ++counts_.misses;
+    if (expert.slot < 0) pending_.push_back(&expert - experts_.data());
+  }
+  const bool reads = !pending_.empty();
+  lock.unlock();
+  if (reads) work_.notify_all();
+  return 1;
+}
+
+const void* ExpertCache::acquire(int32_t number, int which) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const int64_t index = first_[static_cast<size_t>(block_)] + number;
+  Expert& expert = experts_[static_cast<size_t>(index)];
+  const auto settled = [&] { return expert.slot >= 0 && slot_of(expert)->state[which] != State::kLoading; };
+  if (!settled()) {
+    const int64_t started = now_ns();
+    ++expert.waiting;
+    ++waiting_;
+    while (!settled()) {
+      if (expert.slot < 0) {  // it has no slot yet, or lost it to another worker that waited: it is next
+        const auto queued = std::find(pending_.begin(), pending_.end(), index);
+        if (queued != pending_.end()) pending_.erase(queued);
+        pending_.push_front(index);
+      }
+      work_.notify_all();
+      ready_.wait(lock);
+    }
+    --expert.waiting;
+    --waiting_;
+    counts_.stalled_ns += now_ns() - started;
+  }
+  Slot& slot = *slot_of(expert);
+  if (slot.state[which] != State::kReady) return nullptr;
+  ++slot.pins;
+  return half_of(expert.slot, which) + place_of(expert, which) % alignment_;
+}
+
+void ExpertCache::release(int32_t number) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Expert& expert = experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + number)];
+  Slot& slot = *slot_of(expert);
+  slot.stamp = ++clock_;
+  expert.uses = std::max(expert.uses - 1, 0);
+  const bool free = --slot.pins == 0 && !pending_.empty();
+  lock.unlock();
+  if (free) work_.notify_one();
+}
+
+void ExpertCache::end() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const ExpertBlock& block = blocks_[static_cast<size_t>(block_)];
+    for (int64_t e = 0; e < block.experts; ++e) experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + e)].uses = 0;
+    pending_.clear();
+    block_ = -1;
+  }
+  call_.unlock();
+}

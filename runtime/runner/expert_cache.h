@@ -1,0 +1,137 @@
+// Routed experts that are not all in memory: a cache of whole experts, filled by explicit reads while the kernels compute.
+//
+// A block is one mixture-of-experts layer. A slot holds one expert: its gate/up and its down matrix, which become ready one
+// after the other. Which slot is given up is decided among experts that the running call has no further use of.
+#ifndef MOEC_EXPERT_CACHE_H_
+#define MOEC_EXPERT_CACHE_H_
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "moec_kernel.h"
+
+// Where experts are read from.
+class ExpertStorage {
+ public:
+  virtual ~ExpertStorage() = default;
+  // Reads are made of, and into, multiples of this.
+  virtual uint64_t alignment() const = 0;
+  // Bytes [offset, offset + size) to `out`, all three aligned; only the first `needed` must exist. From any thread. "" or
+  // what is wrong.
+  virtual std::string read(uint64_t offset, uint64_t size, uint64_t needed, void* out) = 0;
+};
+
+// A file, past the page cache where its file system allows that. nullptr and the reason if it is not the file that
+// `descriptor` has open.
+std::unique_ptr<ExpertStorage> open_expert_file(const std::string& path, int descriptor, std::string* fault);
+
+struct ExpertBlock {
+  int64_t experts = 0, top_k = 0;
+  const void* address = nullptr;   // of w13, which names the block
+  uint64_t offset[2] = {0, 0};     // of w13 and w2 in the storage
+  uint64_t bytes[2] = {0, 0};      // of one expert
+};
+
+enum class ExpertPolicy : int32_t { kLru = 0, kLfu = 1 };
+
+struct ExpertCounts {
+  int64_t hits = 0, misses = 0;     // experts that a call found, and that it had to wait for or to read
+  int64_t bytes_read = 0;
+  int64_t stalled_ns = 0;           // workers' time spent waiting for reads
+  int64_t reading_ns = 0;           // readers' time spent reading
+  int64_t calls = 0;                // of blocks
+};
+
+class ExpertCache {
+ public:
+  // `slots`: at most so many experts are held. At least `least_slots(blocks, threads)`.
+  ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<ExpertBlock> blocks, int64_t slots, ExpertPolicy policy,
+              int readers);
+  ~ExpertCache();
+  ExpertCache(const ExpertCache&) = delete;
+  ExpertCache& operator=(const ExpertCache&) = delete;
+
+  const moec_expert_source* source() const { return &source_; }
+  int64_t slots() const;
+  // Gives up slots beyond `slots` and their memory. Not while a call runs.
+  void shrink(int64_t slots);
+  // When a call needs more working memory than `scratch_bytes`, as many slots go as the excess takes; with less than `least`
+  // slots left it is refused.
+  void reserve(uint64_t scratch_bytes, int64_t least) { scratch_ = scratch_bytes, least_ = least; }
+  uint64_t slot_bytes() const { return slot_bytes_; }
+  ExpertCounts counts() const;
+  // Why the last expert could not be given; "" if none failed since.
+  std::string fault() const;
+
+ private:
+  enum class State : uint8_t { kEmpty, kLoading, kReady, kFailed };
+  struct Slot {
+    int64_t expert = -1;  // of experts_; -1: none
+    State state[2] = {State::kEmpty, State::kEmpty};
+    int32_t pins = 0;     // of workers
+    uint64_t stamp = 0;   // of the last use
+    bool is(State wanted) const { return state[0] == wanted || state[1] == wanted; }
+  };
+  struct Expert {
+    int64_t slot = -1;
+    int32_t block = 0, number = 0;
+    int32_t uses = 0;     // acquires that the running call has left
+    int32_t waiting = 0;  // workers that wait for it
+    uint32_t frequency = 0;
+  };
+  struct Job {
+    int64_t slot;
+    int half;
+  };
+
+  int32_t begin(const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
+  const void* acquire(int32_t expert, int which);
+  void release(int32_t expert);
+  void end();
+
+  void read_on();
+  bool claim();
+  int64_t victim() const;
+  void forget(Slot& slot);
+  Slot* slot_of(const Expert& expert);
+  uint8_t* half_of(int64_t slot, int half) const;
+  uint64_t place_of(const Expert& expert, int half) const;
+
+  std::unique_ptr<ExpertStorage> storage_;
+  std::vector<ExpertBlock> blocks_;
+  const ExpertPolicy policy_;
+  uint64_t alignment_, room_[2] = {0, 0}, slot_bytes_ = 0;
+  uint8_t* memory_ = nullptr;
+  uint64_t mapped_ = 0;
+  uint64_t scratch_ = UINT64_MAX;
+
+  mutable std::mutex mutex_;
+  std::condition_variable work_, ready_;
+  std::mutex call_;                                    // one call at a time
+  std::vector<Slot> slots_;
+  int64_t usable_ = 0;                                 // of slots_
+  std::vector<Expert> experts_;                        // of all blocks
+  std::vector<int64_t> first_;                         // of each block, in experts_
+  std::deque<int64_t> pending_;                        // experts of the running call that no slot was claimed for yet
+  std::deque<Job> jobs_;
+  int64_t block_ = -1;                                 // of the running call
+  int32_t waiting_ = 0;                                // workers that wait for any expert
+  int64_t least_ = 0;                                  // slots without which a call is refused
+  uint64_t clock_ = 0;
+  bool stop_ = false;
+  std::string fault_;
+  ExpertCounts counts_;
+  moec_expert_source source_ = {};
+  std::vector<std::thread> readers_;
+};
+
+// A token must find all its experts of every layer, or the cache would hit nothing; and each worker holds one.
+int64_t least_slots(const std::vector<ExpertBlock>& blocks, int32_t threads);
+
+#endif  // MOEC_EXPERT_CACHE_H_
