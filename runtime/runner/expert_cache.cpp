@@ -13,6 +13,9 @@ namespace {
 
 uint64_t rounded_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Bytes of a matrix that begins anywhere in an aligned unit, as whole units.
+uint64_t room_for(uint64_t bytes, uint64_t alignment) { return rounded_up(bytes, alignment) + alignment; }
+
 int64_t now_ns() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
@@ -26,12 +29,19 @@ int64_t least_slots(const std::vector<ExpertBlock>& blocks, int32_t threads) {
   return std::max<int64_t>(of_a_token, threads);
 }
 
+uint64_t ExpertCache::slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment) {
+  uint64_t most[2] = {0, 0};
+  for (const ExpertBlock& block : blocks)
+    for (const int half : {0, 1}) most[half] = std::max(most[half], room_for(block.bytes[half], alignment));
+  return most[0] + most[1];
+}
+
 ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<ExpertBlock> blocks, int64_t slots,
                          ExpertPolicy policy, int readers)
     : storage_(std::move(storage)), blocks_(std::move(blocks)), policy_(policy), alignment_(storage_->alignment()) {
   for (size_t b = 0; b < blocks_.size(); ++b) {
     const ExpertBlock& block = blocks_[b];
-    for (const int half : {0, 1}) room_[half] = std::max(room_[half], rounded_up(block.bytes[half], alignment_) + alignment_);
+    for (const int half : {0, 1}) room_[half] = std::max(room_[half], room_for(block.bytes[half], alignment_));
     first_.push_back(static_cast<int64_t>(experts_.size()));
     for (int64_t e = 0; e < block.experts; ++e) {
       experts_.emplace_back();
@@ -100,6 +110,27 @@ void ExpertCache::forget(Slot& slot) {
   if (slot.expert >= 0) experts_[static_cast<size_t>(slot.expert)].slot = -1;
   slot.expert = -1;
   slot.state[0] = slot.state[1] = State::kEmpty;
+}
+
+void ExpertCache::reserve(uint64_t reserved, int64_t least) {
+  std::lock_guard<std::mutex> call(call_);
+  reserved_ = reserved;
+  least_ = least;
+}
+
+void ExpertCache::need(uint64_t bytes) {
+  std::lock_guard<std::mutex> call(call_);
+  if (bytes <= needed_) return;
+  needed_ = bytes;
+  settle();
+}
+
+// Pays for what is needed with slots. No call runs.
+void ExpertCache::settle() {
+  const uint64_t needed = needed_ + scratch_;
+  if (needed <= reserved_) return;
+  shrink(slots() - static_cast<int64_t>((needed - reserved_ + slot_bytes_ - 1) / slot_bytes_));
+  reserved_ = needed;
 }
 
 void ExpertCache::shrink(int64_t slots) {
@@ -190,9 +221,8 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   if (block == blocks_.end()) return 0;
   call_.lock();
   if (scratch_bytes > scratch_) {
-    const uint64_t more = scratch_bytes - scratch_;
     scratch_ = scratch_bytes;
-    shrink(slots() - static_cast<int64_t>((more + slot_bytes_ - 1) / slot_bytes_));
+    settle();
   }
   std::unique_lock<std::mutex> lock(mutex_);
   if (usable_ < least_) {

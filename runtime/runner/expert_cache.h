@@ -59,12 +59,14 @@ class ExpertCache {
 
   const moec_expert_source* source() const { return &source_; }
   int64_t slots() const;
-  // Gives up slots beyond `slots` and their memory. Not while a call runs.
-  void shrink(int64_t slots);
-  // When a call needs more working memory than `scratch_bytes`, as many slots go as the excess takes; with less than `least`
-  // slots left it is refused.
-  void reserve(uint64_t scratch_bytes, int64_t least) { scratch_ = scratch_bytes, least_ = least; }
+  // The first `reserved` bytes of working memory are paid for. When calls need more, as many slots go as the excess takes;
+  // with less than `least` slots left a call is refused.
+  void reserve(uint64_t reserved, int64_t least);
+  // Bytes that a call needs besides the kernels' scratch, which they announce themselves. Not while a call runs.
+  void need(uint64_t bytes);
   uint64_t slot_bytes() const { return slot_bytes_; }
+  static uint64_t slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment);
+  int64_t experts() const { return static_cast<int64_t>(experts_.size()); }
   ExpertCounts counts() const;
   // Why the last expert could not be given; "" if none failed since.
   std::string fault() const;
@@ -96,6 +98,8 @@ class ExpertCache {
   void end();
 
   void read_on();
+  void settle();
+  void shrink(int64_t slots);
   bool claim();
   int64_t victim() const;
   void forget(Slot& slot);
@@ -109,7 +113,7 @@ class ExpertCache {
   uint64_t alignment_, room_[2] = {0, 0}, slot_bytes_ = 0;
   uint8_t* memory_ = nullptr;
   uint64_t mapped_ = 0;
-  uint64_t scratch_ = UINT64_MAX;
+  uint64_t reserved_ = 0, needed_ = 0, scratch_ = 0;  // bytes of working memory: paid for, the most needed so far
 
   mutable std::mutex mutex_;
   std::condition_variable work_, ready_;

@@ -17,6 +17,7 @@ class MappedFile {
 
   const uint8_t* data() const { return data_; }
   uint64_t size() const { return size_; }
+  int descriptor() const { return descriptor_; }
   // Copies a part of the file with the system's read; false where it is not all there.
   bool read(uint64_t offset, uint64_t size, void* out) const;
   // Whether pages were missing, or the file is shorter now than it was.

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "caches.h"
+#include "expert_cache.h"
 #include "moec_runtime.h"
 #include "program_file.h"
 
@@ -82,6 +83,8 @@ struct moec_model {
   moec_model_info info = {};
   std::vector<int64_t> eos_ids;
   bool float_activations = false;
+  std::unique_ptr<ExpertCache> experts;  // where a memory budget was set
+  int64_t memory_budget = 0;
   Seats seats;
   Caches own;              // of moec_model_forward
   std::string no_sessions;  // why sessions cannot have caches of their own; empty: they can
@@ -103,6 +106,9 @@ struct moec_model {
   bool reserve_arenas(const std::vector<std::string>& names);
   bool find_states();
   bool load_method(const std::string& name);
+  int64_t most_tokens(int64_t bytes);
+  uint64_t activation_bytes(int64_t n, bool all);
+  bool limit_memory(int64_t bytes, ExpertPolicy policy, int readers);
   bool set_threads(int32_t threads);
   bool integer(const char* name, bool required, int64_t* value);
   bool forward(Caches* caches, const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity);

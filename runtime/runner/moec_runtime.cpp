@@ -55,6 +55,15 @@ using moec_runtime::Watch;
 
 constexpr int64_t kLargestArena = int64_t{1} << 40;
 
+// While it lives, the kernels of this thread take routed experts from a cache, if there is one.
+class UsedExperts {
+ public:
+  explicit UsedExperts(const ExpertCache* cache) { moec_use_expert_source(cache ? cache->source() : nullptr); }
+  UsedExperts(const UsedExperts&) = delete;
+  UsedExperts& operator=(const UsedExperts&) = delete;
+  ~UsedExperts() { moec_use_expert_source(nullptr); }
+};
+
 // While it lives, operators of this thread compute without rounding activations, if `on`.
 class FloatActivations {
  public:
@@ -269,7 +278,16 @@ bool moec_model::set_threads(int32_t threads) {
   return true;
 }
 
+// What a call of n tokens touches of the arena of activations, which is planned for the most tokens of a call.
+uint64_t moec_model::activation_bytes(int64_t n, bool all) {
+  const auto planned = module->method_meta("forward")->memory_planned_buffer_size(0);
+  const double share = static_cast<double>(n) / static_cast<double>(info.max_tokens);
+  const uint64_t logits = all ? static_cast<uint64_t>(n * info.vocab_size) * sizeof(float) : 0;
+  return static_cast<uint64_t>(share * static_cast<double>(planned.ok() ? *planned : 0)) + logits;
+}
+
 void moec_model::close() {
+  experts.reset();
   module.reset();
   delegated.reset();
 }
@@ -295,7 +313,10 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   auto position = executorch::extension::from_blob(&start, {1}, ScalarType::Long);
   Watch watch;
   const FloatActivations arithmetic(float_activations);
+  if (experts) experts->need(activation_bytes(n, all));
+  const UsedExperts lent(experts.get());
   const auto result = module->execute(name, {EValue(tokens), EValue(position)});
+  if (!result.ok() && experts && !experts->fault().empty()) return fail(experts->fault());
   if (!result.ok()) return fail(name.c_str(), result.error(), watch);
   const auto& output = (*result)[0].toTensor();
   if (output.numel() != wanted)

@@ -95,6 +95,31 @@ MOEC_RUNTIME_API const char* moec_model_isa(void);
 // on != 0: the calls of this model compute as moec_set_float_activations says. Delegates know nothing of it.
 MOEC_RUNTIME_API void moec_model_float_activations(moec_model* model, int32_t on);
 
+// ------------------------------------------------------------------------------------------------------ a budget of memory
+//
+// Routed experts are read as tokens choose them, into a cache that fills what `bytes` leaves beside everything else in this
+// process: libraries, the other weights, caches for the whole context, activations. Nothing that is computed changes by a bit.
+
+typedef struct moec_expert_stats {
+  int64_t budget;       // bytes; 0: no budget, and nothing below
+  int64_t experts;      // routed experts of all layers
+  int64_t slots;        // of them that may be in memory
+  int64_t slot_bytes;
+  int64_t hits;         // experts that a layer found in memory, and that had to be read
+  int64_t misses;
+  int64_t bytes_read;
+  int64_t stalled_ns;   // sum over threads that waited for a read
+  int64_t reading_ns;   // sum over threads that read
+} moec_expert_stats;
+
+enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };
+
+// Before the first call of a model. -1 if it has no routed experts, or if `bytes` is less than one token needs: the reason
+// says the least. readers: threads that read, 1 .. 64.
+MOEC_RUNTIME_API int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t eviction, int32_t readers);
+MOEC_RUNTIME_API int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats);
+MOEC_RUNTIME_API int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats);  // of its model
+
 // Largest resident set of the process so far, bytes; anonymous memory now, bytes (0 where the system does not tell).
 MOEC_RUNTIME_API int64_t moec_peak_rss(void);
 MOEC_RUNTIME_API int64_t moec_anonymous_rss(void);

@@ -94,8 +94,8 @@ Kind result_kind(char letter, const Arguments& arguments) {
 
 class Calls {
  public:
-  Calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate)
-      : plan_(plan), values_(values), delegate_(delegate), operators_(read_operators(plan)), delegates_(plan.vector(7, 4).size),
+  Calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate, const CallSeen& seen)
+      : plan_(plan), values_(values), delegate_(delegate), seen_(seen), operators_(read_operators(plan)), delegates_(plan.vector(7, 4).size),
         set_(values.size(), false) {}
 
   void check() {
@@ -164,6 +164,7 @@ class Calls {
       argument(op, parameter, indices, arguments, i);
       written.push_back(parameter.written);
     }
+    if (seen_) seen_(op.name, arguments);
     if (op.parameters.back().letter == 'V') return view(arguments);
     memory(op.name, indices, arguments, written, op.parameters);
   }
@@ -236,6 +237,7 @@ class Calls {
   const Table& plan_;
   std::vector<Value>& values_;
   const DelegateCheck& delegate_;
+  const CallSeen& seen_;
   std::vector<Operator> operators_;
   uint32_t delegates_;
   std::vector<bool> set_;
@@ -244,8 +246,8 @@ class Calls {
 
 }  // namespace
 
-void check_calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate) {
-  Calls(plan, values, delegate).check();
+void check_calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate, const CallSeen& seen) {
+  Calls(plan, values, delegate, seen).check();
 }
 
 }  // namespace moec_program

@@ -3,6 +3,7 @@
 #define MOEC_PROGRAM_CALLS_H_
 
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "program_values.h"
@@ -14,9 +15,12 @@ using Arguments = std::vector<const Value*>;
 // Checks the arguments of a call of delegate `index`, and says which of them it writes; throws Damaged.
 using DelegateCheck = std::function<std::vector<bool>(uint32_t index, const Arguments& arguments)>;
 
+// Sees each call of an operator whose arguments are of the right kinds.
+using CallSeen = std::function<void(const std::string& name, const Arguments& arguments)>;
+
 // Throws Damaged at the first instruction that this runtime would not survive. `values` are those of `plan`; the memory of
 // views is filled in.
-void check_calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate);
+void check_calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate, const CallSeen& seen = {});
 
 }  // namespace moec_program
 

@@ -32,6 +32,8 @@ class Program {
   explicit Program(const ProgramView& view)
       : view_(view), buffer_(view.program, view.program_bytes), root_(buffer_, buffer_.follow(0)) {}
 
+  ProgramFacts facts;
+
   void check() {
     read_layout();
     const Vector plans = root_.required(1, 4, "the list of methods");
@@ -84,6 +86,8 @@ class Program {
     if (offsets.size == 0) return;
     const uint32_t segment = constants.number<uint32_t>(0);
     if (offsets.size > 1 && segment >= layout_.segments.size()) throw Damaged("constants in a segment that is not there");
+    if (offsets.size > 1) layout_.constant_segment = layout_.segments[segment];
+    facts.constant_bytes = layout_.constant_segment.bytes;
     for (uint32_t i = 0; i < offsets.size; ++i) {
       const uint64_t offset = offsets.get<uint64_t>(i);
       if (i > 0 && (offset > layout_.segments[segment].bytes || offset % kConstantAlignment != 0 ||
@@ -119,6 +123,8 @@ class Program {
     check_calls(plan, values, [&](uint32_t index, const Arguments& arguments) {
       if (!view_.trusted_backend.empty()) return std::vector<bool>(arguments.size(), false);
       return check_ports(ports[index], arguments);
+    }, [&](const std::string& name, const Arguments& arguments) {
+      if (name == "moec::fused_moe_packed.out" && plan.text(0, "the name of a method") == "forward") note_moe(values, arguments);
     });
     const Vector outputs = plan.vector(4, 4);
     for (uint32_t i = 0; i < outputs.size; ++i) {
@@ -126,6 +132,20 @@ class Program {
       if (value.kind == Kind::kTensor && value.memory.where != Region::kPlanned && view_.trusted_backend.empty())
         throw Damaged("an output that is a constant, an input, or has no memory");
     }
+  }
+
+  // A block whose experts are constants of the file.
+  void note_moe(const std::vector<Value>& values, const Arguments& arguments) {
+    enum { kW13 = 5, kW2 = 7, kConfig = 12 };
+    MoeCall call = {};
+    for (const int32_t item : arguments[kConfig]->items) call.config.push_back(values[static_cast<size_t>(item)].number);
+    for (const int half : {0, 1}) {
+      const Value& weights = *arguments[half ? kW2 : kW13];
+      if (weights.memory.where != Region::kConstant) return;
+      call.offset[half] = weights.memory.begin;
+      call.bytes[half] = weights.bytes;
+    }
+    facts.moe_calls.push_back(std::move(call));
   }
 
   std::vector<std::vector<DelegatePort>> check_delegates(const Table& plan) {
@@ -173,9 +193,11 @@ uint64_t program_length(const uint8_t* head, size_t bytes, uint64_t file_bytes) 
   return std::min({extended ? little_endian(head + 16, 8) : file_bytes, file_bytes, kLargestProgram});
 }
 
-std::string program_fault(const ProgramView& view) {
+std::string program_fault(const ProgramView& view, ProgramFacts* facts) {
   try {
-    Program(view).check();
+    Program program(view);
+    program.check();
+    if (facts) *facts = std::move(program.facts);
   } catch (const Damaged& damage) {
     return damage.what();
   }

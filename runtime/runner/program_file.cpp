@@ -5,8 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "program_check.h"
-
 using executorch::runtime::Error;
 using executorch::runtime::FreeableBuffer;
 using executorch::runtime::Result;
@@ -62,7 +60,7 @@ bool ProgramFile::read_program(std::string* fault) {
 std::string ProgramFile::check() {
   ProgramView view = {owned(0, program_bytes_), program_bytes_, file_->size(), {}, {}};
   view.segment = [this](uint64_t offset, uint64_t size) { return owned(offset, size); };
-  return program_fault(view);
+  return program_fault(view, &facts_);
 }
 
 // A part of the file in memory of our own, read once. nullptr where it cannot be read whole.

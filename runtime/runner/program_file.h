@@ -13,14 +13,17 @@
 #include <utility>
 
 #include "mapped_file.h"
+#include "program_check.h"
 
 class ProgramFile final : public executorch::runtime::DataLoader {
  public:
   // nullptr and the reason if the file is not a program, or does not hold what its header announces.
   static std::unique_ptr<ProgramFile> open(const std::string& path, std::string* fault);
 
-  // "" if the program may be run (program_check.h).
+  // "" if the program may be run (program_check.h); what it holds is then in `facts`.
   std::string check();
+  const ProgramFacts& facts() const { return facts_; }
+  const MappedFile& mapped() const { return *file_; }
   uint64_t bytes() const { return file_->size(); }
   // Whether the file has lost pages that were in use: numbers since then mean nothing.
   bool truncated() const { return file_->truncated(); }
@@ -42,6 +45,7 @@ class ProgramFile final : public executorch::runtime::DataLoader {
 
   std::unique_ptr<MappedFile> file_;
   uint64_t program_bytes_ = 0;
+  ProgramFacts facts_;
   mutable std::mutex mutex_;
   mutable std::map<std::pair<uint64_t, uint64_t>, Owned> parts_;  // by offset and length
 };

@@ -79,6 +79,8 @@ void read_tensor(const Table& tensor, const std::vector<uint64_t>& arenas, const
     if (constant >= layout.constants.size() || layout.constants[constant] < value.bytes)
       throw Damaged("a constant outside the file");
     memory.where = Region::kConstant;
+    memory.begin = layout.constant_segment.offset + layout.constant_segment.bytes - layout.constants[constant];
+    memory.end = memory.begin + value.bytes;
   }
 }
 

@@ -23,6 +23,7 @@ struct Layout {
   };
   std::vector<Part> segments;
   std::vector<uint64_t> constants;          // bytes from the constant's start to the end of its segment; [0] is none
+  Part constant_segment = {0, 0};           // in the file
   std::vector<Part> inline_payloads;        // of delegates, as offsets in the program itself
   std::map<std::string, Part> named;        // named data, offset and length in the file
   uint64_t list_items = 0;                  // of all lists so far: they share bytes, but not the memory they take
@@ -30,7 +31,7 @@ struct Layout {
 
 enum class Kind : uint8_t { kNone, kNull, kInt, kBool, kDouble, kTensor, kString, kInts, kDoubles, kBools, kTensors, kOptionals };
 
-// Bytes that a tensor uses. kFresh: memory that the caller or a view gives.
+// Bytes that a tensor uses: of an arena, or of the file if it is a constant. kFresh: memory that the caller or a view gives.
 struct Region {
   enum Where : uint8_t { kFresh, kInput, kPlanned, kConstant } where = kFresh;
   uint32_t arena = 0;

@@ -174,3 +174,7 @@ int32_t moec_session_restore(moec_session* session, const char* path, const char
     return restore(session, path, artifact);
   });
 }
+
+int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats) {
+  return session ? moec_model_expert_stats(session->model, stats) : -1;
+}

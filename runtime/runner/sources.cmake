@@ -1,7 +1,7 @@
 # The runtime library's sources, for this project and for applications that compile it into their own library. `folder`
 # is where they lie.
 function(moec_runtime_sources result folder)
-  set(names moec_runtime watch caches session session_file memory mapped_file program_file program_check program_values program_calls xnnpack_check operator_table)
+  set(names moec_runtime watch caches session session_file memory mapped_file program_file program_check program_values program_calls xnnpack_check operator_table expert_cache expert_file memory_budget)
   list(TRANSFORM names PREPEND "${folder}/")
   list(TRANSFORM names APPEND ".cpp")
   set(${result} ${names} PARENT_SCOPE)

@@ -11,9 +11,10 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.runtime.native import MAX_THREADS, runtime_library
+from moec.targets.xnnpack.memory import EVICTIONS, MAX_MEMORY_MB, ExpertCacheOptions, ExpertStats
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _INT32S = ctypes.POINTER(ctypes.c_int32)
@@ -53,6 +55,13 @@ class _Info(ctypes.Structure):
     ]
 
 
+class _ExpertStats(ctypes.Structure):
+    """moec_expert_stats of moec_runtime.h."""
+
+    budget: int
+    _fields_: ClassVar = [(f.name, ctypes.c_int64) for f in fields(ExpertStats)]
+
+
 @cache
 def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(runtime_library()))
@@ -62,6 +71,8 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_close": (None, [handle]),
         "moec_model_error": (ctypes.c_char_p, [handle]),
         "moec_model_get_info": (i32, [handle, ctypes.POINTER(_Info)]),
+        "moec_model_limit_memory": (i32, [handle, i64, i32, i32]),
+        "moec_session_expert_stats": (i32, [handle, ctypes.POINTER(_ExpertStats)]),
         "moec_model_eos_ids": (i64, [handle, _INT64S, i64]),
         "moec_model_forward": (i32, [handle, _INT64S, i64, i64, i32, _FLOATS, i64]),
         "moec_session_open": (handle, [handle]),
@@ -99,11 +110,15 @@ class CpuSession(SessionBase):
         threads: int | None = None,
         float_activations: bool = False,
         artifact: str | None = None,
+        memory_mb: int | None = None,
+        experts: ExpertCacheOptions | None = None,
     ) -> None:
         """Open `model`. `threads` None: one per core this process may use, without the slow ones where cores differ.
         The thread pool is the process's: the session opened last decides its size, except that it stays while a session
         is open whose program XNNPACK computes in part; `self.threads` is what there is. `float_activations`: compute in
         fp32 on the same codes, where the program would round activations to INT8; a delegate's linears still round.
+        `memory_mb`: routed experts are read as tokens choose them, so that this process stays within so many megabytes
+        (10^6 bytes); RunError, with the least that works, for less than one token needs. `experts`: how (memory.py).
         `artifact`: SHA-256 that names the artifact in saved sessions; None: that of `model`, read when it is needed."""
         self._handle: int | None = None
         self._busy = threading.RLock()
@@ -118,6 +133,8 @@ class CpuSession(SessionBase):
         try:
             self._check_model(runtime.moec_model_error(opened).decode(errors="replace"))
             runtime.moec_model_float_activations(opened, int(float_activations))
+            if memory_mb is not None:
+                self._limit_memory(opened, memory_mb, experts or ExpertCacheOptions())
             info = _Info()
             runtime.moec_model_get_info(opened, ctypes.byref(info))
             eos_ids = _eos_ids(opened)
@@ -133,6 +150,22 @@ class CpuSession(SessionBase):
         self.rewinds = bool(info.rewinds)
         self._has_all = bool(info.has_all)
         self._prepare_traces()
+
+    def _limit_memory(self, model: int, memory_mb: int, options: ExpertCacheOptions) -> None:
+        if not 1 <= memory_mb <= MAX_MEMORY_MB:
+            raise RunError(f"a memory budget of {memory_mb} MB", remedy=f"give a number from 1 to {MAX_MEMORY_MB}")
+        policy = EVICTIONS.index(options.eviction)
+        if _runtime().moec_model_limit_memory(model, memory_mb * 1_000_000, policy, options.readers):
+            error = _runtime().moec_model_error(model).decode(errors="replace")
+            raise RunError(error, place=str(self._model), remedy="give another --memory-mb, or none")
+
+    def expert_stats(self) -> ExpertStats | None:
+        """What the cache of routed experts did so far, for all sessions of this model; None without a memory budget."""
+        with self._busy:
+            self._check_open()
+            stats = _ExpertStats()
+            _runtime().moec_session_expert_stats(self._handle, ctypes.byref(stats))
+        return ExpertStats(*(getattr(stats, f.name) for f in fields(ExpertStats))) if stats.budget else None
 
     def _prepare_traces(self) -> None:
         self._callback = _TRACE(self._on_moe)

@@ -1,0 +1,120 @@
+// How many experts a budget of memory holds. Everything else that the process has, or may come to have while the model runs,
+// is taken off first: it is counted as if it were all resident.
+#include <algorithm>
+#include <cinttypes>
+
+#include "memory.h"
+#include "model.h"
+
+using namespace moec_runtime;
+
+namespace {
+
+constexpr int64_t kSlack = 4 << 20;         // heap of the runtime and stacks of the readers
+constexpr int64_t kLeastScratch = 2 << 20;  // working memory of one token's operators and activations
+constexpr int kMostReaders = 64;
+
+// The blocks of a program; empty if one of them is not as the kernels read it.
+std::vector<ExpertBlock> blocks_of(const ProgramFile& file) {
+  enum { kExperts = 1, kTopK = 4 };  // of moe_config.h
+  std::vector<ExpertBlock> blocks;
+  for (const MoeCall& call : file.facts().moe_calls) {
+    if (call.config.size() <= kTopK || call.config[kExperts] < 1) return {};
+    ExpertBlock block;
+    block.experts = call.config[kExperts];
+    block.top_k = call.config[kTopK];
+    for (const int half : {0, 1}) {
+      const auto experts = static_cast<uint64_t>(block.experts);
+      if (call.bytes[half] == 0 || call.bytes[half] % experts != 0) return {};
+      block.offset[half] = call.offset[half];
+      block.bytes[half] = call.bytes[half] / experts;
+    }
+    block.address = file.mapped().data() + call.offset[0];
+    const auto same = [&](const ExpertBlock& other) { return other.address == block.address; };
+    if (std::none_of(blocks.begin(), blocks.end(), same)) blocks.push_back(block);
+  }
+  return blocks;
+}
+
+int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
+
+}  // namespace
+
+// Tokens of a call whose activations and kernels' working memory take at most `bytes`, by an estimate that is on the safe side.
+int64_t moec_model::most_tokens(int64_t bytes) {
+  enum { kDModel = 2, kTopK = 4 };  // of moe_config.h
+  constexpr int64_t kTile = 5 << 20;  // of a worker (moe_run.cpp)
+  int64_t row = 0, few = info.max_tokens;
+  for (const MoeCall& call : file->facts().moe_calls) {
+    row = std::max(row, (call.config[kTopK] + 4) * call.config[kDModel] * static_cast<int64_t>(sizeof(float)));
+    few = std::min(few, std::max<int64_t>(8 * info.threads / std::max<int64_t>(call.config[kTopK], 1), 1));
+  }
+  row += static_cast<int64_t>(activation_bytes(info.max_tokens, false)) / info.max_tokens + 1;
+  return std::clamp((bytes - kTile * info.threads) / row, few, info.max_tokens);
+}
+
+bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
+  if (experts) return fail("the memory budget is already set");
+  std::vector<ExpertBlock> blocks = blocks_of(*file);
+  if (blocks.empty()) return fail("a memory budget needs routed experts, and the model has none that can be read one by one");
+  int64_t expert_bytes = 0, count = 0;
+  for (const ExpertBlock& block : blocks) {
+    expert_bytes += static_cast<int64_t>(block.bytes[0] + block.bytes[1]) * block.experts;
+    count += block.experts;
+  }
+  ProcessMemory process;
+  if (!read_process_memory(path, &process)) return fail("this system does not tell how much memory a process has");
+  int64_t fixed = process.resident - process.file_mapped + static_cast<int64_t>(file->facts().constant_bytes) - expert_bytes + kSlack;
+  // the first arena, of activations, is used as far as a call has tokens: `forward` says so
+  for (size_t i = 1; i < arenas.size(); ++i)
+    fixed += static_cast<int64_t>(arenas[i].size()) - std::max<int64_t>(resident_bytes(arenas[i].data(), arenas[i].size()), 0);
+
+  std::string fault;
+  std::unique_ptr<ExpertStorage> storage = open_expert_file(path, file->mapped().descriptor(), &fault);
+  if (!storage) return fail(fault);
+  const auto slot_bytes = static_cast<int64_t>(ExpertCache::slot_bytes_of(blocks, storage->alignment()));
+  const int64_t least = least_slots(blocks, static_cast<int32_t>(info.threads));
+  const int64_t least_budget = fixed + kLeastScratch + least * slot_bytes;
+  if (bytes < least_budget)
+    return fail(text("a memory budget of %" PRId64 " MB is less than %" PRId64 " MB: %" PRId64
+                     " for all but the routed experts, and the %" PRId64 " experts of one token",
+                     bytes / 1'000'000, megabytes(least_budget), megabytes(fixed + kLeastScratch), least));
+  // what a call of many tokens needs is taken from the experts when it comes, from half of what is spare at most
+  info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2);
+  const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
+  experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
+  experts->reserve(static_cast<uint64_t>(kLeastScratch), least);
+  memory_budget = bytes;
+  return true;
+}
+
+int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t eviction, int32_t readers) {
+  if (!model) return -1;
+  std::lock_guard<std::mutex> lock(model->busy);
+  model->error.clear();
+  const bool ok = guarded(model, [&] {
+    if (!model->module) return model->fail("not open");
+    if (eviction != MOEC_EVICT_LRU && eviction != MOEC_EVICT_LFU) return model->fail("there is no such eviction policy");
+    if (readers < 1 || readers > kMostReaders) return model->fail(text("%d readers: 1 .. %d", readers, kMostReaders));
+    return model->limit_memory(bytes, static_cast<ExpertPolicy>(eviction), readers);
+  });
+  return ok ? 0 : -1;
+}
+
+int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats) {
+  if (!model || !stats) return -1;
+  *stats = {};
+  std::lock_guard<std::mutex> lock(model->busy);
+  if (!model->experts) return 0;
+  const ExpertCounts counts = model->experts->counts();
+  stats->budget = model->memory_budget;
+  stats->experts = model->experts->experts();
+  stats->slots = model->experts->slots();
+  stats->slot_bytes = static_cast<int64_t>(model->experts->slot_bytes());
+  stats->hits = counts.hits;
+  stats->misses = counts.misses;
+  stats->bytes_read = counts.bytes_read;
+  stats->stalled_ns = counts.stalled_ns;
+  stats->reading_ns = counts.reading_ns;
+  return 0;
+}

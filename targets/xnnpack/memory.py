@@ -1,0 +1,46 @@
+"""A budget of memory: routed experts are read from the file as tokens choose them (runtime/runner/expert_cache.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.compiler.errors import RunError
+
+MAX_MEMORY_MB = 1 << 24
+EVICTIONS = ("lru", "lfu")  # as moec_runtime.h numbers them
+
+
+@dataclass(frozen=True)
+class ExpertCacheOptions:
+    """eviction: which expert is given up, the one used longest ago ("lru") or least often ("lfu").
+
+    readers: threads that read, 1 to 64. RunError for other values.
+    """
+
+    eviction: str = "lru"
+    readers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.eviction not in EVICTIONS:
+            raise RunError(f"there is no eviction policy {self.eviction!r}", remedy=f"one of {', '.join(EVICTIONS)}")
+        if not 1 <= self.readers <= 64:
+            raise RunError(f"{self.readers} readers", remedy="give a number from 1 to 64")
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """budget, slot_bytes, bytes_read: bytes. experts: of all layers; slots: of them that may be in memory.
+
+    hits and misses: experts that a layer found in memory, and that had to be read. stalled_ns: the sum over threads that
+    waited for a read; reading_ns: the sum over threads that read.
+    """
+
+    budget: int
+    experts: int
+    slots: int
+    slot_bytes: int
+    hits: int
+    misses: int
+    bytes_read: int
+    stalled_ns: int
+    reading_ns: int
