@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moec.cli.memory import MemoryMb
 from moec.compiler.errors import UserError
 
 
@@ -22,6 +23,7 @@ def bench_artifact(
         str | None, typer.Option(help="Positions to decode at, such as 256,1024,8000; default: behind the prompt.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
+    memory_mb: MemoryMb = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rates are medians over this many runs.")] = 3,
     tokens: Annotated[Path | None, typer.Option(help="A file of token ids as the prompt; default: spread ids.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
@@ -37,6 +39,7 @@ def bench_artifact(
     from moec.compiler.timing import BenchPlan
 
     opened = Artifact.open(artifact)
+    opened = opened if memory_mb is None else opened.within(memory_mb)
     room = opened.manifest.model.context
     starts = _contexts(context, room)
     ids = None if tokens is None else _token_ids(tokens)

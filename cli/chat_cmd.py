@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moec.cli.asking import ChatTemplateFile, Grammar, JsonSchema, Regex, Threads, format_of, show
+from moec.cli.memory import MemoryMb
 from moec.cli.sampling import (
     LogitBias,
     MinP,
@@ -70,6 +71,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     threads: Threads = None,
+    memory_mb: MemoryMb = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
@@ -99,6 +101,7 @@ def chat(
     format = format_of(json_schema, regex, grammar)
     opened = Artifact.open(artifact)
     opened = opened if threads is None else opened.with_threads(threads)
+    opened = opened if memory_mb is None else opened.within(memory_mb)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.chat_prompt([{"role": "user", "content": "?"}])  # a template that is missing or faulty is said now
     session = load(opened)

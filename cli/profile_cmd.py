@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moec.cli.memory import MemoryMb
 from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def profile(
     decode: Annotated[int, typer.Option(min=1, help="Tokens to decode at each length.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Cold processes for each prompt.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
+    memory_mb: MemoryMb = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="One prompt that changes domain every 256 tokens.")] = False,
     warm: Annotated[int, typer.Option(min=0, help="Warm passes after each cold one; rates are of the last.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the profile here; - is stdout.")] = None,
@@ -62,9 +64,12 @@ def profile(
     on_device = adb or serial is not None
     if (dry_run or runner is not None) and not on_device:
         raise UserError(f"{'--dry-run' if dry_run else '--runner'} is for devices", remedy="add --adb")
+    if on_device and memory_mb is not None:
+        raise UserError("--memory-mb is for this machine", remedy="compile with targets: {xnnpack: {memory_mb: N}}")
     check_writable(json_file)
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
     opened = Artifact.open(artifact)
+    opened = opened if memory_mb is None else opened.within(memory_mb)
     target = target_of(opened)
     target.check_profiles(opened)
     runs = plan_runs(opened, settings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.cli.asking import ChatTemplateFile, Grammar, JsonSchema, Regex, Threads, format_of, show
+from moec.cli.memory import MemoryMb
 from moec.cli.sampling import (
     LogitBias,
     MinP,
@@ -65,6 +66,7 @@ def run_artifact(
         typer.Option(min=0, max=100, help="With --json: log-probabilities, and of so many likeliest tokens."),
     ] = None,
     threads: Threads = None,
+    memory_mb: MemoryMb = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ids, text and rates as JSON at the end.")] = False,
@@ -105,6 +107,7 @@ def run_artifact(
     format = format_of(json_schema, regex, grammar)
     opened = Artifact.open(artifact)
     opened = opened if threads is None else opened.with_threads(threads)
+    opened = opened if memory_mb is None else opened.within(memory_mb)
     if ids is not None:
         return _run_ids(opened, prompt_ids, limits, as_json=as_json)
 

@@ -172,11 +172,17 @@ class Artifact:
 
     def with_threads(self, threads: int) -> Artifact:
         """The same artifact, run by so many threads; RunError where its target does not take a number."""
+        return self._changed("threads", threads, "no number of threads", "--threads")
+
+    def within(self, memory_mb: int) -> Artifact:
+        """The same artifact, run in so many megabytes (10^6 bytes); RunError where its target knows no such budget."""
+        return self._changed("memory_mb", memory_mb, "no budget of memory", "--memory-mb")
+
+    def _changed(self, option: str, value: int, what: str, flag: str) -> Artifact:
         target = self.manifest.target
-        if "threads" not in options_class(target).model_fields:
-            what = f"artifacts for {target} take no number of threads"
-            raise RunError(what, place=str(self.folder), remedy="leave --threads out")
-        return Artifact(self.folder, self.manifest, {**self._overrides, "threads": threads})
+        if option not in options_class(target).model_fields:
+            raise RunError(f"artifacts for {target} take {what}", place=str(self.folder), remedy=f"leave {flag} out")
+        return Artifact(self.folder, self.manifest, {**self._overrides, option: value})
 
     def options(self) -> TargetOptions:
         """The options that its spec gave its target; ArtifactError if they are damaged."""

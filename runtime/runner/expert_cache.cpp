@@ -24,9 +24,12 @@ int64_t now_ns() {
 }  // namespace
 
 int64_t least_slots(const std::vector<ExpertBlock>& blocks, int32_t threads) {
-  int64_t of_a_token = 0;
-  for (const ExpertBlock& block : blocks) of_a_token += std::min(block.top_k, block.experts);
-  return std::max<int64_t>(of_a_token, threads);
+  int64_t of_a_token = 0, all = 0;
+  for (const ExpertBlock& block : blocks) {
+    of_a_token += std::min(block.top_k, block.experts);
+    all += block.experts;
+  }
+  return std::min(std::max<int64_t>(of_a_token, threads), all);
 }
 
 uint64_t ExpertCache::slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment) {
@@ -125,27 +128,38 @@ void ExpertCache::need(uint64_t bytes) {
   settle();
 }
 
-// Pays for what is needed with slots. No call runs.
-void ExpertCache::settle() {
-  const uint64_t needed = needed_ + scratch_;
-  if (needed <= reserved_) return;
-  shrink(slots() - static_cast<int64_t>((needed - reserved_ + slot_bytes_ - 1) / slot_bytes_));
-  reserved_ = needed;
+bool ExpertCache::hold(uint64_t bytes) {
+  std::lock_guard<std::mutex> call(call_);
+  const uint64_t before = held_;
+  held_ = bytes;
+  settle();
+  if (slots() >= least_ || bytes <= before) return true;
+  held_ = before;
+  settle();
+  return false;
 }
 
-void ExpertCache::shrink(int64_t slots) {
+// As many slots as what is used leaves. No call runs.
+void ExpertCache::settle() {
+  const uint64_t used = held_ + needed_ + scratch_, beyond = used > reserved_ ? used - reserved_ : 0;
+  const int64_t all = static_cast<int64_t>(slots_.size());
+  resize(all - std::min(all, static_cast<int64_t>((beyond + slot_bytes_ - 1) / slot_bytes_)));
+}
+
+void ExpertCache::resize(int64_t slots) {
   std::unique_lock<std::mutex> lock(mutex_);
   const auto loading = [](const Slot& slot) { return slot.is(State::kLoading); };
   ready_.wait(lock, [&] { return std::none_of(slots_.begin(), slots_.end(), loading); });
-  const int64_t left = std::min(usable_, std::max<int64_t>(slots, 0));
-  for (int64_t i = left; i < usable_; ++i) forget(slots_[static_cast<size_t>(i)]);
-  const uint64_t kept = static_cast<uint64_t>(left) * slot_bytes_;
-  madvise(memory_ + kept, static_cast<uint64_t>(usable_) * slot_bytes_ - kept, MADV_DONTNEED);
-  usable_ = left;
+  if (slots < usable_) {
+    for (int64_t i = slots; i < usable_; ++i) forget(slots_[static_cast<size_t>(i)]);
+    const uint64_t kept = static_cast<uint64_t>(slots) * slot_bytes_;
+    madvise(memory_ + kept, static_cast<uint64_t>(usable_) * slot_bytes_ - kept, MADV_DONTNEED);
+  }
+  usable_ = slots;
 }
 
-// The slot to give up, or -1: an empty one, else one of no use to the running call, else, if a worker waits, another.
-int64_t ExpertCache::victim() const {
+// The slot to give up, or -1: an empty one, else one of no use to the running call, else, for a worker that waits, another.
+int64_t ExpertCache::victim(bool waited_for) const {
   int64_t best = -1;
   for (int64_t i = 0; i < usable_; ++i) {
     const Slot& slot = slots_[static_cast<size_t>(i)];
@@ -153,7 +167,7 @@ int64_t ExpertCache::victim() const {
     const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
     if (slot.pins > 0 || slot.is(State::kLoading) || expert.waiting > 0) continue;
     const bool needed = expert.uses > 0;
-    if (needed && waiting_ == 0) continue;
+    if (needed && !waited_for) continue;
     if (best < 0) {
       best = i;
       continue;
@@ -174,9 +188,9 @@ int64_t ExpertCache::victim() const {
 // Gives the first pending expert a slot; its two reads become jobs.
 bool ExpertCache::claim() {
   if (pending_.empty()) return false;
-  const int64_t chosen = victim();
-  if (chosen < 0) return false;
   const int64_t index = pending_.front();
+  const int64_t chosen = victim(experts_[static_cast<size_t>(index)].waiting > 0);
+  if (chosen < 0) return false;
   pending_.pop_front();
   Slot& slot = slots_[static_cast<size_t>(chosen)];
   forget(slot);
@@ -267,7 +281,6 @@ const void* ExpertCache::acquire(int32_t number, int which) {
   if (!settled()) {
     const int64_t started = now_ns();
     ++expert.waiting;
-    ++waiting_;
     while (!settled()) {
       if (expert.slot < 0) {  // it has no slot yet, or lost it to another worker that waited: it is next
         const auto queued = std::find(pending_.begin(), pending_.end(), index);
@@ -278,7 +291,6 @@ const void* ExpertCache::acquire(int32_t number, int which) {
       ready_.wait(lock);
     }
     --expert.waiting;
-    --waiting_;
     counts_.stalled_ns += now_ns() - started;
   }
   Slot& slot = *slot_of(expert);

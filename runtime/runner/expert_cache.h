@@ -59,11 +59,13 @@ class ExpertCache {
 
   const moec_expert_source* source() const { return &source_; }
   int64_t slots() const;
-  // The first `reserved` bytes of working memory are paid for. When calls need more, as many slots go as the excess takes;
-  // with less than `least` slots left a call is refused.
+  // The first `reserved` bytes besides the slots are paid for. For what is used beyond, as many slots go as it takes; with
+  // less than `least` slots left a call is refused.
   void reserve(uint64_t reserved, int64_t least);
-  // Bytes that a call needs besides the kernels' scratch, which they announce themselves. Not while a call runs.
+  // Bytes that a call needs besides the kernels' scratch, which they announce themselves: the most so far counts.
   void need(uint64_t bytes);
+  // Bytes that others hold now. False, and nothing changed, if they leave less than `least` slots.
+  bool hold(uint64_t bytes);
   uint64_t slot_bytes() const { return slot_bytes_; }
   static uint64_t slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment);
   int64_t experts() const { return static_cast<int64_t>(experts_.size()); }
@@ -99,9 +101,9 @@ class ExpertCache {
 
   void read_on();
   void settle();
-  void shrink(int64_t slots);
+  void resize(int64_t slots);
   bool claim();
-  int64_t victim() const;
+  int64_t victim(bool waited_for) const;
   void forget(Slot& slot);
   Slot* slot_of(const Expert& expert);
   uint8_t* half_of(int64_t slot, int half) const;
@@ -113,7 +115,7 @@ class ExpertCache {
   uint64_t alignment_, room_[2] = {0, 0}, slot_bytes_ = 0;
   uint8_t* memory_ = nullptr;
   uint64_t mapped_ = 0;
-  uint64_t reserved_ = 0, needed_ = 0, scratch_ = 0;  // bytes of working memory: paid for, the most needed so far
+  uint64_t reserved_ = 0, held_ = 0, needed_ = 0, scratch_ = 0;  // bytes; see reserve, hold, need, begin
 
   mutable std::mutex mutex_;
   std::condition_variable work_, ready_;
@@ -125,7 +127,6 @@ class ExpertCache {
   std::deque<int64_t> pending_;                        // experts of the running call that no slot was claimed for yet
   std::deque<Job> jobs_;
   int64_t block_ = -1;                                 // of the running call
-  int32_t waiting_ = 0;                                // workers that wait for any expert
   int64_t least_ = 0;                                  // slots without which a call is refused
   uint64_t clock_ = 0;
   bool stop_ = false;

@@ -41,16 +41,30 @@ int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
 }  // namespace
 
 // Tokens of a call whose activations and kernels' working memory take at most `bytes`, by an estimate that is on the safe side.
-int64_t moec_model::most_tokens(int64_t bytes) {
+// Few tokens may be taken anyway: as many as the kernels compute in one sweep over their experts, if `slots` hold these.
+int64_t moec_model::most_tokens(int64_t bytes, int64_t slots) {
   enum { kDModel = 2, kTopK = 4 };  // of moe_config.h
   constexpr int64_t kTile = 5 << 20;  // of a worker (moe_run.cpp)
   int64_t row = 0, few = info.max_tokens;
   for (const MoeCall& call : file->facts().moe_calls) {
     row = std::max(row, (call.config[kTopK] + 4) * call.config[kDModel] * static_cast<int64_t>(sizeof(float)));
-    few = std::min(few, std::max<int64_t>(8 * info.threads / std::max<int64_t>(call.config[kTopK], 1), 1));
+    few = std::min(few, std::max<int64_t>(std::min(8 * info.threads, slots) / std::max<int64_t>(call.config[kTopK], 1), 1));
   }
   row += static_cast<int64_t>(activation_bytes(info.max_tokens, false)) / info.max_tokens + 1;
   return std::clamp((bytes - kTile * info.threads) / row, few, info.max_tokens);
+}
+
+// One more session, or one less. The caches of the first are part of what a budget leaves no experts for; those of others
+// take some away.
+bool moec_model::count_session(int64_t change) {
+  int64_t caches = 0;
+  for (size_t i = 1; i < arenas.size(); ++i) caches += static_cast<int64_t>(arenas[i].size());
+  const int64_t now = sessions + change;
+  if (experts && !experts->hold(static_cast<uint64_t>(std::max<int64_t>(now - 1, 0) * caches)))
+    return fail(text("the memory budget of %" PRId64 " MB has no room for the caches of another session, %" PRId64 " MB",
+                     memory_budget / 1'000'000, megabytes(caches)));
+  sessions = now;
+  return true;
 }
 
 bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
@@ -80,7 +94,7 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
                      " for all but the routed experts, and the %" PRId64 " experts of one token",
                      bytes / 1'000'000, megabytes(least_budget), megabytes(fixed + kLeastScratch), least));
   // what a call of many tokens needs is taken from the experts when it comes, from half of what is spare at most
-  info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2);
+  info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
   experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
   experts->reserve(static_cast<uint64_t>(kLeastScratch), least);

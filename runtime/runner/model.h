@@ -85,6 +85,7 @@ struct moec_model {
   bool float_activations = false;
   std::unique_ptr<ExpertCache> experts;  // where a memory budget was set
   int64_t memory_budget = 0;
+  int64_t sessions = 0;                  // that are open
   Seats seats;
   Caches own;              // of moec_model_forward
   std::string no_sessions;  // why sessions cannot have caches of their own; empty: they can
@@ -106,8 +107,9 @@ struct moec_model {
   bool reserve_arenas(const std::vector<std::string>& names);
   bool find_states();
   bool load_method(const std::string& name);
-  int64_t most_tokens(int64_t bytes);
+  int64_t most_tokens(int64_t bytes, int64_t slots);
   uint64_t activation_bytes(int64_t n, bool all);
+  bool count_session(int64_t change);
   bool limit_memory(int64_t bytes, ExpertPolicy policy, int readers);
   bool set_threads(int32_t threads);
   bool integer(const char* name, bool required, int64_t* value);

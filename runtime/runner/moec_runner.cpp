@@ -35,13 +35,17 @@ const char kUsage[] =
     "  --points N,N,...   lengths of context to measure at (default: the whole prompt)\n"
     "  --follow           decode the ids that follow in the prompt, not the model's own\n"
     "  --warm N           further passes with every page in memory, for rates alone (default 0)\n"
+    "  --memory-mb N      read routed experts as they are needed, so that the process stays within N million bytes\n"
+    "  --eviction NAME    which expert is given up then: lru (default) or lfu\n"
+    "  --readers N        threads that read then (default 4)\n"
     "  --drop-cache       first let the system forget the file, so that only what is used is read\n"
     "MOEC_ISA in the environment chooses the instruction set of the kernels (default: the best of this machine).\n"
     "example: moec_runner model.pte --prompt-length 512 --decode 64 --repeats 3\n";
 
 struct Options {
   std::string model, tokens;
-  int64_t prompt_length = 0, threads = 0, seed = 1;
+  int64_t prompt_length = 0, threads = 0, seed = 1, memory_mb = 0, readers = 4;
+  int32_t eviction = MOEC_EVICT_LRU;
   bool json = false, profile = false, drop_cache = false, help = false;
   BenchOptions bench;
   ProfileOptions points;
@@ -85,7 +89,8 @@ bool parse(int argc, char** argv, Options* o) {
     } numbers[] = {{"--prompt-length", 1, &o->prompt_length}, {"--decode", 0, &o->bench.decode},
                    {"--context", 0, &o->bench.context},       {"--chunk", 1, &o->bench.chunk},
                    {"--repeats", 1, &o->bench.repeats},       {"--threads", 1, &o->threads},
-                   {"--seed", 0, &o->seed},                   {"--warm", 0, &o->points.warm}};
+                   {"--seed", 0, &o->seed},                   {"--warm", 0, &o->points.warm},
+                   {"--memory-mb", 1, &o->memory_mb},         {"--readers", 1, &o->readers}};
     bool known = false;
     for (const auto& option : numbers) {
       if (name != option.name) continue;
@@ -110,6 +115,11 @@ bool parse(int argc, char** argv, Options* o) {
       o->drop_cache = true;
     } else if (name == "--points") {
       if (!numbers_of("--points", next, &o->points.points)) return false;
+      ++i;
+    } else if (name == "--eviction") {
+      const std::string policy = next ? next : "nothing";
+      if (policy != "lru" && policy != "lfu") return fail("--eviction: not lru or lfu: " + policy);
+      o->eviction = policy == "lfu" ? MOEC_EVICT_LFU : MOEC_EVICT_LRU;
       ++i;
     } else if (name == "--tokens") {
       if (!next) return fail("--tokens: a file is missing");
@@ -163,7 +173,19 @@ double seconds() {
 
 double rate(double tokens, double time) { return time > 0 ? tokens / time : 0.0; }
 
-void report(const Options& o, const moec_model_info& info, double load_s, const BenchResult& r) {
+std::string experts_json(const moec_expert_stats& e) {
+  char text[400];
+  std::snprintf(text, sizeof text,
+                ", \"experts\": {\"budget_mb\": %.1f, \"experts\": %lld, \"slots\": %lld, \"slot_bytes\": %lld, \"hits\": %lld, "
+                "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f}",
+                static_cast<double>(e.budget) / 1e6, static_cast<long long>(e.experts), static_cast<long long>(e.slots),
+                static_cast<long long>(e.slot_bytes), static_cast<long long>(e.hits), static_cast<long long>(e.misses),
+                static_cast<long long>(e.bytes_read), static_cast<double>(e.stalled_ns) / 1e9,
+                static_cast<double>(e.reading_ns) / 1e9);
+  return e.budget ? text : "";
+}
+
+void report(const Options& o, const moec_model_info& info, double load_s, const BenchResult& r, const moec_expert_stats& experts) {
   const double prefill_s = median(r.prefill_s);
   const double token_s = median(r.decode_token_s);
   const double prompt = static_cast<double>(o.bench.prompt.size());
@@ -176,11 +198,12 @@ void report(const Options& o, const moec_model_info& info, double load_s, const 
         "{\"model\": %s, \"file_bytes\": %lld, \"isa\": \"%s\", \"threads\": %lld, \"load_s\": %.4f, \"prefill_tokens\": %zu, "
         "\"prefill_s\": %s, \"prefill_tokens_per_s\": %.3f, \"decode_start\": %lld, \"decode_tokens\": %lld, \"decode_s\": %s, "
         "\"decode_tokens_per_s\": %.3f, \"decode_median_token_s\": %.6g, \"repeats\": %lld, \"peak_rss_mb\": %.1f, "
-        "\"anonymous_mb\": %.1f, \"generated\": %s}\n",
+        "\"anonymous_mb\": %.1f, \"generated\": %s%s}\n",
         quoted(o.model).c_str(), static_cast<long long>(info.file_bytes), moec_model_isa(),
         static_cast<long long>(info.threads), load_s, o.bench.prompt.size(), list(r.prefill_s).c_str(), rate(prompt, prefill_s),
         static_cast<long long>(r.decode_start), static_cast<long long>(decoded), list(r.decode_s).c_str(),
-        rate(decoded, decode_s), token_s, static_cast<long long>(o.bench.repeats), peak, anonymous, list(r.generated).c_str());
+        rate(decoded, decode_s), token_s, static_cast<long long>(o.bench.repeats), peak, anonymous, list(r.generated).c_str(),
+        experts_json(experts).c_str());
     return;
   }
   for (const int64_t id : r.generated) std::printf("%lld ", static_cast<long long>(id));
@@ -191,6 +214,11 @@ void report(const Options& o, const moec_model_info& info, double load_s, const 
                 rate(decoded, decode_s));
   std::printf("; %lld threads, %s; peak RSS %.0f MB (%.0f MB anonymous)\n", static_cast<long long>(info.threads),
               moec_model_isa(), peak, anonymous);
+  if (experts.budget)
+    std::printf("experts: %lld of %lld in memory; %lld hits, %lld misses, %.1f MB read, %.3f s stalled of %.3f s reading\n",
+                static_cast<long long>(experts.slots), static_cast<long long>(experts.experts), static_cast<long long>(experts.hits),
+                static_cast<long long>(experts.misses), static_cast<double>(experts.bytes_read) / mb,
+                static_cast<double>(experts.stalled_ns) / 1e9, static_cast<double>(experts.reading_ns) / 1e9);
 }
 
 // What was printed has arrived: a full disk is not a success.
@@ -239,6 +267,11 @@ int run(int argc, char** argv) {
     fail(o.model + ": " + error);
     return kUserError;
   }
+  if (o.memory_mb > 0 &&
+      moec_model_limit_memory(model.get(), o.memory_mb * 1'000'000, o.eviction, static_cast<int32_t>(o.readers)) != 0) {
+    fail(o.model + ": " + moec_model_error(model.get()));
+    return kUserError;
+  }
   moec_model_info info = {};
   moec_model_get_info(model.get(), &info);
   if (o.prompt_length > info.context) {
@@ -253,7 +286,9 @@ int run(int argc, char** argv) {
     fail(fault);
     return kUserError;
   }
-  report(o, info, load.seconds, result);
+  moec_expert_stats experts = {};
+  moec_model_expert_stats(model.get(), &experts);
+  report(o, info, load.seconds, result, experts);
   return written();
 }
 

@@ -23,6 +23,7 @@ struct moec_session {
   moec_model* model = nullptr;
   std::string error;
   Caches caches;
+  bool counted = false;         // in the model's sessions
   std::vector<int32_t> tokens;  // ids of a vocabulary that fits: read_constants has seen to it
 };
 
@@ -92,7 +93,8 @@ moec_session* moec_session_open(moec_model* model) {
   alone(session, [&] {
     if (!model->module) return model->fail("the model is not open");
     if (!model->no_sessions.empty()) return model->fail(model->no_sessions);
-    return model->seats.reserve(&session->caches) || model->fail("no address space for the caches");
+    if (!model->seats.reserve(&session->caches)) return model->fail("no address space for the caches");
+    return session->counted = model->count_session(1);
   });
   return session;
 }
@@ -103,6 +105,7 @@ void moec_session_close(moec_session* session) {
   if (model) {
     std::lock_guard<std::mutex> lock(model->busy);  // a call that runs ends first
     model->seats.leave(&session->caches);
+    if (session->counted) model->count_session(-1);
   }
   delete session;
   moec_model_close(model);

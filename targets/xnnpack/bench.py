@@ -12,16 +12,18 @@ from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
 from moec.compiler.timing import BenchPlan
 from moec.runtime.native import runner_binary
+from moec.targets.xnnpack.memory import budget_arguments, remedy_for
+from moec.targets.xnnpack.options import Options
 
 
-def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
+def bench(model: Path, plan: BenchPlan, progress: Progress, options: Options) -> dict[str, Any]:
     """The report of `Target.bench`, one process for each context. RunError with the runner's reason when the model
     refuses."""
     wanted: Sequence[int | None] = plan.contexts or (None,)
     reports = []
     with progress.stage("bench", len(wanted)) as step:
         for context in wanted:
-            reports.append(_run(model, plan, context))
+            reports.append(_run(model, plan, context, options))
             step("" if context is None else f"from position {context}")
     first = reports[0]
     return {
@@ -33,6 +35,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
         "peak_rss_mb": max(r["peak_rss_mb"] for r in reports),
         "anonymous_mb": max(r["anonymous_mb"] for r in reports),
         "repeats": first["repeats"],
+        **({"experts": first["experts"]} if "experts" in first else {}),
         "contexts": [
             {
                 "context": r["decode_start"],
@@ -45,7 +48,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _run(model: Path, plan: BenchPlan, context: int | None) -> dict[str, Any]:
+def _run(model: Path, plan: BenchPlan, context: int | None, options: Options) -> dict[str, Any]:
     command = [str(runner_binary()), str(model), "--json", "--decode", str(plan.decode), "--repeats", str(plan.repeats)]
     given = None
     if plan.tokens is not None:
@@ -55,9 +58,10 @@ def _run(model: Path, plan: BenchPlan, context: int | None) -> dict[str, Any]:
         command += ["--prompt-length", str(plan.prefill)]
     command += ["--context", str(context)] if context else []
     command += ["--threads", str(plan.threads)] if plan.threads else []
+    command += budget_arguments(options)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
     if done.returncode == 0:
         return dict(json.loads(done.stdout))
     lines = done.stderr.strip().splitlines()
     reason = lines[0].removeprefix("error: ") if lines else f"the runner ended with status {done.returncode}"
-    raise RunError(reason, remedy="ask for fewer tokens, or compile the artifact again if its file is damaged")
+    raise RunError(reason, remedy=remedy_for(reason))

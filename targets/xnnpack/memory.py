@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.compiler.errors import RunError
+from moec.targets.xnnpack.options import Options
 
 MAX_MEMORY_MB = 1 << 24
 EVICTIONS = ("lru", "lfu")  # as moec_runtime.h numbers them
@@ -31,8 +32,8 @@ class ExpertCacheOptions:
 class ExpertStats:
     """budget, slot_bytes, bytes_read: bytes. experts: of all layers; slots: of them that may be in memory.
 
-    hits and misses: experts that a layer found in memory, and that had to be read. stalled_ns: the sum over threads that
-    waited for a read; reading_ns: the sum over threads that read.
+    hits and misses: experts that a layer found in memory, and that had to be read. stalled_ns: the sum over threads
+    that waited for a read; reading_ns: the sum over threads that read.
     """
 
     budget: int
@@ -44,3 +45,17 @@ class ExpertStats:
     bytes_read: int
     stalled_ns: int
     reading_ns: int
+
+
+def budget_arguments(options: Options) -> list[str]:
+    """The runner's arguments for the budget of an artifact; none without one."""
+    if options.memory_mb is None:
+        return []
+    return ["--memory-mb", str(options.memory_mb), "--eviction", options.eviction]
+
+
+def remedy_for(reason: str) -> str:
+    """What a user can do about a refusal of the runner."""
+    if "memory budget" in reason:
+        return "give another --memory-mb, or none"
+    return "ask for fewer tokens, or compile the artifact again if its file is damaged"

@@ -25,10 +25,14 @@ class Options(TargetOptions):
     """`max_tokens` is the longest chunk of one call; longer prompts are split: each chunk reads the weights again, and
     the activations of one take memory (a tenth faster at 256 than at 128 for MobileMoE-S, and 5 MB more).
     `threads`: the session's default.
+    `memory_mb`: the most memory of a process that runs the artifact, in 10^6 bytes, by default: routed experts are read
+    from the file as tokens choose them. `eviction`: which of them is given up, that used longest ago or least often.
     """
 
     default: ClassVar[bool] = True
     saves_sessions: ClassVar[bool] = True
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
+    memory_mb: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    eviction: Literal["lru", "lfu"] = "lru"
     kernels: Kernels = Kernels()

@@ -15,6 +15,8 @@ from typing import Any
 from moec.compiler.errors import RunError
 from moec.compiler.profile_request import Request
 from moec.runtime.native import runner_binary
+from moec.targets.xnnpack.memory import budget_arguments, remedy_for
+from moec.targets.xnnpack.options import Options
 
 
 def arguments(request: Request, model: str, tokens: str) -> list[str]:
@@ -27,10 +29,10 @@ def arguments(request: Request, model: str, tokens: str) -> list[str]:
     return command
 
 
-def run(model: Path, request: Request) -> dict[str, Any]:
+def run(model: Path, request: Request, options: Options) -> dict[str, Any]:
     """Run one request in a process of its own; the runner's JSON. RunError with its reason when it refuses."""
     ids = " ".join(map(str, request.ids))
-    command = [str(runner_binary()), *arguments(request, str(model), "-")]
+    command = [str(runner_binary()), *arguments(request, str(model), "-"), *budget_arguments(options)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=ids)
     return parsed(done.returncode, done.stdout, done.stderr)
 
@@ -46,4 +48,4 @@ def parsed(status: int, out: str, err: str) -> dict[str, Any]:
             ) from None
     lines = err.strip().splitlines()
     reason = lines[-1].removeprefix("error: ") if lines else f"the runner ended with status {status}"
-    raise RunError(reason, remedy="ask for fewer tokens, or compile the artifact again if its file is damaged")
+    raise RunError(reason, remedy=remedy_for(reason))

@@ -156,8 +156,7 @@ class CpuSession(SessionBase):
             raise RunError(f"a memory budget of {memory_mb} MB", remedy=f"give a number from 1 to {MAX_MEMORY_MB}")
         policy = EVICTIONS.index(options.eviction)
         if _runtime().moec_model_limit_memory(model, memory_mb * 1_000_000, policy, options.readers):
-            error = _runtime().moec_model_error(model).decode(errors="replace")
-            raise RunError(error, place=str(self._model), remedy="give another --memory-mb, or none")
+            self._check_model(_runtime().moec_model_error(model).decode(errors="replace"))
 
     def expert_stats(self) -> ExpertStats | None:
         """What the cache of routed experts did so far, for all sessions of this model; None without a memory budget."""
@@ -185,6 +184,8 @@ class CpuSession(SessionBase):
             return
         if any(words in error for words in ("no address space", "out of memory", "Cannot allocate memory")):
             raise MemoryError(f"{self._model}: {error}")
+        if "memory budget" in error:
+            raise RunError(error, place=str(self._model), remedy="give another --memory-mb, or none")
         raise ArtifactError(error, place=str(self._model), remedy="compile the artifact again")
 
     def fork(self) -> CpuSession:

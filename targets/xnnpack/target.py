@@ -69,12 +69,12 @@ class XnnpackTarget(Target):
     def bench(self, artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
         from moec.targets.xnnpack.bench import bench
 
-        return bench(artifact.path("model.pte"), plan, progress)
+        return bench(artifact.path("model.pte"), plan, progress, own_options(artifact.options(), Options))
 
     def profile(self, artifact: Artifact, request: Any) -> dict[str, Any]:
         from moec.targets.xnnpack.profiling import run
 
-        return run(artifact.path("model.pte"), request)
+        return run(artifact.path("model.pte"), request, own_options(artifact.options(), Options))
 
     def device(self, artifact: Artifact, serial: str | None, runner: Path | None, say: Say, *, dry_run: bool) -> Any:
         from moec.targets.xnnpack.android import Device
@@ -85,14 +85,18 @@ class XnnpackTarget(Target):
         return tables(own_facts(artifact, XnnpackFacts))
 
     def _session(self, artifact: Artifact, *, float_activations: bool) -> Session:
+        from moec.targets.xnnpack.memory import ExpertCacheOptions
         from moec.targets.xnnpack.session import CpuSession
 
         manifest = own_manifest(artifact, self.name)
+        options = own_options(artifact.options(), Options)
         return CpuSession(
             artifact.path("model.pte"),
-            threads=own_options(artifact.options(), Options).threads,
+            threads=options.threads,
             float_activations=float_activations,
             artifact=manifest.contents,
+            memory_mb=options.memory_mb,
+            experts=ExpertCacheOptions(options.eviction),
         )
 
 

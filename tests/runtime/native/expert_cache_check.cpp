@@ -1,0 +1,234 @@
+// Checks the cache of experts on a made-up storage: random blocks, sizes, traces of routing, policies, workers, readers that
+// are late, out of order, come short or fail. An argument says how many rounds.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <list>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../../runtime/runner/expert_cache.cpp"  // of the runtime library, which needs ExecuTorch
+
+namespace {
+
+int failures = 0, compared = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  fprintf(stderr, "FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+constexpr uint64_t kUnit = 256;
+
+uint8_t byte_at(uint64_t offset) { return static_cast<uint8_t>((offset * 2654435761u) >> 13); }
+
+class MadeUp final : public ExpertStorage {
+ public:
+  explicit MadeUp(uint64_t size) : size_(size) {}
+  uint64_t alignment() const override { return kUnit; }
+  std::string read(uint64_t offset, uint64_t size, uint64_t needed, void* out) override {
+    if (offset % kUnit || size % kUnit || reinterpret_cast<uintptr_t>(out) % kUnit) aligned = false;
+    if (needed > size || offset + needed > size_) inside = false;
+    ++reads;
+    const int64_t wait = late > 0 ? static_cast<int64_t>(offset * 7919 % static_cast<uint64_t>(late)) : 0;
+    if (wait > 0) std::this_thread::sleep_for(std::chrono::microseconds(wait));
+    if (fails > 0 && --fails >= 0) return "a made-up fault";
+    auto* to = static_cast<uint8_t*>(out);
+    for (uint64_t i = 0; i < needed; ++i) to[i] = byte_at(offset + i);
+    return "";
+  }
+
+  std::atomic<bool> aligned{true}, inside{true};
+  std::atomic<int> fails{0}, reads{0};
+  int64_t late = 0;  // microseconds at most
+
+ private:
+  uint64_t size_;
+};
+
+struct World {
+  std::vector<ExpertBlock> blocks;
+  uint64_t bytes = 0;
+
+  explicit World(std::mt19937& random) {
+    const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+    const int count = pick(1, 5);
+    for (int b = 0; b < count; ++b) {
+      ExpertBlock block;
+      block.experts = pick(1, 24);
+      block.top_k = pick(1, static_cast<int>(std::min<int64_t>(block.experts, 5)));
+      block.address = reinterpret_cast<const void*>(uintptr_t{0x1000} + static_cast<uintptr_t>(b) * 16);
+      for (const int half : {0, 1}) {
+        bytes += static_cast<uint64_t>(pick(0, 700));
+        block.offset[half] = bytes;
+        block.bytes[half] = static_cast<uint64_t>(pick(1, 1500));
+        bytes += block.bytes[half] * static_cast<uint64_t>(block.experts);
+      }
+      blocks.push_back(block);
+    }
+  }
+};
+
+// One call of a block as the kernels make it: units of work are drawn in the order that `begin` gave.
+bool call(const ExpertCache& cache, const ExpertBlock& block, std::vector<int32_t> experts, int workers, int units, bool* right) {
+  const moec_expert_source* source = cache.source();
+  const std::vector<int32_t> uses(experts.size(), 2 * units), before = experts;
+  if (source->begin(source->user, block.address, experts.data(), uses.data(), static_cast<int64_t>(experts.size()), 0) != 1) return false;
+  *right &= std::is_permutation(before.begin(), before.end(), experts.begin(), experts.end());
+  std::atomic<size_t> next{0};
+  std::atomic<bool> given{true}, same{true};
+  const auto work = [&] {
+    for (size_t unit; (unit = next++) < experts.size() * static_cast<size_t>(units);) {
+      const int32_t expert = experts[unit / static_cast<size_t>(units)];
+      int held = 0;
+      for (const int half : {0, 1}) {
+        const auto* data = static_cast<const uint8_t*>(source->acquire(source->user, expert, half));
+        if (!data) {
+          given = false;
+          continue;
+        }
+        ++held;
+        const uint64_t offset = block.offset[half] + block.bytes[half] * static_cast<uint64_t>(expert);
+        for (uint64_t i = 0; i < block.bytes[half]; ++i) same = same && data[i] == byte_at(offset + i);
+      }
+      for (; held > 0; --held) source->release(source->user, expert);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < workers; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  source->end(source->user);
+  *right &= same;
+  return given;
+}
+
+std::vector<int32_t> chosen(std::mt19937& random, const ExpertBlock& block, int64_t count) {
+  std::vector<int32_t> all;
+  for (int32_t e = 0; e < block.experts; ++e) all.push_back(e);
+  std::shuffle(all.begin(), all.end(), random);
+  all.resize(static_cast<size_t>(std::min(count, block.experts)));
+  std::sort(all.begin(), all.end());
+  return all;
+}
+
+// What a cache that gives up the expert used longest ago would have missed; a call's own experts stay.
+class Model {
+ public:
+  explicit Model(int64_t slots) : slots_(static_cast<size_t>(slots)) {}
+  int64_t misses = 0;
+
+  void call(size_t block, const std::vector<int32_t>& experts) {
+    std::vector<std::pair<size_t, int32_t>> own, absent;
+    for (const int32_t e : experts) (held({block, e}) ? own : absent).push_back({block, e});
+    misses += static_cast<int64_t>(absent.size());
+    for (const auto& expert : absent) {
+      if (used_.size() >= slots_) {
+        const auto other = [&](const auto& old) {
+          return std::find(own.begin(), own.end(), old) == own.end() && std::find(absent.begin(), absent.end(), old) == absent.end();
+        };
+        const auto oldest = std::find_if(used_.begin(), used_.end(), other);
+        if (oldest != used_.end()) used_.erase(oldest);
+      }
+      used_.push_back(expert);
+    }
+    own.insert(own.end(), absent.begin(), absent.end());  // the order of the work: those that were there come first
+    for (const auto& expert : own) used_.remove(expert);
+    used_.insert(used_.end(), own.begin(), own.end());
+  }
+
+  bool held(std::pair<size_t, int32_t> expert) const { return std::find(used_.begin(), used_.end(), expert) != used_.end(); }
+
+ private:
+  size_t slots_;
+  std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
+};
+
+void round_of(uint32_t seed) {
+  std::mt19937 random(seed);
+  const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+  const World world(random);
+  const int workers = pick(1, 4), units = pick(1, 3);
+  const int64_t least = least_slots(world.blocks, workers);
+  const int64_t slots = least + pick(0, 20);
+  auto owned = std::make_unique<MadeUp>(world.bytes);
+  MadeUp* storage = owned.get();
+  storage->late = pick(0, 2) ? 0 : 300;
+  const auto policy = pick(0, 1) ? ExpertPolicy::kLru : ExpertPolicy::kLfu;
+  ExpertCache cache(std::move(owned), world.blocks, slots, policy, pick(1, 4));
+  cache.reserve(0, least);
+  const std::string where = "seed " + std::to_string(seed);
+  Model model(std::min(slots, cache.experts()));
+  int64_t asked = 0;
+  const bool steady = pick(0, 1);  // tokens alone, and nothing that goes wrong
+  bool right = true, comparable = policy == ExpertPolicy::kLru && workers == 1;
+  for (int token = 0; token < 12; ++token) {
+    const bool prompt = !steady && pick(0, 5) == 0;  // many experts at once, more than there are slots perhaps
+    for (size_t b = 0; b < world.blocks.size(); ++b) {
+      const ExpertBlock& block = world.blocks[b];
+      const std::vector<int32_t> experts = chosen(random, block, prompt ? pick(1, 24) : block.top_k);
+      comparable &= !prompt;
+      asked += static_cast<int64_t>(experts.size());
+      const int reads = storage->reads;
+      expect(call(cache, block, experts, workers, units, &right), where + ": an expert was not given");
+      // an expert of several units may be given up between them only where there is hardly a slot for each worker
+      if (cache.slots() > workers)
+        expect(storage->reads - reads <= 2 * static_cast<int>(experts.size()), where + ": an expert was read twice in a call");
+      if (comparable) model.call(b, experts);
+    }
+    if (!steady && pick(0, 6) == 0) {
+      storage->fails = pick(1, 3);
+      const ExpertBlock& block = world.blocks[static_cast<size_t>(pick(0, static_cast<int>(world.blocks.size()) - 1))];
+      const int64_t misses = cache.counts().misses;
+      const bool given = call(cache, block, chosen(random, block, block.top_k), workers, units, &right);
+      const bool read = cache.counts().misses > misses;
+      expect(given || read, where + ": a fault without a read");
+      expect(given || cache.fault() == "a made-up fault", where + ": the fault is not said");
+      storage->fails = 0;
+      asked += std::min(block.top_k, block.experts);
+      comparable = false;
+    }
+    if (!steady && pick(0, 9) == 0) {
+      cache.need(static_cast<uint64_t>(pick(1, 3)) * cache.slot_bytes());
+      comparable = false;
+      if (cache.slots() < least) {
+        const ExpertBlock& block = world.blocks[0];
+        expect(!call(cache, block, chosen(random, block, 1), workers, units, &right), where + ": too few slots and no refusal");
+        break;
+      }
+    }
+  }
+  const int64_t now = cache.slots();
+  if (now >= least) {
+    const bool room = cache.hold((pick(0, 1) ? 1 : 1000) * cache.slot_bytes());
+    expect(room ? cache.slots() < now || now == 0 : cache.slots() == now, where + ": another holder, other slots");
+    expect(cache.hold(0) && cache.slots() == now, where + ": slots do not come back");
+  }
+  const ExpertCounts counts = cache.counts();
+  expect(right, where + ": other bytes than were stored");
+  expect(storage->aligned && storage->inside, where + ": a read that is not aligned, or beyond the end");
+  expect(counts.hits + counts.misses == asked, where + ": hits and misses are not what was asked for");
+  compared += comparable;
+  const std::string misses = std::to_string(counts.misses) + " misses, the model has " + std::to_string(model.misses);
+  if (comparable) expect(counts.misses == model.misses, where + ": " + misses);
+  int32_t one = 0;
+  const moec_expert_source* source = cache.source();
+  expect(source->begin(source->user, &one, &one, &one, 1, 0) == 0, where + ": an unknown block is taken");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? atoi(argv[1]) : 20;
+  for (int i = 0; i < rounds; ++i) round_of(static_cast<uint32_t>(i));
+  expect(rounds < 20 || compared > 0, "no round was compared with the model");
+  printf("expert cache: %d rounds, %d compared with the model, %d failures\n", rounds, compared, failures);
+  return failures == 0 ? 0 : 1;
+}

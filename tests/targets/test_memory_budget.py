@@ -1,0 +1,243 @@
+"""A budget of memory: equal logits at every budget, peak memory within it, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moec.assistant.load import load
+from moec.checkpoints import synthesize
+from moec.compiler import build
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import RunError
+from moec.compiler.spec import Spec
+from moec.targets.xnnpack.memory import EVICTIONS, ExpertCacheOptions
+from moec.targets.xnnpack.session import CpuSession
+from tests.conftest import Moec, refused
+
+LAYERS, EXPERTS, TOP_K, VOCAB = 4, 64, 3, 300
+MODEL: dict[str, Any] = {
+    "architecture": "mobilemoe", "layers": LAYERS, "d_model": 256, "heads": 4, "kv_heads": 2, "head_dim": 64,
+    "vocab_size": VOCAB, "context": 192, "rope": {"theta": 10000.0, "interleaved": True},
+    "moe": {"experts": EXPERTS, "top_k": TOP_K, "expert_width": 256, "shared_width": 64},
+}  # fmt: skip
+
+
+def spec(**options: Any) -> Spec:
+    quantization = {"weights": "int4", "group_size": 32}
+    targets = {"xnnpack": {"max_tokens": 128, **options}}
+    return Spec.model_validate({"name": "many", "model": MODEL, "quantization": quantization, "targets": targets})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(spec(), tmp_path_factory.mktemp("ck") / "c", seed=0, qat=True)
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build.compile(spec(), checkpoint=checkpoint, out=tmp_path_factory.mktemp("art") / "a")
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Artifact) -> Path:
+    return artifact.path("model.pte")
+
+
+def least_mb(model: Path, threads: int = 1) -> int:
+    """The least budget of this process now, as the refusal of a smaller one says it."""
+    with pytest.raises(RunError) as caught:
+        CpuSession(model, threads=threads, memory_mb=1)
+    found = re.search(
+        r"a memory budget of 1 MB is less than (\d+) MB: \d+ for all but .* experts of one token", str(caught.value)
+    )
+    assert found, caught.value
+    return int(found[1])
+
+
+def logits(session: CpuSession, most: int) -> np.ndarray:
+    """A prompt in calls of 100, 27, 9 and 2 tokens, then tokens alone: every schedule of the kernels.
+
+    A call takes `most` tokens: what a small budget has room for.
+    """
+    ids = np.random.default_rng(7).integers(0, VOCAB, 170).tolist()
+    found, at = [], 0
+    for count in (100, 27, 9, 2, *[1] * 32):
+        for begin in range(at, at + count, most):
+            row = session.prefill(ids[begin : min(begin + most, at + count)])
+        found.append(row)
+        at += count
+    return np.concatenate(found)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Callable[[int], np.ndarray]:
+    """The logits without a budget, by the tokens that a call takes."""
+
+    @cache
+    def of(most: int) -> np.ndarray:
+        session = CpuSession(model, threads=1)
+        try:
+            return logits(session, most)
+        finally:
+            session.close()
+
+    return of
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("more", [1, 4, 16, 200])
+def test_equal_bit_for_bit(
+    model: Path, expected: Callable[[int], np.ndarray], eviction: str, threads: int, more: int
+) -> None:
+    budget = least_mb(model, threads) + more
+    session = CpuSession(model, threads=threads, memory_mb=budget, experts=ExpertCacheOptions(eviction, readers=3))
+    try:
+        most = session.max_tokens
+        np.testing.assert_array_equal(logits(session, most), expected(most))
+        stats = session.expert_stats()
+    finally:
+        session.close()
+    assert stats is not None
+    assert stats.experts == LAYERS * EXPERTS
+    assert LAYERS * TOP_K <= stats.slots <= stats.experts
+    assert stats.budget == budget * 1_000_000
+    expert = 3 * 256 * 256 * (0.5 + 2 / 32)  # three matrices of INT4 codes with an FP16 scale for each 32
+    assert stats.bytes_read == stats.misses * expert
+    assert stats.slots * stats.slot_bytes <= stats.budget
+    if stats.slots == stats.experts:  # everything fits: an expert is read once
+        assert stats.misses <= stats.experts
+    else:
+        assert stats.misses > stats.slots
+
+
+def test_without_a_budget_there_is_no_cache(model: Path) -> None:
+    session = CpuSession(model, threads=1)
+    assert session.expert_stats() is None
+    session.close()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.7])
+def test_the_peak_stays_within(artifact: Artifact, moec: Moec, fraction: float) -> None:
+    """The runner's peak resident set: no Python in it. 2% more than the budget is allowed, pages being counted late."""
+    status, out, err = moec("bench", artifact.folder, "--memory-mb", "1")
+    found = re.search(r"a memory budget of 1 MB is less than (\d+) MB: .*give another --memory-mb, or none\n", err)
+    assert (status, out, bool(found)) == (2, "", True), err
+    assert found is not None
+    experts_mb = artifact.manifest.sizes_by_role["expert"] / 1e6
+    budget = round(int(found[1]) + 1 + fraction * experts_mb)
+    status, out, err = moec(
+        "bench",
+        artifact.folder,
+        "--memory-mb",
+        budget,
+        "--prefill",
+        "120",
+        "--decode",
+        "40",
+        "--repeats",
+        "2",
+        "--json",
+    )
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["peak_rss_mb"] <= 1.02 * budget
+    assert report["experts"]["budget_mb"] == budget
+    assert report["experts"]["misses"] > 0
+    assert 0 <= report["experts"]["slots"] - fraction * LAYERS * EXPERTS < 60
+
+
+def test_sessions_share_one_cache(model: Path) -> None:
+    """A second session's caches are taken from the experts, and given back; one too many is refused."""
+    first = CpuSession(model, threads=1, memory_mb=least_mb(model) + 4)
+    ids = list(range(40))
+    first.prefill(ids)
+    before = first.expert_stats()
+    assert before is not None
+    second = first.fork()
+    shared = second.expert_stats()
+    assert shared is not None
+    assert shared.misses == before.misses
+    np.testing.assert_array_equal(second.prefill([1, 2, 3]), first.prefill([1, 2, 3]))
+    others = [second]
+
+    def fork_on() -> None:
+        while len(others) < 100:
+            others.append(first.fork())
+
+    with pytest.raises(RunError, match="has no room for the caches of another session"):
+        fork_on()
+    crowded = first.expert_stats()
+    assert crowded is not None
+    assert LAYERS * TOP_K <= crowded.slots < before.slots
+    for other in others:
+        other.close()
+    after = first.expert_stats()
+    assert after is not None
+    assert after.slots == before.slots
+    first.prefill([4])
+    first.close()
+
+
+def test_a_file_that_is_cut_while_it_is_read(model: Path, tmp_path: Path) -> None:
+    copy = shutil.copy(model, tmp_path / "model.pte")
+    session = CpuSession(copy, threads=2, memory_mb=least_mb(copy, 2) + 2)
+    session.prefill([1, 2, 3])
+    os.truncate(copy, copy.stat().st_size // 2)
+
+    def read_on() -> None:
+        for token in range(150):
+            session.prefill([token])
+
+    with pytest.raises(RunError, match="truncated while it is in use") as caught:
+        read_on()
+    assert "\n" not in str(caught.value)
+    session.close()
+
+
+def test_the_command_line(artifact: Artifact, moec: Moec) -> None:
+    ids = ("--ids", "1,2,3", "--max-new-tokens", "5")
+    plain = moec("run", artifact.folder, *ids)
+    assert plain[0] == 0, plain[2]
+    status, out, err = moec("run", artifact.folder, *ids, "--memory-mb", "4000")
+    assert (status, out) == (0, plain[1]), err
+    refused(moec("run", artifact.folder, *ids, "--memory-mb", "20"), "less than", "give another --memory-mb, or none")
+    assert moec("run", artifact.folder, *ids, "--memory-mb", "0")[0] == 2
+
+
+def test_an_artifact_can_bring_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    """`targets: {xnnpack: {memory_mb: N}}`; `moec.load(..., memory_mb=N)` wins."""
+    built = build.compile(spec(memory_mb=4000, eviction="lfu"), checkpoint=checkpoint, out=tmp_path / "a")
+    for given, wanted in ((None, 4000), (5000, 5000)):
+        session = load(built, memory_mb=given)
+        assert isinstance(session, CpuSession)
+        stats = session.expert_stats()
+        session.close()
+        assert stats is not None
+        assert stats.budget == wanted * 1_000_000
+
+
+def test_what_has_no_experts_takes_no_budget(tmp_path: Path) -> None:
+    changes = {"architecture": "mobilellm", "layers": 1, "moe": None, "ffn_width": 64}
+    dense = spec().model_copy(update={"name": "dense"})
+    dense = Spec.model_validate({**dense.model_dump(exclude_none=True, mode="json"), "model": {**MODEL, **changes}})
+    checkpoint = synthesize(dense, tmp_path / "c", seed=0, qat=True)
+    built = build.compile(dense, checkpoint=checkpoint, out=tmp_path / "a")
+    with pytest.raises(RunError, match="needs routed experts"):
+        load(built, memory_mb=4000)
+
+
+@pytest.mark.parametrize("options", [("mru", 4), ("lru", 0), ("lru", 65)])
+def test_options_that_make_no_sense(options: tuple[str, int]) -> None:
+    with pytest.raises(RunError):
+        ExpertCacheOptions(*options)
