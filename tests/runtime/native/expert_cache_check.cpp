@@ -17,7 +17,7 @@
 
 namespace {
 
-int failures = 0, compared = 0;
+int failures = 0;
 
 void expect(bool ok, const std::string& what) {
   if (ok) return;
@@ -155,33 +155,32 @@ void round_of(uint32_t seed) {
   std::mt19937 random(seed);
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
   const World world(random);
-  const int workers = pick(1, 4), units = pick(1, 3);
+  const bool steady = seed % 4 == 0;  // tokens alone, one worker, nothing that goes wrong: compared with the model
+  const int workers = steady ? 1 : pick(1, 4), units = pick(1, 3);
   const int64_t least = least_slots(world.blocks, workers);
   const int64_t slots = least + pick(0, 20);
   auto owned = std::make_unique<MadeUp>(world.bytes);
   MadeUp* storage = owned.get();
   storage->late = pick(0, 2) ? 0 : 300;
-  const auto policy = pick(0, 1) ? ExpertPolicy::kLru : ExpertPolicy::kLfu;
+  const auto policy = steady || pick(0, 1) ? ExpertPolicy::kLru : ExpertPolicy::kLfu;
   ExpertCache cache(std::move(owned), world.blocks, slots, policy, pick(1, 4));
   cache.reserve(0, least);
   const std::string where = "seed " + std::to_string(seed);
   Model model(std::min(slots, cache.experts()));
   int64_t asked = 0;
-  const bool steady = pick(0, 1);  // tokens alone, and nothing that goes wrong
-  bool right = true, comparable = policy == ExpertPolicy::kLru && workers == 1;
+  bool right = true;
   for (int token = 0; token < 12; ++token) {
     const bool prompt = !steady && pick(0, 5) == 0;  // many experts at once, more than there are slots perhaps
     for (size_t b = 0; b < world.blocks.size(); ++b) {
       const ExpertBlock& block = world.blocks[b];
       const std::vector<int32_t> experts = chosen(random, block, prompt ? pick(1, 24) : block.top_k);
-      comparable &= !prompt;
       asked += static_cast<int64_t>(experts.size());
       const int reads = storage->reads;
       expect(call(cache, block, experts, workers, units, &right), where + ": an expert was not given");
       // an expert of several units may be given up between them only where there is hardly a slot for each worker
       if (cache.slots() > workers)
         expect(storage->reads - reads <= 2 * static_cast<int>(experts.size()), where + ": an expert was read twice in a call");
-      if (comparable) model.call(b, experts);
+      if (steady) model.call(b, experts);
     }
     if (!steady && pick(0, 6) == 0) {
       storage->fails = pick(1, 3);
@@ -193,11 +192,9 @@ void round_of(uint32_t seed) {
       expect(given || cache.fault() == "a made-up fault", where + ": the fault is not said");
       storage->fails = 0;
       asked += std::min(block.top_k, block.experts);
-      comparable = false;
     }
     if (!steady && pick(0, 9) == 0) {
       cache.need(static_cast<uint64_t>(pick(1, 3)) * cache.slot_bytes());
-      comparable = false;
       if (cache.slots() < least) {
         const ExpertBlock& block = world.blocks[0];
         expect(!call(cache, block, chosen(random, block, 1), workers, units, &right), where + ": too few slots and no refusal");
@@ -215,9 +212,8 @@ void round_of(uint32_t seed) {
   expect(right, where + ": other bytes than were stored");
   expect(storage->aligned && storage->inside, where + ": a read that is not aligned, or beyond the end");
   expect(counts.hits + counts.misses == asked, where + ": hits and misses are not what was asked for");
-  compared += comparable;
   const std::string misses = std::to_string(counts.misses) + " misses, the model has " + std::to_string(model.misses);
-  if (comparable) expect(counts.misses == model.misses, where + ": " + misses);
+  if (steady) expect(counts.misses == model.misses, where + ": " + misses);
   int32_t one = 0;
   const moec_expert_source* source = cache.source();
   expect(source->begin(source->user, &one, &one, &one, 1, 0) == 0, where + ": an unknown block is taken");
@@ -228,7 +224,6 @@ void round_of(uint32_t seed) {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 20;
   for (int i = 0; i < rounds; ++i) round_of(static_cast<uint32_t>(i));
-  expect(rounds < 20 || compared > 0, "no round was compared with the model");
-  printf("expert cache: %d rounds, %d compared with the model, %d failures\n", rounds, compared, failures);
+  printf("expert cache: %d rounds, %d failures\n", rounds, failures);
   return failures == 0 ? 0 : 1;
 }
