@@ -161,7 +161,7 @@ bench-quality: setup ## a real model's divergence from its floats against bytes,
 	$(BIN)/python -W ignore bench/bench_quality.py --out $(BUILD)/bench/quality $(BENCH_ARGS)
 
 bench-flash: setup ## an artifact under budgets of memory: BENCH_ARGS="ARTIFACT --ids FILE"
-	$(BIN)/python -W ignore -m bench.bench_flash $(BENCH_ARGS)
+	$(BIN)/python -W ignore bench/bench_flash.py $(BENCH_ARGS)
 
 bench-roles: setup ## which kernel should serve which dense role
 	$(BIN)/python -W ignore bench/bench_roles.py --out $(BUILD)/bench $(BENCH_ARGS)

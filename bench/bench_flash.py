@@ -36,7 +36,7 @@ Use = tuple[int, int]  # layer, expert
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_flash", description=__doc__)
+    parser = argparse.ArgumentParser(prog="make bench-flash", description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--ids", type=Path, required=True, help="token ids of a text, for prompt and decoding")
     parser.add_argument("--fractions", default="0.5,0.26,0.1", help="of the routed experts that memory holds")
