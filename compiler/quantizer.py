@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import ClassVar, Self
@@ -49,20 +50,41 @@ class Inputs:
         return other
 
 
+_BANDS = 4  # of rows of the moments, of which only what is right of the diagonal is computed: 5/8 of the products
+
+
 class Moments(Inputs):
     """With the second moments of the inputs: moments_KK = sum x x^T, float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.moments_KK = torch.zeros(width, width)
+        self._upper_KK = torch.zeros(width, width)
+        self._derived: dict[Hashable, Tensor] = {}
+
+    @property
+    def moments_KK(self) -> Tensor:
+        """Whole and symmetric."""
+        return self.derived("moments", lambda: self._upper_KK.triu() + self._upper_KK.triu(1).t())
+
+    def derived(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of these moments, kept under `key` until more is seen. It is not to be changed."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     def add(self, x_TK: Tensor, *, forced: bool = False) -> None:
         super().add(x_TK, forced=forced)
-        self.moments_KK.addmm_(x_TK.t(), x_TK)
+        self._derived.clear()
+        width = len(self._upper_KK)
+        step = -(-width // _BANDS)
+        for a in range(0, width, step):
+            b = min(a + step, width)
+            self._upper_KK[a:b, a:].addmm_(x_TK[:, a:b].t(), x_TK[:, a:])
 
     def divided(self, factors_K: Tensor) -> Self:
         other = super().divided(factors_K)
-        other.moments_KK = self.moments_KK / (factors_K[:, None] * factors_K)
+        other._upper_KK = self._upper_KK / (factors_K[:, None] * factors_K)
+        other._derived = {}
         return other
 
 
@@ -72,10 +94,13 @@ class Quantizer(ABC):
     observes: what it must know of a weight's inputs. With a class here, the model is run on calibration text and every
     weight (every expert) gets an object of it; None needs no text.
     balances: whether channels are scaled before (see `analysis/calibration/balance.py`), where that is exact.
+    by_row: whether the codes of an output depend on its own weights and the inputs alone. Matrices of the same inputs
+    are then given as one, which is faster.
     """
 
     observes: ClassVar[type[Inputs] | None] = None
     balances: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
 
     @abstractmethod
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moec.compiler.quantizer import Inputs
 
 _FACTORS = tuple(1.0 - 0.04 * i for i in range(-2, 10))  # 1.08 .. 0.64 of the scale that spans the group
-_CHUNK = 1 << 21  # elements searched at a time: a dozen temporaries of that size
+_CHUNK = 1 << 17  # elements searched at a time: a dozen temporaries of that size, which stay in the cache
 
 
 def energies(inputs: Inputs | None) -> Tensor | None:

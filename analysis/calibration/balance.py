@@ -21,12 +21,12 @@ from torch.fx import Node
 from moec.compiler.matching.read import aten, is_op
 from moec.compiler.ops import CachedAttention, FusedMoe, cached_attention, fused_moe, rms_norm
 from moec.compiler.program import Program
-from moec.compiler.quant import rounded_to
 from moec.compiler.quantizer import Moments
 from moec.compiler.spec.quantization import WeightScheme
 
-_STEPS = 10
-_ROWS = 512  # rows of a matrix that stand for all when an exponent is judged
+_STEPS = 10  # exponents are tenths
+_COARSE = 2  # every second is tried, then the neighbours of the best
+_ROWS = 192  # rows of a matrix that stand for all when an exponent is judged
 _VIEWS = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints)
 
 
@@ -181,14 +181,18 @@ def best_factors(products: Sequence[Product], heads: tuple[int, int] | None = No
     rms = energy.clamp(min=float(energy.mean()) * 1e-4).sqrt()
     if not float(rms.min()) > 0:
         return None
-    best, least = None, sum(_error(p, None) for p in judged)
-    for step in range(1, _STEPS + 1):
-        factors = rms ** (step / _STEPS)
-        factors = factors / (factors.max() * factors.min()).sqrt()
-        error = sum(_error(p, factors) for p in judged)
-        if error < least:
-            best, least = factors, error
-    return best
+    found: dict[int, tuple[float, Tensor]] = {}
+
+    def error(step: int) -> float:
+        if step not in found:
+            factors = rms ** (step / _STEPS)
+            factors = factors / (factors.max() * factors.min()).sqrt()
+            found[step] = sum(_error(p, factors) for p in judged), factors
+        return found[step][0]
+
+    best = min(range(0, _STEPS + 1, _COARSE), key=error)
+    best = min((s for s in (best - 1, best, best + 1) if 0 <= s <= _STEPS), key=error)
+    return found[best][1] if best else None
 
 
 def _shared(energy_K: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -207,16 +211,17 @@ def of_outputs(factors_K: Tensor, heads: tuple[int, int] | None) -> Tensor:
 
 
 def _sample(product: Product) -> Product:
-    step = max(1, product.w_NK.shape[0] // _ROWS)
+    step = max(1, -(-product.w_NK.shape[0] // _ROWS))
     return Product(product.w_NK[::step].to(torch.float32), product.scheme, product.inputs)
 
 
-def _error(product: Product, factors: Tensor | None) -> float:
+def _error(product: Product, factors: Tensor) -> float:
     """tr(dW H dW^T) of plain rounding with the whole range of codes, columns scaled by `factors`."""
     scheme = product.scheme
-    w = product.w_NK if factors is None else product.w_NK * factors
-    grouped = w.unflatten(-1, (-1, scheme.group_size))
-    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    rounded = rounded_to(w, largest / -(2 ** (scheme.bits - 1)), bits=scheme.bits).dequantize()
-    delta = (rounded if factors is None else rounded / factors) - product.w_NK
+    grouped = (product.w_NK * factors).unflatten(-1, (-1, scheme.group_size))
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scale = torch.where(high > -low, high, low) / -(2 ** (scheme.bits - 1))
+    scale = torch.where(scale == 0, 1.0, scale)
+    rounded = (grouped / scale).round_().clamp_(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1).mul_(scale)
+    delta = rounded.flatten(-2).div_(factors).sub_(product.w_NK)
     return float(((delta @ product.inputs.moments_KK) * delta).sum()) / product.inputs.tokens

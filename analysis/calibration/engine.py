@@ -109,7 +109,7 @@ class Engine:
                     self._moe(stretch, node)
                 step("")
             for read in self._tables:  # looked up, never multiplied
-                self._write(read.name, read, None, _Factors())
+                self._write(read, None, _Factors())
             step("")
 
     # --- linears ----------------------------------------------------------------------------------------------------
@@ -129,10 +129,34 @@ class Engine:
 
         self._stream.run(stretch, observe)
         factors = self._factors_of(here, seen)
-        for name in dict.fromkeys(r.name for r in here):
-            read = next(r for r in here if r.name == name)
-            self._write(name, read, seen[_root(read.node.args[0])], factors)
+        by_inputs: dict[tuple[Node, WeightScheme, int], list[Read]] = {}
+        for read in {r.name: r for r in reversed(here)}.values():
+            columns = id(factors.columns.get(read.name))
+            by_inputs.setdefault((_root(read.node.args[0]), read.scheme, columns), []).append(read)
+        for (root, _, _), together in by_inputs.items():
+            self._write_together(together, seen[root], factors)
         self._write_factors(factors)
+
+    def _write_together(self, together: Sequence[Read], inputs: Inputs, factors: _Factors) -> None:
+        """Weights [N, K] of one scheme that read the same inputs, with the same factors of their columns."""
+        names, scheme = [r.name for r in together], together[0].scheme
+        weights = [self._program.weights[name].load() for name in names]
+        counts = [len(w) for w in weights]
+        columns = factors.columns.get(names[0])
+        for method in self._methods:
+            if len(names) == 1 or not method.quantizer.by_row or scheme.axis != "in":
+                for read in together:
+                    self._write_one(method, read, inputs, factors)
+                continue
+            scaled = any(name in factors.rows for name in names)
+            rows = [factors.rows.get(name, torch.ones(n)) for name, n in zip(names, counts, strict=True)]
+            codes = _codes(
+                method.quantizer, torch.cat(weights), scheme, inputs, torch.cat(rows) if scaled else None, columns
+            )
+            start = 0
+            for name, count in zip(names, counts, strict=True):
+                method.writer.codes(name, codes.part(slice(start, start + count)))
+                start += count
 
     def _factors_of(self, here: Sequence[Read], seen: Mapping[Node, Inputs]) -> _Factors:
         """The factors of every link whose weights are all of this stretch."""
@@ -163,12 +187,15 @@ class Engine:
         for name in readers:
             factors.columns[name] = found
 
-    def _write(self, name: str, read: Read, inputs: Inputs | None, factors: _Factors) -> None:
-        w = self._program.weights[name].load()
-        w_NK = w if read.orientation == "out_in" else w.t()
+    def _write(self, read: Read, inputs: Inputs | None, factors: _Factors) -> None:
         for method in self._methods:
-            rows, columns = factors.rows.get(name), factors.columns.get(name)
-            method.writer.codes(name, _codes(method.quantizer, w_NK, read.scheme, inputs, rows, columns))
+            self._write_one(method, read, inputs, factors)
+
+    def _write_one(self, method: Method, read: Read, inputs: Inputs | None, factors: _Factors) -> None:
+        w = self._program.weights[read.name].load()
+        w_NK = w if read.orientation == "out_in" else w.t()
+        rows, columns = factors.rows.get(read.name), factors.columns.get(read.name)
+        method.writer.codes(read.name, _codes(method.quantizer, w_NK, read.scheme, inputs, rows, columns))
 
     def _write_factors(self, factors: _Factors) -> None:
         for method in self._methods:
@@ -264,8 +291,8 @@ class Engine:
         if found is not None:
             factors.columns[down.name] = found
             factors.rows[up.name] = torch.cat([torch.ones_like(found), 1.0 / found])
-        self._write(up.name, up, inputs_up, factors)
-        self._write(down.name, down, inputs_down, factors)
+        self._write(up, inputs_up, factors)
+        self._write(down, inputs_down, factors)
 
     def _hidden_factors(
         self, layer: MoeLayer, w_NK: Tensor, scheme: WeightScheme, inputs: Inputs, kind: str

@@ -11,6 +11,9 @@ without any token this is `search`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -19,13 +22,14 @@ from moec.compiler.quantizer import Inputs, Moments, Quantizer
 from moec.compiler.scale_search import best_scales, energies
 from moec.compiler.spec.quantization import WeightScheme
 
-_BLOCK = 128  # columns whose feedback is gathered before it reaches the rest: one product instead of many
+_BLOCK = 64  # columns whose feedback is gathered before it reaches the rest: one product instead of many
 _DAMPING = 0.01  # of the mean diagonal of H, as in the paper
 _SHRINK = 0.1  # more of it, for as many tokens as there are inputs: fewer say little about how inputs go together
 
 
 class Gptq(Quantizer):
     observes = Moments
+    by_row = True
 
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
         along_in = scheme.axis == "in"
@@ -39,9 +43,13 @@ class Gptq(Quantizer):
 
 
 def inverse_factor(inputs: Inputs | None, width: int) -> Tensor:
-    """U [K, K], upper triangular with H^-1 = U^T U; the identity where nothing was seen."""
+    """U [K, K], upper triangular with H^-1 = U^T U; the identity where nothing was seen. It is not to be changed."""
     if not isinstance(inputs, Moments) or not inputs.tokens:
         return torch.eye(width)
+    return inputs.derived("inverse factor", lambda: _inverse_factor(inputs, width))
+
+
+def _inverse_factor(inputs: Moments, width: int) -> Tensor:
     h_KK = inputs.moments_KK / inputs.tokens
     mean = float(h_KK.diagonal().mean())
     if not mean > 0:
@@ -49,11 +57,12 @@ def inverse_factor(inputs: Inputs | None, width: int) -> Tensor:
     damping = (_DAMPING + _SHRINK * min(1.0, width / inputs.tokens)) * mean
     h_KK.diagonal().add_(damping)
     while True:  # rounding can leave H not quite positive: more of the diagonal mends it
-        factor, failed = torch.linalg.cholesky_ex(h_KK)
+        # with the order of inputs reversed, H = V V^T for an upper V, and H^-1 = V^-T V^-1
+        factor, failed = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
         if not int(failed):
             break
         h_KK.diagonal().add_(damping)
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(width), upper=True)
 
 
 def with_feedback(w_NK: Tensor, s_NK: Tensor, bits: int, u_KK: Tensor) -> Tensor:
@@ -62,22 +71,32 @@ def with_feedback(w_NK: Tensor, s_NK: Tensor, bits: int, u_KK: Tensor) -> Tensor
     # columns are worked on one by one: rows of the transpose, which lie together
     w_KN, s_KN = w_NK.t().contiguous(), s_NK.t().contiguous()
     inverse_KN = torch.where(s_KN == 0, 0.0, 1.0 / torch.where(s_KN == 0, 1.0, s_KN))
-    q_KN = torch.empty(w_KN.shape, dtype=torch.int8)
+    diagonal = u_KK.diagonal().tolist()
     k = w_KN.shape[0]
+    errors_KN = torch.empty(min(_BLOCK, k), w_KN.shape[1])
     for a in range(0, k, _BLOCK):
         b = min(a + _BLOCK, k)
-        block, errors = w_KN[a:b], torch.empty(b - a, w_KN.shape[1])
-        u = u_KK[a:b, a:b]
-        for i in range(b - a):
-            column = block[i]
-            q = (column * inverse_KN[a + i]).round_().clamp_(low, high)
-            q_KN[a + i] = q
-            errors[i] = (column - q.mul_(s_KN[a + i])) / u[i, i]
-            if i + 1 < b - a:
-                block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
-        if b < k:
-            w_KN[b:].addmm_(u_KK[a:b, b:].t(), errors, alpha=-1)
-    return q_KN.t()
+        with one_thread():  # operations of a column are shorter than what threads wait for each other
+            for i in range(a, b):
+                column, error = w_KN[i], errors_KN[i - a]
+                q = (column * inverse_KN[i]).round_().clamp_(low, high)
+                torch.addcmul(column, q, s_KN[i], value=-1, out=error)
+                error /= diagonal[i]
+                w_KN[i] = q  # nobody reads the float again
+                w_KN[i + 1 : b].addr_(u_KK[i, i + 1 : b], error, alpha=-1)
+        w_KN[b:].addmm_(u_KK[a:b, b:].t(), errors_KN[: b - a], alpha=-1)
+    return w_KN.to(torch.int8).t()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 QUANTIZER = Gptq()

@@ -10,6 +10,8 @@ from moec.compiler.spec.quantization import WeightScheme
 
 
 class RoundToNearest(Quantizer):
+    by_row = True
+
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
         return quantize_weight(w_RL, bits=scheme.bits, group_size=scheme.group_size)
 

@@ -16,6 +16,8 @@ from moec.compiler.spec.quantization import WeightScheme
 
 
 class Search(Quantizer):
+    by_row = True
+
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
         return rounded_to(w_RL, best_scales(w_RL, None, scheme.bits, scheme.group_size), bits=scheme.bits)
 

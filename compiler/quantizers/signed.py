@@ -21,6 +21,8 @@ def signed_scales(w_RGg: Tensor, bits: int) -> Tensor:
 
 
 class Signed(Quantizer):
+    by_row = True
+
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
         grouped = w_RL.to(torch.float32).unflatten(-1, (-1, scheme.group_size))
         return rounded_to(w_RL, signed_scales(grouped, scheme.bits), bits=scheme.bits)

@@ -16,6 +16,7 @@ from moec.compiler.spec.quantization import WeightScheme
 
 class Weighted(Quantizer):
     observes = Inputs
+    by_row = True
 
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
         e_L = energies(inputs) if scheme.axis == "in" else None
