@@ -56,7 +56,7 @@ def compile_spec(
     from moec.cli.output import emit_json, size
     from moec.compiler.progress import Progress
 
-    loaded = _with_method(spec_given(spec, dequantize=dequantize, quiet=quiet), method, calibration)
+    loaded = with_method(spec_given(spec, dequantize=dequantize, quiet=quiet), method, calibration)
     from moec.compiler import build  # torch: seconds, which a fault in the spec need not wait for
 
     progress = Progress(quiet=quiet)
@@ -72,7 +72,7 @@ def compile_spec(
         print(f"note: {note}")
 
 
-def _with_method(spec: Spec, method: str | None, file: Path | None) -> Spec:
+def with_method(spec: Spec, method: str | None, file: Path | None) -> Spec:
     """The spec with another method of quantization, or other text to calibrate it on."""
     from moec.compiler.errors import UserError
     from moec.compiler.spec.methods import AUTO, method_names

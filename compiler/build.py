@@ -167,10 +167,15 @@ def program_and_passes(
 def _calibration(spec: Spec, weights: Weights | None, progress: Progress) -> Pass | None:
     """The pass that calibrates, for a method that observes inputs; text is read by the checkpoint's own tokenizer."""
     from moec.analysis.calibration.calibrate import calibrate_weights, needs_calibration
-    from moec.compiler.word_hash import WordHashEncoder
 
     if spec.quantization is None or not needs_calibration(spec.quantization):
         return None
+    return calibrate_weights(spec.quantization, text_encoder(weights), progress)
+
+
+def text_encoder(weights: Weights | None) -> Callable[[Program], Callable[[str], list[int]]]:
+    """The tokenizer of a program's model for text that is no prompt: the checkpoint's, hashed words without one."""
+    from moec.compiler.word_hash import WordHashEncoder
 
     def encode(program: Program) -> Callable[[str], list[int]]:
         found = weights.companions() if isinstance(weights, Checkpoint) else {}
@@ -179,7 +184,7 @@ def _calibration(spec: Spec, weights: Weights | None, progress: Progress) -> Pas
         tokenizer = TextTokenizer(found[TOKENIZER], TOKENIZER)
         return lambda text: list(tokenizer.encode(text, special_tokens=False))
 
-    return calibrate_weights(spec.quantization, encode, progress)
+    return encode
 
 
 def run_all(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from moec.compiler.spec.quantization import Quantization, WeightScheme
 from moec.compiler.states import Codes
 from moec.compiler.weights import CodeFormat, LazyWeight, Orientation, Provenance, QuantizedWeight
 
+_ROLES = ("embedding", "head", "experts", "shared", "attention", "ffn")  # the overrides of a spec
 QUANTIZED = {linear_q, embedding_q, fused_moe_q}  # what else they read in float has no integer form: router, biases
 
 
@@ -69,9 +71,24 @@ def _run(program: Program, quantization: Quantization) -> PassResult:
         node.replace_all_uses_with(new)
         edit.graph.erase_node(node)
         changed += 1
+    _check_patterns(program, quantization)
     done = edit.done(stage=Stage.QUANTIZED)
     _check_complete(done, quantization)
     return PassResult(done, changed)
+
+
+def _check_patterns(program: Program, quantization: Quantization) -> None:
+    """Every pattern of `tensors` names a weight that can be quantized: one that names none is a slip of the pen."""
+    if not quantization.tensors:
+        return
+    everything = quantization.model_copy(update={"tensors": {}, **dict.fromkeys(_ROLES), "weights": "int8"})
+    names = sorted({r.name for r in reads(program, everything)})
+    for pattern in quantization.tensors:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CompileError(
+                f"quantization.tensors: no weight that can be quantized is called {pattern!r}",
+                remedy=f"names are such as {', '.join(names[:3])}",
+            )
 
 
 def _check_complete(program: Program, quantization: Quantization) -> None:
@@ -84,7 +101,7 @@ def _check_complete(program: Program, quantization: Quantization) -> None:
         reader = next((u for u in node.users if u.op == "call_function" and u.target not in QUANTIZED), None)
         if reader is None or len(weight.shape) < 2 or not weight.dtype.is_floating_point:
             continue
-        if quantization.scheme(role) is not None:
+        if quantization.scheme(role, name) is not None:
             raise CompileError(
                 f"the {role.value} weight {name} would stay in float: {reader.name} ({reader.target}) has no quantized "
                 "form",
@@ -100,7 +117,7 @@ def _check_complete(program: Program, quantization: Quantization) -> None:
 
 
 def _scheme(edit: Editor, name: str | None, quantization: Quantization) -> WeightScheme | None:
-    return None if name is None else quantization.scheme(edit.roles[name])
+    return None if name is None else quantization.scheme(edit.roles[name], name)
 
 
 @dataclass(frozen=True)
@@ -127,11 +144,11 @@ def reads(program: Program, quantization: Quantization) -> list[Read]:
         if is_op(node, aten.linear.default, aten.embedding.default):
             weight = node.args[0 if is_op(node, aten.embedding.default) else 1]
             name = program.weight_of(weight)
-            scheme = None if name is None else quantization.scheme(program.roles[name])
+            scheme = None if name is None else quantization.scheme(program.roles[name], name)
             add(node, "weight", weight, scheme, "out_in")
         elif node.target is fused_moe:
-            scheme = quantization.scheme(Role.EXPERT)
             call: FusedMoe[Node] = FusedMoe.of(node)
+            scheme = quantization.scheme(Role.EXPERT, program.weight_of(call.w13))
             layout: Orientation = "in_out" if call.mlp.layout == "in_out" else "out_in"
             add(node, "w13", call.w13, scheme, layout)
             add(node, "w2", call.w2, scheme, layout)
@@ -158,7 +175,7 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
         bits=scheme.bits,
         group_size=scheme.group_size,
         int8_activations=int8,
-        activation_block=quantization.activation_block(edit.roles[name]),
+        activation_block=quantization.activation_block(edit.roles[name], name),
     )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)
@@ -177,13 +194,17 @@ def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | N
 
 def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> Node | None:
     moe = FusedMoe[Node].of(node)
-    scheme = quantization.scheme(Role.EXPERT)
-    shared = quantization.scheme(Role.SHARED) if moe.has_shared else scheme
-    if _storage(scheme) != _storage(shared):
+    scheme = quantization.scheme(Role.EXPERT, edit.weight_of(moe.w13))
+    others = [quantization.scheme(Role.EXPERT, edit.weight_of(moe.w2))]
+    for weight in (moe.shared_w13, moe.shared_w2):
+        if weight is not None:
+            others.append(quantization.scheme(Role.SHARED, edit.weight_of(weight)))
+    if any(_storage(scheme) != _storage(other) for other in others):
         raise CompileError(
             "routed and shared experts are one operator and must be stored alike (same type and group size)",
             place=module_path(node) or node.name,
-            remedy="give `experts` and `shared` of the spec's quantization the same value",
+            remedy="give `experts` and `shared` of the spec's quantization the same value"
+            + (", and the layer's experts the same in `tensors`" if quantization.tensors else ""),
         )
     if scheme is None:
         return None
@@ -221,7 +242,7 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
         bits=scheme.bits,
         group_size=scheme.group_size,
         int8_activations=int8,
-        activation_block=quantization.activation_block(Role.EXPERT),
+        activation_block=quantization.activation_block(Role.EXPERT, w13.name),
     )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)

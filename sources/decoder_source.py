@@ -73,7 +73,8 @@ class DecoderSource(ModelSource[DecoderConfig]):
     def architecture(self, spec: Spec) -> Architecture:
         from moec.sources.decoder.architecture import architecture_of
 
-        return architecture_of(self.model(spec), spec.name)
+        tensors = () if spec.quantization is None else spec.quantization.tensors
+        return architecture_of(self.model(spec), spec.name, by_tensor=bool(tensors))
 
     def reference(
         self,

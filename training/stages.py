@@ -156,6 +156,12 @@ def _check_rounding(plan: Plan, stage: TrainingStage) -> None:
     quantization = plan.spec.quantization
     if quantization is None:
         raise SpecError(f"stage {stage.name} rounds, but quantization is none", place=plan.spec.name)
+    if quantization.tensors:
+        raise SpecError(
+            f"stage {stage.name} rounds by role, and quantization.tensors names single weights",
+            place=plan.spec.name,
+            remedy="leave tensors out of the spec that is trained",
+        )
     if plan.bits is not None and not 2 <= plan.bits <= 8:
         raise UserError(f"{plan.bits} bits", remedy="choose 2 to 8")
     faults = packing_faults(plan.model, quantization) if plan.bits in (None, 4) else []

@@ -91,6 +91,19 @@ def _scalable(program: Program) -> set[str]:
     return names
 
 
+def weights_digest(program: Program, progress: Progress) -> bytes:
+    """SHA-256 of the graph and of every weight, all of which are read."""
+    digest = hashlib.sha256(program.text().encode())
+    with progress.stage("hash weights", 1):
+        for name in sorted(program.weights):
+            if program.roles.get(name) is not Role.CACHE:
+                digest.update(name.encode())
+                flat = program.weights[name].load().contiguous().view(-1).view(torch.uint8)
+                for part in flat.split(_PARTS):
+                    digest.update(part.numpy())
+    return digest.digest()
+
+
 class _Calibrated:
     """The results of one calibration, computed or found when the first weight is read."""
 
@@ -154,14 +167,7 @@ class _Calibrated:
         given = self._quantization.model_dump(mode="json")
         given["calibration"] = {"least": self._given.tokens_per_expert}
         digest.update(json.dumps([results.FORMAT, given, texts.sequences], sort_keys=True).encode())
-        digest.update(self._program.text().encode())
-        with self._progress.stage("hash weights", 1):
-            for name in sorted(self._program.weights):
-                if self._program.roles.get(name) is not Role.CACHE:
-                    digest.update(name.encode())
-                    flat = self._program.weights[name].load().contiguous().view(-1).view(torch.uint8)
-                    for part in flat.split(_PARTS):
-                        digest.update(part.numpy())
+        digest.update(weights_digest(self._program, self._progress))
         return digest.hexdigest()[:32]
 
     def _compute(self, key: str, texts: Texts) -> None:

@@ -79,6 +79,7 @@ class LayerStream:
             self._needed |= _ancestors([self._result]) | {self._result}
         self._cheap = _position_only(program, self._states)
         self._kept_state: dict[tuple[int, str], Tensor] = {}
+        self._texts = len(texts)
         self.stretches = self._cut()
 
     def __iter__(self) -> Iterator[Stretch]:
@@ -128,56 +129,79 @@ class LayerStream:
         """The fused MoE node that is this stretch; None if it is another."""
         return stretch.nodes[0] if len(stretch.nodes) == 1 and stretch.nodes[0].target is fused_moe else None
 
-    def joint_operand(self, operand: Node) -> Tensor:
+    def joint_operand(self, operand: Node, calls: Sequence[Call] | None = None) -> Tensor:
         """A value that is kept, or a reshape of one, of all calls: its rows [T, D]."""
-        return torch.cat([self._kept(operand, call).flatten(0, -2) for call in self.calls])
+        return torch.cat([self._kept(operand, call).flatten(0, -2) for call in calls or self.calls])
 
     def _kept(self, node: Node, call: Call) -> Tensor:
         value = call.values[node]
         assert isinstance(value, Tensor)
         return value
 
-    def give(self, stretch: Stretch, y_TD: Tensor | None) -> None:
+    def give(self, stretch: Stretch, y_TD: Tensor | None, calls: Sequence[Call] | None = None) -> None:
         """The result of a joint node, [T, D]; None where nobody reads it."""
         node, start = stretch.nodes[0], 0
-        for call in self.calls:
+        for call in calls or self.calls:
             if y_TD is not None and node in stretch.kept:
                 call.values[node] = y_TD[start : start + len(call.ids)]
             start += len(call.ids)
             call.values = {n: v for n, v in call.values.items() if n in stretch.kept}
 
     @torch.no_grad()
-    def run_joint(self, stretch: Stretch) -> None:
-        """A joint node computed by its operator, for all tokens at once."""
+    def run_joint(
+        self, stretch: Stretch, *, calls: Sequence[Call] | None = None, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """A joint node computed by its operator, for all tokens at once. `calls` and `weights` as of `run`."""
         node = stretch.nodes[0]
+        loaded = {} if weights is None else weights
 
         def resolve(operand: Node) -> Any:
             name = self.program.weight_of(operand)
-            return self.joint_operand(operand) if name is None else self.program.weights[name].load()
+            return self.joint_operand(operand, calls) if name is None else self._loaded(name, loaded)
 
         target: Any = node.target
-        self.give(stretch, target(*torch.fx.map_arg(node.args, resolve)))
+        self.give(stretch, target(*torch.fx.map_arg(node.args, resolve)), calls)
 
     def needs(self, node: Node) -> bool:
         """Whether the node's own result is read by what is wanted."""
         return node in self._needed
 
-    def results(self) -> Iterator[Tensor]:
+    def branch(self) -> list[Call]:
+        """Copies of all calls as far as they have come, which go on as texts of their own (`run` with `calls`)."""
+        numbers = {call.text: self._texts + i for i, call in enumerate({c.text: c for c in self.calls}.values())}
+        self._texts += len(numbers)
+        for (text, name), value in list(self._kept_state.items()):
+            if text in numbers:
+                self._kept_state[numbers[text], name] = value.clone()
+        return [Call(numbers[call.text], call.start, call.ids, dict(call.values)) for call in self.calls]
+
+    def results(self, calls: Sequence[Call] | None = None) -> Iterator[Tensor]:
         """Logits [t, V] of each call, float32, after the last stretch."""
         assert self._result is not None
-        for call in self.calls:
+        for call in calls or self.calls:
             yield call.values[self._result].flatten(0, -2).to(torch.float32)
 
     # --- running ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, stretch: Stretch, observe: Observer, compute: dict[Any, Callable[..., Any]] | None = None) -> None:
-        """One stretch for all texts. `compute` gives operators another implementation."""
-        weights: dict[str, Tensor] = {}
+    def run(
+        self,
+        stretch: Stretch,
+        observe: Observer,
+        compute: dict[Any, Callable[..., Any]] | None = None,
+        *,
+        calls: Sequence[Call] | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """One stretch for all texts. `compute` gives operators another implementation.
+
+        calls: branches to run instead. weights: values that are taken, and to which those that are read are added.
+        """
+        weights = {} if weights is None else weights
         after = {n for s in self.stretches[self.stretches.index(stretch) + 1 :] for n in s.nodes}
         states: dict[str, Tensor] = {}
         text = -1
-        for call in self.calls:
+        for call in calls or self.calls:
             if call.text != text:
                 self._keep_states(text, states, after)
                 states, text = {}, call.text
@@ -239,6 +263,9 @@ class LayerStream:
                 kept = self._kept_state.get((call.text, name))
                 states[name] = self.program.weights[name].load().clone() if kept is None else kept
             return states[name]
+        return self._loaded(name, weights)
+
+    def _loaded(self, name: str, weights: dict[str, Tensor]) -> Tensor:
         if name not in weights:
             weights[name] = self.program.weights[name].load()
         return weights[name]

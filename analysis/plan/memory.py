@@ -7,6 +7,7 @@ touch nearly all; `touched` gives the expectation for a shorter prompt. File-bac
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Model:
     def scheme(self, weight: Weight) -> WeightScheme | None:
         if self.quantization is None or weight.columns == 1:
             return None
-        return self.quantization.scheme_of(weight.role)
+        return self.quantization.scheme_of(weight.role, weight.name)
 
     def stored(self, weight: Weight) -> int:
         return self.footprint.weight_bytes(weight, self.scheme(weight), self.options)
@@ -95,13 +96,22 @@ def roles(model: Model) -> list[RoleBytes]:
         RoleBytes(
             role,
             sum(w.numel for w in weights if w.counted),
-            _format(model.scheme(max(weights, key=lambda w: w.columns))),
+            _formats(model, weights),
             sum(model.stored(w) for w in weights),
             sum(model.read_per_token(w) for w in weights),
         )
         for role, weights in grouped.items()
     ]
     return sorted(found, key=lambda r: -r.bytes)
+
+
+def _formats(model: Model, weights: Sequence[Weight]) -> str:
+    """How the matrices of a role are stored; the one that holds most of them first, where there are several."""
+    matrices = [w for w in weights if w.columns > 1] or weights
+    sizes: Counter[str] = Counter()
+    for weight in matrices:
+        sizes[_format(model.scheme(weight))] += weight.numel
+    return " and ".join(name for name, _ in sizes.most_common())
 
 
 def _format(scheme: WeightScheme | None) -> str:

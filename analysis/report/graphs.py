@@ -14,6 +14,7 @@ from torch.fx import Node
 from moec.compiler import build
 from moec.compiler.program import Program, Role, module_path
 from moec.compiler.spec import Spec
+from moec.compiler.spec.quantization import Quantization
 from moec.compiler.spec.sources import source_of
 
 COLOURS = {
@@ -65,7 +66,7 @@ def layer_pictures(spec: Spec, target: str) -> Pictures | str:
     single = source_of(spec.model).single_layer(spec.model)
     if single is None:
         return "pictures are drawn for models of our own architectures, whose layers are alike"
-    one = spec.model_copy(update={"model": single})
+    one = spec.model_copy(update={"model": single, "quantization": _by_role(spec.quantization)})
     program, passes = build.program_and_passes(one, None, target)
     before = boxes(program)
     after = boxes(build.run_all(program, passes))
@@ -73,6 +74,11 @@ def layer_pictures(spec: Spec, target: str) -> Pictures | str:
         return "the exported graph does not say which nodes are the layer's"
     seen = {role for box in (*before, *after) for role in box.roles or ("other",)}
     return Pictures(draw(before), draw(after), len(before), len(after), tuple(r for r in COLOURS if r in seen))
+
+
+def _by_role(quantization: Quantization | None) -> Quantization | None:
+    """Without the exceptions for weights of layers that a single one lacks."""
+    return None if quantization is None else quantization.model_copy(update={"tensors": {}})
 
 
 def boxes(program: Program) -> list[Box]:

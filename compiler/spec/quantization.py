@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,23 +47,25 @@ def _short(value: Any) -> Any:
 
 
 _TYPES = ["int4", "int8", "fp32"]
+_OVERRIDE: list[dict[str, Any]] = [
+    {"enum": _TYPES},
+    {
+        "type": "object",
+        "properties": {"weights": {"enum": _TYPES}, "group_size": {"enum": [32, 64, 128, 256]}},
+        "required": ["weights"],
+        "additionalProperties": False,
+    },
+    {"type": "null"},
+]
 RoleOverride = Annotated[
     RoleQuantization | None,
     BeforeValidator(_short),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": _TYPES},
-                {
-                    "type": "object",
-                    "properties": {"weights": {"enum": _TYPES}, "group_size": {"enum": [32, 64, 128, 256]}},
-                    "required": ["weights"],
-                    "additionalProperties": False,
-                },
-                {"type": "null"},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": _OVERRIDE}),
+]
+TensorOverride = Annotated[
+    RoleQuantization,
+    BeforeValidator(_short),
+    WithJsonSchema({"anyOf": _OVERRIDE[:2]}),
 ]
 
 
@@ -146,8 +149,9 @@ class Quantization(Section):
 
     The router and the norms are always fp32. `embedding` is the token table, which is also the output head when
     embeddings are tied; `head` is an output head of its own. `experts`, `shared`, `attention`, `ffn` override `weights`
-    for one role. `expert_group_axis: out` is the axis of released MobileMoE INT4 checkpoints, whose codes are carried
-    through unchanged; linears are always grouped along their input.
+    for one role. `tensors` are exceptions by the names of weights, as `moec quantize` writes them: `*` stands for any
+    part of a name, and the last pattern that matches decides. `expert_group_axis: out` is the axis of released
+    MobileMoE INT4 checkpoints, whose codes are carried through unchanged; linears are always grouped along their input.
     """
 
     weights: WeightType = Field(description="type of every weight matrix that no override below names")
@@ -166,6 +170,7 @@ class Quantization(Section):
     shared: RoleOverride = None
     attention: RoleOverride = None
     ffn: RoleOverride = None
+    tensors: dict[str, TensorOverride] = Field(default_factory=dict, description="exceptions by the names of weights")
 
     @classmethod
     def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
@@ -192,9 +197,10 @@ class Quantization(Section):
             "ffn": self.ffn,
         }.get(role)
 
-    def scheme(self, role: Role) -> WeightScheme | None:
-        """How weights of `role` are stored; None means fp32 (always so for the router, norms, caches, constants)."""
-        return self.scheme_of(role.value)
+    def scheme(self, role: Role, name: str | None = None) -> WeightScheme | None:
+        """How the weight `name` of `role` is stored, or any of `role` that no pattern names; None means fp32 (always so
+        for the router, norms, caches, constants)."""
+        return self.scheme_of(role.value, name)
 
     @property
     def int8_activations(self) -> bool:
@@ -206,21 +212,23 @@ class Quantization(Section):
         """Whether anything is rounded as the model runs: activations, or keys and values."""
         return self.int8_activations or self.cache_codes is not None
 
-    def activation_block(self, role: Role) -> int:
+    def activation_block(self, role: Role, name: str | None = None) -> int:
         """Inputs of a token that share a scale when weights of `role` multiply them; 0: all, or they are not rounded.
 
         Shared experts round as the routed ones, with which they are one operator.
         """
-        scheme = self.scheme_of("expert" if role.value == "shared" else role.value)
+        scheme = self.scheme_of("expert" if role.value == "shared" else role.value, name)
         if scheme is None or not self.int8_activations or self.activations.group == "token":
             return 0
         return 0 if self.activations.group == "auto" and scheme.axis == "out" else 32
 
-    def scheme_of(self, role: str) -> WeightScheme | None:
+    def scheme_of(self, role: str, name: str | None = None) -> WeightScheme | None:
         """`scheme` of a role by its name, for callers that do without the graph's types."""
         if role not in ("embedding", "head", "expert", "shared", "attention", "ffn"):
             return None
         override = self._override(role)
+        if name is not None:
+            override = next((o for p, o in reversed(self.tensors.items()) if fnmatchcase(name, p)), override)
         kind = override.weights if override else self.weights
         if kind == "fp32":
             return None

@@ -10,8 +10,11 @@ from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import WeightInfo, weight_layout
 
 
-def architecture_of(config: DecoderConfig, name: str) -> Architecture:
-    """The account of one of our decoders, its weights those of the table (layout.py)."""
+def architecture_of(config: DecoderConfig, name: str, *, by_tensor: bool = False) -> Architecture:
+    """The account of one of our decoders, its weights those of the table (layout.py).
+
+    by_tensor: each weight is listed by its own name, where layers are not stored alike.
+    """
     width, layers, d = config.d_model, config.layers, config.head_dim
     moe = config.moe
     return Architecture(
@@ -22,12 +25,26 @@ def architecture_of(config: DecoderConfig, name: str) -> Architecture:
         vocab_size=config.vocab_size,
         context=config.context,
         tied=config.tied_embeddings,
-        weights=tuple(_weights(config)),
+        weights=tuple(_by_tensor(config) if by_tensor else _weights(config)),
         caches=tuple(Cache(config.kv_heads, d, d, config.window(n)) for n in range(layers)),
         experts=None if moe is None else Experts(layers, moe.experts, moe.top_k, moe.expert_width, moe.shared_width),
         ffn_width=config.ffn_width or 0,
         qk_norm=config.qk_norm,
     )
+
+
+def _by_tensor(config: DecoderConfig) -> Iterator[Weight]:
+    for name, info in weight_layout(config).items():
+        role = info.role.value
+        if info.role is Role.EXPERT:
+            (experts, width_in, width_out), moe = info.shape, config.moe
+            assert moe is not None
+            yield Weight(role, name, experts, width_out, width_in, moe.top_k)
+        elif len(info.shape) == 1:
+            yield Weight(role, name, 1, info.shape[0], 1, counted=info.counted)
+        else:
+            used = 0 if info.role is Role.EMBEDDING else None
+            yield Weight(role, name, 1, info.shape[0], info.shape[1], used)
 
 
 def _weights(config: DecoderConfig) -> Iterator[Weight]:

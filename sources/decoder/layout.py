@@ -152,8 +152,8 @@ def group_faults(config: DecoderConfig, quantization: Quantization) -> Iterator[
     A linear is grouped along its input, experts along `expert_group_axis`.
     """
     seen: set[str] = set()
-    for info in weight_layout(config).values():
-        scheme = quantization.scheme(info.role)
+    for name, info in weight_layout(config).items():
+        scheme = quantization.scheme(info.role, name)
         if scheme is None:
             continue
         dimension = len(info.shape) - (2 if info.role is Role.EXPERT and scheme.axis == "in" else 1)

@@ -161,7 +161,7 @@ class Reference:
     def _matrix(self, name: str, *, delegated: bool = True) -> Matrix:
         info = self._layout[name]
         delegated = delegated and info.role in self._asymmetric_roles
-        scheme = self._quantization.scheme(info.role) if self._quantization is not None else None
+        scheme = self._quantization.scheme(info.role, name) if self._quantization is not None else None
         stacked = len(info.shape) == 3
         weight: Tensor | QuantizedTensor
         if scheme is None:
@@ -172,7 +172,7 @@ class Reference:
             weight = _bfloat16_scales(weight)
         in_out = stacked and scheme.axis == "out"
         assert self._quantization is not None
-        block = self._quantization.activation_block(info.role) if self._int8 else 0
+        block = self._quantization.activation_block(info.role, name) if self._int8 else 0
         return Matrix(
             weight,
             in_out=in_out,
