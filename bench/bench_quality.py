@@ -37,7 +37,7 @@ from moec.analysis.verify.quality.fidelity import (
     template_of,
 )
 from moec.analysis.verify.quality.plot import write_plot
-from moec.analysis.verify.quality.texts import ALL_TOKENS, LENGTH, Chunk, held_out
+from moec.analysis.verify.quality.texts import ALL_TOKENS, LENGTH, Chunk, held_out, written
 from moec.cli.output import table
 from moec.compiler import build
 from moec.compiler.artifact import MANIFEST, Artifact
@@ -49,7 +49,7 @@ from moec.compiler.spec.model import Spec
 from moec.compiler.texts import shipped_prompts
 from moec.compiler.tokenizer import load_tokenizer
 
-CALIBRATION_TOKENS = 65536
+CALIBRATION_TOKENS = 32768
 INT4: dict[str, Any] = {"weights": "int4", "expert_group_axis": "in"}
 OURS: dict[str, dict[str, Any]] = {
     "INT4": INT4,
@@ -115,13 +115,14 @@ def prepare(out: Path, progress: Progress) -> Setting:
         part.rename(file)
     calibration = out / "calibration.jsonl"
     if not calibration.exists():
-        calibration.write_text("".join(json.dumps(line) + "\n" for line in calibration_lines()), encoding="utf-8")
+        lines = calibration_lines(template)
+        calibration.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return Setting(out, folder, chunks, np.load(file, mmap_mode="r"), calibration, progress)
 
 
-def calibration_lines() -> list[dict[str, str]]:
-    """Prose, code and short questions, none of them in the held-out text: the documentation of this Python's language
-    (PSF-2.0), modules of its library, and the prompts that moec ships."""
+def calibration_lines(template: str | None) -> list[dict[str, str]]:
+    """Prose, code, conversations and short questions, none of them in the held-out text: the documentation of this
+    Python's language (PSF-2.0), modules of its library, and the prompts that moec ships."""
     import argparse as a
     import csv as b
     import tarfile as c
@@ -130,6 +131,14 @@ def calibration_lines() -> list[dict[str, str]]:
 
     lines = [{"domain": "prose", "text": topics[name]} for name in sorted(topics) if len(topics[name]) > 2000]
     lines += [{"domain": "library", "text": inspect.getsource(module)} for module in (a, b, c, d)]
+    said = [(f"Explain {name.lower()} in Python.", topics[name][:1500]) for name in sorted(topics)]
+    for module in (a, b, c, d):
+        for name, function in inspect.getmembers(module, inspect.isroutine):
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                code = f"```python\n{inspect.getsource(function)}```"
+                said.append((f"How is {name} of {module.__name__} written?", code))
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": answer}] for q, answer in said]
+    lines += [{"domain": "chat", "text": written(template, chat)} for chat in chats]
     return lines + [{"domain": p.domain, "text": p.text} for p in shipped_prompts()]
 
 

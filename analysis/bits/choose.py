@@ -43,7 +43,7 @@ from moec.compiler.spec import Spec
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.quantization import Calibration, Quantization, RoleQuantization, WeightScheme
 
-FORMAT = 1
+FORMAT = 2
 BASE = (4, 32)  # bits and group size in which every part is measured
 TOKENS = 512  # that parts are measured on, in sequences of LENGTH
 LENGTH = 256

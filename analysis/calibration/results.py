@@ -23,7 +23,7 @@ from moec.compiler.quant import QuantizedTensor
 from moec.compiler.replacing import replacing
 
 INDEX = "calibration.json"
-FORMAT = 1
+FORMAT = 2
 _KEPT = 8
 
 

@@ -87,10 +87,13 @@ def write_float(gguf_file: Path, tensors: dict[str, Any], out: Path) -> None:
 
 
 def importance(model: Path, text: Path, out: Path, cache: Path, progress: Progress) -> None:
-    """llama.cpp's importance matrix of `model` on the text, in its own pieces of 512 tokens."""
+    """llama.cpp's importance matrix of `model` on the text, whose special tokens count, in its own pieces of 512."""
     binary = llama_cpp.build(cache, progress, isa=_ISA, program="llama-imatrix")
     if not out.exists():
-        _run([str(binary), "-m", str(model), "-f", str(text), "-o", str(out), "-c", str(LENGTH)], progress)
+        _run(
+            [str(binary), "-m", str(model), "-f", str(text), "-o", str(out), "-c", str(LENGTH), "--parse-special"],
+            progress,
+        )
 
 
 def quantize(model: Path, kind: str, out: Path, cache: Path, progress: Progress, *, matrix: Path | None = None) -> None:

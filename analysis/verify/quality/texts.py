@@ -59,16 +59,17 @@ def shipped(template: str | None) -> dict[str, str]:
     return {
         "prose": (folder / "prose.txt").read_text(encoding="utf-8"),
         "code": (folder / "code.txt").read_text(encoding="utf-8"),
-        "chat": "".join(_plain(chat) if template is None else _written(template, chat) for chat in chats),
+        "chat": "".join(written(template, chat) for chat in chats),
     }
 
 
-def _plain(chat: Sequence[dict[str, str]]) -> str:
-    return "".join(f"{said['role'].capitalize()}: {said['content']}\n\n" for said in chat)
+def written(template: str | None, chat: Sequence[dict[str, str]]) -> str:
+    """A conversation as a template of the transformers library writes it, or plainly. It is data: it runs in a sandbox.
 
-
-def _written(template: str, chat: Sequence[dict[str, str]]) -> str:
-    """A conversation as a template of the transformers library writes it. It is data: it runs in a sandbox."""
+    CheckpointError for a template that cannot.
+    """
+    if template is None:
+        return "".join(f"{said['role'].capitalize()}: {said['content']}\n\n" for said in chat)
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
