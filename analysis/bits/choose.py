@@ -281,6 +281,11 @@ def _read(file: Path) -> Costs | None:
 
 def _write(file: Path, costs: Costs) -> None:
     part = file.with_suffix(f".{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(asdict(costs)), "utf-8")
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(asdict(costs)), "utf-8")
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        what = f"what was measured cannot be kept: {error.strerror}"
+        raise UserError(what, place=str(file), remedy="set MOEC_CALIBRATION_DIR to a folder with room") from error

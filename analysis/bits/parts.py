@@ -28,7 +28,7 @@ from moec.compiler.weights import LazyWeight
 from moec.passes.quantize_weights import Read, reads
 
 BITS = (4, 8)
-_SAMPLE = 1 << 19  # elements of a weight whose rounding error stands for all
+_SAMPLE = 1 << 16  # elements of a weight whose rounding error stands for all
 _LEAST = 1e-9  # nats: a part that does not show still costs more in a coarser format
 
 

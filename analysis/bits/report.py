@@ -34,7 +34,7 @@ def spec_text(chosen: Chosen, said: str) -> str:
     raw["quantization"] = spec.quantization.model_dump(mode="json", exclude_defaults=True)
     raw["quantization"]["weights"] = spec.quantization.weights
     raw = _absolute({key: value for key, value in raw.items() if value is not None}, spec)
-    text = f"# {said}\n" + yaml.safe_dump(raw, sort_keys=False, width=110)
+    text = f"# {said}\n" + yaml.safe_dump(raw, sort_keys=False, width=110, default_flow_style=None)
     read: Spec = parse_spec(text, file=spec.name)
     assert read.quantization == spec.quantization, "the spec does not say what was chosen"
     return text

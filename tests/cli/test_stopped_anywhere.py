@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix in (".pte", ".safetensors", ".bin", ".npy", ".json")
+        if file.is_file() and file.suffix in (".pte", ".safetensors", ".bin", ".npy", ".json", ".yaml")
         and file.name not in ("metrics.jsonl", "run.json")
     }  # fmt: skip
 
@@ -79,10 +80,35 @@ def data_command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return Command([*words, str(folder / "out" / "it")], folder / "out" / "it", folder / "before", folder / "after")
 
 
-@pytest.fixture(params=["compile", "data"])
+@pytest.fixture(scope="module")
+def quantize_command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """A spec inside a folder; nothing is found again from an earlier run, so every moment of the work is met."""
+    folder = tmp_path_factory.mktemp("quantize")
+    spec = folder / "given.yaml"
+    spec.write_text(spec_text(3), encoding="utf-8")
+    checkpoint = str(folder / "checkpoint-3")
+    assert cli.run(["checkpoint", "synthesize", str(spec), "--out", checkpoint, "--seed", "3", "-q"]) == 0
+    words: list[str] = []
+    for place, size in (("before", "90"), ("after", "1.4")):
+        (folder / place).mkdir()
+        words = ["quantize", str(spec), "-q", "--tokens", "128", "--target-size", size, "--out"]
+        assert cli.run([*words, str(folder / place / "small.yaml")]) == 0
+    out = folder / "out" / "it"
+    return Command([*words, str(out / "small.yaml")], out, folder / "before", folder / "after")
+
+
+@pytest.fixture(params=["compile", "data", "quantize"])
 def command(request: pytest.FixtureRequest) -> Command:
     found: Command = request.getfixturevalue(f"{request.param}_command")
     return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Measurements of these models are kept here, and no others forgotten for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEC_CALIBRATION_DIR", str(folder := tmp_path_factory.mktemp("measured")))
+        yield folder
 
 
 def restored(command: Command) -> None:
