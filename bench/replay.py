@@ -327,7 +327,7 @@ def _bound(value: Any) -> Any:
 class Entry:
     """A difference that is wanted: `commit` made it, for cases that match one of `cases` ("case/target").
 
-    differs: patterns of the differences as they are reported: `graphs`, the name of a file, `manifest: KEY`.
+    differs: patterns of the differences as they are reported: `graphs`, `more graphs`, a file's name, `manifest: KEY`.
     """
 
     name: str
@@ -442,7 +442,9 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[st
         return [(f"refused by {side}", f"refused by {side}: {before.get('refused') or after.get('refused')}")]
     found = []
     old, new = before["graphs"], after["graphs"]
-    if old != new:
+    if new[: len(old)] == old != new:
+        found.append(("more graphs", f"graphs: those of the base and {len(new) - len(old)} more"))
+    elif old != new:
         first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         found.append(("graphs", f"graphs: {len(old)} and {len(new)}, from graph-{first + 1:02} on"))
     for name in sorted(before["files"].keys() | after["files"].keys()):
