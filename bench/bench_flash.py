@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
-import os
-import random
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from moec.assistant.load import load
 from moec.cli.output import table
 from moec.compiler.artifact import Artifact
+from moec.runtime import machine
 from moec.runtime.native import runner_binary
 
 Use = tuple[int, int]  # layer, expert
@@ -96,7 +92,7 @@ def timed(artifact: Artifact, ids: Sequence[int], fractions: Sequence[float], op
         }
         if budgets[fraction] is not None:
             read = statistics.median(r["bytes"] for r in found) / options.decode
-            speed = storage_rate(artifact.path("model.pte"), found[0]["slot_bytes"])
+            speed = machine.storage_rate(artifact.path("model.pte"), found[0]["slot_bytes"])
             bound = 1 / max(1 / whole, read / speed)
             row |= {
                 "budget_mb": budgets[fraction],
@@ -130,26 +126,6 @@ def _run(artifact: Artifact, ids: Sequence[int], budget: int | None, options: An
         "bytes": experts["bytes_read"],
         "slot_bytes": experts.get("slot_bytes", 0),
     }
-
-
-def storage_rate(file: Path, block: int, readers: int = 4, seconds: float = 1.0) -> float:
-    """Bytes a second of direct reads of `block` bytes at random places, by as many threads as the runtime has."""
-    places = file.stat().st_size // block
-    until = time.monotonic() + seconds
-
-    def read_on(seed: int) -> int:
-        chosen, done = random.Random(seed), 0
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        try:
-            with mmap.mmap(-1, block) as memory:
-                while time.monotonic() < until:
-                    done += os.preadv(handle, [memory], chosen.randrange(places) * block)
-        finally:
-            os.close(handle)
-        return done
-
-    with ThreadPoolExecutor(readers) as pool:
-        return sum(pool.map(read_on, range(readers))) / seconds
 
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import tempfile
@@ -177,6 +178,12 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
     }
     if machine.last_cache_bytes():
         raw["last_cache_mb"] = known(machine.last_cache_bytes() / 1e6, "the system's description of CPU 0's caches")
+    with progress.stage("measure storage", total=None):
+        storage = _storage(rounds)
+    if storage:
+        raw["storage_gb_per_s"] = figure(
+            storage, f"direct reads of 1 MiB of a file in {tempfile.gettempdir()}", unit=1e9
+        )
     instruction, runtime = _probe(kernels, threads, rounds, progress)
     kernels["instruction_us"] = figure(instruction, f"a model of small tensors, {how}", least=True, unit=1e-6)
     raw["runtime_mb"] = figure(runtime, "peak of a small model less its own memory", least=True, unit=1e6)
@@ -188,6 +195,21 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
         raise UserError(
             f"{where}: {first['msg']}", place=f"--name {name}", remedy="use a-z, 0-9, '.' and '-'"
         ) from None
+
+
+def _storage(rounds: int) -> list[float]:
+    """Bytes a second in each round; none where files cannot be read past the page cache, as in memory."""
+    from moec.runtime import machine
+
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            for _ in range(256):
+                file.write(os.urandom(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+            return [machine.storage_rate(Path(file.name), 1 << 20, seconds=0.25) for _ in range(rounds)]
+        except OSError:  # no O_DIRECT there, or no room
+            return []
 
 
 def _probe(kernels: dict[str, Any], threads: int, rounds: int, progress: Progress) -> tuple[list[float], list[float]]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moec.compiler.errors import UserError
+
 if TYPE_CHECKING:
     from moec.analysis.plan.memory import Memory
     from moec.analysis.plan.planner import Plan
@@ -26,6 +28,16 @@ def plan(
         str | None, typer.Option(help="Default: the device's backend, or the spec's only target.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Positions in use; default: all the model has.")] = None,
+    memory_mb: Annotated[
+        int | None,
+        typer.Option(
+            "--memory-mb", min=1, metavar="N", help="Plan for N million bytes, experts read as tokens choose them."
+        ),
+    ] = None,
+    hits: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="With --memory-mb: the share of experts found; default: uniform routing."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a model needs: parameters, memory by role and context, operations and bytes a token, tokens per second.
@@ -34,6 +46,8 @@ def plan(
     and no checkpoint is read.
 
     Example: [bold]moec plan specs/models/mobilemoe-s.yaml --device galaxy-s25 --context 4096[/bold]
+
+    Example: [bold]moec plan specs/models/mobilemoe-l.yaml --device galaxy-s25 --context 4096 --memory-mb 1500[/bold]
     """
     from moec.analysis.plan.devices import load_device
     from moec.analysis.plan.planner import plan_spec
@@ -42,7 +56,16 @@ def plan(
 
     loaded = load_spec(spec)
     named = device if device is not None else loaded.device
-    made = plan_spec(loaded, None if named is None else load_device(named), target=target, context=context)
+    if hits is not None and memory_mb is None:
+        raise UserError("--hits is for a budget", remedy="add --memory-mb")
+    made = plan_spec(
+        loaded,
+        None if named is None else load_device(named),
+        target=target,
+        context=context,
+        memory_mb=memory_mb,
+        hits=hits,
+    )
     if as_json:
         emit_json(plan_facts(made))
         return
@@ -52,7 +75,9 @@ def plan(
 def plan_facts(p: Plan) -> dict[str, Any]:
     """The plan for machines: bytes, seconds, tokens per second."""
     a = p.model.architecture
+    streamed = {} if p.streamed is None else {"streamed": {**vars(p.streamed), "tokens_per_s": p.streamed.tokens_per_s}}
     facts: dict[str, Any] = {
+        **streamed,
         "name": a.name,
         "target": p.target,
         "context": p.context,
@@ -108,6 +133,7 @@ def _show(p: Plan) -> None:
     rows.append(("all", f"{a.total_parameters:,}", "", size(p.weight_bytes), size(sum(r.per_token for r in p.roles))))
     table("Weights", ["role", "parameters", "stored as", "size", "read a token"], rows, right=[1, 3, 4])
     _show_memory(p)
+    _show_streamed(p)
     if p.device is None:
         print("\nName a --device for its budget and its speed.")
         return
@@ -128,6 +154,26 @@ def _show_memory(p: Plan) -> None:
         stored = sum(r.bytes for r in p.roles if r.role == "expert")
         print(f"512 tokens of uniform routing touch {size(p.touched_512)} of {size(stored)} of experts")
     print(f"compared with: {p.model.footprint.checked}")
+
+
+def _show_streamed(p: Plan) -> None:
+    from moec.cli.output import size
+
+    s = p.streamed
+    if s is None:
+        return
+    how = "measured" if s.measured else "uniform routing; trained routers find more"
+    print(
+        f"\nwithin {size(s.budget)}: {s.held} of {s.experts} experts of {size(s.expert_bytes)} in memory; "
+        f"{s.hits:.0%} found ({how}), {size(s.read)} read a token"
+    )
+    if s.reading_s is None or s.computing_s is None or s.tokens_per_s is None:
+        print("how fast: not known without a device whose file has storage_gb_per_s")
+        return
+    print(
+        f"at most {s.tokens_per_s:.1f} tokens/s with reading and computing at the same time: "
+        f"{s.reading_s * 1e3:.1f} ms of reading beside {s.computing_s * 1e3:.1f} ms of computing a token"
+    )
 
 
 def _show_speed(p: Plan) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,29 @@ def last_cache_bytes() -> int:
 
 def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def storage_rate(file: Path, block: int, readers: int = 4, seconds: float = 1.0) -> float:
+    """Bytes a second of reads of `block` bytes at random places of a file, by as many threads as the runtime has.
+
+    They go past the page cache where the file system allows it (O_DIRECT); OSError where it does not.
+    """
+    places = file.stat().st_size // block
+    until = time.monotonic() + seconds
+
+    def read_on(seed: int) -> int:
+        chosen, done = random.Random(seed), 0
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        try:
+            with mmap.mmap(-1, block) as memory:
+                while time.monotonic() < until:
+                    done += os.preadv(handle, [memory], chosen.randrange(places) * block)
+        finally:
+            os.close(handle)
+        return done
+
+    with ThreadPoolExecutor(readers) as pool:
+        return sum(pool.map(read_on, range(readers))) / seconds
 
 
 def cores() -> tuple[int, int]:

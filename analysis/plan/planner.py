@@ -19,6 +19,7 @@ from moec.analysis.plan.memory import (
     weight_bytes,
 )
 from moec.analysis.plan.roofline import Step, decode, prefill
+from moec.analysis.plan.streaming import Streamed, streamed
 from moec.compiler.architecture import Architecture
 from moec.compiler.errors import CompileError, UserError
 from moec.compiler.footprint import Footprint
@@ -54,6 +55,7 @@ class Plan:
     prefill: Step | None
     longest: int | None
     advice: tuple[Advice, ...]
+    streamed: Streamed | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -67,12 +69,18 @@ class Plan:
 
 
 def plan_spec(
-    spec: Spec, device: Device | None = None, *, target: str | None = None, context: int | None = None
+    spec: Spec,
+    device: Device | None = None,
+    *,
+    target: str | None = None,
+    context: int | None = None,
+    memory_mb: int | None = None,
+    hits: float | None = None,
 ) -> Plan:
-    """Plan a spec. `context`: positions in use, default all of the model's.
+    """Plan a spec. `context`: positions in use, default all of the model's. `memory_mb`, `hits`: see streaming.py.
 
     Errors: UserError for an unknown target or one that cannot be planned, a context outside 1..the model's, a model
-    whose shapes are not known.
+    whose shapes are not known, a budget that cannot be kept.
     """
     target, options = _target(spec, device, target)
     model = model_of(spec, target, options)
@@ -102,6 +110,9 @@ def plan_spec(
         prefill=None if device is None else prefill(model, device, rates, min(PROMPT, used)),
         longest=None if device is None else longest_context(model, device.budget),
         advice=() if fits or device is None else tuple(advise(spec, model, device.budget, used)),
+        streamed=None
+        if memory_mb is None
+        else streamed(model, memory_mb * 1_000_000, used, device=device, rates=rates, hits=hits),
     )
 
 

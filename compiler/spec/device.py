@@ -116,7 +116,10 @@ NAME = r"^[a-z0-9][a-z0-9.-]{0,63}$"
 
 
 class Device(Section):
-    """One device. `backend` is the target that a spec without `targets` would use there."""
+    """One device. `backend` is the target that a spec without `targets` would use there.
+
+    `storage_gb_per_s`: reads past the page cache of about a megabyte at random places, several at once.
+    """
 
     name: Annotated[str, Field(pattern=NAME)]
     title: Annotated[str, Field(min_length=1, max_length=120)]
@@ -128,6 +131,7 @@ class Device(Section):
     dram_gb_per_s: Figure
     int8_gop_per_s: Figure
     last_cache_mb: Figure | None = None
+    storage_gb_per_s: Figure | None = None
     gpu_fp16_gflop_per_s: Figure | None = None
     runtime_mb: Figure | None = None
     kernels: KernelRates | None = None
