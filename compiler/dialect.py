@@ -6,7 +6,7 @@ exported graph and after every pass (`pipeline.steps`), on the program and on it
     EXPORTED    any operator; tokens and start_pos go in, one result comes out; every weight that is read is held, and
                 every buffer that is written is a state that the program declares
     CANONICAL   no operator of torch's own that writes an operand
-    FUSED       no top-k, no rows picked by value; experts are read by fused MoE nodes alone (a block that stayed
+    FUSED       no top-k, no rows picked by value, no fold over tokens; experts are read by fused MoE nodes alone (a block that stayed
                 unmatched would gather [tokens, k, 2F, D] of weights at run time), their routers are FP32
     QUANTIZED   codes are read by operators that know them as codes
     LEGAL       what the target's `Legality` says, nothing else
@@ -178,6 +178,11 @@ def picks_rows(node: Node) -> bool:
     return name in ("aten::nonzero", "aten::nonzero_numpy") or (name == "aten::where" and len(node.args) == 1)
 
 
+def _is_stack(shape: Sequence[int]) -> bool:
+    """Matrices of experts; a filter of each channel is [C, 1, K]."""
+    return len(shape) == 3 and shape[1] > 1
+
+
 def _expert_faults(program: Program) -> Iterator[Fault]:
     for node in program.graph.nodes:
         name = program.weight_of(node) if node.op == "placeholder" else None
@@ -186,7 +191,7 @@ def _expert_faults(program: Program) -> Iterator[Fault]:
         stacked = program.roles.get(name) is Role.EXPERT
         for user in node.users:
             # a weight [E, ., .] that is no filter of a convolution belongs to experts, whatever its role says
-            cube = len(program.weights[name].shape) == 3 and program.roles.get(name) not in (Role.CACHE, Role.CONSTANT)
+            cube = _is_stack(program.weights[name].shape) and program.roles.get(name) not in (Role.CACHE, Role.CONSTANT)
             unfused = cube and user.op == "call_function" and "conv" not in operator_name(user)
             if (stacked or unfused) and MoeCall.find(user) is None:
                 yield Fault(
@@ -203,6 +208,12 @@ def _selection_faults(program: Program) -> Iterator[Fault]:
         what = "selects" if operator_name(node) == "aten::topk" else "picks rows by value" if picks_rows(node) else ""
         if what:
             yield Fault(f"{node.name} ({node.target}) still {what}: this MoE block was not fused", node, NOT_FUSED)
+
+
+def _fold_faults(program: Program) -> Iterator[Fault]:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "namespace", "") == "higher_order":
+            yield Fault(f"{node.name} ({node.target}) is left: this recurrent layer was not fused", node, NOT_FUSED)
 
 
 def _router_faults(program: Program) -> Iterator[Fault]:
@@ -253,6 +264,9 @@ OWN_OPERATORS = frozenset(
         "embedding_q",
         "fused_moe",
         "fused_moe_q",
+        "short_conv",
+        "gated_delta",
+        "selective_scan",
     )
 )
 TORCH = frozenset({"aten", "prims", "prim"})
@@ -274,6 +288,7 @@ STAGES: dict[Stage, Legality] = {
         invariants=(
             Invariant("experts are read by fused MoE nodes alone", _expert_faults),
             Invariant("nothing selects, nothing picks rows by value", _selection_faults),
+            Invariant("nothing folds over tokens", _fold_faults),
             Invariant("routers are FP32", _router_faults),
         ),
     ),

@@ -109,7 +109,11 @@ class Editor:
     def __init__(self, program: Program) -> None:
         self._program = program
         old = program.exported.graph_module
-        module = torch.fx.GraphModule(torch.nn.Module(), copy_graph(old.graph))
+        root = torch.nn.Module()
+        for node in old.graph.nodes:
+            if node.op == "get_attr":  # the body of a fold over tokens
+                setattr(root, str(node.target), getattr(old, str(node.target)))
+        module = torch.fx.GraphModule(root, copy_graph(old.graph))
         module.meta.update(old.meta)
         self.module = module
         self.graph = module.graph
@@ -393,10 +397,26 @@ def program_text(program: Program, *, names: bool = True) -> str:
             continue
         values[node] = f"%{counter}"
         counter += 1
+        if node.op == "get_attr":
+            lines.append(f"  {values[node]} = step of a token:")
+            lines += _body_lines(getattr(program.exported.graph_module, str(node.target)))
+            continue
         plain = callable(node.target) and not hasattr(node.target, "_schema")
         target = node.target.__name__ if plain else str(node.target)
         lines.append(f"  {values[node]}: {_type_text(node.meta.get('val'))} = {target}({', '.join(args)})")
     return _rename_symbols("\n".join(lines)) + "\n"
+
+
+def _body_lines(body: torch.fx.GraphModule) -> list[str]:
+    """A graph of its own, that of a fold over tokens."""
+    values: dict[Node, str] = {}
+    lines = []
+    for index, node in enumerate(body.graph.nodes):
+        values[node] = f"%{index}"
+        args = ", ".join([_format(a, values) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()])
+        what = {"placeholder": "input", "output": f"return {args}"}.get(node.op, f"{node.target}({args})")
+        lines.append(f"    {values[node]}: {_type_text(node.meta.get('val'))} = {what}")
+    return lines
 
 
 def _arguments(node: Node, values: Mapping[Node, str]) -> list[str]:

@@ -12,10 +12,13 @@ from moec.passes.expand_complex import expand_complex
 from moec.passes.flatten_tokens import flatten_tokens
 from moec.passes.fuse_attention import fuse_attention
 from moec.passes.fuse_moe import fuse_moe
+from moec.passes.fuse_recurrence import fuse_recurrence
 from moec.passes.fuse_rms_norm import fuse_rms_norm
 from moec.passes.fuse_rope import fuse_rope
+from moec.passes.fuse_short_conv import fuse_short_conv
 from moec.passes.narrow_routing import narrow_routing
 from moec.passes.quantize_weights import quantize_weights
+from moec.passes.sink_transposes import sink_transposes
 
 
 def fusion() -> list[Pass]:
@@ -31,6 +34,9 @@ def fusion() -> list[Pass]:
         narrow_routing(),
         fuse_moe(),
         fuse_attention(),
+        fuse_short_conv(),
+        fuse_recurrence(),
+        sink_transposes(),
         check_router(),
     ]
 

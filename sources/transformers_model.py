@@ -32,6 +32,7 @@ from moec.compiler.source import Checkpoint, Weights
 from moec.sources.accounting import check_tensors
 from moec.sources.roles import roles_by_use
 from moec.sources.transformers_config import build_model, home_of, read_config
+from moec.sources.transformers_recurrence import token_by_token
 
 EXPERTS = "batched_mm"  # of the implementations that export, the one that needs no sort
 
@@ -75,9 +76,10 @@ def export_config(
     _settle_frequencies(model, length)
     _tie(model, weights)
     try:
-        with mode:
-            wrapper = _Cached(model, length, min(max_tokens, length))
-        exported = export_module(wrapper, context=length, max_tokens=max_tokens, mode=mode)
+        with token_by_token(model):
+            with mode:
+                wrapper = _Cached(model, length, min(max_tokens, length))
+            exported = export_module(wrapper, context=length, max_tokens=max_tokens, mode=mode)
     except Exception as error:
         raise CompileError(
             f"{config.model_type} cannot be exported with static caches: {_why_not(error)}",
@@ -227,20 +229,17 @@ def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
 
 
 class _Cached(nn.Module):
-    """`forward(tokens [1, T], start_pos [1]) -> logits` over static caches held as buffers `cache_{k,v}_N`."""
+    """`forward(tokens [1, T], start_pos [1]) -> logits` over caches and states held as buffers `cache_*`."""
 
     def __init__(self, model: nn.Module, length: int, max_tokens: int) -> None:
         super().__init__()
         self.model = model
         self.length = length
-        shapes = self._shapes(min(EXAMPLE_TOKENS, max_tokens))
-        self.count = len(shapes)
-        for index, (k, v) in enumerate(shapes):
-            self.register_buffer(f"cache_k_{index}", torch.zeros(k, dtype=torch.float32))
-            self.register_buffer(f"cache_v_{index}", torch.zeros(v, dtype=torch.float32))
+        for name, shape in self._shapes(min(EXAMPLE_TOKENS, max_tokens)):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
-    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The cache shapes [1, heads, length, width] of every layer, learnt from one call with fake values."""
+    def _shapes(self, tokens: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of what every layer keeps, learnt from one call with fake values."""
         cache = self._cache()
         chosen = self.model.config._experts_implementation
         self.model.set_experts_implementation(EXPERTS)  # grouped_mm has no fake float32 form outside of an export
@@ -248,28 +247,19 @@ class _Cached(nn.Module):
             positions = torch.arange(tokens)
             self._call(torch.zeros(1, tokens, dtype=torch.long), positions, cache)
         self.model.set_experts_implementation(chosen)
-        return [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
+        return list(cache.shapes())
 
     def _cache(self) -> Any:
-        from transformers.cache_utils import StaticCache, StaticLayer
+        from moec.sources.transformers_cache import HeldCache
 
-        cache = StaticCache(config=self.model.config, max_cache_len=self.length)
-        # a sliding layer's rolling buffer has control flow that cannot be captured: keep all positions, mask the rest
-        cache.layers = [StaticLayer(self.length) for _ in cache.layers]
-        return cache
+        return HeldCache(self.model.config, self.length)
 
     def _call(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
         return self.model(input_ids=tokens, position_ids=positions[None], past_key_values=cache, use_cache=True).logits
 
     def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         cache = self._cache()
-        for index, layer in enumerate(cache.layers):
-            layer.keys, layer.values = getattr(self, f"cache_k_{index}"), getattr(self, f"cache_v_{index}")
-            layer.dtype, layer.device = torch.float32, layer.keys.device
-            layer.batch_size, layer.num_heads = layer.keys.shape[:2]
-            layer.k_head_dim, layer.v_head_dim = layer.keys.shape[-1], layer.values.shape[-1]
-            layer.cumulative_length = start_pos[0].clone()
-            layer.is_initialized = True
+        cache.hold(dict(self.named_buffers(recurse=False)), start_pos)
         positions = start_pos + torch.arange(tokens.shape[1], device=tokens.device)
         return self._call(tokens, positions, cache)
 

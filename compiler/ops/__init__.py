@@ -10,10 +10,13 @@ from moec.compiler.ops.call import Call, find_call
 from moec.compiler.ops.embedding_q import EmbeddingQ, embedding_q
 from moec.compiler.ops.fused_moe import FusedMoe, fused_moe
 from moec.compiler.ops.fused_moe_q import FusedMoeQ, fused_moe_q
+from moec.compiler.ops.gated_delta import GatedDelta, gated_delta
 from moec.compiler.ops.linear_q import LinearQ, linear_q
 from moec.compiler.ops.moe_call import MoeCall, MoeSizes, RoutedMoe
 from moec.compiler.ops.rms_norm import RmsNorm, rms_norm
 from moec.compiler.ops.rope import Rope, rope
+from moec.compiler.ops.selective_scan import SelectiveScan, selective_scan
+from moec.compiler.ops.short_conv import ShortConv, short_conv
 
 __all__ = [
     "CachedAttention",
@@ -22,6 +25,7 @@ __all__ = [
     "Experts",
     "FusedMoe",
     "FusedMoeQ",
+    "GatedDelta",
     "LinearQ",
     "MoeCall",
     "MoeSizes",
@@ -29,12 +33,17 @@ __all__ = [
     "Rope",
     "RoutedMoe",
     "Routing",
+    "SelectiveScan",
+    "ShortConv",
     "cached_attention",
     "embedding_q",
     "find_call",
     "fused_moe",
     "fused_moe_q",
+    "gated_delta",
     "linear_q",
     "rms_norm",
     "rope",
+    "selective_scan",
+    "short_conv",
 ]

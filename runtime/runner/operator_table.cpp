@@ -252,10 +252,13 @@ const OperatorEntry kOperators[] = {
     {"moec::cached_attention_q8.out", "TTTT!T!T!T!TdiT!=a"},
     {"moec::embedding_packed.out", "TTiiiT!=5"},
     {"moec::fused_moe_packed.out", "TTTT?T?TT?TT?T?T?T?IDT!=e"},
+    {"moec::gated_delta.out", "TTTTTT!TddT!=9"},
     {"moec::gated_linear_packed.out", "TTiiiiT!=6"},
     {"moec::linear_packed.out", "TTT?iiiT!=6"},
     {"moec::rms_norm.out", "TT?dT!=3"},
     {"moec::rope.out", "TTTbT!=4"},
+    {"moec::selective_scan.out", "TTTTTT?T!TT!=8"},
+    {"moec::short_conv.out", "TTT?T!TbT!=6"},
 };
 
 const unsigned kOperatorCount = sizeof kOperators / sizeof kOperators[0];

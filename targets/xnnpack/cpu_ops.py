@@ -189,6 +189,9 @@ OUT_FORMS = {
         "rms_norm": "out",
         "rope": "out",
         "cached_attention": "scales_out",  # `.out` had no scales: kernels/registration/old_operators.cpp
+        "short_conv": "out",
+        "gated_delta": "out",
+        "selective_scan": "out",
         "linear_packed": "out",
         "gated_linear_packed": "out",
         "embedding_packed": "out",

@@ -31,6 +31,11 @@ SCHEMAS = {
     "Tensor? b2, Tensor? shared_w13_codes, Tensor? shared_w13_scales, Tensor? shared_w2_codes, "
     "Tensor? shared_w2_scales, Tensor? shared_gate, int top_k, str routing, str experts, int bits, int group_size, "
     "bool int8_activations, int activation_block=0) -> Tensor",
+    "short_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, Tensor start_pos, bool silu) -> Tensor",
+    "gated_delta": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor(a!) state, Tensor start_pos, "
+    "float scale, float eps) -> Tensor",
+    "selective_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor(a!) state, "
+    "Tensor start_pos) -> Tensor",
     "linear_packed": "(Tensor x, Tensor w, Tensor? bias, int n, int k, int format) -> Tensor",
     "gated_linear_packed": "(Tensor x, Tensor w, int f, int k, int format, int activation) -> Tensor",
     "embedding_packed": "(Tensor ids, Tensor w, int n, int k, int format) -> Tensor",

@@ -3,9 +3,11 @@
 #ifndef MOEC_GENERIC_KERNELS_H_
 #define MOEC_GENERIC_KERNELS_H_
 
+#include <cmath>
 #include <cstring>
 
 #include "isa/isa.h"
+#include "isa/recurrent_tasks.h"
 #include "moec_kernel.h"
 
 namespace moec {
@@ -420,6 +422,8 @@ void gemm_f32(const FloatGemmTask& a) {
   }
 }
 
+#include "isa/recurrent_kernels.h"
+
 // Everything but the integer kernels.
 inline Kernels generic_table(int32_t int8_offset) {
   Kernels t{};
@@ -436,6 +440,9 @@ inline Kernels generic_table(int32_t int8_offset) {
   t.f16_to_f32 = f16_to_f32;
   t.add_scaled = add_scaled;
   t.add = add_rows;
+  t.short_conv = short_conv;
+  t.gated_delta = gated_delta;
+  t.selective_scan = selective_scan;
   return t;
 }
 

@@ -82,6 +82,10 @@ struct ActivateTask {
   int64_t hidden_stride;
 };
 
+struct ConvTask;  // isa/recurrent_tasks.h
+struct DeltaTask;
+struct ScanTask;
+
 struct Kernels {
   int32_t int8_offset;  // what the integer kernels add to int8 codes (int4: 8 everywhere)
 
@@ -99,6 +103,9 @@ struct Kernels {
   // y[i] = (accumulate ? y[i] : 0) + weight * x[i]   (one rounding for the product, one for the sum)
   void (*add_scaled)(const float* x, float weight, int64_t n, bool accumulate, float* y);
   void (*add)(const float* x, int64_t n, float* y);  // y[i] += x[i]
+  void (*short_conv)(const ConvTask&);
+  void (*gated_delta)(const DeltaTask&);
+  void (*selective_scan)(const ScanTask&);
 };
 
 struct AttentionKernels;  // attention/attention_kernels.h
