@@ -6,8 +6,8 @@ exported graph and after every pass (`pipeline.steps`), on the program and on it
     EXPORTED    any operator; tokens and start_pos go in, one result comes out; every weight that is read is held, and
                 every buffer that is written is a state that the program declares
     CANONICAL   no operator of torch's own that writes an operand
-    FUSED       no top-k, no rows picked by value, no fold over tokens; experts are read by fused MoE nodes alone (a block that stayed
-                unmatched would gather [tokens, k, 2F, D] of weights at run time), their routers are FP32
+    FUSED       no top-k, no rows picked by value, no fold over tokens; experts are read by fused MoE nodes alone (a
+                block that stayed unmatched would gather [tokens, k, 2F, D] of weights), their routers are FP32
     QUANTIZED   codes are read by operators that know them as codes
     LEGAL       what the target's `Legality` says, nothing else
 """
@@ -27,6 +27,7 @@ from moec.compiler.ops.call import NAMESPACE, find_call
 from moec.compiler.ops.moe_call import MoeCall
 from moec.compiler.program import Program, Role, Stage, module_path
 
+NO_STATES = "compile it for xnnpack, which runs layers with a recurrent state"
 NOT_FUSED = "see what was tried with `moec explain`"
 
 
@@ -98,9 +99,9 @@ def _faults(program: Program, legal: Sequence[Legality]) -> Iterator[Fault]:
             yield from invariant.faults(program)
         for node in program.graph.nodes:
             if node.op == "call_function" and operator_name(node) not in legality.permitted:
-                yield Fault(
-                    f"{node.name} ({node.target}) is no operator of {legality.owner}", node, legality.permitted.remedy
-                )
+                what = f"{node.name} ({node.target}) is no operator of {legality.owner}"
+                recurrent = operator_name(node) in RECURRENT_OPERATORS
+                yield Fault(what, node, NO_STATES if recurrent else legality.permitted.remedy)
 
 
 def operator_name(node: Node) -> str:
@@ -264,11 +265,10 @@ OWN_OPERATORS = frozenset(
         "embedding_q",
         "fused_moe",
         "fused_moe_q",
-        "short_conv",
-        "gated_delta",
-        "selective_scan",
     )
 )
+# layers with a state of fixed size: a target permits them beside those above where it has a form for them
+RECURRENT_OPERATORS = frozenset(f"{NAMESPACE}::{name}" for name in ("short_conv", "gated_delta", "selective_scan"))
 TORCH = frozenset({"aten", "prims", "prim"})
 
 STAGES: dict[Stage, Legality] = {

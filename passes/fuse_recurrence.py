@@ -36,7 +36,7 @@ def fuse_recurrence() -> Pass:
 
 @dataclass(frozen=True)
 class _Fold:
-    """`inputs`: of the body after the state; the first `tokens` of them are folded over, the others are the same for all."""
+    """`inputs`: of the body after the state; the first `tokens` of them are folded over, the others are fixed."""
 
     node: Node
     body: GraphModule

@@ -244,7 +244,7 @@ def _as_convolution(edit: Editor, y: Node, joined: _Joined) -> _Read:
     filters = [w for w in used if w not in biases]
     if len(filters) != 1 or len(biases) > 1:
         raise Stuck(y, f"it is made of {len(used)} weights, a convolution of a filter and perhaps a bias")
-    weight, bias = filters[0], (biases or [None])[0]
+    weight, bias = filters[0], biases[0] if biases else None
     forms = _forms(sizes[weight], joined.channels)
     if not forms:
         raise Stuck(

@@ -1,8 +1,8 @@
 """The caches that a transformers model is exported with: buffers of ours behind the interface of its cache objects.
 
-Every layer of the model gets what its type keeps: keys and values of all positions, the last inputs of its convolutions,
-its recurrent states, or nothing. One call with fake values teaches their shapes; the exported call then reads and writes
-`buffers()`. A call at position 0 begins anew: states are read as zero there, and masks hide what caches hold.
+Every layer of the model gets what its type keeps: keys and values of all positions, the last inputs of convolutions,
+recurrent states, or nothing. One call with fake values teaches their shapes; the exported call then reads and writes
+the buffers it is given. A call at position 0 begins anew: states are read as zero, and masks hide what caches hold.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class StateLayer(LinearAttentionLayer):
         return recurrent_states
 
 
-class StateAndAttentionLayer(StateLayer, StaticLayer):
+class StateAndAttentionLayer(StateLayer, StaticLayer):  # type: ignore[misc, override]
     """A layer that has both: states, and keys and values."""
 
     def __init__(self, length: int, number_of_states: int = 1) -> None:

@@ -21,9 +21,11 @@ from moec.compiler.states import Replaced
 BEGINS = "set the state to zero where start_pos is 0: torch.where(start_pos == 0, 0, state)"
 _SHAPES = {"zeros_like", "ones_like", "full_like", "empty_like", "sym_size"}  # read no element
 _STARTS = (0, 1, 2, 5, 100)
-_CASES = {"eq", "ne", "gt", "ge", "lt", "le", "where", "mul", "logical_not", "bitwise_not", "zeros", "zeros_like", "full",
-          "scalar_tensor", "view", "reshape", "unsqueeze", "squeeze", "expand", "_to_copy", "to", "clone", "alias",
-          "select", "masked_fill", "lift_fresh_copy", "full_like"}  # fmt: skip
+_CASES = {
+    "eq", "ne", "gt", "ge", "lt", "le", "where", "mul", "logical_not", "bitwise_not", "zeros", "zeros_like", "full",
+    "scalar_tensor", "view", "reshape", "unsqueeze", "squeeze", "expand", "_to_copy", "to", "clone", "alias", "select",
+    "masked_fill", "lift_fresh_copy", "full_like",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

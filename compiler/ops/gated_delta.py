@@ -65,7 +65,7 @@ class GatedDelta(Call[V]):
 
 
 def delta_step(s: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: state [1, H, d, e], q and k [1, H, d], v [1, H, e], decay and beta [1, H]. The new state, y [1, H, e]."""
+    """One token: state [1, H, d, e], q and k [1, H, d], v [1, H, e], decay and beta [1, H]. New state, y [1, H, e]."""
     s = s * decay.exp()[..., None, None]
     recalled = (s * k[..., None]).sum(-2)
     s = s + k[..., None] * ((v - recalled) * beta[..., None])[..., None, :]

@@ -1,4 +1,4 @@
-"""What the operators over recurrent states share: a state begins at zero where a sequence begins, and is written back."""
+"""What the operators over recurrent states share: a state counts as zero where a sequence begins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def before(op: str, state: Tensor, start_pos: Tensor) -> Tensor:
 
 
 def sized(op: str, name: str, value: Any, shape: tuple[Any, ...]) -> None:
-    """ValueError unless `value` has the static sizes of `shape`; None stands for any, the number of tokens among them."""
+    """ValueError unless `value` has the static sizes of `shape`; None stands for any, the token count among them."""
     require(value.dim() == len(shape), op, f"{name} must have {len(shape)} dimensions")
     for axis, size in enumerate(shape):
         if isinstance(size, int):

@@ -1,8 +1,8 @@
-"""moec::selective_scan: the selective state space of Mamba-2 (Dao and Gu, arXiv 2405.21060) and Mamba-1, token by token.
+"""moec::selective_scan: the selective state space of Mamba-2 (Dao and Gu, arXiv 2405.21060), token by token.
 
 T tokens, H heads, p head width, G groups (H a multiple), n state width. x [1, T, H, p], dt [1, T, H] (the step, after
 softplus and limits), a [H, n] or [H, 1] (negative), b and c [1, T, G, n], d [H]; state [1, H, p, n], zero where
-start_pos is 0. Head h reads group h // (H/G). Mamba-1 is H channels of p = 1 in one group.
+start_pos is 0. Head h reads group h // (H/G).
 
     S = exp(dt a) S + (dt x) b^T
     y = S c + d x                               [1, T, H*p]

@@ -67,11 +67,13 @@ def test_fused(name: str) -> None:
     after = check_rule(fuse_recurrence(), zoo(kind, **steps), count=1)
     (call,) = [c for n in after.graph.nodes if (c := GatedDelta.find(n) or SelectiveScan.find(n))]
     if isinstance(call, GatedDelta):
-        assert call.eps == 1e-6 and call.scale == pytest.approx(D**-0.5)
+        assert call.eps == 1e-6
+        assert call.scale == pytest.approx(D**-0.5)
     else:
         assert (call.d is None) == ("without" in name)
     state = after.states["state_cache"]
-    assert state.update == Replaced("gated_delta" if kind is Delta else "selective_scan") and not state.rewinds
+    assert state.update == Replaced("gated_delta" if kind is Delta else "selective_scan")
+    assert not state.rewinds
     assert not any(n.op == "get_attr" for n in after.graph.nodes)
 
 
@@ -194,9 +196,10 @@ def test_a_fold_that_does_not_go_on_from_its_state_is_refused() -> None:
 
 
 def test_what_is_left_is_an_error_with_its_place_and_reason() -> None:
-    with pytest.raises(CompileError, match="recurrent layer was not fused.*the result is not") as caught:
+    with pytest.raises(CompileError, match=r"recurrent layer was not fused.*the result is not") as caught:
         run_passes(zoo(Delta, step=_changed("the value is added")), fusion())
-    assert caught.value.remedy is not None and "gated delta rule" in caught.value.remedy
+    assert caught.value.remedy is not None
+    assert "gated delta rule" in caught.value.remedy
 
 
 def test_the_text_of_a_program_shows_the_step() -> None:

@@ -65,9 +65,11 @@ FUSED: dict[str, Steps] = {
 def test_fused(name: str) -> None:
     after = check_rule(fuse_short_conv(), zoo(Conv, **FUSED[name]), count=1)
     (call,) = [ShortConv.of(n) for n in after.graph.nodes if ShortConv.find(n)]
-    assert (call.bias is None) == (name == "no bias") and call.silu == (name != "no activation")
+    assert (call.bias is None) == (name == "no bias")
+    assert call.silu == (name != "no activation")
     state = after.states["conv_cache"]
-    assert (state.shape, state.update) == ((1, K - 1, C), Shifted(axis=1)) and not state.rewinds
+    assert (state.shape, state.update) == ((1, K - 1, C), Shifted(axis=1))
+    assert not state.rewinds
 
 
 def test_a_state_that_is_longer_than_the_taps_need_is_cut() -> None:

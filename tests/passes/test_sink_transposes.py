@@ -1,4 +1,4 @@
-"""sink_transposes: turns of tokens and channels cancel through what works on elements, and stay before anything else."""
+"""sink_transposes: turns of tokens and channels cancel through pointwise operators and stay before others."""
 
 from __future__ import annotations
 

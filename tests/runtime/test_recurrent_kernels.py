@@ -1,4 +1,4 @@
-"""The kernels of layers with a state against their references: odd sizes, every instruction set, cuts, threads, faults."""
+"""The kernels of layers with a state against their references: odd sizes, instruction sets, cuts, threads, faults."""
 
 from __future__ import annotations
 
