@@ -103,7 +103,8 @@ class Architecture:
 
     own: the source exports the graph itself, so that targets know its nodes to the operator (norm, one attention, norm,
     feed-forward in every layer); else they estimate from `caches` and `weights`. ffn_width: of the dense feed-forward
-    blocks, 0 if there are none. qk_norm: whether queries and keys are normalised.
+    blocks, 0 if there are none. qk_norm: whether queries and keys are normalised. fixed: states whose size no context
+    changes, those of convolutions and recurrences; a token reads and writes them whole. caches: of layers that attend.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Architecture:
     ffn_width: int = 0
     qk_norm: bool = False
     own: bool = True
+    fixed: tuple[State, ...] = ()
 
     @property
     def total_parameters(self) -> int:
@@ -138,7 +140,18 @@ class Architecture:
     def flops(self, position: int) -> int:
         """Multiplies and adds of a call of the token at `position`: every product of its weights, and attention."""
         head = self.vocab_size * self.d_model if self.tied else 0
-        return 2 * (sum(w.macs for w in self.weights) + head + self.attention_macs(position) + self.call_macs)
+        products = sum(w.macs for w in self.weights) + head + self.attention_macs(position)
+        return 2 * (products + self.call_macs + self.state_macs)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of the states that no context changes."""
+        return sum(state.bytes(0) for state in self.fixed)
+
+    @property
+    def state_macs(self) -> int:
+        """Multiply-accumulates of one token in recurrences: each element of a state is recalled, renewed and read."""
+        return 3 * self.fixed_bytes // 4
 
     @property
     def call_macs(self) -> int:
@@ -149,5 +162,5 @@ class Architecture:
         """Of a prompt of `tokens` tokens in one call; the head is computed once, for the last."""
         head = self.vocab_size * self.d_model
         body = sum(w.macs for w in self.weights) - (0 if self.tied else head)
-        attention = sum(self.attention_macs(p) for p in range(tokens)) + self.call_macs
+        attention = sum(self.attention_macs(p) for p in range(tokens)) + self.call_macs + tokens * self.state_macs
         return 2 * (tokens * body + head + attention)

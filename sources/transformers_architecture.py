@@ -15,8 +15,9 @@ from torch import nn
 
 from moec.compiler.architecture import Architecture, Cache, Experts, Weight
 from moec.compiler.errors import UserError
+from moec.compiler.states import Replaced, State
 from moec.sources.transformers_config import read_config
-from moec.sources.transformers_model import shapes_of
+from moec.sources.transformers_model import kept_by_layers, shapes_of
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -45,6 +46,7 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
             place=str(folder),
             remedy="this family's mixture is not one the planner can read",
         )
+    attends, fixed = _kept(model, text, layers, length)
     down = min(stacks, key=lambda w: w.rows * w.columns) if stacks else None
     shared = [w for w in weights if w.role == "shared" and w.columns > 1]
     return Architecture(
@@ -56,7 +58,10 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         context=length,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         weights=tuple(weights),
-        caches=tuple(_caches(text, layers, heads, width, length, _is_eager(model))),
+        caches=tuple(
+            c for n, c in enumerate(_caches(text, layers, heads, width, length, _is_eager(model))) if n in attends
+        ),
+        fixed=fixed,
         experts=None
         if down is None
         else Experts(
@@ -69,6 +74,19 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         ffn_width=max((w.rows for w in weights if w.role == "ffn"), default=0),
         own=False,
     )
+
+
+def _kept(model: nn.Module, text: Any, layers: int, length: int) -> tuple[set[int], tuple[State, ...]]:
+    """The layers that keep keys and values, and the states of fixed size of the others."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds = get_layer_types_and_kwargs(text)[0]
+    if not set(kinds) & {"conv", "linear_attention", "hybrid", "hybrid_sliding", "dummy"}:
+        return set(range(layers)), ()
+    held = kept_by_layers(model, length)
+    attends = {int(name.removeprefix("cache_k_")) for name in held if name.startswith("cache_k_")}
+    fixed = {n: s for n, s in held.items() if not n.startswith(("cache_k_", "cache_v_"))}
+    return attends, tuple(State(n, s, Replaced(), layer=n.split("_")[2]) for n, s in fixed.items())
 
 
 def _required(config: Any, key: str, folder: Path) -> int:
@@ -89,7 +107,7 @@ def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Itera
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         role = _role(name, shape, experts)
-        if len(shape) == 3:
+        if role == "expert" and len(shape) == 3:
             yield Weight(role, name, shape[0], shape[1], shape[2], used=min(chosen or shape[0], shape[0]))
         elif len(shape) == 2 and shape[0] == experts and name.endswith("bias"):  # one of each expert
             yield Weight("expert", name, shape[0], shape[1], 1, used=min(chosen or shape[0], shape[0]))
@@ -102,7 +120,7 @@ def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Itera
 def _role(name: str, shape: tuple[int, ...], experts: int | None) -> str:
     parts = name.split(".")
     if len(shape) == 3:
-        return "expert"
+        return "expert" if shape[1] > 1 else "norm"  # [C, 1, K]: the taps of each channel
     if "embed_tokens" in parts or "wte" in parts:
         return "embedding"
     if "lm_head" in parts:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 
@@ -182,6 +183,17 @@ def shapes_of(config: Any, folder: Path, context: int | None = None) -> tuple[nn
     model = _build(config, FakeTensorMode(allow_non_fake_inputs=True), EXPERTS, folder)
     _tie(model, None)
     return model, _length(config, folder, context)
+
+
+def kept_by_layers(model: nn.Module, length: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every buffer in which an export of `model` holds caches and states; fake parameters will do."""
+    with fake_mode_of_parameters(model), token_by_token(model):
+        return {n: tuple(b.shape) for n, b in _Cached(model, length, EXAMPLE_TOKENS).named_buffers(recurse=False)}
+
+
+def fake_mode_of_parameters(model: nn.Module) -> FakeTensorMode:
+    """The mode that the parameters of `shapes_of` were made in."""
+    return next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
 
 
 def _length(config: Any, folder: Path, context: int | None) -> int:

@@ -48,12 +48,15 @@ class Model:
         return None if self.quantization is None else self.quantization.cache_codes
 
     def cache_bytes(self, positions: int) -> int:
-        """KV cache of `positions` positions, all layers. Windowed layers keep every position, as our caches do."""
-        return sum(n * self._rows(c, positions) for c, n in Counter(self.architecture.caches).items())
+        """KV cache of `positions` positions, all layers, and the states of fixed size. Windowed layers keep every
+        position, as our caches do."""
+        rows = sum(n * self._rows(c, positions) for c, n in Counter(self.architecture.caches).items())
+        return rows + self.architecture.fixed_bytes
 
     def cache_read(self, position: int) -> int:
-        """Bytes of keys and values that the token at `position` attends to."""
-        return sum(n * self._rows(c, c.seen(position)) for c, n in Counter(self.architecture.caches).items())
+        """Bytes of keys and values that the token at `position` attends to, and of states, read and written."""
+        rows = sum(n * self._rows(c, c.seen(position)) for c, n in Counter(self.architecture.caches).items())
+        return rows + 2 * self.architecture.fixed_bytes
 
     def _rows(self, cache: Cache, positions: int) -> int:
         return self.footprint.cache_bytes(cache, None if cache.whole else self.cache_codes, positions)

@@ -57,7 +57,7 @@ class MetalFootprint(Footprint):
 
     def activation_bytes(self, architecture: Architecture, tokens: int, options: Any) -> int:
         """The widest layer's tensors of `tokens` tokens, and the logits of one."""
-        cache, moe = architecture.caches[0], architecture.experts
+        cache, moe = architecture.caches[0] if architecture.caches else Cache(1, 0, 0), architecture.experts
         q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
         routed = 0 if moe is None else moe.top_k * (3 * moe.width + architecture.d_model) + 3 * moe.shared_width
         widest = max(2 * (q + 2 * kv) + q + kv, 5 * architecture.ffn_width, routed)

@@ -78,7 +78,7 @@ class XnnpackFootprint(Footprint):
         and k rotated k) and a dense feed-forward block (its input, activated gate times up); the logits of one token
         share its space.
         """
-        d, cache = architecture.d_model, architecture.caches[0]
+        d, cache = architecture.d_model, architecture.caches[0] if architecture.caches else Cache(1, 0, 0)
         q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
         attention = 2 * (q + 2 * kv) + q + (kv if architecture.qk_norm else 0)
         arena = 4 * tokens * (d + max(attention, d + architecture.ffn_width) + cache.key_width)
