@@ -2,6 +2,9 @@
 
     sdpa(q, index_copy(K, pos, k), index_copy(V, pos, v), mask)  ->  moec::cached_attention(q, k, v, K, V, start_pos)
 
+Several layers may read one cache, which one of them writes: each becomes the operator, given the same keys and values,
+and writes the same rows again. They are fused together or not at all.
+
 The mask and the write positions are verified by evaluating them: causal, or causal over a window, at sampled calls.
 """
 
@@ -31,6 +34,19 @@ def fuse_attention() -> Pass:
 
 
 @dataclass(frozen=True)
+class _Reading:
+    """One attention: `end` is its result with merged heads."""
+
+    node: Node
+    end: Node
+    q: Node
+    keys: _Cache
+    values: _Cache
+    scale: float
+    window: int
+
+
+@dataclass(frozen=True)
 class _Cache:
     """One cache: its buffer, the write that extends it, the new rows [1, T, KV, d], and where they go."""
 
@@ -54,13 +70,43 @@ def _run(program: Program) -> PassResult:
     fuser = _Fuser(edit, program.info.max_tokens)
     refusals: list[Refusal] = []
     changed = 0
-    for node in [n for n in edit.graph.nodes if is_op(n, SDPA)]:
+    for nodes in _by_cache(edit):
         try:
-            fuser.fuse(node)
-            changed += 1
+            _check_private(nodes)
+            fuser.fuse(nodes)
+            changed += len(nodes)
         except Stuck as stuck:
-            refusals.append(Refusal.at(RULE, stuck.node, stuck.reason, stuck.remedy or REMEDY, block=node))
+            refusals += [Refusal.at(RULE, stuck.node, stuck.reason, stuck.remedy or REMEDY, block=n) for n in nodes]
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
+
+
+def _by_cache(edit: Editor) -> list[list[Node]]:
+    """The attentions of the graph in order, those that read one updated cache for keys together."""
+    found: dict[Node, list[Node]] = {}
+    for node in [n for n in edit.graph.nodes if is_op(n, SDPA)]:
+        found.setdefault(_write(node.args[1]), []).append(node)
+    return list(found.values())
+
+
+def _write(node: Any) -> Node:
+    """What the views of keys or values are of."""
+    while is_op(node, aten.transpose.int, aten.expand.default, *VIEWS) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    assert isinstance(node, Node)
+    return node
+
+
+def _check_private(attentions: list[Node]) -> None:
+    """Nothing but these reads the updated caches, through any of their views. Stuck at another reader."""
+    pending = list({_write(a.args[i]): None for a in attentions for i in (1, 2)})
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.op == "output" or (user in attentions and node not in (user.args[0], *user.args[3:])):
+                continue
+            if not is_op(user, aten.transpose.int, aten.expand.default, *VIEWS):
+                raise Stuck(node, "the updated cache has another reader than this attention")
+            pending.append(user)
 
 
 class _Fuser:
@@ -79,8 +125,22 @@ class _Fuser:
             None,
         )
 
-    def fuse(self, node: Node) -> None:
-        """Rewrite one attention. Stuck when any part of it is not what the operator computes."""
+    def fuse(self, nodes: list[Node]) -> None:
+        """Rewrite the attentions over one cache. Stuck when any part of one is not what the operator computes."""
+        found = [self._read(node) for node in nodes]
+        writes = [(r.keys.write, r.values.write) for r in found]
+        if any(w != writes[0] for w in writes):
+            raise Stuck(nodes[0], "layers share their keys, but not their values")
+        layers = [module_path(node) for node in nodes]
+        window = found[0].window if all(r.window == found[0].window for r in found) else 0
+        for cache in (found[0].keys, found[0].values):
+            self._own_cache(cache, window, layers[0], tuple(layers[1:]))
+        for reading in found:
+            self._rewrite(reading)
+        for write in writes[0]:
+            self._edit.drop_mutation(write)
+
+    def _read(self, node: Node) -> _Reading:
         if self._start is None:
             raise Stuck(node, "the graph has no start position")
         if arg(node, 4, "dropout_p", 0.0) != 0.0 or arg(node, 5, "is_causal", False):
@@ -98,15 +158,13 @@ class _Fuser:
         end = self._merged_heads(node)
         scale = arg(node, 6, "scale")
         width = int(shape(q)[3])
-        self._rewrite(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)
+        return _Reading(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)
 
-    def _rewrite(self, node: Node, end: Node, q: Node, keys: _Cache, values: _Cache, scale: float, window: int) -> None:
-        edit = self._edit
-        with edit.graph.inserting_before(node):
-            query = _swap(edit, q)
+    def _rewrite(self, read: _Reading) -> None:
+        edit, keys, values = self._edit, read.keys, read.values
+        with edit.graph.inserting_before(read.node):
+            query = _swap(edit, read.q)
             rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
-            for cache in (keys, values):
-                self._own_cache(cache, window, module_path(node))
             call = CachedAttention(
                 q=query,
                 k=rows[0],
@@ -114,24 +172,21 @@ class _Fuser:
                 k_cache=keys.buffer,
                 v_cache=values.buffer,
                 start_pos=self._start,
-                scale=scale,
-                window=window,
+                scale=read.scale,
+                window=read.window,
             )
-            fused = edit.emit(call, like=node)
-        for cache in (keys, values):
-            edit.drop_mutation(cache.write)
-        end.replace_all_uses_with(fused)
+            fused = edit.emit(call, like=read.node)
+        read.end.replace_all_uses_with(fused)
 
-    def _own_cache(self, cache: _Cache, window: int, layer: str) -> None:
+    def _own_cache(self, cache: _Cache, window: int, layer: str, readers: tuple[str, ...]) -> None:
         """The buffer becomes the operator's: float32 [1, S, KV, d]. Behind the mask it is never read."""
         name = str(self._edit.weight_of(cache.buffer))
         _, *middle, width = self._edit.states[name].shape
         heads, positions = middle if cache.heads_first else reversed(middle)
-        self._edit.hold(State(name, (1, positions, heads, width), Appended(1, window), layer=layer))
+        self._edit.hold(State(name, (1, positions, heads, width), Appended(1, window), layer=layer, readers=readers))
 
     def _cache(self, node: Any) -> _Cache:
         """Read keys or values [1, H, S, d]: a written cache, its heads perhaps repeated."""
-        self._check_private(node)
         source = _unrepeat(node)
         heads_first = True
         if _swaps_heads(source):
@@ -151,16 +206,6 @@ class _Fuser:
         if self._edit.mutations_of(source) != [name]:
             raise Stuck(source, f"the updated cache is not returned as the new content of {name}, and of that alone")
         return _Cache(buffer, source, rows, positions, heads_first)
-
-    def _check_private(self, node: Any) -> None:
-        """Nothing but this attention reads the updated cache, through any of its views."""
-        while isinstance(node, Node) and node.op == "call_function":
-            outside = [u for u in node.users if u.op != "output"]
-            if len(outside) != 1:
-                raise Stuck(node, "the updated cache has another reader than this attention")
-            if is_op(node, aten.index_copy.default):
-                return
-            node = node.args[0]
 
     def _check_positions(self, cache: _Cache) -> None:
         key = (cache.positions, cache.length)

@@ -1,6 +1,7 @@
 """Fuse RMS norm: x * rsqrt(mean(x^2, -1) + eps) [* w]  ->  moec::rms_norm(x, w, eps).
 
-Also `aten.rms_norm` over the last dimension. w must be a one-dimensional weight; without one the norm is scaleless.
+The root may be a power of -0.5. Also `aten.rms_norm` over the last dimension. w must be a one-dimensional weight;
+without one the norm is scaleless.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _run(program: Program) -> PassResult:
             weight, eps = arg(node, 2, "weight"), arg(node, 3, "eps")
             _replace(edit, node, node.args[0], weight, torch.finfo(torch.float32).eps if eps is None else eps)
             changed += 1
-        elif is_op(node, aten.rsqrt.default):
+        elif is_op(node, aten.rsqrt.default) or (is_op(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5):
             changed += _spelled_out(edit, node)
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 

@@ -241,3 +241,45 @@ REFUSED: list[tuple[dict[str, Callable[..., Any]], str]] = [
 )
 def test_refused(steps: dict[str, Callable[..., Any]], reason: str) -> None:
     check_refused(fuse_attention(), program(**steps), reason)
+
+
+# ---- one cache that several layers read
+
+
+class Sharing(Attention):
+    """A second attention with queries of its own over the cache that the first one writes."""
+
+    def __init__(self, **steps: Callable[..., Any]) -> None:
+        super().__init__(**steps)
+        self.q2, self.o2 = Linear(D, HEADS * WIDTH), Linear(HEADS * WIDTH, D)
+
+    def second_mask(self, positions: Tensor) -> Tensor:
+        return self.mask(positions)
+
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        first = super().forward(x, start)
+        q = self.q2(x + first).unflatten(-1, (HEADS, WIDTH))
+        return first + self.o2(self.merge(self.attend(q, self.second_mask(self.positions(x, start)))))
+
+
+class SharingToy(Toy):
+    def __init__(self, kind: type[Sharing]) -> None:
+        super().__init__()
+        self.attention = kind()
+
+
+def test_layers_that_share_a_cache() -> None:
+    after = check_rule(fuse_attention(), export_toy(lambda: SharingToy(Sharing), {"embed": Role.EMBEDDING}), count=2)
+    calls = [c for n in after.graph.nodes if (c := CachedAttention[Node].find(n)) is not None]
+    assert len({(c.k_cache, c.v_cache) for c in calls}) == 1
+    assert all(len(after.states[f"attention.{part}_cache"].readers) == 1 for part in "kv")
+
+
+def test_layers_that_share_a_cache_are_fused_together_or_not_at_all() -> None:
+    class Backwards(Sharing):
+        def second_mask(self, positions: Tensor) -> Tensor:
+            return torch.arange(CONTEXT) >= positions.unsqueeze(1)
+
+    program = export_toy(lambda: SharingToy(Backwards), {"embed": Role.EMBEDDING})
+    refused = check_refused(fuse_attention(), program, "mask is neither causal")
+    assert len(refused.refusals) == 2

@@ -46,6 +46,7 @@ NORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[bool, float]]] 
     "without_weight": (lambda x, w: F.rms_norm(x, (D,), None, EPS) * 2, (False, EPS)),
     "default_eps": (lambda x, w: F.rms_norm(x, (D,), w), (True, 2.0**-23)),
     "spelled_out": (lambda x, w: w * (x * _rsqrt(x)), (True, EPS)),
+    "power": (lambda x, w: x * torch.pow(x.pow(2).mean(-1, keepdim=True) + EPS, -0.5) * w, (True, EPS)),
     "spelled_other_order": (lambda x, w: _rsqrt(x) * x * w, (True, EPS)),
     "product_square": (lambda x, w: x * torch.rsqrt(EPS + (x * x).mean(-1, True)), (False, EPS)),
     "one_plus_weight": (lambda x, w: x * _rsqrt(x) * (1 + w), (False, EPS)),
