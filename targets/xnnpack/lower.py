@@ -40,6 +40,14 @@ MODEL = "model.pte"
 _REPORT = "this is a fault of moec, not of the model: please report it"
 
 
+class _Linears(LinearConfig):
+    """Linears alone: XNNPACK's own would take a ReLU behind one with them, which the runtime's check does not know."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fused_acts = []
+
+
 class LinearPartitioner(XnnpackPartitioner):
     """Takes linears only, float or dynamically quantized.
 
@@ -49,7 +57,7 @@ class LinearPartitioner(XnnpackPartitioner):
 
     def __init__(self) -> None:
         super().__init__(
-            configs=[LinearConfig], config_precisions=[ConfigPrecisionType.DYNAMIC_QUANT, ConfigPrecisionType.FP32]
+            configs=[_Linears], config_precisions=[ConfigPrecisionType.DYNAMIC_QUANT, ConfigPrecisionType.FP32]
         )
         self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
 
