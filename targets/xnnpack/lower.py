@@ -45,7 +45,7 @@ class _Linears(LinearConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.fused_acts = []
+        self.fused_acts: list[str] = []
 
 
 class LinearPartitioner(XnnpackPartitioner):
