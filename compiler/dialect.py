@@ -27,7 +27,7 @@ from moec.compiler.ops.call import NAMESPACE, find_call
 from moec.compiler.ops.moe_call import MoeCall
 from moec.compiler.program import Program, Role, Stage, module_path
 
-NO_STATES = "compile it for xnnpack, which runs layers with a recurrent state"
+NO_STATES = "choose a target that runs layers with a recurrent state: docs/any-moe.md lists them"
 NOT_FUSED = "see what was tried with `moec explain`"
 
 
