@@ -15,6 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moec.assistant.template import ChatTemplate
@@ -71,7 +72,7 @@ def role_form(template: ChatTemplate) -> RoleForm:
     if "strftime_now" in template.text:
         raise Irregular("it tells the date")
     form = _read(template)
-    texts = (*_TEXTS, *_MARKERS)
+    texts: tuple[str, ...] = (*_TEXTS, *_MARKERS)
     for _ in range(len(_MARKERS) + 1):
         differing = _difference(template, form, texts)
         if differing is None:
@@ -81,6 +82,21 @@ def role_form(template: ChatTemplate) -> RoleForm:
             raise Irregular(f"it renders {differing[:80]!r} otherwise than other contents")
         texts = tuple(text for text in texts if text != marker)
     raise Irregular("it renders contents by what stands in them")
+
+
+def write_form(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write the form of a model's template beside it: the names of files written, and what the user should know."""
+    try:
+        template = ChatTemplate.of_folder(folder)
+        if template is None:
+            return (), ()
+        form = role_form(template)
+    except Irregular as reason:
+        return (), (f"chat template: no prefixes and suffixes for apps without jinja, since {reason}",)
+    except UserError as error:
+        return (), (f"chat template: {error.message}",)
+    (folder / FILE).write_text(form.json(), "utf-8")
+    return (FILE,), ()
 
 
 def _read(template: ChatTemplate) -> RoleForm:

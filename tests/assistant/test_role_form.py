@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moec.assistant.role_form import Irregular, RoleForm, role_form
+from moec.assistant.role_form import Irregular, RoleForm, role_form, write_form
 from moec.assistant.template import ChatTemplate
 from tests.assistant.conversations import NAMES, plain_turns, template
 
@@ -87,6 +87,20 @@ def test_what_a_form_says() -> None:
 def test_what_is_irregular_is_said(text: str, why: str) -> None:
     with pytest.raises(Irregular, match=why):
         role_form(ChatTemplate(text, {}, "x"))
+
+
+def test_what_compiling_writes(tmp_path: Path) -> None:
+    assert write_form(tmp_path) == ((), ())
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(template("chatml").text)
+    assert write_form(tmp_path) == (("chat_roles.json",), ())
+    found = json.loads((tmp_path / "chat_roles.json").read_text())
+    assert (found["format"], found["answer"]) == (1, "<|im_start|>assistant\n")
+    for text, why in (("{{ strftime_now('%Y') }}", "since it tells the date"), ("{% for %}", "not a chat template")):
+        file.write_text(text)
+        files, (note,) = write_form(tmp_path)
+        assert files == ()
+        assert why in note
 
 
 @pytest.mark.real_model
