@@ -24,6 +24,7 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """The messages as templates read them; RunError, with the message and the key, for what is none.
 
     A content of text parts becomes one text; arguments of tool calls, which OpenAI gives as JSON text, become objects.
+    A message that calls tools and says nothing has the content None.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise RunError(
@@ -56,8 +57,6 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         found["tool_calls"] = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls)]
     elif found["content"] is None:
         raise RunError("has no content", place=place, remedy="give it a text")
-    if found["content"] is None:
-        found["content"] = ""  # templates add it to other text
     return found
 
 

@@ -13,7 +13,7 @@ from moec.assistant.answer import Limits
 from moec.assistant.conversation import Conversation
 from moec.assistant.sampling import Sampling
 from moec.assistant.template import ChatTemplate
-from moec.compiler.errors import RunError, UserError
+from moec.compiler.errors import ArtifactError, RunError, UserError
 from tests.assistant.conversations import NAMES
 from tests.assistant.speaking import EOS, VOCABULARY, Speaking, assistant, tokenizer
 
@@ -87,6 +87,25 @@ def test_tools_are_called(name: str, said: str, tmp_path: Path) -> None:
         marker = {"mistral": "[TOOL_CALLS]", "granite": "<|tool_call|>"}.get(name, "")  # special tokens are not shown
         assert "".join(plain) == said.removeprefix(marker)
         assert plain.calls == []
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("{{ m.content + (c.function.arguments | tojson) }}", '{"a": 1}'),  # an object; content added to
+        ("{{ c.function.arguments }}{{ 'none' if m.content is none }}", "{'a': 1}none"),  # the first form that renders
+        ("{{ 'x' + c.function.arguments }}{{ 'none' if m.content is none }}", 'x{"a": 1}none'),  # text, as DeepSeek's
+        ("{{ m.content + c.function.arguments }}", '{"a": 1}'),
+    ],
+)
+def test_calls_are_told_in_the_form_that_the_template_reads(written: str, wanted: str, tmp_path: Path) -> None:
+    text = "{% for m in messages %}{% for c in m.tool_calls or [] %}" + written + "{% endfor %}{% endfor %}"
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    ids = assistant(tmp_path, chat=ChatTemplate(text, {}, "x")).chat_prompt(messages).ids
+    assert tokenizer().decode(ids) == wanted
+    with pytest.raises(ArtifactError, match="division by zero"):
+        assistant(tmp_path, chat=ChatTemplate("{{ 1 / 0 }}", {}, "x")).chat_prompt(messages)
 
 
 def test_tools_that_the_template_does_not_read_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_what_clients_send_is_what_templates_read() -> None:
     assert checked_messages(given) == [
         {"role": "developer", "content": "Brief."},
         {"role": "user", "content": "a b", "name": "Ann"},
-        {"role": "assistant", "content": "", "tool_calls": [read]},
+        {"role": "assistant", "content": None, "tool_calls": [read]},
         {"role": "tool", "content": "2", "tool_call_id": "c1"},
     ]
 

@@ -1,0 +1,121 @@
+"""The page in a real browser: a question is typed, its answer streams in as text, and the page's policy holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="the server: pip install 'moec[serve]'")
+pytest.importorskip("uvicorn", reason="the server: pip install 'moec[serve]'")
+aiohttp = pytest.importorskip("aiohttp", reason="speaks with the browser: pip install 'moec[eval]'")
+
+from tests.assistant.server.running import running  # noqa: E402
+from tests.assistant.speaking import Speaking  # noqa: E402
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+class Tab:
+    """One page of the browser, over its debugging protocol. `complaints`: errors and warnings of console and policy."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket, self._count = socket, 0
+        self.complaints: list[str] = []
+
+    async def call(self, method: str, **parameters: Any) -> Any:
+        self._count += 1
+        await self._socket.send_json({"id": self._count, "method": method, "params": parameters})
+        while True:
+            found = json.loads((await self._socket.receive(60)).data)
+            mild = found.get("params", {}).get("entry", {}).get("level") in ("verbose", "info")
+            if found.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown") and not mild:
+                self.complaints.append(json.dumps(found["params"]))
+            if found.get("id") == self._count:
+                return found["result"]
+
+    async def value(self, expression: str) -> Any:
+        found = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def until(self, expression: str, wanted: Any) -> None:
+        end = time.monotonic() + 60
+        while (found := await self.value(expression)) != wanted:
+            assert time.monotonic() < end, (expression, found, self.complaints)
+            await asyncio.sleep(0.05)
+
+
+async def talk(debugging: str, url: str) -> list[str]:
+    async with aiohttp.ClientSession() as session:
+        async with session.put(f"{debugging}/json/new?{url}") as reply:
+            address = (await reply.json())["webSocketDebuggerUrl"]
+        async with session.ws_connect(address, max_msg_size=0) as socket:
+            tab = Tab(socket)
+            await tab.call("Log.enable")
+            await tab.call("Runtime.enable")
+            await tab.until("document.getElementById('title')?.textContent", "small")
+
+            async def ask(text: str) -> None:
+                await tab.value(f"document.getElementById('text').value = {json.dumps(text)}")
+                await tab.value("document.getElementById('form').requestSubmit()")
+
+            said = "[...document.querySelectorAll('.assistant')].map(e => e.textContent)"
+            await ask("Hi <b>there</b>")
+            await tab.until(said, ["<img src=x onerror=alert(1)> & more"])
+            assert await tab.value("document.querySelectorAll('#log img, #log b').length") == 0  # text, not markup
+            await tab.until("document.getElementById('send').hidden", False)
+            await ask("more")
+            await tab.until(said, ["<img src=x onerror=alert(1)> & more", "Second."])
+            await tab.until("document.getElementById('send').hidden", False)
+            await ask("long")
+            await tab.until(f"({said}).length", 3)
+            await tab.value("document.getElementById('stop').click()")
+            await tab.until("document.getElementById('send').hidden", False)
+            await tab.value("document.getElementById('clear').click()")
+            assert await tab.value(said) == []
+            # the policy holds: a script that somebody adds does not run
+            await tab.value(
+                "document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))"
+            )
+            assert await tab.value("window.ran") is None
+            return tab.complaints
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: install chromium")
+def test_a_conversation_in_a_browser(tmp_path: Path) -> None:
+    slow = iter([0.0] * 60)
+    session = Speaking(
+        ["<img src=x onerror=alert(1)> & more", "Second.", "x" * 300], slow=lambda: time.sleep(next(slow, 0.05))
+    )
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={tmp_path / 'b'}",
+    ]
+    with running(tmp_path, session) as at:
+        browser = subprocess.Popen([str(BROWSER), *options], stderr=subprocess.PIPE, text=True)
+        try:
+            assert browser.stderr is not None
+            line = next(line for line in browser.stderr if "DevTools listening on" in line)
+            port = re.search(r"ws://127\.0\.0\.1:(\d+)/", line)
+            assert port is not None
+            complaints = asyncio.run(talk(f"http://127.0.0.1:{port[1]}", at.url + "/"))
+        finally:
+            browser.kill()
+            browser.wait()
+        at.idle(5)  # Stop ended the long answer
+        # the added script is all that was complained about
+        assert len(complaints) == 1, complaints
+        assert "Content Security Policy" in complaints[0]
