@@ -17,6 +17,7 @@ NEEDED = [
     "moec/py.typed",
     "moec/compiler/spec/model.py",
     "moec/cli/main.py",
+    "moec/assistant/server/page.html",
     "moec/compiler/ops/fused_moe.py",
     "moec/passes/canonicalize.py",
     "moec/targets/xnnpack/options.py",
