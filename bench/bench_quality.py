@@ -14,7 +14,7 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from peers import llama_quality
 from real_model import NotReached, gguf_file, transformers_folder
 from safetensors.torch import load_file
 
+from moec.analysis.bits.choose import choose, measured, sizes
 from moec.analysis.verify.quality.compared import Compared
 from moec.analysis.verify.quality.divergence import Divergence
 from moec.analysis.verify.quality.fidelity import (
@@ -62,6 +63,7 @@ OURS: dict[str, dict[str, Any]] = {
     "INT4 g64, table INT8, awq_gptq": {**INT4, "group_size": 64, "embedding": "int8", "method": "awq_gptq"},
     "INT8": {**INT4, "weights": "int8"},
 }
+MIXED = {"mixed, 92 MB": 92.0, "mixed, 87 MB": 87.0, "mixed, 84 MB": 84.0}  # whole artifacts of at most so many MB
 PEERS = {  # name: format, with an importance matrix
     "Q4_0": ("Q4_0", False),
     "Q4_0 imatrix": ("Q4_0", True),
@@ -147,15 +149,35 @@ def _raw(folder: Path, quantization: dict[str, Any] | None) -> dict[str, Any]:
     return {"name": "smollm2", "model": model, "quantization": quantization or "none", "targets": ["xnnpack"]}
 
 
+def _spec(setting: Setting, quantization: dict[str, Any]) -> Spec:
+    if "method" in quantization:
+        calibration = {"jsonl": str(setting.calibration), "tokens": CALIBRATION_TOKENS}
+        quantization = {**quantization, "calibration": calibration}
+    return parse_spec(yaml.safe_dump(_raw(setting.folder, quantization)), folder=setting.folder)
+
+
 def ours(name: str, setting: Setting) -> Model:
     """An artifact of the row's quantization, compiled once."""
-    quantization = dict(OURS[name])
-    if "method" in quantization:
-        quantization["calibration"] = {"jsonl": str(setting.calibration), "tokens": CALIBRATION_TOKENS}
+    return _artifact(name, setting, lambda: _spec(setting, OURS[name]))
+
+
+def mixed(name: str, setting: Setting) -> Model:
+    """An artifact of the bits that `moec quantize` chooses for a size."""
+
+    def spec() -> Spec:
+        given, target = _spec(setting, {**INT4, "method": "awq_gptq"}), "xnnpack"
+        store = build.open_checkpoint(given, setting.folder)
+        costs = measured(given, store, target, setting.progress)
+        room = sizes(given, store, target, costs, most=round(MIXED[name] * 1e6), device=None)
+        return choose(given, costs, room).spec
+
+    return _artifact(name, setting, spec)
+
+
+def _artifact(name: str, setting: Setting, spec: Callable[[], Spec]) -> Model:
     place = setting.out / name.replace(",", "").replace(" ", "-")
     if not (place / MANIFEST).exists():
-        spec = parse_spec(yaml.safe_dump(_raw(setting.folder, quantization)), folder=setting.folder)
-        build.compile(spec, out=place, progress=setting.progress)
+        build.compile(spec(), out=place, progress=setting.progress)
     artifact = Artifact.open(place)
     own = held_out(encoder_of(artifact), template=template_of(artifact), tokens=ALL_TOKENS, longest=LENGTH)
     assert own == setting.chunks, "the artifact reads other tokens than the float model"
@@ -209,7 +231,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows alone, by their names in the table")
     parser.add_argument("--no-peers", action="store_true", help="without llama.cpp, whose first build takes long")
     options = parser.parse_args()
-    wanted = [(n, ours) for n in OURS] + ([] if options.no_peers else [(n, peer) for n in PEERS])
+    wanted = (
+        [(n, ours) for n in OURS]
+        + [(n, mixed) for n in MIXED]
+        + ([] if options.no_peers else [(n, peer) for n in PEERS])
+    )
     if options.only:
         unknown = set(options.only) - {n for n, _ in wanted}
         if unknown:

@@ -23,6 +23,9 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 
 
+EXPORTED = "model"  # the attribute of the wrapper that is exported, which begins every name of a graph
+
+
 def architecture_of_transformers(folder: Path, name: str, context: int | None = None) -> Architecture:
     """The account of `folder`/config.json. MissingExtra without transformers; UserError for shapes it cannot read.
 
@@ -103,8 +106,10 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Iterator[Weight]:
-    """Every parameter once; linears are [out, in], stacks of experts [E, a, b]."""
-    for name, parameter in model.named_parameters():
+    """Every parameter once, by its name in the exported graph; linears are [out, in], stacks of experts [E, a, b]."""
+    names = {id(p): f"{EXPORTED}.{name}" for name, p in model.named_parameters(remove_duplicate=False)}
+    for parameter in model.parameters():
+        name = names[id(parameter)]
         shape = tuple(parameter.shape)
         role = _role(name, shape, experts)
         if role == "expert" and len(shape) == 3:

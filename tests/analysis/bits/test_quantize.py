@@ -12,11 +12,16 @@ import yaml
 from torch.nn import functional
 
 from moec.analysis.bits.parts import measure_parts, parts_of
+from moec.analysis.plan.planner import architecture_of_spec, plan_spec
 from moec.checkpoints.synthesize import synthesize
+from moec.compiler import build
+from moec.compiler.pipeline import run_passes
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.progress import Progress
 from moec.compiler.quantizer import codes_of, last_axis
-from moec.compiler.spec import Spec, load_spec
+from moec.compiler.spec import Spec, load_spec, parse_spec
+from moec.passes.pipelines import fusion
+from moec.passes.quantize_weights import reads
 from tests.analysis.calibration.models import MODEL, TEXTS, float_program, spec_of
 from tests.conftest import Moec, refused
 
@@ -170,3 +175,28 @@ def test_experts_of_a_layer_are_stored_alike(spec_file: Path, tmp_path: Path, mo
     file = tmp_path / "unlike.yaml"
     file.write_text(yaml.safe_dump(raw), "utf-8")
     refused(moec("compile", file, "-q", "--out", tmp_path / "out"), "must be stored alike", "`tensors`")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plans_count_exceptions_by_name(tied: bool, tmp_path: Path) -> None:
+    """The planner's list of a transformers model has every weight of the graph that can be quantized, by its name."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}))
+    raw = {"name": "llama", "model": {"transformers": str(tmp_path)}, "quantization": {"weights": "int4"}}
+    spec = parse_spec(yaml.safe_dump({**raw, "targets": ["xnnpack"]}))
+    assert spec.quantization is not None
+    program, _ = build.program_and_passes(spec, None)
+    graph = {r.name for r in reads(run_passes(program, fusion()), spec.quantization)}
+    listed = {w.name: w for w in architecture_of_spec(spec).weights}
+    assert graph <= set(listed), sorted(graph - set(listed))[:3]
+    finer = {"*.down_proj.weight": "int8"}
+    changed = parse_spec(
+        yaml.safe_dump({**raw, "quantization": {"weights": "int4", "tensors": finer}, "targets": ["xnnpack"]})
+    )
+    more = plan_spec(changed).file_bytes - plan_spec(spec).file_bytes
+    assert more == 2 * 64 * 96 // 2, "half a byte more for each weight of two layers"
