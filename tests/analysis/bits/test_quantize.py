@@ -180,7 +180,7 @@ def test_experts_of_a_layer_are_stored_alike(spec_file: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("tied", [True, False])
 def test_plans_count_exceptions_by_name(tied: bool, tmp_path: Path) -> None:
     """The planner's list of a transformers model has every weight of the graph that can be quantized, by its name."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="pip install 'moec[transformers]'")
     config = transformers.LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tied,
