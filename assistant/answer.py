@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from moec.assistant.generate import Stats, Text
 from moec.assistant.sampling import MAX_TOP, Sampling, TokenScore
@@ -13,12 +13,17 @@ from moec.assistant.stops import StopStrings
 from moec.assistant.tool_formats import ToolCall
 from moec.compiler.errors import RunError
 
+if TYPE_CHECKING:
+    from moec.compiler.target import Session
+
 
 @dataclass(frozen=True)
 class Limits:
     """How an answer is drawn and where it ends. max_new_tokens None: at the end of the context.
 
-    top_scores: None, or of how many of the likeliest tokens log-probabilities are told beside each taken one.
+    top_scores: None, or of how many of the likeliest tokens log-probabilities are told beside each taken one. draft: a
+    session of a small model of the same tokenizer that guesses what follows, where that changes no bit; None: what
+    occurred before is guessed again (`assistant/speculate.py`).
     RunError for values out of range.
     """
 
@@ -26,6 +31,7 @@ class Limits:
     max_new_tokens: int | None = None
     stop: Sequence[str] = ()
     top_scores: int | None = None
+    draft: Session | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 0:

@@ -24,6 +24,7 @@ from moec.assistant.segments import (
     has_thinking,
     opens_thinking,
 )
+from moec.assistant.speculate import ModelDrafter, PromptLookup
 from moec.assistant.structured import Format, Formats
 from moec.assistant.template import ChatTemplate
 from moec.assistant.tool_formats import tool_format
@@ -174,6 +175,7 @@ class Assistant:
             constraint=constraint,
             top_scores=limits.top_scores,
             cancelled=cancelled or threading.Event(),
+            drafter=PromptLookup() if limits.draft is None else ModelDrafter(limits.draft, session),
         )
         if prompt.messages is None or self.template is None:
             return Answer(Text(generation, self.tokenizer.decode, limits.stop), Segments())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from moec.assistant.sampling import Sampler, Sampling, TokenScore, score
+from moec.assistant.speculate import Drafter, PromptLookup, Steps
 from moec.assistant.stops import StopStrings
 from moec.compiler.errors import RunError
 
@@ -135,7 +136,8 @@ class Stats:
     """Counts in tokens, times in seconds.
 
     stopped: "stop token", "stop string", "length", "context", "cancelled", or "complete" where a constraint lets
-    nothing follow. reused_tokens: those of the prompt that the session already held.
+    nothing follow. reused_tokens: those of the prompt that the session already held. drafted_tokens: guesses that were
+    checked (`assistant/speculate.py`), accepted_tokens: those of them that the model said itself.
     """
 
     prompt_tokens: int = 0
@@ -144,6 +146,8 @@ class Stats:
     decode_seconds: float = 0.0
     stopped: str = "length"
     reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -192,6 +196,7 @@ def bring(
 class Generation:
     """Iterate to get token ids, stop tokens left out; `stats` is complete once the iteration ended.
 
+    drafter: guesses tokens where that changes no bit (`assistant/speculate.py`); None: nobody does.
     top_scores: None, or how many of the likeliest tokens are told beside each taken one, in `scores`. cancelled: set it
     from another thread, and the iteration ends before the next token.
     """
@@ -207,6 +212,7 @@ class Generation:
     top_scores: int | None = None
     scores: list[TokenScore] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    drafter: Drafter | None = field(default_factory=PromptLookup)
 
     def __iter__(self) -> Iterator[int]:
         if not len(self.prompt):
@@ -218,6 +224,15 @@ class Generation:
         logits, self.stats.reused_tokens = bring(self.session, self.prompt, self.cancelled, self.place)
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prefill_seconds = time.perf_counter() - started
+        steps = Steps(self.session, self.drafter)
+        try:
+            yield from self._tokens(sampler, steps, logits)
+        finally:
+            self.stats.drafted_tokens, self.stats.accepted_tokens = steps.speculation.tried, steps.speculation.kept
+            if not getattr(self.session, "closed", False):
+                steps.close()
+
+    def _tokens(self, sampler: Sampler, steps: Steps, logits: np.ndarray | None) -> Iterator[int]:
         while self.stats.new_tokens < self.max_new_tokens:
             if logits is None or self.cancelled.is_set():
                 self.stats.stopped = "cancelled"
@@ -237,9 +252,9 @@ class Generation:
                 return
             if self.stats.new_tokens == self.max_new_tokens:
                 return
-            if self.session.position >= self.session.context:
+            if steps.position >= self.session.context:
                 self.stats.stopped = "context"
                 return
             started = time.perf_counter()
-            logits = self.session.decode(token)
+            logits = steps.next(token)
             self.stats.decode_seconds += time.perf_counter() - started

@@ -8,8 +8,10 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from moec.compiler.artifact import Artifact
+from moec.compiler.artifact import Artifact, file_digest
+from moec.compiler.errors import RunError
 from moec.compiler.session import SessionBase, Writer
+from moec.compiler.source import TOKENIZER
 from moec.compiler.target import Session, target_of
 from moec.compiler.trust import trusting
 
@@ -34,3 +36,20 @@ def load(artifact: Artifact | str | Path, *, trust: bool = False, memory_mb: int
 
         session.writer = writer
     return session
+
+
+def load_draft(draft: Artifact | str | Path, of: Artifact, session: Session, *, trust: bool = False) -> Session:
+    """Open a small model that guesses for the artifact `of`, whose session is `session` (`assistant/speculate.py`).
+
+    RunError where the two have other tokenizers, and where a guess could change what the model says.
+    """
+    opened = draft if isinstance(draft, Artifact) else Artifact.open(draft)
+    files = [a.folder / TOKENIZER for a in (opened, of)]
+    tokenizers = [file_digest(file) if file.is_file() else "" for file in files]
+    if tokenizers[0] != tokenizers[1] or opened.manifest.model.vocab_size != session.vocab_size:
+        what = f"has another tokenizer than {of.folder}"
+        raise RunError(what, place=str(opened.folder), remedy="draft with a model of the same tokenizer")
+    if not getattr(session, "exact_calls", False):
+        what = "a draft could change its text: a token's last bits depend on the others of a call"
+        raise RunError(what, place=str(of.folder), remedy="leave --draft out")
+    return load(opened, trust=trust)

@@ -26,6 +26,10 @@ Grammar = Annotated[
 ChatTemplateFile = Annotated[
     Path | None, typer.Option("--chat-template", metavar="FILE", help="A jinja template; default: the artifact's.")
 ]
+Draft = Annotated[
+    Path | None,
+    typer.Option(metavar="ARTIFACT", help="A small model of the same tokenizer that guesses; the text stays the same."),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
 ]

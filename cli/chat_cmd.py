@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moec.cli.asking import ChatTemplateFile, Grammar, JsonSchema, Regex, Threads, format_of, show
+from moec.cli.asking import ChatTemplateFile, Draft, Grammar, JsonSchema, Regex, Threads, format_of, show
 from moec.cli.memory import MemoryMb
 from moec.cli.sampling import (
     LogitBias,
@@ -72,6 +73,7 @@ def chat(
     stop: Stop = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
+    draft: Draft = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
@@ -83,7 +85,7 @@ def chat(
     from moec.assistant.answer import Limits
     from moec.assistant.assistant import Assistant
     from moec.assistant.conversation import Conversation
-    from moec.assistant.load import load
+    from moec.assistant.load import load, load_draft
     from moec.compiler.artifact import Artifact
 
     sampling = sampling_of(
@@ -105,7 +107,11 @@ def chat(
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.chat_prompt([{"role": "user", "content": "?"}])  # a template that is missing or faulty is said now
     session = load(opened)
+    helper = None
     try:
+        if draft is not None:
+            helper = load_draft(draft, opened, session, trust=trust)
+            limits = replace(limits, draft=helper)
         conversation = Conversation(assistant, session, system=system, drop_oldest=drop_oldest)
         if load_file is not None:
             conversation.load(load_file)
@@ -119,6 +125,8 @@ def chat(
                     break
     finally:
         session.close()
+        if helper is not None:
+            helper.close()
 
 
 class _Talk:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.cli.asking import ChatTemplateFile, Grammar, JsonSchema, Regex, Threads, format_of, show
+from moec.cli.asking import ChatTemplateFile, Draft, Grammar, JsonSchema, Regex, Threads, format_of, show
 from moec.cli.memory import MemoryMb
 from moec.cli.sampling import (
     LogitBias,
@@ -67,6 +68,7 @@ def run_artifact(
     ] = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
+    draft: Draft = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ids, text and rates as JSON at the end.")] = False,
@@ -85,7 +87,13 @@ def run_artifact(
 
     if (prompt is None) == (ids is None):
         raise UserError("give either --prompt TEXT or --ids 1,2,3")
-    for name, given in (("--stop", stop), ("--json-schema", json_schema), ("--regex", regex), ("--grammar", grammar)):
+    for name, given in (
+        ("--stop", stop),
+        ("--json-schema", json_schema),
+        ("--regex", regex),
+        ("--grammar", grammar),
+        ("--draft", draft),
+    ):
         if ids is not None and (given or chat):
             raise UserError(f"{'--chat' if chat else name} is for text", remedy="give --prompt instead of --ids")
     for name, value in (("--system", system), ("--tools", tools), ("--chat-template", chat_template)):
@@ -112,7 +120,7 @@ def run_artifact(
         return _run_ids(opened, prompt_ids, limits, as_json=as_json)
 
     from moec.assistant.assistant import Assistant
-    from moec.assistant.load import load
+    from moec.assistant.load import load, load_draft
 
     text = sys.stdin.read() if prompt == "-" else prompt
     assert text is not None
@@ -124,11 +132,17 @@ def run_artifact(
     else:
         given_prompt = assistant.text_prompt(text)
     session = load(opened)
+    helper = None
     try:
+        if draft is not None:
+            helper = load_draft(draft, opened, session, trust=trust)
+            limits = replace(limits, draft=helper)
         answer = assistant.answer(session, given_prompt, limits, format)
         _print_answer(answer, show_text=not as_json)
     finally:
         session.close()
+        if helper is not None:
+            helper.close()
     if as_json:
         more = {"thinking": answer.thinking, "tool_calls": [vars(call) for call in answer.calls]} if chat else {}
         _print_json(given_prompt.ids, answer.ids, answer.text, answer, logprobs, more)
@@ -199,10 +213,16 @@ def _print_json(
 def _print_stats(stats: Any, limits: Limits) -> None:
     print(
         f"prefill {stats.prompt_tokens} tokens, {stats.prefill_rate:.1f} tok/s; "
-        f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s; {limits.sampling.words()}; "
+        f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s{_guesses(stats)}; {limits.sampling.words()}; "
         f"stopped by {stats.stopped}",
         file=sys.stderr,
     )
+
+
+def _guesses(stats: Any) -> str:
+    if not stats.drafted_tokens:
+        return ""
+    return f", {stats.accepted_tokens} of {stats.drafted_tokens} guesses right"
 
 
 def _tools(file: Path) -> Any:

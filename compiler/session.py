@@ -32,6 +32,8 @@ class SessionBase(ABC):
 
     #: Whether the caches still hold what they held at earlier positions.
     rewinds = False
+    #: Whether a token gives the same logits, bit for bit, alone and among others, however a text is cut into calls.
+    exact_calls = False
     #: Made when text is first asked for; None for a program without its artifact.
     writer: Callable[[], Writer] | None = None
 

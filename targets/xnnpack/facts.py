@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from moec.compiler.target import Facts, Table
 from moec.compiler.units import size
 
+PRODUCTS = frozenset({"mm", "bmm", "addmm", "linear", "convolution", "_cdist_forward", "_pdist_forward", "cumsum"})
+
 
 class MethodFacts(BaseModel):
     """One entry point. arena_bytes: planned memory; activations first, then what methods share (the caches)."""
@@ -25,6 +27,16 @@ class XnnpackFacts(Facts):
     operators: dict[str, int] = Field(default_factory=dict)
     delegate_bytes: int = 0
     delegated_roles: tuple[str, ...] = ()
+
+    @property
+    def exact_calls(self) -> bool:
+        """Whether a token's numbers are the same bits alone and among others.
+
+        Our kernels keep to it, and operators that work on elements or rows do; of the products of libraries it is not
+        known for every size.
+        """
+        names = {name.removeprefix("aten::").partition(".")[0] for name in self.operators}
+        return bool(names) and not names & PRODUCTS and not any(m.delegates for m in self.methods.values())
 
 
 def tables(facts: XnnpackFacts) -> list[Table]:

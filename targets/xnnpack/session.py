@@ -112,6 +112,7 @@ class CpuSession(SessionBase):
         artifact: str | None = None,
         memory_mb: int | None = None,
         experts: ExpertCacheOptions | None = None,
+        exact_calls: bool = False,
     ) -> None:
         """Open `model`. `threads` None: one per core this process may use, without the slow ones where cores differ.
         The thread pool is the process's: the session opened last decides its size, except that it stays while a session
@@ -119,6 +120,7 @@ class CpuSession(SessionBase):
         fp32 on the same codes, where the program would round activations to INT8; a delegate's linears still round.
         `memory_mb`: routed experts are read as tokens choose them, so that this process stays within so many megabytes
         (10^6 bytes); RunError, with the least that works, for less than one token needs. `experts`: how (memory.py).
+        `exact_calls`: the program holds nothing whose sums depend on how many tokens a call has.
         `artifact`: SHA-256 that names the artifact in saved sessions; None: that of `model`, read when it is needed."""
         self._handle: int | None = None
         self._busy = threading.RLock()
@@ -149,6 +151,7 @@ class CpuSession(SessionBase):
         self.eos_ids = eos_ids
         self.rewinds = bool(info.rewinds)
         self._has_all = bool(info.has_all)
+        self.exact_calls = exact_calls and self._has_all
         self._prepare_traces()
 
     def _limit_memory(self, model: int, memory_mb: int, options: ExpertCacheOptions) -> None:

@@ -97,6 +97,7 @@ class XnnpackTarget(Target):
             artifact=manifest.contents,
             memory_mb=options.memory_mb,
             experts=ExpertCacheOptions(options.eviction),
+            exact_calls=own_facts(artifact, XnnpackFacts).exact_calls,
         )
 
 

@@ -1,0 +1,198 @@
+"""Speculation: several tokens are guessed and checked in one call; those that the model would have said are kept.
+
+It needs a session on which a token gives the same logits, bit for bit, alone and among others (`Session.exact_calls`).
+The text is then the same with it and without, for every way of sampling. Whether it pays depends on the text and the
+machine: it measures both, and rests while it does not.
+
+V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from moec.compiler.errors import RunError
+
+if TYPE_CHECKING:
+    from moec.compiler.target import Session
+
+_LONGEST = 15  # guesses of one call
+_FIRST = 4
+_GRAM = 3  # tokens that must have occurred before
+
+
+class Drafter(Protocol):
+    """Guesses what follows."""
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow `tokens`; none where it has no guess."""
+
+
+class PromptLookup:
+    """Guesses that a text goes on as it did when its last three tokens occurred before: prompt lookup decoding.
+
+    One text, which grows.
+    """
+
+    def __init__(self) -> None:
+        self._known = 0  # tokens of which `_behind` tells; a text only grows
+        self._behind: dict[
+            tuple[int, ...], int
+        ] = {}  # the position behind the latest occurrence, the last tokens' own aside
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        if len(tokens) < self._known:
+            self._known, self._behind = 0, {}
+        for end in range(max(self._known, _GRAM), len(tokens)):
+            self._behind[tuple(tokens[end - _GRAM : end])] = end
+        self._known = len(tokens)
+        begin = self._behind.get(tuple(tokens[-_GRAM:]))
+        return [] if begin is None else list(tokens[begin : begin + most])
+
+
+class ModelDrafter:
+    """Guesses by a small model of the same vocabulary, greedily."""
+
+    def __init__(self, session: Session, of: Session) -> None:
+        """RunError unless the vocabulary of `session` is that of the session `of`, and it goes back to any position."""
+        if session.vocab_size != of.vocab_size:
+            what = f"the draft has a vocabulary of {session.vocab_size} tokens, the model one of {of.vocab_size}"
+            raise RunError(what, remedy="draft with a model of the same tokenizer")
+        if not getattr(session, "rewinds", False):
+            raise RunError("the draft's states do not go back to an earlier position", remedy="take another draft")
+        self._session = session
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        held, same = self._session.tokens, 0
+        while same < min(len(held), len(tokens) - 1) and held[same] == tokens[same]:
+            same += 1
+        found: list[int] = []
+        if len(tokens) + most > self._session.context:
+            return found
+        self._session.rewind(same)
+        logits = self._session.prefill(list(tokens[same:]))[0]
+        while True:
+            found.append(int(np.asarray(logits).argmax()))
+            if len(found) == most:
+                return found
+            logits = self._session.decode(found[-1])
+
+
+@dataclass
+class Speculation:
+    """What came of it. tried: guesses that were checked; kept: those that the model said itself; calls: checks."""
+
+    tried: int = 0
+    kept: int = 0
+    calls: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Guesses kept of those tried, 0 to 1."""
+        return self.kept / self.tried if self.tried else 0.0
+
+
+class Pays:
+    """Whether guessing is faster than single steps, by the clock.
+
+    The worth of a call is the time that its tokens would have taken alone by the time that it took. Where the mean of
+    the last ones falls below 1, guessing rests for 16 steps, then for twice as many each time.
+    """
+
+    def __init__(self) -> None:
+        self._step: float | None = None  # seconds of a single token
+        self._worth = 1.3
+        self._rest, self._resting = 16, 0
+
+    def now(self) -> bool:
+        if self._step is None:  # nothing to compare with yet
+            return False
+        if self._resting:
+            self._resting -= 1
+            return False
+        return True
+
+    def stepped(self, seconds: float) -> None:
+        self._step = seconds if self._step is None else 0.8 * self._step + 0.2 * seconds
+
+    def checked(self, tokens: int, seconds: float) -> None:
+        """A call whose first `tokens` tokens counted."""
+        assert self._step is not None
+        self._worth = 0.6 * self._worth + 0.4 * tokens * self._step / max(seconds, 1e-9)
+        if self._worth >= 1.0:
+            self._rest = 16
+            return
+        self._resting, self._rest, self._worth = self._rest, min(2 * self._rest, 1024), 1.0
+
+
+class Steps:
+    """The logits behind one token after the other, by single steps or by checked guesses; the same bits either way."""
+
+    def __init__(
+        self, session: Session, drafter: Drafter | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`session` holds the prompt. A drafter is left alone on sessions where guesses could change a bit."""
+        able = getattr(session, "exact_calls", False) and getattr(session, "rewinds", False)
+        self._session, self._drafter, self._clock = session, drafter if able else None, clock
+        self._tokens = session.tokens
+        self._ahead: list[tuple[int, np.ndarray]] = []  # guesses that the session holds, and the logits behind each
+        self._checked: tuple[int, float] | None = None  # of the last check: tokens that counted so far, seconds
+        self._pays, self._length = Pays(), _FIRST
+        self.speculation = Speculation()
+
+    @property
+    def position(self) -> int:
+        """Tokens that were said, of those that the session holds."""
+        return len(self._tokens)
+
+    def next(self, token: int) -> np.ndarray:
+        """Append a token; the logits behind it, float32 [V]. RunError as `Session.decode`."""
+        if self._ahead and self._ahead[0][0] == token:
+            self._tokens.append(token)
+            self.speculation.kept += 1
+            assert self._checked is not None
+            self._checked = self._checked[0] + 1, self._checked[1]
+            return self._ahead.pop(0)[1]
+        self._settle()
+        started = self._clock()
+        guesses = self._guesses(token)
+        if not guesses:
+            started = self._clock()
+            logits = self._session.decode(token)
+            self._pays.stepped(self._clock() - started)
+        else:
+            rows = self._session.prefill([token, *guesses], "all")
+            self._checked = 1, self._clock() - started
+            self._ahead = list(zip(guesses, rows[1:], strict=True))
+            self.speculation.tried += len(guesses)
+            self.speculation.calls += 1
+            logits = rows[0]
+        self._tokens.append(token)
+        return np.asarray(logits)
+
+    def close(self) -> None:
+        """Leave the session with the tokens that were said."""
+        if self._session.position > len(self._tokens):
+            self._session.rewind(len(self._tokens))
+        self._ahead, self._checked = [], None
+
+    def _settle(self) -> None:
+        """The last check is over: what it was worth, and how many guesses the next one has."""
+        if self._checked is not None:
+            self._pays.checked(*self._checked)
+            self._length = min(2 * self._length, _LONGEST) if not self._ahead else max(self._checked[0], 2)
+        self.close()
+
+    def _guesses(self, token: int) -> list[int]:
+        if self._drafter is None or not self._pays.now():
+            return []
+        session = self._session
+        room = min(session.context - len(self._tokens), getattr(session, "max_tokens", _LONGEST + 1)) - 1
+        if room < 1:
+            return []
+        return self._drafter.draft([*self._tokens, token], min(self._length, room))
