@@ -104,8 +104,10 @@ bool moec_model::read_constants() {
   if (info.context == 0 && !integer("get_max_seq_len", true, &info.context)) return false;
   info.bos_id = -1;
   if (!integer("get_bos_id", false, &info.bos_id)) return false;
-  if (!integer("get_states_appended", false, &info.rewinds)) return false;
-  info.rewinds = info.rewinds == 1;
+  int64_t appended = 0;
+  if (!integer("get_states_appended", false, &appended)) return false;
+  info.rewinds = appended == 1 || appended == 2;
+  rows_are_positions = appended == 1;
   if (info.vocab_size < 1 || info.vocab_size > INT32_MAX || info.context < 1 || info.context > INT32_MAX)
     return fail(text("impossible vocabulary (%" PRId64 ") or context (%" PRId64 ")", info.vocab_size, info.context));
   Watch watch;
@@ -204,7 +206,7 @@ bool moec_model::find_states() {
     if (arena == arenas.size()) continue;  // a constant that has a name
     if (arena == 0) no_sessions = "the program keeps states among its activations";
     const auto sizes = tensor->sizes();
-    const bool rows = info.rewinds && sizes.size() >= 2 && sizes[0] == 1 && sizes[1] == info.context;
+    const bool rows = rows_are_positions && sizes.size() >= 2 && sizes[0] == 1 && sizes[1] == info.context;
     const size_t offset = static_cast<size_t>(data - arenas[arena].data());
     parts.push_back({arena, offset, bytes, rows ? bytes / static_cast<size_t>(info.context) : 0});
     covered.push_back({begins[arena] + offset, begins[arena] + offset + bytes});

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moec.assistant.load import load
 from moec.checkpoints.synthesize import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
@@ -22,7 +23,7 @@ CUTS = {"whole": [10**6], "pairs": [2] * 99, "threes": [3] * 99, "mixed": [7, 1,
 
 
 def check(artifact: Artifact, folder: Path, most: int = 160) -> None:
-    with build.load(artifact) as session:  # type: ignore[attr-defined]
+    with load(artifact) as session:  # type: ignore[attr-defined]
         count = min(most, session.context - 20)
         ids = np.random.default_rng(3).integers(0, session.vocab_size, count + 20).tolist()
         alone = np.stack([session.decode(i) for i in ids])
@@ -41,6 +42,10 @@ def check(artifact: Artifact, folder: Path, most: int = 160) -> None:
         session.save(folder / "s.session")
         with session.fork() as fork:
             np.testing.assert_array_equal(fork.prefill(ids[count:], "all"), alone[count:])
+            if not session.rewinds:  # a state of which nothing is known: only its beginning can be gone back to
+                assert any(entry.update == "replaced" for entry in artifact.manifest.states)
+                fork.reset()
+                fork.prefill(ids[: count // 2])
             fork.rewind(count // 2)
             np.testing.assert_array_equal(fork.prefill(ids[count // 2 : count], "all"), alone[count // 2 : count])
         session.reset()

@@ -13,6 +13,7 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moec.compiler.program import ModelInfo
+from moec.compiler.states import Appended, Positions, Replaced, State
 from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack.session import CpuSession
 from tests.runtime import runtime_model as m
@@ -76,6 +77,11 @@ def test_what_every_program_says_about_its_model() -> None:
         "get_eos_ids": [2, 3],
         "get_states_appended": 1,
     }
+    head_first = State("k", (1, 2, Positions(), 16), Appended(2))
+    recurrent = State("h", (1, 16, 64), Replaced("delta_rule"))
+    info = ModelInfo("m", vocab_size=9, context=64, max_tokens=16)
+    for states, appended in (((head_first,), 2), ((head_first, recurrent), 0)):
+        assert constant_methods(info, states)["get_states_appended"] == appended
 
 
 def test_the_program_says_so(model: Path) -> None:
