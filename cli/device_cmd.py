@@ -181,9 +181,7 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
     with progress.stage("measure storage", total=None):
         storage = _storage(rounds)
     if storage:
-        raw["storage_gb_per_s"] = figure(
-            storage, f"direct reads of 1 MiB of a file in {tempfile.gettempdir()}", unit=1e9
-        )
+        raw["storage_gb_per_s"] = figure(storage, "direct reads of 1 MiB at random places, 4 at once", unit=1e9)
     instruction, runtime = _probe(kernels, threads, rounds, progress)
     kernels["instruction_us"] = figure(instruction, f"a model of small tensors, {how}", least=True, unit=1e-6)
     raw["runtime_mb"] = figure(runtime, "peak of a small model less its own memory", least=True, unit=1e6)
