@@ -125,8 +125,10 @@ def test_what_does_not_go_together_is_one_line(arguments: list[str], what: str, 
     refused(moec("run", artifact, *arguments), what)
 
 
+# workers of the test runner ignore SIGINT, and their children would, too
 CHAT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 import pytest
 from moec.assistant import load
