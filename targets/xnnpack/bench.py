@@ -16,7 +16,7 @@ from moec.targets.xnnpack.memory import budget_arguments, remedy_for
 from moec.targets.xnnpack.options import Options
 
 
-def bench(model: Path, plan: BenchPlan, progress: Progress, options: Options) -> dict[str, Any]:
+def bench(model: Path, plan: BenchPlan, progress: Progress, options: Options | None = None) -> dict[str, Any]:
     """The report of `Target.bench`, one process for each context. RunError with the runner's reason when the model
     refuses."""
     wanted: Sequence[int | None] = plan.contexts or (None,)
@@ -48,7 +48,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress, options: Options) ->
     }
 
 
-def _run(model: Path, plan: BenchPlan, context: int | None, options: Options) -> dict[str, Any]:
+def _run(model: Path, plan: BenchPlan, context: int | None, options: Options | None) -> dict[str, Any]:
     command = [str(runner_binary()), str(model), "--json", "--decode", str(plan.decode), "--repeats", str(plan.repeats)]
     given = None
     if plan.tokens is not None:

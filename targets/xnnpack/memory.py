@@ -47,9 +47,9 @@ class ExpertStats:
     reading_ns: int
 
 
-def budget_arguments(options: Options) -> list[str]:
+def budget_arguments(options: Options | None) -> list[str]:
     """The runner's arguments for the budget of an artifact; none without one."""
-    if options.memory_mb is None:
+    if options is None or options.memory_mb is None:
         return []
     return ["--memory-mb", str(options.memory_mb), "--eviction", options.eviction]
 

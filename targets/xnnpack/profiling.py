@@ -29,7 +29,7 @@ def arguments(request: Request, model: str, tokens: str) -> list[str]:
     return command
 
 
-def run(model: Path, request: Request, options: Options) -> dict[str, Any]:
+def run(model: Path, request: Request, options: Options | None = None) -> dict[str, Any]:
     """Run one request in a process of its own; the runner's JSON. RunError with its reason when it refuses."""
     ids = " ".join(map(str, request.ids))
     command = [str(runner_binary()), *arguments(request, str(model), "-"), *budget_arguments(options)]

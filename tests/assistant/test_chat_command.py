@@ -167,7 +167,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact: Path, tmp_path: P
         nonlocal seen
         end = time.monotonic() + seconds
         while text not in seen:
-            assert time.monotonic() < end, seen
+            assert time.monotonic() < end, f"waiting for {text!r}, saw {seen!r}"
             if select.select([master], [], [], 0.2)[0]:
                 try:
                     seen += os.read(master, 4096).decode(errors="replace")
