@@ -185,7 +185,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact: Path, tmp_path: P
         os.write(master, b"next\n")
         until("Second.")
         until("> ")
-        os.write(master, b"half a line\x03")
+        os.write(master, b"half a line")
+        until("half a line")  # the prompt reads: before that a signal would wait for the next key
+        os.write(master, b"\x03")
         until("leaves")
         until("> ")
         os.write(master, b"/history\n")
