@@ -366,17 +366,17 @@ class Server:
 
 
 class _Stream:
-    """Shapes the steps of one answer. `base`: what is the same in all of its events."""
+    """Shapes the steps of one answer; one subclass for each endpoint. `base`: what is the same in all of its events."""
 
     def __init__(self, server: Server, base: dict[str, Any], *, logprobs: bool) -> None:
         self._server, self._logprobs = server, logprobs
         self.base = base
 
     def parts(self, step: Step) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def last(self, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
 
 class _ChatStream(_Stream):

@@ -34,13 +34,13 @@ class Toy(nn.Module):
             setattr(self, name, MethodType(step, self))
 
     def build(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each model of this file has its own
 
     def fresh(self, state: Tensor, start: Tensor) -> Tensor:
         return torch.where(start == 0, torch.zeros(()), state)
 
     def mix(self, x: Tensor, start: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each model of this file has its own
 
     def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
         x = F.embedding(tokens, self.table)
