@@ -12,6 +12,15 @@ from tests.tiny import TinyModels
 Moec = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_beside_the_tests() -> Iterator[None]:
+    """A path that a test takes for missing must not be one that another test makes: nothing new in the root folder."""
+    root = Path("/")
+    before = {p.name for p in root.iterdir()}
+    yield
+    assert {p.name for p in root.iterdir()} <= before, "a test wrote outside its temporary folder"
+
+
 @pytest.fixture
 def moec(capfd: pytest.CaptureFixture[str]) -> Moec:
     """Run a command in this process, native output included: (exit status, stdout, stderr)."""

@@ -58,8 +58,12 @@ def test_a_conversation(artifact: Path, moec: Moec, monkeypatch: pytest.MonkeyPa
     assert moec("chat", artifact, "--load", file)[1].startswith("system: Brief.\nuser: Hi\n")
 
 
-def test_faults_are_said_and_it_goes_on(artifact: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = ["/nope", "/undo", "/retry", "/stats", "/save", "/load", "/load nowhere.json", "/save /nowhere/x/y"]
+def test_faults_are_said_and_it_goes_on(
+    artifact: Path, moec: Moec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.write_text("kept")
+    commands = ["/nope", "/undo", "/retry", "/stats", "/save", "/load", "/load nowhere.json", f"/save {no_folder}/x/y"]
     typed(monkeypatch, *commands, "/help", "Hi")
     status, out, err = moec("chat", artifact)
     assert (status, out) == (0, "Hello.\n")
@@ -69,9 +73,11 @@ def test_faults_are_said_and_it_goes_on(artifact: Path, moec: Moec, monkeypatch:
         "nothing was answered",
         "/save needs a file",
         "nowhere.json",
+        f"{no_folder}/x/y",
     ):
         assert part in err
     assert "Traceback" not in err
+    assert no_folder.read_text() == "kept"
     for command in ("/help", "/system", "/clear", "/undo", "/retry", "/history", "/save", "/load", "/stats", "/quit"):
         assert command in err
 

@@ -212,21 +212,22 @@ def test_the_command_builds_and_inspects(files: Path, capsys: pytest.CaptureFixt
     [
         (["--domains", "prose"], "no domain 'prose'"),
         (["--add", "x"], "NAME=PATH"),
-        (["--add", "x=/nowhere"], "no such file"),
+        (["--add", "x={tmp}/missing"], "no such file"),
         (["--add", "../x=/"], "cannot name a domain"),
         (["--add", "tasks=/"], "cannot name a domain"),
         (["--add", "corpus.json=/"], "cannot name a domain"),
         (["--domains", "code", "--limit-mb", "0"], "a limit of"),
         (["--domains", "code", "--limit-mb", "0.1", "--vocab-size", "99999999999999999999"], "too large"),
         (["--domains", "code", "--limit-mb", "0.1", "--vocab-size", "9"], "too small"),
-        (["--domains", "code", "--tokenizer", "/nowhere"], "cannot be read"),
+        (["--domains", "code", "--tokenizer", "{tmp}/missing"], "cannot be read"),
         (["--domains", ","], "no domain was asked for"),
     ],
 )
 def test_faults_are_one_line_and_leave_nothing(
     arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["data", "build", "--out", str(tmp_path / "c"), "-q", *arguments]) == 2
+    filled = [a.format(tmp=tmp_path) for a in arguments]
+    assert run(["data", "build", "--out", str(tmp_path / "c"), "-q", *filled]) == 2
     error = capsys.readouterr().err
     assert fault in error
     assert error.count("\n") == 1

@@ -216,7 +216,7 @@ def test_the_command(checkpoint: Path, tasks: Path, capsys: pytest.CaptureFixtur
     [
         (["{c}", "--tasks", "nothing"], "no task 'nothing'"),
         (["{c}", "--tasks", "shipped_text", "--include", "{c}"], "holds no tasks"),
-        (["/nowhere", "--tasks", "shipped_text"], "no such folder"),
+        (["{t}/missing", "--tasks", "shipped_text"], "no such folder"),
         (["{t}", "--tasks", "shipped_text"], "tokenizer"),
     ],
 )

@@ -305,12 +305,13 @@ def test_a_stage_begins_where_the_one_before_it_ended(whole: RunResult, corpus: 
         ({"mixture": {"poetry": 1}}, {}, "pretrain wants domain 'poetry', the corpus has web, code, chat; change"),
         ({"context": 90, "batch_tokens": 90}, {}, "rows of 90 tokens, the model's context is 80"),
         ({}, {"stage": "midtrain"}, "the spec has no stage 'midtrain'; it has pretrain"),
-        ({}, {"init": "/nowhere"}, "no such checkpoint folder"),
+        ({}, {"init": "{tmp}/missing"}, "no such checkpoint folder"),
     ],
 )
 def test_refused(change: dict[str, Any], options: dict[str, Any], message: str, corpus: Corpus, tmp_path: Path) -> None:
+    filled = {name: value.format(tmp=tmp_path) for name, value in options.items()}
     with pytest.raises(UserError, match=message):
-        train(spec_of(PRETRAIN | change), data=corpus, out=tmp_path / "out", **options)
+        train(spec_of(PRETRAIN | change), data=corpus, out=tmp_path / "out", **filled)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 

@@ -106,13 +106,13 @@ def test_a_tokenizer_without_markers_gets_the_plain_form() -> None:
     assert sum(mask) == len("b\n") + len("d 2") + 2
 
 
-def test_faults_are_the_users() -> None:
+def test_faults_are_the_users(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too small"):
         train_tokenizer(TEXTS, 200)
     with pytest.raises(DataError, match="not a tokenizer"):
         Coder.from_text("{}")
     with pytest.raises(DataError, match="cannot be read"):
-        Coder.from_file(Path("/nowhere/tokenizer.json"))
+        Coder.from_file(tmp_path / "missing.json")
     without_end = TRAINED.replace("<|end_of_text|>", "<|something|>")
     with pytest.raises(DataError, match="no token that ends"):
         Coder.from_text(without_end)
