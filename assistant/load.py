@@ -22,8 +22,7 @@ def load(artifact: Artifact | str | Path, *, trust: bool = False, memory_mb: int
     memory_mb: the most memory of this process, in 10^6 bytes: routed experts are read as tokens choose them (xnnpack).
     An MLIR artifact is code: TrustError unless `trust`. RunError for a budget that is too small, with the least.
     """
-    opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
-    opened = opened if memory_mb is None else opened.within(memory_mb)
+    opened = (artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)).within(memory_mb)
     with trusting(trust):
         session = target_of(opened).load(opened)
     if isinstance(session, SessionBase):

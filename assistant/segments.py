@@ -7,6 +7,7 @@ or is cut off, is said as text.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,16 +31,11 @@ class Piece:
     call: ToolCall | None = None
 
 
-class Segments:
-    """Takes the pieces of an answer's text, gives it apart. `thinking`: it begins inside a thinking segment."""
+class _Pieces(ABC):
+    """`_text`: what has come and is not decided yet."""
 
-    def __init__(self, tools: ToolFormat | None = None, *, thinks: bool = False, thinking: bool = False) -> None:
-        self._tools, self._thinks = tools, thinks or thinking
-        self._state: Kind = "thinking" if thinking else "text"
-        self._text = ""  # what is not decided yet, or the body of a call
-        self._opened = ""  # the marker that began the call
-        self._begun = False  # whether anything but white space was said
-        self._skip_space = thinking
+    def __init__(self) -> None:
+        self._text = ""
 
     def push(self, piece: str) -> list[Piece]:
         """What is certain now."""
@@ -48,6 +44,22 @@ class Segments:
         while self._step(found):
             pass
         return found
+
+    @abstractmethod
+    def _step(self, found: list[Piece]) -> bool:
+        """Decide up to the next marker; False when more text is needed."""
+
+
+class Segments(_Pieces):
+    """Takes the pieces of an answer's text, gives it apart. `thinking`: it begins inside a thinking segment."""
+
+    def __init__(self, tools: ToolFormat | None = None, *, thinks: bool = False, thinking: bool = False) -> None:
+        super().__init__()
+        self._tools, self._thinks = tools, thinks or thinking
+        self._state: Kind = "thinking" if thinking else "text"
+        self._opened = ""  # the marker that began the call
+        self._begun = False  # whether anything but white space was said
+        self._skip_space = thinking
 
     def finish(self) -> list[Piece]:
         """What was held back, once the answer has ended."""
@@ -60,7 +72,6 @@ class Segments:
         return found
 
     def _step(self, found: list[Piece]) -> bool:
-        """Decide up to the next marker; False when more text is needed."""
         if self._state == "call":
             end = None if self._tools is None else self._tools.end
             at = -1 if end is None else self._text.find(end)
@@ -128,25 +139,17 @@ class Segments:
             self._skip_space = True  # a line end between calls
 
 
-class Channels:
+class Channels(_Pieces):
     """As `Segments`, for GPT-OSS's form: messages with a channel each, `analysis`, `commentary` or `final`.
 
     A message to `functions.NAME` is a call of that tool.
     """
 
     def __init__(self) -> None:
-        self._text = ""
+        super().__init__()
         self._header: str | None = ""  # of the message that begins; None inside one
         self._kind: Kind = "text"
         self._to: str | None = None
-
-    def push(self, piece: str) -> list[Piece]:
-        """What is certain now."""
-        self._text += piece
-        found: list[Piece] = []
-        while self._step(found):
-            pass
-        return found
 
     def finish(self) -> list[Piece]:
         """What was held back, once the answer has ended."""

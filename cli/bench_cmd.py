@@ -38,8 +38,7 @@ def bench_artifact(
     from moec.compiler.target import target_of
     from moec.compiler.timing import BenchPlan
 
-    opened = Artifact.open(artifact)
-    opened = opened if memory_mb is None else opened.within(memory_mb)
+    opened = Artifact.open(artifact).within(memory_mb)
     room = opened.manifest.model.context
     starts = _contexts(context, room)
     ids = None if tokens is None else _token_ids(tokens)

@@ -101,9 +101,7 @@ def chat(
     )
     limits = Limits(sampling, max_new_tokens, stop or ())
     format = format_of(json_schema, regex, grammar)
-    opened = Artifact.open(artifact)
-    opened = opened if threads is None else opened.with_threads(threads)
-    opened = opened if memory_mb is None else opened.within(memory_mb)
+    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.chat_prompt([{"role": "user", "content": "?"}])  # a template that is missing or faulty is said now
     session = load(opened)

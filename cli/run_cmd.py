@@ -113,9 +113,7 @@ def run_artifact(
     )
     limits = Limits(sampling, max_new_tokens, stop or (), logprobs)
     format = format_of(json_schema, regex, grammar)
-    opened = Artifact.open(artifact)
-    opened = opened if threads is None else opened.with_threads(threads)
-    opened = opened if memory_mb is None else opened.within(memory_mb)
+    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
     if ids is not None:
         return _run_ids(opened, prompt_ids, limits, as_json=as_json)
 

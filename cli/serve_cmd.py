@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moec.cli.asking import ChatTemplateFile, Threads
+from moec.cli.memory import MemoryMb
 from moec.cli.trust import Trust
 from moec.compiler.errors import UserError
 
@@ -33,6 +34,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Longer bodies are refused unread.")] = 8,
     threads: Threads = None,
+    memory_mb: MemoryMb = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
@@ -58,8 +60,7 @@ def serve(
     from moec.assistant.server.app import Server, Settings
     from moec.compiler.artifact import Artifact
 
-    opened = Artifact.open(artifact)
-    opened = opened if threads is None else opened.with_threads(threads)
+    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     session = load(opened)
     created = int((opened.folder / "manifest.json").stat().st_mtime)

@@ -170,15 +170,18 @@ class Artifact:
             raise ArtifactError(f"the manifest lists no {name}", place=str(self.folder), remedy=_REMEDY)
         return self.folder / name
 
-    def with_threads(self, threads: int) -> Artifact:
-        """The same artifact, run by so many threads; RunError where its target does not take a number."""
+    def with_threads(self, threads: int | None) -> Artifact:
+        """The same artifact, run by so many threads (None: as it says); RunError where its target takes no number."""
         return self._changed("threads", threads, "no number of threads", "--threads")
 
-    def within(self, memory_mb: int) -> Artifact:
-        """The same artifact, run in so many megabytes (10^6 bytes); RunError where its target knows no such budget."""
+    def within(self, memory_mb: int | None) -> Artifact:
+        """The same artifact, run in so many megabytes (10^6 bytes; None: as it says); RunError where its target has no
+        such budget."""
         return self._changed("memory_mb", memory_mb, "no budget of memory", "--memory-mb")
 
-    def _changed(self, option: str, value: int, what: str, flag: str) -> Artifact:
+    def _changed(self, option: str, value: int | None, what: str, flag: str) -> Artifact:
+        if value is None:
+            return self
         target = self.manifest.target
         if option not in options_class(target).model_fields:
             raise RunError(f"artifacts for {target} take {what}", place=str(self.folder), remedy=f"leave {flag} out")

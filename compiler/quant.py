@@ -9,7 +9,7 @@ A linear [N, K] is thus grouped along its input; experts stored [E, K, N] are gr
 Activations are symmetric INT8, one scale per token or one for each block of 32 inputs of a token, rounded half to even:
     a = max|x|,   s = a / 127,   q = clamp(rint(x * (127 / a)), -127, 127)   (q = 0 when a = 0).
 The C++ kernels compute exactly this in fp32, so a reference built on `fake_quantize_rows` sees the same integers.
-Linears that XNNPACK serves use `asymmetric_rows`.
+Linears that XNNPACK serves round with a zero point for each row: `asymmetric_rows`, here too.
 """
 
 from __future__ import annotations

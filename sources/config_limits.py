@@ -1,7 +1,7 @@
 """Numbers of a config.json that no model has: refused before a library builds what they describe.
 
-A config is data from outside. A billion layers would be built one by one for hours, and a NaN as the epsilon of a norm
-would become logits that are NaN.
+Every number is looked at, however deeply it is nested. A config is data from outside: a billion layers would be built
+one by one for hours, and a NaN as the epsilon of a norm would become logits that are NaN.
 """
 
 from __future__ import annotations

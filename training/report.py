@@ -1,4 +1,4 @@
-"""`moec report RUN`: one self-contained page about a training run.
+"""`moec report RUN`: one self-contained page about a training run, from its headline figures to tables and plots.
 
 It reads run.json and metrics.jsonl, which every run has, and measured.json, which `make train-report` adds (a control
 without balancing, QAT against PTQ, utilisation beside shuffled labels, task accuracies). What is missing is said.

@@ -18,8 +18,8 @@ from moec.analysis.plan.memory import (
     roles,
     weight_bytes,
 )
+from moec.analysis.plan.memory_budget import Streamed, streamed
 from moec.analysis.plan.roofline import Step, decode, prefill
-from moec.analysis.plan.streaming import Streamed, streamed
 from moec.compiler.architecture import Architecture
 from moec.compiler.errors import CompileError, UserError
 from moec.compiler.footprint import Footprint

@@ -1,4 +1,5 @@
-"""Comparing a quantized graph with a float one: the same weights on both sides, and rounding off, or perturbed."""
+"""Comparing a quantized graph with a float one: the same weights on both sides, rounding switched off or perturbed, and
+the routing of another run forced (`routed_as`)."""
 
 from __future__ import annotations
 

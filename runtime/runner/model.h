@@ -1,4 +1,6 @@
-// A loaded model inside the runtime library: what moec_runtime.h hides from callers.
+// A loaded model inside the runtime library: what moec_runtime.h hides from callers. moec_runtime.cpp opens it, reads
+// its constants, arenas and states, and runs it; memory_budget.cpp fits it into a budget; session.cpp and caches.cpp hold what is
+// carried between calls.
 #ifndef MOEC_MODEL_H_
 #define MOEC_MODEL_H_
 

@@ -226,21 +226,15 @@ def _dequantize(m: Machine) -> Any:
     return y if dtype is None else y.astype(m.dtype(dtype))
 
 
+def _scheme(m: Machine) -> dict[str, Any]:
+    return {name: m.f(name) for name in ("transpose", "group_size", "bits")}
+
+
 @_accumulating("x", "w", "scales", "biases")
 def _quantized_matmul(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
     if _large(m, x) and _affine(m, scales, biases):
-        scheme = {"group_size": m.f("group_size"), "bits": m.f("bits")}
-        return cpu_products.quantized_matmul(m.mx, x, w, scales, biases, transpose=m.f("transpose"), **scheme)
-    return m.mx.quantized_matmul(
-        x,
-        w,
-        scales,
-        biases,
-        transpose=m.f("transpose"),
-        group_size=m.f("group_size"),
-        bits=m.f("bits"),
-        mode=m.f("mode"),
-    )
+        return cpu_products.quantized_matmul(m.mx, x, w, scales, biases, **_scheme(m))
+    return m.mx.quantized_matmul(x, w, scales, biases, mode=m.f("mode"), **_scheme(m))
 
 
 def _sorted(m: Machine) -> bool:
@@ -267,20 +261,9 @@ def _gather_qmm(m: Machine, x: Any, w: Any, scales: Any, biases: Any) -> Any:
     gathers = _gather_indices(m, x, w)
     one_to_one = gathers["lhs_indices"] is None and gathers["rhs_indices"] is not None and x.ndim == 3
     if gathers["sorted_indices"] and one_to_one and x.shape[1] == 1 and _large(m, x) and _affine(m, scales, biases):
-        scheme = {"group_size": m.f("group_size"), "bits": m.f("bits")}
         index = gathers["rhs_indices"]
-        return cpu_products.gather_qmm(m.mx, x, w, scales, biases, index, transpose=m.f("transpose"), **scheme)
-    return m.mx.gather_qmm(
-        x,
-        w,
-        scales,
-        biases,
-        transpose=m.f("transpose"),
-        group_size=m.f("group_size"),
-        bits=m.f("bits"),
-        mode=m.f("mode"),
-        **gathers,
-    )
+        return cpu_products.gather_qmm(m.mx, x, w, scales, biases, index, **_scheme(m))
+    return m.mx.gather_qmm(x, w, scales, biases, mode=m.f("mode"), **_scheme(m), **gathers)
 
 
 def _full(m: Machine) -> Any:

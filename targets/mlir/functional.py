@@ -24,7 +24,7 @@ from moec.compiler.export import EXAMPLE_TOKENS
 from moec.compiler.ops import find_call
 from moec.compiler.program import Program, module_path
 from moec.targets.mlir.expand import ATTENTION, PLAIN, ROUTED, Tap
-from moec.targets.mlir.operators import functional
+from moec.targets.mlir.written_states import functional
 
 TAPS = ("x", "indices", "weights", "y")
 

@@ -23,8 +23,8 @@ from onnx import FunctionProto, helper
 from moec.compiler.errors import CompileError
 from moec.targets.onnx.moe_form import MoeForm
 from moec.targets.onnx.moe_math import activate, in_halves, route
-from moec.targets.onnx.moe_standard import DOMAIN, FUNCTION, RESULTS
-from moec.targets.onnx.nodes import MICROSOFT, OPSET, Nodes
+from moec.targets.onnx.moe_standard import moe_function
+from moec.targets.onnx.nodes import MICROSOFT, Nodes
 from moec.targets.onnx.weights import Change
 
 STANDARD = "or compile with `flavour: standard`"
@@ -88,20 +88,8 @@ def ort_function(form: MoeForm, overload: str, *, wide_scales: bool) -> Function
 
     route(b, form, indices="indices", weights="weights")
     routed = _routed(b, form, scales("w13.scales"), scales("w2.scales"))
-    if form.shared_width:
-        b.op("Add", routed, _shared(b, form, scales("shared_w13.scales"), scales("shared_w2.scales")), out="y")
-    else:
-        b.op("Identity", routed, out="y")
-    return helper.make_function(
-        DOMAIN,
-        FUNCTION,
-        input_names(form),
-        list(RESULTS),
-        b.nodes,
-        [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-        attributes=list(form.attributes),
-        overload=overload,
-    )
+    shared = _shared(b, form, scales("shared_w13.scales"), scales("shared_w2.scales")) if form.shared_width else None
+    return moe_function(b, form, input_names(form), (routed, shared), overload, helper.make_opsetid(MICROSOFT, 1))
 
 
 def _routed(b: Nodes, form: MoeForm, w13_scales: str, w2_scales: str) -> str:

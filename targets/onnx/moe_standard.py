@@ -12,7 +12,7 @@ N tokens, E experts, K experts per token, D model width, F expert width.
 
 from __future__ import annotations
 
-from onnx import FunctionProto, helper
+from onnx import FunctionProto, OperatorSetIdProto, helper
 
 from moec.targets.onnx.moe_form import MoeForm
 from moec.targets.onnx.moe_math import activate, dequantized, in_halves, route
@@ -34,24 +34,38 @@ def input_names(form: MoeForm) -> list[str]:
     return names + [f"{w}.{e}{part}" for e in range(form.experts) for w in ("w13", "w2") for part in parts]
 
 
+def moe_function(
+    b: Nodes,
+    form: MoeForm,
+    inputs: list[str],
+    results: tuple[str, str | None],
+    overload: str,
+    *opsets: OperatorSetIdProto,
+) -> FunctionProto:
+    """The function of `b`'s nodes over `inputs`; y is the sum of the `results` of routed and shared experts."""
+    routed, shared = results
+    if shared is None:
+        b.op("Identity", routed, out="y")
+    else:
+        b.op("Add", routed, shared, out="y")
+    return helper.make_function(
+        DOMAIN,
+        FUNCTION,
+        inputs,
+        list(RESULTS),
+        b.nodes,
+        [helper.make_opsetid("", OPSET), *opsets],
+        attributes=list(form.attributes),
+        overload=overload,
+    )
+
+
 def standard_function(form: MoeForm, overload: str, *, wide_scales: bool) -> FunctionProto:
     b = Nodes()
     route(b, form, indices="indices", weights="weights")
     routed = _routed(b, form, wide_scales)
-    if form.shared_width:
-        b.op("Add", routed, _shared(b, form, wide_scales), out="y")
-    else:
-        b.op("Identity", routed, out="y")
-    return helper.make_function(
-        DOMAIN,
-        FUNCTION,
-        input_names(form),
-        list(RESULTS),
-        b.nodes,
-        [helper.make_opsetid("", OPSET)],
-        attributes=list(form.attributes),
-        overload=overload,
-    )
+    shared = _shared(b, form, wide_scales) if form.shared_width else None
+    return moe_function(b, form, input_names(form), (routed, shared), overload)
 
 
 def _matrix(b: Nodes, form: MoeForm, name: str, wide: bool) -> str:

@@ -200,6 +200,8 @@ def test_the_command_line(artifact: Artifact, moec: Moec) -> None:
     assert (status, out) == (0, plain[1]), err
     refused(moec("run", artifact.folder, *ids, "--memory-mb", "20"), "less than", "give another --memory-mb, or none")
     assert moec("run", artifact.folder, *ids, "--memory-mb", "0")[0] == 2
+    serve = moec("serve", artifact.folder, "--port", "0", "--memory-mb", "20")  # takes the budget: refuses this one
+    refused(serve, "less than", "give another --memory-mb, or none")
 
 
 def test_an_artifact_can_bring_its_own(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from moec.compiler.ops import Experts, Routing
 from moec.compiler.ops.moe_math import choices
 from moec.compiler.quant import pack_int4, quantize_weight
 from moec.targets.mlir import expand
-from moec.targets.mlir.operators import functional
+from moec.targets.mlir.written_states import functional
 
 ATOL, RTOL = 1e-5, 1e-4
 

@@ -211,14 +211,9 @@ void gemm_int8(const GemmTask& a) {
 template <bool kVnni>
 inline Kernels table_256() {
   Kernels t = generic_table(kVnni ? 128 : 0);
-  t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false, kVnni>;
-  t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true, kVnni>;
-  t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false, kVnni>;
-  t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true, kVnni>;
-  t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false, kVnni>;
-  t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true, kVnni>;
-  t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false, kVnni>;
-  t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true, kVnni>;
+  set_gemm_int8(t, [](auto kind, auto axis_out, auto by_block) {
+    return gemm_int8<kind(), axis_out(), by_block(), kVnni>;
+  });
   return t;
 }
 

@@ -197,14 +197,9 @@ void gemm_int8(const GemmTask& a) {
 template <bool kMatrix>
 inline Kernels table_neon() {
   Kernels t = generic_table(0);
-  t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false, kMatrix>;
-  t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true, kMatrix>;
-  t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false, kMatrix>;
-  t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true, kMatrix>;
-  t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false, kMatrix>;
-  t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true, kMatrix>;
-  t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false, kMatrix>;
-  t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true, kMatrix>;
+  set_gemm_int8(t, [](auto kind, auto axis_out, auto by_block) {
+    return gemm_int8<kind(), axis_out(), by_block(), kMatrix>;
+  });
   return t;
 }
 

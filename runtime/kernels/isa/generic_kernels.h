@@ -424,6 +424,23 @@ void gemm_f32(const FloatGemmTask& a) {
 
 #include "isa/recurrent_kernels.h"
 
+// The integer kernels of a table: `of(kind, axis_out, by_block)` gives the function of three constants.
+template <typename Of>
+inline void set_gemm_int8(Kernels& t, Of of) {
+  constexpr std::integral_constant<int32_t, MOEC_INT4> int4;
+  constexpr std::integral_constant<int32_t, MOEC_INT8> int8;
+  constexpr std::false_type no;
+  constexpr std::true_type yes;
+  t.gemm_int8[0][0][0] = of(int4, no, no);
+  t.gemm_int8[0][0][1] = of(int4, no, yes);
+  t.gemm_int8[0][1][0] = of(int4, yes, no);
+  t.gemm_int8[0][1][1] = of(int4, yes, yes);
+  t.gemm_int8[1][0][0] = of(int8, no, no);
+  t.gemm_int8[1][0][1] = of(int8, no, yes);
+  t.gemm_int8[1][1][0] = of(int8, yes, no);
+  t.gemm_int8[1][1][1] = of(int8, yes, yes);
+}
+
 // Everything but the integer kernels.
 inline Kernels generic_table(int32_t int8_offset) {
   Kernels t{};

@@ -206,14 +206,9 @@ void gemm_int8(const GemmTask& a) {
 const Kernels& avx512vnni_kernels() {
   static const Kernels table = [] {
     Kernels t = generic_table(128);
-    t.gemm_int8[0][0][0] = gemm_int8<MOEC_INT4, false, false>;
-    t.gemm_int8[0][0][1] = gemm_int8<MOEC_INT4, false, true>;
-    t.gemm_int8[0][1][0] = gemm_int8<MOEC_INT4, true, false>;
-    t.gemm_int8[0][1][1] = gemm_int8<MOEC_INT4, true, true>;
-    t.gemm_int8[1][0][0] = gemm_int8<MOEC_INT8, false, false>;
-    t.gemm_int8[1][0][1] = gemm_int8<MOEC_INT8, false, true>;
-    t.gemm_int8[1][1][0] = gemm_int8<MOEC_INT8, true, false>;
-    t.gemm_int8[1][1][1] = gemm_int8<MOEC_INT8, true, true>;
+    set_gemm_int8(t, [](auto kind, auto axis_out, auto by_block) {
+      return gemm_int8<kind(), axis_out(), by_block()>;
+    });
     return t;
   }();
   return table;

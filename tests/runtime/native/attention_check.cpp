@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "checking.h"
+
 namespace {
 
 // Scores are sums of up to 160 fp32 products in another order (relative error < 160 * 2^-24 ~ 1e-5 of their absolute sum,
@@ -21,45 +23,7 @@ namespace {
 // vector exponential (2e-7).
 constexpr float kTolerance = 5e-5f;
 
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  fprintf(stderr, "FAILED: %s\n", what.c_str());
-  ++failures;
-}
-
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-std::vector<float> normal(int64_t n) {
-  std::normal_distribution<float> d;
-  std::vector<float> v(static_cast<size_t>(n));
-  for (float& x : v) x = d(generator);
-  return v;
-}
-
-template <typename T>
-moec_in in(const std::vector<T>& v) {
-  return {v.empty() ? nullptr : v.data(), v.size() * sizeof(T)};
-}
-
-template <typename T>
-moec_out out(std::vector<T>& v) {
-  return {v.empty() ? nullptr : v.data(), v.size() * sizeof(T)};
-}
-
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  std::string text = moec_available_isas();
-  for (size_t at = 0; at <= text.size();) {
-    const size_t comma = std::min(text.find(',', at), text.size());
-    names.push_back(text.substr(at, comma - at));
-    at = comma + 1;
-  }
-  return names;
-}
+using namespace checking;
 
 struct Case {
   int64_t tokens, heads, kv, d, e, capacity, start, window;

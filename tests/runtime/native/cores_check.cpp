@@ -6,17 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "checking.h"
 #include "core/cores.cpp"  // what is checked is not exported
 
 namespace {
 
-int failures = 0;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  fprintf(stderr, "FAILED: %s\n", what);
-  ++failures;
-}
+using namespace checking;
 
 class Root {
  public:

@@ -13,17 +13,13 @@
 #include <thread>
 #include <vector>
 
+#include "checking.h"
+//
 #include "../../../runtime/runner/expert_cache.cpp"  // of the runtime library, which needs ExecuTorch
 
 namespace {
 
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  fprintf(stderr, "FAILED: %s\n", what.c_str());
-  ++failures;
-}
+using namespace checking;
 
 constexpr uint64_t kUnit = 256;
 

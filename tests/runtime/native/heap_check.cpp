@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "checking.h"
 #include "moe_config.h"
 #include "moec_kernel.h"
 
@@ -44,23 +45,7 @@ int posix_memalign(void** out, size_t alignment, size_t n) {
 
 namespace {
 
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  fprintf(stderr, "FAILED: %s (%s)\n", what.c_str(), moec_last_error());
-  ++failures;
-}
-
-template <typename T>
-moec_in in(const std::vector<T>& v) {
-  return {v.data(), v.size() * sizeof(T)};
-}
-
-template <typename T>
-moec_out out(std::vector<T>& v) {
-  return {v.data(), v.size() * sizeof(T)};
-}
+using namespace checking;
 
 constexpr int32_t kInt4 = MOEC_INT4 | MOEC_INT8_ACTIVATIONS | 32 << MOEC_GROUP_SHIFT;
 constexpr int32_t kInt4Out = kInt4 | MOEC_AXIS_OUT;

@@ -14,55 +14,18 @@
 #include <thread>
 #include <vector>
 
+#include "checking.h"
 #include "moe_config.h"
 #include "moec_kernel.h"
 
 namespace {
 
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  fprintf(stderr, "FAILED: %s (%s)\n", what.c_str(), moec_last_error());
-  ++failures;
-}
-
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-std::vector<float> normal(int64_t n, float scale = 1.0f) {
-  std::normal_distribution<float> d(0.0f, scale);
-  std::vector<float> v(static_cast<size_t>(n));
-  for (float& x : v) x = d(generator);
-  return v;
-}
+using namespace checking;
 
 std::vector<uint8_t> bytes(uint64_t n) {
   std::vector<uint8_t> v(static_cast<size_t>(n));
   for (uint8_t& x : v) x = static_cast<uint8_t>(uniform(0, 255));
   return v;
-}
-
-template <typename T>
-moec_in in(const std::vector<T>& v) {
-  return {v.empty() ? nullptr : v.data(), v.size() * sizeof(T)};
-}
-
-template <typename T>
-moec_out out(std::vector<T>& v) {
-  return {v.empty() ? nullptr : v.data(), v.size() * sizeof(T)};
-}
-
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  const std::string text = moec_available_isas();
-  for (size_t at = 0; at <= text.size();) {
-    const size_t comma = std::min(text.find(',', at), text.size());
-    names.push_back(text.substr(at, comma - at));
-    at = comma + 1;
-  }
-  return names;
 }
 
 // NaNs count as equal: their payload may differ.

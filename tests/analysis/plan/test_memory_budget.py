@@ -9,8 +9,8 @@ import pytest
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.memory import memory
+from moec.analysis.plan.memory_budget import Streamed
 from moec.analysis.plan.planner import plan_spec
-from moec.analysis.plan.streaming import Streamed
 from moec.compiler.errors import UserError
 from moec.compiler.spec import load_spec
 from moec.runtime import machine
