@@ -27,6 +27,7 @@ from moec.assistant.segments import (
 from moec.assistant.speculate import ModelDrafter, PromptLookup
 from moec.assistant.structured import Format, Formats
 from moec.assistant.template import ChatTemplate
+from moec.assistant.tool_choice import call_format
 from moec.assistant.tool_formats import tool_format
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError, RunError
@@ -45,7 +46,7 @@ class Prompt:
     ids: list[int]
     messages: list[dict[str, Any]] | None = None
     thinking: bool = False  # whether the answer begins inside a thinking segment
-    tools: bool = False  # whether tools may be called
+    tools: list[dict[str, Any]] | None = None  # that may be called
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Assistant:
         if tools and "tools" not in template.variables:
             raise RunError("the chat template reads no tools", place=template.place, remedy="leave them out")
         text, ids = self._encoded(template, messages, tools, variables)
-        return Prompt(ids, messages, opens_thinking(text), bool(tools))
+        return Prompt(ids, messages, opens_thinking(text), tools)
 
     def _template(self) -> ChatTemplate:
         if self.template is None:
@@ -217,6 +218,7 @@ class Assistant:
         stop: Sequence[str] = (),
         top_scores: int | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
         json_schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
@@ -226,7 +228,8 @@ class Assistant:
 
         What is None is what the model's generation_config.json recommends, else greedy. Numbers are those of
         `Sampling`, stop and top_scores those of `Limits`; max_new_tokens None: to the end of the context. tools: of a
-        conversation, in OpenAI's form; calls are in the answer's `calls`. json_schema, regex, grammar: what the answer
+        conversation, in OpenAI's form; calls are in the answer's `calls`. tool_choice: auto, required (the answer is
+        a call), or the name of the tool that it calls. json_schema, regex, grammar: what the answer
         must be. variables: what the chat template may read, such as `enable_thinking`. RunError for what is wrong.
         """
         sampling = self.sampling.given(
@@ -242,7 +245,12 @@ class Assistant:
         )
         limits = Limits(sampling, max_new_tokens, (stop,) if isinstance(stop, str) else stop, top_scores)
         format = Format.of(json_schema=json_schema, regex=regex, grammar=grammar)
-        return self.answer(session, self._prompt(prompt, tools, variables), limits, format)
+        given = self._prompt(prompt, tools, variables)
+        if tool_choice != "auto":
+            if format is not None:
+                raise RunError("a tool's call and another format at once", place="tool_choice", remedy="give one")
+            format = self.must_call(given, None if tool_choice == "required" else tool_choice)
+        return self.answer(session, given, limits, format)
 
     def _prompt(self, prompt: Any, tools: Any, variables: Any) -> Prompt:
         chat = not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
@@ -251,6 +259,16 @@ class Assistant:
         if chat:
             return self.chat_prompt(prompt, tools=tools, variables=variables)
         return self.text_prompt(prompt, "the prompt") if isinstance(prompt, str) else Prompt(list(prompt))
+
+    def must_call(self, prompt: Prompt, only: str | None = None, *, several: bool = True) -> Format:
+        """The format of an answer to a conversation that calls a tool, the one named `only` if it is given.
+
+        RunError where no tools were given with the conversation, or where the model's form of calls cannot be forced.
+        """
+        if not prompt.tools:
+            raise RunError("there are no tools to call", place="tool_choice", remedy="give tools")
+        text = self._template().text
+        return call_format(tool_format(text), text, prompt.tools, only=only, several=several, special=self._special)
 
     def _decode_with(self, kept: Sequence[str]) -> Callable[[list[int]], str]:
         """Decoding without special tokens, `kept` apart."""

@@ -19,7 +19,8 @@ from moec.compiler.errors import RunError
 from moec.compiler.extras import require
 
 MAX_CHARACTERS = 1 << 20  # of a schema, an expression or a grammar
-_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+#: How JSON is spaced, in the words of the library.
+JSON_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Formats:
             raise RunError(f"a format of {len(given.text)} characters", place=given.place or given.kind, remedy=remedy)
         try:
             if given.kind == "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(given.text, overrides=_JSON)
+                grammar = LLMatcher.grammar_from_json_schema(given.text, overrides=JSON_SPACING)
             elif given.kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(given.text)
             else:

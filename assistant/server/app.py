@@ -191,7 +191,10 @@ class Server:
             body = parsed(raw, ChatBody, self.settings.model)
             limits = body.limits(self.assistant.sampling, body.most, body.top_scores)
             format = body.format()
+            must_call, only = body.must_call()
             prompt = self.assistant.chat_prompt(body.messages, tools=body.offered_tools(), variables=body.variables())
+            if must_call:
+                format = self.assistant.must_call(prompt, only, several=body.parallel_tool_calls is not False)
             return body, self._job(prompt, limits, format)
 
         body, job = await self._prepared(prepared)

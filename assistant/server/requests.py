@@ -115,11 +115,23 @@ class ChatBody(_Body):
 
     def offered_tools(self) -> list[Any] | None:
         """The tools that the template is told of."""
-        if self.tool_choice in (None, "auto"):
-            return self.tools
-        if self.tool_choice == "none":
-            return None
-        raise BadRequest("tool_choice other than auto and none is not supported", param="tool_choice")
+        return None if self.tool_choice == "none" else self.tools
+
+    def must_call(self) -> tuple[bool, str | None]:
+        """Whether the answer must call a tool, and the one that it must call. BadRequest."""
+        given = self.tool_choice
+        if given in (None, "auto", "none"):
+            return False, None
+        name = None
+        if isinstance(given, dict):
+            function = given.get("function")
+            name = function.get("name") if isinstance(function, dict) and given.get("type") == "function" else None
+        if given != "required" and not isinstance(name, str):
+            what = 'tool_choice: use auto, none, required or {"type": "function", "function": {"name": ...}}'
+            raise BadRequest(what, param="tool_choice")
+        if self.format() is not None:
+            raise BadRequest("tool_choice: a call and another format at once", param="tool_choice")
+        return True, name
 
     def variables(self) -> dict[str, Any]:
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}

@@ -47,6 +47,27 @@ def test_a_chat_completion(tmp_path: Path) -> None:
         assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == ("x" * 7, "length")
 
 
+def test_a_call_is_forced(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="structured output: pip install 'moec[structured]'")
+    row = np.random.default_rng(1).standard_normal(VOCABULARY).astype(np.float32)
+    with running(tmp_path, Speaking(likes=lambda _: row, context=2000), "hermes") as at:
+        named = {"type": "function", "function": {"name": "add"}}
+        options: Any = {"model": "small", "messages": ASK, "tools": [TOOL], "tool_choice": named}
+        schema = {
+            "type": "object",
+            "properties": {"a": {"enum": [1, 22]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+        options["tools"] = [{"type": "function", "function": {"name": "add", "parameters": schema}}]
+        found = client(at).chat.completions.create(**options, parallel_tool_calls=False).choices[0]
+        assert found.finish_reason == "tool_calls"
+        (call,) = found.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)["a"] in (1, 22)) == ("add", True)
+        with pytest.raises(openai.BadRequestError, match="no tool named sub"):
+            client(at).chat.completions.create(**{**options, "tool_choice": {**named, "function": {"name": "sub"}}})
+
+
 def test_a_stream(tmp_path: Path) -> None:
     with running(tmp_path, Speaking(["Hé 日!"])) as at:
         options: Any = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 2}
@@ -212,7 +233,8 @@ MALFORMED: dict[str, tuple[Any, int, str]] = {
     "bias out of the vocabulary": ({"messages": ASK, "logit_bias": {"99999999": 1}}, 400, "not in the vocabulary"),
     "top_logprobs alone": ({"messages": ASK, "top_logprobs": 2}, 400, "needs logprobs"),
     "tools without a template for them": ({"messages": ASK, "tools": [TOOL]}, 400, "reads no tools"),
-    "tool_choice": ({"messages": ASK, "tools": [TOOL], "tool_choice": "required"}, 400, "tool_choice"),
+    "tool_choice without tools": ({"messages": ASK, "tool_choice": "required"}, 400, "no tools to call"),
+    "tool_choice of no form": ({"messages": ASK, "tools": [TOOL], "tool_choice": {"name": "x"}}, 400, "tool_choice"),
     "response_format": ({"messages": ASK, "response_format": {"type": "xml"}}, 400, "unknown type 'xml'"),
     "no schema": ({"messages": ASK, "response_format": {"type": "json_schema"}}, 400, "no schema"),
     "regex": ({"messages": ASK, "regex": "("}, 400, "regex"),

@@ -1,0 +1,73 @@
+"""An answer that must call a tool: the grammar of a family's calls, whose arguments keep to the tools' own schemas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moec.assistant.structured import JSON_SPACING, Format
+from moec.assistant.tool_formats import ToolFormat
+from moec.compiler.errors import RunError
+
+PLACE = "tool_choice"
+_MOST_CALLS = 16  # of one answer: a small model may otherwise call without end
+_JSON_CALL = ('{"name": ', ', "arguments": ', "}")
+#: name of a `ToolFormat` -> what stands before a name, between it and the arguments, and behind them; then what stands
+#: before a call, behind one, and between two.
+_CALLS: dict[str, tuple[tuple[str, str, str], str, str, str]] = {
+    "hermes": (_JSON_CALL, "<tool_call>\n", "\n</tool_call>", "\n"),
+    "granite": (_JSON_CALL, "", "", ", "),
+    "mistral": (_JSON_CALL, "", "", ", "),
+    "llama3": (('{"name": ', ', "parameters": ', "}"), "", "", ""),
+}
+_AROUND = {"granite": ("<|tool_call|>[", "]"), "mistral": ("[TOOL_CALLS][", "]")}
+
+
+def call_format(
+    form: ToolFormat | None,
+    template: str,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    only: str | None = None,
+    several: bool = True,
+    special: Mapping[int, str],
+) -> Format:
+    """The format of an answer that calls one of `tools`, or the one named `only`, and says nothing else.
+
+    tools: as `checked_tools` gives them. several: up to 16 calls may follow each other where the family writes several.
+    special: texts of the special tokens by id. RunError where the template's form of calls is not known as a grammar, or
+    `only` names none of the tools.
+    """
+    if form is None or form.name not in _CALLS or (form.name == "hermes" and "<function=" in template):
+        what = f"the calls of this model's chat template ({'unknown' if form is None else form.name}) cannot be forced"
+        raise RunError(what, place=PLACE, remedy="use auto or none")
+    functions = [tool["function"] for tool in tools]
+    chosen = [f for f in functions if only is None or f["name"] == only]
+    if not chosen:
+        raise RunError(f"no tool named {only}", place=PLACE, remedy=f"one of {', '.join(f['name'] for f in functions)}")
+    ids = {text: id_ for id_, text in special.items() if text}
+    (begin, middle, end), before, behind, between = _CALLS[form.name]
+    rules = []
+    for index, function in enumerate(chosen):
+        name = json.dumps(function["name"])
+        rules.append(f"c{index}: {_terms(before + begin + name + middle, ids)} a{index} {_terms(end + behind, ids)}")
+        schema = {**(function.get("parameters") or {}), "type": "object"}
+        rules.append(f"a{index}: %json {json.dumps({**schema, 'x-guidance': JSON_SPACING})}")
+    calls = "call" if not several or not between else f"call ({_terms(between, ids)} call){{0,{_MOST_CALLS - 1}}}"
+    opening, closing = _AROUND.get(form.name, ("", ""))
+    start = " ".join(part for part in (_terms(opening, ids), calls, _terms(closing, ids)) if part)
+    rules = [f"start: {start}", f"call: {' | '.join(f'c{i}' for i in range(len(chosen)))}", *rules]
+    return replace(Format("grammar", "\n".join(rules)), place=PLACE)
+
+
+def _terms(text: str, ids: Mapping[str, int]) -> str:
+    """A text as terms of the grammar: special tokens by their ids, what is between them quoted."""
+    if not text:
+        return ""
+    for marker in sorted(ids, key=len, reverse=True):
+        before, found, behind = text.partition(marker)
+        if found:
+            return " ".join(part for part in (_terms(before, ids), f"<[{ids[marker]}]>", _terms(behind, ids)) if part)
+    return json.dumps(text, ensure_ascii=False)
