@@ -37,8 +37,8 @@ def call_format(
     """The format of an answer that calls one of `tools`, or the one named `only`, and says nothing else.
 
     tools: as `checked_tools` gives them. several: up to 16 calls may follow each other where the family writes several.
-    special: texts of the special tokens by id. RunError where the template's form of calls is not known as a grammar, or
-    `only` names none of the tools.
+    special: texts of the special tokens by id. RunError where the template's form of calls is not known as a grammar,
+    or `only` names none of the tools.
     """
     if form is None or form.name not in _CALLS or (form.name == "hermes" and "<function=" in template):
         what = f"the calls of this model's chat template ({'unknown' if form is None else form.name}) cannot be forced"

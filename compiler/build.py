@@ -16,6 +16,7 @@ from typing import Any
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.planner import check_fits
 from moec.assistant.load import load as load  # compile and load are one module to those who use both
+from moec.assistant.native_text import write_text
 from moec.assistant.role_form import write_form
 from moec.compiler.artifact import (
     FORMAT,
@@ -91,7 +92,9 @@ def compile(
         for file, content in companions.items():
             (folder / file).write_bytes(content)
         forms, notes = write_form(folder)
-        lowered = replace(lowered, files=(*lowered.files, *companions, *forms), notes=(*lowered.notes, *notes))
+        texts, reasons = write_text(folder, words)
+        files = (*lowered.files, *companions, *forms, *texts)
+        lowered = replace(lowered, files=files, notes=(*lowered.notes, *notes, *reasons))
         manifest = _manifest(spec, name, store, program, log, lowered, folder, words)
         write_manifest(folder, manifest)
     clock.lap("write")

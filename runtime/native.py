@@ -181,7 +181,7 @@ def _find_or_build(progress: Progress) -> NativeFiles:
 def _read_sources() -> dict[str, bytes]:
     """Relative path -> bytes of everything that is compiled: a snapshot, in case a file changes while building."""
     sources = {"CMakeLists.txt": (_HERE / "CMakeLists.txt").read_bytes()}
-    for folder in ("kernels", "probe", "runner"):
+    for folder in ("kernels", "probe", "runner", "app", "include"):
         for path in sorted((_HERE / folder).rglob("*")):
             if path.is_file() and path.suffix in _SUFFIXES and "bench" not in path.relative_to(_HERE).parts[1:-1]:
                 sources[str(path.relative_to(_HERE))] = path.read_bytes()

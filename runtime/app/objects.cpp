@@ -1,0 +1,265 @@
+#include "objects.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cinttypes>
+#include <cstdio>
+
+#include "../runner/session_file.h"
+#include "file_bytes.h"
+
+namespace {
+
+constexpr uint64_t kLargestManifest = uint64_t{64} << 20;
+constexpr int32_t kReaders = 4;  // threads that read experts under a budget of memory
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// What names an artifact in saved sessions: its manifest has the digest of every file.
+std::string identity_of(const std::string& manifest) {
+  std::string fault;
+  std::vector<uint8_t> bytes;
+  if (!read_file(manifest, kLargestManifest, &bytes, &fault)) throw Fault(manifest + ": " + fault);
+  Xxh64 digest;
+  digest.add(bytes.data(), bytes.size());
+  char text[32];
+  std::snprintf(text, sizeof text, "app-%016" PRIx64, digest.digest());
+  return text;
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------------------- artifact
+
+OpenArtifact::OpenArtifact(const std::string& folder, int32_t threads, int64_t memory_bytes) {
+  identity_ = identity_of(folder + "/manifest.json");
+  const std::string program = folder + "/model.pte", words = folder + "/text.moec";
+  std::string fault;
+  std::unique_ptr<TextTables> tables = TextTables::read(words, &fault);
+  if (tables) {
+    tokenizer_ = std::make_unique<Tokenizer>(std::move(tables));
+    fault = tokenizer_->check();
+  }
+  if (!fault.empty()) throw Fault(words + ": " + fault);
+  model_.reset(moec_model_open(program.c_str(), threads));
+  const std::string error = moec_model_error(model_.get());
+  if (!error.empty()) throw Fault(program + ": " + error);
+  if (memory_bytes > 0 && moec_model_limit_memory(model(), memory_bytes, MOEC_EVICT_LRU, kReaders) != 0)
+    throw Fault(program + ": " + moec_model_error(model()));
+  moec_model_get_info(model(), &info_);
+  eos_ids_.resize(static_cast<size_t>(moec_model_eos_ids(model(), nullptr, 0)));
+  moec_model_eos_ids(model(), eos_ids_.data(), static_cast<int64_t>(eos_ids_.size()));
+}
+
+bool OpenArtifact::ends(int32_t token) const { return std::find(eos_ids_.begin(), eos_ids_.end(), token) != eos_ids_.end(); }
+
+std::vector<int32_t> OpenArtifact::tokenize(std::string_view text, int32_t flags) const {
+  const TextTables& tables = tokenizer_->tables();
+  std::vector<int32_t> ids;
+  if (!(flags & MOEC_APP_PLAIN)) ids = tables.before;
+  const std::string fault = tokenizer_->encode(text, flags & MOEC_APP_AS_TEXT, &ids);
+  if (!fault.empty()) throw Fault(fault);
+  if (!(flags & MOEC_APP_PLAIN)) ids.insert(ids.end(), tables.behind.begin(), tables.behind.end());
+  return ids;
+}
+
+std::string OpenArtifact::detokenize(const std::vector<int32_t>& ids, bool special) const {
+  std::string bytes;
+  for (const int32_t id : ids) tokenizer_->decode(id, special, &bytes);
+  Characters characters;
+  std::string text = characters.push(bytes);
+  return text + characters.finish();
+}
+
+// A part of a text behind others: behind a line end, as assistant/assistant.py encodes it.
+void OpenArtifact::append_part(std::string_view text, bool as_text, std::vector<int32_t>* ids) const {
+  const int32_t flags = MOEC_APP_PLAIN | (as_text ? MOEC_APP_AS_TEXT : 0);
+  if (text.empty()) return;
+  if (!ids->empty()) {
+    const std::vector<int32_t> line = tokenize("\n", MOEC_APP_PLAIN), found = tokenize("\n" + std::string(text), flags);
+    if (found.size() >= line.size() && std::equal(line.begin(), line.end(), found.begin())) {
+      ids->insert(ids->end(), found.begin() + static_cast<std::ptrdiff_t>(line.size()), found.end());
+      return;
+    }
+  }
+  const std::vector<int32_t> found = tokenize(text, flags);
+  ids->insert(ids->end(), found.begin(), found.end());
+}
+
+std::vector<int32_t> OpenArtifact::chat(const std::vector<ChatMessage>& messages) const {
+  const auto& form = tokenizer_->tables().chat;
+  if (!form) throw Fault("the model brings no chat template of regular form");
+  std::vector<ChatPart> parts;
+  const std::string fault = form->render(messages, &parts);
+  if (!fault.empty()) throw Fault(fault);
+  // special tokens that are written in a content are text: each is encoded by itself
+  std::vector<ChatPart> pieces = {{"", false}};
+  bool markers = false;
+  for (const ChatPart& part : parts) {
+    std::vector<ChatPart> split = {{part.text, false}};
+    for (const std::string& marker : part.content ? tokenizer_->special() : std::vector<std::string>()) {
+      std::vector<ChatPart> finer;
+      for (const ChatPart& piece : split) {
+        size_t begin = 0;
+        for (size_t at; !piece.content && (at = piece.text.find(marker, begin)) != std::string::npos; begin = at + marker.size()) {
+          finer.push_back({piece.text.substr(begin, at - begin), false});
+          finer.push_back({marker, true});
+          markers = true;
+        }
+        finer.push_back({piece.text.substr(begin), piece.content});
+      }
+      split.swap(finer);
+    }
+    for (const ChatPart& piece : split) {
+      if (piece.content || pieces.back().content) {
+        pieces.push_back(piece);
+      } else {
+        pieces.back().text += piece.text;
+      }
+    }
+  }
+  if (!markers) return tokenize(pieces[0].text, MOEC_APP_PLAIN);
+  std::vector<int32_t> ids;
+  for (const ChatPart& piece : pieces) append_part(piece.text, piece.content, &ids);
+  return ids;
+}
+
+// -------------------------------------------------------------------------------------------------------------- session
+
+OpenSession::OpenSession(std::shared_ptr<OpenArtifact> artifact, moec_session* session)
+    : artifact_(std::move(artifact)), session_(session) {
+  const std::string fault = error();
+  if (!fault.empty()) throw Fault(fault);
+}
+
+std::shared_ptr<OpenSession> OpenSession::fork() {
+  return std::make_shared<OpenSession>(artifact_, moec_session_fork(session_.get()));
+}
+
+int64_t OpenSession::position() { return moec_session_tokens(session_.get(), nullptr, 0); }
+
+std::vector<int32_t> OpenSession::tokens() {
+  std::vector<int64_t> ids(static_cast<size_t>(position()));
+  moec_session_tokens(session_.get(), ids.data(), static_cast<int64_t>(ids.size()));
+  return std::vector<int32_t>(ids.begin(), ids.end());
+}
+
+void OpenSession::rewind(int64_t position) {
+  if (moec_session_rewind(session_.get(), position) != 0) throw Fault(error());
+  ++turn;
+}
+
+void OpenSession::save(const std::string& path) {
+  if (moec_session_save(session_.get(), path.c_str(), artifact_->identity().c_str()) != 0) throw Fault(path + ": " + error());
+}
+
+void OpenSession::restore(const std::string& path) {
+  if (moec_session_restore(session_.get(), path.c_str(), artifact_->identity().c_str()) != 0) throw Fault(path + ": " + error());
+  ++turn;
+}
+
+void OpenSession::forward(const std::vector<int32_t>& ids, size_t begin, size_t count, std::vector<float>* logits) {
+  const auto from = ids.begin() + static_cast<std::ptrdiff_t>(begin);
+  const std::vector<int64_t> part(from, from + static_cast<std::ptrdiff_t>(count));
+  const bool wanted = begin + count == ids.size();
+  if (wanted) logits->resize(static_cast<size_t>(artifact_->info().vocab_size));
+  if (moec_session_forward(session_.get(), part.data(), static_cast<int64_t>(count), position(), 0, wanted ? logits->data() : nullptr,
+                           wanted ? static_cast<int64_t>(logits->size()) : 0) != 0)
+    throw Fault(error());
+}
+
+// ----------------------------------------------------------------------------------------------------------- generation
+
+Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, Sampling sampling,
+                       std::vector<std::string> stops, int64_t max_new_tokens)
+    : session_(std::move(session)), prompt_(std::move(prompt)), sampler_(std::move(sampling), prompt_), stops_(std::move(stops)),
+      most_(max_new_tokens) {
+  const moec_model_info& info = session_->artifact().info();
+  if (prompt_.empty()) throw Fault("the prompt has no tokens");
+  if (static_cast<int64_t>(prompt_.size()) > info.context)
+    throw Fault(std::to_string(prompt_.size()) + " tokens do not fit: the context holds " + std::to_string(info.context));
+  for (const int32_t id : prompt_)
+    if (id < 0 || id >= info.vocab_size) throw Fault("token " + std::to_string(id) + " is not in the vocabulary");
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  turn_ = ++session_->turn;
+  stats_.prompt_tokens = static_cast<int64_t>(prompt_.size());
+}
+
+moec_app_stats Generation::stats() {
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  return stats_;
+}
+
+bool Generation::next() {
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  piece_.clear();
+  if (!fault_.empty()) throw Fault(fault_);
+  try {
+    while (piece_.empty() && stats_.stopped == MOEC_APP_RUNNING) step();
+  } catch (const std::exception& e) {
+    fault_ = e.what();
+    stats_.stopped = MOEC_APP_FAILED;
+    throw;
+  }
+  return !piece_.empty();
+}
+
+// Makes the session hold the prompt; false where that was cancelled.
+bool Generation::prefill() {
+  const moec_model_info& info = session_->artifact().info();
+  const std::vector<int32_t> held = session_->tokens();
+  size_t same = 0;
+  while (same < std::min(held.size(), prompt_.size() - 1) && held[same] == prompt_[same]) ++same;
+  if (same < held.size() && !info.rewinds) same = 0;
+  if (same < held.size()) {
+    session_->rewind(static_cast<int64_t>(same));
+    turn_ = session_->turn;
+  }
+  stats_.reused_tokens = static_cast<int64_t>(same);
+  const auto most = static_cast<size_t>(info.max_tokens);
+  for (size_t begin = same; begin < prompt_.size(); begin += most) {
+    if (cancelled_) return false;
+    session_->forward(prompt_, begin, std::min(most, prompt_.size() - begin), &logits_);
+  }
+  return true;
+}
+
+void Generation::step() {
+  if (session_->turn != turn_) throw Fault("the session was changed, or went on with another generation");
+  const double began = seconds();
+  if (!begun_) {
+    begun_ = true;
+    const bool whole = prefill();
+    stats_.prefill_seconds = seconds() - began;
+    if (!whole) return end(MOEC_APP_CANCELLED);
+  } else if (pending_ >= 0) {
+    if (cancelled_) return end(MOEC_APP_CANCELLED);
+    session_->forward({pending_}, 0, 1, &logits_);
+    stats_.decode_seconds += seconds() - began;
+  }
+  if (most_ >= 0 && stats_.new_tokens >= most_) return end(MOEC_APP_LENGTH);
+  if (cancelled_) return end(MOEC_APP_CANCELLED);
+  const int32_t token = sampler_.take(logits_);
+  if (token < 0) throw Fault("no token is left to take: the biases rule out all");
+  if (session_->artifact().ends(token)) return end(MOEC_APP_STOP_TOKEN);
+  ++stats_.new_tokens;
+  pending_ = token;
+  std::string bytes;
+  session_->artifact().tokenizer().decode(token, false, &bytes);
+  piece_ = stops_.push(characters_.push(bytes));
+  if (stops_.found()) {
+    stats_.stopped = MOEC_APP_STOP_STRING;
+  } else if (stats_.new_tokens == most_) {
+    end(MOEC_APP_LENGTH);
+  } else if (session_->position() >= session_->artifact().info().context) {
+    end(MOEC_APP_CONTEXT);
+  }
+}
+
+void Generation::end(int32_t why) {
+  piece_ += stops_.push(characters_.finish());
+  piece_ += stops_.finish();
+  stats_.stopped = stops_.found() ? MOEC_APP_STOP_STRING : why;
+}

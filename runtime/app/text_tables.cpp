@@ -1,0 +1,148 @@
+#include "text_tables.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "file_bytes.h"
+#include "table_reader.h"
+
+namespace {
+
+constexpr uint64_t kLargest = uint64_t{512} << 20;
+constexpr size_t kMostTokens = size_t{1} << 24;
+constexpr uint32_t kLastCode = 0x10FFFF;
+
+uint32_t crc32(const uint8_t* data, size_t size) {
+  static const std::array<uint32_t, 256> table = [] {
+    std::array<uint32_t, 256> made{};
+    for (uint32_t i = 0; i < 256; ++i) {
+      uint32_t value = i;
+      for (int bit = 0; bit < 8; ++bit) value = value & 1 ? 0xEDB88320u ^ (value >> 1) : value >> 1;
+      made[i] = value;
+    }
+    return made;
+  }();
+  uint32_t found = 0xFFFFFFFFu;
+  for (size_t i = 0; i < size; ++i) found = table[(found ^ data[i]) & 255] ^ (found >> 8);
+  return found ^ 0xFFFFFFFFu;
+}
+
+using Parts = std::map<std::string, TableReader>;
+
+bool read_vocabulary(Parts& parts, TextTables* tables) {
+  TableReader& info = parts.at("INFO");
+  const auto count = static_cast<size_t>(std::max(info.number<int32_t>(), 0));
+  tables->whole_pieces = info.number<int32_t>() != 0;
+  tables->offsets = parts.at("OFFS").rest<uint32_t>();
+  const std::vector<char> texts = parts.at("TEXT").rest<char>();
+  tables->texts.assign(texts.begin(), texts.end());
+  tables->sorted = parts.at("SORT").rest<uint32_t>();
+  tables->merges = parts.at("MERG").rest<Merge>();
+  tables->added = parts.at("ADDS").rest<AddedToken>();
+  if (count < 1 || count > kMostTokens || tables->offsets.size() != count + 1) return false;
+  if (tables->offsets.front() != 0 || tables->offsets.back() > tables->texts.size()) return false;
+  if (!std::is_sorted(tables->offsets.begin(), tables->offsets.end())) return false;
+  for (const uint32_t id : tables->sorted)
+    if (id >= count) return false;
+  for (const Merge& merge : tables->merges)
+    if (merge.left >= count || merge.right >= count || merge.made >= count) return false;
+  for (const AddedToken& token : tables->added)
+    if (token.id < 0 || static_cast<size_t>(token.id) >= count) return false;
+  return true;
+}
+
+bool read_cuts(Parts& parts, TextTables* tables) {
+  tables->ranges = parts.at("RANG").rest<CodeRange>();
+  tables->sets = parts.at("SETS").rest<uint32_t>();
+  tables->code = parts.at("CODE").rest<Instruction>();
+  tables->steps = parts.at("STEP").rest<CutStep>();
+  if (tables->sets.empty() || tables->sets.back() > tables->ranges.size()) return false;
+  if (!std::is_sorted(tables->sets.begin(), tables->sets.end())) return false;
+  const auto sets = static_cast<int64_t>(tables->sets.size()) - 1, size = static_cast<int64_t>(tables->code.size());
+  const auto inside = [](int64_t value, int64_t end) { return value >= 0 && value < end; };
+  for (const Instruction& at : tables->code) {
+    if (at.op < kChar || at.op > kAtomic) return false;
+    if (at.op == kChar && !inside(at.a, sets)) return false;
+    if ((at.op == kSplit || at.op == kJump || at.op == kAtomic) && !inside(at.a, size)) return false;
+    if ((at.op == kSplit || at.op == kLook) && !inside(at.b, size)) return false;
+  }
+  if (size > 0 && tables->code.back().op != kMatch) return false;  // nothing runs over the end
+  for (const CutStep& step : tables->steps)
+    if (step.kind < kCut || step.kind > kPrefixSpace || (step.kind != kPrefixSpace && !inside(step.begin, size))) return false;
+  tables->ascii.resize(static_cast<size_t>(sets));
+  for (size_t set = 0; set < tables->ascii.size(); ++set) {
+    tables->ascii[set] = {0, 0};
+    for (size_t i = tables->sets[set]; i < tables->sets[set + 1]; ++i) {
+      const CodeRange range = tables->ranges[i];
+      if (range.last > kLastCode || range.first > range.last) return false;
+      for (uint32_t c = range.first; c <= std::min(range.last, 127u); ++c) tables->ascii[set][c / 64] |= uint64_t{1} << (c % 64);
+    }
+  }
+  return true;
+}
+
+bool read_around(Parts& parts, TextTables* tables) {
+  TableReader& around = parts.at("AROU");
+  const auto before = around.number<uint32_t>(), behind = around.number<uint32_t>();
+  tables->before = around.numbers<int32_t>(before);
+  tables->behind = around.numbers<int32_t>(behind);
+  for (const auto& ids : {tables->before, tables->behind})
+    for (const int32_t id : ids)
+      if (id < 0 || id >= tables->count()) return false;
+  TableReader& proofs = parts.at("PROV");
+  while (proofs.ok() && !proofs.at_end()) {
+    Proof proof;
+    proof.text = proofs.string();
+    proof.ids = proofs.numbers<int32_t>(proofs.number<uint32_t>());
+    proof.shown = proofs.string();
+    tables->proofs.push_back(std::move(proof));
+  }
+  TableReader& normal = parts.at("NORM");
+  if (!normal.at_end()) {
+    tables->normal.emplace();
+    if (!tables->normal->read(normal)) return false;
+  }
+  TableReader& roles = parts.at("ROLE");
+  if (!roles.at_end()) {
+    tables->chat.emplace();
+    if (!tables->chat->read(roles)) return false;
+  }
+  tables->sampling = parts.at("SAMP").number<SamplingDefaults>();
+  return around.ok() && proofs.ok();
+}
+
+}  // namespace
+
+std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::string* fault) {
+  std::vector<uint8_t> bytes;
+  if (!read_file(path, kLargest, &bytes, fault)) return nullptr;
+  const auto damaged = [&](const char* what) {
+    *fault = what;
+    return nullptr;
+  };
+  if (bytes.size() < 24) return damaged("damaged: an impossible length");
+  TableReader head(bytes.data() + 8, 16);
+  const auto version = head.number<uint32_t>(), count = head.number<uint32_t>(), size = head.number<uint32_t>();
+  const auto digest = head.number<uint32_t>();
+  if (std::memcmp(bytes.data(), "moectext", 8) != 0) return damaged("is no table of a tokenizer");
+  if (version != 1) return damaged("was written by another version of moec; compile the artifact again");
+  if (size != bytes.size() || digest != crc32(bytes.data() + 24, bytes.size() - 24)) return damaged("damaged: its digest differs");
+  Parts parts;
+  TableReader index(bytes.data() + 24, bytes.size() - 24);
+  for (uint32_t i = 0; i < count && index.ok(); ++i) {
+    const auto name = index.number<std::array<char, 4>>();
+    index.number<uint32_t>();
+    const auto offset = index.number<uint64_t>(), length = index.number<uint64_t>();
+    if (offset > bytes.size() || length > bytes.size() - offset) return damaged("damaged: a part lies outside");
+    parts.emplace(std::string(name.data(), 4), TableReader(bytes.data() + offset, static_cast<size_t>(length)));
+  }
+  for (const char* name : {"INFO", "OFFS", "TEXT", "SORT", "MERG", "ADDS", "RANG", "SETS", "CODE", "STEP", "AROU", "NORM", "PROV", "ROLE", "SAMP"})
+    if (!parts.count(name)) return damaged("damaged: a part is missing");
+  auto tables = std::make_unique<TextTables>();
+  if (!read_vocabulary(parts, tables.get())) return damaged("damaged: an impossible vocabulary");
+  if (!read_cuts(parts, tables.get())) return damaged("damaged: impossible expressions");
+  if (!read_around(parts, tables.get())) return damaged("damaged: impossible texts");
+  return tables;
+}

@@ -1,0 +1,94 @@
+// text.moec: a tokenizer, the form of conversations and what the model recommends, as assistant/native_text.py writes them.
+//
+//   8 bytes "moectext", u32 version 1, u32 parts, u32 size of the file, u32 CRC-32 of what follows
+//   for each part: 4 bytes name, u32 zero, u64 offset, u64 size; then the parts, at multiples of 8
+//
+//   INFO  i32 tokens, i32 whether a piece that is a token is taken whole    OFFS  u32 x (tokens + 1): where TEXT begins
+//   TEXT  the bytes of the tokens            SORT  u32: ids of tokens that a piece can be, by their bytes
+//   MERG  u32 x 4: left, right, rank, made; sorted                          ADDS  i32 x 2: id, flags of added tokens
+//   CODE  i32 x 3: instructions of expressions (assistant/split_program.py), over SETS, u32: where the pairs of each set
+//         begin in RANG, u32 x 2: first and last code point                 STEP  i32 x 2: kind, where in CODE
+//   AROU  i32 count before, count behind, ids: what stands around a text
+//   NORM  empty, or the tables of normal form C (normal_form.h)
+//   PROV  texts with their ids and the text that these give                 ROLE, SAMP  chat_form.h, SamplingDefaults
+//
+// Little-endian. The file is not believed: every index is checked when it is read.
+#ifndef MOEC_TEXT_TABLES_H_
+#define MOEC_TEXT_TABLES_H_
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "chat_form.h"
+#include "normal_form.h"
+
+struct Merge {
+  uint32_t left, right, rank, made;
+};
+
+struct CodeRange {
+  uint32_t first, last;
+};
+
+struct Instruction {
+  int32_t op, a, b;
+};
+
+enum : int32_t { kChar, kSplit, kJump, kMatch, kLook, kAtomic };
+
+struct CutStep {
+  int32_t kind, begin;
+};
+
+enum : int32_t { kCut, kCutDrop, kPrefixSpace };
+
+struct AddedToken {
+  int32_t id, flags;
+};
+
+constexpr int32_t kSpecial = 1, kNormalized = 2;
+
+struct Proof {
+  std::string text;
+  std::vector<int32_t> ids;
+  std::string shown;
+};
+
+struct SamplingDefaults {
+  double temperature = 0, top_k = 0, top_p = 1, min_p = 0, repeat_penalty = 1;
+};
+
+struct TextTables {
+  bool whole_pieces = false;
+  std::vector<uint32_t> offsets;
+  std::string texts;
+  std::vector<uint32_t> sorted;
+  std::vector<Merge> merges;
+  std::vector<CodeRange> ranges;
+  std::vector<uint32_t> sets;
+  std::vector<std::array<uint64_t, 2>> ascii;  // which of the first 128 code points are in each set
+  std::vector<Instruction> code;
+  std::vector<CutStep> steps;
+  std::vector<AddedToken> added;
+  std::vector<int32_t> before, behind;
+  std::vector<Proof> proofs;
+  std::optional<NormalForm> normal;
+  std::optional<ChatForm> chat;
+  SamplingDefaults sampling;
+
+  int64_t count() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  std::string_view text(int64_t id) const {
+    const size_t at = static_cast<size_t>(id);
+    return std::string_view(texts).substr(offsets[at], offsets[at + 1] - offsets[at]);
+  }
+
+  // nullptr and the reason, without the path.
+  static std::unique_ptr<TextTables> read(const std::string& path, std::string* fault);
+};
+
+#endif  // MOEC_TEXT_TABLES_H_

@@ -1,0 +1,98 @@
+// UTF-8: checking it, reading code points, and bytes that come in pieces as whole characters.
+#ifndef MOEC_UTF8_H_
+#define MOEC_UTF8_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+// The character at the beginning of `text`: its length; 0 where `text` is the beginning of one; -n where the first n bytes
+// are none, as U+FFFD stands for them (the longest part of a character that is cut).
+inline int character_at(std::string_view text) {
+  const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
+  const uint8_t first = byte(0);
+  if (first < 0x80) return 1;
+  if (first < 0xC2 || first > 0xF4) return -1;
+  const int length = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+  uint8_t low = 0x80, high = 0xBF;
+  if (first == 0xE0) low = 0xA0;
+  if (first == 0xED) high = 0x9F;
+  if (first == 0xF0) low = 0x90;
+  if (first == 0xF4) high = 0x8F;
+  for (int i = 1; i < length; ++i) {
+    if (static_cast<size_t>(i) >= text.size()) return 0;
+    if (byte(static_cast<size_t>(i)) < low || byte(static_cast<size_t>(i)) > high) return -i;
+    low = 0x80;
+    high = 0xBF;
+  }
+  return length;
+}
+
+// Where the first byte lies that is no UTF-8; text.size() if all is.
+inline size_t valid_utf8(std::string_view text) {
+  size_t at = 0;
+  while (at < text.size()) {
+    const int length = character_at(text.substr(at));
+    if (length <= 0) return at;
+    at += static_cast<size_t>(length);
+  }
+  return at;
+}
+
+// The code point at `*at` of a valid text, and behind it.
+inline uint32_t next_code(std::string_view text, size_t* at) {
+  const auto byte = [&](size_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(text[*at + i])); };
+  const uint32_t first = byte(0);
+  const size_t length = first < 0x80 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+  uint32_t code = length == 1 ? first : first & (0x7Fu >> length);
+  for (size_t i = 1; i < length; ++i) code = code << 6 | (byte(i) & 0x3F);
+  *at += length;
+  return code;
+}
+
+inline void append_code(uint32_t code, std::string* text) {
+  const auto put = [&](uint32_t byte) { text->push_back(static_cast<char>(byte)); };
+  if (code < 0x80) return put(code);
+  if (code < 0x800) {
+    put(0xC0 | code >> 6);
+  } else {
+    if (code < 0x10000) {
+      put(0xE0 | code >> 12);
+    } else {
+      put(0xF0 | code >> 18);
+      put(0x80 | (code >> 12 & 0x3F));
+    }
+    put(0x80 | (code >> 6 & 0x3F));
+  }
+  put(0x80 | (code & 0x3F));
+}
+
+// Whole characters out of bytes; those that are none become U+FFFD.
+class Characters {
+ public:
+  std::string push(std::string_view bytes) {
+    held_ += bytes;
+    std::string found;
+    size_t at = 0;
+    while (at < held_.size()) {
+      const int length = character_at(std::string_view(held_).substr(at));
+      if (length == 0) break;
+      if (length > 0) found.append(held_, at, static_cast<size_t>(length));
+      if (length < 0) found += "\xEF\xBF\xBD";
+      at += static_cast<size_t>(length > 0 ? length : -length);
+    }
+    held_.erase(0, at);
+    return found;
+  }
+  std::string finish() {
+    const bool cut = !held_.empty();
+    held_.clear();
+    return cut ? "\xEF\xBF\xBD" : "";
+  }
+
+ private:
+  std::string held_;
+};
+
+#endif  // MOEC_UTF8_H_
