@@ -14,6 +14,7 @@ from typing import Any
 from moec.assistant.answer import Answer, Limits
 from moec.assistant.generate import AfterThinking, Constraint, Generation, Text
 from moec.assistant.messages import checked_messages, checked_tools
+from moec.assistant.prefixes import PrefixCache, shared_length
 from moec.assistant.sampling import Sampling, recommended
 from moec.assistant.segments import (
     CHANNEL_MARKERS,
@@ -30,7 +31,7 @@ from moec.assistant.template import ChatTemplate
 from moec.assistant.tool_choice import call_format
 from moec.assistant.tool_formats import tool_format
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.errors import ArtifactError, RunError, UserError
 from moec.compiler.files import read_text
 from moec.compiler.source import GENERATION, TOKENIZER
 from moec.compiler.target import Session
@@ -47,6 +48,7 @@ class Prompt:
     messages: list[dict[str, Any]] | None = None
     thinking: bool = False  # whether the answer begins inside a thinking segment
     tools: list[dict[str, Any]] | None = None  # that may be called
+    shared: int = 0  # ids that other prompts are likely to begin with: what a `PrefixCache` keeps
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Assistant:
     eos_ids: frozenset[int]
     place: str
     tokenizer_file: Path
+    prefixes: PrefixCache | None = None  # beginnings of prompts that were computed before
     _special: dict[int, str] = field(default_factory=dict)
     _formats: Formats | None = None
 
@@ -74,14 +77,15 @@ class Assistant:
             frozenset(artifact.manifest.model.eos_ids),
             str(artifact.folder),
             file,
-            words.special_tokens(),
+            _special=words.special_tokens(),
         )
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
     def text_prompt(self, text: str, place: str = "--prompt") -> Prompt:
         """A text to go on from, with the special tokens that the tokenizer itself adds."""
-        return Prompt(encode_prompt(self.tokenizer, text, place))
+        ids = encode_prompt(self.tokenizer, text, place)
+        return Prompt(ids, shared=len(ids) - 1)
 
     def chat_prompt(self, messages: Any, *, tools: Any = None, variables: Mapping[str, Any] | None = None) -> Prompt:
         """A conversation in the model's own form, up to where its answer begins.
@@ -97,7 +101,22 @@ class Assistant:
         if tools and "tools" not in template.variables:
             raise RunError("the chat template reads no tools", place=template.place, remedy="leave them out")
         text, ids = self._encoded(template, messages, tools, variables)
-        return Prompt(ids, messages, opens_thinking(text), tools)
+        shared = self._shared(ids, template, messages, tools, variables) if self.prefixes is not None else 0
+        return Prompt(ids, messages, opens_thinking(text), tools, shared)
+
+    def _shared(self, ids: list[int], template: ChatTemplate, messages: Any, tools: Any, variables: Any) -> int:
+        """How many ids every conversation begins with that has the same system prompt and tools."""
+        first = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), None)
+        if first is None:
+            return 0
+        found = len(ids)
+        for question in ("a", "1"):
+            asked = [*messages[:first], {"role": "user", "content": question}]
+            try:
+                found = min(found, shared_length(ids, self._encoded(template, asked, tools, variables)[1]))
+            except UserError:  # a template that refuses so short a conversation
+                return 0
+        return found
 
     def _template(self) -> ChatTemplate:
         if self.template is None:
@@ -177,6 +196,8 @@ class Assistant:
             top_scores=limits.top_scores,
             cancelled=cancelled or threading.Event(),
             drafter=PromptLookup() if limits.draft is None else ModelDrafter(limits.draft, session),
+            prefixes=self.prefixes,
+            shared=prompt.shared,
         )
         if prompt.messages is None or self.template is None:
             return Answer(Text(generation, self.tokenizer.decode, limits.stop), Segments())

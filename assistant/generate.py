@@ -19,6 +19,7 @@ from moec.assistant.stops import StopStrings
 from moec.compiler.errors import RunError
 
 if TYPE_CHECKING:
+    from moec.assistant.prefixes import PrefixCache
     from moec.compiler.target import Session
 
 
@@ -162,10 +163,16 @@ class Stats:
 
 
 def bring(
-    session: Session, ids: Sequence[int], cancelled: threading.Event, place: str | None = None
+    session: Session,
+    ids: Sequence[int],
+    cancelled: threading.Event,
+    place: str | None = None,
+    prefixes: PrefixCache | None = None,
+    shared: int = 0,
 ) -> tuple[np.ndarray | None, int]:
     """Make a session hold exactly `ids`: logits behind the last, float32 [V], and how many of them were there.
 
+    prefixes: where beginnings of prompts are found, and the first `shared` ids of this one are kept.
     What the session holds is computed again from where it differs only. None where `cancelled` was set meanwhile.
     RunError at `place` as `Session.prefill`; then the session is as it was.
     """
@@ -181,14 +188,21 @@ def bring(
         same += 1
     if same < len(held) and not getattr(session, "rewinds", False):
         same = 0
+    if prefixes is not None:
+        same = prefixes.restore(session, ids, same)
+        held = session.tokens
     if same < len(held):
         session.rewind(same)
     logits = None
     step = getattr(session, "max_tokens", len(ids))  # a call takes no more, and is not interrupted
-    for begin in range(same, len(ids), step):
-        if cancelled.is_set():
-            return None, same
-        logits = session.prefill(list(ids[begin : begin + step]), logits="last")
+    keep = prefixes is not None and same < shared < len(ids)
+    for first, last in ((same, shared), (shared, len(ids))) if keep else ((same, len(ids)),):
+        for begin in range(first, last, step):
+            if cancelled.is_set():
+                return None, same
+            logits = session.prefill(list(ids[begin : min(begin + step, last)]), logits="last")
+        if prefixes is not None and last == shared:
+            prefixes.keep(session)
     return np.asarray(logits).reshape(-1), same
 
 
@@ -213,6 +227,8 @@ class Generation:
     scores: list[TokenScore] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
     drafter: Drafter | None = field(default_factory=PromptLookup)
+    prefixes: PrefixCache | None = None
+    shared: int = 0  # ids of the prompt that others begin with as well
 
     def __iter__(self) -> Iterator[int]:
         if not len(self.prompt):
@@ -221,7 +237,9 @@ class Generation:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
         sampler = Sampler(self.sampling, self.place, self.prompt)
         started = time.perf_counter()
-        logits, self.stats.reused_tokens = bring(self.session, self.prompt, self.cancelled, self.place)
+        logits, self.stats.reused_tokens = bring(
+            self.session, self.prompt, self.cancelled, self.place, self.prefixes, self.shared
+        )
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prefill_seconds = time.perf_counter() - started
         steps = Steps(self.session, self.drafter)

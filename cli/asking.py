@@ -14,7 +14,9 @@ from moec.compiler.files import read_text
 from moec.compiler.units import printable
 
 if TYPE_CHECKING:
+    from moec.assistant.prefixes import PrefixCache
     from moec.assistant.structured import Format
+    from moec.compiler.artifact import Artifact
 
 MAX_FORMAT_BYTES = 1 << 20
 
@@ -29,6 +31,14 @@ ChatTemplateFile = Annotated[
 Draft = Annotated[
     Path | None,
     typer.Option(metavar="ARTIFACT", help="A small model of the same tokenizer that guesses; the text stays the same."),
+]
+PrefixFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--prefix-cache",
+        metavar="DIR",
+        help="Keep system prompts (run: prompts) computed in this folder, and begin with what is there.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
@@ -49,6 +59,19 @@ def format_of(json_schema: Path | None, regex: str | None, grammar: Path | None)
         raise UserError(error.message, place=place, remedy=error.remedy) from None
     file = json_schema or grammar
     return found if found is None or file is None else replace(found, place=str(file))
+
+
+def prefixes_in(folder: Path | None, artifact: Artifact) -> PrefixCache | None:
+    """The prefixes of an artifact in a folder; UserError where it cannot be used, or sessions cannot be saved."""
+    from moec.assistant.prefixes import PrefixCache
+    from moec.compiler.target import target_of
+
+    if folder is None:
+        return None
+    if not target_of(artifact).saves_sessions:
+        what = f"sessions of {artifact.manifest.target} artifacts cannot be saved"
+        raise UserError(what, place="--prefix-cache", remedy="leave it out, or compile for xnnpack")
+    return PrefixCache(folder, artifact.manifest.contents)
 
 
 def show(text: str, stream: Any = None) -> None:

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moec.cli.asking import ChatTemplateFile, Draft, Grammar, JsonSchema, Regex, Threads, format_of, show
+from moec.cli.asking import (
+    ChatTemplateFile,
+    Draft,
+    Grammar,
+    JsonSchema,
+    PrefixFolder,
+    Regex,
+    Threads,
+    format_of,
+    prefixes_in,
+    show,
+)
 from moec.cli.memory import MemoryMb
 from moec.cli.sampling import (
     LogitBias,
@@ -74,6 +85,7 @@ def chat(
     threads: Threads = None,
     memory_mb: MemoryMb = None,
     draft: Draft = None,
+    prefix_cache: PrefixFolder = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
@@ -104,6 +116,7 @@ def chat(
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.chat_prompt([{"role": "user", "content": "?"}])  # a template that is missing or faulty is said now
+    assistant.prefixes = prefixes_in(prefix_cache, opened)
     session = load(opened)
     helper = None
     try:

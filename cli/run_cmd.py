@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.cli.asking import ChatTemplateFile, Draft, Grammar, JsonSchema, Regex, Threads, format_of, show
+from moec.cli.asking import (
+    ChatTemplateFile,
+    Draft,
+    Grammar,
+    JsonSchema,
+    PrefixFolder,
+    Regex,
+    Threads,
+    format_of,
+    prefixes_in,
+    show,
+)
 from moec.cli.memory import MemoryMb
 from moec.cli.sampling import (
     LogitBias,
@@ -69,6 +80,7 @@ def run_artifact(
     threads: Threads = None,
     memory_mb: MemoryMb = None,
     draft: Draft = None,
+    prefix_cache: PrefixFolder = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ids, text and rates as JSON at the end.")] = False,
@@ -93,6 +105,7 @@ def run_artifact(
         ("--regex", regex),
         ("--grammar", grammar),
         ("--draft", draft),
+        ("--prefix-cache", prefix_cache),
     ):
         if ids is not None and (given or chat):
             raise UserError(f"{'--chat' if chat else name} is for text", remedy="give --prompt instead of --ids")
@@ -123,6 +136,7 @@ def run_artifact(
     text = sys.stdin.read() if prompt == "-" else prompt
     assert text is not None
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
+    assistant.prefixes = prefixes_in(prefix_cache, opened)
     if chat:
         question = [{"role": "user", "content": text}]
         messages = question if system is None else [{"role": "system", "content": system}, *question]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.cli.asking import ChatTemplateFile, Threads
+from moec.cli.asking import ChatTemplateFile, PrefixFolder, Threads, prefixes_in
 from moec.cli.memory import MemoryMb
 from moec.cli.trust import Trust
 from moec.compiler.errors import UserError
@@ -33,6 +33,11 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; default: the artifact's name.")] = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Longer bodies are refused unread.")] = 8,
+    conversations: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Conversations whose caches are kept; default: 4, with --memory-mb 1."),
+    ] = None,
+    prefix_cache: PrefixFolder = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
@@ -62,9 +67,11 @@ def serve(
 
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
+    assistant.prefixes = prefixes_in(prefix_cache, opened)
     session = load(opened)
     created = int((opened.folder / "manifest.json").stat().st_mtime)
-    settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created)
+    kept = conversations if conversations is not None else 4 if memory_mb is None else 1
+    settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept)
     server = Server(assistant, session, settings)
     config = uvicorn.Config(
         server.app,

@@ -96,6 +96,8 @@ class Target(ABC):
     #: Extras that compiling or running needs.
     needs: ClassVar[tuple[Need, ...]] = ()
     facts_class: ClassVar[type[Facts]] = Facts
+    #: Whether its sessions can be saved and restored.
+    saves_sessions: ClassVar[bool] = False
 
     @abstractmethod
     def legalize(self, options: TargetOptions) -> list[Pass]:

@@ -53,13 +53,15 @@ _MOST_PROMPTS = 64  # of one completion
 
 @dataclass(frozen=True)
 class Settings:
-    """token: what clients must bring; None on a loopback address alone. most_bytes: of a body. created: a Unix time."""
+    """token: what clients must bring; None on a loopback address alone. most_bytes: of a body. created: a Unix time.
+    conversations: whose caches are kept."""
 
     model: str
     token: str | None = None
     most_waiting: int = 64
     most_bytes: int = 8 << 20
     created: int = 0
+    conversations: int = 1
 
 
 class Server:
@@ -68,7 +70,9 @@ class Server:
     def __init__(self, assistant: Assistant, session: Session, settings: Settings) -> None:
         self.settings = settings
         self.assistant = assistant
-        self.engine = Engine(assistant, session, most_waiting=settings.most_waiting)
+        self.engine = Engine(
+            assistant, session, most_waiting=settings.most_waiting, conversations=settings.conversations
+        )
         self.texts = TokenTexts(assistant.tokenizer)
         self.metrics = Metrics(
             {
@@ -276,7 +280,7 @@ class Server:
             raise BadRequest(error.message, status=500, code="model_error") from None
 
     def _job(self, prompt: Prompt, limits: Any, format: Any, score_prompt: int | None = None) -> Job:
-        context = self.engine.session.context
+        context = self.engine.context
         if len(prompt.ids) > context:
             what = f"the prompt has {len(prompt.ids)} tokens, the context holds {context}"
             raise BadRequest(what, code="context_length_exceeded")

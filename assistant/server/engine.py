@@ -20,6 +20,7 @@ import numpy as np
 from moec.assistant.answer import Answer, Limits, Step
 from moec.assistant.assistant import Assistant, Prompt
 from moec.assistant.sampling import TokenScore, score
+from moec.assistant.server.conversations import Conversations
 from moec.assistant.structured import Format
 from moec.compiler.errors import RunError
 from moec.compiler.target import Session
@@ -75,10 +76,11 @@ class Job:
 
 
 class Engine:
-    """Answers jobs. most_waiting: of jobs beside the one that runs."""
+    """Answers jobs. most_waiting: of jobs beside the one that runs. conversations: whose caches are kept."""
 
-    def __init__(self, assistant: Assistant, session: Session, *, most_waiting: int) -> None:
-        self.assistant, self.session, self.most_waiting = assistant, session, most_waiting
+    def __init__(self, assistant: Assistant, session: Session, *, most_waiting: int, conversations: int = 1) -> None:
+        self.assistant, self.most_waiting, self.context = assistant, most_waiting, session.context
+        self._conversations = Conversations(session, conversations)
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._changed = threading.Condition()
@@ -120,6 +122,8 @@ class Engine:
                 job.cancelled.set()
             self._changed.notify()
         self._thread.join(30)
+        if not self._thread.is_alive():
+            self._conversations.close()
 
     def _work(self) -> None:
         while True:
@@ -139,9 +143,10 @@ class Engine:
             return Ended(None)
         answer = None
         try:
-            answer = self.assistant.answer(self.session, job.prompt, job.limits, job.format, job.cancelled)
+            session = self._conversations.take(job.prompt.ids)
+            answer = self.assistant.answer(session, job.prompt, job.limits, job.format, job.cancelled)
             if job.score_prompt is not None:
-                job.tell(Scores(self._scored(job, job.score_prompt)))
+                job.tell(Scores(self._scored(session, job, job.score_prompt)))
             for step in answer.steps():
                 job.tell(step)
             return Ended(answer)
@@ -150,19 +155,19 @@ class Engine:
                 log.exception("a request failed")
             return Ended(answer, error)
 
-    def _scored(self, job: Job, top: int) -> list[TokenScore]:
+    def _scored(self, session: Session, job: Job, top: int) -> list[TokenScore]:
         """Scores of a prompt's tokens; the session then holds the prompt."""
         ids = job.prompt.ids
-        if len(ids) > self.session.context:
-            raise RunError(f"{len(ids)} tokens do not fit: the context holds {self.session.context}")
-        self.session.reset()
+        if len(ids) > session.context:
+            raise RunError(f"{len(ids)} tokens do not fit: the context holds {session.context}")
+        session.reset()
         found: list[TokenScore] = []
         size = _SCORED
         begin = 0
         while begin < len(ids) and not job.cancelled.is_set():
             chunk = ids[begin : begin + size]
             try:
-                rows = self.session.prefill(chunk, logits="all" if size > 1 else "last")
+                rows = session.prefill(chunk, logits="all" if size > 1 else "last")
             except RunError as error:
                 if size == 1 or "last token only" not in error.message:
                     raise

@@ -115,4 +115,5 @@ def assistant(
     file.write_text(json.dumps(json.loads(tokenizer().to_str())))
     words = TextTokenizer(file.read_bytes(), str(file))
     found = chat or template(name)
-    return Assistant(words, found, sampling or Sampling(), frozenset([EOS]), "speaking", file, words.special_tokens())
+    special = words.special_tokens()
+    return Assistant(words, found, sampling or Sampling(), frozenset([EOS]), "speaking", file, _special=special)

@@ -82,6 +82,27 @@ def test_faults_are_said_and_it_goes_on(
         assert command in err
 
 
+def test_a_conversation_with_an_unknown_role_is_refused(
+    artifact: Path, moec: Moec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "saved.json"
+    file.write_text('{"messages": [{"role": "robot", "content": "x"}]}')
+    typed(monkeypatch, f"/load {file}", "Hi")
+    status, out, err = moec("chat", artifact)
+    assert (status, out) == (0, "Hello.\n")  # the conversation is as it was
+    assert "messages[0].role: unknown role robot" in err
+    refused(moec("chat", artifact, "--load", file), "unknown role robot")
+
+
+def test_a_template_that_does_not_end_is_one_line(
+    artifact: Path, moec: Moec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moec.assistant.template.SECONDS", 2.0)
+    file = tmp_path / "endless.jinja"
+    file.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    refused(moec("run", artifact, "--chat", "--prompt", "x", "--chat-template", file), str(file), "does not end")
+
+
 def test_a_full_context_is_said_and_it_goes_on(artifact: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch) -> None:
     typed(monkeypatch, "x" * 500, "Hi")
     status, out, err = moec("chat", artifact)
@@ -120,6 +141,7 @@ def test_run_with_a_format(artifact: Path, moec: Moec, tmp_path: Path) -> None:
         (["--ids", "1", "--regex", "a"], "--regex is for text"),
         (["--prompt", "x", "--system", "y"], "--system is for conversations; add --chat"),
         (["--prompt", "x", "--stop", ""], "a stop string has no characters"),
+        (["--prompt", "x", *(f"--stop={i}" for i in range(2000))], "2000 stop strings"),
         (["--prompt", "x", "--regex", "("], "regex:"),
         (["--prompt", "x", "--regex", "a", "--json-schema", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--prompt", "x", "--chat", "--tools", "nowhere.json"], "nowhere.json: cannot be read"),

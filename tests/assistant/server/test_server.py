@@ -17,8 +17,9 @@ pytest.importorskip("uvicorn", reason="the server: pip install 'moec[serve]'")
 openai = pytest.importorskip("openai", reason="the official client: pip install 'moec[dev]'")
 import httpx  # noqa: E402
 
+from moec.assistant.template import ChatTemplate  # noqa: E402
 from tests.assistant.server.running import Running, running  # noqa: E402
-from tests.assistant.speaking import VOCABULARY, Speaking, tokenizer  # noqa: E402
+from tests.assistant.speaking import VOCABULARY, Speaking, assistant, tokenizer  # noqa: E402
 
 ASK: list[Any] = [{"role": "user", "content": "Hi"}]
 TOOL: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -262,6 +263,37 @@ def test_malformed_bodies_are_refused(kind: str, small: Running) -> None:
             streamed = post(small, raw[:1] + '"stream": true, ' + raw[1:])
             assert streamed.status_code == 400, streamed.text  # a status, not an event behind a 200
     assert post(small, {"messages": ASK}).status_code == 200  # the next one is answered
+
+
+def test_a_template_that_does_not_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moec.assistant.template.SECONDS", 2.0)
+    endless = ChatTemplate(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}, "t.jinja"
+    )
+    with running(tmp_path, Speaking(["Hello."]), speaks=assistant(tmp_path, chat=endless)) as at:
+        reply = post(at, {"messages": ASK})
+        assert (reply.status_code, "does not end" in reply.json()["error"]["message"]) == (500, True)
+        assert post(at, {"prompt": "a"}, "/v1/completions").status_code == 200
+
+
+def test_a_schema_that_nothing_satisfies_is_told(small: Running) -> None:
+    pytest.importorskip("llguidance", reason="structured output: pip install 'moec[structured]'")
+    schema = {"type": "integer", "minimum": 2, "maximum": 1}
+    body = {"messages": ASK, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    reply = post(small, body)
+    assert reply.status_code == 400, reply.text
+    assert "nsatisfiable" in reply.json()["error"]["message"]
+
+
+def test_a_context_that_ends_in_a_tool_call(tmp_path: Path) -> None:
+    """What came of the call is text, the reason says why, and the session serves the next request."""
+    said = '<tool_call>\n{"name": "add", "arguments": {"a": "' + "1" * 900 + '"}}\n</tool_call>'
+    with running(tmp_path, Speaking([said, "Two."], context=700), "hermes") as at:
+        reply = post(at, {"messages": ASK, "tools": [TOOL]}).json()["choices"][0]
+        assert reply["finish_reason"] == "length"
+        assert not reply["message"].get("tool_calls")
+        assert reply["message"]["content"].startswith('<tool_call>\n{"name": "add"')
+        assert post(at, {"messages": ASK}).json()["choices"][0]["message"]["content"] == "Two."
 
 
 def test_malformed_completions_are_refused(small: Running) -> None:

@@ -1,0 +1,106 @@
+"""Beginnings of prompts that are computed once: sessions kept in a folder, found by the tokens that they hold.
+
+A file is named by its artifact, the number of its tokens and their digest, so that finding one reads no file. What is
+restored is what the session had, bit for bit; a file that is damaged or of others is said, removed and computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moec.compiler.errors import RunError, UserError
+from moec.compiler.target import Session
+
+log = logging.getLogger("moec.prefixes")
+LEAST = 16  # tokens; a file for fewer is not worth reading
+MOST_FILES = 64  # of one artifact; the one that was not used for the longest time is removed first
+_NAME = re.compile(r"([0-9a-f]{16})-([0-9]{1,9})-([0-9a-f]{32})\.session")
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two prompts begin with alike."""
+    most = min(len(one), len(other))
+    differing = np.flatnonzero(np.asarray(one[:most]) != np.asarray(other[:most]))
+    return int(differing[0]) if len(differing) else most
+
+
+class PrefixCache:
+    """The folder of an artifact's prefixes; made if it is missing. artifact: the digest of its contents.
+
+    UserError where the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, artifact: str) -> None:
+        self._folder, self._artifact = folder, artifact[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.listdir(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot be used: {error.strerror}", place=str(folder), remedy="name another --prefix-cache"
+            ) from None
+
+    def restore(self, session: Session, ids: Sequence[int], held: int) -> int:
+        """Let `session` hold the longest known beginning of `ids`, if that has more than its `held` first ones.
+
+        Returns how many of the first ids it holds then. At least one id is left to compute.
+        """
+        for count, file in self._files():
+            if not held < count < len(ids) or file.name != self._name(ids[:count]):
+                continue
+            try:
+                session.restore(file)
+            except RunError as error:
+                self._remove(file, str(error))
+                continue
+            if session.tokens != list(ids[:count]):
+                self._remove(file, f"{file}: holds other tokens than its name says")
+                session.reset()
+                return 0
+            with contextlib.suppress(OSError):  # of a folder that may only be read
+                os.utime(file)
+            return count
+        return held
+
+    def keep(self, session: Session) -> None:
+        """Write what a session holds, unless it is there. Where that fails it is said, and nothing else changes."""
+        ids = session.tokens
+        file = self._folder / self._name(ids)
+        if len(ids) < LEAST or file.exists():
+            return
+        try:
+            session.save(file)
+            for _, old in sorted(self._files(), key=lambda found: _used(found[1]), reverse=True)[MOST_FILES:]:
+                old.unlink(missing_ok=True)
+        except (RunError, OSError) as error:
+            log.warning("the prefix is not kept: %s", error)
+
+    def _files(self) -> list[tuple[int, Path]]:
+        """Number of tokens and file, the longest first."""
+        names = (_NAME.fullmatch(name) for name in os.listdir(self._folder))
+        own = [(int(n[2]), self._folder / n[0]) for n in names if n is not None and n[1] == self._artifact]
+        return sorted(own, reverse=True)
+
+    def _name(self, ids: Sequence[int]) -> str:
+        digest = hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest()
+        return f"{self._artifact}-{len(ids)}-{digest[:32]}.session"
+
+    def _remove(self, file: Path, why: str) -> None:
+        log.warning("%s; it is removed and computed again", why)
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _used(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,179 @@
+"""Beginnings of prompts that are computed once: from a folder, and between requests; tokens counted, bits compared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moec
+from moec.assistant.generate import Generation
+from moec.assistant.prefixes import MOST_FILES, PrefixCache, shared_length
+from moec.assistant.server.conversations import Conversations
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import UserError
+from moec.compiler.target import Session
+from tests.assistant.speaking import Speaking, assistant
+from tests.conftest import Moec, refused
+from tests.tiny import TinyModels, tiny_text
+
+SYSTEM = list(range(100, 180))
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny: TinyModels) -> Artifact:
+    return Artifact.open(tiny(tiny_text(context=512)) / "artifact")
+
+
+@pytest.fixture
+def session(artifact: Artifact) -> Iterator[Session]:
+    with moec.load(artifact) as opened:  # type: ignore[attr-defined]
+        yield opened
+
+
+def answer(
+    session: Session, ids: list[int], prefixes: PrefixCache | None = None, shared: int = 0
+) -> tuple[list[int], int]:
+    """New tokens, and how many of the prompt's were there."""
+    generation = Generation(session, ids, 8, prefixes=prefixes, shared=shared)
+    return list(generation), generation.stats.reused_tokens
+
+
+def test_how_much_is_shared() -> None:
+    assert shared_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert shared_length([], [1]) == 0
+    assert shared_length([1, 2], [1, 2, 3]) == 2
+
+
+def test_a_prefix_is_computed_once_per_installation(artifact: Artifact, session: Session, tmp_path: Path) -> None:
+    prompts = [[*SYSTEM, *range(200 + 9 * i, 220 + 9 * i)] for i in range(3)]
+    alone = []
+    for prompt in prompts:
+        session.reset()
+        alone.append(answer(session, prompt)[0])
+    for index, prompt in enumerate(prompts):  # each as a process of its own would
+        session.reset()
+        prefixes = PrefixCache(tmp_path / "kept", artifact.manifest.contents)
+        assert answer(session, prompt, prefixes, len(SYSTEM)) == (alone[index], len(SYSTEM) if index else 0)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    session.reset()
+    prefixes.restore(session, prompts[0], 0)
+    restored = session.prefill(prompts[0][len(SYSTEM) :])
+    session.reset()
+    np.testing.assert_array_equal(restored, session.prefill(prompts[0]))
+    longer = [*SYSTEM, *range(300, 330)]
+    session.reset()
+    answer(session, [*longer, 5], prefixes, len(longer))
+    session.reset()
+    assert answer(session, [*longer, 6], prefixes)[1] == len(longer)  # the longest that is known
+    assert answer(session, [*SYSTEM, 6], prefixes)[1] == len(SYSTEM)  # what is in memory is not read again
+    other = PrefixCache(tmp_path / "kept", "0" * 64)  # another artifact
+    session.reset()
+    assert answer(session, [*SYSTEM, 6], other)[1] == 0
+
+
+def test_a_damaged_prefix_is_said_and_computed_again(
+    artifact: Artifact, session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefixes = PrefixCache(tmp_path, artifact.manifest.contents)
+    wanted = answer(session, [*SYSTEM, 5], prefixes, len(SYSTEM))[0]
+    (file,) = tmp_path.iterdir()
+    raw = file.read_bytes()
+    other = tmp_path / "other"
+    session.reset()
+    session.prefill([7] * len(SYSTEM))
+    session.save(other)
+    foreign = other.read_bytes()
+    other.unlink()
+    for bad in (raw[: len(raw) // 2], raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], b"", foreign):
+        file.write_bytes(bad)
+        session.reset()
+        with caplog.at_level(logging.WARNING):
+            assert answer(session, [*SYSTEM, 5], prefixes) == (wanted, 0)
+        assert "removed and computed again" in caplog.text
+        assert not file.exists()
+        caplog.clear()
+
+
+def test_old_prefixes_go(artifact: Artifact, session: Session, tmp_path: Path) -> None:
+    prefixes = PrefixCache(tmp_path, artifact.manifest.contents)
+    for i in range(MOST_FILES + 5):
+        name = f"{artifact.manifest.contents[:16]}-{100 + i}-{'0' * 32}.session"
+        (tmp_path / name).write_bytes(b"")
+    session.prefill(SYSTEM)
+    (tmp_path / "mine").write_text("stays")
+    prefixes.keep(session)
+    assert len(list(tmp_path.iterdir())) == MOST_FILES + 1
+    session.rewind(4)
+    prefixes.keep(session)  # too few to be worth a file
+    assert len(list(tmp_path.iterdir())) == MOST_FILES + 1
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used"):
+        PrefixCache(tmp_path / "file", "0" * 64)
+
+
+def test_the_system_prompt_is_what_is_kept(tmp_path: Path) -> None:
+    speaks = assistant(tmp_path)
+    speaks.prefixes = PrefixCache(tmp_path / "kept", "0" * 64)
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [speaks.chat_prompt([system, {"role": "user", "content": c}]) for c in ("Hi", "Who?", "1", "a")]
+    assert len({tuple(p.ids[: p.shared]) for p in prompts}) == 1
+    kept = speaks.tokenizer.decode(prompts[0].ids[: prompts[0].shared], skip_special_tokens=False)
+    assert kept == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+
+
+def test_conversations_by_turns_compute_what_is_new(artifact: Artifact, session: Session) -> None:
+    """Two clients with one system prompt, by turns: each goes on where it was; with one session each begins anew."""
+    turns = [[*SYSTEM, *range(200 + i, 300 + i)] for i in (0, 100)]
+    prompts = [[*turns[i % 2], *range(400, 400 + 10 * (i // 2))] for i in range(6)]
+    counts, said = {}, {}
+    for most in (1, 2, 4):
+        with moec.load(artifact) as fresh:  # type: ignore[attr-defined]
+            kept = Conversations(fresh, most)
+            found = [answer(kept.take(prompt), prompt) for prompt in prompts]
+            assert len(kept) == min(most, 2)
+            kept.close()
+        counts[most], said[most] = [reused for _, reused in found], [ids for ids, _ in found]
+    assert said[1] == said[2] == said[4]
+    assert counts[1] == [0, 80, 80, 80, 80, 80]
+    assert counts[2] == counts[4]
+    assert counts[2][:2] == [0, 80]
+    assert all(reused >= 179 for reused in counts[2][2:])
+
+
+def test_the_oldest_conversation_goes(artifact: Artifact) -> None:
+    with moec.load(artifact) as fresh:  # type: ignore[attr-defined]
+        kept = Conversations(fresh, 2)
+        prompts = [[1000 + i] * 100 for i in range(3)]
+        for prompt in prompts:
+            assert answer(kept.take(prompt), prompt)[1] == 0
+        assert answer(kept.take(prompts[2]), prompts[2])[1] == 99
+        assert answer(kept.take(prompts[1]), prompts[1])[1] == 99
+        assert answer(kept.take(prompts[0]), prompts[0])[1] == 0
+        kept.close()
+
+
+def test_a_session_that_does_not_fork_is_the_only_one(caplog: pytest.LogCaptureFixture) -> None:
+    kept = Conversations(Speaking(["a", "b"]), 4)
+    kept.take([20] * 100).prefill([20] * 100)
+    with caplog.at_level(logging.WARNING):
+        assert kept.take([21] * 100).position == 100
+    assert "one conversation is kept" in caplog.text
+    assert len(kept) == 1
+
+
+def test_the_commands(artifact: Artifact, moec: Moec, tmp_path: Path) -> None:
+    run = ["run", artifact.folder, "--prompt", "Once upon a time there was a king and he had a castle", "--json"]
+    plain = moec(*run, "--max-new-tokens", 5)
+    for _ in range(2):
+        status, out, _ = moec(*run, "--max-new-tokens", 5, "--prefix-cache", tmp_path / "kept")
+        assert (status, out[: out.index('"prompt_tokens')]) == (0, plain[1][: plain[1].index('"prompt_tokens')])
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    refused(moec("run", artifact.folder, "--ids", "1,2", "--prefix-cache", tmp_path), "--prefix-cache")
+    refused(moec("chat", artifact.folder, "--prefix-cache", artifact.folder / "model.pte"), "chat template")
