@@ -1,4 +1,4 @@
-"""The native side of the Android sample, compiled with the wheel's ExecuTorch and called from a Java machine.
+"""The native side of the Android sample, compiled against the built runtime and called from a Java machine.
 
 There is no Android toolchain and no Kotlin here: a class of the same name, in Java, declares the functions that
 MoecModel.kt declares and calls them as it does.
@@ -6,6 +6,7 @@ MoecModel.kt declares and calls them as it does.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,49 +14,71 @@ from pathlib import Path
 
 import pytest
 
-from moec.runtime.native import executorch_folder, kernels_library
-from tests.runtime import runtime_model as m
-from tests.targets.test_samples_cpp import PROMPT, continued
+import moec
+from moec.compiler.artifact import Artifact
+from moec.runtime.native import runtime_library
+from tests.tiny import TinyModels, tiny_text
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "android"
-RUNNER = Path(__file__).parents[2] / "runtime" / "runner"
+INCLUDE = Path(__file__).parents[2] / "runtime" / "include"
 JAVA = """
 package dev.moec;
+import java.nio.charset.StandardCharsets;
 public class MoecModel {
-  private static native long open(String path);
-  private static native void close(long handle);
-  private static native long vocabSize(long handle);
-  private static native long context(long handle);
-  private static native long maxTokens(long handle);
-  private static native float[] forward(long handle, long[] ids, long start);
+  private static native long open(byte[] folder, long memory);
+  private static native void close(long id);
+  private static native long session(long artifact);
+  private static native int[] tokenize(long artifact, byte[] text);
+  private static native int[] chat(long artifact, byte[][] texts);
+  private static native long generate(
+      long artifact, long session, int[] prompt, long limit, double temperature, long seed, byte[][] stops);
+  private static native byte[] next(long generation);
+  private static native void cancel(long generation);
+  private static native void save(long session, byte[] path);
+  private static native void restore(long session, byte[] path);
+
+  private static byte[] bytes(String text) { return text.getBytes(StandardCharsets.UTF_8); }
+
+  private static String all(long generation) {
+    StringBuilder text = new StringBuilder();
+    for (byte[] piece; (piece = next(generation)) != null;) text.append(new String(piece, StandardCharsets.UTF_8));
+    close(generation);
+    return text.toString();
+  }
+
+  private static void refused(Runnable call) {
+    try {
+      call.run();
+    } catch (IllegalStateException e) {
+      System.err.println(e.getMessage());
+    }
+  }
 
   public static void main(String[] args) {
     System.load(args[0]);
-    long handle = open(args[1]);
-    System.out.println(vocabSize(handle) + " " + context(handle) + " " + maxTokens(handle));
-    try {
-      forward(handle, new long[] {97}, 0);
-    } catch (IllegalStateException e) {
-      System.out.println(e.getMessage());
-    }
-    int chunk = (int) maxTokens(handle);
-    long[] ids = new long[args.length - 3];
-    for (int i = 0; i < ids.length; i++) ids[i] = Long.parseLong(args[i + 3]);
-    long position = 0;
-    for (int n = Integer.parseInt(args[2]); n > 0; n--) {
-      float[] logits = null;
-      for (int begin = 0; begin < ids.length; begin += chunk) {
-        long[] part = java.util.Arrays.copyOfRange(ids, begin, Math.min(begin + chunk, ids.length));
-        logits = forward(handle, part, position);
-        position += part.length;
-      }
-      int best = 0;
-      for (int i = 1; i < logits.length; i++) if (logits[i] > logits[best]) best = i;
-      System.out.println(best);
-      ids = new long[] {best};
-    }
-    close(handle);
-    open("nothing");
+    long model = open(bytes(args[1]), 0), session = session(model), other = session(model);
+    int[] prompt = tokenize(model, bytes(args[3]));
+    byte[] path = bytes(args[2]);
+    String first = all(generate(model, session, prompt, 40, 0.9, 7, new byte[0][]));
+    save(session, path);
+    restore(other, path);
+    String again = all(generate(model, other, prompt, 40, 0.9, 7, new byte[0][]));
+    String stop = first.substring(15, 18);
+    String cut = all(generate(model, session, prompt, 40, 0.9, 7, new byte[][] {bytes(stop)}));
+    long cancelled = generate(model, session, prompt, -1, -1, 0, new byte[0][]);
+    cancel(cancelled);
+    String none = all(cancelled);
+    boolean stopped = cut.equals(first.substring(0, first.indexOf(stop)));
+    byte[] out = bytes(first + "|" + again.equals(first) + "|" + stopped + "|" + none.isEmpty());
+    System.out.write(out, 0, out.length);
+    System.out.flush();
+    refused(() -> chat(model, new byte[][] {bytes("user"), bytes("Hi")}));
+    refused(() -> generate(model, session, new int[0], 1, 0, 0, new byte[0][]));
+    close(other);
+    close(session);
+    close(model);
+    refused(() -> session(model));
+    open(bytes("nothing"), 0);
   }
 }
 """
@@ -72,21 +95,15 @@ def test_both_sides_declare_the_same_functions() -> None:
     assert sorted(kotlin) == sorted(native) == sorted(re.findall(r"native .*? (\w+)\(", JAVA))
 
 
-def test_a_java_machine_generates_what_eager_does(tmp_path: Path) -> None:
+def test_a_java_machine_says_what_python_says(tiny: TinyModels, tmp_path: Path) -> None:
     jdk = Path(shutil.which("javac") or "").resolve().parents[1]
-    wheel, kernels = executorch_folder(), kernels_library()
-    headers = (jdk / "include", jdk / "include" / "linux", wheel / "include",
-               wheel / "include/executorch/runtime/core/portable_type/c10")  # fmt: skip
-    libraries = ("executorch", "executorch_threadpool", "executorch_kernels_optimized", "executorch_backend_xnnpack")
-    library = tmp_path / "libmoec_jni.so"
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fPIC", "-shared"]
-    command += ["-DC10_USING_CUSTOM_GENERATED_MACROS", *(f"-isystem{folder}" for folder in headers)]
-    names = re.findall(r"set\(names (.*?)\)", (RUNNER / "sources.cmake").read_text("utf-8"))[0].split()
-    command += [f"-I{RUNNER}", f"-I{RUNNER.parent / 'kernels'}", *(str(RUNNER / f"{name}.cpp") for name in names)]
-    command += [str(SAMPLE / "cpp" / "moec_jni.cpp"), "-o", str(library), "-Wl,--no-undefined,--no-as-needed"]
-    command += [str(kernels), f"-L{wheel / 'lib'}", *(f"-l{name}" for name in libraries)]
-    command += [f"-Wl,-rpath,{wheel / 'lib'}:{Path(kernels).parent}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    runtime, library = Path(runtime_library()), tmp_path / "libmoec_jni.so"
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-fPIC", "-shared", f"-I{INCLUDE}"]
+    command += [f"-isystem{folder}" for folder in (jdk / "include", jdk / "include" / "linux")]
+    command += [str(SAMPLE / "cpp" / "moec_jni.cpp"), "-o", str(library), "-Wl,--no-undefined", str(runtime)]
+    done = subprocess.run(
+        [*command, f"-Wl,-rpath,{runtime.parent}"], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "warning:" not in done.stderr
 
@@ -94,13 +111,22 @@ def test_a_java_machine_generates_what_eager_does(tmp_path: Path) -> None:
     source.parent.mkdir(parents=True)
     source.write_text(JAVA, "utf-8")
     subprocess.run(["javac", "-d", str(tmp_path), str(source)], check=True, timeout=120)
-    eager = m.write_pte(tmp_path / "model.pte")
-    arguments = [str(library), str(tmp_path / "model.pte"), "6", *map(str, PROMPT)]
-    java = subprocess.run(
-        ["java", "-cp", str(tmp_path), "dev.moec.MoecModel", *arguments], capture_output=True, text=True, timeout=120
-    )
-    said, refused, *ids = java.stdout.splitlines()
-    assert said == f"97 {m.S} {m.MAX_TOKENS}"
-    assert refused == "token 97 is not in 0 .. 96"
-    assert [int(token) for token in ids] == continued(eager, PROMPT, 6)
-    assert "IllegalStateException: cannot load the model: No such file or directory" in java.stderr
+    artifact = Artifact.open(tiny(tiny_text(context=512)) / "artifact")
+    prompt = "Once upon a 🙂 time"
+    arguments = [str(library), str(artifact.folder), str(tmp_path / "kept"), prompt]
+    command = [
+        "java",
+        "-Dfile.encoding=UTF-8",
+        "-Dsun.jnu.encoding=UTF-8",
+        "-cp",
+        str(tmp_path),
+        "dev.moec.MoecModel",
+        *arguments,
+    ]
+    java = subprocess.run(command, capture_output=True, timeout=120, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    with moec.load(artifact) as session:  # type: ignore[attr-defined]
+        wanted = "".join(session.generate(prompt, max_new_tokens=40, temperature=0.9, seed=7))
+    assert java.stdout.decode() == f"{wanted}|true|true|true", java.stderr[-3000:]
+    told = java.stderr.decode()
+    for words in ("no chat template", "no tokens", "is no open artifact", "nothing/manifest.json: No such file"):
+        assert words in told

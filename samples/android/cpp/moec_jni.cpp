@@ -1,71 +1,115 @@
-// MoecModel.kt's native side: one model of the checked runtime per handle.
+// MoecModel.kt's native side: the C API of applications (runtime/include/moec.h). Texts cross as UTF-8 bytes, since a Java
+// machine's own strings write characters beyond 16 bits otherwise.
 #include <jni.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "moec_runtime.h"
+#include "moec.h"
 
 namespace {
 
-void fail(JNIEnv* env, const std::string& what) {
-  env->ThrowNew(env->FindClass("java/lang/IllegalStateException"), what.c_str());
+// The number a function gave; where it failed an exception is pending.
+template <typename T>
+T checked(JNIEnv* env, T given) {
+  if (given < 0) env->ThrowNew(env->FindClass("java/lang/IllegalStateException"), moec_app_error());
+  return given;
 }
 
-moec_model* model_of(jlong handle) { return reinterpret_cast<moec_model*>(handle); }
+std::string text_of(JNIEnv* env, jbyteArray bytes) {
+  std::string text(static_cast<size_t>(env->GetArrayLength(bytes)), '\0');
+  env->GetByteArrayRegion(bytes, 0, static_cast<jsize>(text.size()), reinterpret_cast<jbyte*>(text.data()));
+  return text;
+}
 
-moec_model_info info_of(jlong handle) {
-  moec_model_info info = {};
-  moec_model_get_info(model_of(handle), &info);
-  return info;
+std::vector<std::string> texts_of(JNIEnv* env, jobjectArray given) {
+  std::vector<std::string> texts;
+  for (jsize i = 0; i < env->GetArrayLength(given); ++i) {
+    const auto bytes = static_cast<jbyteArray>(env->GetObjectArrayElement(given, i));
+    texts.push_back(text_of(env, bytes));
+    env->DeleteLocalRef(bytes);
+  }
+  return texts;
+}
+
+// The ids of a call that writes them: it is asked for their number first.
+template <typename Call>
+jintArray ids_of(JNIEnv* env, Call call) {
+  const int64_t count = checked(env, call(nullptr, 0));
+  if (count < 0) return nullptr;
+  std::vector<int32_t> ids(static_cast<size_t>(count));
+  if (checked(env, call(ids.data(), count)) < 0) return nullptr;
+  const jintArray out = env->NewIntArray(static_cast<jsize>(count));
+  if (out != nullptr) env->SetIntArrayRegion(out, 0, static_cast<jsize>(count), ids.data());
+  return out;
 }
 
 }  // namespace
 
-extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_open(JNIEnv* env, jclass, jstring path) {
-  const char* text = env->GetStringUTFChars(path, nullptr);
-  if (text == nullptr) return 0;  // out of memory: the exception is pending
-  // mapped: experts that no token selects stay on disk; one thread for each fast core
-  moec_model* model = moec_model_open(text, /*threads=*/0);
-  env->ReleaseStringUTFChars(path, text);
-  const std::string error = moec_model_error(model);
-  if (error.empty()) return reinterpret_cast<jlong>(model);
-  moec_model_close(model);
-  fail(env, "cannot load the model: " + error);
-  return 0;
+extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_open(JNIEnv* env, jclass, jbyteArray folder, jlong memory) {
+  const moec_app_open_options options = {sizeof options, /*threads=*/0, memory};  // one thread for each fast core
+  return checked(env, moec_app_open(text_of(env, folder).c_str(), &options));
 }
 
-extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_close(JNIEnv*, jclass, jlong handle) {
-  moec_model_close(model_of(handle));
+extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_close(JNIEnv*, jclass, jlong id) { moec_app_close(id); }
+
+extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_session(JNIEnv* env, jclass, jlong artifact) {
+  return checked(env, moec_app_session(artifact));
 }
 
-extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_vocabSize(JNIEnv*, jclass, jlong handle) {
-  return info_of(handle).vocab_size;
+extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_tokenize(JNIEnv* env, jclass, jlong artifact, jbyteArray text) {
+  const std::string given = text_of(env, text);
+  return ids_of(env, [&](int32_t* ids, int64_t capacity) {
+    return moec_app_tokenize(artifact, given.data(), static_cast<int64_t>(given.size()), 0, ids, capacity);
+  });
 }
 
-extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_context(JNIEnv*, jclass, jlong handle) {
-  return info_of(handle).context;
+// texts: role and content of each message by turns.
+extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_chat(JNIEnv* env, jclass, jlong artifact, jobjectArray texts) {
+  const std::vector<std::string> given = texts_of(env, texts);
+  std::vector<moec_app_message> messages;
+  for (size_t i = 0; i + 1 < given.size(); i += 2) messages.push_back({given[i].c_str(), given[i + 1].c_str()});
+  return ids_of(env, [&](int32_t* ids, int64_t capacity) {
+    return moec_app_chat(artifact, messages.data(), static_cast<int64_t>(messages.size()), ids, capacity);
+  });
 }
 
-// The longest chunk of one call.
-extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_maxTokens(JNIEnv*, jclass, jlong handle) {
-  return info_of(handle).max_tokens;
+// temperature below 0: what the model recommends. limit -1: to the end of the context.
+extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_generate(JNIEnv* env, jclass, jlong artifact, jlong session, jintArray prompt,
+                                                                    jlong limit, jdouble temperature, jlong seed, jobjectArray stops) {
+  moec_app_options options = {};
+  options.size = sizeof options;
+  if (checked(env, moec_app_defaults(artifact, &options)) < 0) return -1;
+  if (temperature >= 0) options.temperature = temperature;
+  options.seed = static_cast<uint64_t>(seed);
+  options.max_new_tokens = limit;
+  const std::vector<std::string> texts = texts_of(env, stops);
+  std::vector<const char*> given;
+  for (const std::string& text : texts) given.push_back(text.c_str());
+  options.stops = given.data();
+  options.stop_count = static_cast<int64_t>(given.size());
+  std::vector<int32_t> ids(static_cast<size_t>(env->GetArrayLength(prompt)));
+  env->GetIntArrayRegion(prompt, 0, static_cast<jsize>(ids.size()), ids.data());
+  return checked(env, moec_app_generate(session, ids.data(), static_cast<int64_t>(ids.size()), &options));
 }
 
-// The logits of the last token, or null with an exception pending. NaN among them is an error: of damaged weights.
-extern "C" JNIEXPORT jfloatArray JNICALL Java_dev_moec_MoecModel_forward(JNIEnv* env, jclass, jlong handle,
-                                                                         jlongArray ids, jlong start) {
-  const jsize count = env->GetArrayLength(ids);
-  std::vector<int64_t> chunk(static_cast<size_t>(count));
-  env->GetLongArrayRegion(ids, 0, count, reinterpret_cast<jlong*>(chunk.data()));
-  const int64_t width = info_of(handle).vocab_size;
-  std::vector<float> logits(static_cast<size_t>(width));
-  if (moec_model_forward(model_of(handle), chunk.data(), count, start, /*all=*/0, logits.data(), width) != 0) {
-    fail(env, moec_model_error(model_of(handle)));
-    return nullptr;
-  }
-  const jfloatArray out = env->NewFloatArray(static_cast<jsize>(width));
-  if (out != nullptr) env->SetFloatArrayRegion(out, 0, static_cast<jsize>(width), logits.data());
+// The next piece in UTF-8, whole characters; null at the end.
+extern "C" JNIEXPORT jbyteArray JNICALL Java_dev_moec_MoecModel_next(JNIEnv* env, jclass, jlong generation) {
+  const char* piece = nullptr;
+  int64_t bytes = 0;
+  if (checked(env, moec_app_next(generation, &piece, &bytes)) != 1) return nullptr;
+  const jbyteArray out = env->NewByteArray(static_cast<jsize>(bytes));
+  if (out != nullptr) env->SetByteArrayRegion(out, 0, static_cast<jsize>(bytes), reinterpret_cast<const jbyte*>(piece));
   return out;
+}
+
+extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_cancel(JNIEnv*, jclass, jlong generation) { moec_app_cancel(generation); }
+
+extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_save(JNIEnv* env, jclass, jlong session, jbyteArray path) {
+  checked(env, moec_app_save(session, text_of(env, path).c_str()));
+}
+
+extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_restore(JNIEnv* env, jclass, jlong session, jbyteArray path) {
+  checked(env, moec_app_restore(session, text_of(env, path).c_str()));
 }

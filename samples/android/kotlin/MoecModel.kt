@@ -3,61 +3,86 @@ package dev.moec
 import java.io.Closeable
 import java.io.File
 
+/** A turn of a conversation; `role` is "system" (the first one only), "user" or "assistant". */
+data class Message(val role: String, val content: String)
+
 /**
- * One artifact (`moec compile --target xnnpack`) with its KV cache: token ids in, logits out. Tokenizing is the
- * application's. Not thread-safe, and slow for the main thread: use it from one background dispatcher.
+ * One artifact (`moec compile --target xnnpack`) with a conversation: text in, text out. Slow for the main thread: use it
+ * from a background dispatcher. `stop` may be called from any thread.
+ *
+ * memoryBytes: the most memory of the process; 0 for no budget.
  */
-class MoecModel(artifact: File) : Closeable {
-    private var handle: Long
-    val vocabSize: Int
-    val context: Int
-    private val maxTokens: Int
-    var position = 0
-        private set
+class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
+    private val model: Long
+    private val session: Long
+
+    @Volatile private var answer = 0L
 
     init {
         // A file inside an APK cannot be mapped where it lies: install the artifact into filesDir first.
-        val file = File(artifact, "model.pte")
-        require(file.isFile) { "$file is not there" }
-        handle = open(file.path)
-        vocabSize = vocabSize(handle).toInt()
-        context = context(handle).toInt()
-        maxTokens = maxTokens(handle).toInt()
+        model = open(artifact.path.toByteArray(), memoryBytes)
+        session = session(model)
     }
 
-    /** Append tokens; the logits of the last one. Longer prompts go through in chunks. */
-    fun append(ids: LongArray): FloatArray {
-        check(handle != 0L) { "the model is closed" }
-        require(ids.isNotEmpty()) { "the prompt is empty" }
-        require(position + ids.size <= context) { "${ids.size} tokens do not fit: position $position of $context" }
-        require(ids.all { it in 0 until vocabSize }) { "a token id is not in the vocabulary of $vocabSize" }
-        var logits = FloatArray(0)
-        for (begin in ids.indices step maxTokens) {
-            val chunk = ids.copyOfRange(begin, minOf(begin + maxTokens, ids.size))
-            logits = forward(handle, chunk, position.toLong())
-            position += chunk.size
+    /**
+     * Answer a conversation; `each` gets every piece of the answer and ends it by returning false. Only what is new in the
+     * conversation is computed. temperature null: what the model recommends; limit null: to the end of the context.
+     */
+    fun answer(
+        messages: List<Message>,
+        limit: Long? = null,
+        temperature: Double? = null,
+        seed: Long = 0,
+        stops: List<String> = emptyList(),
+        each: (String) -> Boolean,
+    ) {
+        val texts = messages.flatMap { listOf(it.role.toByteArray(), it.content.toByteArray()) }
+        go(chat(model, texts.toTypedArray()), limit, temperature, seed, stops, each)
+    }
+
+    /** Continue a text instead. */
+    fun continueText(
+        text: String,
+        limit: Long? = null,
+        temperature: Double? = null,
+        seed: Long = 0,
+        stops: List<String> = emptyList(),
+        each: (String) -> Boolean,
+    ) = go(tokenize(model, text.toByteArray()), limit, temperature, seed, stops, each)
+
+    private fun go(
+        prompt: IntArray,
+        limit: Long?,
+        temperature: Double?,
+        seed: Long,
+        stops: List<String>,
+        each: (String) -> Boolean,
+    ) {
+        val texts = stops.map { it.toByteArray() }.toTypedArray()
+        val running = generate(model, session, prompt, limit ?: -1, temperature ?: -1.0, seed, texts)
+        answer = running
+        try {
+            while (true) {
+                val piece = next(running) ?: break
+                if (!each(String(piece))) cancel(running)
+            }
+        } finally {
+            answer = 0
+            close(running)
         }
-        return logits
     }
 
-    /** Start another conversation: attention ends at the current position, so the cache need not be cleared. */
-    fun reset() {
-        position = 0
-    }
+    /** End the answer that runs, from any thread. */
+    fun stop() = cancel(answer)
 
-    /** Greedy generation until `stop`, `limit` tokens, the end of the context, or `each` returns false. */
-    fun generate(prompt: LongArray, limit: Int, stop: Set<Long>, each: (Long) -> Boolean) {
-        var logits = append(prompt)
-        repeat(limit) {
-            val token = logits.indices.maxBy { logits[it] }.toLong()
-            if (token in stop || !each(token) || position == context) return
-            logits = append(longArrayOf(token))
-        }
-    }
+    /** Keep the conversation in a file, for a process that the system may end. */
+    fun save(file: File) = save(session, file.path.toByteArray())
+
+    fun restore(file: File) = restore(session, file.path.toByteArray())
 
     override fun close() {
-        if (handle != 0L) close(handle)
-        handle = 0L
+        close(session)
+        close(model)
     }
 
     companion object {
@@ -65,11 +90,17 @@ class MoecModel(artifact: File) : Closeable {
             System.loadLibrary("moec_jni")
         }
 
-        @JvmStatic private external fun open(path: String): Long
-        @JvmStatic private external fun close(handle: Long)
-        @JvmStatic private external fun vocabSize(handle: Long): Long
-        @JvmStatic private external fun context(handle: Long): Long
-        @JvmStatic private external fun maxTokens(handle: Long): Long
-        @JvmStatic private external fun forward(handle: Long, ids: LongArray, start: Long): FloatArray
+        @JvmStatic private external fun open(folder: ByteArray, memory: Long): Long
+        @JvmStatic private external fun close(id: Long)
+        @JvmStatic private external fun session(artifact: Long): Long
+        @JvmStatic private external fun tokenize(artifact: Long, text: ByteArray): IntArray
+        @JvmStatic private external fun chat(artifact: Long, texts: Array<ByteArray>): IntArray
+        @JvmStatic private external fun generate(
+            artifact: Long, session: Long, prompt: IntArray, limit: Long, temperature: Double, seed: Long, stops: Array<ByteArray>,
+        ): Long
+        @JvmStatic private external fun next(generation: Long): ByteArray?
+        @JvmStatic private external fun cancel(generation: Long)
+        @JvmStatic private external fun save(session: Long, path: ByteArray)
+        @JvmStatic private external fun restore(session: Long, path: ByteArray)
     }
 }
