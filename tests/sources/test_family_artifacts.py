@@ -1,4 +1,4 @@
-"""The shipped specs of the seven families: INT4 artifacts that run, against eager models with the same codes.
+"""The shipped specs of families: INT4 artifacts that run, against eager models with the same codes.
 
 The reference is the eager transformers model whose weights are the artifact's codes times their scales: what differs
 is the rounding of activations and cache, and with that switched off nothing but the order of fp32 sums.
@@ -29,9 +29,10 @@ FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yam
 EXACT = {"activations": "fp32", "kv_cache": "fp32"}
 
 
-def test_the_seven_are_shipped() -> None:
+def test_twelve_are_shipped() -> None:
     kinds = {load_spec(file).model.transformers.name for file in FAMILIES}  # type: ignore[union-attr]
-    assert kinds == {"olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe"}
+    attend = {"olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe"}
+    assert kinds == attend | {"lfm2_moe", "qwen3_next", "qwen3_5_moe", "granitemoehybrid", "nemotron_h"}
 
 
 def with_checkpoint(

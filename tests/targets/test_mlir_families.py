@@ -25,7 +25,9 @@ pytest.importorskip("iree.runtime", reason="needs the iree extra: pip install 'm
 pytestmark = pytest.mark.usefixtures("trusted")  # programs that were compiled here
 slow = pytest.mark.slow
 
+RECURRENT = {"lfm2-moe", "qwen3-next", "qwen3-5-moe", "granite-4-h", "nemotron-h"}  # refused: test_state_families.py
 FAMILIES = sorted((Path(__file__).parents[2] / "specs" / "families").glob("*.yaml"))
+FAMILIES = [file for file in FAMILIES if file.stem not in RECURRENT]
 CALLS = [list(range(3, 14)), [90], [17], [5, 5, 9]]
 
 
