@@ -2,6 +2,7 @@
 
 The module is built with fake parameters, as for compiling (transformers_model.py), and each parameter gets a
 role from what it is: three dimensions are a stack of experts, two with as many rows as experts beside one are a router.
+A table that is also the head is an embedding, as in the graph.
 """
 
 from __future__ import annotations
@@ -108,10 +109,12 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Iterator[Weight]:
     """Every parameter once, by its name in the exported graph; linears are [out, in], stacks of experts [E, a, b]."""
     names = {id(p): f"{EXPORTED}.{name}" for name, p in model.named_parameters(remove_duplicate=False)}
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    attention = tuple(f"{EXPORTED}.{n}." for n, m in model.named_modules() if "Attention" in type(m).__name__)
     for parameter in model.parameters():
         name = names[id(parameter)]
         shape = tuple(parameter.shape)
-        role = _role(name, shape, experts)
+        role = "embedding" if id(parameter) in tables else _role(name, shape, experts, name.startswith(attention))
         if role == "expert" and len(shape) == 3:
             yield Weight(role, name, shape[0], shape[1], shape[2], used=min(chosen or shape[0], shape[0]))
         elif len(shape) == 2 and shape[0] == experts and name.endswith("bias"):  # one of each expert
@@ -122,21 +125,19 @@ def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Itera
             yield Weight("norm" if role != "router" else role, name, 1, parameter.numel(), 1)
 
 
-def _role(name: str, shape: tuple[int, ...], experts: int | None) -> str:
+def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool) -> str:
     parts = name.split(".")
     if len(shape) == 3:
         return "expert" if shape[1] > 1 else "norm"  # [C, 1, K]: the taps of each channel
-    if "embed_tokens" in parts or "wte" in parts:
-        return "embedding"
     if "lm_head" in parts:
         return "head"
     if experts and len(shape) == 2 and shape[0] == experts and re.search(r"(gate|router)\.(weight|\w+)$", name):
         return "router"
     if re.search(r"shared_expert", name):
         return "shared"
-    if re.search(r"(^|\.)(self_)?attn\.|attention", name):
-        return "attention"
-    return "ffn" if len(shape) == 2 else "norm"
+    if len(shape) != 2:
+        return "norm"
+    return "attention" if attends else "ffn"
 
 
 def _caches(config: Any, layers: int, heads: int, width: int, length: int, eager: bool) -> Iterator[Cache]:
