@@ -10,6 +10,7 @@ as torchao's dynamic quantization for INT4 codes (see legalize_delegate.py).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,12 @@ from moec.targets.xnnpack.packed import Source, float_source, pack_into, quantiz
 aten = torch.ops.aten
 LINEARS = (linear_q, aten.linear.default)
 EMBEDDINGS = (embedding_q, aten.embedding.default)
+# operators whose result lies in the memory of their operand
+ALIASES = (
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
+    aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem,
+)  # fmt: skip
 
 
 def pack_linears(options: Options) -> Pass:
@@ -131,9 +138,21 @@ def _pack(edit: Editor, group: list[Node]) -> None:
         with edit.graph.inserting_before(first):
             part = edit.call(aten.slice.Tensor, y, -1, start, start + rows, like=node)
         node.replace_all_uses_with(part)
+        _reshape_views(part)
         start += rows
     for node in group:
         edit.graph.erase_node(node)
+
+
+def _reshape_views(part: Node) -> None:
+    """Views of a part of a wider row, through others of its views: what they merge does not lie together any more."""
+    pending = [part]
+    while pending:
+        for user in pending.pop().users:
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
+            if user.target in ALIASES:
+                pending.append(user)
 
 
 def _embeddings(program: Program) -> PassResult:

@@ -12,11 +12,13 @@ import torch
 from moec.checkpoints import open_store, synthesize
 from moec.compiler import build
 from moec.compiler.pipeline import run_passes
-from moec.compiler.program import Program, Stage
+from moec.compiler.program import Program, Role, Stage
 from moec.compiler.spec import Spec
 from moec.passes.pipelines import pipeline
 from moec.targets.xnnpack.legalize import legalize_passes
+from moec.targets.xnnpack.legalize_linear import pack_linears
 from moec.targets.xnnpack.options import Kernels, Options
+from tests.harness import VOCABULARY, check_equal, export_toy
 from tests.interpreter import Interpreter
 
 ROPE = {"theta": 10000.0, "interleaved": True}
@@ -79,6 +81,29 @@ def test_linears_of_one_input_become_one(tmp_path: Path) -> None:
     assert operators(legal)["aten.silu.default"] == operators(legal)["aten.mul.Tensor"] == 0
     assert "model.layers.0.self_attn.q_proj+k_proj+v_proj.packed" in legal.weights
     assert not any("qweight" in name for name in legal.weights), "what was packed is not kept beside it"
+
+
+class Viewed(torch.nn.Module):
+    """Two linears of one input whose results are viewed so that tokens and heads become one dimension (Qwen3.5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b = (torch.nn.Parameter(torch.empty(n, 32)) for n in (VOCABULARY, 64, 32))
+
+    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.embedding(tokens, self.embed)
+        a = torch.nn.functional.linear(x, self.a).view(1, -1, 4, 16)
+        b = torch.nn.functional.linear(x, self.b).view(1, -1, 2, 16)
+        first, second = a.split(2, 2)
+        merged = torch.tanh(first.reshape(-1, 16)) * b.view(-1, 16) + a.view(-1, 64)[:, :16].repeat_interleave(2, 0)
+        return merged.view(1, -1, 32) + second.reshape(1, -1, 32)
+
+
+def test_views_of_joined_linears_may_merge_tokens_and_heads() -> None:
+    program = export_toy(Viewed, {"embed": Role.EMBEDDING, "a": Role.ATTENTION, "b": Role.ATTENTION})
+    after = pack_linears(kernels(attention="moec")).run(program).program
+    assert operators(after)["moec.linear_packed.default"] == 1
+    check_equal(program, after)
 
 
 def test_a_tied_table_is_one_blob(tmp_path: Path) -> None:
