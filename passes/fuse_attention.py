@@ -2,6 +2,8 @@
 
     sdpa(q, index_copy(K, pos, k), index_copy(V, pos, v), mask)  ->  moec::cached_attention(q, k, v, K, V, start_pos)
 
+and the same spelled out in products around a softmax, with attention sinks or without (attention_forms.py).
+
 Several layers may read one cache, which one of them writes: each becomes the operator, given the same keys and values,
 and writes the same rows again. They are fused together or not at all.
 
@@ -10,23 +12,26 @@ The mask and the write positions are verified by evaluating them: causal, or cau
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from moec.compiler.matching.evaluate import PositionEvaluator, is_positions, sample_calls, window_of_mask
-from moec.compiler.matching.read import VIEWS, Stuck, arg, dim_of, is_op, same_size, shape, static, value
+from moec.compiler.matching.evaluate import Call, PositionEvaluator, is_positions, sample_calls, window_of_mask
+from moec.compiler.matching.read import VIEWS, Stuck, dim_of, is_op, same_size, shape, static, value
 from moec.compiler.ops import CachedAttention
 from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Stage, module_path
 from moec.compiler.states import Appended, State
+from moec.passes.attention_forms import AttentionForm, Side, attention_forms
 
 aten = torch.ops.aten
 RULE = "fuse_attention"
 REMEDY = "attention stays as it is, which runs slower; write each cache at start_pos with index_copy and mask causally"
-SDPA = aten.scaled_dot_product_attention.default
+MOVES = (aten.transpose.int, aten.permute.default, aten.expand.default, *VIEWS)
 
 
 def fuse_attention() -> Pass:
@@ -37,12 +42,10 @@ def fuse_attention() -> Pass:
 class _Reading:
     """One attention: `end` is its result with merged heads."""
 
-    node: Node
+    form: AttentionForm
     end: Node
-    q: Node
     keys: _Cache
     values: _Cache
-    scale: float
     window: int
 
 
@@ -70,43 +73,55 @@ def _run(program: Program) -> PassResult:
     fuser = _Fuser(edit, program.info.max_tokens)
     refusals: list[Refusal] = []
     changed = 0
-    for nodes in _by_cache(edit):
+    found = attention_forms(edit.graph.nodes)
+    refusals += [_refusal(stuck, stuck.node) for stuck in found if isinstance(stuck, Stuck)]
+    for forms in _by_cache(form for form in found if isinstance(form, AttentionForm)):
         try:
-            _check_private(nodes)
-            fuser.fuse(nodes)
-            changed += len(nodes)
+            _check_private(forms)
+            fuser.fuse(forms)
+            changed += len(forms)
         except Stuck as stuck:
-            refusals += [Refusal.at(RULE, stuck.node, stuck.reason, stuck.remedy or REMEDY, block=n) for n in nodes]
+            refusals += [_refusal(stuck, form.node) for form in forms]
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 
-def _by_cache(edit: Editor) -> list[list[Node]]:
-    """The attentions of the graph in order, those that read one updated cache for keys together."""
-    found: dict[Node, list[Node]] = {}
-    for node in [n for n in edit.graph.nodes if is_op(n, SDPA)]:
-        found.setdefault(_write(node.args[1]), []).append(node)
+def _refusal(stuck: Stuck, block: Node) -> Refusal:
+    return Refusal.at(RULE, stuck.node, stuck.reason, stuck.remedy or REMEDY, block=block)
+
+
+def _by_cache(forms: Iterable[AttentionForm]) -> list[list[AttentionForm]]:
+    """In order, those that read one updated cache for keys together."""
+    found: dict[Node, list[AttentionForm]] = {}
+    for form in forms:
+        found.setdefault(_write(form.keys.node), []).append(form)
     return list(found.values())
 
 
-def _write(node: Any) -> Node:
+def _write(node: Node) -> Node:
     """What the views of keys or values are of."""
-    while is_op(node, aten.transpose.int, aten.expand.default, *VIEWS) and isinstance(node.args[0], Node):
+    while is_op(node, *MOVES) and isinstance(node.args[0], Node):
         node = node.args[0]
-    assert isinstance(node, Node)
     return node
 
 
-def _check_private(attentions: list[Node]) -> None:
+def _check_private(forms: list[AttentionForm]) -> None:
     """Nothing but these reads the updated caches, through any of their views. Stuck at another reader."""
-    pending = list({_write(a.args[i]): None for a in attentions for i in (1, 2)})
+    readers = {reader: operands for form in forms for reader, operands in form.readers.items()}
+    pending = list({_write(side.node): None for form in forms for side in (form.keys, form.values)})
     while pending:
         node = pending.pop()
         for user in node.users:
-            if user.op == "output" or (user in attentions and node not in (user.args[0], *user.args[3:])):
+            if user.op == "output" or _reads_only_as(user, node, readers.get(user, ())):
                 continue
-            if not is_op(user, aten.transpose.int, aten.expand.default, *VIEWS):
+            if not is_op(user, *MOVES):
                 raise Stuck(node, "the updated cache has another reader than this attention")
             pending.append(user)
+
+
+def _reads_only_as(user: Node, node: Node, operands: tuple[Node, ...]) -> bool:
+    flat: list[Any] = []
+    map_arg((user.args, user.kwargs), flat.append)
+    return node in operands and flat.count(node) == operands.count(node)
 
 
 class _Fuser:
@@ -114,7 +129,7 @@ class _Fuser:
         self._edit = edit
         self._max_tokens = max_tokens
         self._evaluator = PositionEvaluator(edit)
-        self._windows: dict[tuple[Node, int], int | None] = {}  # layers share their masks
+        self._windows: dict[tuple[Node, bool, int], int | None] = {}  # layers share their masks
         self._positions: dict[tuple[Node, int], bool] = {}
         self._start = next(
             (
@@ -125,13 +140,13 @@ class _Fuser:
             None,
         )
 
-    def fuse(self, nodes: list[Node]) -> None:
+    def fuse(self, forms: list[AttentionForm]) -> None:
         """Rewrite the attentions over one cache. Stuck when any part of one is not what the operator computes."""
-        found = [self._read(node) for node in nodes]
+        found = [self._read(form) for form in forms]
         writes = [(r.keys.write, r.values.write) for r in found]
         if any(w != writes[0] for w in writes):
-            raise Stuck(nodes[0], "layers share their keys, but not their values")
-        layers = [module_path(node) for node in nodes]
+            raise Stuck(forms[0].node, "layers share their keys, but not their values")
+        layers = [module_path(form.node) for form in forms]
         window = found[0].window if all(r.window == found[0].window for r in found) else 0
         for cache in (found[0].keys, found[0].values):
             self._own_cache(cache, window, layers[0], tuple(layers[1:]))
@@ -140,30 +155,23 @@ class _Fuser:
         for write in writes[0]:
             self._edit.drop_mutation(write)
 
-    def _read(self, node: Node) -> _Reading:
+    def _read(self, form: AttentionForm) -> _Reading:
+        node = form.node
         if self._start is None:
             raise Stuck(node, "the graph has no start position")
-        if arg(node, 4, "dropout_p", 0.0) != 0.0 or arg(node, 5, "is_causal", False):
-            raise Stuck(node, "dropout and is_causal are not expressible over a cache")
-        q, k, v = node.args[:3]
-        keys, values = self._cache(k), self._cache(v)
+        keys, values = self._cache(form.keys), self._cache(form.values)
         if keys.buffer is values.buffer or keys.length != values.length or keys.heads != values.heads:
             raise Stuck(node, "keys and values do not come from two caches of one shape")
-        heads = int(shape(q)[1])
-        if heads % keys.heads:
-            raise Stuck(node, f"{heads} query heads over {keys.heads} key heads")
+        if form.q.heads % keys.heads:
+            raise Stuck(node, f"{form.q.heads} query heads over {keys.heads} key heads")
         for cache in (keys, values):
             self._check_positions(cache)
-        window = self._window(arg(node, 3, "attn_mask"), node, keys.length)
-        end = self._merged_heads(node)
-        scale = arg(node, 6, "scale")
-        width = int(shape(q)[3])
-        return _Reading(node, end, q, keys, values, float(width**-0.5 if scale is None else scale), window)
+        return _Reading(form, self._merged_heads(node), keys, values, self._window(form, keys.length))
 
     def _rewrite(self, read: _Reading) -> None:
-        edit, keys, values = self._edit, read.keys, read.values
-        with edit.graph.inserting_before(read.node):
-            query = _swap(edit, read.q)
+        edit, form, keys, values = self._edit, read.form, read.keys, read.values
+        with edit.graph.inserting_before(form.node):
+            query = _swap(edit, form.q.node) if form.q.heads_first else form.q.node
             rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
             call = CachedAttention(
                 q=query,
@@ -172,11 +180,18 @@ class _Fuser:
                 k_cache=keys.buffer,
                 v_cache=values.buffer,
                 start_pos=self._start,
-                scale=read.scale,
+                scale=form.scale,
                 window=read.window,
+                sinks=None if form.sinks is None else self._flat(form.sinks),
             )
-            fused = edit.emit(call, like=read.node)
+            fused = edit.emit(call, like=form.node)
         read.end.replace_all_uses_with(fused)
+
+    def _flat(self, sinks: Node) -> Node:
+        """[H] of [1, H, 1, 1]."""
+        if value(sinks).dim() == 1:
+            return sinks
+        return self._edit.call(aten.reshape.default, sinks, [int(shape(sinks)[1])], like=sinks)
 
     def _own_cache(self, cache: _Cache, window: int, layer: str, readers: tuple[str, ...]) -> None:
         """The buffer becomes the operator's: float32 [1, S, KV, d]. Behind the mask it is never read."""
@@ -185,12 +200,13 @@ class _Fuser:
         heads, positions = middle if cache.heads_first else reversed(middle)
         self._edit.hold(State(name, (1, positions, heads, width), Appended(1, window), layer=layer, readers=readers))
 
-    def _cache(self, node: Any) -> _Cache:
-        """Read keys or values [1, H, S, d]: a written cache, its heads perhaps repeated."""
-        source = _unrepeat(node)
-        heads_first = True
-        if _swaps_heads(source):
-            source, heads_first = source.args[0], False
+    def _cache(self, side: Side) -> _Cache:
+        """Read keys or values: a written cache, its heads perhaps repeated."""
+        source, heads_first = side.node, side.heads_first
+        if heads_first:
+            source = _unrepeat(source)
+            if _swaps_heads(source):
+                source, heads_first = source.args[0], False
         if not is_op(source, aten.index_copy.default):
             raise Stuck(source, "keys and values must come from a cache written by index_copy")
         buffer, _, positions, rows = source.args
@@ -215,12 +231,17 @@ class _Fuser:
         if not self._positions[key]:
             raise Stuck(cache.positions, "the cache is not written at start_pos, start_pos + 1, ...")
 
-    def _window(self, mask: Any, node: Node, length: int) -> int:
+    def _window(self, form: AttentionForm, length: int) -> int:
+        mask = form.mask
         if not isinstance(mask, Node):
-            raise Stuck(node, "attention over the whole cache without a mask would read positions not written yet")
-        key = (mask, length)
+            raise Stuck(form.node, "attention over the whole cache without a mask would read positions not written yet")
+        key = (mask, form.hides, length)
         if key not in self._windows:
-            self._windows[key] = window_of_mask(lambda c: self._evaluator.values(mask, c), length, self._max_tokens)
+
+            def values(calls: list[Call]) -> Iterator[torch.Tensor]:
+                return (~m if form.hides else m for m in self._evaluator.values(mask, calls))
+
+            self._windows[key] = window_of_mask(values, length, self._max_tokens)
         window = self._windows[key]
         if window is None:
             raise Stuck(mask, "the mask is neither causal nor causal over a window")

@@ -1,7 +1,7 @@
 """Fuse rotary embedding into moec::rope(x [1,T,H,d], cos [T,d/2], sin [T,d/2], interleaved).
 
 interleaved:  stack((a*c - b*s, a*s + b*c), -1).flatten(-2)   with a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-halves:       cat((a*c - b*s, a*s + b*c), -1)                 with a, b = x.chunk(2, -1)
+halves:       cat((a*c - b*s, a*s + b*c), -1)                 with a, b = x.chunk(2, -1); x may be [1, H, T, d]
 rotate_half:  x*C + cat((-b, a), -1)*S                        with C = cat((c, c), -1), S = cat((s, s), -1), up to
                                                               operators applied to every element alike
 """
@@ -25,6 +25,7 @@ from moec.compiler.matching.read import (
     same_size,
     shape,
     static,
+    unpad,
     unview,
     with_scalar,
 )
@@ -47,13 +48,13 @@ def _run(program: Program) -> PassResult:
     changed = 0
     for node in list(edit.graph.nodes):
         if is_op(node, aten.stack.default, aten.cat.default):
-            changed += _pairwise(edit, node)
+            changed += _pairwise(edit, node, tables)
         elif is_op(node, aten.add.Tensor):
             changed += _rotate_half(edit, node, tables)
     return PassResult(edit.done(), changed, tuple(refusals)) if changed else PassResult(program, 0, tuple(refusals))
 
 
-def _pairwise(edit: Editor, node: Node) -> int:
+def _pairwise(edit: Editor, node: Node, tables: dict[tuple[Node, ...], Node]) -> int:
     parts = node.args[0]
     last = rank(node) - 1
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim_of(node, 1, "dim", rank(node), 0) != last:
@@ -62,8 +63,13 @@ def _pairwise(edit: Editor, node: Node) -> int:
     end = _flattened(node) if interleaved else node
     for a, b, cos, sin in _rotations(parts[0], parts[1]):
         source = _unbound(a, b) if interleaved else _halves(a, b)
+        if source is None or end is None or rank(source) != 4 or shape(source)[0] != 1:
+            continue
+        by_head = (1, 1, shape(source)[2], shape(source)[3] // 2)
+        if not interleaved and all(same_shape(shape(t), by_head) for t in (cos, sin)):
+            return _turn_heads(edit, node, source, [_flat_table(edit, t, tables) for t in (cos, sin)])
         c, s = _table(cos), _table(sin)
-        if source is None or end is None or c is None or s is None or rank(source) != 4 or shape(source)[0] != 1:
+        if c is None or s is None:
             continue
         if not all(same_size(shape(t)[0], shape(source)[1]) for t in (c, s)):
             continue
@@ -178,8 +184,12 @@ def _replace_rotate_half(
         if not same_shape(shape(table), (1, 1, *shape(x)[2:])) or not repeats_halves(table):
             return 0
     half = shape(x)[3] // 2
+    return _turn_heads(edit, node, x, [_half_table(edit, t, half, tables) for t in (cos, sin)])
+
+
+def _turn_heads(edit: Editor, node: Node, x: Node, halves: list[Node]) -> int:
+    """x is [1, H, T, d]; its tables are [T, d/2]."""
     with edit.graph.inserting_before(node):
-        halves = [_half_table(edit, t, half, tables) for t in (cos, sin)]
         if is_op(x, aten.transpose.int) and {x.args[1] % 4, x.args[2] % 4} == {1, 2}:
             source = x.args[0]
         else:
@@ -188,6 +198,21 @@ def _replace_rotate_half(
         back = edit.call(aten.transpose.int, turned, 1, 2, like=node)
     node.replace_all_uses_with(back)
     return 1
+
+
+def _flat_table(edit: Editor, table: Node, tables: dict[tuple[Node, ...], Node]) -> Node:
+    """[T, d/2] of [1, 1, T, d/2] (or of what is below its dimensions of one), computed once, right behind the table."""
+    source = unpad(table)
+    if any(size != 1 for size in shape(source)[:-2]):
+        source = table
+    key = (source, source)  # `_half_table` has its halves under the node alone
+    if key not in tables:
+        flat = source
+        while rank(flat) > 2:
+            with edit.graph.inserting_after(flat):
+                flat = edit.call(aten.select.int, flat, 0, 0, like=source)
+        tables[key] = flat
+    return tables[key]
 
 
 def _half_table(edit: Editor, table: Node, half: int, tables: dict[tuple[Node, ...], Node]) -> Node:

@@ -63,7 +63,7 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         weights=tuple(weights),
         caches=tuple(
-            c for n, c in enumerate(_caches(text, layers, heads, width, length, _is_eager(model))) if n in attends
+            c for n, c in enumerate(_caches(text, layers, heads, width, length, _is_capped(text))) if n in attends
         ),
         fixed=fixed,
         experts=None
@@ -140,11 +140,11 @@ def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool)
     return "attention" if attends else "ffn"
 
 
-def _caches(config: Any, layers: int, heads: int, width: int, length: int, eager: bool) -> Iterator[Cache]:
+def _caches(config: Any, layers: int, heads: int, width: int, length: int, capped: bool) -> Iterator[Cache]:
     """Keys and values as the exported program caches them, and whether attention over them becomes one kernel.
 
     It does not where heads are expanded from a latent row (DeepSeek: cached is the latent and the rotated key of all
-    heads), nor in the eager form that models with attention sinks have.
+    heads), nor where scores are capped.
     """
     if getattr(config, "kv_lora_rank", None):
         rope, nope, value = (int(getattr(config, k)) for k in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
@@ -153,16 +153,15 @@ def _caches(config: Any, layers: int, heads: int, width: int, length: int, eager
         return
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
     head = int(getattr(config, "head_dim", None) or width // heads)
-    if eager:
+    if capped:
         yield from (Cache(kv, head, head, whole=length) for _ in range(layers))
         return
     yield from (Cache(kv, head, head, _window(config, layer)) for layer in range(layers))
 
 
-def _is_eager(model: Any) -> bool:
-    """Whether transformers chose the form without a fused attention: it has nothing else for attention sinks."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "_attn_implementation", None) == "eager"
+def _is_capped(config: Any) -> bool:
+    """Whether scores go through tanh before the softmax (Gemma 2), for which there is no kernel."""
+    return bool(getattr(config, "attn_logit_softcapping", None))
 
 
 def _window(config: Any, layer: int) -> int:

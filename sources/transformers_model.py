@@ -211,7 +211,7 @@ def _length(config: Any, folder: Path, context: int | None) -> int:
 def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:
     """The model with fake float32 parameters and real buffers (rotary frequencies are computed at construction)."""
     with _fake_parameters(mode), torch.no_grad():
-        # the attention is transformers' choice: sdpa where the model has it, eager for those with attention sinks
+        # the attention is transformers' choice: sdpa where the model has it, products for those with attention sinks
         model: nn.Module = build_model(config, folder, experts)
     return model.eval()
 

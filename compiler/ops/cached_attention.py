@@ -5,6 +5,8 @@ width. q [1, T, H, d], k [1, T, KV, d], v [1, T, KV, e], caches [1, S, KV, d or 
 at positions start_pos .. start_pos+T-1, then query t (position p = start_pos+t) attends to the cache positions j with
 j <= p and, when window > 0, p - j < window. Returns [1, T, H*e].
 
+sinks float32 [H]: a score of each head beside those of its keys, in the sum of the softmax and with no value (gpt-oss).
+
 A cache holds float32 or, with scales beside it, INT8 codes: k_scale and v_scale float32 [1, S, KV], one per position
 and head. k and v are then rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over
 dequantized values.
@@ -23,16 +25,29 @@ from moec.compiler.quant import quantize_rows
 _OP = "cached_attention"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
-    """q [1,T,H,d] over whole caches k [1,S,KV,d], v [1,S,KV,e] in fp32; positions [T]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None = None
+) -> Tensor:
+    """q [1,T,H,d] over whole caches k [1,S,KV,d], v [1,S,KV,e] in fp32; positions [T], sinks [H]."""
     seen = torch.arange(k.shape[1], device=q.device)[None, :]
     mask = seen <= positions[:, None]
     if window > 0:
         mask = mask & (positions[:, None] - seen < window)
+    if sinks is not None:
+        return _attend_with_sinks(q, k, v, mask, scale, sinks)
     y = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale, enable_gqa=True
     )
     return y.transpose(1, 2).flatten(2)
+
+
+def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor, scale: float, sinks: Tensor) -> Tensor:
+    per = q.shape[2] // k.shape[2]
+    k_1SHd, v_1SHe = k.repeat_interleave(per, 2), v.repeat_interleave(per, 2)
+    scores = torch.einsum("bthd,bshd->bhts", q * scale, k_1SHd).masked_fill(~mask_TS, -torch.inf)
+    beside = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.softmax(torch.cat((scores, beside), -1), -1)[..., :-1]
+    return torch.einsum("bhts,bshe->bthe", weights, v_1SHe).flatten(2)
 
 
 def write_positions(op: str, start_pos: Tensor, count: int, size: int) -> Tensor:
@@ -56,6 +71,7 @@ class CachedAttention(Call[V]):
     window: int
     k_scale: Written[V] | None = None
     v_scale: Written[V] | None = None
+    sinks: V | None = None
 
     def parts(self) -> tuple[tuple[V, V, V | None], tuple[V, V, V | None]]:
         """Keys and values: (the rows of this call, their cache, the cache's scales)."""
@@ -71,7 +87,7 @@ class CachedAttention(Call[V]):
         # what lies behind the last written position is masked: leaving it out makes a short context cheap
         end = int(positions[-1]) + 1
         keys, values = (_extended(*part, positions, end) for part in self.parts())
-        return attend(self.q, keys, values, positions, self.scale, self.window)
+        return attend(self.q, keys, values, positions, self.scale, self.window, self.sinks)
 
     def fake(self: CachedAttention[Tensor]) -> Tensor:
         """[1, T, H*e] without values; ValueError for shapes that are not those of the module's docstring."""
@@ -93,6 +109,9 @@ class CachedAttention(Call[V]):
                 continue
             require(cache.dtype == torch.int8, _OP, "caches with scales must be int8")
             require(tuple(scales.shape) == tuple(cache.shape[:3]), _OP, "scales must be [1, S, KV]")
+        if self.sinks is not None:
+            require(self.sinks.dtype == torch.float32, _OP, "sinks must be float32")
+            require(tuple(self.sinks.shape) == (q.shape[2],), _OP, "sinks must be [H]")
         return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
 
 

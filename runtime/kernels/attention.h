@@ -28,10 +28,12 @@ typedef struct moec_attention_args {
   moec_out k_scale;   // f32 [S, KV] for int8 caches; absent for f32 caches
   moec_out v_scale;
   moec_out out;       // f32 [T, H, e]
+  moec_in sinks;      // f32 [H], or absent: a score of each head that weighs no value
 } moec_attention_args;
 
 // out[t, h] = softmax over j of (scale * q[t, h] . k_cache[j, h / (H/KV)]) applied to v_cache[j], for the positions j that
-// position p = start_pos + t may see: j <= p and, with a window, j > p - window. INT8 rows are rounded as in
+// position p = start_pos + t may see: j <= p and, with a window, j > p - window. A sink is one more score in the sum of the
+// softmax. INT8 rows are rounded as in
 // compiler/quant.py::quantize_rows, one scale per (position, KV head); a row with a value that is not finite becomes NaN.
 MOEC_API int32_t moec_cached_attention(const moec_attention_args* args);
 

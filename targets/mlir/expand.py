@@ -119,7 +119,9 @@ def appended(cache: Tensor, rows: Tensor, start_pos: Tensor) -> Tensor:
     return torch.where(inside_S.view(1, -1, *[1] * (cache.dim() - 2)), moved, cache)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, window: int) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, window: int, sinks: Tensor | None = None
+) -> Tensor:
     """q [1,T,H,d] over whole caches k [1,S,KV,d], v [1,S,KV,e] in fp32. Every position is scored, then masked."""
     tokens, heads, kv = q.shape[1], q.shape[2], k.shape[2]
     positions_T1 = (start_pos + torch.arange(tokens, device=q.device)).unsqueeze(-1)
@@ -133,7 +135,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, win
     q_KNd = q_HTd.view(kv, rep * tokens, q.shape[3])
     k_KdS, v_KSe = k.squeeze(0).permute(1, 2, 0), v.squeeze(0).permute(1, 0, 2)
     scores = torch.bmm(q_KNd * scale, k_KdS).view(kv, rep, tokens, k.shape[1])
-    weights = torch.softmax(scores.masked_fill(~mask_TS, -torch.inf), -1)
+    scores = scores.masked_fill(~mask_TS, -torch.inf)
+    if sinks is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        sink = sinks.view(kv, rep, 1, 1)
+        top = scores.amax(-1, keepdim=True).maximum(sink)
+        shares = (scores - top).exp()
+        weights = shares / (shares.sum(-1, keepdim=True) + (sink - top).exp())
     y = torch.bmm(weights.view(kv, rep * tokens, k.shape[1]), v_KSe).view(kv, rep, tokens, v.shape[3])
     return y.permute(2, 0, 1, 3).contiguous().view(1, tokens, heads * v.shape[3])
 
@@ -152,7 +161,7 @@ def expand_cached_attention(call: CachedAttention[Tensor]) -> tuple[Tensor, ...]
     if scales:  # after both caches: the text of an artifact keeps its order
         seen = [codes.to(torch.float32) * s.unsqueeze(-1) for codes, s in zip(caches, scales, strict=True)]
     keys, values = seen
-    return attend(call.q, keys, values, start, call.scale, call.window), *caches, *scales
+    return attend(call.q, keys, values, start, call.scale, call.window, call.sinks), *caches, *scales
 
 
 # --- routed blocks --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Attention over a KV cache that is an input and an output, in standard ONNX.
 
-    present = concat(past, new);   y = softmax(scale * q present_k^T + mask) present_v
+    present = concat(past, new);   y = softmax(scale * q present_k^T + mask, and sinks) present_v
 
 Names are those that ONNX Runtime's users know: `past_key_values.N.key`, `present.N.key`, [1, KV, positions, d]. An INT8
 cache has its scales beside it, `past_key_values.N.key_scale` [1, KV, positions]. The length of the past is where a
@@ -79,11 +79,22 @@ def cached_attention(c: Context, node: Node) -> str:
     scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
     by_head = c.once(("by_head", heads), lambda: b.op("Concat", b.ints(1, heads), token_count(c), b.ints(-1), axis=0))
     scores = b.op("Reshape", scores, by_head)
-    weights = b.op("Softmax", b.op("Where", _mask(c, int(call.window)), scores, b.float(HIDDEN)), axis=-1)
+    weights = _weights(c, b.op("Where", _mask(c, int(call.window)), scores, b.float(HIDDEN)), call.sinks, heads)
     by_group = c.once(("by_group", kv_heads), lambda: b.op("Concat", b.ints(1, kv_heads, -1), total_length(c), axis=0))
     y = b.op("MatMul", b.op("Reshape", weights, by_group), values)
     y = b.op("Transpose", b.reshape(y, 1, heads, -1, value_width), perm=[0, 2, 1, 3])
     return b.reshape(y, 1, -1, heads * value_width, out=node.name)
+
+
+def _weights(c: Context, scores_1HTS: str, sinks: Node | None, heads: int) -> str:
+    """softmax over the positions; a sink is one score more of each head, whose weight is dropped."""
+    b = c.b
+    if sinks is None:
+        return b.op("Softmax", scores_1HTS, axis=-1)
+    sizes = c.once(("beside", heads), lambda: b.op("Concat", b.ints(1, heads), token_count(c), b.ints(1), axis=0))
+    beside = b.op("Expand", b.reshape(c.value(sinks), 1, heads, 1, 1), sizes)
+    every = b.op("Softmax", b.op("Concat", scores_1HTS, beside, axis=-1), axis=-1)
+    return b.op("Slice", every, b.ints(0), total_length(c), b.ints(-1))
 
 
 def _extended(c: Context, name: str, new_1TGd: str, *, coded: bool) -> str:

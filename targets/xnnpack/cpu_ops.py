@@ -188,7 +188,7 @@ OUT_FORMS = {
     for name, overload in {
         "rms_norm": "out",
         "rope": "out",
-        "cached_attention": "scales_out",  # `.out` had no scales: kernels/registration/old_operators.cpp
+        "cached_attention": "sinks_out",  # earlier forms: kernels/registration/old_operators.cpp
         "short_conv": "out",
         "gated_delta": "out",
         "selective_scan": "out",

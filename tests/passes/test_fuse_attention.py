@@ -16,7 +16,7 @@ from moec.compiler.matching import evaluate
 from moec.compiler.ops import CachedAttention
 from moec.compiler.program import Program, Role
 from moec.passes.fuse_attention import fuse_attention
-from tests.harness import CONTEXT, VOCABULARY, check_refused, check_rule, export_toy
+from tests.harness import CONTEXT, VOCABULARY, check_refused, check_rule, export_toy, run
 from tests.passes.moe_zoo import Linear, parameter
 
 HEADS, KV, WIDTH, D = 4, 2, 6, 10
@@ -283,3 +283,183 @@ def test_layers_that_share_a_cache_are_fused_together_or_not_at_all() -> None:
     program = export_toy(lambda: SharingToy(Backwards), {"embed": Role.EMBEDDING})
     refused = check_refused(fuse_attention(), program, "mask is neither causal")
     assert len(refused.refusals) == 2
+
+
+# ---- spelled out in products, with attention sinks or without
+
+
+class Spelled(Attention):
+    """The same attention in products around a softmax; a sink is a score of each head that weighs no value."""
+
+    def __init__(self, **steps: Callable[..., Any]) -> None:
+        super().__init__()
+        self.sinks = parameter(HEADS)
+        for name, step in steps.items():
+            assert hasattr(Spelled, name), name
+            setattr(self, name, MethodType(step, self))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.matmul(q, k.transpose(2, 3)) * 0.3
+
+    def masked(self, scores: Tensor, mask: Tensor) -> Tensor:
+        return scores + torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    def beside(self, scores: Tensor) -> Tensor:
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], -1)
+        return torch.cat((scores, sinks), -1)
+
+    def shifted(self, scores: Tensor) -> Tensor:
+        return scores - scores.max(-1, keepdim=True).values
+
+    def kept(self, weights: Tensor) -> Tensor:
+        return weights[..., :-1]
+
+    def weigh(self, weights: Tensor, v: Tensor) -> Tensor:
+        return torch.matmul(weights, v)
+
+    def merge(self, y: Tensor) -> Tensor:
+        return y.transpose(1, 2).reshape(1, -1, HEADS * WIDTH)
+
+    def attend(self, q: Tensor, mask: Tensor) -> Tensor:
+        k, v = (
+            c.transpose(1, 2)[:, :, None].expand(-1, -1, HEADS // KV, -1, -1).reshape(1, HEADS, CONTEXT, WIDTH)
+            for c in (self.k_cache, self.v_cache)
+        )
+        scores = self.masked(self.scores(q.transpose(1, 2), k), mask)
+        return self.weigh(self.kept(torch.softmax(self.shifted(self.beside(scores)), -1)), v)
+
+
+class SpelledToy(Toy):
+    def __init__(self, **steps: Callable[..., Any]) -> None:
+        super().__init__()
+        self.attention = Spelled(**steps)
+
+
+def spelled(**steps: Callable[..., Any]) -> Program:
+    return export_toy(lambda: SpelledToy(**steps), {"embed": Role.EMBEDDING})
+
+
+def _same(self: Any, value: Tensor) -> Tensor:
+    return value
+
+
+def _window_of_five(self: Spelled, positions: Tensor) -> Tensor:
+    keys = torch.arange(CONTEXT)
+    return (keys <= positions.unsqueeze(1)) & (keys > positions.unsqueeze(1) - 5)
+
+
+def _chosen(self: Spelled, scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, scores, -torch.inf)
+
+
+def _filled(self: Spelled, scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+def _scaled_query(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return (q * 0.3) @ k.transpose(-1, -2)
+
+
+def _divided(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("bhtd,bhsd->bhts", q, k) / 3.5
+
+
+def _summed(self: Spelled, weights: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhts,bhse->bhte", weights, v)
+
+
+NO_SINK = {"beside": _same, "kept": _same}
+SPELLINGS: dict[str, dict[str, Callable[..., Any]]] = {
+    "sinks": {},
+    "sinks in a window": {"mask": _window_of_five},
+    "sinks, nothing subtracted": {"shifted": _same},
+    "sinks, chosen": {"masked": _chosen, "scores": _scaled_query},
+    "none": NO_SINK,
+    "none, nothing subtracted": {**NO_SINK, "shifted": _same},
+    "none, filled, divided": {**NO_SINK, "masked": _filled, "scores": _divided, "weigh": _summed},
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelled_out(name: str) -> None:
+    call = _call(check_rule(fuse_attention(), spelled(**SPELLINGS[name]), count=1))
+    assert (call.sinks is not None) == name.startswith("sinks")
+    assert call.window == (5 if "window" in name else 0)
+
+
+def _own_of_each_token(self: Spelled, scores: Tensor) -> Tensor:
+    sinks = self.sinks.reshape(1, -1, 1, 1) * torch.arange(scores.shape[2])[:, None]
+    return torch.cat((scores, sinks), -1)
+
+
+def _two_sinks(self: Spelled, scores: Tensor) -> Tensor:
+    sinks = self.sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 2)
+    return torch.cat((scores, sinks), -1)
+
+
+def _without_two(self: Spelled, weights: Tensor) -> Tensor:
+    return weights[..., :-2]
+
+
+def _in_front(self: Spelled, scores: Tensor) -> Tensor:
+    sinks = self.sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], -1)
+    return torch.cat((sinks, scores), -1)
+
+
+def _without_the_first_key(self: Spelled, weights: Tensor) -> Tensor:
+    return weights[..., 1:]
+
+
+def _capped(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return 5.0 * torch.tanh(q @ k.transpose(2, 3) / 5.0)
+
+
+def _mean_subtracted(self: Spelled, scores: Tensor) -> Tensor:
+    return scores - scores.mean(-1, keepdim=True)
+
+
+def _largest_of_all(self: Spelled, scores: Tensor) -> Tensor:
+    return scores - scores.max(1, keepdim=True).values
+
+
+def _weak(self: Spelled, scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, -20.0)
+
+
+def _read_beside(self: Spelled, weights: Tensor, v: Tensor) -> Tensor:
+    return weights @ v + weights.sum(-1, keepdim=True)
+
+
+def _heads_turned(self: Spelled, weights: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(weights.flip(1), v)
+
+
+def _scaled_per_head(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.transpose(2, 3)) * self.sinks.view(1, -1, 1, 1)
+
+
+NEARLY: list[tuple[dict[str, Callable[..., Any]], str]] = [
+    ({"beside": _own_of_each_token}, "sink is not one score of each head"),
+    ({"beside": _two_sinks, "kept": _without_two}, "something but one sink"),
+    ({"beside": _in_front}, "something but one sink"),
+    ({"kept": _without_the_first_key}, "not what is dropped"),
+    ({"scores": _capped}, "not scale"),
+    ({"scores": _scaled_per_head}, "not scale"),
+    ({"shifted": _mean_subtracted}, "something but the largest score"),
+    ({"shifted": _largest_of_all}, "not that of each query"),
+    ({"masked": _weak}, "not scale"),
+    ({**NO_SINK, "weigh": _read_beside}, ""),
+    ({**NO_SINK, "weigh": _heads_turned}, ""),
+    ({"mask": _chunked}, "mask is neither causal"),
+]
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"), NEARLY, ids=["+".join(f.__name__.strip("_") for f in s.values()) for s, _ in NEARLY]
+)
+def test_nearly_spelled_out(steps: dict[str, Callable[..., Any]], reason: str) -> None:
+    program = spelled(**steps)
+    if reason:
+        check_refused(fuse_attention(), program, reason)
+        return
+    assert run(fuse_attention(), program).changed == 0  # another reader of the weights: not an attention at all

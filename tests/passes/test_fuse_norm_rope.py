@@ -124,6 +124,20 @@ def _halves(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat((a * c - b * s, a * s + b * c), -1)
 
 
+def _halves_of_heads(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """As gpt-oss spells it: tables [1, T, d/2] times an attention factor, then unsqueezed over heads."""
+    c, s = ((t[None] * 1.25).unsqueeze(1) for t in (c, s))
+    a, b = x.transpose(1, 2).chunk(2, -1)
+    return torch.cat((a * c - b * s, b * c + a * s), -1).transpose(1, 2).contiguous()
+
+
+def _halves_of_heads_squeezed(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Tables that were computed as [T, 1, d/2]."""
+    c, s = ((t.unsqueeze(1) * 1.25).transpose(0, 1)[None] for t in (c, s))
+    a, b = x.transpose(1, 2).chunk(2, -1)
+    return torch.cat((a * c - b * s, b * c + a * s), -1).transpose(1, 2).contiguous()
+
+
 def _turned(x: Tensor) -> Tensor:
     a, b = x[..., : d // 2], x[..., d // 2 :]
     return torch.cat((-b, a), -1)
@@ -146,6 +160,8 @@ ROPES = {
     "pairs": (_pairs, True),
     "strided_pairs": (_strided_pairs, True),
     "halves": (_halves, False),
+    "halves_of_heads": (_halves_of_heads, False),
+    "halves_of_heads_squeezed": (_halves_of_heads_squeezed, False),
     "rotate_half": (_rotate_half, False),
     "rotate_half_scaled": (_rotate_half_scaled, False),
 }

@@ -1,4 +1,6 @@
-"""Random mutants of layers with a state: each is refused, or computes what it computed before. None is miscompiled.
+"""Random mutants of layers with a state and of attention spelled out: none is miscompiled.
+
+Each is refused, or computes what it computed before.
 
 A mutant has one or two edits in the graph around the state, or inside the step of a fold. MOEC_MUTANTS=N tries N edits
 of every graph (default 24); the seeds are fixed, so a failure comes back.
@@ -19,17 +21,22 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.compiler.program import Editor, Program, fake_mode_of
+from moec.passes.fuse_attention import fuse_attention
 from moec.passes.fuse_recurrence import fuse_recurrence
 from moec.passes.fuse_short_conv import fuse_short_conv
 from tests.harness import CALLS, run
 from tests.interpreter import Interpreter
 from tests.passes.mutate import EDITS, _reader, _recompute, mutant
 from tests.passes.state_zoo import Conv, Delta, Selective, zoo
+from tests.passes.test_fuse_attention import spelled
 
 COUNT = int(os.environ.get("MOEC_MUTANTS", "24"))
 TOLERANCE = 1e-4  # of the largest value, as tests/harness.py has it
 GRAPHS: dict[str, Callable[[], Program]] = {k.__name__: lambda k=k: zoo(k) for k in (Conv, Delta, Selective)}
-RULES = {"Conv": fuse_short_conv, "Delta": fuse_recurrence, "Selective": fuse_recurrence}
+GRAPHS["Sinks"] = spelled
+RULES = {
+    "Conv": fuse_short_conv, "Delta": fuse_recurrence, "Selective": fuse_recurrence, "Sinks": fuse_attention
+}  # fmt: skip
 
 
 class _Step:

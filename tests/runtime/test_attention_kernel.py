@@ -37,7 +37,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_int64) for n in _SIZES),
         ("scale", ctypes.c_float),
-        *((n, _Buffer) for n in ["q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out"]),
+        *((n, _Buffer) for n in ["q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out", "sinks"]),
     )
 
 
@@ -52,13 +52,13 @@ def _buffer(array: np.ndarray | None) -> _Buffer:
     return _Buffer(None, 0) if array is None else _Buffer(array.ctypes.data, array.nbytes)
 
 
-def _attend(q, k, v, k_cache, v_cache, k_scale, v_scale, start, scale, window):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, k_cache, v_cache, k_scale, v_scale, start, scale, window, sinks=None):  # type: ignore[no-untyped-def]
     t, heads, d = q.shape
     kv, e = v.shape[1:]
     out = np.full((t, heads, e), np.nan, np.float32)
     arguments = _Arguments(t, heads, kv, d, e, k_cache.shape[0], start, window, scale)
     pairs = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
-    for name, value in {**pairs, "out": out}.items():
+    for name, value in {**pairs, "out": out, "sinks": sinks}.items():
         setattr(arguments, name, _buffer(value))
     status = kernel_api.library().moec_cached_attention(ctypes.byref(arguments))
     assert status == 0, kernel_api.library().moec_last_error()
@@ -100,10 +100,14 @@ def test_cached_attention_is_its_definition(isa: str, seed: int, quantized: bool
     else:
         caches, scales = [before_k.numpy(), before_v.numpy()], [None, None]
     expected_caches, expected_scales = [_batch(c) for c in caches], [_batch(c) for c in scales if c is not None]
+    # of the scores' size, and far below and above them
+    sinks = None if seed % 3 == 1 else np.concatenate((rng.standard_normal(kv * per - 1), [30.0, -1e4]))[-kv * per :]
+    sinks = None if sinks is None else sinks.astype(np.float32)
     expected = torch.ops.moec.cached_attention(
-        _batch(q), _batch(k), _batch(v), *expected_caches, torch.tensor([start]), d**-0.5, window, *expected_scales
-    )
-    got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window)
+        _batch(q), _batch(k), _batch(v), *expected_caches, torch.tensor([start]), d**-0.5, window,
+        *(expected_scales or [None, None]), None if sinks is None else torch.from_numpy(sinks),
+    )  # fmt: skip
+    got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window, sinks)
     np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL, rtol=0)
     found = caches + [c for c in scales if c is not None]
     for ours, theirs in zip(found, expected_caches + expected_scales, strict=True):  # what was written: the same bits
@@ -116,6 +120,7 @@ def test_chunks_and_steps_extend_one_sequence(isa: str, quantized: bool) -> None
     rng = np.random.default_rng(1)
     t, heads, kv, d, s = 50, 6, 2, 32, 64
     q, k, v = (rng.standard_normal((t, h, d), dtype=np.float32) for h in (heads, kv, kv))
+    sinks = rng.standard_normal(heads, dtype=np.float32)
 
     def run(cuts: list[int]) -> np.ndarray:
         dtype = np.int8 if quantized else np.float32
@@ -124,7 +129,7 @@ def test_chunks_and_steps_extend_one_sequence(isa: str, quantized: bool) -> None
         parts = []
         for begin, end in zip([0, *cuts], [*cuts, t], strict=True):
             part = slice(begin, end)
-            parts.append(_attend(q[part], k[part], v[part], *caches, *scales, begin, d**-0.5, 0))
+            parts.append(_attend(q[part], k[part], v[part], *caches, *scales, begin, d**-0.5, 0, sinks))
         return np.concatenate(parts)
 
     whole = run([])

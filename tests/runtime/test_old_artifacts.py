@@ -2,7 +2,7 @@
 
 `tests/golden/written_before` holds artifacts of one-layer models with the logits [7, V] that they gave when they were
 written: a prompt of five tokens, every row, then two decode steps. `moec::cached_attention_q8.out` stands in `int8`,
-`moec::cached_attention.out` in `fp32`.
+`moec::cached_attention.out` in `fp32`, `moec::cached_attention.scales_out` in `scales`.
 """
 
 from __future__ import annotations

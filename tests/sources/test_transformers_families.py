@@ -12,7 +12,7 @@ import torch
 
 from moec.compiler.errors import CompileError
 from moec.compiler.matching.read import aten, is_op
-from moec.compiler.ops import Experts, FusedMoe, Routing, fused_moe, fused_moe_q
+from moec.compiler.ops import CachedAttention, Experts, FusedMoe, Routing, fused_moe, fused_moe_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program
 from moec.compiler.spec.quantization import Quantization
@@ -180,6 +180,9 @@ def test_family(folders: dict[str, Path], name: str, experts: str) -> None:
         assert moe.mlp == attributes
         assert moe.has_shared == shared
         assert (moe.shared_gate is not None) == (name == "qwen2_moe")
+    attention = [c for n in program.graph.nodes if (c := CachedAttention.find(n)) is not None]
+    assert bool(attention) == (name != "deepseek_v3")
+    assert [c.window for c in attention if c.sinks is not None] == ([8, 0] if name == "gpt_oss" else [])
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
     ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

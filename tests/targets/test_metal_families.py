@@ -1,6 +1,6 @@
 """Models of the transformers library for Metal, replayed, against the library's own logits.
 
-Where attention is not fused (latent attention, sinks) it is lowered operator by operator, and its caches are written by
+Where attention is not fused (latent attention) it is lowered operator by operator, and its caches are written by
 the graph.
 """
 
@@ -67,7 +67,7 @@ def test_family(name: str, tmp_path: Path) -> None:
 def test_a_cache_that_is_written_otherwise_is_refused(tmp_path: Path) -> None:
     model_folder = tmp_path / "model"
     model_folder.mkdir()
-    _saved("gpt_oss", model_folder)
+    _saved("deepseek_v3", model_folder)
     exported = export_transformers(model_folder, "tiny", weights=TransformersStore(model_folder), max_tokens=16)
     program = run_passes(exported, fusion())
     edit = program.edit()

@@ -26,8 +26,8 @@ from moec.targets.onnx.options import Options
 from moec.targets.onnx.session import OnnxSession
 from tests.sources.test_transformers_families import FAMILIES, _saved
 
-# of these the attention is not recognised yet (latent attention, sinks), and their caches stay in the graph
-UNFUSED = {"deepseek_v3", "gpt_oss"}
+# of these the attention is not recognised yet (latent attention), and their caches stay in the graph
+UNFUSED = {"deepseek_v3"}
 # fp32 sums in another order: at most 4e-6 was seen on logits up to 4; a wrong formula gives differences above 1e-2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 

@@ -77,6 +77,7 @@ int32_t check(const moec_attention_args& a) {
     MOEC_RETURN_IF_ERROR(check_out("cached_attention: k_scale", a.k_scale, a.capacity, a.kv_heads, 1));
     MOEC_RETURN_IF_ERROR(check_out("cached_attention: v_scale", a.v_scale, a.capacity, a.kv_heads, 1));
   }
+  if (a.sinks.data || a.sinks.bytes) MOEC_RETURN_IF_ERROR(check_in("cached_attention: sinks", a.sinks, a.heads, 1, 1));
   return check_out("cached_attention: out", a.out, a.tokens, a.heads, a.value_dim);
 }
 
@@ -118,8 +119,16 @@ void fold(const AttentionKernels& isa, const Partial& all, const Partial& chunk,
   all.sum[r] = chunk.sum[r];
 }
 
-void normalize(const Partial& all, int64_t r, int64_t e, float* out) {
-  const float inverse = 1.0f / all.sum[r];
+// The result of row r, which is one of query head `head`. The head's sink is folded in behind every key, as a chunk whose one
+// score weighs no value: `kept` is what that leaves of the values.
+void normalize(const AttentionKernels& isa, const AttentionCall& call, const Partial& all, int64_t r, int64_t head, float* out) {
+  const int64_t e = call.value_dim;
+  float kept = 1.0f;
+  if (call.sinks) {
+    const float no_value = 0.0f;
+    isa.fold_row(&no_value, call.sinks[head], 1.0f, 1, &kept, all.top + r, all.sum + r);
+  }
+  const float inverse = kept / all.sum[r];
   for (int64_t j = 0; j < e; ++j) out[j] = all.acc[r * e + j] * inverse;
 }
 
@@ -148,7 +157,7 @@ int32_t decode_one(const AttentionKernels& isa, const AttentionCall& call) {
   const Partial all = Partial::at(scratch, h, e);
   for (int64_t r = 0; r < h; ++r) {
     for (int64_t i = 0; i < chunks; ++i) fold(isa, all, Partial::at(scratch + (1 + i) * part, h, e), r, e, i == 0);
-    normalize(all, r, e, call.out + r * e);
+    normalize(isa, call, all, r, r, call.out + r * e);
   }
   return MOEC_OK;
 }
@@ -177,10 +186,12 @@ void fold_rows(const AttentionKernels& isa, const AttentionCall& call, const Gro
   }
 }
 
-void write_rows_of(const AttentionCall& call, const Group& g, const Partial& all) {
-  const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
-  for (int64_t r = 0; r < (g.end - g.begin) * per; ++r)
-    normalize(all, r, e, call.out + ((g.begin + r / per) * call.heads + g.kv_head * per + r % per) * e);
+void write_rows_of(const AttentionKernels& isa, const AttentionCall& call, const Group& g, const Partial& all) {
+  const int64_t per = call.heads / call.kv_heads;
+  for (int64_t r = 0; r < (g.end - g.begin) * per; ++r) {
+    const int64_t head = g.kv_head * per + r % per;
+    normalize(isa, call, all, r, head, call.out + ((g.begin + r / per) * call.heads + head) * call.value_dim);
+  }
 }
 
 int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
@@ -213,7 +224,7 @@ int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
         run(g, chunk, one, space + 2 * part);
         fold_rows(isa, call, g, chunk, all, one);
       }
-      write_rows_of(call, g, all);
+      write_rows_of(isa, call, g, all);
     });
     return MOEC_OK;
   }
@@ -231,7 +242,7 @@ int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
       const Partial all = place(i, 0);
       for (int64_t slot = 0; slot < wave && from + slot < g.chunks; ++slot)
         fold_rows(isa, call, g, g.first_chunk + from + slot, all, place(i, 1 + slot));
-      if (from + wave >= chunks) write_rows_of(call, g, all);
+      if (from + wave >= chunks) write_rows_of(isa, call, g, all);
     });
   }
   return MOEC_OK;
@@ -269,6 +280,7 @@ int32_t moec_cached_attention(const moec_attention_args* args) {
   call.v_cache = a.v_cache.data;
   call.k_scale = static_cast<const float*>(a.k_scale.data);
   call.v_scale = static_cast<const float*>(a.v_scale.data);
+  call.sinks = static_cast<const float*>(a.sinks.data);
   call.out = static_cast<float*>(a.out.data);
   const bool whole = a.head_dim % chosen.lanes == 0 && a.value_dim % chosen.lanes == 0;
   return a.tokens == 1 && whole ? decode_one(chosen, call) : many_tokens(chosen, call);

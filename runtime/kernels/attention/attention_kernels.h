@@ -19,7 +19,8 @@ struct AttentionCall {
   const void* v_cache;  // [S, KV, e]
   const float* k_scale;  // [S, KV], null for an f32 cache
   const float* v_scale;
-  float* out;  // [T, H, e]
+  const float* sinks;  // [H], or null
+  float* out;          // [T, H, e]
 
   int64_t first_key(int64_t token) const {
     const int64_t position = start + token;

@@ -74,7 +74,7 @@ bool check_scales(Check& check, const char* name, const OptionalTensor& scale) {
 Tensor& moec_operators::cached_attention(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
                                          const Tensor& k_cache, const Tensor& v_cache, const Tensor& start_pos, double scale,
                                          int64_t window, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                                         Tensor& out) {
+                                         const OptionalTensor& sinks, Tensor& out) {
   Check check(context, "cached_attention");
   const ScalarType stored = k_scale.has_value() ? ScalarType::Char : ScalarType::Float;
   if (!check.tensor("q", q, ScalarType::Float, 4) || !check.tensor("k", k, ScalarType::Float, 4) ||
@@ -84,6 +84,7 @@ Tensor& moec_operators::cached_attention(KernelRuntimeContext& context, const Te
   if (!check_scales(check, "k_scale", k_scale) || !check_scales(check, "v_scale", v_scale) ||
       !check.same("caches of keys and of values with scales", k_scale.has_value(), v_scale.has_value()))
     return out;
+  if (sinks.has_value() && !check.tensor("sinks", *sinks, ScalarType::Float, 1)) return out;
   if (!check.same("elements of start_pos and 1", start_pos.numel(), 1) || !check.same("batch size and 1", q.size(0), 1) ||
       !check.same("batch sizes of q and k", q.size(0), k.size(0)) ||
       !check.same("batch sizes of q and v", q.size(0), v.size(0)) || !check.same("tokens of q and k", q.size(1), k.size(1)) ||
@@ -116,6 +117,7 @@ Tensor& moec_operators::cached_attention(KernelRuntimeContext& context, const Te
     args.k_scale = out_of(*k_scale);
     args.v_scale = out_of(*v_scale);
   }
+  args.sinks = in(sinks);
   args.out = out_of(out);
   check.done(moec_cached_attention(&args));
   return out;
@@ -228,7 +230,7 @@ Tensor& fused_moe_packed_out(KernelRuntimeContext& context, const Tensor& x, con
 
 EXECUTORCH_LIBRARY(moec, "rms_norm.out", rms_norm_out);
 EXECUTORCH_LIBRARY(moec, "rope.out", rope_out);
-EXECUTORCH_LIBRARY(moec, "cached_attention.scales_out", moec_operators::cached_attention);
+EXECUTORCH_LIBRARY(moec, "cached_attention.sinks_out", moec_operators::cached_attention);
 EXECUTORCH_LIBRARY(moec, "linear_packed.out", linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "gated_linear_packed.out", gated_linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "embedding_packed.out", embedding_packed_out);

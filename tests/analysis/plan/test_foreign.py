@@ -31,7 +31,7 @@ def spec_of(family: str, folder: Path, **changes: object) -> Spec:
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "gpt-oss"])
 def test_memory_is_the_artifacts(family: str, tmp_path: Path) -> None:
-    """Caches exactly: INT8 rows for one kernel; FP32 latents, and FP32 rows beside sinks, whose attention is unfused.
+    """Caches exactly: INT8 rows for one kernel; FP32 latents, whose attention is unfused.
 
     The arena of unfused attention is that of whole caches, within a quarter: the planner packs greedily.
     """

@@ -28,24 +28,26 @@ using namespace checking;
 struct Case {
   int64_t tokens, heads, kv, d, e, capacity, start, window;
   bool quantized;
+  bool sinks = false;
 
   std::string text() const {
     char line[200];
-    snprintf(line, sizeof line, "T=%lld H=%lld KV=%lld d=%lld e=%lld S=%lld start=%lld window=%lld q8=%d",
+    snprintf(line, sizeof line, "T=%lld H=%lld KV=%lld d=%lld e=%lld S=%lld start=%lld window=%lld q8=%d sinks=%d",
              static_cast<long long>(tokens), static_cast<long long>(heads), static_cast<long long>(kv),
              static_cast<long long>(d), static_cast<long long>(e), static_cast<long long>(capacity),
-             static_cast<long long>(start), static_cast<long long>(window), quantized);
+             static_cast<long long>(start), static_cast<long long>(window), quantized, sinks);
     return line;
   }
 };
 
 // Inputs and caches of one case; `run` works on copies of the caches.
 struct Data {
-  std::vector<float> q, k, v, k_cache, v_cache, k_scale, v_scale;
+  std::vector<float> q, k, v, k_cache, v_cache, k_scale, v_scale, sinks;
   std::vector<int8_t> k_codes, v_codes;
 
   explicit Data(const Case& c)
       : q(normal(c.tokens * c.heads * c.d)), k(normal(c.tokens * c.kv * c.d)), v(normal(c.tokens * c.kv * c.e)) {
+    if (c.sinks) sinks = normal(c.heads);
     const int64_t rows = c.capacity * c.kv;
     if (!c.quantized) {
       k_cache = normal(rows * c.d);
@@ -92,6 +94,7 @@ moec_attention_args arguments(const Case& c, Data& data, std::vector<float>& y) 
     a.v_scale = out(data.v_scale);
   }
   a.out = out(y);
+  if (c.sinks) a.sinks = in(data.sinks);
   return a;
 }
 
@@ -155,6 +158,7 @@ Case random_case() {
   c.capacity = c.start + c.tokens + uniform(0, 50);
   c.window = uniform(0, 1) ? uniform(1, 200) : 0;
   c.quantized = uniform(0, 1);
+  c.sinks = uniform(0, 1);
   return c;
 }
 
@@ -242,6 +246,8 @@ void refuse() {
   refused("short cache", [](auto& a) { a.k_cache.bytes -= 4; });
   refused("short output", [](auto& a) { a.out.bytes -= 4; });
   refused("one scale only", [&](auto& a) { a.k_scale = out(y); });
+  refused("sinks of fewer heads", [&](auto& a) { a.sinks = {y.data(), 12}; });
+  refused("sinks without data", [&](auto& a) { a.sinks = {nullptr, 16}; });
   expect(moec_cached_attention(nullptr) != MOEC_OK, "accepted: no arguments");
   moec_attention_args none = arguments(good, data, y);
   none.tokens = 0;

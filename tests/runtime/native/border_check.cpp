@@ -137,6 +137,7 @@ void attention() {
     a.k_scale = b.make(a.capacity, a.kv_heads, 1, 4);
     a.v_scale = b.make(a.capacity, a.kv_heads, 1, 4);
   }
+  if (uniform(0, 1)) a.sinks = b.in(a.heads, 1, 1, 4);
   a.out = b.make(a.tokens, a.heads, a.value_dim, 4);
   expect_said("cached_attention", moec_cached_attention(&a));
 }
