@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from moec.checkpoints.mxfp4 import Mxfp4Entry
 from moec.checkpoints.safetensors_file import FLOATS, Entry, shown
 
 # Tensors that say what the weight beside them is, by the end of their name, most telling first.
@@ -94,5 +95,6 @@ def said_by_tensors(entries: Mapping[str, Entry], model: Collection[str]) -> tup
 
 
 def is_plain(entry: Entry) -> bool:
-    """Whether a tensor can be a weight as it is: a float type of 16 bits or more."""
-    return entry.dtype in FLOATS
+    """Whether a tensor can be a weight as it is: a float type of 16 bits or more, or codes that are read as what they
+    mean."""
+    return entry.dtype in FLOATS or isinstance(entry, Mxfp4Entry)

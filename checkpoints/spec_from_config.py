@@ -11,6 +11,7 @@ import yaml
 
 from moec.checkpoints.config_json import GROUP_SIZE, config_from_json, is_own, is_packed, read_json
 from moec.checkpoints.folder import CONFIG, foreign_folder
+from moec.checkpoints.mxfp4 import FORMAT, is_mxfp4
 from moec.compiler.errors import CheckpointError
 from moec.sources.decoder.config import DecoderConfig
 
@@ -55,13 +56,18 @@ def _transformers_spec(folder: Path, raw: Mapping[str, Any]) -> str:
     model: dict[str, Any] = {"transformers": str(folder.resolve())}
     if lengths:
         model["context"] = CONTEXT
+    quantization: dict[str, Any] = {"weights": "int4", "group_size": GROUP_SIZE, "expert_group_axis": "in"}
+    coded = is_mxfp4(raw)
+    if coded:
+        quantization["experts"] = {"weights": "int8", "group_size": FORMAT.group_size}
     spec = {
         "name": _name(folder),
         "model": model,
-        "quantization": {"weights": "int4", "group_size": GROUP_SIZE, "expert_group_axis": "in"},
+        "quantization": quantization,
         "targets": ["xnnpack"],
     }
-    about = f"; its context of {lengths[0]} is bounded" if lengths else ""
+    about = "; experts in MXFP4 are carried as INT8 codes of the same values" if coded else ""
+    about += f"; its context of {lengths[0]} is bounded" if lengths else ""
     return f"# From {CONFIG} of {folder.resolve().name}{about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
 
 

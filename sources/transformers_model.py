@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from torch._subclasses.fake_tensor import (
 
 from moec.checkpoints.config_json import read_json
 from moec.checkpoints.folder import foreign_folder, read_tensors, shortened
+from moec.checkpoints.mxfp4 import FORMAT, Mxfp4Entry, with_mxfp4
+from moec.checkpoints.mxfp4 import NAME as MXFP4
 from moec.checkpoints.quantized import said_by_config
 from moec.checkpoints.safetensors_file import finite
 from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint, Weights
+from moec.compiler.weights import Provenance, StoredCodes
 from moec.sources.accounting import check_tensors
 from moec.sources.roles import roles_by_use
 from moec.sources.transformers_config import build_model, home_of, read_config
@@ -281,10 +284,14 @@ def _constant(value: Tensor) -> LazyWeight:
 
 
 class TransformersStore(Checkpoint):
-    """The checkpoint of a folder. Opened without reading a weight; weights go by the names of transformers' module."""
+    """The checkpoint of a folder. Opened without reading a weight; weights go by the names of transformers' module.
 
-    def __init__(self, folder: Path) -> None:
+    `dequantize`: types of codes whose values are used as floats; codes of the others are carried.
+    """
+
+    def __init__(self, folder: Path, dequantize: Iterable[str] = ()) -> None:
         self.folder = home_of(folder)
+        self._dequantize = frozenset(dequantize)
         foreign = foreign_folder(self.folder)
         if foreign is not None:
             raise foreign
@@ -298,7 +305,8 @@ class TransformersStore(Checkpoint):
         stored = read_tensors(self.folder, faults)
         if faults:
             raise CheckpointError(shortened(faults))
-        self._entries = stored.entries
+        config = _config_file(folder)
+        self._entries = with_mxfp4(stored.entries, read_json(config) if config.is_file() else {})
         self.notes = stored.ignored
         self._conversions: Any = None
 
@@ -315,12 +323,20 @@ class TransformersStore(Checkpoint):
         """
         self._conversions = self._conversions_of(read_config(model))
         said = [said_by_config(read_json(f)) for f in {_config_file(self.folder), _config_file(model)} if f.is_file()]
-        format_name = next((name for name in said if name is not None), None)
+        held = [e for e in self._entries.values() if isinstance(e, Mxfp4Entry)]
+        format_name = next((name for name in said if name is not None and not (held and name.startswith(MXFP4))), None)
         unread = check_tensors(self.folder, self._entries, self._conversions, format_name)
         self.notes += unread
+        if held:
+            fate = "dequantized" if MXFP4 in self._dequantize else "carried as INT8 codes of the same values"
+            self.notes += (f"{MXFP4} tensors {fate}: {len(held)}",)
 
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
-        return LazyWeight(shape, torch.float32, self.reader(name, shape))
+        entry = self._entries.get(name)
+        stored = None
+        if isinstance(entry, Mxfp4Entry) and entry.shape == shape and MXFP4 not in self._dequantize:
+            stored = StoredCodes(FORMAT, entry.codes, Provenance("carried", MXFP4), transposed=True)
+        return LazyWeight(shape, torch.float32, self.reader(name, shape), stored)
 
     def parameters(self) -> int:
         """Elements of the model's tensors, tied ones once; after `check`."""

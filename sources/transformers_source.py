@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from moec.compiler.source import Checkpoint, ModelSource, Weights, register
 from moec.compiler.spec.model import LoosePath, Tokens
@@ -19,10 +21,13 @@ class TransformersModel(Section):
     """A model of the transformers library: a folder with config.json (and weights), or a config.json alone.
 
     `context`: positions of its KV cache; default: as many as the model was trained for, which may be more than fit.
+    `dequantize`: types of codes that the files hold (MXFP4) whose values are used as floats, which `quantization:` then
+    rounds anew; codes of a type that is not named are carried, or refused.
     """
 
     transformers: LoosePath
     context: Tokens | None = None
+    dequantize: Annotated[tuple[Literal["MXFP4"], ...], Field(strict=False)] = ()
 
 
 class TransformersSource(ModelSource[TransformersModel]):
@@ -38,8 +43,9 @@ class TransformersSource(ModelSource[TransformersModel]):
     def open(self, spec: Spec, checkpoint: Path | None) -> Checkpoint:
         from moec.sources.transformers_model import TransformersStore
 
-        folder = self.model(spec).transformers
-        store = TransformersStore(checkpoint if checkpoint is not None else folder)
+        model = self.model(spec)
+        folder = model.transformers
+        store = TransformersStore(checkpoint if checkpoint is not None else folder, model.dequantize)
         store.check(folder)
         return store
 

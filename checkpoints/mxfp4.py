@@ -1,0 +1,113 @@
+"""Experts that a safetensors checkpoint holds in MXFP4, as gpt-oss is released: FP4 codes, a power of two for each 32.
+
+    NAME_blocks uint8 [E, N, K/32, 16], NAME_scales uint8 [E, N, K/32]   ->   NAME [E, K, N]
+
+A byte of a block holds two codes, the low nibble first. A code (E2M1) is one of +-{0, 0.5, 1, 1.5, 2, 3, 4, 6}, a
+scale is 2^(byte - 127), 255 no number (OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1). Twice a code is a whole
+number of at most 12: INT8 codes with scales 2^(byte - 128) are exactly the same values.
+
+E experts, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.checkpoints.safetensors_file import Entry, shown
+from moec.compiler.errors import CheckpointError
+from moec.compiler.quant import QuantizedTensor
+from moec.compiler.weights import CodeFormat
+
+NAME = "MXFP4"
+FORMAT = CodeFormat(8, 32)  # of the INT8 codes
+_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_SCALE_BIAS = 128  # of a scale beside twice the codes
+_SMALLEST, _LARGEST = -24, 15  # exponents of the powers of two that float16 holds
+_FAMILIES = {"gpt_oss"}  # whose experts are [E, K, N]: elsewhere the blocks could mean the transpose
+
+
+@dataclass(frozen=True)
+class Mxfp4Entry(Entry):
+    """The blocks of a tensor under its own name and shape [E, K, N]; `scales` beside them."""
+
+    scales: Entry
+
+    def codes(self) -> QuantizedTensor:
+        """INT8 codes [E, N, K] in groups of 32 along K, and scales [E, N, K/32].
+
+        CheckpointError for a scale that float16 does not hold.
+        """
+        experts, inputs, outputs = self.shape
+        table = torch.tensor(_TWICE, dtype=torch.int8)
+        codes = torch.empty((experts, outputs, inputs), dtype=torch.int8)
+        scales = torch.empty((experts, outputs, inputs // FORMAT.group_size), dtype=torch.float16)
+        for expert, (blocks, bytes_NG) in enumerate(zip(self._blocks().tensor(), self.scales.tensor(), strict=True)):
+            nibbles = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+            grouped_NGL = table[nibbles.int()]
+            exponents = bytes_NG.to(torch.int16) - _SCALE_BIAS
+            held = exponents.clamp(_SMALLEST, _LARGEST)
+            outside = (exponents != held) & (grouped_NGL != 0).any(-1)
+            if bool(outside.any()):
+                raise self._unheld(int(bytes_NG[outside][0]))
+            codes[expert] = grouped_NGL.flatten(-2)
+            scales[expert] = torch.exp2(held.float())
+        return QuantizedTensor(codes, scales, FORMAT.bits, FORMAT.group_size)
+
+    def _unheld(self, byte: int) -> CheckpointError:
+        what = "is no number" if byte == 255 else f"is 2^{byte - 127}, outside of what our scales hold"
+        return CheckpointError(
+            f"a scale of {shown(self.scales.name)} {what}",
+            place=str(self.file),
+            remedy="give the BF16 checkpoint that it was made from",
+        )
+
+    def tensor(self) -> Tensor:
+        """float32 [E, K, N], the values of the codes."""
+        return self.codes().dequantize().transpose(-1, -2)
+
+    def _blocks(self) -> Entry:
+        experts, inputs, outputs = self.shape
+        shape = (experts, outputs, inputs // FORMAT.group_size, FORMAT.group_size // 2)
+        return Entry(f"{self.name}_blocks", "U8", shape, self.file, self.begin, self.end, self.file_size)
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json speaks of experts that are held so."""
+    section = config.get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    return config.get("model_type") in _FAMILIES and method == "mxfp4"
+
+
+def with_mxfp4(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
+    """`entries` with one for each pair of blocks and scales, where `config` is of a family that is released so.
+
+    A pair whose types or shapes do not fit stays as it is, and is refused as codes are.
+    """
+    found = dict(entries)
+    if config.get("model_type") not in _FAMILIES:
+        return found
+    for name, blocks in entries.items():
+        stem = name.removesuffix("_blocks")
+        scales = entries.get(f"{stem}_scales")
+        if stem == name or scales is None or stem in entries or not _fit(blocks, scales):
+            continue
+        experts, outputs, groups, _ = blocks.shape
+        shape = (experts, groups * FORMAT.group_size, outputs)
+        del found[name], found[scales.name]
+        place = (blocks.file, blocks.begin, blocks.end, blocks.file_size)
+        found[stem] = Mxfp4Entry(stem, NAME, shape, *place, scales)
+    return found
+
+
+def _fit(blocks: Entry, scales: Entry) -> bool:
+    return (
+        (blocks.dtype, scales.dtype) == ("U8", "U8")
+        and len(blocks.shape) == 4
+        and blocks.shape[:-1] == scales.shape
+        and blocks.shape[-1] == FORMAT.group_size // 2
+    )
