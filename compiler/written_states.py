@@ -77,6 +77,8 @@ def _writes(exported: ExportedProgram) -> Iterator[tuple[Node, Update]]:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable or find_call(node) is not None:
             continue
+        if node.target is aten.detach_.default:  # of a constant that a forward makes: no value changes
+            continue
         for argument, value in zip(schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
                 buffer = _root(value)

@@ -149,6 +149,15 @@ def test_int4_codes_without_rounding(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_shared_expert_of_width_zero(tmp_path: Path) -> None:
+    """Qwen1.5-MoE's shape without what is shared: a gate and a linear of no inputs, which add nothing."""
+    file = next(f for f in FAMILIES if f.stem == "qwen2-moe")
+    spec = with_checkpoint(file, tmp_path / "model", EXACT, shared_expert_intermediate_size=0)
+    prefill, decode = artifact_and_eager(spec, tmp_path)
+    assert min(prefill.min(), decode.min()) > 0.99999  # as above
+
+
+@pytest.mark.slow
 def test_a_deeper_and_wider_one(tmp_path: Path) -> None:
     file = next(f for f in FAMILIES if f.stem == "mixtral")
     wider = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 96, "num_local_experts": 24}

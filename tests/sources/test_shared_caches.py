@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_equal_however_a_text_is_cut(kind: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(kind, **{**COMMON, **FAMILIES[kind]}).save_pretrained(tmp_path / "config")
