@@ -115,7 +115,8 @@ def _device_word(device: str) -> str:
 
 
 def _candidate_facts(c: Candidate) -> dict[str, Any]:
-    return {**{k: v for k, v in vars(c).items() if k != "config"}, "label": c.label, "model": c.config}
+    facts = {k: v for k, v in vars(c).items() if k not in ("config", "backbone")}
+    return {**facts, "label": c.label, "model": c.config}
 
 
 def _facts(found: Found, device: str, law: str) -> dict[str, Any]:

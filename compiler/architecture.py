@@ -6,7 +6,9 @@ d head width, F expert width, S shared width, E experts, K experts a token, V vo
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from moec.compiler.states import Codes, State, key_value_states
 
@@ -122,6 +124,11 @@ class Architecture:
     own: bool = True
     fixed: tuple[State, ...] = ()
 
+    @cached_property
+    def alike(self) -> tuple[tuple[Cache, int], ...]:
+        """The caches that differ, each with the number of layers that have it."""
+        return tuple(Counter(self.caches).items())
+
     @property
     def total_parameters(self) -> int:
         return sum(w.numel for w in self.weights if w.counted)
@@ -135,7 +142,7 @@ class Architecture:
 
     def attention_macs(self, position: int) -> int:
         """Multiply-accumulates of scores and weighted values of the token at `position` (from 0), all layers."""
-        return sum(c.macs(self.heads, position) for c in self.caches)
+        return sum(n * c.macs(self.heads, position) for c, n in self.alike)
 
     def flops(self, position: int) -> int:
         """Multiplies and adds of a call of the token at `position`: every product of its weights, and attention."""
@@ -156,7 +163,7 @@ class Architecture:
     @property
     def call_macs(self) -> int:
         """Multiply-accumulates that every call has, whatever its tokens."""
-        return sum(c.call_macs(self.heads) for c in self.caches)
+        return sum(n * c.call_macs(self.heads) for c, n in self.alike)
 
     def prefill_flops(self, tokens: int) -> int:
         """Of a prompt of `tokens` tokens in one call; the head is computed once, for the last."""

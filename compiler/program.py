@@ -20,6 +20,7 @@ from torch._export.verifier import TrainingIRVerifier
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
+from torch.fx.graph import PythonCode
 
 from moec.compiler.ops.call import NAMESPACE, Call
 from moec.compiler.roles import Role as Role
@@ -103,6 +104,13 @@ class Program:
         return hashlib.sha256(program_text(self, names=False).encode()).hexdigest()[:16]
 
 
+class _Edited(torch.fx.GraphModule):
+    """Holds a graph while it is edited. Nothing runs it, so no code is generated for each pass of each graph."""
+
+    def recompile(self) -> PythonCode:
+        return PythonCode("", {}, None)
+
+
 class Editor:
     """A private copy of a program's graph to rewrite, and `done()` to make it a Program again."""
 
@@ -113,7 +121,7 @@ class Editor:
         for node in old.graph.nodes:
             if node.op == "get_attr":  # the body of a fold over tokens
                 setattr(root, str(node.target), getattr(old, str(node.target)))
-        module = torch.fx.GraphModule(root, copy_graph(old.graph))
+        module = _Edited(root, copy_graph(old.graph))
         module.meta.update(old.meta)
         self.module = module
         self.graph = module.graph
@@ -247,7 +255,6 @@ class Editor:
         """Eliminate dead code, rebuild the exported program and return it."""
         self.graph.eliminate_dead_code(is_impure_node=writes)
         self.drop_unused_weights()
-        self.module.recompile()
         old = self._program.exported
         signature = copy.copy(old.graph_signature)
         signature.input_specs = self.input_specs

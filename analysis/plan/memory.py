@@ -50,12 +50,12 @@ class Model:
     def cache_bytes(self, positions: int) -> int:
         """KV cache of `positions` positions, all layers, and the states of fixed size. Windowed layers keep every
         position, as our caches do."""
-        rows = sum(n * self._rows(c, positions) for c, n in Counter(self.architecture.caches).items())
+        rows = sum(n * self._rows(c, positions) for c, n in self.architecture.alike)
         return rows + self.architecture.fixed_bytes
 
     def cache_read(self, position: int) -> int:
         """Bytes of keys and values that the token at `position` attends to, and of states, read and written."""
-        rows = sum(n * self._rows(c, c.seen(position)) for c, n in Counter(self.architecture.caches).items())
+        rows = sum(n * self._rows(c, c.seen(position)) for c, n in self.architecture.alike)
         return rows + 2 * self.architecture.fixed_bytes
 
     def _rows(self, cache: Cache, positions: int) -> int:

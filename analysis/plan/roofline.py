@@ -66,7 +66,7 @@ def _decode_parts(model: Model, rates: Rates, read: float, position: int) -> Ite
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
     reading = model.cache_read(position) / table["dense"]
-    rows = sum(c.kv_heads * c.seen(position) for c in a.caches)
+    rows = sum(n * c.kv_heads * c.seen(position) for c, n in a.alike)
     attending = rows * rates.attention_row + 2 * (a.attention_macs(position) + a.call_macs) * rates.attention_operation
     if not hot:  # from DRAM, slower by what the measured shape was
         attending *= max(1.0, rates.attention_cached / rates.attention_decode)

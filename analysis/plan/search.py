@@ -50,11 +50,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A shape with what it costs and the loss the law gives it. `tokens` are those the training budget allows.
-
-    `outside`: what of it lies outside the fitted range, in words; such a loss is an extrapolation.
-    """
+class Shape:
+    """A decoder and what it costs on a device at a context. `backbone`: parameters as the law counts them."""
 
     config: DecoderConfig
     experts: int
@@ -62,10 +59,28 @@ class Candidate:
     shared: bool
     total: int
     active: int
-    tokens: float
+    backbone: int
     peak: int
     weights: int
     decode_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Every shape with its costs, and the rates of the device that they rest on. No limit is in it but the context."""
+
+    shapes: tuple[Shape, ...]
+    rates: Rates | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Candidate(Shape):
+    """A shape with the loss the law gives it. `tokens` are those the training budget allows.
+
+    `outside`: what of it lies outside the fitted range, in words; such a loss is an extrapolation.
+    """
+
+    tokens: float
     loss: float
     outside: tuple[str, ...]
 
@@ -150,13 +165,26 @@ def search(
     Candidates outside the law's range are left out unless `extrapolate`; tokens beyond it are evaluated at its end.
     Both are warned of. Errors: UserError when nothing is within the limits, saying which limit excludes most.
     """
+    found = costs(device, footprint, options, limits.context, quantization=quantization)
+    return choose(found, limits, law=law, extrapolate=extrapolate)
+
+
+def costs(
+    device: Device, footprint: Footprint, options: Any, context: int, *, quantization: Quantization | None = None
+) -> Costs:
+    """What every shape costs. `quantization`: how its weights are stored; INT4 if None."""
     quantization = quantization or Quantization(weights="int4")
     rates = footprint.rates(device, reference())
-    built = [
-        _candidate(config, e, g, shared, Model(architecture_of(config, "candidate"), quantization, footprint, options),
-                   device, rates, limits, law, extrapolate)
-        for config, e, g, shared in shapes(limits.context)
-    ]  # fmt: skip
+
+    def model(config: DecoderConfig) -> Model:
+        return Model(architecture_of(config, "candidate"), quantization, footprint, options)
+
+    return Costs(tuple(_shape(which, model(which[0]), device, rates) for which in shapes(context)), rates)
+
+
+def choose(found: Costs, limits: Limits, *, law: Law = PUBLISHED, extrapolate: bool = False) -> Found:
+    """As `search`, among shapes whose costs at the context of `limits` are known."""
+    built = [_candidate(shape, limits, law, extrapolate) for shape in found.shapes]
     kept = [c for c in built if not _broken(c, limits)]
     if not kept:
         raise _nothing(built, limits)
@@ -172,45 +200,37 @@ def search(
         tuple(near),
         len(built),
         tuple(warnings),
-        rates,
+        found.rates,
     )
 
 
-def _candidate(
-    config: DecoderConfig,
-    experts: int,
-    granularity: int,
-    shared: bool,
-    model: Model,
-    device: Device,
-    rates: Rates | None,
-    limits: Limits,
-    law: Law,
-    extrapolate: bool,
-) -> Candidate:
+def _shape(which: tuple[DecoderConfig, int, int, bool], model: Model, device: Device, rates: Rates | None) -> Shape:
     a = model.architecture
-    # the router is left out of N: it grows with g, of which the law knows nothing
-    backbone = a.active_parameters - sum(w.numel for w in a.weights if w.role == "router" and w.counted)
-    tokens = limits.tokens
-    if limits.train_flops is not None:
-        tokens = min(tokens, limits.train_flops / training_flops(backbone, 1.0))
-    n, d = backbone / 1e9, tokens / 1e9
-    asked = d if extrapolate else min(d, law.tokens.high)
     # half of the context is the mean position of a conversation that fills it
-    step = decode(model, device, rates, limits.context // 2)
-    return Candidate(
-        config=config,
-        experts=experts,
-        granularity=granularity,
-        shared=shared,
+    step = decode(model, device, rates, a.context // 2)
+    return Shape(
+        *which,
         total=a.total_parameters,
         active=a.active_parameters,
-        tokens=tokens,
-        peak=memory(model, limits.context).peak,
+        # the router is left out of N: it grows with g, of which the law knows nothing
+        backbone=a.active_parameters - sum(w.numel for w in a.weights if w.role == "router" and w.counted),
+        peak=memory(model, a.context).peak,
         weights=weight_bytes(model),
         decode_tokens_per_s=step.expected_tokens_per_s or step.roofline_tokens_per_s,
-        loss=law.loss(n, asked, experts),
-        outside=tuple(law.outside(n, asked, experts)),
+    )
+
+
+def _candidate(known: Shape, limits: Limits, law: Law, extrapolate: bool) -> Candidate:
+    tokens = limits.tokens
+    if limits.train_flops is not None:
+        tokens = min(tokens, limits.train_flops / training_flops(known.backbone, 1.0))
+    n, d = known.backbone / 1e9, tokens / 1e9
+    asked = d if extrapolate else min(d, law.tokens.high)
+    return Candidate(
+        **vars(known),
+        tokens=tokens,
+        loss=law.loss(n, asked, known.experts),
+        outside=tuple(law.outside(n, asked, known.experts)),
     )
 
 

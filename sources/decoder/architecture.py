@@ -17,6 +17,8 @@ def architecture_of(config: DecoderConfig, name: str, *, by_tensor: bool = False
     """
     width, layers, d = config.d_model, config.layers, config.head_dim
     moe = config.moe
+    windows = [config.window(n) for n in range(layers)]
+    caches = {window: Cache(config.kv_heads, d, d, window) for window in set(windows)}
     return Architecture(
         name=name,
         layers=layers,
@@ -26,7 +28,7 @@ def architecture_of(config: DecoderConfig, name: str, *, by_tensor: bool = False
         context=config.context,
         tied=config.tied_embeddings,
         weights=tuple(_by_tensor(config) if by_tensor else _weights(config)),
-        caches=tuple(Cache(config.kv_heads, d, d, config.window(n)) for n in range(layers)),
+        caches=tuple(caches[window] for window in windows),
         experts=None if moe is None else Experts(layers, moe.experts, moe.top_k, moe.expert_width, moe.shared_width),
         ffn_width=config.ffn_width or 0,
         qk_norm=config.qk_norm,

@@ -9,10 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 
-from moec.compiler.program import Role
+from moec.compiler.program import Role, fake_mode_of
 from moec.sources.decoder.buffers import cache_names, constant_tensors, roles
 from moec.sources.decoder.config import DecoderConfig, RopeConfig, RopeScaling
 from moec.sources.decoder.decoder import Attention, Decoder
+from moec.sources.decoder.export import export_decoder
 from moec.sources.decoder.layout import moe_layers, parameter_counts, weight_layout
 from moec.sources.decoder.rope import rope_frequencies, rope_tables
 
@@ -247,3 +248,20 @@ def test_export_keeps_the_operators_that_the_compiler_looks_for(config: DecoderC
     ]
     logits = exported.graph_module(*weights, ids, torch.tensor([0]))[-1]
     torch.testing.assert_close(logits, run(real, ids), atol=1e-5, rtol=1e-5)  # the same operators, decomposed
+
+
+def test_a_model_is_traced_once_and_again_when_its_symbols_were_constrained() -> None:
+    """What one compile lets the number of tokens be known for must not reach the next one."""
+    first, other = export_decoder(config_of(), "a", None), export_decoder(config_of(), "b", None, max_tokens=9)
+    again = export_decoder(config_of(), "c", None, max_tokens=1000)  # no more than the context
+    assert again.exported is first.exported
+    assert other.exported is not first.exported
+    assert (first.info.name, again.info.name, other.info.max_tokens) == ("a", "c", 9)
+    environment, digest = fake_mode_of(first.graph).shape_env, first.digest()
+    tokens = next(n.meta["val"].shape[1] for n in first.graph.nodes if n.op == "placeholder" and n.name == "tokens")
+    assert bool(tokens > 5)  # a guard: the trace now holds for more than five tokens only
+    assert environment.guards
+    anew = export_decoder(config_of(), "a", None)
+    assert anew.exported is not first.exported
+    assert not fake_mode_of(anew.graph).shape_env.guards
+    assert anew.digest() == digest

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.scaling_law import PUBLISHED, Law, effective_experts, law_text, load_law, training_flops
-from moec.analysis.plan.search import EXPERTS, Found, Limits, search, shape, shapes
+from moec.analysis.plan.search import EXPERTS, Costs, Found, Limits, choose, costs, search, shape, shapes
 from moec.analysis.plan.searched import spec_text
 from moec.compiler.errors import UserError
+from moec.compiler.footprint import Footprint
 from moec.compiler.spec import load_spec, parse_spec
+from moec.compiler.spec.device import Device
 from moec.compiler.spec.targets import options_class
 from moec.compiler.target import find_target
 from moec.sources.decoder.config import DecoderConfig
@@ -32,14 +35,25 @@ CHECKS = [
 ]
 
 
-@cache
-def found(device: str = "galaxy-s25", *, law: Law = PUBLISHED, extrapolate: bool = False, **limits: float) -> Found:
+def on(device: str) -> tuple[Device, Footprint, Any]:
     chosen = load_device(device)
-    asked = Limits(**{"memory": chosen.budget, "context": 8192, **limits})  # type: ignore[arg-type]
-    target = chosen.backend
-    return search(
-        chosen, find_target(target).footprint(), options_class(target)(), asked, law=law, extrapolate=extrapolate
-    )
+    footprint = find_target(chosen.backend).footprint()
+    assert footprint is not None
+    return chosen, footprint, options_class(chosen.backend)()
+
+
+@cache
+def costs_on(device: str) -> Costs:
+    """Of every shape: seconds of work, which no limit but the context changes."""
+    return costs(*on(device), 8192)
+
+
+def limits_of(device: str, limits: dict[str, float]) -> Limits:
+    return Limits(**{"memory": load_device(device).budget, "context": 8192, **limits})  # type: ignore[arg-type]
+
+
+def found(device: str = "galaxy-s25", *, law: Law = PUBLISHED, extrapolate: bool = False, **limits: float) -> Found:
+    return choose(costs_on(device), limits_of(device, limits), law=law, extrapolate=extrapolate)
 
 
 @pytest.mark.parametrize(("n", "d", "losses", "digits"), CHECKS)
@@ -68,7 +82,9 @@ def test_eight_experts_at_three_tenths_of_a_billion() -> None:
 
 def test_the_search_finds_mobilemoe_s() -> None:
     """Bounded to 0.273 B active parameters it comes to the very shape of MobileMoE-S."""
-    best = found(active=0.273e9).best
+    result = search(*on("galaxy-s25"), limits_of("galaxy-s25", {"active": 0.273e9}))
+    assert result == found(active=0.273e9), "costs that are known already change nothing"
+    best = result.best
     published = load_spec(SPECS / "models" / "mobilemoe-s.yaml").model
     assert isinstance(published, DecoderConfig)
     assert (best.experts, best.granularity, best.shared) == (8, 8, True)
