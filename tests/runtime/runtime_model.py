@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -92,6 +93,13 @@ def write_pte(
     `delegate`: XNNPACK computes the two plain linears. `says_states` False: a program as it was before it said how its
     states are written.
     """
+    path.write_bytes(_program(int8_cache, window, delegate, says_states))
+    return OneLayer(int8_cache=int8_cache, window=window)
+
+
+@cache
+def _program(int8_cache: bool, window: int, delegate: bool, says_states: bool) -> bytes:
+    """Of every form once a process: lowering takes seconds, and many files of tests run one of a few forms."""
     models = {"forward": OneLayer(int8_cache=int8_cache, window=window, last=True)}
     models["forward_all"] = OneLayer(int8_cache=int8_cache, window=window)
     states = key_value_states("", KV, HEAD, HEAD, window=window)
@@ -116,7 +124,6 @@ def write_pte(
             )
             planning = MemoryPlanningPass(share_mutable_buffers=True)
             config = ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)
-            path.write_bytes(edge.to_executorch(config).buffer)
+            return bytes(edge.to_executorch(config).buffer)
     finally:
         logging.disable(logging.NOTSET)
-    return models["forward_all"]
