@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 MAX_FORMAT_BYTES = 1 << 20
 
-JsonSchema = Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON Schema that the answer satisfies.")]
-Regex = Annotated[str | None, typer.Option(help="A regular expression that the whole answer matches.")]
+JsonSchema = Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON Schema that the answer must satisfy.")]
+Regex = Annotated[str | None, typer.Option(help="A regular expression that the whole answer must match.")]
 Grammar = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A grammar (Lark, or llama.cpp's GBNF) that derives the answer.")
+    Path | None, typer.Option(metavar="FILE", help="A grammar (Lark, or llama.cpp's GBNF) for the answer.")
 ]
 ChatTemplateFile = Annotated[
     Path | None, typer.Option("--chat-template", metavar="FILE", help="A jinja template; default: the artifact's.")
 ]
 Draft = Annotated[
     Path | None,
-    typer.Option(metavar="ARTIFACT", help="A small model of the same tokenizer that guesses; the text stays the same."),
+    typer.Option(metavar="ARTIFACT", help="A smaller model with the same tokenizer drafts tokens; same text, sooner."),
 ]
 PrefixFolder = Annotated[
     Path | None,
@@ -75,8 +75,11 @@ def prefixes_in(folder: Path | None, artifact: Artifact) -> PrefixCache | None:
 
 
 def show(text: str, stream: Any = None) -> None:
-    """Write text as it comes: a terminal gets no escape sequences that a model may have learned, and no traceback for a
-    character that it cannot show."""
+    """Write text as it comes.
+
+    Escape sequences that a model may have learned never reach a terminal; a character that the stream cannot encode is
+    replaced.
+    """
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     text = printable(text) if stream.isatty() else text

@@ -20,12 +20,14 @@ def bench_artifact(
     prefill: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt; default 512, or what fits.")] = None,
     decode: Annotated[int | None, typer.Option(min=1, help="Tokens to generate; default 64, or what fits.")] = None,
     context: Annotated[
-        str | None, typer.Option(help="Positions to decode at, such as 256,1024,8000; default: behind the prompt.")
+        str | None, typer.Option(help="Positions to decode at, such as 256,1024,8000; default: after the prompt.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
     memory_mb: MemoryMb = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rates are medians over this many runs.")] = 3,
-    tokens: Annotated[Path | None, typer.Option(help="A file of token ids as the prompt; default: spread ids.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="A file of token ids as the prompt; default: ids spread over the vocabulary.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
     """Time prefill, decoding by context length, and loading, in a process of its own (without Python for xnnpack).
@@ -42,7 +44,7 @@ def bench_artifact(
     room = opened.manifest.model.context
     starts = _contexts(context, room)
     ids = None if tokens is None else _token_ids(tokens)
-    # defaults give way to a short context; what was asked for does not
+    # defaults are reduced for a short context; numbers that the user gave are not
     steps = decode if decode is not None else max(1, min(64, room // 4))
     latest = min(starts) if starts else room - steps
     length = len(ids) if ids is not None else prefill if prefill is not None else max(1, min(512, latest))

@@ -64,9 +64,12 @@ def chat(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that `moec compile` wrote.")],
     system: Annotated[str | None, typer.Option(help="The system prompt; default: the template's own.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop an answer after this many tokens; default: at the context's end.")
+        int | None,
+        typer.Option(min=1, help="Stop an answer after this many tokens; default: when the context is full."),
     ] = None,
-    load_file: Annotated[Path | None, typer.Option("--load", metavar="FILE", help="Continue what /save wrote.")] = None,
+    load_file: Annotated[
+        Path | None, typer.Option("--load", metavar="FILE", help="Continue a conversation that /save wrote.")
+    ] = None,
     drop_oldest: Annotated[
         bool, typer.Option("--drop-oldest", help="When the context is full, drop the oldest turns; default: an error.")
     ] = False,
@@ -115,7 +118,8 @@ def chat(
     format = format_of(json_schema, regex, grammar)
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
-    assistant.chat_prompt([{"role": "user", "content": "?"}])  # a template that is missing or faulty is said now
+    # a template that is missing or faulty fails now, not at the first question
+    assistant.chat_prompt([{"role": "user", "content": "?"}])
     assistant.prefixes = prefixes_in(prefix_cache, opened)
     session = load(opened)
     helper = None
@@ -141,7 +145,7 @@ def chat(
 
 
 class _Talk:
-    """What is typed, line by line."""
+    """A conversation, and the commands typed in it, line by line."""
 
     def __init__(self, conversation: Conversation, limits: Limits, format: Format | None) -> None:
         self._conversation, self._limits, self._format = conversation, limits, format
@@ -159,7 +163,7 @@ class _Talk:
         }
 
     def take(self, line: str) -> bool:
-        """Answer a question or do what a command says; False when it is over. Faults are said, and it goes on."""
+        """Answer a question or execute a command; False ends the conversation. A UserError is printed, no more."""
         try:
             if not line.startswith("/"):
                 self._ask(line)
@@ -236,7 +240,7 @@ class _Talk:
 
 
 def _print_stoppable(answer: Answer) -> None:
-    """An answer as it comes; Ctrl-C ends it and nothing else."""
+    """Print an answer as it comes; Ctrl-C ends the answer and nothing else."""
     thinking = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -260,7 +264,7 @@ def _print_stoppable(answer: Answer) -> None:
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """What is typed, lines that end in a backslash joined; Ctrl-C forgets a line, the end of the input ends it."""
+    """Lines of input, joined where one ends in a backslash; Ctrl-C discards a line, the end of the input ends them."""
     begun: list[str] = []
     while True:
         try:
@@ -289,7 +293,7 @@ def _lines(prompt: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Editing of lines, with those of earlier conversations, where Python has readline."""
+    """Line editing, with the lines of earlier conversations as history, where Python has readline."""
     try:
         import readline
     except ImportError:
@@ -306,7 +310,7 @@ def _line_editing() -> Iterator[None]:
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(file)
-            file.chmod(0o600)  # what was said is nobody else's
+            file.chmod(0o600)  # conversations are private
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`moec checkpoint`: make, look into, and describe folders of weights."""
+"""`moec checkpoint`: synthesize a checkpoint, inspect one, or write the spec that it implies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 @_commands.command("synthesize")
 def synthesize(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec whose model to make weights for.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec of the model that needs weights.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     qat: Annotated[bool, typer.Option("--qat", help="Packed INT4, as QAT checkpoints are released.")] = False,
@@ -33,7 +33,7 @@ def synthesize(
     ] = "clustered",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Write a random checkpoint in the released layout: for CI, and where the gated weights are not at hand.
+    """Write a random checkpoint in the released layout, for CI and for machines without access to the gated weights.
 
     Example: [bold]moec checkpoint synthesize specs/models/mobilemoe-tiny.yaml --out build/tiny --seed 1 --qat[/bold]
     """

@@ -20,14 +20,16 @@ def register(app: typer.Typer) -> None:
 
 def compile_spec(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec, a checkpoint folder, or a GGUF file.")],
-    target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="One of `moec targets`; default: the spec's, if it names one.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; overrides the spec's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact folder to write. Default: NAME-TARGET here.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="How codes are computed: rtn, gptq, awq_gptq, ... or auto; wins over the spec's.")
+        str | None, typer.Option(help="How codes are computed: rtn, gptq, awq_gptq, ... or auto; overrides the spec's.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text or JSON lines that such a method runs the model on; wins over the spec's.")
+        Path | None, typer.Option(help="Text or JSON lines to calibrate such a method on; overrides the spec's.")
     ] = None,
     dequantize: Annotated[
         str | None, typer.Option(metavar="TYPES", help="Types of a GGUF file, such as Q4_K,Q6_K, to quantize anew.")
@@ -39,10 +41,10 @@ def compile_spec(
 ) -> None:
     """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
 
-    A checkpoint folder stands for the spec that its config.json implies, INT4 in groups of 32, which is printed; a GGUF
-    file for one that carries its codes as they are (Q4_0, Q8_0, Q5_0, IQ4_NL; others: --dequantize).
+    A checkpoint folder in place of a spec is compiled by the spec that its config.json implies (INT4 in groups of 32),
+    which is printed; a GGUF file by one that keeps its codes (Q4_0, Q8_0, Q5_0, IQ4_NL; other types: --dequantize).
 
-    An artifact that stands at --out is replaced only when the new one is complete.
+    An artifact that exists at --out is replaced only when the new one is complete.
 
     Example: [bold]moec compile specs/models/mobilemoe-s.yaml --checkpoint MobileMoE-S-QAT --out build/s[/bold]
 
@@ -97,7 +99,7 @@ def with_method(spec: Spec, method: str | None, file: Path | None) -> Spec:
 
 
 def calibrated(report: Mapping[str, Any]) -> str:
-    """One line about a calibration: method, tokens, and the experts that saw least."""
+    """One line about a calibration: method, tokens, and the experts that saw fewest tokens."""
     text = f"calibrated by {report['method']} on {report['tokens']:,} tokens"
     experts = [e for layer in report["moe"] for e in layer["experts"]]
     if experts:

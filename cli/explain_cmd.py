@@ -25,8 +25,8 @@ def explain(
 ) -> None:
     """Say what each pass changed and, for every candidate it left alone, the node and the reason.
 
-    No weights are read. For a block that must be fused and is not: what of it was understood, the node that stopped it,
-    the reason and the remedy, and exit status 1.
+    No weights are read. For a block that must be fused and is not, it says which part was understood, the node that
+    prevented a match, the reason and the remedy; the exit status is 1.
 
     Example: [bold]moec explain specs/models/mobilemoe-tiny.yaml[/bold]
     """

@@ -18,14 +18,15 @@ def register(app: typer.Typer) -> None:
 def fit(
     runs: Annotated[Path, typer.Argument(metavar="RUNS.csv", help="Columns active_parameters, tokens, experts, loss.")],
     bootstrap: Annotated[int, typer.Option(min=0, max=10_000, help="Resamples for the intervals; 0: none.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of starts and resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of starting points and resamples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the law for `moec search --law`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the fit as JSON.")] = False,
 ) -> None:
     """Fit the on-device scaling law to training runs, with 95% bootstrap intervals.
 
-    One line a run: active parameters and tokens as they are (0.3e9), experts of the dense block's width (1: dense), and
-    the final loss. At least 12 runs, with 3 sizes, 3 token counts and 2 numbers of experts among them.
+    RUNS.csv has one line for each run: active parameters and tokens as they are (0.3e9), experts of the dense block's
+    width (1: dense), and the final loss. At least 12 runs, with 3 sizes, 3 token counts and 2 numbers of experts among
+    them.
 
     Example: [bold]moec fit runs.csv --bootstrap 500 --out law.json[/bold]
     """

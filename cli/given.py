@@ -1,4 +1,4 @@
-"""What a command was given as its spec: a YAML file, or a checkpoint folder or GGUF file that implies one."""
+"""The spec that a command's argument names: a YAML file, or a checkpoint folder or GGUF file that implies a spec."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False) -> Spec:
-    """The spec of a file, or the one that a checkpoint stands for, which is printed to stderr unless `quiet`.
+    """The spec of a file, or the one that a checkpoint implies, which is printed to stderr unless `quiet`.
 
-    `dequantize`: types of a GGUF file's tensors, separated by commas, whose values are quantized anew.
+    `dequantize`: types of a GGUF file's tensors, separated by commas, whose values may be quantized again.
 
     Errors: SpecError; CheckpointError for what moec cannot read as a checkpoint; UserError for `dequantize` of a spec.
     """
@@ -33,7 +33,7 @@ def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False
 
 
 def text_implied(path: Path, dequantize: str | None = None) -> str:
-    """YAML text of the spec that a checkpoint folder or a GGUF file stands for; errors as `spec_given`."""
+    """YAML text of the spec that a checkpoint folder or a GGUF file implies; errors as `spec_given`."""
     from moec.checkpoints.spec_from_config import spec_from_config
     from moec.checkpoints.spec_from_gguf import spec_from_gguf, unknown_types
 

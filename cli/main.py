@@ -108,7 +108,7 @@ def _invoke(arguments: list[str] | None) -> int:
     try:
         result: Any = command.main(args=arguments, prog_name="moec", standalone_mode=False)
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # typer makes of it the status of a failed check
+        if isinstance(stop.__context__, BrokenPipeError):  # typer turns it into the status of a failed check
             raise stop.__context__ from None
         raise
     except typer.Abort:
@@ -172,13 +172,13 @@ def _say(text: str) -> None:
     try:
         print(("\r\x1b[2K" if live else "") + printable(text), file=sys.stderr, flush=True)
     except OSError:
-        # where nothing can be said the status still tells: Python's own is 120 for text that stays unwritten
+        # stderr may be closed: the exit status still says it; Python's own for text that stays unwritten would be 120
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch and native libraries say it in their own words; what was caught on the way counts."""
+    """torch and native libraries word it differently; exceptions that were caught on the way are looked at as well."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, MemoryError) or re.search(

@@ -12,7 +12,7 @@ MemoryMb = Annotated[
         "--memory-mb",
         min=1,
         metavar="N",
-        help="Stay within N million bytes: routed experts are read from the file as tokens choose them. "
+        help="Stay within N million bytes: routed experts are read from the file when tokens select them. "
         "Default: what the spec says, else no limit.",
     ),
 ]

@@ -42,7 +42,7 @@ def emit_json(value: Any) -> None:
 
 
 def check_writable(*files: Path | None) -> None:
-    """UserError naming the first file that could not be written, before work is spent on it. None and `-` are none."""
+    """UserError naming the first file that could not be written, before work is spent on it. Skips None and `-`."""
     for file in files:
         if file is None or str(file) == "-":
             continue
@@ -63,7 +63,7 @@ def check_apart(a: Path | None, b: Path | None) -> None:
         raise UserError("two outputs go to this file", place=str(a), remedy="choose another file for one of them")
 
 
-#: What makes a folder an artifact, a checkpoint, a run or a corpus; and what in it no report may take the place of.
+#: Files that make a folder an artifact, a checkpoint, a run or a corpus. No report may replace a file of such a folder.
 _MARKERS = ("manifest.json", "config.json", "run.json", "corpus.json")
 _PARTS = (*_MARKERS, "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "model.safetensors.index.json")
 _PART_SUFFIXES = (".pte", ".onnx", ".data", ".mlir", ".vmfb", ".safetensors", ".tokens", ".docs", ".mask")
@@ -77,12 +77,12 @@ def _belongs(file: Path) -> bool:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write `text`: whole, or what was there stays. UserError naming the file when it cannot be written."""
+    """Write `text` completely, or leave the old file as it is. UserError naming the file when it cannot be written."""
     check_writable(file)
     part: Path | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and not stat.S_ISREG(file.stat().st_mode):  # a pipe or a device takes no other's place
+        if file.exists() and not stat.S_ISREG(file.stat().st_mode):  # a pipe or a device is written to, not replaced
             file.write_text(text, "utf-8")
             return
         whole = file.resolve()

@@ -31,16 +31,19 @@ def plan(
     memory_mb: Annotated[
         int | None,
         typer.Option(
-            "--memory-mb", min=1, metavar="N", help="Plan for N million bytes, experts read as tokens choose them."
+            "--memory-mb", min=1, metavar="N", help="Plan for N million bytes, experts read when tokens select them."
         ),
     ] = None,
     hits: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="With --memory-mb: the share of experts found; default: uniform routing."),
+        typer.Option(
+            min=0.0, max=1.0, help="With --memory-mb: the cache's hit rate; default: that of uniform routing."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what a model needs: parameters, memory by role and context, operations and bytes a token, tokens per second.
+    """Say what a model needs: parameters, memory by role and context, operations and bytes per token, tokens per
+    second.
 
     When it does not fit the device: the longest context that does, and what each change would save. Nothing is compiled
     and no checkpoint is read.

@@ -37,14 +37,14 @@ def profile(
     adb: Annotated[bool, typer.Option("--adb", help="Run on an Android device.")] = False,
     serial: Annotated[str | None, typer.Option(help="Which device, as `adb devices` lists it; implies --adb.")] = None,
     runner: Annotated[
-        Path | None, typer.Option(help="Folder of a runner built for the device; default: what is on it.")
+        Path | None, typer.Option(help="Folder of a runner built for the device; default: the one on it.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --adb: print the commands, run none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Time to first token, rates, memory by what holds it, and the experts that each kind of text reaches.
+    """Measure time to first token, rates, memory by part, and the experts that each kind of text selects.
 
-    Every run is a fresh process without Python whose weights are mapped lazily and not in the page cache.
+    Every run is a new process without Python; weights are mapped lazily and are not in the page cache when it starts.
 
     Examples:
 

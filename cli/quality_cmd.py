@@ -34,8 +34,8 @@ def quality(
     """Compare what models predict with what the float model predicts: mean and tail of the KL divergence in nats, how
     often the likeliest token is the same, and perplexity.
 
-    Artifacts run as they ship, with their rounding of activations and cache. All are given the same tokens; one whose
-    tokenizer gives others is refused.
+    Artifacts run as they ship, with their rounding of activations and cache. All get the same tokens; a model whose
+    tokenizer makes others of the text is refused.
 
     Example: [bold]moec quality build/int4 build/int8 --plot build/quality.svg[/bold]
     """

@@ -1,4 +1,4 @@
-"""`moec quantize`: bits where they matter, so that an artifact has a size."""
+"""`moec quantize`: choose the bits of each part of a model for an artifact of a given size or divergence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moec.analysis.verify.quality.divergence import Divergence
 
 _MOST_MB = 1e7
-_TRIES = 4  # of a mixture within a divergence, each expected to cost less than the one before
+_TRIES = 4  # at a mixture within --max-kld, each with a smaller expected divergence than the one before
 _SAFETY = 0.95
 
 
@@ -27,32 +27,36 @@ def quantize(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec, or a checkpoint folder.")],
     out: Annotated[Path, typer.Option(help="Write the spec with the chosen bits here.")],
     target_size: Annotated[
-        float | None, typer.Option(metavar="MB", help="Bytes of the whole artifact at most, in 10^6.")
+        float | None, typer.Option(metavar="MB", help="The whole artifact in MB (10^6 bytes), at most.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="What a device's memory budget leaves: its name (`moec device list`) or file.")
+        str | None, typer.Option(help="Use the memory budget of a device: its name (`moec device list`) or file.")
     ] = None,
     max_kld: Annotated[
         float | None,
-        typer.Option(help="KL divergence from the float model at most, in nats; alone: the fewest bytes within it."),
+        typer.Option(
+            help="KL divergence from the float model in nats, at most; given alone: the fewest bytes within it."
+        ),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The spec's only one, or one of `moec targets`.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; wins over the spec's.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="One of `moec targets`; default: the spec's, if it names one.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder with the weights; overrides the spec's.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="How codes are computed: awq_gptq, ...; wins over the spec's.")
+        str | None, typer.Option(help="How codes are computed: awq_gptq, ...; overrides the spec's.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text or JSON lines that such a method runs the model on; wins over the spec's.")
+        Path | None, typer.Option(help="Text or JSON lines to calibrate such a method on; overrides the spec's.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of held-out text that the result is measured on.")] = 1536,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Choose bits and group size of every part of a model so that its artifact has a size and diverges least.
+    """Choose bits and group size of every part of a model so that its artifact fits a size and diverges least.
 
     Each part's own divergence is measured on calibration text, the best mixture of INT4 and INT8 in groups of 32 to 256
-    is solved for, and the result is measured on held-out text. What is written is a plain spec, its exceptions by name
-    under `quantization: tensors:`, for `moec compile`. Measurements are kept: another size takes little.
+    is computed from that, and the result is measured on held-out text. The output is a plain spec for `moec compile`,
+    with exceptions by name under `quantization: tensors:`. Measurements are cached: another size is quick.
 
     With --max-kld the exit status is 1, and nothing is written, if the result diverges more.
 
@@ -92,7 +96,9 @@ def quantize(
             break
         assert max_kld is not None
         assert expected is not None
-        expected *= _SAFETY * max_kld / found.kld  # parts cost more together, and activations are rounded too
+        expected *= (
+            _SAFETY * max_kld / found.kld
+        )  # together, parts cost more than the sum of each alone, and activations are rounded too
     if within:
         size = f"{chosen.bytes / 1e6:.1f} MB for {name}"
         said = f"moec quantize: {size}, KL divergence {found.kld:.4f} on {found.tokens} tokens"

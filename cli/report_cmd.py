@@ -24,20 +24,20 @@ def report(
         str | None, typer.Option(help="A device whose budget and speed to compare with. Default: the spec's.")
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="What `moec profile --json` wrote. Default: found beside.")
+        Path | None, typer.Option(help="What `moec profile --json` wrote. Default: the file beside PATH.")
     ] = None,
     verify: Annotated[
-        Path | None, typer.Option(help="What `moec verify ARTIFACT --json` wrote. Default: found beside.")
+        Path | None, typer.Option(help="What `moec verify ARTIFACT --json` wrote. Default: the file beside PATH.")
     ] = None,
     passes: Annotated[
-        Path | None, typer.Option(help="What `moec verify SPEC --json` wrote. Default: found beside.")
+        Path | None, typer.Option(help="What `moec verify SPEC --json` wrote. Default: the file beside PATH.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     trust: Trust = False,
 ) -> None:
     """Write one self-contained HTML page: sizes, graphs, passes, verification, memory and speed, experts, versions.
 
-    Nothing in it is loaded from anywhere. Verification and profile are taken from PATH.verify.json and
+    The page loads nothing from elsewhere. Verification and profile are taken from PATH.verify.json and
     PATH.profile.json if they are about this artifact.
 
     Example: [bold]moec profile build/s --json build/s.profile.json; moec report build/s --device galaxy-s25[/bold]

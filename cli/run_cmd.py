@@ -1,4 +1,4 @@
-"""`moec run`: one answer of an artifact, to a text, a question or ids."""
+"""`moec run`: continue a text or ids with an artifact, or answer one question."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def run_artifact(
     stop: Stop = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(min=0, max=100, help="With --json: log-probabilities, and of so many likeliest tokens."),
+        typer.Option(
+            min=0, max=100, help="With --json: log-probabilities of each token and of this many likeliest ones."
+        ),
     ] = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,

@@ -1,4 +1,4 @@
-"""Options of every command that samples: what is left out is what the artifact's generation_config.json recommends."""
+"""Options of every command that samples; their defaults are what the artifact's generation_config.json recommends."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ Temperature = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from this many of the likeliest tokens; 0: all.")]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that sum to this probability.")
+    float | None,
+    typer.Option("--top-p", help="Sample from the fewest likeliest tokens whose probabilities sum to this."),
 ]
 MinP = Annotated[
-    float | None, typer.Option("--min-p", help="Sample from tokens with at least this share of the likeliest one's.")
+    float | None,
+    typer.Option("--min-p", help="Sample from tokens with at least this fraction of the likeliest's probability."),
 ]
 RepeatPenalty = Annotated[
-    float | None, typer.Option(help="Divide the logits of tokens that occurred by this; 1: none.")
+    float | None, typer.Option(help="Divide the logits of tokens that occurred by this; 1: no penalty.")
 ]
-PresencePenalty = Annotated[float | None, typer.Option(help="Take this off the logits of new tokens that occurred.")]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Subtract this from the logits of tokens already generated.")
+]
 LogitBias = Annotated[
-    list[str] | None, typer.Option(metavar="ID=BIAS", help="Add to the logit of a token id; can be given often.")
+    list[str] | None, typer.Option(metavar="ID=BIAS", help="Add to the logit of a token id; may be repeated.")
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. Default: 0.")]
-Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; can be given often.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")]
 
 
 def sampling_of(artifact: Path, *, logit_bias: Sequence[str] | None = None, **given: float | int | None) -> Sampling:
-    """What the options say, and for the rest what the artifact's generation_config.json recommends.
+    """The options that were given, and for the others what the artifact's generation_config.json recommends.
 
-    Faults of the options come first: nothing is read for them.
+    The options are checked before any file is read.
     """
     from moec.assistant.sampling import Sampling, recommended
     from moec.compiler.source import GENERATION

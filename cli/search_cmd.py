@@ -1,4 +1,4 @@
-"""`moec search`: which shape to train for a device."""
+"""`moec search`: which model shape to train for a device."""
 
 from __future__ import annotations
 

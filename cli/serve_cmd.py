@@ -24,11 +24,11 @@ def register(app: typer.Typer) -> None:
 def serve(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that `moec compile` wrote.")],
     host: Annotated[
-        str, typer.Option(help="The address to listen at; other than loopback needs a token.")
+        str, typer.Option(help="The address to listen at; one other than loopback needs a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     token: Annotated[
-        str | None, typer.Option(help="What clients must bring as Authorization: Bearer TOKEN; default: MOEC_TOKEN.")
+        str | None, typer.Option(help="What clients must send as Authorization: Bearer TOKEN; default: MOEC_TOKEN.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default: the artifact's name.")] = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
@@ -44,7 +44,7 @@ def serve(
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
 ) -> None:
-    """Serve chat completions, completions and models, with a page to talk at /, until Ctrl-C.
+    """Serve chat completions, completions and models, with a chat page at /, until Ctrl-C.
 
     Example: [bold]moec serve build/s --port 8080[/bold], and http://localhost:8080/v1 as the base URL of a client.
     """

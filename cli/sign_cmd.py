@@ -1,4 +1,4 @@
-"""`moec sign` and `moec verify-signature`: whose an artifact is, and that nothing in it changed."""
+"""`moec sign` and `moec verify-signature`: who signed an artifact, and that nothing in it changed since."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def sign(
 ) -> None:
     """Sign the digests of all files of an artifact, as OpenSSF Model Signing does. Nothing leaves this machine.
 
-    The password of a key is taken from the environment: MOEC_KEY_PASSWORD. The same signature is read by
-    `model_signing verify key`.
+    The password of a key is taken from the environment: MOEC_KEY_PASSWORD. `model_signing verify key` accepts the
+    same signature.
 
     Example: [bold]moec sign build/s --key key.pem[/bold]
 

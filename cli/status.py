@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 DONE = 0
-CHECK_FAILED = 1  # what was asked to be checked does not hold: verify, explain, checkpoint inspect
+CHECK_FAILED = 1  # of verify, explain, checkpoint inspect and others: the thing checked does not hold
 USER_ERROR = 2
-BUG = 70  # of ours, with a traceback
+BUG = 70  # an error of moec itself, with a traceback
 INTERRUPTED = 130  # as shells report SIGINT
 TERMINATED = 143  # and SIGTERM

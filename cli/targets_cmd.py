@@ -1,4 +1,4 @@
-"""`moec targets`: what a spec can be compiled for here."""
+"""`moec targets`: the targets that specs can name, and whether they work here."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ def register(app: typer.Typer) -> None:
 
 def train_spec(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec, with a `training:` section.")],
-    data: Annotated[Path, typer.Option(help="Corpus folder that `moec data` built.")],
+    data: Annotated[Path, typer.Option(help="Corpus folder that `moec data build` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the run: a checkpoint for every stage, metrics, state.")],
     stage: Annotated[
         str | None, typer.Option(help="Only this stage, from the checkpoint of the one before it (or --init).")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --out, to the same numbers.")] = False,
     init: Annotated[Path | None, typer.Option(help="Checkpoint folder to start from.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the spec's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; default: the spec's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per core.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     backend: Annotated[
@@ -39,7 +39,7 @@ def train_spec(
 
     After a stop: [bold]moec train specs/models/mobilemoe-nano.yaml --data corpus --out run --resume[/bold]
 
-    In 4 processes: [bold]python -m torch.distributed.run --nproc-per-node 4 -m moec.cli.main train SPEC[/bold]
+    In 4 processes: [bold]python -m torch.distributed.run --nproc-per-node 4 -m moec train SPEC[/bold]
     """
     from moec.cli.output import emit_json, table
     from moec.compiler.errors import UserError

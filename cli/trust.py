@@ -1,4 +1,4 @@
-"""The option `--trust` of every command that may meet code."""
+"""The option `--trust` of every command that may load code."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         callback=_say_so,
-        help="Run code that comes with it: a python model, a .pt2, an MLIR program, a task's functions.",
+        help="Run code that the input brings: a Python model, a .pt2, an MLIR program, a task's functions.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""`moec verify`, `moec bisect`, `moec diff`: does it compute what the model computes, and if not, since when?"""
+"""`moec verify`, `moec bisect`, `moec diff`: does it compute what the model computes, and if not, since which pass?"""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     path: Annotated[Path, typer.Argument(metavar="ARTIFACT|SPEC", help="A folder that was compiled, or a YAML spec.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="The weights, if they have moved since.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The weights, if they were moved after compiling.")] = None,
     after: Annotated[
         str | None, typer.Option(help="For a spec: `each` checks every pass, a name only that one. Default: each.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="For a spec with several targets: whose passes.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="For a spec with several targets: the one whose passes to check.")
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(help="For an artifact: compare it with these targets and artifact folders, separated by commas."),
@@ -42,7 +44,7 @@ def verify(
         Path | None, typer.Option(help="A checkpoint of the float model, if the artifact's own holds codes.")
     ] = None,
     quality_tokens: Annotated[
-        int | None, typer.Option(min=0, help="Tokens for what quantization cost (default 1536); 0: do not measure it.")
+        int | None, typer.Option(min=0, help="Tokens to measure the cost of quantization on (default 1536); 0: do not.")
     ] = None,
     max_kld: Annotated[
         float | None, typer.Option(min=0, help="Fail if the mean KL divergence from the float model exceeds this.")
@@ -50,13 +52,13 @@ def verify(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Replay an artifact against the eager model with the same integer weights, or the passes of a spec one by one.
+    """Compare an artifact with the eager model that holds the same codes, or each pass of a spec with its input.
 
-    Of an artifact it also says what quantization cost: KL divergence from the float model, agreement of the likeliest
-    token, and perplexity, on held-out text or on --text.
+    For an artifact it also measures what quantization cost: KL divergence from the float model, agreement of the
+    likeliest token, and perplexity, on held-out text or on --text.
 
-    With --against, compare it with what other targets make of the same spec and weights (compiled here, or folders
-    that exist) and with the eager model, each with each: a target that is wrong stands apart and is named.
+    With --against, it compares artifacts of other targets for the same spec and weights (compiled here, or folders that
+    exist) and the eager model pairwise: a target that is wrong disagrees with the others and is named.
 
     Exit status 1 if a tolerance is missed; the report names the check, the place, and by how much.
 
@@ -166,7 +168,8 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print the differences as JSON.")] = False,
     trust: Trust = False,
 ) -> None:
-    """What differs between two artifacts (manifest and logits) or two graphs (text). Exit status 1 if anything does.
+    """Show what differs between two artifacts (manifest and logits) or two graphs (text). Exit status 1 if anything
+    does.
 
     Example: [bold]moec diff build/before build/after[/bold]
     """
@@ -183,7 +186,7 @@ def diff(
 
 
 def read_text(text: Path | None) -> str | None:
-    """The text of a file to measure with; UserError if it is no text, or empty."""
+    """The text of a file to measure on; UserError if the file is no text, or empty."""
     from moec.compiler.errors import UserError
 
     if text is None:
