@@ -17,8 +17,8 @@ from moec.compiler.states import Codes, State, key_value_states
 class Weight:
     """`count` equal matrices of `rows` outputs and `columns` inputs; a vector has one column.
 
-    `used` of them enter the products of one token (None: all): K of E experts a layer, none of an embedding table.
-    `counted`: parameters, not state; the selection bias is a balancing state and left out of published counts.
+    `used` of them enter the products of one token (None: all): K of the E experts of a layer, none of an embedding
+    table. `counted`: parameters, not state; the selection bias is a balancing state and left out of published counts.
     """
 
     role: str
@@ -46,12 +46,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Cache:
-    """One layer's keys and values: `kv_heads` rows of both widths a position; `window` 0 means all positions.
+    """One layer's keys and values: `kv_heads` rows of both widths per position; `window` 0 means all positions.
 
-    `whole`: attention that is not one kernel keeps FP32 rows and computes scores for this many positions in every
-    call, masked or not; 0: one kernel, which reads only the positions seen. `head_width`: of a query head's key and
-    value together where heads are made from the stored row (latent attention), of every row of the cache; 0: as
-    stored.
+    whole: 0 where one kernel computes attention, reading only the positions seen. Otherwise attention is several
+    operators: it keeps FP32 rows, and every call computes scores for this many positions, masked or not.
+    head_width: 0 where heads are stored. With latent attention, which makes the heads from every row of the cache in
+    each call, the width of a query head's key and value together.
     """
 
     kv_heads: int
@@ -103,10 +103,11 @@ class Experts:
 class Architecture:
     """What the planner knows of a model.
 
-    own: the source exports the graph itself, so that targets know its nodes to the operator (norm, one attention, norm,
-    feed-forward in every layer); else they estimate from `caches` and `weights`. ffn_width: of the dense feed-forward
-    blocks, 0 if there are none. qk_norm: whether queries and keys are normalised. fixed: states whose size no context
-    changes, those of convolutions and recurrences; a token reads and writes them whole. caches: of layers that attend.
+    own: the source writes the graph itself, so that targets know its operators exactly (norm, one attention, norm,
+    feed-forward in every layer); for other models they estimate from `caches` and `weights`. ffn_width: of the dense
+    feed-forward blocks, 0 if there are none. qk_norm: whether queries and keys are normalised. fixed: states of
+    convolutions and recurrences, whose size does not depend on the context; every token reads and writes all of them.
+    caches: of the layers with attention.
     """
 
     name: str
@@ -152,7 +153,7 @@ class Architecture:
 
     @property
     def fixed_bytes(self) -> int:
-        """Of the states that no context changes."""
+        """Bytes of the states whose size does not depend on the context."""
         return sum(state.bytes(0) for state in self.fixed)
 
     @property

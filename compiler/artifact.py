@@ -1,7 +1,7 @@
 """An artifact: a folder with the program file(s), the tokenizer and `manifest.json`.
 
-`new_artifact` replaces one as a whole. `Artifact.open` checks what can be checked without reading gigabytes,
-`check_contents` reads all.
+`new_artifact` replaces an artifact as a whole. `Artifact.open` checks what can be checked without reading gigabytes;
+`check_contents` reads every file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PassEntry(_Record):
 
 
 class CodesEntry(_Record):
-    """Weights that are held as codes alike: how many, of which role, and where the codes come from.
+    """Weights held as codes of one format, role and origin: how many, and where the codes come from.
 
     origin: `carried: FORMAT` bit for bit from a checkpoint, or `computed: METHOD`.
     """
@@ -68,7 +68,7 @@ class CodesEntry(_Record):
 
 
 class StateEntry(_Record):
-    """States of the Program that are alike, as it declares them; a target that holds them otherwise says so in details.
+    """States of the Program with equal declarations; a target that stores them otherwise says so in `details`.
 
     shape: an extent is a number, or `positions` (`positions<=N`: the last N). block: elements along each axis that
     share a scale, 0 for the whole axis; empty without codes. bytes: of all of them at the model's context.
@@ -98,8 +98,8 @@ _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 class ModelRecord(_Record):
     """What a runtime must know; lengths in tokens. `moe_layers` are module paths in the order they run.
 
-    `prompt_begins`, `prompt_ends`: the ids that the model's own tokenizer puts around every text, as its post-processor
-    says; None without a tokenizer. `bos_id` is what the model names so, whether or not a prompt begins with it.
+    `prompt_begins`, `prompt_ends`: the ids that the post-processor of the model's tokenizer puts around every text;
+    None without a tokenizer. `bos_id` is the model's BOS id, whether or not prompts begin with it.
     """
 
     name: str
@@ -116,7 +116,7 @@ class ModelRecord(_Record):
 class Manifest(_Record):
     """All that is known of an artifact. `details` are the target's facts (`Target.facts`); `notes` are for the user.
 
-    Nothing in it is of the machine or the moment (see `build_record`): the same compile gives the same manifest.
+    Nothing in it depends on machine or time (those are in `build_record`): the same compile gives the same manifest.
     calibration: the method that computed the codes, the text, and every expert with the tokens that it saw.
     """
 
@@ -156,7 +156,7 @@ class Artifact:
     """An artifact folder whose manifest was read and whose files have the right length and head."""
 
     def __init__(self, folder: Path, manifest: Manifest, overrides: Mapping[str, Any] | None = None) -> None:
-        """`overrides`: options of the target that differ from those it was compiled with, here and now."""
+        """`overrides`: options of the target for this session, in place of those the artifact was compiled with."""
         self.folder = folder
         self.manifest = manifest
         self._overrides = dict(overrides or {})
@@ -254,7 +254,7 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"damaged: {where}: {first['msg']}", place=str(file), remedy=_REMEDY) from error
     control = next(_control_characters(raw), None)
-    if control is not None:  # they would reach the terminal of whoever looks at the artifact
+    if control is not None:  # `moec inspect` would print them to the user's terminal
         raise ArtifactError(f"damaged: control characters in {control!r}", place=str(file), remedy=_REMEDY)
     for record in manifest.files:  # a manifest is input: it may not point outside its folder
         if Path(record.name).name != record.name or "\0" in record.name:

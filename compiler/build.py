@@ -15,7 +15,7 @@ from typing import Any
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.planner import check_fits
-from moec.assistant.load import load as load  # compile and load are one module to those who use both
+from moec.assistant.load import load as load  # so that users of both import one module
 from moec.assistant.native_text import write_text
 from moec.assistant.role_form import write_form
 from moec.compiler.artifact import (
@@ -110,12 +110,13 @@ def compile(
 
 
 def load_exact(artifact: Artifact) -> Session:
-    """The artifact without the rounding of a 16-bit arithmetic, where its target can run it so; else as `load`."""
+    """The artifact in float32 in place of 16-bit floats, if its target can run it so; otherwise as `load`."""
     return target_of(artifact).load_exact(artifact)
 
 
 def load_unrounded(artifact: Artifact) -> Session | None:
-    """The artifact with its codes and fp32 activations; None if its target rounds none, or cannot leave it out."""
+    """The artifact with its codes and fp32 activations; None if its target rounds no activations or cannot run it
+    so."""
     return target_of(artifact).load_unrounded(artifact)
 
 
@@ -136,7 +137,7 @@ class Explanation:
 
 
 def explain(spec: Spec | Mapping[str, Any] | str | Path, target: str | None = None) -> Explanation:
-    """Run the passes of a spec without reading a weight; a program that one refuses is explained as far as it got."""
+    """Run the passes of a spec without reading a weight. If one fails, the explanation covers those before it."""
     spec = as_spec(spec)
     log = PipelineLog()
     program, passes = program_and_passes(spec, None, chosen_target(spec, target)[0])
@@ -179,7 +180,7 @@ def _calibration(spec: Spec, weights: Weights | None, progress: Progress) -> Pas
 
 
 def text_encoder(weights: Weights | None) -> Callable[[Program], Callable[[str], list[int]]]:
-    """The tokenizer of a program's model for text that is no prompt: the checkpoint's, hashed words without one."""
+    """The encoder for text that is no prompt: the checkpoint's tokenizer, or hashed words where it has none."""
     from moec.compiler.word_hash import WordHashEncoder
 
     def encode(program: Program) -> Callable[[str], list[int]]:
@@ -209,7 +210,8 @@ def run_all(
 
 
 def chosen_target(spec: Spec, target: str | None) -> tuple[str, TargetOptions]:
-    """The target asked for, or the spec's only one, with the options the spec gives it."""
+    """The target named by `target`, or the spec's only one, with the options that the spec gives it. UserError for
+    several, or an unknown one."""
     if target is None:
         if len(spec.targets) != 1:
             listed = ", ".join(spec.targets)
@@ -231,7 +233,7 @@ def open_checkpoint(spec: Spec, checkpoint: str | Path | None) -> Checkpoint:
 
 
 def _companions(store: Checkpoint) -> tuple[dict[str, bytes], TextTokenizer | None]:
-    """What the model brings beside its weights, checked: a damaged tokenizer is a fault now, not when it is run."""
+    """The files beside the weights, checked: a damaged tokenizer fails the compile, not the first run."""
     found = dict(store.companions())
     unknown = sorted(set(found) - set(COMPANIONS))
     assert not unknown, f"{type(store).__name__} brings {unknown}, known are {COMPANIONS}"

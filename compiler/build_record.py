@@ -1,7 +1,7 @@
-"""What the compiling machine knows of an artifact and no other should: paths and seconds, in a file that stays.
+"""Paths and timings of a compile, kept on the machine that compiled and not in the artifact.
 
-`OUT.build.json` lies beside the folder OUT. The folder itself holds nothing of the machine, so that the same compile
-gives the same bytes everywhere. A record is bound to the contents of its artifact; one of another is as good as none.
+They are in `OUT.build.json` beside the folder OUT. Nothing in the folder depends on the machine, so that the same
+compile gives the same bytes everywhere. A record names the contents of its artifact; one of other contents is ignored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def model_paths(spec: Spec) -> dict[str, Path]:
 
 
 def portable(spec: Spec) -> Spec:
-    """The spec without what only one machine has: of a path, its last part; of the checkpoint, nothing."""
+    """The spec without the folders of one machine: paths are cut to their last part, the checkpoint is left out."""
     names = {key: Path(path.name) for key, path in model_paths(spec).items()}
     changes: dict[str, Any] = {"checkpoint": None, "model": spec.model.model_copy(update=names)}
     if spec.device is not None and os.sep in spec.device:
@@ -54,7 +54,7 @@ def portable(spec: Spec) -> Spec:
 
 
 def located(spec: Spec, places: Mapping[str, Path]) -> Spec:
-    """A portable spec with the paths of its model in place. UserError where one is not known: none is guessed."""
+    """A portable spec with the paths of its model put back. CheckpointError for a path that `places` does not have."""
     missing = sorted(set(model_paths(spec)) - set(places))
     if missing:
         what = f"where its model ({missing[0]}) lies is not known here: no build record lies beside the artifact"
@@ -68,7 +68,8 @@ def record_file_of(folder: Path) -> Path:
 
 
 def check_record_place(folder: Path) -> None:
-    """UserError if something lies where the record of an artifact at `folder` goes, and is no record of ours."""
+    """UserError if another file, not a record of ours, has the name that the record of an artifact at `folder`
+    takes."""
     file = record_file_of(folder)
     if not file.exists() and not file.is_symlink():
         return
@@ -90,7 +91,8 @@ def write_build_record(
     seconds: Mapping[str, float],
     pass_seconds: tuple[tuple[str, float], ...],
 ) -> None:
-    """Write it beside the artifact, whole or not at all: what is lost where no file can be written is a convenience."""
+    """Write the record beside the artifact, completely or not at all. A failure is no error: the artifact works
+    without."""
     record = BuildRecord(
         contents=manifest.contents,
         checkpoint=str(checkpoint.absolute()),

@@ -3,13 +3,13 @@
 A stage permits operators and holds invariants; it keeps the invariants of the stages before it. Both are checked on the
 exported graph and after every pass (`pipeline.steps`), on the program and on its method for the last token.
 
-    EXPORTED    any operator; tokens and start_pos go in, one result comes out; every weight that is read is held, and
-                every buffer that is written is a state that the program declares
-    CANONICAL   no operator of torch's own that writes an operand
-    FUSED       no top-k, no rows picked by value, no fold over tokens; experts are read by fused MoE nodes alone (a
-                block that stayed unmatched would gather [tokens, k, 2F, D] of weights), their routers are FP32
-    QUANTIZED   codes are read by operators that know them as codes
-    LEGAL       what the target's `Legality` says, nothing else
+    EXPORTED    any operator; tokens and start_pos go in, one result comes out; the program has every weight that the
+                graph reads, and declares a state for every buffer that it writes
+    CANONICAL   no operator of torch that writes an operand
+    FUSED       no top-k, no rows picked by value, no scan over tokens; only fused MoE nodes read experts (a block
+                left unmatched would gather [tokens, k, 2F, D] of weights), and their routers are FP32
+    QUANTIZED   codes are read only by operators that take codes
+    LEGAL       what the target's `Legality` permits, nothing else
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Invariant:
-    """Something that holds from a stage on, and how to find where it does not."""
+    """A condition that holds from a stage on, and a function that finds violations."""
 
     name: str
     faults: Callable[[Program], Iterable[Fault]]
@@ -93,7 +93,7 @@ def check_dialect(program: Program, *, after: str, target: Legality | None = Non
 
 
 def _faults(program: Program, legal: Sequence[Legality]) -> Iterator[Fault]:
-    """In the order of the stages: what an early stage refuses explains what a later one would say."""
+    """Faults in the order of the stages: a violation of an early stage explains those of later ones."""
     for legality in legal:
         for invariant in legality.invariants:
             yield from invariant.faults(program)
@@ -203,8 +203,8 @@ def _expert_faults(program: Program) -> Iterator[Fault]:
 
 
 def _selection_faults(program: Program) -> Iterator[Fault]:
-    """A choice of experts, or a dispatch, that is still spelled out: no target computes as many rows as a value says,
-    and a choice that is left means a block that was not fused, however its experts are stored."""
+    """A top-k or a dispatch outside fused nodes. No target computes a number of rows that depends on values, and a
+    top-k that is left means a block that was not fused, however its experts are stored."""
     for node in program.graph.nodes:
         what = "selects" if operator_name(node) == "aten::topk" else "picks rows by value" if picks_rows(node) else ""
         if what:
@@ -231,7 +231,8 @@ CODES = (torch.uint8, torch.int8)
 
 
 def _code_faults(program: Program) -> Iterator[Fault]:
-    """Codes of a matrix that an operator of torch's own takes for numbers. A target's operators know their own."""
+    """Codes of a matrix that an operator of torch reads as if they were numbers. A target's operators are not
+    checked."""
     for node in program.graph.nodes:
         name = program.weight_of(node) if node.op == "placeholder" else None
         if name is None or len(node.meta["val"].shape) < 2 or node.meta["val"].dtype not in CODES:

@@ -1,4 +1,4 @@
-"""What every pass left, as numbered files: `MOEC_DUMP=DIR moec compile ...` (or explain, or verify).
+"""The graph after every pass, as numbered files: `MOEC_DUMP=DIR moec compile ...` (or explain, or verify).
 
     000_exported.txt, 001_canonicalize.txt, ..., 004_fuse_moe.txt     the graph as text, after each pass
     004_fuse_moe.before.svg, 004_fuse_moe.after.svg                   what the pass replaced, and by what
@@ -20,7 +20,7 @@ from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, module_path
 
 VARIABLE = "MOEC_DUMP"
-PICTURED = 60  # nodes of one picture: a block or two; a layout of thousands takes minutes and shows nothing
+PICTURED = 60  # nodes of one picture, a block or two; thousands take minutes to lay out and are unreadable
 
 
 class Dumps:

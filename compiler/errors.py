@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend. Everything else is our bug and keeps its traceback.
+"""Errors that the user can correct. Every other exception is a bug of moec and keeps its traceback.
 
 A `UserError` has a place (file, tensor, key), what is wrong with it, and a remedy; the command line prints it as one
 line and exits with status 2.

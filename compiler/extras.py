@@ -1,7 +1,7 @@
 """Optional dependencies: what is missing, in one line, with the command that installs it.
 
 A target says what it needs beyond the core as a class attribute `needs`; `moec targets` prints it, and code that is
-about to import such a module calls `require` first. Nothing is imported to find out whether it is there.
+about to import such a module calls `require` first. Checking whether a module is installed does not import it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def install_command(extra: str) -> str:
 
 
 def require(module: str, extra: str, what: str) -> None:
-    """MissingExtra when `module` is not installed. what: what it is wanted for, such as `running an ONNX artifact`."""
+    """MissingExtra when `module` is not installed. what: what needs it, such as `running an ONNX artifact`."""
     if not installed(module):
         raise MissingExtra(f"{what} needs {module}, which is not installed", remedy=f"run: {install_command(extra)}")
 

@@ -1,4 +1,4 @@
-"""Files from outside, read whole: never a device or a pipe, never more than a limit."""
+"""Reading files from outside: regular files only, no device or pipe, and never more than a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a target makes of a model's weights, and how fast its kernels are: what a target tells `moec plan`.
+"""What a target tells `moec plan`: the sizes of a model in its format, and how fast its kernels are.
 
 `Target.footprint` gives one; a target without it cannot be planned for. Sizes are bytes. `options` are the target's
 options of the spec.
@@ -49,7 +49,7 @@ class Footprint(ABC):
 
     @abstractmethod
     def runtime_bytes(self) -> int:
-        """A process that runs models, without one."""
+        """Memory of a process before a model is loaded."""
 
     @abstractmethod
     def instructions(self, architecture: Architecture) -> int:
@@ -60,12 +60,12 @@ class Footprint(ABC):
         """Most tokens of one call."""
 
     def peak(self, device: Device, *, integer: bool) -> float:
-        """Operations per second that nothing exceeds there, multiplies and adds counted apart. `integer`: activations
-        are INT8. That of the CPU's assumed threads, unless a target runs elsewhere."""
+        """Upper bound of operations per second on `device`, multiplies and adds counted apart. `integer`: activations
+        are INT8. By default the peak of the CPU threads that the device file assumes."""
         return cpu_peak(device, integer=integer)
 
     def rates(self, device: Device, reference: Device | None) -> Rates | None:
-        """What the target's kernels reach there, from which speeds are expected; None where none were timed.
+        """Measured rates of the target's kernels on `device`, for expected speeds; None where none were timed.
 
         `reference`: the shipped device whose kernel measurements stand in for a device without its own.
         """

@@ -1,6 +1,6 @@
-"""Make an exported graph functional by renaming operators, where that is all there is to do.
+"""Make an exported graph functional by renaming operators, where nothing else is needed.
 
-`ExportedProgram.run_decompositions({})` traces a graph anew, some 10 ms a node. What it does to a decoder is this:
+`ExportedProgram.run_decompositions({})` traces the graph again, some 10 ms per node. For a decoder it only does this:
 
     index_copy_(buffer, ..) -> buffer' = index_copy(buffer, ..), returned as the buffer's new content
     add_(x, y)              -> add(x, y), which later readers of x read

@@ -1,6 +1,7 @@
 """The instruction sets that our CPU kernels are written for, as `runtime/kernels/instruction_sets.cmake` lists them.
 
-CMake compiles from that file; device files, the probe and the tests read it here, so that a set is named once.
+CMake compiles from that file; device files, the probe and the tests read it through this module, so that each set is
+listed only once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class InstructionSet:
 
 @lru_cache(maxsize=1)
 def instruction_sets() -> tuple[InstructionSet, ...]:
-    """All of them, the best of a machine before those that it can serve as well."""
+    """All of them, better ones first: the first that a machine supports is the best for it."""
     found = []
     for name, *words in (call.split() for call in _CALL.findall(_FILE.read_text("utf-8"))):
         given: dict[str, list[str]] = {}

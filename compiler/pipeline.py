@@ -61,7 +61,7 @@ class Pass:
 
 
 def legal_for(target: Legality, name: str = "legal") -> Pass:
-    """Nothing is rewritten: the program is what `target` takes, or an error names what it does not take."""
+    """A pass that rewrites nothing: the program must be legal for `target`; CompileError names the first violation."""
     return Pass(name, _legal, needs=Stage.FUSED, gives=Stage.LEGAL, declares=target)
 
 

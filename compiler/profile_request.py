@@ -1,4 +1,4 @@
-"""What a profile asks of a target's runner, and what it gets back."""
+"""One run of `moec profile`: what a target's runner is asked to measure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """One process: a pass over `ids`, measured at the lengths of context `points` (ascending).
+    """One process: a pass over `ids`, measured at the context lengths `points` (ascending).
 
-    decode: tokens decoded at each point. follow: they are the ids that come next, not the model's own choice.
-    warm: further passes for rates alone, with every page in memory. cold: forget the file's cached pages first.
+    decode: tokens decoded at each point. follow: decoding feeds the next ids, not the model's own choice.
+    warm: further passes with every page in memory, for rates only. cold: first drop the file from the page cache.
     threads None: one per fast core.
     """
 

@@ -1,7 +1,7 @@
-"""The Program: one exported graph, its weights owned once and loaded lazily, and the role of each.
+"""The Program: one exported graph, its lazy weights by name, and the role of each weight.
 
-The graph is a `torch.export.ExportedProgram` made from fake tensors, so no weight is in memory until a target asks for
-it. `weights[name].load()` reads (maps, computes) one tensor; nothing here keeps it.
+The graph is a `torch.export.ExportedProgram` made from fake tensors, so no weight is in memory until it is
+loaded. `weights[name].load()` reads (maps, computes) one tensor; nothing here keeps it.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> LazyWei
 
 
 def _as_weight(spec: InputSpec) -> InputSpec:
-    """Non-persistent buffers and lifted constants are weights like others here: the Program owns all of them alike."""
+    """The spec with non-persistent buffers and lifted constants as ordinary weights: the Program owns all of them."""
     if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
         return spec
     return replace(spec, kind=InputKind.BUFFER, persistent=True)
@@ -415,7 +415,7 @@ def program_text(program: Program, *, names: bool = True) -> str:
 
 
 def _body_lines(body: torch.fx.GraphModule) -> list[str]:
-    """A graph of its own, that of a fold over tokens."""
+    """Lines of a nested graph, the body of a scan over tokens."""
     values: dict[Node, str] = {}
     lines = []
     for index, node in enumerate(body.graph.nodes):

@@ -187,8 +187,8 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fake_quantize_rows(x: torch.Tensor, block: int = 0) -> torch.Tensor:
-    """What an INT8 kernel sees of `x` [..., K]: one scale for each `block` values along K, the last block perhaps of
-    fewer; 0: one for the whole row."""
+    """`x` [..., K] after INT8 rounding, as a kernel computes with it: one scale for each `block` values along K (the
+    last block may be shorter), or with 0 one for the whole row."""
     width = x.shape[-1]
     if not block:
         q, scale = quantize_rows(x)
@@ -215,6 +215,6 @@ def asymmetric_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def fake_quantize_rows_asymmetric(x: torch.Tensor) -> torch.Tensor:
-    """What an XNNPACK qd8 operator sees of `x`."""
+    """`x` after the rounding of an XNNPACK qd8 operator."""
     q, scale, zero = asymmetric_rows(x)
     return (q - zero) * scale

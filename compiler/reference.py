@@ -1,7 +1,7 @@
 """What an artifact is verified against: its model in eager PyTorch, computed and rounded as the artifact should.
 
-`ModelSource.reference` gives one that can follow an artifact layer by layer. Of a source without one, verification runs
-the exported program instead, and compares each fused node on the artifact's own input.
+`ModelSource.reference` gives one that can follow an artifact layer by layer. For a source without one, verification
+runs the exported program instead, and compares each fused node on the artifact's own input.
 
 T tokens, D model width, E experts, K experts per token, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """A folder that is replaced as a whole: artifacts, checkpoints, corpora.
 
-It is written in a temporary sibling and put in place by one rename, so what stood there survives a crash, Ctrl-C and a
-full disk. A folder is ours only by the file `.moec` that we left in it, which names what we wrote there: a folder
-without it, and one that holds anything else, is never replaced.
+It is written in a temporary sibling and put in place by one rename, so the old folder survives a crash, Ctrl-C and a
+full disk. The file `.moec` marks a folder as ours and lists what we wrote there: a folder without it, or with any
+other file in it, is never replaced.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def owned(folder: Path) -> str | None:
 
 def _check_replaceable(out: Path, kind: str) -> None:
     if Path.cwd().is_relative_to(out.resolve()):
-        # it would be exchanged below the feet of whoever stands there
+        # exchanging it would leave the user's shell in a removed folder
         raise UserError("is the current folder or lies above it", place=str(out), remedy="choose another --out")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError("exists and is not a folder", place=str(out), remedy="choose another --out")
@@ -165,7 +165,7 @@ def _is_part(name: str | bytes, out: Path) -> bool:
 def _make_temporary(out: Path, made: list[Path], handles: list[int]) -> None:
     """A new folder, in `made`, held by a lock, in `handles`, which ends with this process however it ends.
 
-    The lock, and no process id, says who is alive: processes of other PID namespaces see other ids.
+    The lock says whether its process is alive. A process id could not: other PID namespaces have other ids.
     """
     # named before it is made: a signal finds who removes it
     made.append(out.parent / f".{out.name}{_TEMPORARY}{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""What every target's session does alike: checks a request, feeds it in chunks, keeps position and traces.
+"""The base class of every target's session: checks requests, splits prompts into chunks, keeps position and traces.
 
 T tokens, V vocabulary, D width, K experts of a token. A session runs one sequence.
 """
@@ -25,7 +25,7 @@ class Writer(Protocol):
 
 
 class SessionBase(ABC):
-    """The `Session` protocol over two operations that a target brings: `_forward` one chunk, `close`.
+    """The `Session` protocol over two methods that a target implements: `_forward` for one chunk, and `close`.
 
     `place`: the artifact's file, which every fault names. `max_tokens`: the longest chunk that a call takes.
     """
@@ -158,8 +158,8 @@ class SessionBase(ABC):
     def generate(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int], **options: Any) -> Iterator[str]:
         """Text that follows a text, a conversation (`[{"role": "user", "content": "Hi"}]`) or ids, in pieces.
 
-        The prompt is all that the session holds when the answer begins: what it holds already is not computed again,
-        what differs is forgotten. Options: those of `moec.assistant.assistant.Assistant.generate`. RunError: no
+        The session then holds exactly this prompt: tokens that it already holds are not computed again, tokens that
+        differ are forgotten. Options: those of `moec.assistant.assistant.Assistant.generate`. RunError: no
         tokenizer or chat template, a prompt that does not fit, options out of range.
         """
         if self.writer is None:

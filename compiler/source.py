@@ -60,7 +60,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what tells these weights from others: `moec verify` compares it."""
+        """SHA-256, in hexadecimal, that identifies these weights: `moec verify` compares it."""
 
     def companions(self) -> Mapping[str, bytes]:
         """Content of the files of `COMPANIONS` that the model has; by default those beside its weights.
@@ -81,8 +81,8 @@ class ModelSource(ABC, Generic[M]):
     """One form of the `model:` section, from its keys to a Program.
 
     key: the key of `model:` that chooses this source. section: the class of the whole section; paths in it that are
-    relative are taken from the spec's folder. default: whether a section with no source's key is taken for one of this
-    source, so that its faults are told; one source of this distribution says so.
+    relative are taken from the spec's folder. default: whether a section without any source's key is checked as one of
+    this source, so that its faults are reported; exactly one source of this distribution sets it.
     """
 
     key: ClassVar[str]
@@ -97,7 +97,7 @@ class ModelSource(ABC, Generic[M]):
     # --- reading a spec: nothing here may import torch ---------------------------------------------------------------
 
     def quantization_faults(self, model: M, quantization: Quantization) -> Iterator[Fault]:
-        """What of `quantization` cannot be done to this model as far as its shapes are known; places below `model`."""
+        """Settings of `quantization` that the known shapes of this model rule out; places are relative to `model`."""
         yield from ()
 
     def parameters(self, model: M) -> Mapping[str, int]:
@@ -162,7 +162,7 @@ class ModelSource(ABC, Generic[M]):
         asymmetric_roles: Collection[Role] = (),
     ) -> LayerReference | None:
         """The model in eager PyTorch, with the weights of `checkpoint` and rounding as `quantization` says, None for
-        float. It should read and round these by itself: what it shares with the passes, it cannot check.
+        float. It should read and round them with code of its own: it cannot check code that it shares with the passes.
 
         asymmetric_roles: as of `Facts`. None, as here, for the exported program as the reference.
         """

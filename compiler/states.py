@@ -1,7 +1,7 @@
 """What a model carries from one call to the next, declared as data: KV caches, windows, recurrent states.
 
-A `State` says how its buffer is shaped as a function of the context, how it is stored, and how a call updates it. Sizes
-of plans, manifests and targets come from `State.tensors` and `State.bytes`; nothing else knows what a cache weighs.
+A `State` says how its buffer is shaped as a function of the context, how it is stored, and how a call updates it.
+Plans, manifests and targets take sizes from `State.tensors` and `State.bytes` only.
 
     keys of a layer             [1, positions, KV, d], appended at start_pos
     the same in INT8            ... `codes=PER_TOKEN_AND_HEAD`, or a finer `Codes.block`
@@ -100,7 +100,7 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Replaced:
-    """All of it is new after every call, a function of what it was and of the tokens; `recurrence` names which."""
+    """Every call replaces the whole content by a function of the old content and the tokens; `recurrence` names it."""
 
     recurrence: str = ""
 

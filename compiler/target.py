@@ -87,7 +87,7 @@ class Target(ABC):
     """An engine that runs artifacts: how a Program becomes its files, and what can be done with them here.
 
     A target is a folder: `target.py` defines the class and calls `register`, `options.py` holds the class `Options`.
-    The first three methods are all it must have. The others say "not here" unless a target overrides them.
+    The first three methods are required. The others have defaults: most of them say that the target cannot do it.
     Importing `target.py` must not import torch: plans are made without it.
     """
 
@@ -112,7 +112,8 @@ class Target(ABC):
         """A session on the artifact, with the arithmetic that it ships with. ArtifactError when it is damaged."""
 
     def obstacle(self) -> str | None:
-        """What keeps artifacts from running here and no extra brings (such as a C++ compiler), in one line, or None."""
+        """What keeps artifacts from running here and is no extra, such as a missing C++ compiler, in one line; or
+        None."""
         return None
 
     def rounds(self, artifact: Artifact) -> bool:
@@ -257,7 +258,7 @@ def find_target(name: str) -> Target:
     except Exception as error:
         if packages[name].startswith("moec."):
             raise
-        # somebody else's distribution, whatever is wrong with it: nothing of ours to report as a bug
+        # a fault of another distribution must not look like a bug of moec
         what = "does not register it" if isinstance(error, KeyError) else f"cannot be imported: {error}"
         raise UserError(
             f"target {name}: its package {packages[name]} {what}", remedy="reinstall or remove the distribution"

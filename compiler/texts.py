@@ -1,4 +1,5 @@
-"""Real text to verify, profile and train on: four domains, shipped with moec (specs/prompts/).
+"""The text shipped in specs/prompts/ (four domains), and JSON lines of the user's: read by verify, profile,
+calibration.
 
 Real text matters: repeated or random tokens reach few experts, or all of them evenly, and understate both the memory
 and the routing of a Mixture of Experts.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Lengths in tokens. `contexts` are the positions where decoding starts; empty: right behind the prompt.
+    """Lengths in tokens. `contexts` are the positions where decoding starts; empty: right after the prompt.
 
     `tokens` are the prompt's ids; None: `prefill` ids spread over the vocabulary, since a prompt of repeated tokens
     touches few experts and flatters speed and memory. Rates are medians over `repeats`.

@@ -1,4 +1,4 @@
-"""A `tokenizer.json` in a process of its own, which may panic, abort or never end: this one then says so in one line.
+"""A `tokenizer.json` loaded in a process of its own: if that panics, aborts or hangs, this one gets a one-line error.
 
 Ids are those that transformers gives for the same folder: the tokenizer's own post-processor decides which special
 tokens are added (BOS or none), and the truncation and padding that a training script left in the file are switched off.

@@ -1,7 +1,7 @@
 """Code that comes with a model runs only if the user said so: `--trust`, or `trust=True` in Python.
 
 Everything moec reads is data, except a python module (`model: {python: ...}`), a `.pt2` (whose reader unpickles), the
-program of an MLIR artifact and the functions of an lm-eval task. Where one of these would run stands `require_trust`;
+program of an MLIR artifact and the functions of an lm-eval task. Before each of these runs, `require_trust` is called;
 nothing is trusted by default. See docs/security.md.
 """
 

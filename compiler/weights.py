@@ -1,8 +1,8 @@
-"""The weights of a Program: read on demand, held as floats, as the codes of a checkpoint, or as codes that we computed.
+"""The weights of a Program, read on demand: floats, codes of a checkpoint, or codes that we computed.
 
-`LazyWeight` is one tensor of the graph. What a checkpoint holds as codes is a LazyWeight with `stored`: joining such
-weights (gate and up of an expert, the experts of a layer) joins their codes. `QuantizedWeight` ties the tensors that
-stand for one quantized weight in the graph together, with all that is needed to read them.
+`LazyWeight` is one tensor of the graph. A weight that a checkpoint holds as codes is a LazyWeight with `stored`:
+joining such weights (gate and up of an expert, the experts of a layer) joins their codes. `QuantizedWeight` names the
+tensors of the graph that form one quantized weight, and how to read them.
 
 Shape suffixes: E experts, N rows (outputs), K reduction (inputs).
 """

@@ -7,7 +7,7 @@ import zlib
 
 
 class WordHashEncoder:
-    """Ids for a model without a tokenizer: each word, number and mark is hashed into the vocabulary.
+    """Hashes each word, number and punctuation mark into the vocabulary.
 
     Not a tokenizer (it cannot decode), but it keeps what matters to routing: equal words are equal ids, and the ids are
     distributed as words are in the text. `vocab_size` is the number of ids; id 0 is never used when there is another.

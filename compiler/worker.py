@@ -1,7 +1,7 @@
-"""A process of its own for work on files from outside that may panic, abort or never end: this one then says so.
+"""Work on files from outside in a process of its own: if that panics, aborts or hangs, this one gets an error.
 
-A worker is a module run as `python -m`; it answers messages on stdin by replies on stdout, each JSON with its length
-before it, and calls `serve` for that. A call costs the pipe, some tens of microseconds.
+A worker is a module run as `python -m` that calls `serve`; it answers messages on stdin with replies on stdout, each
+JSON with its length before it. A call costs the pipe, some tens of microseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the forms of a fused MoE node have in common: the operands of the router, the sizes, the eager reference.
+"""Fused MoE nodes as typed calls: base classes with the operands, sizes and eager result that all forms share.
+
+The arithmetic itself is in `moe_math.py`.
 
 N tokens, D model width, E experts, K experts per token, F expert width, S shared width.
 """
@@ -21,9 +23,9 @@ WEIGHTS = ("w13", "w2", "shared_w13", "shared_w2")
 
 @dataclass(frozen=True)
 class MoeCall(Call[V]):
-    """How every form begins, those of targets too. x, router_input [N, D]; router_weight float32 [E, D] (any other
-    dtype is rejected: a rounded router selects other experts); router_bias [E] is part of the logits, selection_bias
-    [E] shifts the selection only."""
+    """The first operands of every form, those of targets included. x, router_input [N, D]; router_weight float32 [E, D]
+    (any other dtype is rejected: a rounded router selects other experts); router_bias [E] is part of the logits,
+    selection_bias [E] changes the selection only."""
 
     x: V
     router_input: V

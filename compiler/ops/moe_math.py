@@ -1,4 +1,6 @@
-"""The arithmetic of a routed block, shared by the float and the quantized reference and by verification.
+"""The arithmetic of a MoE block on plain tensors: scores, top-k, combine weights, activation, sum over experts.
+
+The eager float and quantized operators (`moe_call.py`) and verification compute with these functions.
 
 N tokens, D model width, E experts, K experts per token, F expert width, S shared width.
 """
@@ -119,7 +121,8 @@ def shared_expert(
     shared_gate: Tensor | None,
     experts: Experts,
 ) -> Tensor:
-    """The always-on expert: halves, gate first, the routed experts' activation; times sigmoid(gate x) when gated."""
+    """The shared expert, whose gate is the first half of `up` and whose activation is the routed experts'; multiplied
+    by sigmoid(shared_gate x) when there is a `shared_gate`. [n, D]."""
     halves = Experts(**{**experts.__dict__, "layout": "out_in", "interleaved": False})
     y = down(activate(up(x_ND), halves))
     if shared_gate is None:

@@ -1,4 +1,4 @@
-"""What the operators over recurrent states share: a state counts as zero where a sequence begins."""
+"""Shared by the operators with recurrent states: a state counts as zero where a sequence begins."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _device(value: str) -> str:
 
 
 class Spec(Section):
-    """One YAML file: what to compile, from which weights, how small, for what."""
+    """One YAML file: what to compile, from which weights, with which quantization, for which targets."""
 
     name: Annotated[str, AfterValidator(_name)]
     model: Annotated[
@@ -97,7 +97,7 @@ class Spec(Section):
 
 
 def group_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
-    """What of a spec's `quantization:` its model's source says cannot be done to the model."""
+    """Faults of a spec's `quantization:` that the source of its model reports."""
     try:
         scheme = Quantization.model_validate(raw.get("quantization"))
         model = parse_model(raw.get("model"))

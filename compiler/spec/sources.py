@@ -50,7 +50,7 @@ def source_keys() -> list[str]:
 
 
 def default_source() -> ModelSource[Any]:
-    """The source whose faults are told of a section that has the key of no source."""
+    """The source whose faults are reported for a section without any source's key."""
     from moec.compiler.source import registered
 
     _own()
@@ -68,7 +68,7 @@ def find_source(key: str) -> ModelSource[Any]:
             importlib.import_module(entry.value)
             return registered()[key]
         except Exception as error:
-            # somebody else's distribution, whatever is wrong with it: nothing of ours to report as a bug
+            # a fault of another distribution must not look like a bug of moec
             what = "does not register it" if isinstance(error, KeyError) else f"cannot be imported: {error}"
             raise UserError(
                 f"model source {key}: its module {entry.value} {what}", remedy="reinstall or remove the distribution"
