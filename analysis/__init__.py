@@ -1,1 +1,1 @@
-"""What judges a model or an artifact from outside: verification, plans, profiles, reports."""
+"""Analysis of models and artifacts: verification, plans, profiles, bits, calibration, provenance, reports."""

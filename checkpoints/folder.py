@@ -1,8 +1,8 @@
-"""Which tensors a checkpoint folder holds: the file that is the authority for each, and what else lies there.
+"""Which tensors a checkpoint folder holds, in which file each is read, and which files are ignored.
 
-The authority is model.safetensors.index.json, which names a file for every tensor; without it model.safetensors;
-without that the only *.safetensors file. What no authority names (left-over shards, averaged weights, optimizer states)
-is not read, and is said to be ignored.
+model.safetensors.index.json decides: it names a file for every tensor. Without it model.safetensors does; without that
+the only *.safetensors file. Anything else (left-over shards, averaged weights, optimizer states) is not read, and is
+reported as ignored.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _weight_map(index: Path, faults: list[str]) -> dict[str, str]:
 
 
 def foreign_folder(folder: Path) -> CheckpointError | None:
-    """Why `folder` is no checkpoint that can be read, when it is a known other thing; None otherwise.
+    """Why `folder` cannot be read as a checkpoint, if it is something else that is known; None otherwise.
 
     Known: a LoRA adapter alone or beside weights (whose numbers would be left out), pickled weights, GGUF files.
     """

@@ -1,12 +1,13 @@
-"""What the tensors of a GGUF file hold: codes that are carried as they are, floats, and formats that are not ours.
+"""The element formats of a GGUF file: codes that are carried as they are, floats, and formats that are dequantized.
 
-All that are carried are symmetric codes in blocks of 32 along the input, as ours: a float16 scale of either sign, then
+Those that are carried are symmetric codes in blocks of 32 along the input, as ours: a float16 scale of either sign,
+then
 - Q4_0: 16 bytes, byte i with element i in its low nibble and element i + 16 in its high one, w = scale * (nibble - 8);
 - Q8_0: 32 signed bytes, w = scale * byte;
 - Q5_0: 32 bits, the fifth of each element, then nibbles as Q4_0, w = scale * (nibble + 16 * bit - 16); INT8 here;
 - IQ4_NL: nibbles as Q4_0, w = scale * (the nibble's of 16 integers in -127..113); INT8 here.
-Every other quantized type has a minimum beside the scale, groups of 16, or scales that are products that float16 does
-not hold; those are dequantized by the format's own library, in float32.
+Every other quantized type has a minimum beside the scale, groups of 16, or scales that are products which float16
+cannot hold exactly; those are dequantized by the library gguf, in float32.
 
 R rows, B blocks of a row, K elements of a row.
 """

@@ -4,8 +4,8 @@ Layout (the GGUF specification of ggml, versions 2 and 3, little endian): the ma
 number of key-value pairs; the pairs; for each tensor its name, dimensions (the fastest first), type and offset; then,
 at a multiple of `general.alignment`, the data. Quantized types are stored in blocks of a row.
 
-Nothing is allocated for a number that the file states before the bytes that it speaks of are known to be there. Files
-are read and not mapped: one that is cut off meanwhile is an error of one line, where a mapping would end the process.
+Nothing is allocated for a count that the file states before the bytes it refers to are known to exist. Files
+are read and not mapped: truncating one meanwhile gives an error of one line, where a mapping would end the process.
 """
 
 from __future__ import annotations

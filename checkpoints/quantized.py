@@ -1,8 +1,8 @@
-"""Quantized checkpoints of other tools, recognised by what config.json says and by the tensors that lie there.
+"""Quantized checkpoints of other tools, recognised by config.json and by their tensors.
 
-Codes read as if they were weights give a model that computes nonsense and says nothing; so whatever speaks of codes
+Codes read as if they were weights give a model that computes nonsense without an error; so every sign of codes
 (`quantization_config`, an integer or 8-bit float tensor where a weight belongs, a scale beside a weight) is recognised
-here, and refused by the name of its format.
+here, and refused with the name of the format.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """safetensors files: a reader that maps one tensor at a time and trusts nothing, and a writer that streams.
 
 Layout of a file: uint64 little endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), then
-the tensors back to back. Reading maps only the bytes of the tensor asked for, and the mapping goes when the tensor
-goes, so that the memory of a pass over a checkpoint is that of its largest tensor.
+the tensors back to back. Reading maps only the bytes of the requested tensor, and the mapping ends with the
+tensor, so that a pass over a checkpoint takes the memory of its largest tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random checkpoints in the released layout: real ones are gated, and CI needs some.
+"""Random checkpoints in the released layout, for CI and for users without access to the gated real ones.
 
 The weights are Gaussian with scales chosen so that signals stay of order one at any depth (RMS norms do most of it):
 - the embedding has rows of unit-free standard deviation e = 2.5 / sqrt(d_model), so that logits have a spread of about

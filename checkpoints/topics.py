@@ -1,4 +1,4 @@
-"""A topic for every token of a vocabulary, read from real text: what gives synthesized routers something to prefer.
+"""A topic for every token of a vocabulary, derived from real text, by which synthesized routers prefer experts.
 
 Trained routers decide mostly by the token itself, and send the words of one subject to the same experts (MobileMoE,
 appendix D: domains use different expert subsets). A random router has no such preferences: over a few thousand tokens

@@ -1,8 +1,8 @@
 """Check the router: every fused MoE node scores its experts in FP32, from an FP32 weight and an FP32 input.
 
-A BF16 router changes the selected set of 2.6% of tokens; FP32 against FP64, one in 20,000. Nothing is rewritten: with
-the routers checked, and named as the layer's when they are not FP32, the program is FUSED, which holds them FP32 from
-then on (`dialect.STAGES`).
+A BF16 router changes the selected set of 2.6% of tokens; an FP32 router, compared with FP64, that of one in 20,000. The
+pass rewrites nothing: it fails with the layer's name for a router that is not FP32, and lifts the program to stage
+FUSED, in which the dialect keeps routers FP32 from then on (`dialect.STAGES`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drop what is computed over nothing: a shared expert of width 0, as sweeps over a config leave it.
+"""Drop products over an empty dimension: a shared expert of width 0, as sweeps over a config leave it.
 
 linear(x [.., K], W [N, K])  with K = 0          ->  0
 zero * y, reshape(zero), cast(zero)              ->  0

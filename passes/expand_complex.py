@@ -8,8 +8,8 @@ A complex z [...] is two real tensors re, im [...]:
     z * w               ->  re*re' - im*im', re*im' + im*re'  z * real       ->  re*w, im*w
     z + w, z - w, -z, views, slices, broadcasts, index_select, casts  ->  the same of re and of im
 
-What is left complex for any other operator is not rewritten, and refused with that operator: half a rewrite would
-compute everything twice.
+If any other operator reads a complex value, its computation is not rewritten, and the refusal names that operator: half
+a rewrite would compute everything twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 RULE = "expand_complex"
 Parts = tuple[Node, Node]
 
-# operators that do to every element alike: applied to both parts. Their dimensions are those of the complex tensor.
+# operators that treat every element alike: applied to both parts. Their dimensions are those of the complex tensor.
 ALIKE = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view.default, aten.reshape.default,
     aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.transpose.int,

@@ -2,8 +2,8 @@
 
     block(x[1, T, D])  ->  view(block(view(x, [T, D])), [1, T, D])
 
-Every node between the router's input and the value in which what it chose comes together loses its first
-dimension, operator by operator; one that this rule does not know leaves the block as it is.
+Every node between the router's input and the combined output of the chosen experts loses its first
+dimension, operator by operator; if one is unknown to this rule, the block stays as it is.
 """
 
 from __future__ import annotations

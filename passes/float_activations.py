@@ -1,7 +1,7 @@
-"""Float activations: quantized operators whose target multiplies quantized weights with float activations say so.
+"""Float activations: turn off INT8 activations in quantized operators, for targets that have float products only.
 
-MLX does, and so do ONNX's `DequantizeLinear`, QMoE and MatMulNBits at accuracy level 0: INT8 rounding of activations is
-dropped, which is closer to the float model than what the spec asks for. The weights stay as they are, code for code.
+MLX is one, and so are ONNX's `DequantizeLinear`, QMoE and MatMulNBits at accuracy level 0. Dropping the rounding of
+activations is closer to the float model than what the spec asks for. The codes of weights stay as they are.
 """
 
 from __future__ import annotations

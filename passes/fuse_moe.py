@@ -1,6 +1,6 @@
 """Fuse router, top-k, routed experts, shared expert and combine into one moec::fused_moe node per layer.
 
-    sum_k w[t,k] * expert[i[t,k]](x[t]) (+ shared(x[t]))  ->  moe::fused_moe(x, router, experts, shared)
+    sum_k w[t,k] * expert[i[t,k]](x[t]) (+ shared(x[t]))  ->  moec::fused_moe(x, router, experts, shared)
 
 Found by what the nodes compute (`matching/moe.py`), never by module names. A block that is not understood completely
 stays, with a Refusal that names the node; the dialect then refuses the program.

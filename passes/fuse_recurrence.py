@@ -1,4 +1,4 @@
-"""Fuse a fold over tokens that carries a state into moec::gated_delta or moec::selective_scan.
+"""Fuse a scan over tokens that carries a state into moec::gated_delta or moec::selective_scan.
 
     after, y = scan(step, before, (q, k, v, decay, beta))    ->  y = moec::gated_delta(q, k, v, decay, beta, state, ..)
     after, y = scan(step, before, (x, dt, b, c), (a, d))     ->  y = moec::selective_scan(x, dt, a, b, c, d, state, ..)

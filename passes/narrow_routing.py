@@ -1,4 +1,4 @@
-"""Narrow routing: what a router spells over all E experts, for the K that topk chose, [N, E] -> [N, K].
+"""Narrow routing: a router's computation over all E experts becomes one over the K that topk chose, [N, E] -> [N, K].
 
 With idx = topk(s, K).indices, chosen = 0.scatter(idx, 1) and v[idx] = 0.scatter(idx, v), over the last dimension:
 
@@ -7,8 +7,8 @@ With idx = topk(s, K).indices, chosen = 0.scatter(idx, 1) and v[idx] = 0.scatter
     f(s.masked_fill(~chosen, -inf)), f(-inf.scatter(idx, v)), f softmax, sigmoid  ->  f(gather(s, idx))[idx], f(v)[idx]
     v[idx] / (sum(v[idx]) + eps), v[idx] * c                                      ->  (v / (sum(v) + eps))[idx], ...
 
-Exact but for the order of a sum: the other experts add zeros. topk gives different indices, so that no scatter meets
-itself; among equal scores max takes the first, topk does not say. fuse_moe reads the scattered form.
+Exact except for the order of a sum, in which the other experts are zeros. The indices of a topk are distinct, so no
+element is scattered to twice. Among equal scores max takes the first, topk any. fuse_moe reads the scattered form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every order of passes, on one screen. Targets append their own `legalize` passes."""
+"""The order of passes in every pipeline, on one screen. Targets append their own `legalize` passes."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 
 Codes that a checkpoint stores are carried bit for bit; others are computed by the spec's method when a target reads
 them (`quantizer.codes_of`). Each weight that becomes codes is a `QuantizedWeight` of the Program. A weight that the
-spec quantizes and no rule here reaches is an error that names it: nothing is left in float silently.
+spec quantizes and that no rule here handles is an error that names it: nothing is left in float silently.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _run(program: Program, quantization: Quantization) -> PassResult:
 
 
 def _check_patterns(program: Program, quantization: Quantization) -> None:
-    """Every pattern of `tensors` names a weight that can be quantized: one that names none is a slip of the pen."""
+    """CompileError for a pattern of `tensors` that names no weight that can be quantized: it must be a typing error."""
     if not quantization.tensors:
         return
     everything = quantization.model_copy(update={"tensors": {}, **dict.fromkeys(_ROLES), "weights": "int8"})

@@ -1,11 +1,11 @@
-"""Take transposes of tokens and channels out of the way: [1, C, T] -> [1, T, C] between operators that do not mind.
+"""Move transposes of tokens and channels, [1, C, T] -> [1, T, C], behind operators that work in either layout.
 
     transpose(transpose(x))             ->  x
     f(transpose(a), transpose(b))       ->  transpose(f(a, b))           f of each element alone
     f(transpose(a), weight of no axis)  ->  transpose(f(a, ..))
     split(transpose(a), sizes, axis)    ->  transpose of each of split(a, sizes, the other axis)
 
-A convolution as torch has it wants [1, C, T], everything else rows of tokens: what is left of the two turns is nothing.
+torch's convolution takes [1, C, T], everything else rows of tokens: after the moves the two transposes meet and cancel.
 """
 
 from __future__ import annotations

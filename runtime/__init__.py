@@ -1,1 +1,1 @@
-"""Native code: kernels, the runtime, their build, and what Python calls of them."""
+"""Native code: kernels, the runtime, their build, and the Python that calls them."""

@@ -1,4 +1,4 @@
-"""What this machine can do, and what our kernels reach of it: the figures of a device file (`moec device measure`).
+"""Measures a device file's figures on this machine: its peaks, and the rates of our kernels (`moec device measure`).
 
 Weights are random codes; time does not depend on their values. Each rate is measured in rounds of about a tenth of a
 second; the figure is the best round, since whatever else ran can only slow a round down, and the spread is all rounds.

@@ -1,1 +1,1 @@
-"""Models that are not ours: each module here turns one form of the spec's `model:` section into a Program."""
+"""Model sources: each `*_source.py` turns one form of the spec's `model:` section into a Program."""

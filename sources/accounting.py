@@ -1,4 +1,4 @@
-"""Every tensor of a model is accounted for by the files of its checkpoint, or the checkpoint is refused by name."""
+"""Checks that the files of a checkpoint hold every tensor of the model; a missing or unknown one is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of a config.json that no model has: refused before a library builds what they describe.
+"""Limits for the numbers of a config.json, checked before a library builds the model that they describe.
 
 Every number is looked at, however deeply it is nested. A config is data from outside: a billion layers would be built
 one by one for hours, and a NaN as the epsilon of a norm would become logits that are NaN.

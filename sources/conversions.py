@@ -1,9 +1,9 @@
 """Tensors of a transformers checkpoint under the model's own names, made one at a time.
 
 transformers knows how each family stores its weights: names that changed, experts stored one by one (`experts.3.w1`)
-that the model holds stacked, gate and up apart that it holds joined. `from_pretrained` converts a whole model in
-memory, and fills what is missing with random numbers; this applies the same conversions to the one tensor that is
-asked for, and knows which stored tensors each one is made of.
+that the model holds stacked, gate and up stored apart that it holds joined. `from_pretrained` converts a whole model in
+memory and fills missing tensors with random numbers. This module applies the same conversions to one requested tensor,
+and knows which stored tensors each tensor is made of.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The transformers config of a GGUF file, made from its metadata and the shapes of its tensors.
 
 Widths come from the tensors, so that a config cannot ask for more than the file holds; metadata gives what shapes do
-not tell (heads, rotary frequencies, experts chosen) and must agree with them. A key that changes what the model
-computes and that is not known here is refused by its name, as is an architecture.
+not tell (heads, rotary frequencies, experts chosen) and must agree with them. An
+architecture, or a key that may change what the model computes, is refused by name if it is unknown here.
 """
 
 from __future__ import annotations

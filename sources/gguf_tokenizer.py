@@ -1,8 +1,8 @@
 """tokenizer.json, its config, the chat template and the generation config, made from the metadata of a GGUF file.
 
 Two kinds are known: byte-level BPE (`tokenizer.ggml.model` gpt2), whose way of splitting text into words is named by
-`tokenizer.ggml.pre` and not stored; and SentencePiece's BPE (llama), whose merges follow from the scores. What
-llama.cpp does where a key is missing is done here. Others are not carried, which a note says: ids that differ from
+`tokenizer.ggml.pre` and not stored; and SentencePiece's BPE (llama), whose merges follow from the scores. Where
+a key is missing, llama.cpp's default holds. Other kinds are not carried, and a note says so: ids that differ from
 those that a model was trained with are worse than none.
 """
 

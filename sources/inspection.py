@@ -1,4 +1,4 @@
-"""What is in a checkpoint folder, and what of it does not fit a spec."""
+"""`moec checkpoint inspect`: what a checkpoint holds, and what does not fit a spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A random checkpoint of a transformers config, for trying a model that one has no weights of.
+"""A random checkpoint of a transformers config, for trying a model without having its weights.
 
     python -m moec.sources.random_checkpoint FOLDER --out DIR [--seed N] [--set key=value ...]
 

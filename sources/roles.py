@@ -1,4 +1,4 @@
-"""What a weight is for, by how the exported graph uses it; never by its name.
+"""The role of each weight, derived from how the exported graph uses it, never from its name.
 
     embedding      the table that the token ids index
     head           the linear whose result is the program's

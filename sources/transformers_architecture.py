@@ -1,4 +1,4 @@
-"""The account of a transformers model: its parameters' names and shapes, from the config, without its weights.
+"""The `Architecture` of a transformers model: its parameters' names and shapes, from the config, without its weights.
 
 The module is built with fake parameters, as for compiling (transformers_model.py), and each parameter gets a
 role from what it is: three dimensions are a stack of experts, two with as many rows as experts beside one are a router.

@@ -1,8 +1,9 @@
 """The caches that a transformers model is exported with: buffers of ours behind the interface of its cache objects.
 
-Every layer of the model gets what its type keeps: keys and values of all positions, the last inputs of convolutions,
-recurrent states, or nothing. One call with fake values teaches their shapes; the exported call then reads and writes
-the buffers it is given. A call at position 0 begins anew: states are read as zero, and masks hide what caches hold.
+Every layer of the model gets buffers by its type: keys and values of all positions, the last inputs of convolutions,
+recurrent states, or none. Their shapes are learnt from one call with fake values; the exported call then reads and
+writes the buffers it is given. A call at position 0 starts a sequence: states are read as zero, and masks hide old rows
+of the caches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """While a model is exported, its recurrent layers take the tokens of a call one after the other, by `scan`.
 
-transformers computes a prompt in chunks whose number is fixed when a graph is captured, and a single token by another
-function. Here both names stand for one: the model's own function of a single token, folded over the tokens. What that
-function computes is read from the graph (passes/fuse_recurrence.py), never assumed.
+transformers computes a prompt in chunks, whose number would be fixed when a graph is captured, and a single token by
+another function. Here both are replaced by a scan over the tokens of the model's own function of a single token. What
+that function computes is read from the graph (passes/fuse_recurrence.py), never assumed.
 """
 
 from __future__ import annotations

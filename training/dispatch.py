@@ -1,4 +1,4 @@
-"""Which rows an expert computes, and the way of tokens to experts and back.
+"""Dispatch: which rows each expert computes, and how tokens get to their experts and results back.
 
 A pair is a token and one of its K experts. Rows are the pairs that are computed, sorted by expert. Both ways are
 gathers in forward and in backward: no scattered additions, whose order would differ from run to run.

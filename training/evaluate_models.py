@@ -1,4 +1,4 @@
-"""What the harness asks of a model, answered by the training model or by an artifact's session.
+"""The harness's model interface, implemented by the training model and by an artifact's session.
 
 B rows, T tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl, TensorBoard events, and a live line.
+"""The output of a run in progress: metrics.jsonl, TensorBoard events, and a live line.
 
 metrics.jsonl has one object a line. A training line: stage, step (from 1), tokens (of the stage), loss, lm_loss,
 z_loss, lr, grad_norm, tokens_per_s, dropped_fraction, load_max_over_mean (by layer), all of that very step. An

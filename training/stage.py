@@ -1,4 +1,5 @@
-"""One stage of the torch backend: batches, steps, and what both backends count and say of a step and an evaluation.
+"""One stage of the torch backend: batches and steps; and the counts and metrics of steps and evaluations, for both
+backends.
 
 B rows, T tokens of a row, L MoE layers, E experts.
 """

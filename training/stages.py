@@ -1,4 +1,4 @@
-"""The stages of a run, one after the other: what is asked for, its checks, and the loop that leaves checkpoints.
+"""The stages of a run, one after the other: the request, its checks, and the loop that writes checkpoints.
 
 `training/run.py` begins a run and says what it leaves; a backend overrides the loop of a stage (`training/titan`).
 """

@@ -1,6 +1,6 @@
 """Byte-level BPE tokenizers: trained on a corpus or given, and how a conversation becomes tokens.
 
-A trained tokenizer splits text as Llama 3 does, save that every digit is a token of its own (small models learn
+A trained tokenizer splits text as Llama 3 does, except that every digit is a token of its own (small models learn
 arithmetic from digits far sooner). Its first ids are special:
 
     0 <|begin_of_text|>   1 <|end_of_text|>   2 <|start_header_id|>   3 <|end_header_id|>   4 <|eot_id|>

@@ -1,1 +1,1 @@
-"""Bits and group sizes of every part of a model, chosen so that an artifact has a size: `moec quantize`."""
+"""`moec quantize`: choose bits and group sizes of every part of a model for an artifact of a given size."""

@@ -1,6 +1,6 @@
-"""A spec whose weights have the bits that make an artifact of a given size best.
+"""From a spec to one whose bits fit a given size with the least divergence: measuring, solving, writing.
 
-What is measured is kept (MOEC_CALIBRATION_DIR) under a digest of weights, graph, text and request, so that another size
+Measurements are cached (MOEC_CALIBRATION_DIR) under a digest of weights, graph, text and settings, so that another size
 takes seconds.
 """
 

@@ -1,4 +1,4 @@
-"""What was chosen: a spec's text, and figures by role."""
+"""The result of `moec quantize`: the text of the spec, figures by kind of weight, the measured divergence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a calibration, as token ids: shipped domains, a file of text, or JSON lines."""
+"""The text that a calibrated quantizer observes, as token ids: shipped domains, a file of text, or JSON lines."""
 
 from __future__ import annotations
 

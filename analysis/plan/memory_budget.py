@@ -1,9 +1,9 @@
-"""A mixture in less memory than it has: what a budget holds, what a token then reads, and how fast that can be.
+"""The plan of a MoE model within a memory budget: experts held, bytes read per token, and the speed bound.
 
-The runtime reads routed experts as tokens choose them (docs/memory-budget.md). Hits are a property of routing that no
-spec knows: without a measured share (`moec bench ARTIFACT --memory-mb N --json`) routing is taken to be uniform, for
-which a cache of a share s of the experts finds a share s of what is asked of it. Trained routers repeat themselves and
-find more.
+The runtime reads routed experts when tokens select them (docs/memory-budget.md). The hit rate depends on routing and
+cannot be told from a spec: without a measured one (`moec bench ARTIFACT --memory-mb N --json`) routing is taken to be
+uniform, so that a cache with a share s of the experts has a hit rate of s. Trained routers repeat themselves and hit
+more often.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`moec plan`: everything that is known of a spec on a device before anything is compiled."""
+"""`moec plan`: memory and speed of a spec's model on a device, before anything is compiled."""
 
 from __future__ import annotations
 

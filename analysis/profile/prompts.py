@@ -1,7 +1,7 @@
-"""What a profile runs on: token streams of real text by domain, or of one repeated token.
+"""The prompts of `moec profile`, as token streams: real text by domain (shipped or the user's), or one repeated token.
 
-A stream is what a model would see as one long conversation: the prompts of a domain one after the other, each begun
-with the model's BOS. Its first c tokens are the prompt of context c.
+A stream is the prompts of a domain one after the other, each beginning with the model's BOS. Its first c tokens are the
+prompt at context c.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What an artifact is made of (`bill`), and whose it is (`signature`)."""
+"""What an artifact is made of (`bill`), and who signed it (`signature`)."""

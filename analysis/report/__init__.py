@@ -1,1 +1,1 @@
-"""One self-contained HTML page about an artifact: what it weighs, what the passes did, what it costs, its proof."""
+"""`moec report`: one self-contained HTML page with an artifact's sizes, passes, costs and verification."""

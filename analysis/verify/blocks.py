@@ -1,6 +1,6 @@
-"""A fused node taken apart: its router and its experts as separate functions, so that routing can be forced.
+"""The router and the experts of a fused node as separate functions, so that routing can be forced.
 
-For models that no eager reference of ours knows: the node's own operands are the weights, and its attributes say how
+For models without an eager reference: the node's own operands are the weights, and its attributes say how
 the router and the experts work. T tokens, D model width, E experts, K experts per token.
 """
 

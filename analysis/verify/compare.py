@@ -1,10 +1,9 @@
 """A session against the eager reference: the checks of `moec verify ARTIFACT`, whatever target made the session.
 
     layers          each layer started from the artifact's own values: the inputs of its MoE block (attention, norms),
-    the
-                    output with the routing forced (experts, shared expert), the router on the same input, and the
-                    selections that the reference arrives at by itself
-    logits          of the last layer, norm and head, started likewise
+                    its output with the routing forced (experts, shared expert), the router on the same input, and the
+                    selections that the reference makes by itself
+    logits          of the last norm and the head, started likewise
     free run        whole prompts from token ids on, each side with its own routing and its own errors accumulated; and
                     where the session can, once more without rounding of activations, so that errors accumulate but the
                     drift that rounding makes of them does not

@@ -1,4 +1,6 @@
-"""Artifacts of models that are not ours: the exported graph is the eager model, and fused nodes give the blocks.
+"""Verifies artifacts of foreign models: those of sources without an eager reference, such as transformers.
+
+The exported graph takes the reference's place, and its fused nodes that of the reference's blocks.
 
     exported model        the model's own graph, before any pass, with the artifact's dequantized weights, against the
                           graph that the passes made, which then rounds nothing: every element

@@ -1,4 +1,4 @@
-"""Token ids of the shipped texts (compiler/texts.py), for a model with or without a tokenizer."""
+"""The prompts of `moec verify`: token ids of the shipped texts (compiler/texts.py), with or without a tokenizer."""
 
 from __future__ import annotations
 

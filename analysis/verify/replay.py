@@ -1,5 +1,4 @@
-"""Runs an artifact's session on prompts and keeps what it computed: logits, and the inputs, routing and outputs of MoE
-layers.
+"""Makes a `Replay`: runs an artifact's session on a prompt and records logits and traces of every MoE layer.
 
 T tokens, V vocabulary, D model width, K experts per token.
 """
@@ -23,7 +22,7 @@ def replay_prompt(session: Session, ids: Sequence[int], moe_layers: int) -> Repl
 
 
 def replay_in_pieces(session: Session, ids: Sequence[int], moe_layers: int, steps: int) -> Replay:
-    """The same, in odd chunks and then `steps` single tokens: what a chat does, and where boundaries can be wrong."""
+    """The same, in odd chunks and then `steps` single tokens, as a chat does: chunk boundaries may be wrong."""
 
     def run() -> np.ndarray:
         head = len(ids) - steps
@@ -63,7 +62,7 @@ def joined_traces(traces: Sequence[MoeTrace]) -> tuple[MoeTrace, ...]:
 
 
 def bounds(tokens: int) -> list[int]:
-    """Where chunks begin and end that no kernel likes: a single token, odd pieces, none a power of two long."""
+    """Ends of chunks that are hard for kernels: a single token, odd lengths, none a power of two."""
     return [0, *(c for c in (1, 8, 71) if c < tokens), tokens] if tokens else [0]
 
 

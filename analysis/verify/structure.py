@@ -1,4 +1,4 @@
-"""What is wrong with a rewrite by its form alone: no number is computed."""
+"""Structural checks of a rewrite, without computing numbers: digest, weights, roles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OURS = frozenset(op for op in vars(ops).values() if isinstance(op, torch._ops.O
 
 
 def structure_faults(before: Program, after: Program, changed: int, folded: Collection[str] = ()) -> list[str]:
-    """What is wrong with a rewrite by its form alone: one line per fault. `folded`: see `PassResult`."""
+    """Structural faults of a rewrite, one line each. `folded`: see `PassResult`."""
     faults = []
     if changed and before.text() == after.text():
         faults.append(f"it reports {changed} changes, but the graph is the same")

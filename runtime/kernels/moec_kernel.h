@@ -38,7 +38,7 @@ enum {
   MOEC_WRONG_SIZE = 2,        // a buffer's length is not the length that the sizes ask for
   MOEC_OUT_OF_MEMORY = 3,     // scratch could not be allocated
   MOEC_UNSUPPORTED = 4,       // an instruction set this machine or this build does not have
-  MOEC_UNREADABLE = 5,        // an expert that its source (moec_expert_source) could not give
+  MOEC_UNREADABLE = 5,        // an expert that its moec_expert_source could not read
 };
 
 // One line; valid until the next failing call on this thread. Empty when no call has failed.

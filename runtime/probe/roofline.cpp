@@ -1,4 +1,4 @@
-// What this machine can do at most, per thread: bytes read from DRAM, and integer operations in registers.
+// Measures the limits of this machine per thread: bytes read from DRAM, and integer operations in registers.
 //   roofline THREADS MEGABYTES SECONDS -> one JSON object on standard output
 // The integer peak is that of the instruction the kernel of the best instruction set is made of, on independent registers.
 #include <atomic>

@@ -1,5 +1,5 @@
-// What a model carries from one call to the next, of many sequences over one program. A program's tensors have fixed
-// addresses: the caches of the sequence that runs lie there (its seat), those of all others are parked elsewhere.
+// The states (KV caches and others) of many sequences over one program. A program's tensors have fixed addresses: the
+// states of the running sequence are there (its seat), those of all others are kept elsewhere (parked).
 #ifndef MOEC_CACHES_H_
 #define MOEC_CACHES_H_
 

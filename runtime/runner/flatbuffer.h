@@ -1,5 +1,5 @@
-// A flatbuffer of which nothing is believed: every read is checked against its end. Field numbers count the fields of a
-// table in the order of its schema; a union takes two, its kind and its table.
+// A flatbuffer reader that trusts nothing: every read is checked against the end of the buffer. Field numbers count the
+// fields of a table in the order of its schema; a union takes two, its kind and its table.
 #ifndef MOEC_FLATBUFFER_H_
 #define MOEC_FLATBUFFER_H_
 

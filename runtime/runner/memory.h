@@ -1,4 +1,4 @@
-// What of this process is in memory, page by page: the system's own accounts (Linux), no estimates.
+// Which pages of this process are resident, from the system's own accounts (Linux), no estimates.
 #ifndef MOEC_MEMORY_H_
 #define MOEC_MEMORY_H_
 

@@ -1,4 +1,6 @@
-// The instructions of a program's method: each call against what its operator or delegate takes.
+// Checks the instructions of a method: each call names a known operator, with as many arguments of the kinds that its
+// schema says, and writes only planned memory that no other argument uses. Shapes are left to the kernels, which
+// check them at every call.
 #ifndef MOEC_PROGRAM_CALLS_H_
 #define MOEC_PROGRAM_CALLS_H_
 
@@ -18,7 +20,7 @@ using DelegateCheck = std::function<std::vector<bool>(uint32_t index, const Argu
 // Sees each call of an operator whose arguments are of the right kinds.
 using CallSeen = std::function<void(const std::string& name, const Arguments& arguments)>;
 
-// Throws Damaged at the first instruction that this runtime would not survive. `values` are those of `plan`; the memory of
+// Throws Damaged at the first instruction that could crash this runtime. `values` are those of `plan`; the memory of
 // views is filled in.
 void check_calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate, const CallSeen& seen = {});
 

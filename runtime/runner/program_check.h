@@ -1,5 +1,8 @@
-// Checks the structure of a .pte that ExecuTorch takes on trust. Everything about a program that this runtime believes is
-// checked here, once, when the file is opened; the bytes that were checked are those that are run (program_file.h).
+// `program_fault`, the whole check of a .pte's program, run once when the file is opened: header, segments, constants, named
+// data and methods here; values by program_values.h, calls by program_calls.h, delegates by xnnpack_check.h. It covers what
+// ExecuTorch takes on trust, so that a damaged file cannot crash the process. It reads no weights and no digests, and knows
+// nothing of what a method means: moec_runtime.cpp checks signatures. The bytes that were checked are those that run
+// (program_file.h).
 #ifndef MOEC_PROGRAM_CHECK_H_
 #define MOEC_PROGRAM_CHECK_H_
 
@@ -18,7 +21,7 @@ struct MoeCall {
   uint64_t offset[2], bytes[2];
 };
 
-// What the check of a program finds besides faults.
+// Facts of the program that the check collects on the way.
 struct ProgramFacts {
   std::vector<MoeCall> moe_calls;  // of the method forward, in order
   uint64_t constant_bytes = 0;
@@ -33,7 +36,7 @@ struct ProgramView {
   std::string trusted_backend;
 };
 
-// "" if this runtime survives the program, whatever numbers it computes; else what is wrong, in one line.
+// "" if running the program cannot crash this runtime, whatever numbers it computes; else the fault, in one line.
 std::string program_fault(const ProgramView& view, ProgramFacts* facts = nullptr);
 
 // The length of the flatbuffer as the file's first 64 bytes say it, 0 if they are no ExecuTorch program.

@@ -1,5 +1,6 @@
-// A .pte as ExecuTorch reads it. The program and the payloads of delegates are read into memory of our own, so that what
-// was checked cannot change afterwards; weights stay in the mapped file, where experts that no token selects are never read.
+// `ProgramFile`, the DataLoader through which ExecuTorch reads a .pte; `check` runs program_check.h on it. The program
+// and the payloads of delegates are copied into memory, so that what was checked cannot change afterwards; weights stay
+// in the mapped file, where experts that no token selects are never read, and are not checked.
 #ifndef MOEC_PROGRAM_FILE_H_
 #define MOEC_PROGRAM_FILE_H_
 

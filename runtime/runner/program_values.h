@@ -1,4 +1,5 @@
-// The values of a program's method: numbers, lists, and tensors with the memory that they have.
+// Reads and checks the values of a method: numbers, lists, and tensors whose memory must lie inside its arena or the
+// file. Which operator uses a value, and how, is checked by program_calls.h.
 #ifndef MOEC_PROGRAM_VALUES_H_
 #define MOEC_PROGRAM_VALUES_H_
 
@@ -16,7 +17,7 @@ using moec_flatbuffer::Damaged;
 using moec_flatbuffer::Table;
 using moec_flatbuffer::Vector;
 
-// What of a file its program may use: segments as offset and length in the file, and constants as lengths that are there.
+// The parts of a file that its program may use: segments as offset and length in the file, and lengths of constants.
 struct Layout {
   struct Part {
     uint64_t offset, bytes;
@@ -53,7 +54,7 @@ struct Value {
   Region memory;
 };
 
-// Throws Damaged at the first value that ExecuTorch could not take. `plan`: a table ExecutionPlan.
+// Throws Damaged at the first value that could crash ExecuTorch. `plan`: a table ExecutionPlan.
 std::vector<Value> read_values(const Table& plan, Layout& layout);
 
 }  // namespace moec_program

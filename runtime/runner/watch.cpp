@@ -1,4 +1,4 @@
-// What ExecuTorch logs and how it gives up, inside calls of this library: see model.h.
+// Catches ExecuTorch's log messages and aborts inside calls of this library: see model.h.
 #include <executorch/runtime/platform/log.h>
 #include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>

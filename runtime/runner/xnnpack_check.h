@@ -1,4 +1,4 @@
-// The payload of an XNNPACK delegate: what its compiler in ExecuTorch takes on trust.
+// Checks the payload of an XNNPACK delegate where its compiler in ExecuTorch takes it on trust.
 #ifndef MOEC_XNNPACK_CHECK_H_
 #define MOEC_XNNPACK_CHECK_H_
 

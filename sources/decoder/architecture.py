@@ -1,4 +1,4 @@
-"""The account of a decoder for plans: its matrices and caches by size, without building it and without torch."""
+"""The `Architecture` of a decoder, for plans: the sizes of its matrices and caches, without building it or torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder's graph holds beside its trained weights: KV caches and rotary tables; and the role of everything."""
+"""The buffers of a decoder's graph, KV caches and rotary tables; and the role of every parameter and buffer."""
 
 from __future__ import annotations
 

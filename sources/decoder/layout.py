@@ -1,7 +1,7 @@
 """The weights of a decoder: names (those of the released checkpoints), shapes and roles, without building a module.
 
-`weight_layout` is the only place that lists them. What is counted, planned, checked against a group size, read from a
-checkpoint, synthesized and trained follows from it; `Decoder` and `TrainingDecoder` are held against it by tests.
+`weight_layout` is the only place that lists them. Parameter counts, plans, checks of group sizes, checkpoint reading,
+synthesizing and training follow from it; tests compare `Decoder` and `TrainingDecoder` with it.
 """
 
 from __future__ import annotations

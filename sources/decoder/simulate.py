@@ -1,6 +1,6 @@
 """The decoder evaluated layer by layer with the weights and the rounding that a compiled artifact has.
 
-It is what artifacts are verified against: the same codes and scales, and, where asked, the same rounding of activations
+Artifacts are verified against it: it has the same codes and scales and, on request, the same rounding of activations
 and of the KV cache, in plain PyTorch.
 
 Verification runs this and not the exported graph for two reasons. It reads and rounds the checkpoint by itself, so a

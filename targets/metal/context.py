@@ -1,4 +1,4 @@
-"""What the handlers of one lowering share: the program, the type of activations, and how each constant is made."""
+"""Shared by the handlers of one lowering: the program, the type of activations, and how each constant is made."""
 
 from __future__ import annotations
 

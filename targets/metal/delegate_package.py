@@ -3,7 +3,7 @@
 The executorch wheel ships the delegate's schema (`schema.fbs`) and its code generator, not the generated modules, so
 `import executorch.backends.mlx` fails. The generator's Python part is run once into a cache folder (keyed by a digest
 of its sources and the wheel's version), and a finder on `sys.meta_path` supplies what is missing. Nothing in the wheel
-is changed, and a build of executorch that has the modules is left alone.
+is changed, and a build of executorch that has the modules is used as it is.
 
 `activate()` is for lowering, which needs the delegate's builder. `bindings()` is for reading a file: flatbuffer classes
 alone, in a package of their own, so that running an artifact does not wait for executorch to be imported.

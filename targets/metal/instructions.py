@@ -1,4 +1,4 @@
-"""What each instruction of the delegate computes, over `mlx.core`. One function an instruction; none is an error.
+"""What each instruction of the delegate computes, over `mlx.core`: one function each. A missing one is an error.
 
 The delegate's interpreter is the reference: negative axes, reshapes with -1 and clamped slices are as there. `m` is the
 machine: `m.x("field")` is the tensor of a field, `m.i("field")` its integer, `m.f("field")` what the file has.

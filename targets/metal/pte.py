@@ -1,7 +1,7 @@
-"""Writing a `.pte` around delegate payloads that we built: one delegate call a method, weights as named data.
+"""Writing a `.pte` around delegate payloads that we built: one delegate call per method, weights as named data.
 
-The heavy graph never passes through ExecuTorch's exporter. What it exports is a module of one call, whose shape is that
-of `forward(tokens int64 [1, T], start_pos int64 [1]) -> float32 logits`.
+ExecuTorch's exporter never sees the large graph. It exports a module of a single call with the signature
+`forward(tokens int64 [1, T], start_pos int64 [1]) -> float32 logits`.
 """
 
 from __future__ import annotations

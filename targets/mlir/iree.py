@@ -1,4 +1,4 @@
-"""The torch text compiled by IREE for this machine's CPU, and called. The call in a worker process only."""
+"""Compiles the torch text with IREE for this machine's CPU, and calls it (in a worker process only)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linalg-on-tensors module compiled to this machine's code by MLIR and LLVM, and called. In a worker process only.
+"""Compiles a linalg-on-tensors module to machine code with MLIR and LLVM, and calls it. In a worker process only.
 
 Arguments and results are memrefs: C structs of two pointers, an offset, sizes and strides. Results come as one struct
 of such structs, which the callee fills; their memory is malloc's and ours to free.

@@ -1,4 +1,4 @@
-"""What this target changes in a quantized program: nothing. Every rounding that the spec asks for is in the text."""
+"""This target changes nothing in a quantized program: every rounding that the spec asks for is in the text."""
 
 from __future__ import annotations
 

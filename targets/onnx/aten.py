@@ -1,4 +1,4 @@
-"""ATen operators that stay in a program after fusion, in ONNX: what is left around the fused blocks."""
+"""ONNX forms of the ATen operators that remain around the fused blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a fused MoE node is, read from the graph: everything that its ONNX function depends on, and its weights.
+"""`MoeForm`: the sizes and attributes of a fused MoE node that its ONNX function depends on, and the node's weights.
+
+Nothing is written to ONNX here: `moe_math.py` emits operators, `moe_standard.py` and `moe_ort.py` the functions.
 
 N tokens, D model width, E experts, K experts per token, F expert width, S shared width.
 """

@@ -1,4 +1,4 @@
-"""The parts of a routed block in ONNX operators: what `compiler/ops/moe_math.py` says, for the bodies of functions.
+"""Emits the arithmetic of a MoE block as ONNX operators, for function bodies; `compiler/ops/moe_math.py` defines it.
 
 N tokens, E experts, K experts per token, D model width, F expert width.
 """

@@ -1,9 +1,9 @@
 """From a legal graph to ExecuTorch's edge dialect by renaming operators, where that is all there is to do.
 
 `to_edge_transform_and_lower` decomposes, functionalizes and traces a graph again about ten times, which is most of a
-compile. A fused decoder holds some plain operators besides `moec`'s own, a foreign one the arithmetic of its rotary
-embedding too: those are renamed one by one here, to the program that ExecuTorch's way gives. A graph with anything else
-gives None, and takes that way.
+compile. A fused decoder holds some plain operators besides `moec`'s own; a model of another source also the arithmetic
+of its rotary embedding. Those are renamed one by one here, which gives the same program as ExecuTorch's function. A
+graph with any other operator gives None, and goes through that function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dense linears, the embedding and the head: who computes each, and the weights in that kernel's layout.
+"""Dense linears, the embedding and the head: which engine computes each, and its weights in that engine's layout.
 
     linear_q(x, codes, scales), linear(x, w)          ->  moec::linear_packed(x, blob)
     linears of one x, side by side                    ->  split(linear_packed(x, one blob))

@@ -1,4 +1,4 @@
-"""A budget of memory: routed experts are read from the file as tokens choose them (runtime/runner/expert_cache.h)."""
+"""A memory budget: routed experts are read from the file when tokens select them (runtime/runner/expert_cache.h)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Weights into the CPU kernels' packed layout, and back, in torch terms.
 
 N output features, K input features, g group size. One packed weight is a uint8 tensor of
-`count * packed_bytes(n, k, fmt)` bytes; its layout is the kernel's own business (kernels/moec_kernel.h). Codes, scales
-are carried bit for bit.
+`count * packed_bytes(n, k, fmt)` bytes; its layout is the kernel's own business (kernels/moec_kernel.h). Codes and
+scales are carried bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torchtitan, brought in for the device that a run is on. All that is done to let it run on a CPU is done here.
+"""Imports torchtitan for the device of a run. All workarounds that let it run on a CPU are here.
 
 torchtitan 0.3 chooses its device when it is imported: an accelerator if torch finds one, else CUDA. Three things stand
 in the way of a CPU, and nothing else does: gloo, FSDP2 and DTensor work there. A fourth is in the way everywhere.

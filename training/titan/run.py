@@ -1,4 +1,4 @@
-"""A run whose stages torchtitan's trainer goes through; what it leaves is what a run of the torch backend leaves.
+"""A run whose stages are trained by torchtitan's trainer; it writes the same files as a run of the torch backend.
 
 Verified on CPUs with gloo, in one process and two. CUDA and NCCL are unverified: no GPU was at hand.
 """

@@ -1,4 +1,4 @@
-"""Logits of many chunks of text, each layer's weights in memory once: so a model larger than memory can be judged.
+"""Logits of many chunks of text with one layer's weights in memory at a time, so that a model may exceed memory.
 
 T tokens of a chunk, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Held-out text, as token ids in chunks that every model reads from an empty context.
+"""The held-out text that the cost of quantization is measured on, as chunks of token ids, each from an empty context.
 
 The shipped text (specs/quality: prose, code, chat; about 3,000 tokens each) was written for this project and is used
 for nothing else. Chats are written with the model's own chat template where it has one.

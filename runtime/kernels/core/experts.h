@@ -1,4 +1,8 @@
-// The routed experts of one call: their matrices in memory, or lent by a moec_expert_source.
+// `Experts`: the matrices of the routed experts during one call of moec_moe, in memory or lent by the
+// moec_expert_source that this thread has set. Protocol: once a chunk of tokens, `begin` names the experts that the
+// chunk needs and how often, and `end` closes it. In between each worker holds one expert at a time as a `HeldExpert`:
+// `w13` and `w2` wait until the matrix is there (acquire), and its destructor gives both back (release). Without a
+// source all of these return at once.
 #ifndef MOEC_EXPERTS_H_
 #define MOEC_EXPERTS_H_
 
@@ -10,7 +14,7 @@
 
 namespace moec {
 
-// What moec_use_expert_source was given on this thread.
+// The source that moec_use_expert_source set on this thread; nullptr: none.
 const moec_expert_source* expert_source();
 
 class Experts {
@@ -20,7 +24,7 @@ class Experts {
   Experts& operator=(const Experts&) = delete;
   ~Experts() { end(); }
 
-  // As moec_expert_source::begin; false if no expert can be given.
+  // As moec_expert_source::begin, whose -1 is false: no expert can be given, and the call must fail.
   bool begin(int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
     const moec_expert_source* const source = expert_source();
     if (!source) return true;
@@ -43,7 +47,7 @@ class Experts {
   std::atomic<bool> failed_{false};
 };
 
-// One expert, by one worker, for as long as this lives.
+// One expert, held by one worker for the lifetime of this object.
 class HeldExpert {
  public:
   HeldExpert(Experts& experts, int64_t e) : experts_(experts), e_(e) {}

@@ -1,4 +1,4 @@
-// Multiplying a tile of activation rows by some row blocks of a packed matrix, whatever its format.
+// Products of a tile of activation rows with some row blocks of a packed matrix, of any format.
 #ifndef MOEC_MATMUL_H_
 #define MOEC_MATMUL_H_
 

@@ -1,8 +1,8 @@
 // The mixture-of-experts block, in two schedules that compute the same bits.
 //
-// Few (token, expert) pairs: `Narrow`. Three parallel regions, each cut along weight rows, because a region must read its
+// Few (token, expert) pairs: `run_narrow`. Three parallel regions, each cut along weight rows, because a region must read its
 // weights with all threads: router + shared gate/up; routed gate/up + shared down; routed down + combine.
-// Many pairs: `Wide`. Three regions: router per token tile; whole experts (gate/up, activation, down) per tile of their
+// Many pairs: `run_wide`. Three regions: router per token tile; whole experts (gate/up, activation, down) per tile of their
 // tokens, shared expert included; combine per token. An expert's weights are read once per tile.
 //
 // Names: pair = (token, rank), numbered token * top_k + rank. Pairs are counted and sorted by expert, stably, so that the

@@ -1,4 +1,4 @@
-// The kernels that are the same text for every instruction set, written on the sixteen-lane types F32x16 and I32x16.
+// The kernels whose source is the same for every instruction set, written on the sixteen-lane types F32x16 and I32x16.
 // Included after exactly one simd_*.h; everything is in an anonymous namespace: each instruction set compiles its own.
 #ifndef MOEC_GENERIC_KERNELS_H_
 #define MOEC_GENERIC_KERNELS_H_

@@ -1,5 +1,5 @@
-// The recurrences on the sixteen-lane types, the same text for every instruction set. Included by generic_kernels.h, inside
-// its anonymous namespace, after exp16 and sigmoid16.
+// The recurrences on the sixteen-lane types, the same source for every instruction set. Included by generic_kernels.h,
+// inside its anonymous namespace, after exp16 and sigmoid16.
 
 inline F32x16 load_some(const float* p, int n) { return n == 16 ? load(p) : load_n(p, n); }
 inline void store_some(float* p, F32x16 x, int n) { n == 16 ? store(p, x) : store_n(p, x, n); }
