@@ -105,8 +105,8 @@ def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     linked = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
     missing = [target for target in linked if not (page.parent / target).exists()]
-    rooms = "compiler|passes|targets|training|specs|tests|bench|docs|samples"
-    named = re.compile(rf"({rooms})/[\w./-]+\.(py|md|yaml|json|cpp|h|inl|txt)")
+    rooms = "analysis|assistant|bench|checkpoints|cli|compiler|docs|passes|runtime|samples|sources|specs|targets|tests"
+    named = re.compile(rf"({rooms}|tools|training)/[\w./-]+\.(py|md|yaml|json|cpp|h|inl|txt|cmake)")
     written = re.findall(r"^ *```\w+ (\S+)$", text, re.M)  # by whoever follows the page
     for name in INLINE.findall(FENCED.sub("", text)):
         if named.fullmatch(name) and name not in written and not (ROOT / name).exists():

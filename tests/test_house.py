@@ -175,6 +175,32 @@ def committed() -> list[Path]:
     return [f for f in files if f.is_file() and not f.is_symlink()]
 
 
+#: Files of other projects that ours name; the last three are generated from executorch for its MLX delegate.
+NOT_OURS = {"llama.cpp", "ggml.h", "_generated_inspector.py", "mlx_graph_schema.py", "fields.py"}
+
+
+def named_files(line: str) -> list[str]:
+    """Source files and pages that a line names, with as much of their path as is written; no patterns (`*.py`)."""
+    found = re.findall(r"(?<![\w./<>{}*$-])((?:\w[\w-]*/)*\w[\w-]*\.(?:py|h|cpp|inl|cmake|md))\b(?![\w(/])", line)
+    return [name for name in found if "NAME" not in name]
+
+
+def test_files_that_the_code_names_exist() -> None:
+    """A docstring or comment that names a file of ours by its last parts must be mended when the file moves."""
+    assert named_files("see sources/a.py, `b.h` and <x>_source.py, *_check.cpp, NAME.py") == ["sources/a.py", "b.h"]
+    ours = [f.relative_to(ROOT).parts for f in committed()]
+    known = {"/".join(parts[i:]) for parts in ours for i in range(len(parts))} | NOT_OURS
+    folders = {folder for parts in ours for folder in parts[:-1]}
+    stale = [
+        f"{file.relative_to(ROOT)}:{number}: {name}"
+        for file in sources("*.py", "*.h", "*.cpp", "*.inl", "*.cmake")
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
+        for name in named_files(line)
+        if name not in known and ("/" not in name or name.split("/")[0] in folders)
+    ]
+    assert not stale, "\n".join(stale)
+
+
 def test_no_path_of_one_machine_is_committed() -> None:
     """A folder at a machine's root is nobody else's. `/data/local/tmp` is the same on every Android device."""
     path = re.compile(rb"(?<![\w.~$})-])/(?:work|root|home|Users|tmp)/\w")
