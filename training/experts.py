@@ -1,4 +1,4 @@
-"""The products of the experts on rows sorted by expert: three ways to the same numbers, timed by bench_training.py.
+"""The products of the experts on rows sorted by expert, in three implementations, timed by bench_training.py.
 
 R rows in all, E experts held here, D d_model, F expert width, C rows of the fullest expert.
 """

@@ -1,4 +1,4 @@
-"""Cross entropy of a language model without its logits: gradients are made while a piece of the logits is at hand.
+"""Cross entropy of a language model without storing its logits: the gradient is computed for a piece of rows at a time.
 
 The logits of N tokens over V words are most of a small model's memory and, in separate passes, a third of its time.
 Here a piece of rows is multiplied, normalised, turned into its gradient in place and multiplied back. The sums are

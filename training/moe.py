@@ -2,8 +2,8 @@
 
     s = sigmoid(W x);  chosen = top-k of s + bias;  w_k = scale * s_k / sum of the chosen s;  y = sum_k w_k expert_k(x)
 
-The bias shifts the choice only and is moved by load, not by gradients (Wang et al. 2024, arXiv 2408.15664). The z-loss
-is the mean of logsumexp(W x)^2 (Zoph et al. 2022, arXiv 2202.08906, Eq. 5).
+The bias changes the selection only and is updated by load, not by gradients (Wang et al. 2024, arXiv 2408.15664). The
+z-loss is the mean of logsumexp(W x)^2 (Zoph et al. 2022, arXiv 2202.08906, Eq. 5).
 
 N tokens, D d_model, E experts, F expert width, K experts per token, R rows.
 """

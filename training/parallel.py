@@ -1,4 +1,4 @@
-"""One process or many: the sums they share, the experts they split, the rest of the weights they shard.
+"""Training in one process or many: shared sums, experts split over processes, all other weights sharded.
 
 Launched by `python -m torch.distributed.run`, W processes see W shares of every batch. Experts are split over
 `expert_parallel` processes and rows travel to them and back (all-to-all); all other weights are sharded by FSDP2. With

@@ -1,7 +1,7 @@
 """`moec report RUN`: one self-contained page about a training run, from its headline figures to tables and plots.
 
 It reads run.json and metrics.jsonl, which every run has, and measured.json, which `make train-report` adds (a control
-without balancing, QAT against PTQ, utilisation beside shuffled labels, task accuracies). What is missing is said.
+without balancing, QAT against PTQ, utilisation beside shuffled labels, task accuracies). The page says what is missing.
 """
 
 from __future__ import annotations

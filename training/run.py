@@ -5,8 +5,8 @@
     OUT/metrics.jsonl   see `training/metrics.py`;  OUT/tensorboard/ the same as events
     OUT/state/          what --resume continues from
 
-Every stage starts from the checkpoint of the one before it (as stored: BF16), so that stages run one by one, in one go,
-or continued after a kill are the same stages.
+Every stage starts from the checkpoint of the one before it as stored (BF16), so that the result is the same whether
+stages run one by one, all at once, or are continued after a kill.
 """
 
 from __future__ import annotations

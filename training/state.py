@@ -1,4 +1,4 @@
-"""The state of a run on disk: what `--resume` continues from, written so that a kill at any moment leaves a whole one.
+"""The state of a run on disk, from which `--resume` continues; a kill at any moment leaves a complete one.
 
     OUT/state/latest.json     which stage and step, the folder of its tensors, and how long metrics.jsonl was then
     OUT/state/STAGE-STEP/     weights, moments and biases by torch.distributed.checkpoint, from one process or many

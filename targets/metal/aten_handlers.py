@@ -1,6 +1,6 @@
-"""Handlers of ATen operators that the delegate's own handlers lack: what attention that was not fused is made of.
+"""Handlers of ATen operators for which the delegate has none: those of attention that was not fused.
 
-T tokens, S cache positions. A cache that the graph itself writes keeps the shape it has there.
+T tokens, S cache positions. A cache that the graph itself writes keeps its shape in the graph.
 """
 
 from __future__ import annotations

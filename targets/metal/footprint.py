@@ -25,7 +25,7 @@ _PROGRAM_PER_LAYER, _AROUND = 2 * 10_800, 18_000
 class MetalFootprint(Footprint):
     target = "metal"
     checked = "stored sizes: compiled artifacts; memory in use: never measured on Apple hardware, runtime not counted"
-    mapped = False  # whether the delegate keeps the file's pages or copies was never seen
+    mapped = False  # unknown: whether the delegate keeps the file's pages or copies them was never observed
 
     def _dtype(self, options: Any) -> int:
         return _WIDTH[options.dtype if isinstance(options, Options) else Options().dtype]

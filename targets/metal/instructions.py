@@ -1,7 +1,7 @@
 """What each instruction of the delegate computes, over `mlx.core`: one function each. A missing one is an error.
 
-The delegate's interpreter is the reference: negative axes, reshapes with -1 and clamped slices are as there. `m` is the
-machine: `m.x("field")` is the tensor of a field, `m.i("field")` its integer, `m.f("field")` what the file has.
+The delegate's interpreter is the reference: negative axes, reshapes with -1 and clamped slices behave as in it. `m` is
+the machine: `m.x("field")` is the tensor of a field, `m.i("field")` its integer, `m.f("field")` what the file has.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ N tokens, D width, E experts, K selected experts, F expert width.
       -> gate and up in one gathered product -> activation -> down in a second one -> combine (fp32) + shared expert
 
 Sorting makes tokens of one expert neighbours, so that a weight is read once for all of them; below 64 pairs it costs
-more than it saves. Both ways are in the file and the branch is taken at run time.
+more than it saves. The file holds both branches, and one is chosen at run time.
 """
 
 from __future__ import annotations

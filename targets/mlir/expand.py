@@ -1,6 +1,6 @@
-"""The operators of a legal program as pure ATen, without a loop over data and without a write: the reference expansion.
+"""The reference expansion: the operators of a legal program in pure ATen, without loops over data and without writes.
 
-Unlike the eager references, which loop over the experts that were hit, the routed experts are all computed, as one
+Unlike the eager references, which loop over the selected experts, it computes all routed experts as one
 batch: control flow that depends on routing has no form in linalg-on-tensors. Codes stay integers and are unpacked with
 integer operations; the arithmetic and its order within a row are otherwise those of `compiler/ops`.
 

@@ -1,6 +1,6 @@
-"""The one way this target runs native tools: in a process of their own.
+"""Runs this target's native tools, always in a process of their own.
 
-MLIR aborts the process it is in when a module breaks an assumption of a pass; that must not be the user's Python.
+MLIR aborts its process when a module breaks an assumption of a pass; that must not be the user's Python.
 """
 
 from __future__ import annotations

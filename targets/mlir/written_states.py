@@ -1,8 +1,8 @@
-"""Operators that write states, as functions, for the fused text: the compiler's own operators write in place.
+"""Functional forms of the operators that write states in place, for the fused text.
 
-The results after the first are the states as they are after the call, in the order of the arguments. A function has as
-many results as its name says: a call that writes operands which another leaves out is an overload named by them
-(`cached_attention_functional`, and `.k_scale_v_scale` over a cache of codes).
+The results after the first are the states after the call, in the order of the arguments. Calls that write different
+operands are different overloads, named by the additional ones (`cached_attention_functional`, and `.k_scale_v_scale`
+over a cache of codes).
 """
 
 from __future__ import annotations

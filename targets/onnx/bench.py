@@ -1,4 +1,4 @@
-"""Times an ONNX artifact with ONNX Runtime, in a process of its own: its peak memory is Python's and the model's."""
+"""Times an ONNX artifact with ONNX Runtime, in a process of its own, whose peak memory includes Python's."""
 
 from __future__ import annotations
 

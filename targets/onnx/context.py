@@ -1,4 +1,4 @@
-"""What handlers share while a program becomes an ONNX graph: values by node, caches, functions, weights."""
+"""Shared by the handlers while a program becomes an ONNX graph: values by node, caches, functions, weights."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     y[n] = sum_k weights[n, k] * expert_{indices[n, k]}(x[n])  (+ shared(x[n]))
 
 INT4 tensors cannot be indexed in ONNX: Gather, Slice and Split exclude them, and Scan has no INT4 kernel in ONNX
-Runtime. So every expert is an input of its own, behind an `If` that asks whether any token selected it. A step of one
-token dequantizes K experts, a long prompt each expert once.
+Runtime. So every expert is an input of its own, inside an `If` whose condition is that some token selected it. A step
+of one token dequantizes K experts, a long prompt each expert once.
 
 N tokens, E experts, K experts per token, D model width, F expert width.
 """

@@ -20,10 +20,10 @@ from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.targets.onnx.facts import PAST, PRESENT, OnnxFacts
 
-# The oldest ONNX Runtime that each flavour was tried with; QMoE has `accuracy_level` since the second.
+# The oldest ONNX Runtime that each flavour was tested with; QMoE has `accuracy_level` since 1.31.
 OLDEST = {"standard": (1, 22), "ort": (1, 31)}
 REMEDY = "compile it again with `moec compile`"
-# ONNX Runtime fuses DequantizeLinear with a product and, unless told otherwise, rounds the activations to INT8 there
+# ONNX Runtime may fuse DequantizeLinear with a product, and by default rounds activations to INT8 in the fused one
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
 FOLDER = "session.model_external_initializers_file_folder_path"
 _TAP_FIELDS = ("x", "indices", "weights", "y")

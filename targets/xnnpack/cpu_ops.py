@@ -1,8 +1,8 @@
-"""The operators of a legalized CPU graph, as PyTorch knows them: packed-weight operators, and the `.out` forms that a
-`.pte` names.
+"""The operators of a legalized CPU graph registered with PyTorch: packed-weight operators, and the `.out` forms of
+`.pte`.
 
 T tokens, N output features, K input features, D model width, E experts. The eager form of a packed operator calls the
-kernel library itself: the layout of a packed weight is known to it alone. `kernels/registration/ops_executorch.cpp`
+kernel library, since only the library knows the layout of packed weights. `kernels/registration/ops_executorch.cpp`
 registers the same names with ExecuTorch. Importing this module registers everything.
 """
 

@@ -114,7 +114,7 @@ class XnnpackFootprint(Footprint):
     def instructions(self, architecture: Architecture) -> int:
         """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around.
 
-        Models that are not ours have some 12 more, and 75 in a layer whose attention is single operators.
+        Models of other sources have some 12 more, and 75 in a layer whose attention is not fused.
         """
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0

@@ -1,8 +1,8 @@
 """Profiles a `.pte` with the runner binary: one process for each run, its weights mapped lazily.
 
-A run is honest about memory only if it starts cold. The runner asks the system to forget the file's pages
-(posix_fadvise DONTNEED) before it maps it, and reports how many pages stayed: those of a file that another process has
-mapped do.
+Memory is measured correctly only if a run starts cold. The runner asks the system to drop the file's pages
+(posix_fadvise DONTNEED) before it maps the file, and reports how many stayed, as they do when another process has
+mapped it.
 """
 
 from __future__ import annotations

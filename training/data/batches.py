@@ -1,4 +1,4 @@
-"""Batches from a corpus as a pure function of (seed, step, rank, world): to resume, the step is all one needs.
+"""Batches from a corpus as a pure function of (seed, step, rank, world), so that resuming needs only the step.
 
 *Which domain.* Rows are numbered through the whole run; a fixed pattern of domains, as even as the shares allow,
 repeats along them. Row i of all rows is row k of its domain, and k is a count in that pattern, not a state.
@@ -11,8 +11,8 @@ target: nothing is predicted across documents.
 
 *Instructions.* Whole examples are packed into rows once (drawn from the seed), and the rows are reordered every epoch.
 Only tokens of responses are targets. What is left of a row is padding: EOS, no target, a document of its own. Tokens
-count alike, or, with `response_weight` "response", the examples of a row do: one that is answered in a word is not
-drowned by one that is answered in a page. A row's weight is the number of its targets in either case.
+have equal weight, or, with `response_weight` "response", the examples of a row do, so that an answer of a page does not
+outweigh one of a word. A row's weight is the number of its targets in either case.
 
 Letters: B rows, T tokens of a row (the context), N tokens of a shard.
 """

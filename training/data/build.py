@@ -2,7 +2,7 @@
 
     fetch -> (a sample, where limited) -> without repetitions -> train | held out, by document -> tokenizer -> shards
 
-Texts pass through a temporary file, so that memory holds digests and not the corpus. The folder takes its name when it
+Texts pass through a temporary file, so that memory holds digests and not the corpus. The folder gets its name when it
 is complete.
 """
 
@@ -78,7 +78,7 @@ def build(
     if twice:
         raise DataError(f"{twice[0]!r} is a domain already", remedy="give --add another name")
     for name in domains:
-        sources(name)  # a fault in a name need not wait for downloads
+        sources(name)  # an unknown name fails before anything is downloaded
     given = None if tokenizer is None else Coder.from_file(tokenizer)
     if limit_mb is not None and not (0 < limit_mb < math.inf):
         raise DataError(f"a limit of {limit_mb} MB", remedy="use a number above 0")

@@ -4,8 +4,8 @@ A program of its own, run with the folder of packages that it needs; it imports 
 whose questions are short, made in milliseconds, and have an answer that can be compared letter by letter. A family
 belongs to one domain, so that no question of `instructions` is met as running text before.
 
-Arithmetic at the library's own level is text for `math`. What a model is asked is set at a level at which ten million
-parameters can learn more than its form: few words, few digits, few steps.
+Text for `math` uses the library's own level of arithmetic. Instructions use a level at which a model of ten million
+parameters can learn more than their form: few words, few digits, few steps.
 """
 
 import json

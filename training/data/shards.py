@@ -1,4 +1,4 @@
-"""The corpus folder: tokens of documents by domain, tokenized once and mapped into memory ever after.
+"""The corpus folder: tokens of documents by domain, tokenized once and then memory-mapped.
 
     DIR/corpus.json                         domains, counts, sources with licences, tokenizer digest, format
     DIR/tokenizer.json                      the tokenizer that made the tokens

@@ -1,15 +1,15 @@
 """Imports torchtitan for the device of a run. All workarounds that let it run on a CPU are here.
 
-torchtitan 0.3 chooses its device when it is imported: an accelerator if torch finds one, else CUDA. Three things stand
-in the way of a CPU, and nothing else does: gloo, FSDP2 and DTensor work there. A fourth is in the way everywhere.
+torchtitan 0.3 chooses its device when it is imported: an accelerator if torch finds one, else CUDA. Three things
+prevent it from running on a CPU; gloo, FSDP2 and DTensor work there. A fourth fails on every device.
 
 *The choice.* `torchtitan.tools.utils` holds it in two names, `device_type` and `device_module`, that its other modules
 copy as they are imported. So that module is imported first and the names are set before any other one reads them.
 *The interface of torch.cpu.* It has no name and no memory counters.
 *Triton.* A torch for CPUs comes without it, and torchtitan imports kernels of an all-to-all for GPUs that moec does not
 use: in their place stands a module whose functions refuse to be called.
-*A newer torch.* Behind the first step torchtitan shortens the time that processes wait for each other, by
-`torch.distributed.set_timeout`, which torch 2.13 does not have. Here it stays what it was.
+*A newer torch.* After the first step torchtitan shortens the timeout of collectives with
+`torch.distributed.set_timeout`, which torch 2.13 does not have. Here the timeout stays as it is.
 """
 
 from __future__ import annotations
