@@ -1,4 +1,4 @@
-"""Small specs through the whole line: compiled, loaded and run, against the eager model with the same weights."""
+"""Small specs through the whole pipeline: compiled, loaded and run, against the eager model with the same weights."""
 
 from __future__ import annotations
 

@@ -146,16 +146,16 @@ MOEC_API int32_t moec_moe(const moec_moe_args* args);
 // ---------------------------------------------------------------------------------------------- experts outside of memory
 //
 // A source lends the packed matrices of routed experts to moec_moe while it runs. The memory that w13 and w2 of the call
-// point to is then never read: the addresses name the matrices.
+// point to is then never read: the addresses only identify the layer.
 
 typedef struct moec_expert_source {
   void* user;
-  // Once a chunk of tokens, when its routing is known: experts[0 .. count) are needed, each for uses[i] calls of `acquire`.
-  // The source may reorder `experts`: they are worked on in that order, which changes no result. scratch_bytes: working
-  // memory of the call. Returns 1; 0: w13 is not of this source, and memory is read; -1: none can be given.
+  // Called once per chunk of tokens, when its routing is known: experts[0 .. count) are needed, each for uses[i] calls of
+  // `acquire`. The source may reorder `experts`, which are then computed in that order; no result changes. scratch_bytes:
+  // working memory of the call. Returns 1 to lend; 0 if w13 is not of this source, and memory is read; -1 on failure.
   int32_t (*begin)(void* user, const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
-  // From any thread, which holds one expert at a time: its matrix w13 (which 0) or w2 (which 1), once it is there. NULL: it
-  // cannot be read. Valid until as many calls of `release` as of `acquire` that gave one.
+  // Called from any thread, which holds one expert at a time: waits for matrix w13 (which 0) or w2 (which 1) and returns it,
+  // or NULL if it cannot be read. Valid until `release` was called once for each successful `acquire`.
   const void* (*acquire)(void* user, int32_t expert, int32_t which);
   void (*release)(void* user, int32_t expert);
   void (*end)(void* user);  // after a `begin` that returned 1

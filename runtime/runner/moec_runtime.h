@@ -32,11 +32,12 @@ typedef struct moec_model_info {
   int64_t rewinds;  // 1 if a sequence can go back to any position: the program says that its states are appended
 } moec_model_info;
 
-// Never NULL, except when memory is out: a handle whose moec_model_error() is empty is open. threads <= 0: one per
-// fast core (moec_fast_cores of moec_kernel.h). The number of threads is the process's, not the model's: the latest call wins,
-// but while a model is open of which XNNPACK computes a part, the number stays, since XNNPACK keeps the threads that it was
-// loaded with. moec_model_info.threads says what a model got. A model of XNNPACK's replaces ExecuTorch's thread pool if that
-// has another number of threads: programs that the application itself loaded through XNNPACK must not be open then.
+// NULL only when memory is out; the model is open if moec_model_error() of the handle is empty. threads <= 0: one per fast
+// core (moec_fast_cores of moec_kernel.h). The number of threads belongs to the process, not to the model: the latest call
+// decides, except that the number stays while a model is open of which XNNPACK computes a part, since XNNPACK keeps the threads
+// that it was loaded with. moec_model_info.threads says how many a model got. Opening a model that uses XNNPACK replaces
+// ExecuTorch's thread pool if that has another number of threads: the application must not have programs of its own open
+// through XNNPACK then.
 MOEC_RUNTIME_API moec_model* moec_model_open(const char* path, int32_t threads);
 MOEC_RUNTIME_API void moec_model_close(moec_model* model);
 MOEC_RUNTIME_API const char* moec_model_error(const moec_model* model);
@@ -53,10 +54,10 @@ MOEC_RUNTIME_API int32_t moec_model_forward(moec_model* model, const int64_t* id
 // ------------------------------------------------------------------------------------------------------------- sessions
 //
 // A sequence of tokens with caches of its own, over the weights and activations of its model. Any number of them may be open;
-// calls of one model run one after another, whichever threads make them. The caches of the session that runs lie where the
-// program reads them: where the system can move pages (Linux since 5.7) changing the session costs microseconds, elsewhere
-// a copy of both. A session keeps its model open. Where a call fails
-// the session is as it was, except that a failed moec_session_forward leaves no tokens behind `start`.
+// calls of one model run one after another, whichever threads make them. The caches of the running session are where the
+// program reads them: where the system can move pages (Linux since 5.7) switching sessions costs microseconds, elsewhere
+// a copy of both. A session keeps its model open. When a call fails the session is as it was, except that a failed
+// moec_session_forward keeps only the tokens before `start`.
 typedef struct moec_session moec_session;
 
 // Never NULL, except when memory is out; open if moec_session_error() is empty.
@@ -67,8 +68,8 @@ MOEC_RUNTIME_API const char* moec_session_error(const moec_session* session);
 // Tokens in the session; copies the first of them, at most `capacity`.
 MOEC_RUNTIME_API int64_t moec_session_tokens(const moec_session* session, int64_t* ids, int64_t capacity);
 
-// As moec_model_forward, at any position up to the one reached: tokens from `start` on are replaced. A start before it is
-// an error unless moec_model_info.rewinds, or it is 0.
+// As moec_model_forward, from any position up to the session's length: tokens from `start` on are replaced. A start before
+// the end is an error unless moec_model_info.rewinds is 1 or start is 0.
 MOEC_RUNTIME_API int32_t moec_session_forward(moec_session* session, const int64_t* ids, int64_t n, int64_t start, int32_t all,
                                               float* logits, int64_t capacity);
 // Forgets the tokens from `position` on.
@@ -76,11 +77,11 @@ MOEC_RUNTIME_API int32_t moec_session_rewind(moec_session* session, int64_t posi
 // Another session with the same tokens and a copy of their caches; as moec_session_open.
 MOEC_RUNTIME_API moec_session* moec_session_fork(moec_session* session);
 
-// Writes tokens and caches to a file, in place of the one that is there if that is a session: beside it first, then renamed.
-// `artifact`: what the model is, at most 64 bytes; restoring compares it. The reason of a failure tells of the file alone.
+// Writes tokens and caches to a file under a temporary name, then renames it; only a session file is replaced. `artifact`:
+// identifies the model, at most 64 bytes; restoring compares it. The reason of a failure is about the file, without its name.
 MOEC_RUNTIME_API int32_t moec_session_save(moec_session* session, const char* path, const char* artifact);
-// Replaces tokens and caches by those of a file. The file is not believed: sizes, ids and digests are checked before
-// anything of the session changes.
+// Replaces tokens and caches by those of a file. The file is not trusted: sizes, ids and digests are checked before
+// the session changes.
 MOEC_RUNTIME_API int32_t moec_session_restore(moec_session* session, const char* path, const char* artifact);
 
 // As moec_set_trace of moec_kernel.h, for callers that only loaded this library.
@@ -92,13 +93,13 @@ MOEC_RUNTIME_API void moec_model_trace(moec_model_trace_fn callback, void* user)
 MOEC_RUNTIME_API int32_t moec_model_set_isa(const char* name);
 MOEC_RUNTIME_API const char* moec_model_isa(void);
 
-// on != 0: the calls of this model compute as moec_set_float_activations says. Delegates know nothing of it.
+// on != 0: the calls of this model compute as moec_set_float_activations says. It has no effect on delegates.
 MOEC_RUNTIME_API void moec_model_float_activations(moec_model* model, int32_t on);
 
 // ------------------------------------------------------------------------------------------------------ a budget of memory
 //
-// Routed experts are read as tokens choose them, into a cache that fills what `bytes` leaves beside everything else in this
-// process: libraries, the other weights, caches for the whole context, activations. Nothing that is computed changes by a bit.
+// Routed experts are read when tokens select them, into a cache that fills what `bytes` leaves after everything else in this
+// process: libraries, the other weights, caches for the whole context, activations. Results are the same bit for bit.
 
 typedef struct moec_expert_stats {
   int64_t budget;       // bytes; 0: no budget, and nothing below
@@ -114,8 +115,8 @@ typedef struct moec_expert_stats {
 
 enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };
 
-// Before the first call of a model. -1 if it has no routed experts, or if `bytes` is less than one token needs: the reason
-// says the least. readers: threads that read, 1 .. 64.
+// To be called before the first forward of a model. -1 if it has no routed experts, or if `bytes` is less than one token
+// needs; the reason gives the least. readers: threads that read, 1 .. 64.
 MOEC_RUNTIME_API int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t eviction, int32_t readers);
 MOEC_RUNTIME_API int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats);
 MOEC_RUNTIME_API int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats);  // of its model

@@ -394,7 +394,7 @@ MUTANTS: list[tuple[str, str, Any]] = [
 def test_mutant_is_refused_or_equal(folders: dict[str, Path], name: str, experts: str, change: Any) -> None:
     mutant = _mutate(_program(folders[name], experts), change)
     result = fuse_moe().run(mutant)
-    if result.changed < FAMILIES[name][1]:  # refused: with the node and the reason, and a CompileError from the line
+    if result.changed < FAMILIES[name][1]:  # refused with the node and the reason, and a CompileError of the pipeline
         assert all(r.reason and r.node for r in result.refusals)
         assert result.refusals
         with pytest.raises(CompileError):

@@ -1,7 +1,7 @@
 """The shipped specs of families that are not ours, as MLIR, executed by IREE and compared with the eager program.
 
 Between them they use what MobileMoE does not: biases, clamped and interleaved experts, limits on groups of experts,
-windows, wide heads. The limit is that of codes in `test_mlir_line.py`.
+windows, wide heads. The limit is that of codes in `test_mlir_end_to_end.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The native side of the Android sample, compiled against the built runtime and called from a Java machine.
+"""The native side of the Android sample, compiled against the built runtime and called from a Java virtual machine.
 
 There is no Android toolchain and no Kotlin here: a class of the same name, in Java, declares the functions that
 MoecModel.kt declares and calls them as it does.

@@ -1,4 +1,4 @@
-"""What lies long on a disk: states and shards that were changed are found, and a state from an enemy runs no code."""
+"""Files that stay on disk: changed states and shards are found, and a state from an attacker runs no code."""
 
 from __future__ import annotations
 

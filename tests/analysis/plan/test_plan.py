@@ -300,7 +300,7 @@ def test_compile_asks_nothing_of_targets_without_sizes(monkeypatch: pytest.Monke
 
 
 def test_a_found_shape_compiles(tmp_path: Path) -> None:
-    """What `moec search` writes goes through the line: here with fewer and narrower layers, in the same form."""
+    """What `moec search` writes goes through the pipeline: here with fewer and narrower layers, in the same form."""
     from moec.analysis.plan.search import Candidate, shape
     from moec.analysis.plan.searched import spec_text
 
