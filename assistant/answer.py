@@ -1,4 +1,4 @@
-"""An answer as it comes: its text, its thinking, the tools that it calls, and why it ended."""
+"""An answer while it is generated: its text, its thinking, the tools that it calls, and why it ended."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 class Limits:
     """How an answer is drawn and where it ends. max_new_tokens None: at the end of the context.
 
-    top_scores: None, or of how many of the likeliest tokens log-probabilities are told beside each taken one. draft: a
-    session of a small model of the same tokenizer that guesses what follows, where that changes no bit; None: what
-    occurred before is guessed again (`assistant/speculate.py`).
-    RunError for values out of range.
+    top_scores: None, or the number of likeliest tokens whose log-probabilities are reported beside each taken one.
+    draft: a session of a small model with the same tokenizer that drafts tokens, where that changes no bit; None:
+    drafts are looked up in the text so far (`assistant/speculate.py`). RunError for values out of range.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -43,14 +42,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Step:
-    """What one token brought: parts of the answer that became certain, and its log-probability if it was asked for."""
+    """The result of one token: parts of the answer that became certain, and its log-probability if requested."""
 
     pieces: Sequence[Piece]
     scores: Sequence[TokenScore] = ()
 
 
 class Splitter(Protocol):
-    """Takes text apart (`assistant/segments.py`)."""
+    """Splits text into answer, thinking and calls (`assistant/segments.py`)."""
 
     def push(self, piece: str) -> list[Piece]: ...
     def finish(self) -> list[Piece]: ...
@@ -59,8 +58,8 @@ class Splitter(Protocol):
 class Answer(Iterator[str]):
     """Iterate over it for the pieces of its text, or over `steps()` for everything; once.
 
-    text, thinking, calls, scores, stats: what there is so far. RunError at the end where a format was asked for and the
-    answer ended before it was whole; what came until then is in `text`.
+    text, thinking, calls, scores, stats: the state so far. RunError at the end if a format was requested and the answer
+    ended before it was complete; `text` then holds what was generated.
     """
 
     def __init__(self, source: Text, splitter: Splitter) -> None:
@@ -85,7 +84,7 @@ class Answer(Iterator[str]):
 
     @property
     def unfinished(self) -> bool:
-        """Whether a format was asked for and is not whole."""
+        """Whether a format was requested and is not complete."""
         constraint = self._source.generation.constraint
         return constraint is not None and not constraint.accepting
 
@@ -104,7 +103,8 @@ class Answer(Iterator[str]):
         self.check_finished()
 
     def check_finished(self) -> None:
-        """RunError, once it has ended, if a format was asked for and is not whole: it says what ended it."""
+        """RunError, once the answer has ended, if a requested format is not complete; the message says what ended
+        it."""
         if self.unfinished:
             raise RunError(
                 f"the answer ended before its format was whole: stopped by {self.stats.stopped} "
@@ -113,7 +113,7 @@ class Answer(Iterator[str]):
             )
 
     def steps(self) -> Iterator[Step]:
-        """Everything, token by token; nothing is raised for a format that is not whole (see `unfinished`)."""
+        """Everything, token by token; an incomplete format raises nothing (see `unfinished`)."""
         told = 0
         for text in self._source:
             pieces = self._taken(self._splitter.push(text))

@@ -19,7 +19,8 @@ _ROOM = 64  # tokens that dropping the oldest turns leaves for an answer, if it 
 
 
 class Conversation:
-    """`messages` as OpenAI has them, the system prompt first. drop_oldest: a full context costs the oldest turns.
+    """`messages` in OpenAI's form, the system prompt first. drop_oldest: when the context is full, drop the oldest
+    turns.
 
     Without it a question that does not fit is a RunError, and the conversation is as it was.
     """
@@ -29,12 +30,12 @@ class Conversation:
     ) -> None:
         self._assistant, self._session, self._drop_oldest = assistant, session, drop_oldest
         self.messages: list[dict[str, Any]] = []
-        self.dropped = 0  # messages that the last question cost
+        self.dropped = 0  # messages dropped for the last question
         if system is not None:
             self.set_system(system)
 
     def set_system(self, text: str) -> None:
-        """Put a system prompt before everything, in place of the one that is there; an empty one takes it away."""
+        """Set the system prompt, or remove it with an empty text."""
         rest = self.messages[1:] if self._has_system() else self.messages
         self.messages = [{"role": "system", "content": text}, *rest] if text else rest
 
@@ -61,7 +62,7 @@ class Conversation:
         return answer
 
     def keep(self, answer: Answer) -> None:
-        """Let an answer, whole or stopped, be part of the conversation."""
+        """Add an answer, complete or stopped, to the conversation."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if answer.thinking.strip():
             message["reasoning_content"] = answer.thinking.strip("\n")
@@ -72,7 +73,8 @@ class Conversation:
         return json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n"
 
     def load(self, file: Path) -> None:
-        """Continue what `save` gave. UserError for anything else; the conversation is then as it was."""
+        """Continue a conversation that `save` wrote. UserError for anything else; the conversation is then
+        unchanged."""
         try:
             raw = json.loads(read_text(file, limit=MAX_BYTES))
         except (ValueError, RecursionError) as error:

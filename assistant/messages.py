@@ -1,4 +1,4 @@
-"""What a conversation may be: messages and tools in OpenAI's form, checked, as chat templates read them."""
+"""Checks messages and tools in OpenAI's form, and gives them as chat templates read them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Message = Mapping[str, Any]
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages as templates read them; RunError, with the message and the key, for what is none.
+    """The messages as templates read them; RunError, naming message and key, for anything that is no message.
 
     A content of text parts becomes one text; arguments of tool calls, which OpenAI gives as JSON text, become objects.
     A message that calls tools and says nothing has the content None.
@@ -109,7 +109,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 
 
 def checked_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tool definitions in OpenAI's form; RunError, with the tool and the key, for what is none."""
+    """Tool definitions in OpenAI's form; RunError, naming tool and key, for anything that is no definition."""
     if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
         raise RunError("is no list", place="tools")
     if len(tools) > MAX_TOOLS:

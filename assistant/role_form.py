@@ -4,9 +4,10 @@
          + before[role] + content + after[role]     for each turn, the user's and the model's by turns
          + answer                                   where the model is to go on
 
-The form is read off renderings of probes and then proved on conversations that are made for it: hundreds, of contents
-that templates trip over. What the template renders otherwise is not regular, and the reason is told; texts that alone
-make it differ (such as `</think>`, which some templates cut at) are listed in `unless_contains`.
+The form is read off renderings of probes and then checked on hundreds of generated conversations, with contents that
+are known to confuse templates. A template that renders one of them otherwise is not regular, and the reason is
+reported; single texts that make it differ (such as `</think>`, at which some templates cut) are listed in
+`unless_contains`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _TEXTS = ("Hi", "What is it?", "a\nb", "  in spaces \n", "\n", "{{ x }}{% y %}",
 
 @dataclass(frozen=True)
 class RoleForm:
-    """See the module. trims: what the contents of a role lose: `both`, white space at both ends, or `newlines`, line
-    ends at the beginning."""
+    """See the module. trims: by role, what contents lose: `both` is white space at both ends, `newlines` line ends at
+    the beginning."""
 
     begin: str
     before_system: str | None
@@ -68,7 +69,7 @@ class Irregular(Exception):
 
 
 def role_form(template: ChatTemplate) -> RoleForm:
-    """The form of a template, proved; Irregular where it has none."""
+    """The form of a template, checked; Irregular if it has none."""
     if "strftime_now" in template.text:
         raise Irregular("it tells the date")
     form = _read(template)
@@ -85,7 +86,7 @@ def role_form(template: ChatTemplate) -> RoleForm:
 
 
 def write_form(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Write the form of a model's template beside it: the names of files written, and what the user should know."""
+    """Write the form of a model's template beside it. Returns the names of files written, and notes for the user."""
     try:
         template = ChatTemplate.of_folder(folder)
         if template is None:

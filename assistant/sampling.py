@@ -20,18 +20,18 @@ from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.files import read_bytes
 
 MAX_BIASED = 100_000  # tokens with a bias of their own
-MAX_TOP = 100  # likeliest tokens whose log-probabilities are told
+MAX_TOP = 100  # likeliest tokens whose log-probabilities are reported
 _MAX_CONFIG = 1 << 20  # bytes of a generation_config.json; usual ones have 300
 _FIRST_SORTED = 1024  # tokens that top-p sorts before it looks at more; more than it keeps of most distributions
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. Kept are: the `top_k` likeliest (0: all), of these the fewest that together reach the
-    probability `top_p`, of these every one with at least `min_p` times the likeliest one's.
+    """temperature 0 is greedy. Tokens are kept in this order: the `top_k` likeliest (0: all); of these the fewest whose
+    probabilities sum to `top_p`; of these those with at least `min_p` times the probability of the likeliest.
 
     repeat_penalty: logits of tokens that occurred, in the prompt or since, are divided by it (multiplied where they are
-    negative). presence_penalty, frequency_penalty: taken off the logits of new tokens that occurred, once and per
+    negative). presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated, once or per
     occurrence. logit_bias: added to the logits of token ids; -inf rules one out. RunError for values out of range.
     """
 

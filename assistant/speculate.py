@@ -1,8 +1,8 @@
-"""Speculation: several tokens are guessed and checked in one call; those that the model would have said are kept.
+"""Speculative decoding: several tokens are drafted and checked in one call; those that the model itself takes are kept.
 
 It needs a session on which a token gives the same logits, bit for bit, alone and among others (`Session.exact_calls`).
-The text is then the same with it and without, for every way of sampling. Whether it pays depends on the text and the
-machine: it measures both, and rests while it does not.
+The text is then the same with and without it, for every way of sampling. Whether it saves time depends on the text and
+the machine: it measures that, and pauses while it does not.
 
 V is the vocabulary.
 """
@@ -21,26 +21,26 @@ from moec.compiler.errors import RunError
 if TYPE_CHECKING:
     from moec.compiler.target import Session
 
-_LONGEST = 15  # guesses of one call
+_LONGEST = 15  # drafted tokens of one call
 _FIRST = 4
 _GRAM = 3  # tokens that must have occurred before
 
 
 class Drafter(Protocol):
-    """Guesses what follows."""
+    """Drafts the tokens that follow."""
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens that may follow `tokens`; none where it has no guess."""
+        """At most `most` tokens that may follow `tokens`; empty without a draft."""
 
 
 class PromptLookup:
-    """Guesses that a text goes on as it did when its last three tokens occurred before: prompt lookup decoding.
+    """Prompt lookup decoding: drafts the tokens that followed when the text's last three tokens occurred before.
 
-    One text, which grows.
+    One object serves one growing text.
     """
 
     def __init__(self) -> None:
-        self._known = 0  # tokens of which `_behind` tells; a text only grows
+        self._known = 0  # tokens that `_behind` covers; a text only grows
         self._behind: dict[
             tuple[int, ...], int
         ] = {}  # the position behind the latest occurrence, the last tokens' own aside
@@ -56,10 +56,10 @@ class PromptLookup:
 
 
 class ModelDrafter:
-    """Guesses by a small model of the same vocabulary, greedily."""
+    """Drafts with a small model of the same vocabulary, greedily."""
 
     def __init__(self, session: Session, of: Session) -> None:
-        """RunError unless the vocabulary of `session` is that of the session `of`, and it goes back to any position."""
+        """RunError unless `session` has the vocabulary of the session `of` and rewinds to any position."""
         if session.vocab_size != of.vocab_size:
             what = f"the draft has a vocabulary of {session.vocab_size} tokens, the model one of {of.vocab_size}"
             raise RunError(what, remedy="draft with a model of the same tokenizer")
@@ -85,7 +85,7 @@ class ModelDrafter:
 
 @dataclass
 class Speculation:
-    """What came of it. tried: guesses that were checked; kept: those that the model said itself; calls: checks."""
+    """Counts. tried: drafted tokens that were checked; kept: those that the model itself took; calls: checks."""
 
     tried: int = 0
     kept: int = 0
@@ -93,15 +93,15 @@ class Speculation:
 
     @property
     def acceptance(self) -> float:
-        """Guesses kept of those tried, 0 to 1."""
+        """The share of drafted tokens that were kept, 0 to 1."""
         return self.kept / self.tried if self.tried else 0.0
 
 
 class Pays:
-    """Whether guessing is faster than single steps, by the clock.
+    """Whether drafting is faster than single steps, by measured time.
 
-    The worth of a call is the time that its tokens would have taken alone by the time that it took. Where the mean of
-    the last ones falls below 1, guessing rests for 16 steps, then for twice as many each time.
+    The gain of a call is the time that its tokens would have taken one by one over the time that it took. When the mean
+    of the last calls falls below 1, drafting pauses for 16 steps, then for twice as many each time.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Pays:
         self._step = seconds if self._step is None else 0.8 * self._step + 0.2 * seconds
 
     def checked(self, tokens: int, seconds: float) -> None:
-        """A call whose first `tokens` tokens counted."""
+        """Record a call of which the first `tokens` tokens were kept."""
         assert self._step is not None
         self._worth = 0.6 * self._worth + 0.4 * tokens * self._step / max(seconds, 1e-9)
         if self._worth >= 1.0:
@@ -131,27 +131,29 @@ class Pays:
 
 
 class Steps:
-    """The logits behind one token after the other, by single steps or by checked guesses; the same bits either way."""
+    """Logits after one token after the other, by single steps or by checked drafts; the same bits either way."""
 
     def __init__(
         self, session: Session, drafter: Drafter | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """`session` holds the prompt. A drafter is left alone on sessions where guesses could change a bit."""
+        """`session` holds the prompt. The drafter is not used on sessions where drafts could change a bit."""
         able = getattr(session, "exact_calls", False) and getattr(session, "rewinds", False)
         self._session, self._drafter, self._clock = session, drafter if able else None, clock
         self._tokens = session.tokens
-        self._ahead: list[tuple[int, np.ndarray]] = []  # guesses that the session holds, and the logits behind each
+        self._ahead: list[
+            tuple[int, np.ndarray]
+        ] = []  # drafted tokens that the session holds, and the logits after each
         self._checked: tuple[int, float] | None = None  # of the last check: tokens that counted so far, seconds
         self._pays, self._length = Pays(), _FIRST
         self.speculation = Speculation()
 
     @property
     def position(self) -> int:
-        """Tokens that were said, of those that the session holds."""
+        """Number of tokens that were taken, among those that the session holds."""
         return len(self._tokens)
 
     def next(self, token: int) -> np.ndarray:
-        """Append a token; the logits behind it, float32 [V]. RunError as `Session.decode`."""
+        """Append a token; the logits after it, float32 [V]. RunError as `Session.decode`."""
         if self._ahead and self._ahead[0][0] == token:
             self._tokens.append(token)
             self.speculation.kept += 1
@@ -176,13 +178,13 @@ class Steps:
         return np.asarray(logits)
 
     def close(self) -> None:
-        """Leave the session with the tokens that were said."""
+        """Leave the session with the tokens that were taken."""
         if self._session.position > len(self._tokens):
             self._session.rewind(len(self._tokens))
         self._ahead, self._checked = [], None
 
     def _settle(self) -> None:
-        """The last check is over: what it was worth, and how many guesses the next one has."""
+        """End the last check: record its gain, and set the length of the next draft."""
         if self._checked is not None:
             self._pays.checked(*self._checked)
             self._length = min(2 * self._length, _LONGEST) if not self._ahead else max(self._checked[0], 2)

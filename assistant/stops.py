@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes in pieces: found wherever they lie, never shown in part."""
+"""Stop strings in a text that comes in pieces: found however they are split, never shown in part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """What of the text is certain now; after `found` nothing more."""
+        """The text that is certain now; empty after `found`."""
         if self.found is not None:
             return ""
         if not self._stops:
