@@ -1,6 +1,7 @@
-"""The command `moec`: one module per command, imported only when that command runs.
+"""The command `moec`: one module per command, which imports what is slow to import only when the command runs.
 
-Exit status: 0 done, 1 a check failed, 2 the user's fault (one line on stderr), 130 interrupted, 70 our bug (traceback).
+Exit status: 0 done, 1 a check failed, 2 the user's fault (one line on stderr), 70 our bug (traceback), 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -42,7 +44,18 @@ def _register_commands() -> None:
         importlib.import_module(f"moec.cli.{file.stem}").register(app)
 
 
+def _join_lines(commands: typer.Typer) -> None:
+    """Make each paragraph of a command's help one line: typer would keep the line ends of its docstring."""
+    for command in commands.registered_commands:
+        text = inspect.cleandoc((command.callback and command.callback.__doc__) or "")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _join_lines(group.typer_instance)
+
+
 _register_commands()
+_join_lines(app)
 
 
 def _version(asked: bool) -> None:

@@ -40,6 +40,15 @@ def test_help_of_every_command(moec: Moec, command: list[str]) -> None:
         assert re.search(r"Examples?:\s+moec", out)
 
 
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_help_breaks_lines_where_the_terminal_does(path: list[str]) -> None:
+    """Docstrings are wrapped at 120 columns; a terminal of 80 would show a long and a short line in turn."""
+    command: Any = typer.main.get_command(cli.app)
+    for name in path:
+        command = command.commands[name]
+    assert not [paragraph for paragraph in (command.help or "").split("\n\n") if "\n" in paragraph]
+
+
 def test_version(moec: Moec) -> None:
     import moec as package
 
