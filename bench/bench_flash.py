@@ -5,8 +5,8 @@ at which the storage gives blocks of an expert's size, the bound max(computing, 
 peak memory over budget. *Policies*: the same routing replayed against caches that give up the expert used longest ago,
 the one used least often, and the one whose next use is farthest (Belady's optimum, which knows the future).
 
-Prompt and decoded tokens are the text's own, so that routing is that of text; with random weights a router has no
-habits, and hits say what the size of the cache says.
+Prompt and decoded tokens are those of the text, so that routing is that of text; with random weights a router has no
+preferences, and the hit rate only reflects the size of the cache.
 """
 
 from __future__ import annotations

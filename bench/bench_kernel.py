@@ -73,7 +73,7 @@ def roofline(isa: str, threads: list[int], folder: Path) -> dict[int, dict[str, 
 
 
 def best_of(a: dict[int, dict[str, float]], b: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """The machine's rates at their better moment: the stricter yardstick."""
+    """The better of two measurements of the machine's rates: the stricter bound."""
     keys = ("read_gb_per_s", "int8_gop_per_s")
     return {n: {k: max(a[n][k], b[n][k]) for k in keys} for n in a}
 

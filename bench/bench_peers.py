@@ -111,7 +111,8 @@ def repeats(test: Test) -> int:
 
 
 def turns(test: Test) -> int:
-    """Pairs of processes in a round: short tests are over in a fraction of a second, and show what a neighbour does."""
+    """Pairs of processes in a round: short tests take a fraction of a second, which other load on the machine
+    disturbs."""
     return 1 if test.context else 3
 
 

@@ -338,7 +338,7 @@ def contradictions(theirs: DecoderConfig, ours: DecoderConfig) -> list[str]:
                 )
             continue
         if any(path.startswith(other + ".") and a.get(other, 0) != b.get(other, 0) for other in {*a, *b}):
-            continue  # a whole section differs, and that is said
+            continue  # the fault of the whole section is reported instead
         lines.append(
             f"{_KEYS.get(path, path)} says model.{path} is {_shown(a.get(path))}, the spec says {_shown(b.get(path))}"
         )

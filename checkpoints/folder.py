@@ -144,7 +144,7 @@ def foreign_folder(folder: Path) -> CheckpointError | None:
 
 
 def gguf_refused(file: Path) -> CheckpointError:
-    """What is said of a GGUF file where a folder of transformers is expected."""
+    """The error for a GGUF file where a folder of transformers is expected."""
     return CheckpointError(
         "is a GGUF file, not a folder of transformers",
         place=str(file),

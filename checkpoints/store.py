@@ -94,8 +94,8 @@ class WeightStore(Checkpoint):
     """The weights of a checked checkpoint. Open one with `open_store`.
 
     weights: model weight name -> LazyWeight (float32, logical shape). `load()` reads and dequantizes; `stored` has,
-    where the checkpoint is packed, its codes and scales as views of the file. notes: what of the
-    folder is not read.
+    where the checkpoint is packed, its codes and scales as views of the file. notes: files and
+    tensors of the folder that are not read.
     """
 
     def __init__(

@@ -171,12 +171,12 @@ class Artifact:
         return self.folder / name
 
     def with_threads(self, threads: int | None) -> Artifact:
-        """The same artifact, run by so many threads (None: as it says); RunError where its target takes no number."""
+        """The same artifact, run with this many threads (None: unchanged); RunError if its target takes no number."""
         return self._changed("threads", threads, "no number of threads", "--threads")
 
     def within(self, memory_mb: int | None) -> Artifact:
-        """The same artifact, run in so many megabytes (10^6 bytes; None: as it says); RunError where its target has no
-        such budget."""
+        """The same artifact, run within this many megabytes (10^6 bytes; None: unchanged); RunError if its target has
+        no memory budget."""
         return self._changed("memory_mb", memory_mb, "no budget of memory", "--memory-mb")
 
     def _changed(self, option: str, value: int | None, what: str, flag: str) -> Artifact:

@@ -178,7 +178,7 @@ def _make_temporary(out: Path, made: list[Path], handles: list[int]) -> None:
 
 def _hold(folder: Path, handles: list[int]) -> None:
     handles.append(os.open(folder, os.O_RDONLY))
-    with suppress(OSError):  # a file system without locks; `_abandoned` then knows nothing and keeps
+    with suppress(OSError):  # a file system without locks; `_abandoned` then cannot tell, and the folder is kept
         fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

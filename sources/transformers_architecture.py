@@ -36,7 +36,7 @@ def architecture_of_transformers(folder: Path, name: str, context: int | None = 
 
 
 def architecture_of_config(config: Any, folder: Path, name: str, context: int | None = None) -> Architecture:
-    """As `architecture_of_transformers`, of a config that is at hand; `folder` names it in messages."""
+    """As `architecture_of_transformers`, for a config that was read already; `folder` names it in messages."""
     model, length = shapes_of(config, folder, context)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers, width = (_required(text, key, folder) for key in ("num_hidden_layers", "hidden_size"))

@@ -73,7 +73,8 @@ def export_config(
     context: int | None = None,
     experts: str = EXPERTS,
 ) -> Program:
-    """As `export_transformers`, of a config that is at hand. `folder` names it in messages; `eos_ids` end a text."""
+    """As `export_transformers`, for a config that was read already. `folder` names it in messages; `eos_ids` end a
+    text."""
     length = _length(config, folder, context)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(config, mode, experts, folder)

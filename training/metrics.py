@@ -29,7 +29,7 @@ class Metrics:
     def __init__(self, out: Path, *, keep_bytes: int, first_step: int, writes: bool = True) -> None:
         """UserError, here and below, for what the disk refuses.
 
-        keep_bytes: what of metrics.jsonl is valid; the rest was written after the state that is continued.
+        keep_bytes: the valid length of metrics.jsonl; the rest was written after the state that is continued.
 
         first_step: the next step of the run, over all stages; TensorBoard forgets what it has of later ones.
         """

@@ -204,7 +204,7 @@ class Run:
         return RunResult(plan.out, tuple(finished), self._world.main)
 
     def _begin(self) -> Position | None:
-        """What is in `out` already, checked against what was asked for; run.json is written."""
+        """The state in `out`, if there is one, checked against the request; run.json is written."""
         plan, position = self._plan, self._store.latest()
         file = plan.out / RUN
         record = plan.record()
@@ -307,7 +307,7 @@ class Run:
         return Live(self._progress if self._world.main else Progress(quiet=True), stage.name, done, stage.steps)
 
     def _announce(self, stage: TrainingStage, batches: Batches, done: int) -> None:
-        """What lies ahead: how often each domain is read, and what of it never is."""
+        """Announce the stage: how often each domain is read, and which examples never are."""
         if not self._world.main:
             return
         read = ", ".join(f"{domain} {epochs:.2f}" for domain, epochs in batches.epochs(stage.steps).items())

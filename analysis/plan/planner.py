@@ -164,7 +164,7 @@ def architecture_of_spec(spec: Spec) -> Architecture:
 def check_fits(spec: Spec, device: Device, target: str) -> None:
     """CompileError, with the change that helps, when a spec's whole context does not fit the device.
 
-    Nothing is said of targets without sizes and of models whose shapes only their code tells.
+    Targets without sizes, and models whose shapes only their code tells, are not checked.
     """
     if find_target(target).footprint() is None:
         return

@@ -89,7 +89,7 @@ def _file(name: str, sha256: str, size: int) -> Component:
 
 
 def _kernels(version: str, digest: str) -> Component:
-    """The library with the operators of a `.pte`, as it was at hand while compiling: by the digest of its source."""
+    """The library with the operators of a `.pte`, identified by the digest of its source at compile time."""
     from cyclonedx.model import Property
     from cyclonedx.model.component import Component, ComponentScope, ComponentType
 

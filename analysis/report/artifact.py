@@ -49,7 +49,7 @@ def artifact_page(
         import jinja2
     except ImportError:
         raise MissingExtra("reports need jinja2, which is not installed", remedy="pip install 'moec[report]'") from None
-    figures.new_figure(1, 1)  # a missing matplotlib is said before any work
+    figures.new_figure(1, 1)  # a missing matplotlib fails before any work
     manifest = artifact.manifest
     evidence = {
         "verify": find_evidence(artifact, "verify", verify),
@@ -59,7 +59,7 @@ def artifact_page(
     record = read_build_record(artifact)
     spec = _spec(artifact, record)
     named = device or (spec.device if isinstance(spec, Spec) else None)
-    chosen = None if named is None else load_device(named)  # a wrong name is said before any work
+    chosen = None if named is None else load_device(named)  # a wrong name fails before any work
     with progress.stage("report", 4) as step:
         evidence["verify"] = _verified(artifact, evidence["verify"], record)
         evidence["passes"] = _checked(artifact, spec, evidence["passes"], record)
@@ -122,7 +122,7 @@ def _at_hand(artifact: Artifact, record: BuildRecord | None) -> bool:
 
 
 def _verified(artifact: Artifact, found: Evidence, record: BuildRecord | None) -> Evidence:
-    """The verification found; a small artifact whose checkpoint is at hand is verified now if there is none."""
+    """The verification that was found, or for a small artifact whose checkpoint is available a new one."""
     if found.data is not None or not _at_hand(artifact, record):
         return found
     from moec.analysis.verify.artifact import verify_artifact
@@ -165,7 +165,7 @@ def _fidelity_tile(found: object) -> tuple[str, str, str]:
 
 
 def _tiles(artifact: Artifact, evidence: Mapping[str, Evidence], planned: Plan | str) -> list[tuple[str, str, str]]:
-    """What one wants to know first: (label, value, what it is)."""
+    """The key figures at the top of the page: (label, value, what it is)."""
     manifest = artifact.manifest
     tiles = [("size", size(artifact.bytes), "all files of the artifact")]
     if not isinstance(planned, str):
@@ -201,7 +201,7 @@ def _count(parameters: int) -> str:
 
 
 def _passes(entries: Any, found: Evidence) -> list[dict[str, Any]]:
-    """Each pass with its checks, if a verification of the spec's passes is at hand."""
+    """Each pass with its checks, if a verification of the spec's passes was found."""
     checks = found.data["checks"] if found.data is not None else []
     rows = []
     for entry in entries:

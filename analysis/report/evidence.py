@@ -1,8 +1,7 @@
-"""The files that tell about an artifact: its verification and its profile, found beside it or named by the user.
+"""Evidence about an artifact: its verification and its profile, found beside it or named by the user.
 
-A file that speaks of another artifact is not shown. A verification and a profile are bound to the digest of the
-artifact's contents, which are read whole before anything is said of them; the checks of passes to the graphs that the
-passes left.
+A file about another artifact is not shown. A verification and a profile hold the digest of the artifact's contents,
+which is computed anew and compared before they are shown; the checks of passes hold the digests of the graphs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Verification runs this and not the exported graph for two reasons. It reads and 
 pass that is wrong cannot be wrong on both sides. And its layers can be started from an artifact's own values
 (`following.py`): dynamic INT8 rounding makes whole runs drift apart, however right both are, and only layers that start
 from the same values can be held to tight limits. Weights are streamed: no more than one layer is in memory, and of a
-quantized layer only the expert at hand is dequantized.
+quantized layer only the current expert is dequantized.
 
 Shape suffixes as in `decoder.py`: T tokens, D d_model, H query heads, G KV heads, d head_dim, E experts, K selected
 experts, V vocabulary.

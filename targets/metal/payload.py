@@ -1,7 +1,7 @@
 """Reading a `.pte`: its methods' delegate payloads as checked instructions, and its constants mapped from the file.
 
-Nothing of a file is trusted: every offset, tensor number and size is checked here, and whatever the parsers trip over
-is an ArtifactError. References are `Tensor` and `Value` numbers; literals are plain Python values.
+No file is trusted: every offset, tensor number and size is checked here, and any exception of the parsers becomes an
+ArtifactError. References are `Tensor` and `Value` numbers; literals are plain Python values.
 """
 
 from __future__ import annotations

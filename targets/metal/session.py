@@ -43,7 +43,7 @@ class MetalSession(SessionBase):
         self._machines: dict[str, Machine] = {}
         _check_payloads(self._file, self._methods)
         for name in ("forward", "forward_all"):
-            self._file.method(name)  # a damaged method is told now, not in the middle of a conversation
+            self._file.method(name)  # a damaged method fails now, not in the middle of a conversation
 
     @property
     def closed(self) -> bool:

@@ -67,7 +67,7 @@ def _timeouts_stay(timeout: timedelta, parallel_dims: Any) -> None:
 
 
 class _NoKernels(ModuleType):
-    """Whatever name is asked for is a function that cannot be called."""
+    """A module in which every name is a function that refuses to be called."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):

@@ -67,7 +67,7 @@ class TitanRun(Run):
             resume=position,
             stop=lambda: world.any(self._stop.asked),
         )
-        trainer = StageTrainer(job)  # reads the weights: what is wrong with them is said before anything is written
+        trainer = StageTrainer(job)  # reads the weights: faults in them are reported before anything is written
         try:
             return self._loop_of(trainer, stage, batches, position or self._begun(stage, finished), fresh=fresh)
         finally:

@@ -27,7 +27,8 @@ inline int64_t routing_scratch(int64_t experts, int64_t groups, int64_t top_k) {
 }
 
 // logits [experts] of one token, selection_bias [experts] or NULL -> indices [top_k], best first, weights [top_k].
-// Of equal choices the lower index wins; a NaN ranks above every number, so indices are valid and distinct whatever comes.
+// Of equal choices the lower index is first; a NaN ranks above every number, so indices are valid and distinct for any
+// input.
 void route_token(const Kernels& isa, const Routing& how, int64_t experts, int64_t top_k, const float* logits,
                  const float* selection_bias, float* scratch, int32_t* indices, float* weights);
 
