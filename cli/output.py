@@ -49,7 +49,11 @@ def check_writable(*files: Path | None) -> None:
         if file.is_dir():
             raise UserError("is a folder", place=str(file), remedy="choose another file")
         if _belongs(file):
-            raise UserError("is part of what lies in its folder", place=str(file), remedy="choose another file")
+            raise UserError(
+                "belongs to the artifact, checkpoint, run or corpus in its folder",
+                place=str(file),
+                remedy="choose another file",
+            )
         above = next(folder for folder in file.absolute().parents if folder.exists())
         if not above.is_dir():
             raise UserError(f"cannot be written: {above} is no folder", place=str(file), remedy="choose another file")

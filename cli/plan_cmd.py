@@ -60,7 +60,7 @@ def plan(
     loaded = load_spec(spec)
     named = device if device is not None else loaded.device
     if hits is not None and memory_mb is None:
-        raise UserError("--hits is for a budget", remedy="add --memory-mb")
+        raise UserError("--hits needs a memory budget", remedy="add --memory-mb")
     made = plan_spec(
         loaded,
         None if named is None else load_device(named),

@@ -65,7 +65,9 @@ def profile(
     if (dry_run or runner is not None) and not on_device:
         raise UserError(f"{'--dry-run' if dry_run else '--runner'} is for devices", remedy="add --adb")
     if on_device and memory_mb is not None:
-        raise UserError("--memory-mb is for this machine", remedy="compile with targets: {xnnpack: {memory_mb: N}}")
+        raise UserError(
+            "--memory-mb works on this machine only", remedy="compile with targets: {xnnpack: {memory_mb: N}}"
+        )
     check_writable(json_file)
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
     opened = Artifact.open(artifact).within(memory_mb)

@@ -118,11 +118,11 @@ def quantize(
 
 def _check(target_size: float | None, device: str | None, max_kld: float | None) -> None:
     if target_size is None and device is None and max_kld is None:
-        raise UserError("nothing says how large it may be", remedy="give --target-size, --device or --max-kld")
+        raise UserError("no size, device or divergence is given", remedy="give --target-size, --device or --max-kld")
     if target_size is not None and not 0 < target_size < _MOST_MB:
         raise UserError(f"--target-size {target_size:g} is not a size in MB", remedy="give one above 0")
     if max_kld is not None and not 0 < max_kld < 1e6:
-        raise UserError(f"--max-kld {max_kld:g} is no divergence", remedy="give one above 0")
+        raise UserError(f"--max-kld {max_kld:g} is not a divergence in nats", remedy="give one above 0")
 
 
 def _facts(chosen: Chosen, found: Divergence, out: Path | None) -> dict[str, Any]:

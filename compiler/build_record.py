@@ -79,7 +79,7 @@ def check_record_place(folder: Path) -> None:
         ours = False
     if not ours:
         remedy = "move it away, or choose another --out"
-        raise UserError("lies where the build record goes, and is none of moec's", place=str(file), remedy=remedy)
+        raise UserError("has the name of the build record, and moec did not write it", place=str(file), remedy=remedy)
 
 
 def write_build_record(

@@ -36,6 +36,8 @@ def _run(program: Program) -> PassResult:
                 )
         name = program.weight_of(moe.router_weight)
         if name is None or program.roles[name] is not Role.ROUTER:
-            raise CompileError("the router's weight is not a router by role", place=module_path(node) or node.name)
+            raise CompileError(
+                "the router's weight does not have the role router", place=module_path(node) or node.name
+            )
         pinned += 1
     return PassResult(program.edit().done(stage=Stage.FUSED), pinned)

@@ -175,7 +175,7 @@ def _scaled(edit: Editor, weight: Node, scale: Node) -> Node:
 
     if plain.stored is not None:
         raise CompileError(
-            "its experts have a scale each, which their stored codes cannot take in without being rounded again",
+            "its experts have a scale each, which cannot be multiplied into their stored codes without rounding again",
             place=name,
             remedy="compile from a checkpoint of floats",
         )

@@ -115,7 +115,9 @@ def measured(spec: Spec, store: Checkpoint, target: str, progress: Progress) -> 
     stored = next((name for name, w in floats.weights.items() if w.stored is not None), None)
     if stored is not None:
         raise CompileError(
-            "the checkpoint stores codes, whose bits are given", place=stored, remedy="give the float checkpoint"
+            "the checkpoint stores codes, so their bits cannot be chosen",
+            place=stored,
+            remedy="give the float checkpoint",
         )
     parts = parts_of(floats, quantization)
     texts = _texts(quantization, floats, store)

@@ -89,7 +89,7 @@ def _number(text: Any, column: str, place: str) -> float:
     except (TypeError, ValueError):
         shown = "nothing" if text in (None, "") else repr(text)[:40]
         raise UserError(
-            f"{column} is {shown}, expected a number", place=place, remedy="mend or remove the run"
+            f"{column} is {shown}, expected a number", place=place, remedy="correct or remove the run"
         ) from None
     least = 1.0 if column == "experts" else 0.0
     if not math.isfinite(value) or value < least or (value == 0.0 and least == 0.0):
@@ -97,7 +97,9 @@ def _number(text: Any, column: str, place: str) -> float:
         raise UserError(
             f"{column} is {value:g}, expected a finite number {'from 1 up' if least else 'above 0'}",
             place=place,
-            remedy="a run that diverged tells nothing of the law: remove it" if diverged else "mend or remove the run",
+            remedy="a run that diverged does not follow the law: remove it"
+            if diverged
+            else "correct or remove the run",
         )
     if column in ("active_parameters", "tokens") and value < _LEAST_COUNT:
         raise UserError(

@@ -54,9 +54,7 @@ def streamed(
     if moe is None:
         raise UserError("a memory budget needs routed experts, and the model has none", remedy="leave --memory-mb out")
     if "memory_mb" not in type(model.options).model_fields:
-        raise UserError(
-            "the target has no budget of memory", remedy="leave --memory-mb out, or choose --target xnnpack"
-        )
+        raise UserError("the target has no memory budget", remedy="leave --memory-mb out, or choose --target xnnpack")
     stored = sum(model.stored(w) for w in model.architecture.weights if w.role == "expert")
     count = moe.layers * moe.experts
     expert = stored // count

@@ -142,7 +142,7 @@ def footprint_of(target: str) -> Footprint:
     if found is not None:
         return found
     planned = ", ".join(name for name in target_packages() if find_target(name).footprint() is not None)
-    raise UserError(f"target {target} does not say how large a model is there", remedy=f"plan for one of: {planned}")
+    raise UserError(f"target {target} has no sizes to plan with", remedy=f"plan for one of: {planned}")
 
 
 class ShapesUnknown(UserError):

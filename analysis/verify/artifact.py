@@ -205,7 +205,7 @@ def open_artifact_checkpoint(artifact: Artifact, spec: Spec, given: str | Path |
     record = read_build_record(artifact)
     if given is None and record is None:
         raise CheckpointError(
-            "where its checkpoint lies is not known here: no build record lies beside the artifact",
+            "its checkpoint is not known here: there is no build record beside the artifact",
             place=str(artifact.folder),
             remedy="name the folder with --checkpoint",
         )

@@ -151,7 +151,7 @@ def test_a_gate_that_fails_writes_nothing(spec_file: Path, tmp_path: Path, moec:
 def test_faults(spec_file: Path, tmp_path: Path, moec: Moec) -> None:
     out = tmp_path / "out.yaml"
     words = ("quantize", spec_file, "-q", "--out", out)
-    refused(moec(*words), "nothing says how large it may be", "--target-size")
+    refused(moec(*words), "no size, device or divergence is given", "--target-size")
     refused(moec(*words, "--target-size", 0), "not a size in MB")
     refused(moec(*words, "--target-size", 0.01), "no mixture of bits", "the smallest has", "give at least")
     refused(moec(*words, "--max-kld", 1e-12), "no mixture of bits", "the finest costs")

@@ -76,7 +76,7 @@ def test_the_command(moec: Moec) -> None:
     status, out, err = moec(*arguments, "--memory-mb", "1500", "--json")
     assert status == 0, err
     assert json.loads(out)["streamed"]["budget"] == 1_500_000_000
-    refused(moec(*arguments, "--hits", "0.6"), "--hits is for a budget")
+    refused(moec(*arguments, "--hits", "0.6"), "--hits needs a memory budget")
     refused(moec("plan", DENSE, "--memory-mb", "4000"), "the model has none")
 
 

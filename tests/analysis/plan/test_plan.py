@@ -245,7 +245,7 @@ def test_the_spec_names_the_device(moec: Moec, tmp_path: Path) -> None:
         (["--device", "galaxy"], "unknown device 'galaxy'"),
         (["--device", "nowhere.yaml"], "nowhere.yaml: no such device"),
         (["--target", "metal", "--device", "galaxy-s25"], "galaxy-s25 cannot run target metal: its file gives no gpu_"),
-        (["--target", "onnx"], "target onnx does not say how large a model is there"),
+        (["--target", "onnx"], "target onnx has no sizes to plan with"),
         (["--target", "npu"], "unknown target 'npu'"),
         (["--context", "9000"], "--context 9000 is outside the model's 1 to 8192"),
         (["--context", "x"], "--context"),
