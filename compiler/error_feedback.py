@@ -1,7 +1,7 @@
-"""Codes that make good for each other: GPTQ's feedback, descent by single codes, and scales for given codes.
+"""Codes whose errors compensate each other: GPTQ's feedback, descent by single codes, and scales for given codes.
 
 With the second moments H = sum x x^T / T of the inputs, a little added to its diagonal, the error of a product is
-tr(dW H dW^T). Nothing here sees a single input.
+tr(dW H dW^T). These functions need H only, not the inputs.
 
 Shape suffixes: N rows (outputs), K reduction (inputs), G groups, g elements of a group.
 """
@@ -18,12 +18,12 @@ from moec.compiler.quantizer import Inputs, Moments
 
 _BLOCK = 64  # columns whose feedback is gathered before it reaches the rest: one product instead of many
 _DAMPING = 0.01  # of the mean diagonal of H, as in the paper of GPTQ
-_SHRINK = 0.1  # more of it, for as many tokens as there are inputs: fewer say little about how inputs go together
+_SHRINK = 0.1  # additional damping at as many tokens as there are inputs: few tokens say little about correlations
 _REFIT = 1 << 22  # elements of a temporary of `refitted`
 
 
 def has_seen(inputs: Inputs | None) -> bool:
-    """Whether there is anything to learn from."""
+    """Whether any input was observed."""
     return isinstance(inputs, Moments) and inputs.tokens > 0 and float(inputs.energy_K.sum()) > 0
 
 
@@ -46,7 +46,7 @@ def inverse_factor(inputs: Moments) -> Tensor:
 
 def _inverse_factor(h_KK: Tensor) -> Tensor:
     more = _DAMPING * h_KK.diagonal().mean()
-    while True:  # rounding can leave H not quite positive: more of the diagonal mends it
+    while True:  # rounding can leave H not positive definite: a larger diagonal makes it so
         # with the order of inputs reversed, H = V V^T for an upper V, and H^-1 = V^-T V^-1
         factor, failed = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
         if not int(failed):
@@ -70,7 +70,7 @@ def with_feedback(w_NK: Tensor, s_NK: Tensor, bits: int, u_KK: Tensor) -> Tensor
     errors_KN = torch.empty(min(_BLOCK, k), w_KN.shape[1])
     for a in range(0, k, _BLOCK):
         b = min(a + _BLOCK, k)
-        with one_thread():  # operations of a column are shorter than what threads wait for each other
+        with one_thread():  # operations of a column are shorter than the time that threads wait for each other
             for i in range(a, b):
                 column, error = w_KN[i], errors_KN[i - a]
                 q = (column * inverse_KN[i]).round_().clamp_(low, high)

@@ -1,4 +1,4 @@
-"""What a method of quantization is, where methods are found, and the codes of one weight by a method.
+"""`Quantizer`: the interface of quantization methods, the registry that finds them, and the codes of one weight.
 
 A method is a file in `compiler/quantizers/` that holds `QUANTIZER`, or an entry point of the group `moec.quantizers`
 whose value is such an object. Nothing lists them. Its name is what a spec says: `quantization: {method: rtn}`.
@@ -44,7 +44,7 @@ class Inputs:
         self.energy_K += x_TK.square().sum(0, dtype=torch.float64)
 
     def divided(self, factors_K: Tensor) -> Self:
-        """What would have been seen of inputs that are divided by factors."""
+        """The statistics of the same inputs divided by factors."""
         other = copy.copy(self)
         other.energy_K = self.energy_K / factors_K.double().square()
         return other
@@ -67,7 +67,8 @@ class Moments(Inputs):
         return self.derived("moments", lambda: self._upper_KK.triu() + self._upper_KK.triu(1).t())
 
     def derived(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` makes of these moments, kept under `key` until more is seen. It is not to be changed."""
+        """The result of `compute` on these moments, cached under `key` until more inputs are added. Do not change
+        it."""
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
@@ -91,11 +92,11 @@ class Moments(Inputs):
 class Quantizer(ABC):
     """A method: from floats to codes of a given scheme.
 
-    observes: what it must know of a weight's inputs. With a class here, the model is run on calibration text and every
-    weight (every expert) gets an object of it; None needs no text.
-    balances: whether channels are scaled before (see `analysis/calibration/balance.py`), where that is exact.
-    by_row: whether the codes of an output depend on its own weights and the inputs alone. Matrices of the same inputs
-    are then given as one, which is faster.
+    observes: the class that collects a weight's inputs. With one, the model is run on calibration text and every weight
+    (every expert) gets an object of the class; None needs no text.
+    balances: whether channels are scaled first, where that is exact (see `analysis/calibration/balance.py`).
+    by_row: whether the codes of an output depend only on its own weights and the inputs. Matrices with the same inputs
+    are then quantized as one, which is faster.
     """
 
     observes: ClassVar[type[Inputs] | None] = None

@@ -2,8 +2,8 @@
 
 The part may hold only operators that are real-analytic in their operands (sums, products, exponentials, reshapes), in
 any spelling. Two such functions that agree at random points are the same function with probability one, and a constant
-that differs in its seventh digit shows in float64. An operator with cases (a clamp, a comparison) would not be seen by
-sampling: it is refused by name.
+that differs in its seventh digit shows in float64. Sampling could miss a case of
+an operator with cases (a clamp, a comparison), which is therefore refused by name.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     y = sum_k  weight[t, k] * expert[indices[t, k]](x[t])
 
 Nothing is assumed: every node is explained completely, or `Stuck` names it and the reason. Reading backwards from the
-result makes the match sound: what is returned is exactly what computes that node. `check_closed` then checks the same
-from the other side: the nodes between the operands and the result read nothing else, and nobody else reads them.
+result makes the match sound: the block that is returned computes exactly that node. `check_closed` then checks the
+converse: the nodes between the operands and the result read nothing else, and no other node reads them.
 
 N tokens, D model width, E experts, K experts per token.
 """

@@ -1,6 +1,6 @@
-"""Reading a canonical graph: small questions about one node, answered without guessing.
+"""Helpers that read one node of a canonical graph, without guessing.
 
-Every helper returns None when the node is not of the asked form. `Stuck` carries the node at which a parse gave up.
+Every helper returns None when the node does not have the form. `Stuck` carries the node at which a parse ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASTS = {aten._to_copy.default, aten.to.dtype}
 class Stuck(Exception):
     """A parse met something it cannot explain: the node, why in words, and what a model's author can do about it.
 
-    `read` lists what had been understood: of several attempts the one that read most is the nearest miss.
+    `read` lists the parts understood before: of several attempts, the one with most is the nearest miss.
     """
 
     def __init__(self, node: Node, reason: str, remedy: str = "") -> None:

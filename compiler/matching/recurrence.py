@@ -1,8 +1,8 @@
-"""What a fold over tokens computes: its body, a graph of one token, beside the recurrences that we have operators for.
+"""Recognises the recurrence of a scan over tokens: compares its body, a graph of one token, with our operators' steps.
 
 The body is evaluated once on random values in float64; a recurrence is recognised when its own step gives the same
 state and the same result for one assignment of the body's inputs to its operands. Numbers are read off the body: an
-epsilon is one of its constants, the scale of queries is what its result divided by ours is.
+epsilon is one of its constants, the scale of queries is the ratio of its result to ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a graph reads and writes a state of fixed size: the content that a call goes on from, and the new one.
+"""How a graph reads and writes a state of fixed size: the content that a call starts from, and the new one.
 
 before = buffer where start_pos > 0, zero where it is 0          in any spelling: read by its values
 after  = a value that is returned as the new content of the buffer
