@@ -105,8 +105,9 @@ demo: setup ## train a small model on real text, compile, verify and prompt it
 	$(MOEC) run $(DEMO)/artifact --prompt "    def __init__(self" --max-new-tokens 64
 	$(MOEC) run $(DEMO)/artifact --prompt "class Connection" --max-new-tokens 96 --temperature 0.7 --top-p 0.9 --seed 7
 
+# worksteal: each worker goes through neighbouring files, so that what they share is made once, and none idles at the end
 test: setup $(TESTABLE) ## the tests that take seconds, on all cores
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow --timeout=5400 $(PYTEST_ARGS)
