@@ -32,7 +32,8 @@ from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint, Weights
-from moec.compiler.weights import Provenance, StoredCodes
+from moec.compiler.spec.quantization import Quantization
+from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
 from moec.sources.accounting import check_tensors
 from moec.sources.roles import roles_by_use
 from moec.sources.transformers_config import build_model, home_of, read_config
@@ -331,6 +332,22 @@ class TransformersStore(Checkpoint):
         if held:
             fate = "dequantized" if MXFP4 in self._dequantize else "carried as INT8 codes of the same values"
             self.notes += (f"{MXFP4} tensors {fate}: {len(held)}",)
+
+    def check_codes(self, quantization: Quantization | None) -> None:
+        """CheckpointError where `quantization` would round codes of the files anew; without one, values are used."""
+        scheme = None if quantization is None else quantization.scheme_of(Role.EXPERT.value)
+        carried = [
+            e.name for e in self._entries.values() if isinstance(e, Mxfp4Entry) and MXFP4 not in self._dequantize
+        ]
+        if scheme is None or not carried or (CodeFormat(scheme.bits, scheme.group_size), scheme.axis) == (FORMAT, "in"):
+            return
+        raise CheckpointError(
+            f"tensor {carried[0]} is {MXFP4}, {FORMAT} along in; the spec stores experts as INT{scheme.bits} in groups "
+            f"of {scheme.group_size} along {scheme.axis}",
+            place=str(self.folder),
+            remedy="set `experts: {weights: int8, group_size: 32}` and `expert_group_axis: in`, which carries codes; "
+            f"or `dequantize: [{MXFP4}]` in the model's section, which rounds their values anew",
+        )
 
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
         entry = self._entries.get(name)

@@ -47,6 +47,7 @@ class TransformersSource(ModelSource[TransformersModel]):
         folder = model.transformers
         store = TransformersStore(checkpoint if checkpoint is not None else folder, model.dequantize)
         store.check(folder)
+        store.check_codes(spec.quantization)
         return store
 
     def export(self, spec: Spec, weights: Weights | None, *, max_tokens: int) -> Program:
