@@ -58,8 +58,7 @@ class ChatTemplate:
         else:
             text, file = config.get("chat_template"), folder / TOKENIZER_CONFIG
         if isinstance(text, list):
-            named = {t.get("name"): t.get("template") for t in text if isinstance(t, dict)}
-            text = named.get("default")
+            text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
         if not isinstance(text, str):
             return None
         tokens: dict[str, Any] = {n: t for n in _TOKENS if (t := _token(config.get(n))) is not None}
@@ -86,16 +85,20 @@ class ChatTemplate:
         variables: what else the template may read, such as `enable_thinking`. RunError where the template refuses the
         conversation; ArtifactError where it fails, writes without end or does not end.
         """
-        values = {
-            **self.tokens,
+        given = {
             **(variables or {}),
             "messages": [_with_thinking(m) for m in messages],
             "tools": None if tools is None else list(tools),
             "documents": None,
             "add_generation_prompt": generation_prompt,
         }
+        values = {**self.tokens, **given}
         try:
+            json.dumps(given, ensure_ascii=False).encode()  # half a character is no UTF-8
             size = len(json.dumps(values))
+        except UnicodeEncodeError:
+            remedy = "give it as UTF-8"
+            raise RunError("a conversation that holds half a character", place=self.place, remedy=remedy) from None
         except (TypeError, ValueError, RecursionError) as error:
             raise RunError(f"a conversation that is not JSON: {str(error).splitlines()[0]}", place=self.place) from None
         worker, _ = _worker_of(self)

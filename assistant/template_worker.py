@@ -108,7 +108,7 @@ class _Answers:
         pieces: list[str] = []
         left = int(message["limit"])
         try:
-            for piece in self._template.generate(**message["values"]):
+            for piece in self._template.generate(message["values"]):
                 left -= len(piece)
                 if left < 0:
                     return {"fault": "it writes without end"}

@@ -12,6 +12,7 @@ import yaml
 from moec.checkpoints.config_json import GROUP_SIZE, config_from_json, is_own, is_packed, read_json
 from moec.checkpoints.folder import CONFIG, foreign_folder
 from moec.checkpoints.mxfp4 import FORMAT, is_mxfp4
+from moec.checkpoints.safetensors_file import shown
 from moec.compiler.errors import CheckpointError
 from moec.sources.decoder.config import DecoderConfig
 
@@ -46,7 +47,9 @@ def spec_from_config(folder: str | Path) -> str:
         "targets": ["xnnpack"],
     }
     about = "packed INT4 codes are carried through unchanged" if packed else "float weights are quantized when compiled"
-    return f"# From {CONFIG} of {folder.resolve().name}; {about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
+    return f"# From {CONFIG} of {shown(folder.resolve().name)}; {about}.\n" + yaml.dump(
+        spec, sort_keys=False, width=110
+    )
 
 
 def _transformers_spec(folder: Path, raw: Mapping[str, Any]) -> str:
@@ -68,7 +71,7 @@ def _transformers_spec(folder: Path, raw: Mapping[str, Any]) -> str:
     }
     about = "; experts in MXFP4 are carried as INT8 codes of the same values" if coded else ""
     about += f"; its context of {lengths[0]} is bounded" if lengths else ""
-    return f"# From {CONFIG} of {folder.resolve().name}{about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
+    return f"# From {CONFIG} of {shown(folder.resolve().name)}{about}.\n" + yaml.dump(spec, sort_keys=False, width=110)
 
 
 def _special_tokens(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 
 from moec.checkpoints.gguf_codes import BLOCK, CARRIED, FLOATS, bits_per_weight, is_quantized
 from moec.checkpoints.gguf_file import TYPES, GgufFile, GgufTensor, read_gguf
+from moec.checkpoints.safetensors_file import shown
 from moec.checkpoints.spec_from_config import CONTEXT
 from moec.compiler.errors import CheckpointError
 
@@ -91,7 +92,7 @@ def spec_from_gguf(path: str | Path, dequantize: Iterable[str] = ()) -> str:
     }
     held = ", ".join(f"{count} {kind}" for kind, count in Counter(t.type for t in file.tensors.values()).most_common())
     about = "" if "context" not in model else f"; its context of {length} is bounded"
-    head = f"# From {path.resolve().name}: {held}{about}.\n"
+    head = f"# From {shown(path.resolve().name)}: {held}{about}.\n"
     return head + yaml.dump(spec, sort_keys=False, width=110, default_flow_style=None)
 
 

@@ -71,7 +71,7 @@ def inspect(
 
 def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> None:
     """Print the findings about `folder`; typer.Exit(1) if it is damaged or contradicts `spec`."""
-    from moec.cli.output import emit_json
+    from moec.cli.output import emit_json, say
     from moec.sources.inspection import inspect as look_into
 
     found = look_into(folder, spec)
@@ -80,7 +80,7 @@ def inspect_checkpoint(folder: Path, *, spec: Spec | None, as_json: bool) -> Non
     else:
         _show(found)
     for problem in found.problems:
-        print(problem, file=sys.stderr)
+        say(problem, stream=sys.stderr)
     if found.problems:
         raise typer.Exit(CHECK_FAILED)
 

@@ -55,7 +55,7 @@ def compile_spec(
     Example: [bold]moec compile my.yaml --method awq_gptq --calibration chats.jsonl --out build/my[/bold]
     """
     from moec.cli.given import spec_given
-    from moec.cli.output import emit_json, size
+    from moec.cli.output import emit_json, say, size
     from moec.compiler.progress import Progress
 
     loaded = with_method(spec_given(spec, dequantize=dequantize, quiet=quiet), method, calibration)
@@ -67,11 +67,11 @@ def compile_spec(
     if as_json:
         emit_json({"artifact": artifact.folder, "bytes": artifact.bytes, "manifest": manifest})
         return
-    print(f"{artifact.folder}: {manifest.name} for {manifest.target}, {size(artifact.bytes)}")
+    say(f"{artifact.folder}: {manifest.name} for {manifest.target}, {size(artifact.bytes)}")
     if manifest.calibration is not None:
         print(calibrated(manifest.calibration))
     for note in manifest.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def with_method(spec: Spec, method: str | None, file: Path | None) -> Spec:

@@ -89,7 +89,7 @@ def inspect_corpus(
 
 
 def _show(folder: Path, as_json: bool) -> None:
-    from moec.cli.output import emit_json, size, table
+    from moec.cli.output import emit_json, say, size, table
     from moec.training.data.shards import Corpus
 
     corpus = Corpus.open(folder)
@@ -116,4 +116,4 @@ def _show(folder: Path, as_json: bool) -> None:
     print()
     table("Sources", ("domain", "source", "documents", "from", "licence", "home"), licences, right=(2,))
     for fault in corpus.index.get("left_out", ()):
-        print(f"left out: {fault}")
+        say(f"left out: {fault}")

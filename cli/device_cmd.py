@@ -95,10 +95,10 @@ def show(
 
 
 def _show(d: Device) -> None:
-    from moec.cli.output import table
+    from moec.cli.output import say, table
     from moec.compiler.spec.device import Figure, KernelRates
 
-    print(f"{d.name}: {d.title}\nbackend {d.backend}; {', '.join(d.isa)}")
+    say(f"{d.name}: {d.title}\nbackend {d.backend}; {', '.join(d.isa)}")
     rows: list[tuple[str, str, str, str]] = [
         ("cores", f"{d.cores.big} big, {d.cores.little} little, {d.cores.threads} threads", "", d.cores.source)
     ]

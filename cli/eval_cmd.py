@@ -48,7 +48,7 @@ def evaluate_model(
 
       [bold]moec eval build/s --baseline MobileMoE-S --tasks arc_easy --data arc_easy=ai2_arc[/bold]
     """
-    from moec.cli.output import emit_json
+    from moec.cli.output import emit_json, say
     from moec.compiler.progress import Progress
     from moec.training.evaluate import evaluate, list_tasks
 
@@ -57,7 +57,7 @@ def evaluate_model(
         if as_json:
             emit_json({"tasks": names})
         else:
-            print("\n".join(names))
+            say("\n".join(names))
         return
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     places = dict(_place(argument) for argument in data or ())

@@ -30,7 +30,7 @@ def explain(
 
     Example: [bold]moec explain specs/models/mobilemoe-tiny.yaml[/bold]
     """
-    from moec.cli.output import emit_json, table
+    from moec.cli.output import emit_json, say, table
     from moec.compiler.spec import load_spec
 
     loaded = load_spec(spec)
@@ -55,11 +55,11 @@ def explain(
         print("\nNearest misses")
         for name, x in left:
             understood = "".join(f"\n      {step}" for step in x.read) or "\n      nothing"
-            print(f"  {name} at {x.where or x.node}\n    understood:{understood}\n    then: {x.node}: {x.reason}")
+            say(f"  {name} at {x.where or x.node}\n    understood:{understood}\n    then: {x.node}: {x.reason}")
             if x.remedy:
-                print(f"    remedy: {x.remedy}")
+                say(f"    remedy: {x.remedy}")
     if graph:
-        print("\n" + found.text, end="")
+        say("\n" + found.text.rstrip("\n"))
     if found.error:
-        print(f"\nThis model does not compile: {found.error}")
+        say(f"\nThis model does not compile: {found.error}")
         raise typer.Exit(CHECK_FAILED)

@@ -19,6 +19,7 @@ def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False
 
     Errors: SpecError; CheckpointError for what moec cannot read as a checkpoint; UserError for `dequantize` of a spec.
     """
+    from moec.cli.output import say
     from moec.compiler.spec import load_spec
     from moec.compiler.spec.loader import parse_spec
 
@@ -28,7 +29,7 @@ def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False
         return load_spec(path)
     text = text_implied(path, dequantize)
     if not quiet:
-        print(text, file=sys.stderr)
+        say(text, stream=sys.stderr)
     return parse_spec(text, file=str(path), folder=path if path.is_dir() else path.parent)
 
 

@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moec.compiler.errors import UserError
 from moec.compiler.units import CONTROL, printable
@@ -35,6 +35,11 @@ def json_text(value: Any) -> str:
     text = json.dumps(plain(value), indent=2, ensure_ascii=False)
     # JSON itself escapes the control characters below 32
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def say(text: str, *, stream: TextIO | None = None) -> None:
+    """A line, or several, that names what a file holds: nothing in it commands the terminal. stream: default stdout."""
+    print(printable(text), file=stream or sys.stdout)
 
 
 def emit_json(value: Any) -> None:
@@ -113,7 +118,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     # no wrapping where a program reads: a width that no row reaches, and no padding at the end of a line
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:
-        console.print(Text(title, style="italic"))  # not the table's own title, which wraps where columns are narrow
+        console.print(Text(printable(title), style="italic"))  # not the table's own title, which wraps where columns are narrow
         console.print(shape)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 

@@ -126,11 +126,11 @@ def _step_facts(s: Step) -> dict[str, Any]:
 
 
 def _show(p: Plan) -> None:
-    from moec.cli.output import size, table
+    from moec.cli.output import say, size, table
 
     a = p.model.architecture
     where = f" on {p.device.title}" if p.device is not None else ""
-    print(f"{a.name} for {p.target}{where}")
+    say(f"{a.name} for {p.target}{where}")
     print(f"{a.total_parameters:,} parameters, {a.active_parameters:,} active; file about {size(p.file_bytes)}\n")
     rows = [(r.role, f"{r.parameters:,}", r.format, size(r.bytes), size(r.per_token)) for r in p.roles]
     rows.append(("all", f"{a.total_parameters:,}", "", size(p.weight_bytes), size(sum(r.per_token for r in p.roles))))

@@ -111,7 +111,7 @@ def _show(found: dict[str, Any], json_file: Path | None) -> None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from moec.cli.output import size, table
+    from moec.cli.output import say, size, table
 
     title = (
         f"{found['name']}: {size(found['file_bytes'])}; {found['threads']} threads, {found['isa']}; medians of "
@@ -158,7 +158,7 @@ def _print(found: dict[str, Any]) -> None:
     if found["experts"]:
         _print_experts(found["experts"])
     for note in found["notes"]:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _print_experts(experts: dict[str, Any]) -> None:

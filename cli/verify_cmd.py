@@ -142,7 +142,7 @@ def bisect(
 
     Example: [bold]moec bisect specs/models/mobilemoe-tiny.yaml[/bold]
     """
-    from moec.cli.output import emit_json
+    from moec.cli.output import emit_json, say
     from moec.compiler.progress import Progress
     from moec.compiler.spec import load_spec
 
@@ -155,7 +155,7 @@ def bisect(
     if as_json:
         emit_json(found.to_json())
     else:
-        print(found.text())
+        say(found.text())
     if found.culprit is not None:
         raise typer.Exit(CHECK_FAILED)
 
@@ -204,26 +204,26 @@ def read_text(text: Path | None) -> str | None:
 
 
 def _show(report: Report, json_file: Path | None, junit_file: Path | None) -> None:
-    from moec.cli.output import json_text, write_text
+    from moec.cli.output import json_text, say, write_text
 
     document = json_text(report.to_json())
     if junit_file is not None:
         write_text(junit_file, report.junit())
     if json_file is not None and str(json_file) != "-":
         write_text(json_file, document + "\n")
-    print(document if str(json_file) == "-" else report.text())
+    say(document if str(json_file) == "-" else report.text())
     if not report.passed:
         raise typer.Exit(report.exit_status)
 
 
 def _print_difference(found: Difference) -> None:
-    from moec.cli.output import table
+    from moec.cli.output import say, table
 
     if found.entries:
         table(f"{found.a} and {found.b}", ["what", "A", "B"], found.entries)
     for line in found.lines:
-        print(line)
+        say(line)
     for name, value in found.figures.items():
-        print(f"{name}: {value:.8g}")
+        say(f"{name}: {value:.8g}")
     if found.same:
         print("no difference")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moec.checkpoints.folder import listed
 from moec.checkpoints.quantized import is_plain, said_by_tensors
-from moec.checkpoints.safetensors_file import Entry
+from moec.checkpoints.safetensors_file import Entry, shown
 from moec.compiler.errors import CheckpointError
 from moec.sources.conversions import Conversions
 
@@ -44,7 +44,7 @@ def check_tensors(
     if format_name is not None or (shown_by is not None and not _is_wrapped(model.unread)):
         raise _quantized(folder, format_name, shown_by, bool(missing or codes or inside))
     if codes:
-        what = f"tensor {codes[0].name} is {codes[0].dtype}: codes, no weights, and nothing says of which format"
+        what = f"tensor {shown(codes[0].name)} is {codes[0].dtype}: codes, no weights, and nothing says of which format"
         raise CheckpointError(what, place=str(folder), remedy=_USE)
     lacking = [*missing, *gaps]
     if lacking:
@@ -114,5 +114,5 @@ def _quantized(
             remedy="remove quantization_config from config.json if these are plain weights",
         )
     what = by_config if by_config is not None else by_tensors[0] if by_tensors is not None else ""
-    seen = f" (tensor {by_tensors[1]})" if by_tensors is not None else ""
+    seen = f" (tensor {shown(by_tensors[1])})" if by_tensors is not None else ""
     return CheckpointError(f"its weights are quantized: {what}{seen}", place=str(folder), remedy=_USE)

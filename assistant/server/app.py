@@ -49,6 +49,7 @@ _PAGE_POLICY = (
 form-action 'none'; frame-ancestors 'none'"
 )
 _MOST_PROMPTS = 64  # of one completion
+_LENGTH_DIGITS = 20  # of a Content-Length
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Server:
         if kind != "application/json":
             raise BadRequest("send Content-Type: application/json", status=415)
         length = request.headers.get("content-length")
-        if length is not None and (not length.isdigit() or int(length) > most):
+        # longer than a number of bytes can be: Python reads no number of thousands of digits
+        if length is not None and (not length.isdecimal() or len(length) > _LENGTH_DIGITS or int(length) > most):
             raise BadRequest(f"a body of {length[:20]} bytes; at most {most} are read", status=413)
         found = bytearray()
         async for chunk in request.stream():

@@ -19,6 +19,7 @@ from moec.assistant.structured import Format
 from moec.compiler.errors import RunError
 
 _MOST_TOKENS = 1 << 31
+_ID_DIGITS = 10  # of a token id; Python reads no number of thousands
 _Tokens = Annotated[int, Field(ge=0, lt=_MOST_TOKENS)]
 
 
@@ -67,7 +68,7 @@ class _Body(BaseModel):
             raise BadRequest(f"n {self.n}: one answer to a request", param="n")
         biases = None
         if self.logit_bias is not None:
-            if not all(key.isascii() and key.isdigit() for key in self.logit_bias):
+            if not all(key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS for key in self.logit_bias):
                 raise BadRequest("logit_bias: keys are token ids", param="logit_bias")
             biases = {int(key): bias for key, bias in self.logit_bias.items()}
         sampling = default.given(

@@ -146,6 +146,8 @@ def test_where_a_template_lies(tmp_path: Path) -> None:
     named = found(chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}])
     assert named is not None
     assert named.text == "d"
+    for name in ([], {}, None, 1, True):  # what is no name is no template of that name
+        assert found(chat_template=[{"name": name, "template": "t"}, "x", None]) is None
     (tmp_path / "chat_template.jinja").write_text("own{{ eos_token }}")
     beside = found(chat_template="x")
     assert beside is not None

@@ -16,6 +16,7 @@ from moec.cli.output import check_apart, check_writable, write_text
 from moec.compiler.artifact import Artifact, ModelRecord, read_manifest
 from moec.compiler.errors import ArtifactError, RunError, UserError
 from moec.compiler.tokenizer import check_unicode, load_tokenizer
+from tests.conftest import Moec
 
 PLAN = ["plan", "specs/models/mobilemoe-tiny.yaml", "--device", "galaxy-s25"]
 
@@ -161,6 +162,21 @@ def test_impossible_details_are_one_line(
     error = capsys.readouterr().err
     assert "manifest.json: damaged: details" in error
     assert error.count("\n") == 1
+
+
+def test_titles_of_devices_do_not_command_the_terminal(moec: Moec, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[2] / "specs" / "devices" / "galaxy-s25.yaml"
+    text = "".join(
+        'title: "A phone\\e[31m\\u202e"\n' if line.startswith("title:") else line
+        for line in shipped.read_text("utf-8").splitlines(keepends=True)
+    )
+    (device := tmp_path / "phone.yaml").write_text(text, "utf-8")
+    spec = Path(__file__).parents[2] / "specs" / "models" / "mobilemoe-tiny.yaml"
+    for words in (["device", "show", device], ["plan", spec, "--device", device]):
+        status, out, err = moec(*words)
+        assert (status, "A phone" in out) == (0, True), err
+        assert "\x1b" not in out
+        assert "\u202e" not in out
 
 
 def test_no_sizes_are_no_division(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,22 @@ def test_tensors_inside_a_layer_that_nobody_reads_are_refused(
     compile_refused(moec, folder, says)
 
 
+EVIL = "a\x1b]0;title\x07\nb\u202ec\x9b31m"  # a title, a bell, a second line, another direction, a colour
+
+
+@pytest.mark.parametrize("name", [f"{NEW}.q_proj.{EVIL}.SCB", f"{NEW}.q_proj.{EVIL}", EVIL])
+def test_names_of_tensors_do_not_command_the_terminal(name: str, models: Models, moec: Moec, tmp_path: Path) -> None:
+    tensors, folder = started(models, tmp_path, field.DENSE)
+    field.save(folder, {**tensors, name: torch.ones(64)})
+    folder = folder.rename(
+        folder.with_name("model\x1b[2J\nmodel: {python: x}")
+    )  # as a folder of an archive may be called
+    for words in (["checkpoint", "inspect"], ["checkpoint", "spec"], ["compile", "--out", tmp_path / "art"]):
+        _, out, err = moec(*words, folder)
+        assert not set("\x1b\x07\x9b\u202e") & set(out + err), words
+    assert "\nmodel: {python" not in moec("checkpoint", "spec", folder)[1]
+
+
 def test_parts_of_a_larger_model_are_said_not_to_be_read(models: Models, moec: Moec, tmp_path: Path) -> None:
     tensors, folder = started(models, tmp_path, field.DENSE)
     extra = {"visual.patch.weight": torch.ones(3, 3), "model.layers.2.mtp.weight": torch.ones(2)}

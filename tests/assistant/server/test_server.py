@@ -232,6 +232,9 @@ MALFORMED: dict[str, tuple[Any, int, str]] = {
     "too many stop strings": ({"messages": ASK, "stop": [str(i) for i in range(2000)]}, 400, "2000 stop strings"),
     "bias": ({"messages": ASK, "logit_bias": {"x": 1}}, 400, "logit_bias"),
     "bias out of the vocabulary": ({"messages": ASK, "logit_bias": {"99999999": 1}}, 400, "not in the vocabulary"),
+    "bias of more than 64 bits": ({"messages": ASK, "logit_bias": {"9" * 30: 1}}, 400, "token ids"),
+    "bias of thousands of digits": ({"messages": ASK, "logit_bias": {"9" * 5000: 1}}, 400, "token ids"),
+    "half a variable": ({"messages": ASK, "chat_template_kwargs": {"x": ["\ud800"]}}, 400, "half a character"),
     "top_logprobs alone": ({"messages": ASK, "top_logprobs": 2}, 400, "needs logprobs"),
     "tools without a template for them": ({"messages": ASK, "tools": [TOOL]}, 400, "reads no tools"),
     "tool_choice without tools": ({"messages": ASK, "tool_choice": "required"}, 400, "no tools to call"),
@@ -318,6 +321,12 @@ def test_what_is_not_there(small: Running) -> None:
     assert httpx.get(f"{small.url}/v1/chat/completions").status_code == 405
     form = post(small, {"messages": ASK}, headers={"Content-Type": "text/plain"})
     assert (form.status_code, "application/json" in form.json()["error"]["message"]) == (415, True)
+
+
+def test_a_template_may_be_told_a_variable_of_any_name(small: Running) -> None:
+    for name in ("self", "context", "message", "args"):  # names of Python's own parameters on the way
+        reply = post(small, {"messages": ASK, "chat_template_kwargs": {name: 1}})
+        assert reply.status_code == 200, reply.text
 
 
 def test_another_host_is_refused_without_a_token(small: Running) -> None:
