@@ -118,7 +118,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     # no wrapping where a program reads: a width that no row reaches, and no padding at the end of a line
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:
-        console.print(Text(printable(title), style="italic"))  # not the table's own title, which wraps where columns are narrow
+        # not the table's own title, which wraps where columns are narrow
+        console.print(Text(printable(title), style="italic"))
         console.print(shape)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 

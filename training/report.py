@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.errors import MissingExtra, UserError
+from moec.compiler.files import read_bytes
 from moec.training import report_figures as figures
 from moec.training.metrics import FILE as METRICS
 from moec.training.stages import RUN
 from moec.training.utilisation import divergence, entropy, frequencies, from_loads
 
 MEASURED = "measured.json"
+_MAX_RECORD, _MAX_METRICS = 64 << 20, 1 << 30  # bytes: a line of metrics for each step
 
 
 class ReportError(UserError):
@@ -44,10 +46,9 @@ def read_run(folder: Path) -> Run:
     """ReportError, with file and line, for what cannot be read. A last line cut short by a kill is left out."""
     record = _json(folder / RUN)
     file = folder / METRICS
-    try:
-        raw = file.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        raise ReportError("no metrics here", place=str(file), remedy="name the folder of a training run") from None
+    if not file.exists():
+        raise ReportError("no metrics here", place=str(file), remedy="name the folder of a training run")
+    raw = read_bytes(file, limit=_MAX_METRICS, fault=ReportError).splitlines(keepends=True)
     lines = []
     for number, line in enumerate(raw, 1):
         try:
@@ -69,10 +70,10 @@ def read_run(folder: Path) -> Run:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise ReportError(f"no {file.name} here", place=str(file.parent), remedy="name a training run")
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ReportError(f"no {file.name} here", place=str(file.parent), remedy="name a training run") from None
+        found = json.loads(read_bytes(file, limit=_MAX_RECORD, fault=ReportError))
     except (ValueError, RecursionError) as error:
         raise ReportError(f"damaged: {str(error).splitlines()[0]}", place=str(file)) from None
     if not isinstance(found, dict):

@@ -283,4 +283,4 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def read_json(file: Path) -> Any:
-    return json.loads(file.read_text("utf-8"))
+    return json.loads(read_bytes(file, limit=_MAX_BYTES))

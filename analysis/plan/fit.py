@@ -8,6 +8,7 @@ longer determines the coefficients is drawn again.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import numpy as np
 
 from moec.analysis.plan.scaling_law import COEFFICIENTS, E_MAX, E_START, PUBLISHED, Law, Range
 from moec.compiler.errors import MissingExtra, UserError
+from moec.compiler.files import read_bytes
 from moec.compiler.spec.strict import suggestion
 
 COLUMNS = ("active_parameters", "tokens", "experts", "loss")
 LEAST_RUNS = 12  # nine coefficients, and something left to judge the fit by
 LEAST_SIZES, LEAST_TOKENS, LEAST_EXPERTS = 3, 3, 2  # a power law with a constant needs three points of each axis
 LEAST_EXPLAINED = 0.5  # of the losses' variance: below it the law says less of a run than it leaves open
+_MOST_BYTES = 64 << 20  # of a file of that many rows
 _MOST_ROWS = 100_000
 _LEAST_COUNT = 1e4  # fewer parameters or tokens are no training run: they are written in millions or billions
 _LOGARITHMS = tuple(COEFFICIENTS.index(name) for name in ("A", "B", "c"))
@@ -51,17 +54,13 @@ def read_runs(file: Path) -> Runs:
     """Runs of a CSV with a header; other columns are ignored. UserError with the line of what cannot be used."""
     rows: list[list[float]] = []
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            _check_columns(reader.fieldnames, file)
-            for row in reader:
-                if len(rows) == _MOST_ROWS:
-                    raise UserError(
-                        f"more than {_MOST_ROWS} runs", place=str(file), remedy="give the final losses only"
-                    )
-                rows.append([_number(row.get(column), column, f"{file}:{reader.line_num}") for column in COLUMNS])
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", place=str(file), remedy="give a CSV of runs") from None
+        text = read_bytes(file, limit=_MOST_BYTES, remedy="give a CSV of runs").decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        _check_columns(reader.fieldnames, file)
+        for row in reader:
+            if len(rows) == _MOST_ROWS:
+                raise UserError(f"more than {_MOST_ROWS} runs", place=str(file), remedy="give the final losses only")
+            rows.append([_number(row.get(column), column, f"{file}:{reader.line_num}") for column in COLUMNS])
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"is no CSV text: {error}", place=str(file), remedy="give a CSV of runs") from None
     runs = np.array(rows, np.float64).reshape(-1, len(COLUMNS))

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import UserError
+from moec.compiler.files import read_bytes
 
+_MAX_LAW = 1 << 20  # bytes
 COEFFICIENTS = ("A", "delta", "alpha", "gamma", "B", "omega", "beta", "zeta", "c")
 E_START, E_MAX = 1.0, 32.0
 
@@ -120,9 +122,7 @@ def load_law(file: Path) -> Law:
     """A law that `moec fit --out` wrote. UserError when it is missing, no JSON, or incomplete."""
     remedy = "name a file that `moec fit RUNS.csv --out FILE` wrote"
     try:
-        raw = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", place=str(file), remedy=remedy) from None
+        raw = json.loads(read_bytes(file, limit=_MAX_LAW, remedy=remedy))
     except (ValueError, RecursionError):
         raise UserError("is no JSON", place=str(file), remedy=remedy) from None
     try:

@@ -17,6 +17,7 @@ from moec.analysis.verify.weights import with_random_weights
 from moec.compiler import build
 from moec.compiler.artifact import MANIFEST, Artifact
 from moec.compiler.errors import UserError
+from moec.compiler.files import read_bytes
 from moec.compiler.pipeline import Pass
 from moec.compiler.program import Program, Stage
 from moec.compiler.progress import Progress
@@ -24,6 +25,7 @@ from moec.compiler.spec import Spec, load_spec
 from moec.compiler.spec.sources import source_of
 
 DEFAULT_TOKENS = 48
+_MAX_DUMP = 256 << 20  # bytes of a dumped graph
 
 
 def verify_spec(
@@ -89,7 +91,7 @@ def diff_paths(a: Path, b: Path, *, stage: str = "fused", tokens: int = 64) -> D
         wanted = _stage(stage)
         texts = [_text_at(load_spec(path), wanted) for path in (a, b)]
     else:
-        texts = [path.read_text("utf-8", errors="replace") for path in (a, b)]
+        texts = [read_bytes(path, limit=_MAX_DUMP).decode("utf-8", "replace") for path in (a, b)]
     return diff_texts(*texts, names=(str(a), str(b)))
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from moec.analysis.plan.fit import read_runs
+from moec.analysis.plan.scaling_law import load_law
+from moec.analysis.verify.spec import diff_paths
 from moec.checkpoints.config_json import read_json
 from moec.checkpoints.safetensors_file import read_header
 from moec.compiler.artifact import MANIFEST, Artifact
@@ -18,6 +21,7 @@ from moec.compiler.spec import as_spec
 from moec.compiler.units import printable
 from moec.sources.transformers_model import read_config
 from moec.training.data.shards import Corpus
+from moec.training.report import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,10 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "weights": ("model.safetensors", lambda place: read_header(place / "model.safetensors")),
     "manifest": (MANIFEST, Artifact.open),
     "corpus": ("corpus.json", Corpus.open),
+    "training runs": ("runs.csv", lambda place: read_runs(place / "runs.csv")),
+    "a law": ("law.json", lambda place: load_law(place / "law.json")),
+    "a run": ("run.json", read_run),
+    "graph dumps": ("a.txt", lambda place: diff_paths(place / "a.txt", place / "a.txt")),
 }
 
 

@@ -156,7 +156,7 @@ def test_files_that_are_no_runs(moec: Moec, tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00loss" * 50)
     for file, message in (
         (tmp_path / "nowhere.csv", "cannot be read"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "is a folder"),
         (binary, "is no CSV"),
     ):
         status, out, err = moec("fit", file)
