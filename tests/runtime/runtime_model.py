@@ -93,13 +93,12 @@ def write_pte(
     `delegate`: XNNPACK computes the two plain linears. `says_states` False: a program as it was before it said how its
     states are written.
     """
-    path.write_bytes(_program(int8_cache, window, delegate, says_states))
+    path.write_bytes(_lowered_once(int8_cache, window, delegate, says_states))
     return OneLayer(int8_cache=int8_cache, window=window)
 
 
-@cache
-def _program(int8_cache: bool, window: int, delegate: bool, says_states: bool) -> bytes:
-    """Of every form once a process: lowering takes seconds, and many files of tests run one of a few forms."""
+def lowered(int8_cache: bool = False, window: int = 0, delegate: bool = False, says_states: bool = True) -> bytes:
+    """The program of `write_pte`, made anew."""
     models = {"forward": OneLayer(int8_cache=int8_cache, window=window, last=True)}
     models["forward_all"] = OneLayer(int8_cache=int8_cache, window=window)
     states = key_value_states("", KV, HEAD, HEAD, window=window)
@@ -127,3 +126,7 @@ def _program(int8_cache: bool, window: int, delegate: bool, says_states: bool) -
             return bytes(edge.to_executorch(config).buffer)
     finally:
         logging.disable(logging.NOTSET)
+
+
+# Of every form once a process: lowering takes seconds, and many files of tests run one of a few forms.
+_lowered_once = cache(lowered)

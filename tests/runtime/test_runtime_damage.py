@@ -206,7 +206,7 @@ def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
             self.norm.data[0] = float("nan")
 
         patch.setattr(m.OneLayer, "__init__", damaged)
-        m.write_pte(tmp_path / "model.pte")
+        (tmp_path / "model.pte").write_bytes(m.lowered())
     with CpuSession(tmp_path / "model.pte", threads=1) as session, pytest.raises(RunError, match="not numbers"):
         session.prefill([1, 2, 3])
 
