@@ -95,6 +95,8 @@ class Quantizer(ABC):
     observes: the class that collects a weight's inputs. With one, the model is run on calibration text and every weight
     (every expert) gets an object of the class; None needs no text.
     balances: whether channels are scaled first, where that is exact (see `analysis/calibration/balance.py`).
+    refines: the method whose codes this one begins with; their scales are then fitted to the predictions of the float
+    model (`analysis/calibration/distill.py`).
     by_row: whether the codes of an output depend only on its own weights and the inputs. Matrices with the same inputs
     are then quantized as one, which is faster.
     """
@@ -102,6 +104,7 @@ class Quantizer(ABC):
     observes: ClassVar[type[Inputs] | None] = None
     balances: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
+    refines: ClassVar[str | None] = None
 
     @abstractmethod
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:

@@ -37,10 +37,11 @@ from moec.compiler.errors import CompileError, UserError
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
-from moec.compiler.quantizer import last_axis
+from moec.compiler.quantizer import find_quantizer, last_axis
 from moec.compiler.source import Checkpoint
 from moec.compiler.spec import Spec
 from moec.compiler.spec.device import Device
+from moec.compiler.spec.methods import AUTO
 from moec.compiler.spec.quantization import Calibration, Quantization, RoleQuantization, WeightScheme
 
 FORMAT = 2
@@ -106,6 +107,9 @@ def base_quantization(quantization: Quantization) -> Quantization:
 def measured(spec: Spec, store: Checkpoint, target: str, progress: Progress) -> Costs:
     """The choices of every part, measured or found again. CompileError where codes are stored already."""
     quantization = base_quantization(check_open(spec))
+    if quantization.method != AUTO and (refines := find_quantizer(quantization.method).refines) is not None:
+        # what fitting all parts together gains says nothing about one
+        quantization = quantization.model_copy(update={"method": refines})
     base = spec.model_copy(update={"quantization": quantization})
     program, passes = build.program_and_passes(base, store, target, progress)
     names = [p.name for p in passes]

@@ -225,3 +225,17 @@ def _error(product: Product, factors: Tensor) -> float:
     rounded = (grouped / scale).round_().clamp_(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1).mul_(scale)
     delta = rounded.flatten(-2).div_(factors).sub_(product.w_NK)
     return float(((delta @ product.inputs.moments_KK) * delta).sum()) / product.inputs.tokens
+
+
+def with_factors(w: Tensor, rows: Tensor | None, columns: Tensor | None, *, in_out: bool) -> Tensor:
+    """A weight [N, K] or [N], or experts [E, N, K] ([E, K, N] where `in_out`) or [E, N], times factors.
+
+    rows [N] or [E, N]; columns [K] or [E, K].
+    """
+    if rows is not None and columns is None and w.dim() == rows.dim():
+        return w * rows
+    if rows is not None:
+        w = w * (rows.unsqueeze(-2) if in_out else rows.unsqueeze(-1))
+    if columns is not None:
+        w = w * (columns.unsqueeze(-1) if in_out else columns.unsqueeze(-2) if columns.dim() == 2 else columns)
+    return w

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.analysis.calibration import results
-from moec.analysis.calibration.balance import links_of
+from moec.analysis.calibration.balance import links_of, with_factors
+from moec.analysis.calibration.distill import distill
 from moec.analysis.calibration.engine import Coverage, Engine, Method
 from moec.analysis.calibration.results import Results, Writer
 from moec.analysis.calibration.streaming import LayerStream
@@ -76,6 +77,11 @@ def _run(
     for name, read in planned.items():
         weights[name] = replace(work.scaled(name), stored=work.codes(read))
     return PassResult(replace(program, weights=weights, calibration=work.report), 0)
+
+
+def _is_open(program: Program, name: str) -> bool:
+    """Whether a weight has no codes yet."""
+    return program.weights[name].stored is None
 
 
 def _scalable(program: Program) -> set[str]:
@@ -151,23 +157,43 @@ class _Calibrated:
         texts = calibration_texts(
             self._given, self._encode(program), bos_id=program.info.bos_id, context=program.info.context
         )
-        key = self._key(texts)
-        found = results.find(key)
-        if found is not None:
-            return found
-        self._compute(key, texts)
+        return self._found(self._quantization, texts)
+
+    def _found(self, quantization: Quantization, texts: Texts) -> Results:
+        """The results of an earlier run, or those that are computed now."""
+        key = self._key(quantization, texts)
+        if (known := results.find(key)) is not None:
+            return known
+        refines = None if quantization.method == AUTO else find_quantizer(quantization.method).refines
+        if refines is None:
+            self._compute(key, texts)
+        else:
+            first = self._found(quantization.model_copy(update={"method": refines}), texts)
+            self._refine(key, first, texts)
         results.forget_old()
         found = results.find(key)
         assert found is not None
         return found
 
-    def _key(self, texts: Texts) -> str:
+    def _refine(self, key: str, first: Results, texts: Texts) -> None:
+        """The codes of `first`, with scales and gains fitted to the predictions of the float model."""
+        planned = {r.name: r for r in reads(self._program, self._quantization) if _is_open(self._program, r.name)}
+        with results.new(key) as folder:
+            writer = Writer.after(first, folder)
+            done = distill(self._program, planned, first, writer, texts.sequences, self._progress)
+            writer.close(self._quantization.method, {**first.report, "distilled": done})
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return weights_digest(self._program, self._progress)
+
+    def _key(self, quantization: Quantization, texts: Texts) -> str:
         """A digest of everything that the results depend on; every weight is read."""
         digest = hashlib.sha256()
-        given = self._quantization.model_dump(mode="json")
+        given = quantization.model_dump(mode="json")
         given["calibration"] = {"least": self._given.tokens_per_expert}
         digest.update(json.dumps([results.FORMAT, given, texts.sequences], sort_keys=True).encode())
-        digest.update(weights_digest(self._program, self._progress))
+        digest.update(self._digest)
         return digest.hexdigest()[:32]
 
     def _compute(self, key: str, texts: Texts) -> None:
@@ -252,17 +278,3 @@ def _logits(program: Program, texts: list[tuple[int, ...]]) -> list[Tensor]:
         else:
             stream.run_joint(stretch)
     return list(stream.results())
-
-
-def with_factors(w: Tensor, rows: Tensor | None, columns: Tensor | None, *, in_out: bool) -> Tensor:
-    """A weight [N, K] or [N], or experts [E, N, K] ([E, K, N] where `in_out`) or [E, N], times factors.
-
-    rows [N] or [E, N]; columns [K] or [E, K].
-    """
-    if rows is not None and columns is None and w.dim() == rows.dim():
-        return w * rows
-    if rows is not None:
-        w = w * (rows.unsqueeze(-2) if in_out else rows.unsqueeze(-1))
-    if columns is not None:
-        w = w * (columns.unsqueeze(-1) if in_out else columns.unsqueeze(-2) if columns.dim() == 2 else columns)
-    return w

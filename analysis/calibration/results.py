@@ -43,10 +43,26 @@ class Writer:
     folder: Path
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
     factors: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    _count: int = 0
+
+    @classmethod
+    def after(cls, first: Results, folder: Path) -> Writer:
+        """One that begins with the results of `first`: files are shared with it, and none of them is written again."""
+        for file in first.folder.glob("*.safetensors"):
+            try:
+                os.link(file, folder / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
+        return cls(folder, dict(first.weights), dict(first.scaled), prefix=f"after-{first.method}-")
+
+    def _new(self, kind: str) -> str:
+        self._count += 1
+        return f"{self.prefix}{kind}{self._count}.safetensors"
 
     def codes(self, name: str, tensor: QuantizedTensor) -> None:
         """The codes of weight `name`, as the graph is to read them."""
-        file = f"{len(self.weights)}.safetensors"
+        file = self._new("")
         parts = {"codes": tensor.codes.contiguous(), "scales": tensor.scales.contiguous()}
         if tensor.zero_points is not None:
             parts["zero_points"] = tensor.zero_points.contiguous()
@@ -55,7 +71,7 @@ class Writer:
 
     def scaled(self, name: str, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """The weight `name` is multiplied by factors: [N] of its rows, [K] of its columns, or [E, ...] by expert."""
-        file = f"f{len(self.factors)}.safetensors"
+        file = self._new("f")
         given = {"rows": rows, "columns": columns}
         save_file({k: v.contiguous() for k, v in given.items() if v is not None}, self.folder / file)
         self.factors[name] = file
@@ -80,12 +96,12 @@ class Results:
         content = json.loads((folder / INDEX).read_text("utf-8"))
         self.method: str = content["method"]
         self.report: dict[str, Any] = content["report"]
-        self._weights: dict[str, dict[str, Any]] = content["weights"]
-        self._factors: dict[str, str] = content["factors"]
+        self.weights: dict[str, dict[str, Any]] = content["weights"]
+        self.scaled: dict[str, str] = content["factors"]
 
     def codes(self, name: str) -> QuantizedTensor:
         """The codes of weight `name`."""
-        entry = self._weights[name]
+        entry = self.weights[name]
         parts = self._parts(entry["file"])
         return QuantizedTensor(
             parts["codes"], parts["scales"], entry["bits"], entry["group_size"], parts.get("zero_points")
@@ -93,9 +109,9 @@ class Results:
 
     def factors(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """Factors of the rows and of the columns of weight `name`; None for none."""
-        if name not in self._factors:
+        if name not in self.scaled:
             return None, None
-        parts = self._parts(self._factors[name])
+        parts = self._parts(self.scaled[name])
         return parts.get("rows"), parts.get("columns")
 
     def _parts(self, file: str) -> dict[str, Tensor]:

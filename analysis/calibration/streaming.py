@@ -162,6 +162,20 @@ class LayerStream:
         target: Any = node.target
         self.give(stretch, target(*torch.fx.map_arg(node.args, resolve)), calls)
 
+    def weights_of(self, stretch: Stretch) -> list[str]:
+        """The names of the weights that a stretch reads, without caches and constants."""
+        names = (self.program.weight_of(n) for node in stretch.nodes for n in node.all_input_nodes)
+        constant = (Role.CACHE, Role.CONSTANT)
+        known = (n for n in names if n is not None and n not in self._states)
+        return [n for n in dict.fromkeys(known) if self.program.roles.get(n) not in constant]
+
+    def shared_state(self) -> str | None:
+        """A cache that nodes of several stretches use, if there is one."""
+        for name, placeholder in self._states.items():
+            if sum(any(u in s.nodes for u in placeholder.users) for s in self.stretches) > 1:
+                return name
+        return None
+
     def needs(self, node: Node) -> bool:
         """Whether the node's own result is read by what is wanted."""
         return node in self._needed
@@ -205,7 +219,7 @@ class LayerStream:
             if call.text != text:
                 self._keep_states(text, states, after)
                 states, text = {}, call.text
-            self._run_call(stretch, call, weights, states, observe, compute or {})
+            self.run_call(stretch, call, weights, states, observe, compute or {})
         self._keep_states(text, states, after)
 
     def _keep_states(self, text: int, states: dict[str, Tensor], after: set[Node]) -> None:
@@ -216,7 +230,7 @@ class LayerStream:
             else:
                 self._kept_state.pop((text, name), None)
 
-    def _run_call(
+    def run_call(
         self,
         stretch: Stretch,
         call: Call,
@@ -225,6 +239,8 @@ class LayerStream:
         observe: Observer,
         compute: dict[Any, Callable[..., Any]],
     ) -> None:
+        """One stretch for one call, under the caller's gradient mode. `weights`, `states`: to which what is read is
+        added; the call's values become those that later stretches read."""
         values = dict(call.values)
 
         def resolve(node: Node) -> Any:

@@ -131,6 +131,20 @@ def test_the_artifact_has_the_size(spec_file: Path, tmp_path: Path, moec: Moec) 
     assert again.quantization.tensors
 
 
+def test_several_sizes_are_of_one_measurement(
+    spec_file: Path, tmp_path: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spec for each, the same as when it is chosen alone."""
+    one = chosen(moec, spec_file, "--target-size", 0.2, "--out", tmp_path / "one.yaml")
+    monkeypatch.setattr("moec.analysis.bits.choose.measure_parts", None)  # what was measured is found again
+    both = chosen(moec, spec_file, "--target-size", "90,0.2", "--out", tmp_path / "of-{size}.yaml")["sizes"]
+    large, small = both  # type: ignore[misc]
+    assert [Path(r["spec"]).name for r in (large, small)] == ["of-90.yaml", "of-0.2.yaml"]
+    assert small["bytes"] == one["bytes"] < large["bytes"]
+    assert (tmp_path / "of-0.2.yaml").read_text("utf-8") == (tmp_path / "one.yaml").read_text("utf-8")
+    assert load_spec(tmp_path / "of-90.yaml").quantization != load_spec(tmp_path / "of-0.2.yaml").quantization
+
+
 def test_a_divergence_alone_gives_the_fewest_bytes(spec_file: Path, tmp_path: Path, moec: Moec) -> None:
     fine = chosen(moec, spec_file, "--target-size", 90, "--out", tmp_path / "fine.yaml")
     finest = float(fine["measured"]["kld"])  # type: ignore[index]
@@ -153,6 +167,10 @@ def test_faults(spec_file: Path, tmp_path: Path, moec: Moec) -> None:
     words = ("quantize", spec_file, "-q", "--out", out)
     refused(moec(*words), "no size, device or divergence is given", "--target-size")
     refused(moec(*words, "--target-size", 0), "not a size in MB")
+    refused(moec(*words, "--target-size", "92,small"), "'small' is not a size in MB")
+    refused(moec(*words, "--target-size", "92,87"), "one file for 2 sizes", "out-{size}.yaml")
+    twice = ("quantize", spec_file, "-q", "--out", tmp_path / "{size}.yaml", "--target-size", "92,92.0")
+    refused(moec(*twice), "gives a size twice")
     refused(moec(*words, "--target-size", 0.01), "no mixture of bits", "the smallest has", "give at least")
     refused(moec(*words, "--max-kld", 1e-12), "no mixture of bits", "the finest costs")
     refused(moec(*words, "--device", "nowhere"), "nowhere")
