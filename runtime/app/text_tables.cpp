@@ -12,6 +12,7 @@ namespace {
 
 constexpr uint64_t kLargest = uint64_t{512} << 20;
 constexpr size_t kMostTokens = size_t{1} << 24;
+constexpr size_t kMostSteps = 16, kMostProofs = 1024, kMostProofBytes = size_t{256} << 10;  // what opening may cost
 constexpr uint32_t kLastCode = 0x10FFFF;
 
 uint32_t crc32(const uint8_t* data, size_t size) {
@@ -69,6 +70,7 @@ bool read_cuts(Parts& parts, TextTables* tables) {
     if ((at.op == kSplit || at.op == kLook) && !inside(at.b, size)) return false;
   }
   if (size > 0 && tables->code.back().op != kMatch) return false;  // nothing runs over the end
+  if (tables->steps.size() > kMostSteps) return false;
   for (const CutStep& step : tables->steps)
     if (step.kind < kCut || step.kind > kPrefixSpace || (step.kind != kPrefixSpace && !inside(step.begin, size))) return false;
   tables->ascii.resize(static_cast<size_t>(sets));
@@ -92,11 +94,14 @@ bool read_around(Parts& parts, TextTables* tables) {
     for (const int32_t id : ids)
       if (id < 0 || id >= tables->count()) return false;
   TableReader& proofs = parts.at("PROV");
+  size_t proof_bytes = 0;
   while (proofs.ok() && !proofs.at_end()) {
     Proof proof;
     proof.text = proofs.string();
     proof.ids = proofs.numbers<int32_t>(proofs.number<uint32_t>());
     proof.shown = proofs.string();
+    proof_bytes += proof.text.size();
+    if (proof_bytes > kMostProofBytes || tables->proofs.size() == kMostProofs) return false;
     tables->proofs.push_back(std::move(proof));
   }
   TableReader& normal = parts.at("NORM");

@@ -9,8 +9,9 @@
 
 namespace {
 
-constexpr int kMostNested = 16;        // lookaheads inside each other
-constexpr uint64_t kSteps = 1'000'000;  // of an expression, and 4096 for each character of a text
+constexpr int kMostNested = 16;  // lookaheads inside each other
+// Steps of an expression on a text: families' own take some ten for each character.
+constexpr uint64_t kSteps = 10'000, kStepsPerCharacter = 512;
 
 }  // namespace
 
@@ -183,7 +184,7 @@ int64_t Tokenizer::match(Matching* state, int32_t begin, size_t at, int depth) c
 bool Tokenizer::cut(const CutStep& step, std::vector<uint32_t>* codes, std::vector<size_t>* ends) const {
   std::vector<uint32_t> kept;
   std::vector<size_t> found;
-  Matching state{*codes, 0, kSteps + 4096 * codes->size()};
+  Matching state{*codes, 0, kSteps + kStepsPerCharacter * codes->size()};
   const auto keep = [&](size_t from, size_t to) {
     if (from == to) return;
     kept.insert(kept.end(), codes->begin() + static_cast<std::ptrdiff_t>(from), codes->begin() + static_cast<std::ptrdiff_t>(to));

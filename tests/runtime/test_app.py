@@ -124,7 +124,18 @@ def test_ids_are_those_of_each_family(name: str, folder: Path, tmp_path: Path) -
     )
     made.train_from_iterator([*pages, *TEXTS * 20], trainer)
     made.add_tokens([AddedToken("<tool>", normalized=True), AddedToken("<tool>s", normalized=False), "  "])
-    copy = tmp_path / "copy"
+    compare_with(made, folder, tmp_path / "copy")
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_ids_are_those_of_a_real_model(smollm2: Path, folder: Path, tmp_path: Path) -> None:
+    compare_with(Tokenizer.from_file(str(smollm2 / "tokenizer.json")), folder, tmp_path / "copy")
+
+
+def compare_with(made: Tokenizer, folder: Path, copy: Path) -> None:
+    """An artifact with this tokenizer, on many texts."""
+    pages = [page.read_text("utf-8") for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
     shutil.copytree(folder, copy)
     made.save(str(copy / "tokenizer.json"))
     (copy / FILE).write_bytes(tables(copy, load_tokenizer(copy / "tokenizer.json")))
