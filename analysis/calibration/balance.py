@@ -64,6 +64,13 @@ def links_of(program: Program) -> list[Link]:
     return found
 
 
+def stacks_in_out(program: Program) -> frozenset[str]:
+    """The experts' weights that lie as [E, K, N], whether a spec leaves them in float or not."""
+    calls = [FusedMoe.of(node) for node in program.graph.nodes if node.target is fused_moe]
+    names = (program.weight_of(w) for call in calls if call.mlp.layout == "in_out" for w in (call.w13, call.w2))
+    return frozenset(name for name in names if name is not None)
+
+
 def _read_by(program: Program, link: Link) -> list[str]:
     """The weights of the nodes that a link scales the columns of."""
     names = (program.weight_of(a) for node in link.readers for a in node.all_input_nodes)

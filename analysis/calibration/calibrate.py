@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moec.analysis.calibration import results
-from moec.analysis.calibration.balance import links_of, with_factors
+from moec.analysis.calibration.balance import links_of, stacks_in_out, with_factors
 from moec.analysis.calibration.distill import distill
 from moec.analysis.calibration.engine import Coverage, Engine, Method
 from moec.analysis.calibration.results import Results, Writer
@@ -122,6 +122,7 @@ class _Calibrated:
     ) -> None:
         self._program, self._quantization, self._encode, self._progress = program, quantization, encode, progress
         self._given = quantization.calibration or Calibration()
+        self._in_out = stacks_in_out(program)
 
     def codes(self, read: Read) -> StoredCodes:
         """The codes of a weight, to be computed."""
@@ -140,7 +141,7 @@ class _Calibrated:
     def scaled(self, name: str) -> LazyWeight:
         """The float weight, its channels scaled as the chosen method wants it."""
         original = self._program.weights[name]
-        in_out = any(r.name == name and r.orientation == "in_out" for r in reads(self._program, self._quantization))
+        in_out = name in self._in_out
 
         def load() -> Tensor:
             return with_factors(original.load(), *self._results.factors(name), in_out=in_out)
@@ -253,7 +254,9 @@ class _Calibrated:
         for name in _scalable(program) - set(planned):
             weights[name] = _lazy(
                 weights[name],
-                lambda n=name: with_factors(program.weights[n].load(), *candidate.factors(n), in_out=False),  # type: ignore[misc]
+                lambda n=name: with_factors(  # type: ignore[misc]
+                    program.weights[n].load(), *candidate.factors(n), in_out=n in self._in_out
+                ),
             )
         for name, read in planned.items():
             turned = last_axis(read.orientation) != read.scheme.axis

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from moec.analysis.calibration.balance import with_factors
+from moec.analysis.calibration.balance import stacks_in_out, with_factors
 from moec.analysis.calibration.gradients import Gradients, Values, product_dtype
 from moec.analysis.calibration.results import Results, Writer
 from moec.analysis.calibration.streaming import Call, LayerStream, Stretch
@@ -60,6 +60,7 @@ class _Student:
 
     def __init__(self, program: Program, results: Results, planned: Mapping[str, Read]) -> None:
         self._program, self._results = program, results
+        self._in_out = stacks_in_out(program)
         self._coded: dict[str, _Coded] = {}
         for name, read in planned.items():
             shape = results.codes(name).scales.shape if read.scheme.bits < _FINE else None
@@ -78,9 +79,8 @@ class _Student:
     def _value(self, name: str) -> Tensor:
         coded = self._coded.get(name)
         if coded is None:
-            # experts in float are none of those that channels are scaled of
             factors = self._results.factors(name)
-            value = with_factors(self._program.weights[name].load(), *factors, in_out=False)
+            value = with_factors(self._program.weights[name].load(), *factors, in_out=name in self._in_out)
             return value.to(self._type[name]) if value.is_floating_point() else value
         codes = self._codes(name)
         values = codes.view(-1, self._results.codes(name).group_size)

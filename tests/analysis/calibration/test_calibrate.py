@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moec.analysis.calibration import results
 from moec.analysis.calibration.balance import links_of
-from moec.analysis.calibration.calibrate import CANDIDATES, calibrate_weights
+from moec.analysis.calibration.calibrate import CANDIDATES, _Calibrated, calibrate_weights
 from moec.analysis.verify.artifact import verify_artifact
 from moec.analysis.verify.interpret import GraphRunner
 from moec.analysis.verify.rounding import with_weights_of
@@ -21,13 +22,13 @@ from moec.checkpoints.synthesize import synthesize
 from moec.compiler import build
 from moec.compiler.errors import CompileError, SpecError, UserError
 from moec.compiler.pipeline import run_passes
-from moec.compiler.program import LazyWeight, Program
+from moec.compiler.program import LazyWeight, Program, Role
 from moec.compiler.progress import Progress
 from moec.compiler.quantizer import find_quantizer
 from moec.compiler.spec import Spec, parse_spec
 from moec.compiler.spec.quantization import Calibration, WeightScheme
 from moec.compiler.weights import CodeFormat, StoredCodes
-from moec.passes.quantize_weights import quantize_weights
+from moec.passes.quantize_weights import quantize_weights, reads
 from tests.analysis.calibration.models import float_program, spec_of
 
 QUIET = Progress(quiet=True)
@@ -92,6 +93,20 @@ def test_scaled_channels_change_nothing(model: dict[str, Any], axis: str) -> Non
 
 def _dense(model: dict[str, Any]) -> dict[str, Any]:
     return {"moe": None, "architecture": "mobilellm"} if "ffn_width" in model else {}
+
+
+def test_channels_of_experts_that_stay_in_float(program: Program) -> None:
+    # w13 [E, K, N] is square here: factors on the wrong axis would be a wrong model and no error
+    quantization = spec(method="awq", experts="fp32").quantization
+    assert quantization is not None
+    name = next(
+        n for n, role in program.roles.items() if role == Role.EXPERT and program.weights[n].shape[1:] == (64, 64)
+    )
+    assert not any(read.name == name for read in reads(program, quantization))
+    work = _Calibrated(program, quantization, lambda _: lambda _: [], QUIET)
+    columns_K = torch.rand(64) + 0.5
+    work.__dict__["_results"] = SimpleNamespace(factors=lambda _: (None, columns_K))
+    assert torch.equal(work.scaled(name).load(), program.weights[name].load() * columns_K[:, None])
 
 
 def test_every_kind_of_pair_is_found() -> None:
