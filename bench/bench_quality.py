@@ -60,6 +60,7 @@ OURS: dict[str, dict[str, Any]] = {
     "INT4, table INT8, weighted": {**INT4, "embedding": "int8", "method": "weighted"},
     "INT4, table INT8, gptq": {**INT4, "embedding": "int8", "method": "gptq"},
     "INT4, table INT8, awq_gptq": {**INT4, "embedding": "int8", "method": "awq_gptq"},
+    "INT4, table INT8, distilled": {**INT4, "embedding": "int8", "method": "distilled"},
     "INT4 g64, table INT8, awq_gptq": {**INT4, "group_size": 64, "embedding": "int8", "method": "awq_gptq"},
     "INT8": {**INT4, "weights": "int8"},
 }
