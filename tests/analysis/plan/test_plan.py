@@ -305,7 +305,7 @@ def test_a_found_shape_compiles(tmp_path: Path) -> None:
     from moec.analysis.plan.searched import spec_text
 
     config = shape(256, 2, 2, 8, True, 64)
-    found = Candidate(config, 2, 8, True, 1, 1, 1e9, 1, 1, 1.0, 2.0, ())
+    found = Candidate(config, 2, 8, True, 1, 1, 1, 1, 1, 1.0, tokens=1e9, loss=2.0, outside=())
     text = spec_text(found, "small", "galaxy-s25", "xnnpack", "law")
     text = text.replace("vocab_size: 128256", "vocab_size: 512").replace("bos_id: 128000", "bos_id: 0")
     text = text.replace("eos_ids: [128001, 128008, 128009]", "eos_ids: [1]")
