@@ -35,9 +35,9 @@ def test_parts_of_what_is_described_are_no_outputs(marker: str, tmp_path: Path) 
     parts = (marker, "model.pte", "tokenizer.json", "model.safetensors", "train.tokens")
     for name in parts:
         (tmp_path / name).write_text("mine")
-        with pytest.raises(UserError, match="part of what lies in its folder"):
+        with pytest.raises(UserError, match="belongs to the artifact, checkpoint, run or corpus in its folder"):
             check_writable(tmp_path / name)
-        with pytest.raises(UserError, match="part of what lies in its folder"):
+        with pytest.raises(UserError, match="belongs to the artifact, checkpoint, run or corpus in its folder"):
             write_text(tmp_path / name, "yours")
         assert (tmp_path / name).read_text() == "mine"
     (tmp_path / "report.html").write_text("old")
@@ -52,7 +52,7 @@ def test_parts_of_what_is_described_are_no_outputs(marker: str, tmp_path: Path) 
 def test_a_link_to_a_part_is_a_part(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "x.json").symlink_to(tmp_path / "manifest.json")
-    with pytest.raises(UserError, match="part of"):
+    with pytest.raises(UserError, match="belongs to the artifact"):
         check_writable(tmp_path / "x.json")
 
 

@@ -74,7 +74,7 @@ def test_a_file_in_the_place_of_the_record_is_kept(text: str | None, checkpoint:
     else:
         place.write_text(text)
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"a\.build\.json: .* none of moec's; move it away"):
+    with pytest.raises(UserError, match=r"a\.build\.json: .* moec did not write it; move it away"):
         build.compile(spec(checkpoint=str(checkpoint)), out=tmp_path / "a")
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
 

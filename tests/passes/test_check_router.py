@@ -53,5 +53,5 @@ def test_a_router_by_another_role_is_an_error(fused: Program) -> None:
         edit.roles["blocks.moe.router"] = Role.FFN
         return PassResult(edit.done(), 1)
 
-    with pytest.raises(CompileError, match="not a router by role"):
+    with pytest.raises(CompileError, match="does not have the role router"):
         run_passes(fused, [Pass("wrong", wrong, Stage.FUSED, Stage.FUSED), check_router()])
