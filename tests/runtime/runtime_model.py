@@ -9,6 +9,7 @@ import logging
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -93,7 +94,7 @@ def write_pte(
     `delegate`: XNNPACK computes the two plain linears. `says_states` False: a program as it was before it said how its
     states are written.
     """
-    path.write_bytes(_lowered_once(int8_cache, window, delegate, says_states))
+    path.write_bytes(_lowered_once(V, int8_cache, window, delegate, says_states))
     return OneLayer(int8_cache=int8_cache, window=window)
 
 
@@ -129,4 +130,8 @@ def lowered(int8_cache: bool = False, window: int = 0, delegate: bool = False, s
 
 
 # Of every form once a process: lowering takes seconds, and many files of tests run one of a few forms.
-_lowered_once = cache(lowered)
+@cache
+def _lowered_once(vocabulary: int, *form: Any) -> bytes:
+    """`vocabulary`: the module's, which a test may set."""
+    assert vocabulary == V
+    return lowered(*form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import subprocess
@@ -103,6 +104,7 @@ def test_forks_in_threads(model: Path, session: CpuSession) -> None:
 def test_weights_are_there_once(model: Path, session: CpuSession) -> None:
     """Sixteen forks map the file no more often than one session, and take the caches of their own positions."""
     session.prefill(_ids(10))
+    gc.collect()  # what other tests of this file left open of it
     maps = Path("/proc/self/maps").read_text().count(str(model))
     forks = [session.fork() for _ in range(16)]
     for fork in forks:
