@@ -66,7 +66,7 @@ def links_of(program: Program) -> list[Link]:
 
 def stacks_in_out(program: Program) -> frozenset[str]:
     """The experts' weights that lie as [E, K, N], whether a spec leaves them in float or not."""
-    calls = [FusedMoe.of(node) for node in program.graph.nodes if node.target is fused_moe]
+    calls: list[FusedMoe[Node]] = [FusedMoe.of(node) for node in program.graph.nodes if node.target is fused_moe]
     names = (program.weight_of(w) for call in calls if call.mlp.layout == "in_out" for w in (call.w13, call.w2))
     return frozenset(name for name in names if name is not None)
 
