@@ -1,4 +1,7 @@
-"""Every fuzz target for a second or two, always the same mutants; and that the harness sees what it must see."""
+"""Every fuzz target for a second or two, always the same mutants; and that the harness sees what it must see.
+
+The targets are slow tests: every change runs them for a minute each (`make fuzz`, `.ci/run`).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ SECONDS = {"tokenizer": 10}
 TARGETS = sorted(file.stem for file in (Path(__file__).parent / "targets").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_reader_survives(name: str, tmp_path: Path) -> None:
     target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
@@ -28,6 +32,7 @@ def test_a_reader_survives(name: str, tmp_path: Path) -> None:
     assert not outcome.failures, f"mutants of seed 0: {outcome.failures}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", native.names())
 def test_a_native_reader_survives(name: str, tmp_path: Path) -> None:
     found, reason = native.compiler()

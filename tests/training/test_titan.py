@@ -227,6 +227,7 @@ def test_a_damaged_state(damage: str, corpus: Corpus, tmp_path: Path) -> None:
         titan(spec, corpus, out, resume=True)
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed(own: RunResult, corpus: Corpus, tmp_path: Path) -> None:
     """The command, ended with Ctrl-C and with kill -9, goes on to the numbers of a run without a stop."""
     file, out = spec_file(tmp_path, spec_of(*ALL)), tmp_path / "run"

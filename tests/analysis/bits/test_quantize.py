@@ -106,6 +106,7 @@ def chosen(moec: Moec, *words: object) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_the_artifact_has_the_size(spec_file: Path, tmp_path: Path, moec: Moec) -> None:
     """Whole artifacts of three sizes between all INT4 and all INT8, compiled from the spec that was written."""
     small, large = (chosen(moec, spec_file, "--target-size", mb, "--out", tmp_path / f"{i}.yaml") for i, mb in
