@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -207,10 +208,20 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no state does")
 
 
+def _check_memo(data: bytes) -> None:
+    """ValueError for a pickle that numbers what it remembers higher than it has opcodes: the table is as long as the
+    highest number, so five bytes would take gigabytes."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > count):
+            raise ValueError(f"{opcode.name} {argument}")
+
+
 def _metadata(folder: Path) -> Any:
     """What torch.distributed.checkpoint wrote about a state, checked; ValueError and UnpicklingError."""
     try:
-        found = _Unpickler(io.BytesIO(read_bytes(folder / ".metadata", limit=_MAX_BYTES))).load()
+        data = read_bytes(folder / ".metadata", limit=_MAX_BYTES)
+        _check_memo(data)
+        found = _Unpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, UserError):
         raise
     except Exception as error:  # a damaged pickle raises whatever its opcodes lead to

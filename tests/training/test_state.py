@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from moec.compiler.errors import UserError
+from moec.training import state
 from moec.training.data.shards import Corpus, DataError
 from moec.training.run import RunResult, train
 from moec.training.stage import Trainer
@@ -81,6 +82,14 @@ class _Planted:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.mark,)
+
+
+def test_a_memo_of_gigabytes_is_refused() -> None:
+    """Five bytes of a pickle say how long the table of what it remembers is: 2^32 - 1 entries are 64 GB."""
+    for damage in (b"r\xff\xff\xff\xff", b"p4294967295\n"):
+        with pytest.raises(ValueError, match="4294967295"):
+            state._check_memo(b"\x80\x04]" + damage + b".")
+    state._check_memo(pickle.dumps([["a", "b"], {"c": ("d",) * 300}], protocol=2))
 
 
 @pytest.mark.parametrize("kind", ["code", "elsewhere"])
