@@ -29,7 +29,7 @@ class TextTables:
         from moec.compiler.tokenizer import load_tokenizer
         from tests.assistant.conversations import template
         from tests.assistant.speaking import tokenizer
-        from tests.runtime import app
+        from tests.runtime.app import library
 
         found = []
         for normal in (None, normalizers.NFC()):
@@ -39,7 +39,7 @@ class TextTables:
             (folder / FILE).write_text(role_form(template("chatml")).json(), "utf-8")
             found.append(tables(folder, load_tokenizer(folder / "tokenizer.json")))
         (folder / "manifest.json").write_text("{}")
-        app.library()  # built and loaded now: the mutants run in a process of their own
+        library()  # built and loaded now: the mutants run in a process of their own
         return found
 
     def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
