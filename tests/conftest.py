@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import TinyModels
+
+gc.set_threshold(50_000, 20, 20)  # as the command line does: a test that compiles makes millions of objects that stay
 
 Moec = Callable[..., tuple[int, str, str]]
 

@@ -91,17 +91,24 @@ def test_cache_and_arena_are_the_artifacts(compiled: tuple[Spec, str, Path]) -> 
     assert arena == pytest.approx(method["arena_bytes"][0], rel=0.05)
 
 
-def test_peak_memory_is_the_measured_one(compiled: tuple[Spec, str, Path]) -> None:
-    """Within 10% of the runner's own peak, as asked; here nearly all of it is the runtime."""
-    spec, target, folder = compiled
-    if target != "xnnpack":
-        pytest.skip("measured on Apple hardware only")
+def test_peak_memory_is_the_measured_one(tmp_path: Path) -> None:
+    """Within 10% of the runner's own peak, for a model of 30 MB.
+
+    How much of the runtime's own code counts as resident depends on the machine: the system maps up to 64 KB of a
+    file around each page that is touched. That is 1 MB between the machines this runs on: a tenth of a tiny model's
+    peak, so that such a model would judge the machine and not the plan.
+    """
     from moec.runtime import machine
 
+    sizes = {"layers": 6, "d_model": 512, "head_dim": 64, "heads": 8, "vocab_size": 8192, "ffn_width": 1536}
+    spec = parse_spec(DENSE)
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update=sizes)})
+    synthesize(spec, tmp_path / "checkpoint", seed=1, qat=False)
+    build.compile(spec, "xnnpack", tmp_path / "checkpoint", tmp_path / "artifact")
     prompt, decode = 128, 16
-    report = machine.run_model(folder / "model.pte", prompt=prompt, decode=decode, threads=1, repeats=1)
-    options = spec.targets[target].model_copy(update={"threads": 1})
-    planned = memory(model_of(spec, target, options), prompt + decode).peak
+    report = machine.run_model(tmp_path / "artifact/model.pte", prompt=prompt, decode=decode, threads=1, repeats=1)
+    options = spec.targets["xnnpack"].model_copy(update={"threads": 1})
+    planned = memory(model_of(spec, "xnnpack", options), prompt + decode).peak
     assert planned == pytest.approx(report["peak_rss_mb"] * 1e6, rel=0.10)
 
 
