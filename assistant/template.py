@@ -19,8 +19,8 @@ from moec.compiler.files import read_text
 from moec.compiler.source import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from moec.compiler.worker import Fault, Worker
 
-SECONDS = 5.0  # for one conversation; usual templates take a millisecond
-_START_SECONDS = 60.0  # of the process: importing jinja2 on a busy machine
+SECONDS = 5.0  # of processor time for one conversation; usual templates take a millisecond
+MEMORY = 2 << 30  # bytes of address space: room for a template of megabytes and a conversation of megabytes
 _MAX_BYTES = 16 << 20
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REMEDY = "take the model's chat_template.jinja, or give another with --chat-template"
@@ -103,7 +103,7 @@ class ChatTemplate:
             raise RunError(f"a conversation that is not JSON: {str(error).splitlines()[0]}", place=self.place) from None
         worker, _ = _worker_of(self)
         try:
-            found = worker.ask({"values": values, "limit": _MAX_BYTES + 64 * size}, seconds=SECONDS)
+            found = worker.ask({"values": values, "limit": _MAX_BYTES + 64 * size}, seconds=SECONDS, memory=MEMORY)
         except Fault as fault:
             raise ArtifactError(f"cannot be rendered: {fault}", place=self.place, remedy=_REMEDY) from None
         if "refused" in found:
@@ -143,7 +143,7 @@ def _worker_of(template: ChatTemplate) -> tuple[Worker, frozenset[str]]:
         data = template.text.encode("utf-8", "replace")
         worker = Worker("moec.assistant.template_worker", "the chat template", template.place, _REMEDY)
         try:
-            found = worker.ask({"load": len(data)}, data, seconds=_START_SECONDS)
+            found = worker.ask({"load": True}, data, seconds=SECONDS, memory=MEMORY)
         except Fault as fault:
             worker.close()
             raise ArtifactError(f"not a chat template: {fault}", place=template.place, remedy=_REMEDY) from None

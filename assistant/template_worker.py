@@ -11,7 +11,7 @@ import datetime
 import json
 import resource
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -22,8 +22,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from moec.compiler.worker import serve
-
-_MEMORY = 2 << 30  # bytes of address space: room for a template of megabytes and a conversation of megabytes
 
 
 class _Refused(Exception):
@@ -93,15 +91,15 @@ def environment() -> jinja2.Environment:
 
 
 class _Answers:
-    """`{"load": bytes}` compiles the template that follows and answers the variables that it reads; `{"values": ...,
+    """`{"load": true}` compiles the template in its data and answers the variables that it reads; `{"values": ...,
     "limit": characters}` renders it: `{"text": ...}`, `{"refused": why}` or `{"fault": what}`."""
 
     def __init__(self) -> None:
         self._template: jinja2.Template | None = None
 
-    def __call__(self, message: dict[str, Any], data: BinaryIO) -> Any:
+    def __call__(self, message: dict[str, Any], data: bytes) -> Any:
         if "load" in message:
-            made, text = environment(), data.read(message["load"]).decode()
+            made, text = environment(), data.decode()
             self._template = made.from_string(text)
             return sorted(jinja2.meta.find_undeclared_variables(made.parse(text)))
         assert self._template is not None
@@ -130,4 +128,4 @@ def _line(error: Exception) -> str:
 if __name__ == "__main__":
     if sys.platform.startswith("linux"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    serve(_Answers(), memory=_MEMORY)
+    serve(_Answers())

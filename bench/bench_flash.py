@@ -25,6 +25,7 @@ from typing import Any
 from moec.assistant.load import load
 from moec.cli.output import table
 from moec.compiler.artifact import Artifact
+from moec.compiler.files import read_text
 from moec.runtime import machine
 from moec.runtime.native import runner_binary
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(arguments)
     artifact = Artifact.open(options.artifact)
-    ids = [int(i) for i in re.findall(r"\d+", options.ids.read_text())]
+    ids = [int(i) for i in re.findall(r"\d+", read_text(options.ids, limit=64 << 20))]
     need = options.prompt + options.decode
     if len(ids) < need or need > artifact.manifest.model.context:
         parser.error(

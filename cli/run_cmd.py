@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
 
 _MAX_TOOLS_BYTES = 4 << 20
+_MAX_PIPED = 64 << 20  # characters of a prompt on stdin: more than the longest context holds
 
 
 def register(app: typer.Typer) -> None:
@@ -135,7 +136,7 @@ def run_artifact(
     from moec.assistant.assistant import Assistant
     from moec.assistant.load import load, load_draft
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _piped() if prompt == "-" else prompt
     assert text is not None
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.prefixes = prefixes_in(prefix_cache, opened)
@@ -237,6 +238,14 @@ def _guesses(stats: Any) -> str:
     if not stats.drafted_tokens:
         return ""
     return f", {stats.accepted_tokens} of {stats.drafted_tokens} guesses right"
+
+
+def _piped() -> str:
+    """The prompt on stdin."""
+    text = sys.stdin.read(_MAX_PIPED + 1)
+    if len(text) > _MAX_PIPED:
+        raise RunError(f"a prompt of more than {_MAX_PIPED} characters", place="stdin")
+    return text
 
 
 def _tools(file: Path) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.analysis.verify.report import Report
 
 EACH = "each"
+_MAX_TEXT = 256 << 20  # bytes of a text to measure on
 
 
 def register(app: typer.Typer) -> None:
@@ -187,17 +188,12 @@ def diff(
 
 def read_text(text: Path | None) -> str | None:
     """The text of a file to measure on; UserError if the file is no text, or empty."""
+    from moec.compiler import files
     from moec.compiler.errors import UserError
 
     if text is None:
         return None
-    remedy = "name a text file in UTF-8"
-    try:
-        read = text.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", place=str(text), remedy=remedy) from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", place=str(text), remedy=remedy) from None
+    read = files.read_text(text, limit=_MAX_TEXT, remedy="name a text file in UTF-8")
     if not read.strip():
         raise UserError("there is no token in the text to verify with", place=str(text), remedy="give a longer text")
     return read

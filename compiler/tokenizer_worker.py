@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 from moec.compiler.worker import serve
-
-_MEMORY = 8 << 30  # bytes of address space; the largest vocabularies in use need 1 GB of it
 
 
 class _Answers:
     def __init__(self) -> None:
         self._tokenizer: Any = None
 
-    def __call__(self, message: dict[str, Any], data: BinaryIO) -> Any:
+    def __call__(self, message: dict[str, Any], data: bytes) -> Any:
         from tokenizers import Tokenizer
 
         if "load" in message:
-            tokenizer = self._tokenizer = Tokenizer.from_buffer(data.read(message["load"]))
+            tokenizer = self._tokenizer = Tokenizer.from_buffer(data)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return tokenizer.get_vocab_size()
@@ -37,4 +35,4 @@ class _Answers:
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    serve(_Answers(), memory=_MEMORY)
+    serve(_Answers())

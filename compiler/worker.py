@@ -1,13 +1,15 @@
 """Work on files from outside in a process of its own: if that panics, aborts or hangs, this one gets an error.
 
 A worker is a module run as `python -m` that calls `serve`; it answers messages on stdin with replies on stdout, each
-JSON with its length before it. A call costs the pipe, some tens of microseconds.
+JSON with its length before it. A call costs the pipe, some tens of microseconds. Each message brings the limits of its
+answer: processor time, which a busy machine does not use up, and address space.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import selectors
@@ -19,10 +21,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 from moec.compiler.errors import ArtifactError
 
+PATIENCE = 12  # times the processor time that an answer may take: so long one waits for it on a busy machine
 _MAX_REPLY = 1 << 30
 
 
@@ -47,25 +50,24 @@ class Worker:
     def alive(self) -> bool:
         return self._end.alive
 
-    def ask(self, message: dict[str, Any], data: bytes = b"", *, seconds: float) -> Any:
-        """The value that the worker answers within `seconds`. Fault: it answered one.
+    def ask(self, message: dict[str, Any], data: bytes = b"", *, seconds: float, memory: int) -> Any:
+        """The value that the worker answers. seconds: of processor time; memory: bytes of address space.
 
-        ArtifactError: it was closed, stopped, or took longer, and is then ended.
+        Fault: it answered one. ArtifactError: it was closed, stopped, or took more, and is then ended.
         """
+        limits = {"seconds": seconds, "memory": memory}
         with self._lock:
             if not self._end.alive:
                 raise ArtifactError(f"{self._what} is closed", place=self._place)
             try:
-                send(self._process.stdin, message, data)
-                reply = json.loads(_receive_within(self._process, time.monotonic() + seconds))
+                send(self._process.stdin, {**limits, "message": message}, data)
+                reply = json.loads(_receive_within(self._process, time.monotonic() + PATIENCE * seconds))
             except TimeoutError:
                 self._end()
-                what = f"{self._what} does not end: {seconds:.0f} seconds have passed"
-                raise ArtifactError(what, place=self._place, remedy=self._remedy) from None
+                raise self._ended(f"does not end: {PATIENCE * seconds:.0f} seconds have passed") from None
             except (EOFError, OSError):
                 self._end()
-                what = f"{self._what} stopped (status {self._process.poll()})"
-                raise ArtifactError(what, place=self._place, remedy=self._remedy) from None
+                raise self._ended(_why(self._process.poll(), seconds, memory)) from None
             except BaseException:  # Ctrl-C between message and reply: the next reply would be this one's
                 self._end()
                 raise
@@ -77,31 +79,45 @@ class Worker:
         """End the process. Calls after this raise ArtifactError."""
         self._end()
 
+    def _ended(self, why: str) -> ArtifactError:
+        return ArtifactError(f"{self._what} {why}", place=self._place, remedy=self._remedy)
+
+
+def _why(status: int | None, seconds: float, memory: int) -> str:
+    """Why a process stopped with this status: below zero, the number of a signal."""
+    if status == -signal.SIGXCPU:
+        return f"does not end: {seconds:.0f} seconds of processor time have passed"
+    if status == -signal.SIGABRT:  # so native code ends where memory is refused, too
+        return f"stopped: it aborted, or needs more than {memory / 2**30:.1f} GB of memory"
+    return f"stopped (status {status})"
+
 
 def send(stream: Any, message: dict[str, Any], data: bytes = b"") -> None:
-    """A message as JSON with its length before it, then `data`."""
+    """The lengths of message and data, the message as JSON, the data."""
     text = json.dumps(message).encode()
-    left = memoryview(struct.pack("<Q", len(text)) + text + data)
+    left = memoryview(struct.pack("<QQ", len(text), len(data)) + text + data)
     while left:  # an unbuffered pipe may take less
         left = left[stream.write(left) :]
 
 
-def serve(answer: Callable[[dict[str, Any], BinaryIO], Any], *, memory: int) -> None:
-    """The worker's side: answer every message until the other side has gone. memory: bytes of address space.
+def serve(answer: Callable[[dict[str, Any], bytes], Any]) -> None:
+    """The worker's side: answer every message until the other side has gone.
 
-    `answer` gets a message and the stream behind it, which holds the message's data; what it raises is a fault.
+    `answer` gets a message and its data; what it raises is a fault.
     """
-    if sys.platform.startswith("linux"):
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what native code prints must not be taken for a reply
     requests = sys.stdin.buffer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; without it this one ends
     try:
-        while header := requests.read(8):
-            message = json.loads(requests.read(struct.unpack("<Q", header)[0]))
+        while header := requests.read(16):
+            length, data_length = struct.unpack("<QQ", header)
+            sent = json.loads(requests.read(length))
+            data = requests.read(data_length)
+            _limit(sent["seconds"], sent["memory"])
             try:
-                value = answer(message, requests)
+                value = answer(sent["message"], data)
             except BaseException as error:  # native libraries panic, which is no Exception
                 lines = str(error).splitlines() or [type(error).__name__]
                 send(replies, {"fault": "".join(c if c.isprintable() else "?" for c in lines[0])[:300]})
@@ -109,6 +125,17 @@ def serve(answer: Callable[[dict[str, Any], BinaryIO], Any], *, memory: int) -> 
                 send(replies, {"value": value})
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """More processor time than `seconds` from now ends this process; more address space is refused to it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limits = {resource.RLIMIT_CPU: math.ceil(used.ru_utime + used.ru_stime + seconds)}
+    if sys.platform.startswith("linux"):
+        limits[resource.RLIMIT_AS] = memory
+    for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _receive_within(process: subprocess.Popen[bytes], until: float) -> bytes:
@@ -129,7 +156,7 @@ def _receive_within(process: subprocess.Popen[bytes], until: float) -> bytes:
                 found += piece
             return bytes(found)
 
-        (length,) = struct.unpack("<Q", take(8))
+        length, _ = struct.unpack("<QQ", take(16))
         if length > _MAX_REPLY:
             raise EOFError
         return take(length)

@@ -108,7 +108,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_template_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, what = HOSTILE[kind]
-    monkeypatch.setattr(module, "SECONDS", 3.0)
+    monkeypatch.setattr(module, "SECONDS", 2.0)
     hostile = ChatTemplate(text, {}, "build/a/chat_template.jinja")
     for _ in range(2):  # its process may have been ended: the next call starts another
         with pytest.raises(UserError, match=what) as caught:

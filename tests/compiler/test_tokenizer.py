@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from moec.compiler import tokenizer as module
 from moec.compiler import worker
@@ -140,19 +140,50 @@ def test_a_panic_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     opened.close()
 
 
-@pytest.mark.parametrize("does", ["import time; time.sleep(600)", "import os; os.abort()", "print('no reply')"])
-def test_one_that_never_ends_or_dies_is_one_line(does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ENDS = {
+    "sleeps": ("import time; time.sleep(600)", "does not end: 2 seconds have passed"),
+    "aborts": ("import os; os.abort()", r"stopped: it aborted, or needs more than 2\.0 GB"),
+    "ends": ("print('no reply')", r"stopped \(status 0\)"),
+}
+
+
+@pytest.mark.parametrize(("does", "what"), ENDS.values(), ids=ENDS)
+def test_one_that_never_ends_or_dies_is_one_line(
+    does: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = saved(tmp_path, base())
     import sys
 
     real = worker.subprocess.Popen
     monkeypatch.setattr(module, "SECONDS", 2.0)
+    monkeypatch.setattr(worker, "PATIENCE", 1)
     monkeypatch.setattr(worker.subprocess, "Popen", lambda _, **o: real([sys.executable, "-c", does], **o))
     started = time.monotonic()
-    with pytest.raises(ArtifactError, match=r"does not end|stopped") as caught:
+    with pytest.raises(ArtifactError, match=what) as caught:
         TextTokenizer(file.read_bytes(), str(file))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
+
+
+def test_one_that_computes_without_end_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replacement that doubles the text, sixty times over: memory or time, whichever is out first."""
+    made = base()
+    monkeypatch.setattr(module, "SECONDS", 2.0)
+    made.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * 60)
+    opened = load_tokenizer(saved(tmp_path, made))
+    with pytest.raises(
+        ArtifactError, match=r"does not end: 2 seconds of processor time|needs more than 2\.0 GB"
+    ) as caught:
+        opened.encode("a")
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs more than the limits of a short prompt is read where the prompt is long."""
+    monkeypatch.setattr(module, "MEMORY", 256 << 20)
+    opened = load_tokenizer(saved(tmp_path, base()))
+    assert len(opened.encode("ab " * 700_000)) > 700_000
+    opened.close()
 
 
 def test_a_closed_one_says_so(tmp_path: Path) -> None:

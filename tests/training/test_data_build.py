@@ -301,11 +301,22 @@ def test_damaged_lines_are_named(line: bytes, fault: str, tmp_path: Path) -> Non
     assert fault in str(caught.value) or "nested" in str(caught.value)
 
 
+def test_no_text_is_read_without_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moec.training.data.user._MAX_FILE", 100)
+    monkeypatch.setattr("moec.training.data.user._MAX_LINE", 100)
+    (tmp_path / "a.txt").write_text("x" * 101)
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text": "' + "x" * 101)
+    with pytest.raises(DataError, match=r"a\.txt: is 101 bytes long; at most 100"):
+        list(user_documents(tmp_path / "a.txt"))
+    with pytest.raises(DataError, match=r"b\.jsonl:2: a line of more than 100 bytes"):
+        list(user_documents(tmp_path / "b.jsonl"))
+
+
 def test_a_folder_without_text_and_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file of text"):
         list(user_documents(tmp_path))
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="UTF-8 at byte 3"):
+    with pytest.raises(DataError, match="not UTF-8 text: byte 3"):
         list(user_documents(tmp_path))
     assert parse_addition(f"a={tmp_path}") == ("a", tmp_path)
 

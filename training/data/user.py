@@ -6,11 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moec.compiler.files import open_regular, read_text
 from moec.training.data.document import ASSISTANT, ROLES, SYSTEM, USER, Document, Turns
 from moec.training.data.shards import DataError, check_domain_name
 
 _TEXTS = {".txt", ".md", ".rst", ".py", ".tex", ".text"}
 _LINES = {".jsonl", ".ndjson"}
+_MAX_FILE = 1 << 30  # bytes of a text file, which is one document
+_MAX_LINE = 64 << 20  # bytes of a document in JSON lines
+_TEXT_REMEDY = "convert it to UTF-8, or cut a long one into documents"
 _FORMS = 'each line is {"text": ...}, {"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}]}'
 
 
@@ -45,18 +49,18 @@ def _file(file: Path) -> Iterator[Document]:
     if file.suffix.lower() in _LINES:
         yield from _lines(file)
         return
-    try:
-        text = file.read_text("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8 at byte {error.start}", place=str(file), remedy="convert it to UTF-8") from None
+    text = read_text(file, limit=_MAX_FILE, fault=DataError, remedy=_TEXT_REMEDY).strip()
     if text:
         yield Document(text)
 
 
 def _lines(file: Path) -> Iterator[Document]:
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
+    with open_regular(file, fault=DataError) as stream:
+        lines = iter(lambda: stream.readline(_MAX_LINE + 1), b"")
+        for number, raw in enumerate(lines, 1):
             place = f"{file}:{number}"
+            if len(raw) > _MAX_LINE:
+                raise DataError(f"a line of more than {_MAX_LINE} bytes", place=place, remedy=_FORMS)
             try:
                 line = raw.decode("utf-8")
                 row = json.loads(line) if line.strip() else None

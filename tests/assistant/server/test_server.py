@@ -374,6 +374,16 @@ def test_a_body_of_a_gigabyte_is_refused_unread(small: Running, chunked: bool) -
     assert small.server.metrics.text().count("413") >= 1
 
 
+def test_a_length_of_thousands_of_digits_is_refused(small: Running) -> None:
+    """Python reads no number of so many digits: it was an error of the server."""
+    host, port = small.url.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall((head + "9" * 5000 + "\r\n\r\n").encode())
+        reply = connection.recv(4096).decode()
+    assert reply.startswith(("HTTP/1.1 413", "HTTP/1.1 400")), reply
+
+
 def test_a_client_that_leaves_is_not_answered_further(tmp_path: Path) -> None:
     session = Speaking(["x" * 400, "y" * 400, "Here."], slow=lambda: time.sleep(0.01))
     with running(tmp_path, session) as at:
