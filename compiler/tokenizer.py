@@ -20,7 +20,7 @@ from moec.compiler.worker import Fault, Worker
 MAX_BYTES = 128 << 20  # of the file; the largest vocabularies in use take 35 MB
 # Of one call, and what a text adds: 262,144 tokens with as many merges load in 0.7 s of processor time and 0.25 GB, and
 # two million characters without a break take 1.4 s and 0.3 GB.
-SECONDS = 5.0
+SECONDS = 4.0
 MEMORY = 2 << 30
 _SECONDS_PER_CHARACTER = 4e-6
 _MEMORY_PER_CHARACTER = 512

@@ -1,7 +1,8 @@
 """`python -m tests.fuzz SECONDS [TARGET...]`: every reader on mutants, SECONDS each. Exit status 1 if any failed.
 
 A target is a file of tests/fuzz/targets with an object TARGET (harness.py), a coverage-guided one a file of
-tests/fuzz/native with LLVMFuzzerTestOneInput. What failed is left in build/fuzz/TARGET.
+tests/fuzz/native with LLVMFuzzerTestOneInput. What failed is left in build/fuzz/TARGET. Once it is mended, the smallest
+form of it goes to tests/fuzz/corpus/TARGET/WHAT-IT-IS.found, which every run tries first.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
             failed += native.run(name, folder, options.seconds, seed)
             continue
         target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
+        for found, what in harness.replay(target, folder).items():
+            print(f"{name}: {found}, which was found before: {what}", flush=True)
+            failed += 1
         outcome = harness.run(target, folder, seconds=options.seconds, seed=seed)
         found = (
             ", ".join(f"{count} {what}" for what, count in Counter(outcome.failures.values()).items()) or "none failed"

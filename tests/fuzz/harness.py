@@ -23,6 +23,7 @@ from typing import Protocol
 
 HANG_S = 5.0
 MEMORY_BYTES = 2 << 30
+CORPUS = Path(__file__).parent / "corpus"
 
 
 class Target(Protocol):
@@ -70,6 +71,17 @@ def run(target: Target, folder: Path, *, seconds: float, seed: int = 0, most: in
         index += 1
     outcome.mutants, outcome.seconds = index, time.monotonic() - start
     return outcome
+
+
+def replay(target: Target, folder: Path) -> dict[str, str]:
+    """Every file corpus/TARGET/*.found, once: what was found before. Name -> what happened, if it failed."""
+    target.seeds(folder)
+    progress, failures = mmap.mmap(-1, 16), {}
+    for file in sorted((CORPUS / target.name).glob("*.found")):
+        what = _watch(_fork(partial(target.run, file.read_bytes(), folder)), progress)
+        if what is not None:
+            failures[file.stem] = what
+    return failures
 
 
 def _fork(body: Callable[[], None]) -> int:

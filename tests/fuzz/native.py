@@ -1,15 +1,21 @@
-"""Coverage-guided targets in C++: tests/fuzz/native/NAME_fuzz.cpp under libFuzzer, ASan and UBSan, where clang is."""
+"""Coverage-guided targets in C++: tests/fuzz/native/NAME_fuzz.cpp under libFuzzer, ASan and UBSan, where clang is.
+
+The first lines of a target's file name what it needs: `// sources: A B` and, of the targets in Python whose seeds it
+takes parts of, `// seeds: NAME`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
+from tests.fuzz import harness
+
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "native"
-CORPUS = Path(__file__).parent / "corpus"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -39,16 +45,30 @@ def compiler() -> tuple[str | None, str]:
 
 
 def build(name: str, folder: Path) -> Path:
-    """The program of a target. Its first lines name the sources that it needs: `// sources: A B`."""
+    """The program of a target."""
     found, reason = compiler()
     if found is None:
         raise RuntimeError(reason)
     file = FOLDER / f"{name}_fuzz.cpp"
-    wanted = next(line for line in file.read_text("utf-8").splitlines() if line.startswith("// sources: "))
-    sources = [str(ROOT / source) for source in wanted.removeprefix("// sources: ").split()]
+    sources = [str(ROOT / source) for source in _named(name, "sources")]
     program = folder / f"{name}_fuzz"
     subprocess.run([found, *FLAGS, f"-I{ROOT}/runtime/runner", str(file), *sources, "-o", str(program)], check=True)
     return program
+
+
+def _named(name: str, what: str) -> list[str]:
+    lines = (FOLDER / f"{name}_fuzz.cpp").read_text("utf-8").splitlines()
+    return next((line for line in lines if line.startswith(f"// {what}: ")), "").removeprefix(f"// {what}: ").split()
+
+
+def _seeds(name: str, folder: Path) -> list[str]:
+    """Folders of inputs to begin with: what the reader takes, and what was found before."""
+    made = folder / "seeds"
+    made.mkdir(exist_ok=True)
+    for target in _named(name, "seeds"):
+        for i, data in enumerate(importlib.import_module(f"tests.fuzz.targets.{target}").TARGET.parts(folder)):
+            (made / f"{target}-{i}").write_bytes(data)
+    return [str(path) for path in (made, harness.CORPUS / name) if path.is_dir()]
 
 
 def run(name: str, folder: Path, seconds: float, seed: int) -> int:
@@ -59,8 +79,13 @@ def run(name: str, folder: Path, seconds: float, seed: int) -> int:
         return 0
     program, grown = build(name, folder), folder / "corpus"
     grown.mkdir(exist_ok=True)
-    seeds = [str(CORPUS / name)] if (CORPUS / name).is_dir() else []
-    command = [str(program), str(grown), *seeds, f"-max_total_time={max(1, round(seconds))}", f"-seed={seed % 2**31}"]
+    command = [
+        str(program),
+        str(grown),
+        *_seeds(name, folder),
+        f"-max_total_time={max(1, round(seconds))}",
+        f"-seed={seed % 2**31}",
+    ]
     command += ["-timeout=5", "-rss_limit_mb=2048", "-print_final_stats=1", f"-artifact_prefix={folder}/failure-"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     runs = next((line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line), "?")

@@ -22,6 +22,11 @@ SECONDS = {"tokenizer": 10}
 TARGETS = sorted(file.stem for file in (Path(__file__).parent / "targets").glob("*.py"))
 
 
+@pytest.mark.parametrize("name", sorted({file.parent.name for file in harness.CORPUS.glob("*/*.found")}))
+def test_what_was_found_stays_mended(name: str, tmp_path: Path) -> None:
+    assert harness.replay(importlib.import_module(f"tests.fuzz.targets.{name}").TARGET, tmp_path) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_reader_survives(name: str, tmp_path: Path) -> None:
@@ -94,6 +99,14 @@ def test_the_harness_sees_failures(
     assert outcome.failures == dict.fromkeys(wanted, said)
     for index in wanted:
         assert (tmp_path / f"failure-{index}").read_bytes() == harness.mutant(target, [b"seed"], 0, index)
+
+
+def test_what_was_found_is_seen_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faulty").mkdir()
+    for name, data in {"bad": b"\0", "good": b"\xff"}.items():
+        (tmp_path / "faulty" / f"{name}.found").write_bytes(data)
+    monkeypatch.setattr(harness, "CORPUS", tmp_path)
+    assert harness.replay(Faulty(lambda: os._exit(3)), tmp_path) == {"bad": "exit status 3"}
 
 
 def test_the_harness_sees_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ PROGRAM = {
     "Delegate": {0: "s", 1: "Reference", 2: ["Spec"]}, "Reference": {0: "1", 1: "4"}, "Spec": {0: "s", 1: ["1"]},
     "Buffer": {0: ["1"]}, "Segment": {0: "8", 1: "8"}, "Offsets": {0: "4", 1: ["8"]}, "Named": {0: "s", 1: "4"},
 }  # fmt: skip
+_PAYLOAD = 2048  # bytes that hold the graph of one delegate here
 _NODE = dict.fromkeys(range(6), "4")
 GRAPH = {
     "Graph": {0: "s", 1: ["Node"], 2: ["Value"], 3: "4", 4: ["4"], 5: ["4"], 8: ["Constant"]},
@@ -58,6 +59,15 @@ class Pte:
                 m.write_pte(file, **options)  # type: ignore[arg-type]
             found.append(file.read_bytes())
         _runtime()
+        return found
+
+    def parts(self, folder: Path) -> Sequence[bytes]:
+        """The seeds without their weights: program, payloads of delegates, and where these lie (program_fuzz.cpp)."""
+        found = []
+        for data in self.seeds(folder):
+            first, last = data.find(b"XH00"), data.rfind(b"XH00")
+            piece = data[first - 4 : last + _PAYLOAD] if first >= 0 else b""
+            found.append(data[: struct.unpack_from("<Q", data, 16)[0]] + piece + struct.pack("<I", max(first - 4, 0)))
         return found
 
     def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
