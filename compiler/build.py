@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.planner import check_fits
 from moec.assistant.load import load as load  # so that users of both import one module
-from moec.assistant.native_text import write_text
+from moec.assistant.native_text import PROGRAM, write_text
 from moec.assistant.role_form import write_form
 from moec.compiler.artifact import (
     FORMAT,
@@ -89,12 +90,8 @@ def compile(
         clock.lap("passes")
         lowered = backend.lower(program, folder, options, progress)
         clock.lap("lower")
-        for file, content in companions.items():
-            (folder / file).write_bytes(content)
-        forms, notes = write_form(folder)
-        texts, reasons = write_text(folder, words)
-        files = (*lowered.files, *companions, *forms, *texts)
-        lowered = replace(lowered, files=files, notes=(*lowered.notes, *notes, *reasons))
+        files, notes = _write_companions(folder, companions, words)
+        lowered = replace(lowered, files=(*lowered.files, *files), notes=(*lowered.notes, *notes))
         manifest = _manifest(spec, name, store, program, log, lowered, folder, words)
         write_manifest(folder, manifest)
     clock.lap("write")
@@ -241,6 +238,27 @@ def _companions(store: Checkpoint) -> tuple[dict[str, bytes], TextTokenizer | No
     if found.get(TOKENIZER, b"{}").strip() == b"{}":
         return found, None
     return found, TextTokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))
+
+
+def _write_companions(
+    folder: Path, companions: Mapping[str, bytes], words: TextTokenizer | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write what lies beside a program that is in `folder`: the names of files, and what the user should know."""
+    for file, content in companions.items():
+        (folder / file).write_bytes(content)
+    forms, notes = write_form(folder)
+    texts, reasons = write_text(folder, words)
+    return (*companions, *forms, *texts), (*notes, *reasons)
+
+
+def companion_bytes(store: Checkpoint) -> int:
+    """Bytes of the files that an artifact of a .pte target has beside its program and its manifest."""
+    companions, words = _companions(store)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / PROGRAM).touch()
+        files, _ = _write_companions(folder, companions, words)
+        return sum((folder / name).stat().st_size for name in files)
 
 
 class _Clock:

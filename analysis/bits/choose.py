@@ -48,7 +48,7 @@ FORMAT = 2
 BASE = (4, 32)  # bits and group size in which every part is measured
 TOKENS = 512  # that parts are measured on, in sequences of LENGTH
 LENGTH = 256
-_MANIFEST = 32768  # bytes of an artifact beside the program and what the checkpoint brings
+_MANIFEST = 32768  # bytes of an artifact beside the program and the files of its tokenizer
 _ROLES = ("embedding", "head", "experts", "shared", "attention", "ffn")
 
 
@@ -177,7 +177,7 @@ def sizes(
     name, options = build.chosen_target(spec, target)
     model = model_of(base, name, options)
     coded = sum(next(c.bytes for c in choices if (c.bits, c.group_size) == BASE) for choices in costs.choices)
-    fixed = file_bytes(model) - coded + sum(map(len, store.companions().values())) + _MANIFEST
+    fixed = file_bytes(model) - coded + build.companion_bytes(store) + _MANIFEST
     rooms = [] if most is None else [most]
     if device is not None:
         whole = memory(model, model.architecture.context)

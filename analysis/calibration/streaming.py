@@ -242,23 +242,13 @@ class LayerStream:
         """One stretch for one call, under the caller's gradient mode. `weights`, `states`: to which what is read is
         added; the call's values become those that later stretches read."""
         values = dict(call.values)
-
-        def resolve(node: Node) -> Any:
-            if node in values:
-                return values[node]
-            if node.op == "placeholder":
-                return self._placeholder(node, call, weights, states)
-            if node in self._cheap:
-                values[node] = self._value(node, resolve, {})
-                return values[node]
-            raise AssertionError(f"{node.name} was not computed")
-
+        operands = _Operands(self, call, values, weights, states)
         for node in stretch.nodes:
             if node in self._wanted:
-                observe(node, torch.fx.map_arg(node.args, resolve))
+                observe(node, torch.fx.map_arg(node.args, operands.value))
             if node not in self._needed:
                 continue
-            values[node] = self._value(node, resolve, compute)
+            values[node] = self._value(node, operands.value, compute)
             for name in self._mutations.get(node, ()):
                 states[name] = values[node]
         call.values = {n: v for n, v in values.items() if n in stretch.kept}
@@ -285,6 +275,31 @@ class LayerStream:
         if name not in weights:
             weights[name] = self.program.weights[name].load()
         return weights[name]
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Values of the nodes that one call reads, computed or loaded when they are first read.
+
+    An object, since a function that calls itself refers to itself: what it has seen, activations of a whole stretch,
+    would stay in memory until the next collection of cycles.
+    """
+
+    stream: LayerStream
+    call: Call
+    values: dict[Node, Any]
+    weights: dict[str, Tensor]
+    states: dict[str, Tensor]
+
+    def value(self, node: Node) -> Any:
+        if node in self.values:
+            return self.values[node]
+        if node.op == "placeholder":
+            return self.stream._placeholder(node, self.call, self.weights, self.states)
+        if node in self.stream._cheap:
+            self.values[node] = self.stream._value(node, self.value, {})
+            return self.values[node]
+        raise AssertionError(f"{node.name} was not computed")
 
 
 def _logits(program: Program) -> Node:

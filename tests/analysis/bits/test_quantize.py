@@ -23,6 +23,8 @@ from moec.compiler.spec import Spec, load_spec, parse_spec
 from moec.passes.pipelines import fusion
 from moec.passes.quantize_weights import reads
 from tests.analysis.calibration.models import MODEL, TEXTS, float_program, spec_of
+from tests.assistant.conversations import template
+from tests.assistant.speaking import VOCABULARY, tokenizer
 from tests.conftest import Moec, refused
 
 QUIET = Progress(quiet=True)
@@ -130,6 +132,21 @@ def test_the_artifact_has_the_size(spec_file: Path, tmp_path: Path, moec: Moec) 
     again = load_spec(out)
     assert again.quantization is not None
     assert again.quantization.tensors
+
+
+def test_the_size_counts_every_file(tmp_path: Path) -> None:
+    """What an artifact holds beside its program and its manifest, tables for native apps included."""
+    raw = {"name": "small", "checkpoint": str(tmp_path / "weights"), "targets": ["xnnpack"]}
+    raw |= {"model": {**MODEL, **DENSE, "vocab_size": VOCABULARY}, "quantization": {"weights": "int4"}}
+    spec = parse_spec(yaml.safe_dump(raw))
+    synthesize(spec, tmp_path / "weights", seed=3)
+    tokenizer().save(str(tmp_path / "weights/tokenizer.json"))
+    (tmp_path / "weights/chat_template.jinja").write_text(template("chatml").text, "utf-8")
+    folder = build.compile(spec, out=tmp_path / "artifact").folder
+    beside = {f.name: f.stat().st_size for f in folder.iterdir()}
+    assert {"tokenizer.json", "text.moec", "chat_roles.json"} <= set(beside)
+    own = sum(size for name, size in beside.items() if name not in ("model.pte", "manifest.json", ".moec"))
+    assert build.companion_bytes(build.open_checkpoint(spec, None)) == own
 
 
 def test_several_sizes_are_of_one_measurement(

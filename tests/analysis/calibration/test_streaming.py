@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -92,3 +94,31 @@ def test_a_layer_is_in_memory_not_all(program: Program) -> None:
     }
     assert all(loads[n] == len(owner[n]) for n in matrices), "once for each stretch"
     assert all(len(owner[n]) == 1 for n in matrices if "embed" not in n)
+
+
+def test_values_are_freed_without_a_collection(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call computed is gone with it, but for what later stretches read: no cycle of references keeps it."""
+    seen: list[weakref.ref[Tensor]] = []
+    compute = LayerStream._value
+
+    def watched(*args: Any) -> Any:
+        value = compute(*args)
+        if isinstance(value, Tensor):
+            seen.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(LayerStream, "_value", watched)
+    stream = LayerStream(program, TEXTS, result=True)
+    gc.disable()
+    try:
+        for stretch in stream:
+            if stream.joint(stretch) is None:
+                stream.run(stretch, lambda node, args: None)
+            else:
+                stream.run_joint(stretch)
+            kept = {v.untyped_storage().data_ptr() for call in stream.calls for v in call.values.values()}
+            alive = [v for ref in seen if (v := ref()) is not None and v.untyped_storage().data_ptr() not in kept]
+            assert not alive, [tuple(v.shape) for v in alive]
+    finally:
+        gc.enable()
+    assert len(seen) > 20 * len(TEXTS)
