@@ -26,6 +26,7 @@ from real_model import NotReached, gguf_file, transformers_folder
 from safetensors.torch import load_file
 
 from moec.analysis.bits.choose import choose, measured, sizes
+from moec.analysis.bits.report import spec_text
 from moec.analysis.verify.quality.compared import Compared
 from moec.analysis.verify.quality.divergence import Divergence
 from moec.analysis.verify.quality.fidelity import (
@@ -166,17 +167,24 @@ def mixed(name: str, setting: Setting) -> Model:
     """An artifact of the bits that `moec quantize` chooses for a size."""
 
     def spec() -> Spec:
-        given, target = _spec(setting, {**INT4, "method": "awq_gptq"}), "xnnpack"
+        given, target = _spec(setting, {**INT4, "method": "distilled"}), "xnnpack"
         store = build.open_checkpoint(given, setting.folder)
         costs = measured(given, store, target, setting.progress)
         room = sizes(given, store, target, costs, most=round(MIXED[name] * 1e6), device=None)
-        return choose(given, costs, room).spec
+        chosen = choose(given, costs, room)
+        text = spec_text(chosen, f"moec quantize --target-size {MIXED[name]:g}: {chosen.bytes / 1e6:.1f} MB")
+        (setting.out / f"{_file(name)}.yaml").write_text(text, encoding="utf-8")
+        return chosen.spec
 
     return _artifact(name, setting, spec)
 
 
+def _file(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
 def _artifact(name: str, setting: Setting, spec: Callable[[], Spec]) -> Model:
-    place = setting.out / name.replace(",", "").replace(" ", "-")
+    place = setting.out / _file(name)
     if not (place / MANIFEST).exists():
         build.compile(spec(), out=place, progress=setting.progress)
     artifact = Artifact.open(place)
@@ -213,7 +221,7 @@ def peer(name: str, setting: Setting) -> Model:
 
 def row(name: str, make: Any, setting: Setting) -> Compared:
     """One row, measured once."""
-    file = setting.out / "rows" / f"{make.__name__}-{name.replace(',', '').replace(' ', '-')}.json"
+    file = setting.out / "rows" / f"{make.__name__}-{_file(name)}.json"
     if not file.exists():
         model = make(name, setting)
         (found,) = measure(Recorded(setting), [model], setting.chunks, setting.progress)

@@ -237,7 +237,18 @@ def _companions(store: Checkpoint) -> tuple[dict[str, bytes], TextTokenizer | No
     # a corpus that was given as token ids has the tokenizer {}
     if found.get(TOKENIZER, b"{}").strip() == b"{}":
         return found, None
-    return found, TextTokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))
+    words = TextTokenizer(found[TOKENIZER], str(store.folder / TOKENIZER))
+    return {**found, TOKENIZER: _without_spaces(found[TOKENIZER])}, words
+
+
+def _without_spaces(content: bytes) -> bytes:
+    """The same JSON on one line: half of a tokenizer.json can be indentation. As it is where Python's JSON cannot hold
+    what it says: a number beyond float64, half of a surrogate pair, very deep nesting."""
+    try:
+        said = json.dumps(json.loads(content), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return said.encode("utf-8")
+    except (ValueError, RecursionError):
+        return content
 
 
 def _write_companions(

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from moec.analysis.calibration import results
 from moec.analysis.calibration.balance import links_of, stacks_in_out, with_factors
-from moec.analysis.calibration.distill import distill
+from moec.analysis.calibration.distill import distill, settings
 from moec.analysis.calibration.engine import Coverage, Engine, Method
 from moec.analysis.calibration.results import Results, Writer
 from moec.analysis.calibration.streaming import LayerStream
@@ -97,6 +97,11 @@ def _scalable(program: Program) -> set[str]:
     return names
 
 
+def _refined(quantization: Quantization) -> str | None:
+    """The method whose codes that of a spec begins with."""
+    return None if quantization.method == AUTO else find_quantizer(quantization.method).refines
+
+
 def weights_digest(program: Program, progress: Progress) -> bytes:
     """SHA-256 of the graph and of every weight, all of which are read."""
     digest = hashlib.sha256(program.text().encode())
@@ -165,7 +170,7 @@ class _Calibrated:
         key = self._key(quantization, texts)
         if (known := results.find(key)) is not None:
             return known
-        refines = None if quantization.method == AUTO else find_quantizer(quantization.method).refines
+        refines = _refined(quantization)
         if refines is None:
             self._compute(key, texts)
         else:
@@ -193,6 +198,8 @@ class _Calibrated:
         digest = hashlib.sha256()
         given = quantization.model_dump(mode="json")
         given["calibration"] = {"least": self._given.tokens_per_expert}
+        if _refined(quantization) is not None:
+            given["distilled"] = settings()
         digest.update(json.dumps([results.FORMAT, given, texts.sequences], sort_keys=True).encode())
         digest.update(self._digest)
         return digest.hexdigest()[:32]

@@ -32,7 +32,7 @@ from moec.compiler.quantizer import last_axis
 from moec.passes.quantize_weights import Read
 
 EPOCHS = 1
-_BATCH = 1024  # tokens of a step
+_BATCH = 512  # tokens of a step
 _READ = 8192  # tokens that are read together where no gradients are wanted
 _RATE = 2e-3  # of the first steps; a scale moves by about so much of itself in one
 _BETAS = (0.9, 0.95)
@@ -40,6 +40,11 @@ _HELD_OUT = 16  # one of so many sequences judges the result
 _MOST_HELD_OUT = 4096  # tokens
 _FINE = 8  # weights of so many bits or more keep their scales: their rounding is small beside that of the others
 _SEED = 0
+
+
+def settings() -> dict[str, Any]:
+    """What the result depends on beside weights, codes and text: results of other settings are not found again."""
+    return {"epochs": EPOCHS, "batch": _BATCH, "rate": _RATE, "betas": _BETAS, "held out": _HELD_OUT, "seed": _SEED}
 
 
 @dataclass(frozen=True)

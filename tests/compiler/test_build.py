@@ -217,3 +217,18 @@ def test_a_spec_may_be_a_mapping(checkpoint: Path, artifact: Artifact, tmp_path:
     assert any(line.startswith("one: quantisation: unknown key; did you mean 'quantization'?") for line in lines)
     assert any(line.startswith("one: model.head_dim: must be even") for line in lines)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (b'{\n  "a": [1, 0.1],\n  "\xc3\xa9": "\\u00e9 \\n"\n}', '{"a":[1,0.1],"é":"é \\n"}'.encode()),
+        (b'{ "a": 1e400 }', None),
+        (b'{ "a": "\\ud800" }', None),
+        (b'{ "a": ' + b"9" * 5000 + b" }", None),
+        (b" " + b"[" * 10000 + b"]" * 10000, None),
+    ],
+)
+def test_a_tokenizer_is_kept_without_spaces(given: bytes, kept: bytes | None) -> None:
+    """Unchanged where Python's JSON would change or not read it."""
+    assert build._without_spaces(given) == (given if kept is None else kept)

@@ -147,6 +147,9 @@ def test_the_size_counts_every_file(tmp_path: Path) -> None:
     assert {"tokenizer.json", "text.moec", "chat_roles.json"} <= set(beside)
     own = sum(size for name, size in beside.items() if name not in ("model.pte", "manifest.json", ".moec"))
     assert build.companion_bytes(build.open_checkpoint(spec, None)) == own
+    given, kept = (f / "tokenizer.json" for f in (tmp_path / "weights", folder))
+    assert json.loads(given.read_bytes()) == json.loads(kept.read_bytes())
+    assert kept.stat().st_size < given.stat().st_size, "indentation is not carried"
 
 
 def test_several_sizes_are_of_one_measurement(
