@@ -2,8 +2,8 @@
 
 `to_edge_transform_and_lower` decomposes, functionalizes and traces a graph again about ten times, which is most of a
 compile. A fused decoder holds some plain operators besides `moec`'s own; a model of another source also the arithmetic
-of its rotary embedding. Those are renamed one by one here, which gives the same program as ExecuTorch's function. A
-graph with any other operator gives None, and goes through that function.
+of its rotary embedding, and what lies between layers with a state. Those are renamed one by one here, which gives the
+same program as ExecuTorch's function. A graph with any other operator gives None, and goes through that function.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ aten = torch.ops.aten
 # ExecuTorch's edge dialect has no views: its memory planner elides the copies that need not happen
 VIEWS = {
     aten.view.default: aten.view_copy.default,
+    aten.reshape.default: aten.view_copy.default,
     aten.slice.Tensor: aten.slice_copy.Tensor,
+    aten.split_with_sizes.default: aten.split_with_sizes_copy.default,
     aten.select.int: aten.select_copy.int,
     aten.unsqueeze.default: aten.unsqueeze_copy.default,
     aten.squeeze.dims: aten.squeeze_copy.dims,
@@ -38,10 +40,12 @@ VIEWS = {
 }
 UNCHANGED = {
     aten.cat.default,
+    aten.clamp.default,
     aten.cos.default,
     aten.exp.default,
     aten.index_select.default,
     aten.neg.default,
+    aten.relu.default,
     aten.rsqrt.default,
     aten.sigmoid.default,
     aten.sin.default,
@@ -51,7 +55,7 @@ UNCHANGED = {
     torch.ops.torchao.quantize_affine.default,
     torch.ops.torchao.dequantize_affine.default,
 }
-ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor}
+ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
 
 
 class InPlaceEdgeVerifier(Verifier):
@@ -112,8 +116,10 @@ def _renaming(node: Node) -> Callable[[Graph, Node], None] | None:
         return _to_edge
     if target is aten._to_copy.default and set(node.kwargs) == {"dtype"} and not _same_type(node):
         return _to_edge
-    if target is aten.silu.default:
-        return _expand_silu
+    if target is aten.split.Tensor and all(isinstance(v.shape[_axis(node)], int) for v in node.meta["val"]):
+        return _size_split
+    if len(node.args) == 1 and not node.kwargs and target in EXPANDED:
+        return EXPANDED[target]
     if target is aten.arange.default and len(node.args) == 1:
         return _expand_arange
     return None
@@ -158,6 +164,41 @@ def _expand_silu(graph: Graph, node: Node) -> None:
         gate = graph.call_function(aten_to_edge(aten.sigmoid.default), (node.args[0],))
     gate.meta = dict(node.meta)
     node.target, node.args = aten_to_edge(aten.mul.Tensor), (node.args[0], gate)
+
+
+def _expand_square(graph: Graph, node: Node) -> None:
+    """square(x) = x^2."""
+    node.target, node.args = aten_to_edge(aten.pow.Tensor_Scalar), (node.args[0], 2)
+
+
+def _expand_softplus(graph: Graph, node: Node) -> None:
+    """softplus(x) = log(1 + exp(x)), and x where that is x."""
+    x: Any = node.args[0]
+    with graph.inserting_before(node):
+        exp = graph.call_function(aten_to_edge(aten.exp.default), (x,))
+        log = graph.call_function(aten_to_edge(aten.log1p.default), (exp,))
+        large = graph.call_function(aten_to_edge(aten.gt.Scalar), (x, 20))
+    exp.meta, log.meta = dict(node.meta), dict(node.meta)
+    large.meta = {**node.meta, "val": node.meta["val"] > 20}
+    node.target, node.args = aten_to_edge(aten.where.self), (large, x, log)
+
+
+EXPANDED = {
+    aten.silu.default: _expand_silu,
+    aten.softplus.default: _expand_softplus,
+    aten.square.default: _expand_square,
+}
+
+
+def _axis(split: Node) -> int:
+    return int(split.args[2]) if len(split.args) > 2 else 0  # type: ignore[arg-type]
+
+
+def _size_split(graph: Graph, node: Node) -> None:
+    """split(x, n) = split(x, [n, n, ..., what is left])."""
+    sizes = [int(v.shape[_axis(node)]) for v in node.meta["val"]]
+    node.target = aten_to_edge(aten.split_with_sizes_copy.default)
+    node.args = (node.args[0], sizes, _axis(node))
 
 
 def _expand_arange(graph: Graph, node: Node) -> None:

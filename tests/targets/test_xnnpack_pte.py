@@ -5,19 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.schema import Program, Tensor
-from executorch.extension.pybindings import portable_lib
 from torch import nn
 
 from moec.compiler.program import LazyWeight
-from moec.targets.xnnpack import execution
-from moec.targets.xnnpack.edge import plain_edge_program
 from moec.targets.xnnpack.execution import to_execution
 from moec.targets.xnnpack.pte import SEGMENT_ALIGNMENT, TENSOR_ALIGNMENT, Emitted, emit, write_pte
 
@@ -133,55 +129,3 @@ def test_a_full_disk_is_found_before_the_first_weight(values, tmp_path, monkeypa
     unread = {n: LazyWeight(tuple(v.shape), v.dtype, pytest.fail) for n, v in values.items()}
     with pytest.raises(OSError, match="No space"):
         write_pte(tmp_path / "m.pte", emitted(), unread)
-
-
-class Rotary(nn.Module):
-    """What transformers' models compute beside the fused operators. x [1, T, 7]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.tensor([1.0, 0.5, 0.25, 0.1]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        angles = torch.arange(x.shape[1]).to(torch.float32).unsqueeze(1) * self.frequencies.unsqueeze(0)
-        table = torch.cat([angles, angles[:, :3]], -1)
-        turned = x * (table.cos() * 1.25) + (-x) * (table.sin() * 1.25)
-        return (turned.exp() + 1e-6).rsqrt().tanh() - 0.5
-
-
-def test_the_fast_way_writes_the_bytes_of_executorchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    x = torch.randn(1, 5, SIZES[1])
-    dynamic = ({1: torch.export.Dim("T", min=1, max=9)},)
-    exported = torch.export.export(Rotary(), (x,), dynamic_shapes=dynamic, strict=False).run_decompositions({})
-    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        exported.graph.erase_node(node)  # as the pass canonicalize does
-    assert plain_edge_program(exported) is not None
-    weights = lazy({"frequencies": Rotary().frequencies})
-    write_pte(tmp_path / "fast.pte", emit(to_execution({"forward": exported}, []).methods, {}), weights)
-    monkeypatch.setattr(execution, "plain_edge_program", lambda method: None)
-    write_pte(tmp_path / "slow.pte", emit(to_execution({"forward": exported}, []).methods, {}), weights)
-    assert (tmp_path / "fast.pte").read_bytes() == (tmp_path / "slow.pte").read_bytes()
-    program = portable_lib._load_for_executorch(str(tmp_path / "fast.pte"))  # a buffer would have to outlive it
-    # ExecuTorch's kernels call the C library's functions where torch has vectors of its own: a few last places
-    torch.testing.assert_close(program.run_method("forward", (x,))[0], Rotary()(x), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "compute",
-    [
-        lambda x: torch.nn.functional.gelu(x) + 1.5,
-        lambda x: x * 2,  # an integer: torch decides what it becomes
-        lambda x: x.to(torch.float64) * 2.5,
-        lambda x: x + torch.arange(3),
-        lambda x: torch.add(x, 1.5, alpha=2),
-        lambda x: x.sum(-1),
-    ],
-)
-def test_what_needs_more_than_new_names_goes_executorchs_way(compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    class Unplain(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return compute(x)
-
-    exported = torch.export.export(Unplain(), (torch.zeros(1, 3),), strict=False).run_decompositions({})
-    assert plain_edge_program(exported) is None
-    assert "forward" in to_execution({"forward": exported}, []).methods
