@@ -2,6 +2,7 @@
 
 assert(..), dropout(x, p, train=False), x.to(own type), clone(x), view(x, own shape)  ->  x
 _unsafe_view(clone(x), shape)                                                         ->  reshape(x, shape)
+layer_norm(.., cudnn)                                                                 ->  layer_norm(..)
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ def _run(program: Program) -> PassResult:
             edit.graph.erase_node(node)
             changed += 1
             continue
+        if node.target is aten.layer_norm.default and len(node.args) > 5:
+            node.args = node.args[:5]
+            changed += 1
         source = _same_value(node)
         if source is None and node.target is aten._unsafe_view.default:
             node.target = aten.reshape.default  # without the copy before it, its operand need not be contiguous

@@ -10,6 +10,7 @@ from moec.passes.check_router import check_router
 from moec.passes.drop_empty import drop_empty
 from moec.passes.expand_complex import expand_complex
 from moec.passes.flatten_tokens import flatten_tokens
+from moec.passes.fold_constants import fold_constants
 from moec.passes.fuse_attention import fuse_attention
 from moec.passes.fuse_moe import fuse_moe
 from moec.passes.fuse_recurrence import fuse_recurrence
@@ -27,6 +28,7 @@ def fusion() -> list[Pass]:
         canonicalize(),
         drop_empty(),
         expand_complex(),
+        fold_constants(),
         *installed_rules(),
         fuse_rms_norm(),
         fuse_rope(),

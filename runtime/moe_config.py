@@ -118,9 +118,10 @@ class Params(IntEnum):
     UP_MIN = 6
     UP_MAX = 7
     UP_OFFSET = 8
+    THRESHOLD = 9
 
 
-SCORE = ("softmax", "sigmoid", "sqrtsoftplus")
+SCORE = ("softmax", "sigmoid", "sqrtsoftplus", "sparsemixer")
 BIAS_ON = ("scores", "logits")
 GROUP_SCORE = ("max", "top2sum")
 FILL = ("zero", "ninf")
@@ -132,6 +133,8 @@ ACTIVATION = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 @dataclass(frozen=True)
 class MoeConfig:
     """Everything about one MoE block that is not a tensor. `encode()` gives the operator's two lists.
+
+    The last of the floats, a threshold, is there for sparsemixer only: older runtimes read the lists without it.
 
     The `layout` of `what` plays no part here: packing has dealt with it. w13 has 2F rows when gated, else F.
     """
@@ -182,4 +185,5 @@ class MoeConfig:
         params[Params.UP_MIN] = self.what.up_min
         params[Params.UP_MAX] = self.what.up_max
         params[Params.UP_OFFSET] = self.what.up_offset
-        return config, params
+        params[Params.THRESHOLD] = self.how.threshold
+        return config, params if self.how.score == "sparsemixer" else params[: Params.THRESHOLD]

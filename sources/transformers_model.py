@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,9 +152,18 @@ def _settle_frequencies(model: nn.Module, length: int) -> None:
         if isinstance(kinds, str):
             parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
             module.rope_type = _settled(module, kinds, parameters, length)
+            if module.rope_type != kinds and "short_mscale" in (parameters or {}):
+                _settle_scale(module, float(parameters["short_mscale"]))  # type: ignore[index]
         elif isinstance(kinds, dict):
             every = module.config.rope_parameters
             module.rope_type = {t: _settled(module, kind, every.get(t), length) for t, kind in kinds.items()}
+
+
+def _settle_scale(module: Any, scale: float) -> None:
+    """Of Phi-MoE, which reads its config at every call: the frequencies as they were made, and the scale of a text that
+    is no longer than the original positions."""
+    module.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
+    module.rope_init_fn = lambda config: (module.inv_freq, scale)
 
 
 def _settled(module: Any, kind: str, parameters: Any, length: int) -> str:

@@ -31,6 +31,7 @@ VIEWS = {
 }
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 CASTS = {aten._to_copy.default, aten.to.dtype}
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 class Stuck(Exception):
@@ -129,6 +130,13 @@ def unpad(node: Node) -> Node:
 
 def _without_ones(node: Node) -> list[str]:
     return [str(s) for s in shape(node) if str(s) != "1"]
+
+
+def uncast(node: Any) -> Node:
+    """Through casts that lose nothing: float32 to float32 is gone already, so only widening ones are left to skip."""
+    while is_op(node, *CASTS) and value(node).dtype == torch.float32 and value(node.args[0]).dtype.is_floating_point:
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
 
 
 def arg(node: Node, index: int, name: str, default: Any = None) -> Any:

@@ -16,6 +16,8 @@ from torch.fx import Node
 
 from moec.compiler.matching.contraction import contraction
 from moec.compiler.matching.read import (
+    CASTS,
+    SOFTMAX,
     Stuck,
     advises,
     arg,
@@ -28,18 +30,18 @@ from moec.compiler.matching.read import (
     scalar,
     shape,
     static,
+    uncast,
     unview,
     value,
     with_scalar,
 )
+from moec.compiler.matching.sparsemixer import read_near_experts
 from moec.compiler.ops.attributes import Routing
 from moec.compiler.program import Editor
 
 MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 DIVIDE = (aten.div.Tensor, aten.div.Scalar)
 ADD = (aten.add.Tensor, aten.add.Scalar)
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
-CASTS = (aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Router:
 @advises("write the router in float32 as linear, score, topk, then gather, normalise and scale the weights")
 def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
     """The router that gives `indices` and `weights`, both [N, K]."""
+    routing, weights, expert_scale = _read_scale(edit, weights, indices)
+    near = read_near_experts(weights, indices)
+    if near is not None:
+        routing = replace(routing, score="sparsemixer", threshold=near.threshold)
+        source_input, weight, in_out, bias = _read_logits(edit, near.logits)
+        return Router(source_input, weight, in_out, bias, None, near.top_k, routing, expert_scale)
     if indices.target is not operator.getitem or not is_op(indices.args[0], aten.topk.default) or indices.args[1] != 1:
         raise Stuck(indices, "the expert indices do not come from topk")
     topk: Node = indices.args[0]
@@ -71,7 +79,7 @@ def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
         raise Stuck(topk, "topk does not take the largest over the experts")
     if not isinstance(topk.args[1], int):
         raise Stuck(topk, "the number of experts per token is not fixed")
-    routing, source, expert_scale = _read_weights(edit, weights, indices, topk)
+    routing, source = _read_weights(weights, indices, topk, routing)
     choice, routing, fill = _read_groups(choice, routing)
     scores = source
     if source is topk:  # the weights are topk's own values: what topk saw
@@ -97,12 +105,12 @@ def read_router(edit: Editor, weights: Node, indices: Node) -> Router:
 # ------------------------------------------------------------------------------------------- steps 7 to 4: the weights
 
 
-def _read_weights(edit: Editor, node: Node, indices: Node, topk: Node) -> tuple[Routing, Node, Node | None]:
-    """(scale, normalisation and a score after topk; the scores gathered from, or `topk` itself; a scale per expert)."""
+def _read_scale(edit: Editor, node: Node, indices: Node) -> tuple[Routing, Node, Node | None]:
+    """(scale and normalisation; the weights before them; a scale per expert)."""
     routing, expert_scale = Routing(), None
     scale = 1.0
     while True:
-        node = _uncast(node)
+        node = uncast(node)
         scaled, divided = with_scalar(node, *MULTIPLY), with_scalar(node, *DIVIDE)
         by_expert = _scale_of_experts(edit, node, indices)
         if scaled is not None:
@@ -116,21 +124,26 @@ def _read_weights(edit: Editor, node: Node, indices: Node, topk: Node) -> tuple[
     routing = replace(routing, scale=scale)
     ratio = binary(node, aten.div.Tensor)
     if ratio is not None and isinstance(ratio[1], Node):
-        node, total = _uncast(ratio[0]), ratio[1]
+        node, total = uncast(ratio[0]), ratio[1]
         routing = _read_total(node, total, routing)
+    return routing, node, expert_scale
+
+
+def _read_weights(node: Node, indices: Node, topk: Node, routing: Routing) -> tuple[Routing, Node]:
+    """(routing with a score after topk; the scores gathered from, or `topk` itself)."""
     if is_op(node, *SOFTMAX) and rank(node) == 2 and dim_of(node, 1, "dim", 2) == 1:
         _check_float(node)
-        node, routing = _uncast(node.args[0]), replace(routing, score="softmax", after_topk=True)
+        node, routing = uncast(node.args[0]), replace(routing, score="softmax", after_topk=True)
     elif is_op(node, aten.sigmoid.default):
-        node, routing = _uncast(node.args[0]), replace(routing, score="sigmoid", after_topk=True)
+        node, routing = uncast(node.args[0]), replace(routing, score="sigmoid", after_topk=True)
     if is_op(node, aten.gather.default):
         picks: Any = node.args[2]
         same = unview(picks) is indices and same_shape(shape(picks), shape(indices))
         if dim_of(node, 1, "dim", 2) != 1 or not same:
             raise Stuck(node, "the combine weights are not gathered with the experts' indices")
-        return routing, node.args[0], expert_scale  # type: ignore[return-value]
+        return routing, node.args[0]  # type: ignore[return-value]
     if node.target is operator.getitem and node.args[0] is topk and node.args[1] == 0:
-        return routing, topk, expert_scale
+        return routing, topk
     raise Stuck(node, "this step from scores to combine weights is not one that the operator has")
 
 
@@ -147,17 +160,17 @@ def _scale_of_experts(edit: Editor, node: Node, indices: Node) -> tuple[Node, No
 
 def _read_total(weights: Node, total: Node, routing: Routing) -> Routing:
     """weights / max(sum(weights) + eps, clamp_min). Weights are scores, none is negative: their 1-norm is their sum."""
-    total = _uncast(total)
+    total = uncast(total)
     if is_op(total, aten.expand.default) and shape(total.args[0])[1:] == (1,):  # type: ignore[arg-type]
-        total = _uncast(total.args[0])
+        total = uncast(total.args[0])
     if is_op(total, aten.clamp.default, aten.clamp_min.default) and arg(total, 2, "max") is None:
         low = scalar(arg(total, 1, "min"))
         if low is None or low <= 0:
             raise Stuck(total, "the clamp of the sum is not a positive number")
-        routing, total = replace(routing, clamp_min=low), _uncast(total.args[0])
+        routing, total = replace(routing, clamp_min=low), uncast(total.args[0])
     shifted = with_scalar(total, *ADD)
     if shifted is not None:
-        total, eps = _uncast(shifted[0]), shifted[1]
+        total, eps = uncast(shifted[0]), shifted[1]
         routing = replace(routing, eps=eps)
     if is_op(total, aten.linalg_vector_norm.default):
         summed, dim = (
@@ -167,7 +180,7 @@ def _read_total(weights: Node, total: Node, routing: Routing) -> Routing:
     else:
         summed = is_op(total, aten.sum.dim_IntList) and arg(total, 2, "keepdim", False) is True
         dim = dim_of(total, 1, "dim", 2) if summed else None
-    if not summed or dim != 1 or _uncast(total.args[0]) is not weights:
+    if not summed or dim != 1 or uncast(total.args[0]) is not weights:
         raise Stuck(total, "the combine weights are not divided by their own sum")
     return replace(routing, normalize="sum")
 
@@ -332,7 +345,7 @@ def _read_score(scores: Node, routing: Routing) -> tuple[Routing, Node]:
 
 
 def _score_of(node: Node) -> tuple[str, Node] | None:
-    node = _uncast(node)
+    node = uncast(node)
     if is_op(node, aten.sigmoid.default):
         return "sigmoid", node.args[0]
     if is_op(node, *SOFTMAX) and rank(node) == 2 and dim_of(node, 1, "dim", 2) == 1:
@@ -345,7 +358,7 @@ def _score_of(node: Node) -> tuple[str, Node] | None:
 
 def _read_logits(edit: Editor, logits: Node) -> tuple[Node, Node, bool, Node | None]:
     """(input [N, D], weight [E, D], or [D, E] when the third is true, bias [E])."""
-    logits = unview(_uncast(logits))
+    logits = unview(uncast(logits))
     total = binary(logits, aten.add.Tensor)
     for product, bias in () if total is None else (total, total[::-1]):
         flat = isinstance(bias, Node) and edit.weight_of(unview(bias)) is not None and rank(unview(bias)) == 1
@@ -381,13 +394,6 @@ def _linear(edit: Editor, node: Node) -> tuple[Node, Node, bool, Node | None] | 
     if product is None or product.matrix is None:
         return None
     return product.rows, product.weight, product.matrix, found.bias
-
-
-def _uncast(node: Any) -> Node:
-    """Through casts that lose nothing: float32 to float32 is gone already, so only widening ones are left to skip."""
-    while is_op(node, *CASTS) and value(node).dtype == torch.float32 and value(node.args[0]).dtype.is_floating_point:
-        node = node.args[0]
-    return node
 
 
 def _check_float(node: Node) -> None:

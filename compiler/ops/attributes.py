@@ -59,7 +59,7 @@ def _one_of(owner: str, name: str, value: str, allowed: tuple[str, ...]) -> None
         raise ValueError(f"{owner}: {name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "sparsemixer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
@@ -67,12 +67,16 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 class Routing(_Attributes):
     """From router logits [N, E] to the selected experts and their combine weights.
 
-    1. scores = score(logits); softmax is over all E. With `after_topk` there is no score yet: scores = logits.
+    1. scores = score(logits); softmax is over all E. With `after_topk` or sparsemixer there is no score yet:
+       scores = logits.
     2. choice = scores + selection_bias (`bias_on=scores`), or score(logits + selection_bias) (`bias_on=logits`).
     3. With `groups` > 0 the experts form that many consecutive groups; the `keep` groups with the best `group_score`
        (max, or sum of the two best choices) survive, the choices of the others become `fill` (zero or ninf).
     4. indices = topk(choice); weights = scores[indices] (never the biased ones).
-    5. With `after_topk`: weights = score(weights), softmax over the k selected.
+    5. With `after_topk`: weights = score(weights), softmax over the k selected. With sparsemixer (arXiv 2409.12136, at
+       inference), indices best first and best = scores[indices[k]]: weights[k] = exp(best) / sum(exp(scores[e])) over
+       the experts e that were not selected before rank k, without those that are far from the best:
+       (best - scores[e]) / max(|scores[e]|, best) > `threshold`.
     6. `normalize=sum`: weights /= max(sum(weights) + eps, clamp_min).
     7. weights *= scale. `apply=output` multiplies the expert's output, `apply=input` its input.
     """
@@ -89,6 +93,7 @@ class Routing(_Attributes):
     clamp_min: float = 0.0
     scale: float = 1.0
     apply: str = "output"
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("Routing", "score", self.score, SCORES)
@@ -99,6 +104,18 @@ class Routing(_Attributes):
         _one_of("Routing", "apply", self.apply, ("output", "input"))
         if self.groups < 0 or not 0 <= self.keep <= self.groups or (self.groups > 0) != (self.keep > 0):
             raise ValueError(f"Routing: keep {self.keep} of {self.groups} groups is not possible")
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"Routing: threshold must be a finite number from 0 on, not {self.threshold}")
+        if self.score != "sparsemixer":
+            if self.threshold:
+                raise ValueError("Routing: a threshold belongs to sparsemixer")
+        elif self.after_topk or self.groups or self.bias_on != "scores":
+            raise ValueError("Routing: sparsemixer is for logits as they are: no after_topk, groups or bias_on")
+
+    @property
+    def selects_logits(self) -> bool:
+        """Top-k sees the logits; what the weights are follows from those of the selected experts."""
+        return self.after_topk or self.score == "sparsemixer"
 
 
 @dataclass(frozen=True)

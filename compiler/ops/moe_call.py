@@ -152,6 +152,8 @@ def check_router(
     require(router_weight.dtype == torch.float32, op, f"the router must be float32, not {router_weight.dtype}")
     require(router_input.dtype == torch.float32, op, f"the router's input must be float32, not {router_input.dtype}")
     count = router_weight.shape[0]
+    biased = selection_bias is not None and routing.score == "sparsemixer"
+    require(not biased, op, "sparsemixer has no selection bias")
     for name, bias in (("router_bias", router_bias), ("selection_bias", selection_bias)):
         require(bias is None or tuple(bias.shape) == (count,), op, f"{name} must be [E]")
     require(0 < top_k <= count, op, f"top_k {top_k} of {count} experts")

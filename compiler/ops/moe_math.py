@@ -29,7 +29,7 @@ def score(logits: Tensor, kind: str) -> Tensor:
 
 def choices(logits: Tensor, selection_bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """(what topk sees, what the weights are gathered from), both [N, E]. See `Routing`, steps 1 to 3."""
-    scores = logits if routing.after_topk else score(logits, routing.score)
+    scores = logits if routing.selects_logits else score(logits, routing.score)
     choice = scores
     if selection_bias is not None:
         bias = selection_bias.to(torch.float32)
@@ -48,13 +48,28 @@ def choices(logits: Tensor, selection_bias: Tensor | None, routing: Routing) -> 
 
 def combine_weights(scores: Tensor, indices_NK: Tensor, routing: Routing) -> Tensor:
     """Combine weights [N, K] of given experts. See `Routing`, steps 4 to 7."""
-    weights = scores.gather(-1, indices_NK)
+    if routing.score == "sparsemixer":
+        weights = near_weights(scores, indices_NK, routing.threshold)
+    else:
+        weights = scores.gather(-1, indices_NK)
     if routing.after_topk:
         weights = score(weights, routing.score)
     if routing.normalize == "sum":
         total = weights.sum(-1, keepdim=True) + routing.eps
         weights = weights / (total.clamp(min=routing.clamp_min) if routing.clamp_min else total)
     return weights * routing.scale
+
+
+def near_weights(logits_NE: Tensor, indices_NK: Tensor, threshold: float) -> Tensor:
+    """[N, K]: `Routing`, step 5, with sparsemixer. Indices are in the order of selection."""
+    places = torch.arange(logits_NE.shape[-1], device=logits_NE.device)
+    left_NE, weights = logits_NE, []
+    for index_N1 in indices_NK.split(1, -1):
+        best_N1 = logits_NE.gather(-1, index_N1)
+        far_NE = (best_N1 - logits_NE) / torch.maximum(logits_NE.abs(), best_N1) > threshold
+        weights.append(torch.softmax(left_NE.masked_fill(far_NE, -torch.inf), -1).gather(-1, index_N1))
+        left_NE = left_NE.masked_fill(places == index_N1, -torch.inf)
+    return torch.cat(weights, -1)
 
 
 def router_logits(router_input_ND: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ enum moec_moe_config {
   MOEC_CONFIG_W2_FORMAT = 7,
   MOEC_CONFIG_SHARED_W13_FORMAT = 8,
   MOEC_CONFIG_SHARED_W2_FORMAT = 9,
-  MOEC_CONFIG_SCORE = 10,        // 0 softmax, 1 sigmoid, 2 sqrt(softplus)
+  MOEC_CONFIG_SCORE = 10,        // 0 softmax, 1 sigmoid, 2 sqrt(softplus), 3 sparsemixer
   MOEC_CONFIG_AFTER_TOPK = 11,   // 1: select on logits, score the selected ones
   MOEC_CONFIG_BIAS_ON = 12,      // selection bias added to: 0 scores, 1 logits
   MOEC_CONFIG_GROUPS = 13,       // 0: selection is not limited to groups
@@ -43,7 +43,8 @@ enum moec_moe_params {
   MOEC_PARAMS_UP_MIN = 6,
   MOEC_PARAMS_UP_MAX = 7,
   MOEC_PARAMS_UP_OFFSET = 8,
-  MOEC_MOE_PARAMS_LENGTH = 9,
+  MOEC_PARAMS_THRESHOLD = 9,  // of sparsemixer; a list without it ends here
+  MOEC_MOE_PARAMS_LENGTH = 10,
 };
 
 #endif  // MOEC_MOE_CONFIG_H_

@@ -45,7 +45,7 @@ enum {
 MOEC_API const char* moec_last_error(void);
 
 // Changes when a signature, a packed layout or the MoE config table changes.
-#define MOEC_ABI_VERSION 2
+#define MOEC_ABI_VERSION 3
 MOEC_API int32_t moec_abi_version(void);
 
 typedef struct moec_in {
@@ -123,7 +123,7 @@ typedef struct moec_moe_args {
   const int64_t* config;
   uint64_t config_length;  // elements; must be MOEC_MOE_CONFIG_LENGTH
   const double* params;
-  uint64_t params_length;  // elements; must be MOEC_MOE_PARAMS_LENGTH
+  uint64_t params_length;  // elements; must be MOEC_MOE_PARAMS_LENGTH, or one less without a threshold
   moec_in x;               // f32 [T, D], what the experts see
   moec_in router_input;    // f32 [T, D], what the router sees (may be the same buffer as x)
   moec_in router_weight;   // f32 [E, D]

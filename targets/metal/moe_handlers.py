@@ -163,7 +163,7 @@ def _route(c: Context, moe: ops.RoutedMoe[Node]) -> tuple[Slot, Slot]:
     w_DE = e.transpose(c.plain(moe.router_weight, torch.float32), (1, 0))
     bias = None if moe.router_bias is None else c.plain(moe.router_bias, torch.float32)
     logits = e.emit("Addmm", mat1=x_ND, mat2=w_DE, bias=bias)
-    scores = logits if routing.after_topk else _score(e, logits, routing.score)
+    scores = logits if routing.selects_logits else _score(e, logits, routing.score)
     choice = scores
     if moe.selection_bias is not None:
         shift = c.plain(moe.selection_bias, torch.float32)
@@ -174,7 +174,10 @@ def _route(c: Context, moe: ops.RoutedMoe[Node]) -> tuple[Slot, Slot]:
     if routing.groups:
         choice = _keep_groups(c, choice, moe.sizes.experts, routing)
     indices_NK = _top_k(e, choice, moe.top_k)
-    weights = e.emit("TakeAlongAxis", x=scores, indices=indices_NK, axis=-1)
+    if routing.score == "sparsemixer":
+        weights = _near_weights(c, scores, indices_NK, moe.sizes.experts, moe.top_k, routing.threshold)
+    else:
+        weights = e.emit("TakeAlongAxis", x=scores, indices=indices_NK, axis=-1)
     if routing.after_topk:
         weights = _score(e, weights, routing.score)
     if routing.normalize == "sum":
@@ -187,6 +190,29 @@ def _route(c: Context, moe: ops.RoutedMoe[Node]) -> tuple[Slot, Slot]:
     if routing.scale != 1.0:
         weights = e.multiply(weights, e.scalar(routing.scale))
     return indices_NK, weights
+
+
+def _near_weights(c: Context, logits_NE: Slot, indices_NK: Slot, experts: int, top_k: int, threshold: float) -> Slot:
+    """`Routing`, step 5, with sparsemixer: `moe_math.near_weights`, for all ranks at once."""
+    e = c.e
+    best_NK1 = e.emit("ExpandDims", x=e.emit("TakeAlongAxis", x=logits_NE, indices=indices_NK, axis=-1), axis=-1)
+    logits_N1E = e.emit("ExpandDims", x=logits_NE, axis=1)
+    size_NKE = e.binary("Maximum", e.unary("Abs", logits_N1E), best_NK1)
+    ratio_NKE = e.binary("Divide", e.binary("Subtract", best_NK1, logits_N1E), size_NKE)
+    far_NKE = e.binary("Greater", ratio_NKE, e.scalar(threshold))
+    places = c.P.make_or_get_constant(f"range.{experts}", torch.arange(experts, dtype=torch.int32))
+    lowest, left = e.scalar(-math.inf), logits_N1E
+    rows = []
+    for k in range(top_k):
+        at = [e.slice(x, 1, k, k + 1) for x in (far_NKE, indices_NK)]
+        near = e.emit("Where", condition=at[0], x=lowest, y=left)
+        shares_N1E = e.emit("Softmax", x=near, axis=-1, precise=True)
+        index_N11 = e.emit("ExpandDims", x=at[1], axis=-1)
+        rows.append(e.emit("TakeAlongAxis", x=shares_N1E, indices=index_N11, axis=-1))
+        if k + 1 < top_k:
+            picked = e.binary("Equal", e.cast(index_N11, torch.int32), places)
+            left = e.emit("Where", condition=picked, x=lowest, y=left)
+    return e.reshape(e.emit("Concatenate", tensors=[e.tid(row) for row in rows], axis=1), (-1, top_k))
 
 
 def _score(e: Emitter, logits: Slot, kind: str) -> Slot:

@@ -156,6 +156,14 @@ def rsqrt(c: Context, n: Node) -> str:
     return c.b.op("Reciprocal", c.b.op("Sqrt", c.value(n.args[0])), out=n.name)
 
 
+def layer_norm(c: Context, n: Node) -> str:
+    x, sizes, weight, bias, eps = (*n.args, None, None, None)[:5]
+    scale = c.b.constant(np.ones(tuple(sizes), np.float32)) if weight is None else c.value(weight)  # type: ignore[arg-type]
+    operands = [c.value(x), scale, *([] if bias is None else [c.value(bias)])]
+    epsilon = 1e-5 if eps is None else float(eps)  # type: ignore[arg-type]
+    return c.b.op("LayerNormalization", *operands, axis=-len(sizes), epsilon=epsilon, out=n.name)  # type: ignore[arg-type]
+
+
 def reduced(kind: str) -> Handler:
     def lower(c: Context, n: Node) -> str:
         dims = n.args[1] if len(n.args) > 1 else None
@@ -258,6 +266,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.gelu.default: gelu,
     aten.rsqrt.default: rsqrt,
     aten.pow.Tensor_Scalar: power,
+    aten.layer_norm.default: layer_norm,
     aten.mean.dim: reduced("ReduceMean"),
     aten.sum.dim_IntList: reduced("ReduceSum"),
     **dict.fromkeys((aten.softmax.int, aten._softmax.default), softmax),

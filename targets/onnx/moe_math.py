@@ -28,7 +28,7 @@ def route(b: Nodes, form: MoeForm, *, indices: str, weights: str) -> None:
     how = form.routing
     bias = "router_bias" if "router_bias" in form.present else ""
     logits = b.op("Gemm", "router_input", "router_weight", bias, transB=1)
-    scores = logits if how.after_topk else score(b, logits, how.score)
+    scores = logits if how.selects_logits else score(b, logits, how.score)
     choice = scores
     if "selection_bias" in form.present:
         if how.bias_on == "scores" or how.after_topk:
@@ -38,7 +38,10 @@ def route(b: Nodes, form: MoeForm, *, indices: str, weights: str) -> None:
     if how.groups:
         choice = _within_groups(b, choice, form.experts, how)
     b.ops("TopK", choice, b.ints(form.top_k), outs=[b.name("best"), indices], axis=-1)
-    chosen = b.op("GatherElements", scores, indices, axis=-1)
+    if how.score == "sparsemixer":
+        chosen = _near_weights(b, form, scores, indices)
+    else:
+        chosen = b.op("GatherElements", scores, indices, axis=-1)
     if how.after_topk:
         chosen = score(b, chosen, how.score)
     if how.normalize == "sum":
@@ -49,6 +52,22 @@ def route(b: Nodes, form: MoeForm, *, indices: str, weights: str) -> None:
             total = b.op("Max", total, b.float(how.clamp_min))
         chosen = b.op("Div", chosen, total)
     b.op("Mul", chosen, b.float(how.scale), out=weights)
+
+
+def _near_weights(b: Nodes, form: MoeForm, logits: str, indices: str) -> str:
+    """`Routing`, step 5, with sparsemixer: `moe_math.near_weights`."""
+    size, left, weights = b.op("Abs", logits), logits, []
+    lowest, places = b.float(-math.inf), b.constant(np.arange(form.experts, dtype=np.int64))
+    for k in range(form.top_k):
+        index = b.op("Slice", indices, b.ints(k), b.ints(k + 1), b.ints(1))
+        best = b.op("GatherElements", logits, index, axis=-1)
+        ratio = b.op("Div", b.op("Sub", best, logits), b.op("Max", size, best))
+        far = b.op("Greater", ratio, b.float(form.routing.threshold))
+        shares = b.op("Softmax", b.op("Where", far, lowest, left), axis=-1)
+        weights.append(b.op("GatherElements", shares, index, axis=-1))
+        if k + 1 < form.top_k:
+            left = b.op("Where", b.op("Equal", places, index), lowest, left)
+    return b.op("Concat", *weights, axis=-1)
 
 
 def _within_groups(b: Nodes, choice: str, experts: int, how: Routing) -> str:

@@ -47,7 +47,8 @@ def moe_operands(how: Routing, what: Experts, *, shared: bool = True) -> list[An
     s13 = rand(2 * S if what.gated else S, D, seed=5) / 8
     more = [s13, rand(D, S, seed=6) / 8, rand(1, D, seed=7) / 8]
     return [
-        rand(N, D), rand(N, D, seed=3), rand(E, D, seed=4) / 4, rand(E, seed=8), rand(E, seed=9) / 4, w13 / 8,
+        rand(N, D), rand(N, D, seed=3), rand(E, D, seed=4) / 4, rand(E, seed=8),
+        None if how.score == "sparsemixer" else rand(E, seed=9) / 4, w13 / 8,
         rand(E, wide, seed=10) / 4, w2 / 8, rand(E, D, seed=11) / 4, *(more if shared else [None] * 3),
         K, str(how), str(what),
     ]  # fmt: skip
@@ -81,8 +82,9 @@ def plain_moe(args: list[Any], how: Routing, what: Experts) -> Tensor:
 
     for n in range(len(x)):
         logits = rw @ ri[n] + rb
-        scores = logits if how.after_topk else score(logits)
-        choice = score(logits + sb) if how.bias_on == "logits" else scores + sb
+        near = how.score == "sparsemixer"
+        scores = logits if how.after_topk or near else score(logits)
+        choice = scores.clone() if near else score(logits + sb) if how.bias_on == "logits" else scores + sb
         if how.groups:
             size = E // how.groups
             parts = [choice[g * size : (g + 1) * size] for g in range(how.groups)]
@@ -95,6 +97,11 @@ def plain_moe(args: list[Any], how: Routing, what: Experts) -> Tensor:
         weights = scores[picked]
         if how.after_topk:
             weights = score(weights)
+        if near:
+            for k, best in enumerate(scores[picked].tolist()):
+                left = [v for e, v in enumerate(scores.tolist()) if e not in picked[:k].tolist()]
+                seen = [v for v in left if (best - v) / max(abs(v), best) <= how.threshold]
+                weights[k] = 1 / sum(math.exp(v - best) for v in seen)
         if how.normalize == "sum":
             total = weights.sum() + how.eps
             weights = weights / max(float(total), how.clamp_min) if how.clamp_min else weights / total
@@ -120,6 +127,8 @@ ROUTINGS = [
     Routing(score="sigmoid", groups=3, keep=2, group_score="top2sum", fill="zero"),
     Routing(score="sigmoid", groups=2, keep=1, group_score="max", fill="ninf"),
     Routing(score="sigmoid", apply="input"),
+    Routing(score="sparsemixer", threshold=0.7),
+    Routing(score="sparsemixer", threshold=0.02, normalize="sum", scale=1.5),
 ]
 EXPERTS = [
     Experts(),

@@ -53,7 +53,11 @@ def test_every_attribute_value_has_a_code() -> None:
     ):
         config, params = MoeConfig(4, 32, 32, 2, how, Experts(), WeightFormat(), WeightFormat()).encode()
         assert len(config) == len(moe_config.Config)
-        assert len(params) == len(moe_config.Params)
+        assert len(params) == moe_config.Params.THRESHOLD  # as lists were before there was a threshold
+    near = Routing(score="sparsemixer", threshold=0.02)
+    _, params = MoeConfig(4, 32, 32, 2, near, Experts(), WeightFormat(), WeightFormat()).encode()
+    assert len(params) == len(moe_config.Params)
+    assert params[moe_config.Params.THRESHOLD] == 0.02
 
 
 def test_formats_survive_encoding() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from moec.compiler.ops.attributes import ACTIVATIONS, Experts, Routing
 from moec.runtime import kernel_api
-from moec.runtime.moe_config import Kind, WeightFormat
+from moec.runtime.moe_config import Config, Kind, Params, WeightFormat
 from tests.runtime.kernel_cases import Block, instruction_sets, random_block
 
 INT4_IN = WeightFormat(Kind.INT4, 32, int8_activations=True)
@@ -181,6 +181,8 @@ ROUTINGS = [
         {"score": "softmax", "groups": 6, "keep": 3, "bias_on": "logits"},
         {"score": "sqrtsoftplus", "normalize": "sum", "scale": 1.5},
         {"score": "sigmoid", "apply": "input"},
+        {"score": "sparsemixer", "threshold": 0.02},
+        {"score": "sparsemixer", "threshold": 0.8, "normalize": "sum", "scale": 1.5},
     )
 ]
 
@@ -190,8 +192,9 @@ ROUTINGS = [
 def test_routing_selects_and_weighs_as_defined(how: Routing, bias: bool) -> None:
     rng = np.random.default_rng(3)
     block = random_block(
-        rng, experts=24, d=64, width=8, top_k=5, routed=WeightFormat(), how=how, router_bias=bias, selection_bias=bias
-    )
+        rng, experts=24, d=64, width=8, top_k=5, routed=WeightFormat(), how=how, router_bias=bias,
+        selection_bias=bias and how.score != "sparsemixer",
+    )  # fmt: skip
     x = rng.standard_normal((300, 64), dtype=np.float32)
     _, indices, weights = block.prepared(x)
     expected, expected_weights = block.route(x)
@@ -202,6 +205,59 @@ def test_routing_selects_and_weighs_as_defined(how: Routing, bias: bool) -> None
     got = np.take_along_axis(weights, order, 1)[same]
     wanted = np.take_along_axis(expected_weights.numpy(), expected_order, 1)[same]
     assert np.allclose(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_sparsemixer_gives_the_bits_of_the_scalar_kernels(isa: str) -> None:
+    """Experts that tie, and logits of zero, whose quotient is no number and counts as near."""
+    rng = np.random.default_rng(5)
+    how = Routing(score="sparsemixer", threshold=0.3)
+    block = random_block(rng, experts=19, d=64, width=8, top_k=4, routed=WeightFormat(), how=how)
+    x = rng.standard_normal((40, 64), dtype=np.float32)
+    x[3] = 0
+    results = []
+    for name in ("scalar", isa):
+        kernel_api.set_isa(name)
+        results.append(block.prepared(x))
+    for a, b in zip(*results, strict=True):
+        assert np.array_equal(a, b)
+    _, indices, weights = results[0]
+    assert (indices[3] == [0, 1, 2, 3]).all()
+    assert np.allclose(weights[3], [1 / 19, 1 / 18, 1 / 17, 1 / 16], rtol=1e-6)
+    expected = block.route(x)[1].numpy()
+    assert (np.abs(weights - expected).max(1) < 1e-6).mean() > 0.9  # a logit at the threshold falls on either side
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": 9}, "params: 9 entries given, 10 needed"),
+        ({"threshold": -0.1}, "threshold is -0.1"),
+        ({"threshold": float("inf")}, "threshold is inf"),
+        ({"after_topk": 1}, "after_topk is 1"),
+        ({"groups": 3}, "groups is 3"),
+        ({"selection_bias": True}, "selection_bias: given"),
+    ],
+    ids=str,
+)
+def test_what_sparsemixer_does_not_have_is_refused(change: dict[str, float], message: str) -> None:
+    how = Routing(score="sparsemixer", threshold=0.3)
+    block = random_block(
+        np.random.default_rng(5), experts=6, d=32, width=8, top_k=2, routed=WeightFormat(), how=how,
+        selection_bias="selection_bias" in change,
+    )  # fmt: skip
+    prepared = block.prepared
+    if "params" in change:
+        prepared._args.params_length = int(change["params"])
+    if "threshold" in change:
+        prepared._params[Params.THRESHOLD] = change["threshold"]
+    for name, field in (("after_topk", Config.AFTER_TOPK), ("groups", Config.GROUPS)):
+        if name in change:
+            prepared._config[field] = int(change[name])
+    if "groups" in change:
+        prepared._config[Config.KEEP] = 1
+    with pytest.raises(kernel_api.KernelError, match=message):
+        prepared(np.zeros((1, 32), np.float32))
 
 
 def test_ties_go_to_the_lower_index() -> None:

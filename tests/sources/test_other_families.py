@@ -95,6 +95,15 @@ EQUAL: dict[str, tuple[str, dict[str, Any], int]] = {
                            "out_hidden_size": 64, "deepstack_visual_indexes": [0]}},
         2,
     ),
+    "phimoe, its rotary angles scaled": (
+        "phimoe",
+        {**LOCAL, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 48, "attention_bias": True,
+         "lm_head_bias": True,
+         "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48,
+                             "short_factor": [1.1] * 8, "long_factor": [2.0] * 8, "short_mscale": 1.3,
+                             "long_mscale": 1.2}},
+        2,
+    ),
     # the seven, in configs that nobody tuned them for
     "frequencies that no text of this length changes": (
         "qwen3_moe",
@@ -139,7 +148,6 @@ EQUAL: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "phimoe": (LOCAL, "the expert indices do not come from topk"),
     "minimax": ({**LOCAL, "head_dim": 16, **FULL}, "cannot be exported with static caches"),
     "jetmoe": ({**LOCAL, "kv_channels": 16}, "cannot be exported with static caches"),
 }

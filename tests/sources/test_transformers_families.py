@@ -1,4 +1,4 @@
-"""The seven families of transformers models: one fused node per MoE layer, logits equal to transformers' own."""
+"""Families of transformers models that attend: one fused node per MoE layer, logits equal to transformers' own."""
 
 from __future__ import annotations
 
@@ -122,6 +122,23 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, Routing, Experts, bool]] = {
         },
         2,
         Routing(after_topk=True),
+        Experts(),
+        False,
+    ),
+    "phimoe": (
+        {
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 8,
+            "router_jitter_noise": 0.2,
+        },
+        2,
+        Routing(score="sparsemixer", threshold=0.4),
         Experts(),
         False,
     ),

@@ -99,7 +99,8 @@ def make_weights(s: Shape, seed: int = 0) -> Weights:
         w.plain(p + "norm1", 1 + w.normal(s.width, std=0.1), Role.NORM)
         w.plain(p + "norm2", 1 + w.normal(s.width, std=0.1), Role.NORM)
         w.plain(p + "router", w.normal(s.experts, s.width), Role.ROUTER)
-        w.plain(p + "bias", w.normal(s.experts, std=0.1), Role.ROUTER)
+        if "sparsemixer" not in s.routing:
+            w.plain(p + "bias", w.normal(s.experts, std=0.1), Role.ROUTER)
         if s.router_bias:
             w.plain(p + "router_bias", w.normal(s.experts, std=0.1), Role.ROUTER)
         up, down = w.normal(s.experts, gated * s.expert_width, s.width), w.normal(s.experts, s.width, s.expert_width)

@@ -58,6 +58,7 @@ VARIANTS = {
     "weights on the input, gated shared expert": Shape(
         routing="score=sqrtsoftplus,normalize=sum,clamp_min=0.001,apply=input", shared_gate=True
     ),
+    "sparsemixer": Shape(routing="score=sparsemixer,scale=1.5,threshold=0.6", router_bias=True),
     "ungated relu2": Shape(experts_text="gated=false,activation=relu2"),
     "gelu": Shape(experts_text="activation=gelu_tanh"),
 }

@@ -124,10 +124,12 @@ def test_equal_scores_take_the_first() -> None:
 def random_block(seed: int) -> tuple[random.Random, torch.Generator, Routing, Experts, dict[str, int]]:
     pick, g = random.Random(seed), generator(seed)
     groups = pick.choice([0, 0, 2])
+    near = groups == 0 and seed % 4 == 3
     routing = Routing(
-        score=pick.choice(["softmax", "sigmoid", "sqrtsoftplus"]),
-        after_topk=groups == 0 and pick.random() < 0.3,
-        bias_on=pick.choice(["scores", "logits"]),
+        score="sparsemixer" if near else pick.choice(["softmax", "sigmoid", "sqrtsoftplus"]),
+        threshold=0.6 if near else 0.0,
+        after_topk=groups == 0 and pick.random() < 0.3 and not near,
+        bias_on="scores" if near else pick.choice(["scores", "logits"]),
         groups=groups,
         keep=1 if groups else 0,
         group_score=pick.choice(["max", "top2sum"]),
@@ -179,6 +181,8 @@ def test_routed_blocks_of_every_kind(seed: int, bits: int) -> None:
 
     x = normal(g, n["t"], n["d"])
     head = [x, pick.choice([x, normal(g, n["t"], n["d"])]), normal(g, n["e"], n["d"]), maybe(n["e"]), maybe(n["e"])]
+    if routing.score == "sparsemixer":
+        head[-1] = None
     body = [*weight(n["e"], *up), maybe(n["e"], wide), *weight(n["e"], *down), maybe(n["e"], n["d"])]
     shared: list[Tensor | None] = [None] * (5 if bits else 3)
     if n["s"]:

@@ -172,7 +172,11 @@ def routings() -> st.SearchStrategy[Routing]:
             "scale": st.sampled_from([1.0, 2.5]),
         }
     )
-    return st.builds(made, st.sampled_from([0, 3]), fields)
+    near = st.builds(
+        Routing, score=st.just("sparsemixer"), threshold=st.sampled_from([0.02, 0.6]),
+        normalize=st.sampled_from(["none", "sum"]), scale=st.sampled_from([1.0, 2.5]),
+    )  # fmt: skip
+    return st.one_of(st.builds(made, st.sampled_from([0, 3]), fields), near)
 
 
 def expert_forms() -> st.SearchStrategy[str]:

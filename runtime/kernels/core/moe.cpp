@@ -1,5 +1,6 @@
 // moec_moe, the entry point: decodes `config` and `params`, checks every buffer and hands over to run_moe chunk by chunk.
 #include <atomic>
+#include <cfloat>
 #include <cinttypes>
 #include <cmath>
 #include <cstdlib>
@@ -58,10 +59,12 @@ int32_t decode(const moec_moe_args& a, Moe* moe) {
   if (!a.config || a.config_length != MOEC_MOE_CONFIG_LENGTH) {
     return fail(MOEC_INVALID_ARGUMENT, "config: %" PRIu64 " entries given, %d needed", a.config_length, MOEC_MOE_CONFIG_LENGTH);
   }
-  if (!a.params || a.params_length != MOEC_MOE_PARAMS_LENGTH) {
-    return fail(MOEC_INVALID_ARGUMENT, "params: %" PRIu64 " entries given, %d needed", a.params_length, MOEC_MOE_PARAMS_LENGTH);
-  }
   const int64_t* const c = a.config;
+  const bool sparsemixer = c[MOEC_CONFIG_SCORE] == Routing::kSparsemixer;
+  const uint64_t needed = sparsemixer ? MOEC_MOE_PARAMS_LENGTH : MOEC_PARAMS_THRESHOLD;
+  if (!a.params || a.params_length < needed || a.params_length > MOEC_MOE_PARAMS_LENGTH) {
+    return fail(MOEC_INVALID_ARGUMENT, "params: %" PRIu64 " entries given, %" PRIu64 " needed", a.params_length, needed);
+  }
   const Range ranges[] = {
       {MOEC_CONFIG_VERSION, "version", MOEC_MOE_VERSION_NUMBER, MOEC_MOE_VERSION_NUMBER},
       {MOEC_CONFIG_EXPERTS, "experts", 1, kMostExperts},
@@ -73,10 +76,10 @@ int32_t decode(const moec_moe_args& a, Moe* moe) {
       {MOEC_CONFIG_W2_FORMAT, "w2_format", 0, INT32_MAX},
       {MOEC_CONFIG_SHARED_W13_FORMAT, "shared_w13_format", 0, INT32_MAX},
       {MOEC_CONFIG_SHARED_W2_FORMAT, "shared_w2_format", 0, INT32_MAX},
-      {MOEC_CONFIG_SCORE, "score", 0, 2},
-      {MOEC_CONFIG_AFTER_TOPK, "after_topk", 0, 1},
+      {MOEC_CONFIG_SCORE, "score", 0, 3},
+      {MOEC_CONFIG_AFTER_TOPK, "after_topk", 0, sparsemixer ? 0 : 1},
       {MOEC_CONFIG_BIAS_ON, "bias_on", 0, 1},
-      {MOEC_CONFIG_GROUPS, "groups", 0, c[MOEC_CONFIG_EXPERTS]},
+      {MOEC_CONFIG_GROUPS, "groups", 0, sparsemixer ? 0 : c[MOEC_CONFIG_EXPERTS]},
       {MOEC_CONFIG_KEEP, "keep", c[MOEC_CONFIG_GROUPS] > 0 ? 1 : 0, c[MOEC_CONFIG_GROUPS]},
       {MOEC_CONFIG_GROUP_SCORE, "group_score", 0, 1},
       {MOEC_CONFIG_FILL, "fill", 0, 1},
@@ -92,8 +95,8 @@ int32_t decode(const moec_moe_args& a, Moe* moe) {
                   r.high);
     }
   }
-  for (int i = 0; i < MOEC_MOE_PARAMS_LENGTH; ++i) {
-    if (std::isnan(a.params[i])) return fail(MOEC_INVALID_ARGUMENT, "params: entry %d is not a number", i);
+  for (uint64_t i = 0; i < a.params_length; ++i) {
+    if (std::isnan(a.params[i])) return fail(MOEC_INVALID_ARGUMENT, "params: entry %" PRIu64 " is not a number", i);
   }
   moe->experts = c[MOEC_CONFIG_EXPERTS];
   moe->d = c[MOEC_CONFIG_D_MODEL];
@@ -113,6 +116,10 @@ int32_t decode(const moec_moe_args& a, Moe* moe) {
   r.eps = float(a.params[MOEC_PARAMS_EPS]);
   r.clamp_min = float(a.params[MOEC_PARAMS_CLAMP_MIN]);
   r.scale = float(a.params[MOEC_PARAMS_SCALE]);
+  if (sparsemixer) r.threshold = float(a.params[MOEC_PARAMS_THRESHOLD]);
+  if (sparsemixer && !(r.threshold >= 0.0f && r.threshold <= FLT_MAX)) {
+    return fail(MOEC_INVALID_ARGUMENT, "params: threshold is %g, not a finite number from 0 on", double(r.threshold));
+  }
   if (r.groups > 0) {
     const int64_t size = moe->experts / r.groups;
     if (moe->experts % r.groups) {
@@ -151,6 +158,9 @@ int32_t open_weights(const moec_moe_args& a, Moe* moe) {
   moe->router_weight = static_cast<const float*>(a.router_weight.data);
   MOEC_RETURN_IF_ERROR(optional_floats("router_bias", a.router_bias, 1, e, &moe->router_bias));
   MOEC_RETURN_IF_ERROR(optional_floats("selection_bias", a.selection_bias, 1, e, &moe->selection_bias));
+  if (moe->selection_bias && moe->routing.score == Routing::kSparsemixer) {
+    return fail(MOEC_INVALID_ARGUMENT, "selection_bias: given, which sparsemixer has no use for");
+  }
   MOEC_RETURN_IF_ERROR(optional_floats("b13", a.b13, e, per * f, &moe->b13));
   MOEC_RETURN_IF_ERROR(optional_floats("b2", a.b2, e, d, &moe->b2));
   MOEC_RETURN_IF_ERROR(optional_floats("shared_gate", a.shared_gate, 1, d, &moe->shared_gate));

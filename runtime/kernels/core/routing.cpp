@@ -69,6 +69,25 @@ void limit_to_groups(const Routing& how, int64_t experts, float* choice, float* 
   }
 }
 
+// Weights of indices [top_k], best first: each is its expert's share among those that were not selected before it and are
+// near it. `shares` holds `experts` floats.
+void near_weights(const Kernels& isa, float threshold, const float* logits, int64_t experts, const int32_t* indices,
+                  int64_t top_k, float* shares, float* weights) {
+  for (int64_t j = 0; j < top_k; ++j) {
+    const float best = logits[indices[j]];
+    for (int64_t e = 0; e < experts; ++e) shares[e] = logits[e] - best;
+    isa.exponential(shares, experts, shares);
+    for (int64_t i = 0; i < j; ++i) shares[indices[i]] = 0.0f;
+    float sum = 0.0f;
+    for (int64_t e = 0; e < experts; ++e) {
+      const float size = std::fabs(logits[e]);
+      const bool far = (best - logits[e]) / (size > best ? size : best) > threshold;
+      if (!far) sum += shares[e];
+    }
+    weights[j] = shares[indices[j]] / sum;
+  }
+}
+
 }  // namespace
 
 void route_token(const Kernels& isa, const Routing& how, int64_t experts, int64_t top_k, const float* logits,
@@ -76,7 +95,8 @@ void route_token(const Kernels& isa, const Routing& how, int64_t experts, int64_
   float* const scores = scratch;
   float* const choice = scores + experts;
   float* const space = choice + experts;
-  if (how.after_topk) {
+  const bool sparsemixer = how.score == Routing::kSparsemixer;
+  if (how.after_topk || sparsemixer) {
     std::memcpy(scores, logits, size_t(experts) * 4);
   } else {
     score(isa, how.score, logits, experts, scores);
@@ -87,6 +107,7 @@ void route_token(const Kernels& isa, const Routing& how, int64_t experts, int64_
   if (how.groups > 0) limit_to_groups(how, experts, choice, space);
   top(choice, experts, top_k, indices);
   for (int64_t j = 0; j < top_k; ++j) weights[j] = scores[indices[j]];
+  if (sparsemixer) near_weights(isa, how.threshold, scores, experts, indices, top_k, choice, weights);
   if (how.after_topk) score(isa, how.score, weights, top_k, weights);
   if (how.normalize) {
     float total = 0.0f;

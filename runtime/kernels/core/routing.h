@@ -9,7 +9,7 @@
 namespace moec {
 
 struct Routing {
-  enum Score { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+  enum Score { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2, kSparsemixer = 3 };
   int32_t score = kSoftmax;
   bool after_topk = false;
   bool bias_on_logits = false;
@@ -19,6 +19,7 @@ struct Routing {
   bool normalize = false;
   bool apply_input = false;
   float eps = 0.0f, clamp_min = 0.0f, scale = 1.0f;
+  float threshold = 0.0f;  // of sparsemixer, which selects by the logits
 };
 
 // Floats of scratch that route_token needs for `experts` experts in `groups` groups.
