@@ -1,9 +1,9 @@
-"""`text.moec` in an artifact: tokenizer, chat form and sampling defaults as tables that native apps map and check.
+"""`text.moec` in an artifact: tokenizer, chat form and sampling defaults as tables that native apps read and check.
 
-A native app has no JSON, no regular expressions and no Unicode tables. `tokenizer.json` is compiled into a vocabulary,
-merges sorted for search, and programs that cut a text (`assistant/split_program.py`). Texts in many scripts lie beside
-them with the ids that `tokenizers` gives: opening compares them, so that what is not exact is refused and never wrong.
-The reader is `runtime/app/text_tables.h`, which has the layout.
+A native app has no JSON parser, no regular expressions and no Unicode tables. `tokenizer.json` is compiled into a
+vocabulary, merges sorted for search, and programs that split a text (`assistant/split_program.py`). The file also holds
+texts in many scripts with the ids that `tokenizers` gives for them; opening it compares them, so that a tokenizer that
+is not exact is refused instead of giving wrong ids. `runtime/app/text_tables.h` reads it and describes the layout.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from moec.compiler.source import GENERATION, TOKENIZER
 from moec.compiler.tokenizer import MAX_BYTES, TextTokenizer
 
 FILE = "text.moec"
-PROGRAM = "model.pte"  # the native runtime opens no other
+PROGRAM = "model.pte"  # the only program that the native runtime opens
 MAGIC, VERSION = b"moectext", 1
-# GPT-2's expression, which `ByteLevel` cuts by
+# GPT-2's expression, by which `ByteLevel` splits
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CUT, _CUT_DROP, _PREFIX_SPACE = range(3)
 _SPECIAL, _NORMALIZED = 1, 2
 _TRIMS = {None: 0, "both": 1, "newlines": 2}
 
-#: Texts in the scripts of most readers, and what tokenizers trip over.
+#: Texts in widely used scripts, and cases that tokenizers often get wrong.
 TEXTS = (
     "Hello, world! It's 1234567 tests, isn't it? WE'LL see; they'Ve gone.",
     "Привет, мир! Ёлка стоит 25 рублей.",
@@ -73,7 +73,7 @@ TEXTS = (
 
 
 def proof_texts(markers: list[str]) -> list[str]:
-    """What is compared: TEXTS, random bytes and characters, and special tokens among text."""
+    """The texts to compare: TEXTS, random bytes and characters, and special tokens within text."""
     drawn = random.Random(7)
     found = list(TEXTS)
     for _ in range(24):
@@ -86,7 +86,7 @@ def proof_texts(markers: list[str]) -> list[str]:
 
 
 def write_text(folder: Path, words: TextTokenizer | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Write the tables beside a model's tokenizer.json: the names of files written, and what the user should know."""
+    """Write the tables beside a model's tokenizer.json. Returns the names of files written, and notes for the user."""
     if words is None or not (folder / PROGRAM).is_file():
         return (), ()
     try:
@@ -99,7 +99,7 @@ def write_text(folder: Path, words: TextTokenizer | None) -> tuple[tuple[str, ..
 
 
 def tables(folder: Path, words: TextTokenizer) -> bytes:
-    """The file's content. Unknown for a tokenizer that native apps cannot have."""
+    """The content of the file. Unknown for a tokenizer that the tables cannot express."""
     raw = json.loads(read_bytes(folder / TOKENIZER, limit=MAX_BYTES))
     vocabulary = _Vocabulary(raw)
     splits, steps = _steps(raw)
@@ -179,8 +179,8 @@ def _sampling(file: Path) -> bytes:
 
 
 class _Vocabulary:
-    """texts: the bytes of each id. sorted: ids of tokens that a text can become, by their bytes; merges: left, right,
-    rank and what they make, sorted. added: id and flags of the tokens that are found before a text is cut."""
+    """texts: the bytes of each id. sorted: ids of tokens that merging can give, by their bytes. merges: (left, right,
+    rank, result), sorted. added: (id, flags) of the tokens that are found before a text is split."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         model = raw.get("model") or {}
@@ -231,20 +231,20 @@ class _Vocabulary:
 
 
 def _byte_letters() -> dict[str, int]:
-    """Letter -> byte of `ByteLevel`: printable bytes are themselves, others follow 255."""
+    """Character -> byte of `ByteLevel`: printable bytes are themselves, the others are numbered from 256."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in own]
     return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _steps(raw: dict[str, Any]) -> tuple[Program, list[tuple[int, int]]]:
-    """How a text is cut: (kind, where the expression begins), one step after the other on every piece."""
+    """How a text is split: steps (kind, where the program of its expression begins), each applied to every piece."""
     program, steps = Program(), []
     parts = [raw.get("pre_tokenizer") or {}]
     if parts[0].get("type") == "Sequence":
         parts = parts[0]["pretokenizers"]
     if not parts or parts[-1].get("type") != "ByteLevel":
-        raise Unknown("a tokenizer that is not of bytes")
+        raise Unknown("a tokenizer that is not byte-level")
     for part in parts:
         kind = part.get("type")
         if kind == "ByteLevel":
@@ -265,7 +265,7 @@ def _steps(raw: dict[str, Any]) -> tuple[Program, list[tuple[int, int]]]:
 
 
 def _composed(normalizer: dict[str, Any] | None) -> bool:
-    """Whether texts are brought into normal form C first."""
+    """Whether texts are first normalized to NFC."""
     parts = [] if normalizer is None else [normalizer]
     if normalizer is not None and normalizer.get("type") == "Sequence":
         parts = normalizer["normalizers"]
@@ -276,10 +276,10 @@ def _composed(normalizer: dict[str, Any] | None) -> bool:
 
 @cache
 def _normal_form() -> bytes:
-    """Decompositions, combining classes and compositions of Unicode, without Hangul's, which follow a rule.
+    """Unicode's decompositions, combining classes and compositions, without Hangul's, which are computed by a rule.
 
-    Of those that `tokenizers` knows. u32 counts of each, then rows: code point and up to four; first, last and class;
-    two code points and their sum.
+    Only code points that `tokenizers` normalizes. u32 counts of the three, then their rows: a code point and its up to
+    four parts; first, last and class; two code points and their composition.
     """
     classes: list[list[int]] = []
     for code in _codes("marks"):
@@ -303,9 +303,9 @@ def _codes(name: str) -> list[int]:
 
 
 def _kept(part: dict[str, Any]) -> int:
-    """Whether what an expression does not match is a piece, or dropped."""
+    """The kind of a step: whether text that its expression does not match is a piece or dropped."""
     behavior, invert = part.get("behavior"), part.get("invert", False)
-    if behavior == "Isolated":  # the same pieces, whichever of them are called matches
+    if behavior == "Isolated":  # matches and the text between them are all pieces, inverted or not
         return _CUT
     if behavior == "Removed" and invert:
         return _CUT_DROP

@@ -1,7 +1,8 @@
-"""Beginnings of prompts that are computed once: sessions kept in a folder, found by the tokens that they hold.
+"""A cache of prompt prefixes: sessions saved in a folder, found by the tokens that they hold.
 
-A file is named by its artifact, the number of its tokens and their digest, so that finding one reads no file. What is
-restored is what the session had, bit for bit; a file that is damaged or of others is said, removed and computed again.
+A file's name has its artifact, the number of its tokens and their digest, so that a search reads no file. A restored
+session equals the saved one bit for bit. A damaged file, or one that does not hold what its name says, is removed with
+a warning, and its prefix is computed again.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from moec.compiler.errors import RunError, UserError
 from moec.compiler.target import Session
 
 log = logging.getLogger("moec.prefixes")
-LEAST = 16  # tokens; a file for fewer is not worth reading
-MOST_FILES = 64  # of one artifact; the one that was not used for the longest time is removed first
+LEAST = 16  # tokens; computing fewer takes no longer than reading a file
+MOST_FILES = 64  # of one artifact; the least recently used one is removed first
 _NAME = re.compile(r"([0-9a-f]{16})-([0-9]{1,9})-([0-9a-f]{32})\.session")
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two prompts begin with alike."""
+    """The length of the common prefix of two sequences of ids."""
     most = min(len(one), len(other))
     differing = np.flatnonzero(np.asarray(one[:most]) != np.asarray(other[:most]))
     return int(differing[0]) if len(differing) else most
 
 
 class PrefixCache:
-    """The folder of an artifact's prefixes; made if it is missing. artifact: the digest of its contents.
+    """The folder with an artifact's prefixes; created if missing. artifact: the digest of its contents.
 
     UserError where the folder cannot be used.
     """
@@ -49,9 +50,9 @@ class PrefixCache:
             ) from None
 
     def restore(self, session: Session, ids: Sequence[int], held: int) -> int:
-        """Let `session` hold the longest known beginning of `ids`, if that has more than its `held` first ones.
+        """Restore the longest saved prefix of `ids` into `session`, if it is longer than the `held` ids that are there.
 
-        Returns how many of the first ids it holds then. At least one id is left to compute.
+        Returns how many of the first ids the session then holds. At least one id is left to compute.
         """
         for count, file in self._files():
             if not held < count < len(ids) or file.name != self._name(ids[:count]):
@@ -65,13 +66,13 @@ class PrefixCache:
                 self._remove(file, f"{file}: holds other tokens than its name says")
                 session.reset()
                 return 0
-            with contextlib.suppress(OSError):  # of a folder that may only be read
+            with contextlib.suppress(OSError):  # the folder may be read-only
                 os.utime(file)
             return count
         return held
 
     def keep(self, session: Session) -> None:
-        """Write what a session holds, unless it is there. Where that fails it is said, and nothing else changes."""
+        """Save a session, unless its prefix is saved already. A failure is a warning and has no other effect."""
         ids = session.tokens
         file = self._folder / self._name(ids)
         if len(ids) < LEAST or file.exists():
@@ -84,7 +85,7 @@ class PrefixCache:
             log.warning("the prefix is not kept: %s", error)
 
     def _files(self) -> list[tuple[int, Path]]:
-        """Number of tokens and file, the longest first."""
+        """(Number of tokens, file) of the artifact's prefixes, the longest first."""
         names = (_NAME.fullmatch(name) for name in os.listdir(self._folder))
         own = [(int(n[2]), self._folder / n[0]) for n in names if n is not None and n[1] == self._artifact]
         return sorted(own, reverse=True)

@@ -1,12 +1,12 @@
 """A chat template of regular form as prefixes and suffixes by role, for apps that have no jinja.
 
     text = (before_system + system + after_system   or   begin, without a system prompt)
-         + before[role] + content + after[role]     for each turn, the user's and the model's by turns
-         + answer                                   where the model is to go on
+         + before[role] + content + after[role]     for each turn; user and model alternate
+         + answer                                   where the model's answer is to follow
 
-The form is read off renderings of probes and then checked on hundreds of generated conversations, with contents that
-are known to confuse templates. A template that renders one of them otherwise is not regular, and the reason is
-reported; single texts that make it differ (such as `</think>`, at which some templates cut) are listed in
+The form is derived from a few probe conversations and then checked on hundreds of generated ones, with contents that
+are known to confuse templates. A template that renders one of them differently is not regular, and the reason is
+reported; single texts that make a difference (such as `</think>`, at which some templates cut) are listed in
 `unless_contains`.
 """
 
@@ -32,8 +32,8 @@ _TEXTS = ("Hi", "What is it?", "a\nb", "  in spaces \n", "\n", "{{ x }}{% y %}",
 
 @dataclass(frozen=True)
 class RoleForm:
-    """See the module. trims: by role, what contents lose: `both` is white space at both ends, `newlines` line ends at
-    the beginning."""
+    """The parts of the module's equation. trims: what the template strips from contents of a role: `both`: white space
+    at both ends; `newlines`: newlines at the beginning."""
 
     begin: str
     before_system: str | None
@@ -45,7 +45,7 @@ class RoleForm:
     unless_contains: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool = False) -> str:
-        """The text of (role, content) pairs; ValueError for a system prompt that the form has no place for."""
+        """The text of (role, content) pairs; ValueError for a system prompt if the form has none."""
         text, turns = self.begin, list(messages)
         if turns and turns[0][0] == "system":
             if self.before_system is None or self.after_system is None:
@@ -56,7 +56,7 @@ class RoleForm:
         return text + self.answer if generation_prompt else text
 
     def json(self) -> str:
-        """For the artifact."""
+        """The content of `chat_roles.json`."""
         return json.dumps({"format": 1, **asdict(self)}, ensure_ascii=False, indent=1) + "\n"
 
     def _content(self, role: str, content: str) -> str:
@@ -71,7 +71,7 @@ class Irregular(Exception):
 def role_form(template: ChatTemplate) -> RoleForm:
     """The form of a template, checked; Irregular if it has none."""
     if "strftime_now" in template.text:
-        raise Irregular("it tells the date")
+        raise Irregular("it contains the date")
     form = _read(template)
     texts: tuple[str, ...] = (*_TEXTS, *_MARKERS)
     for _ in range(len(_MARKERS) + 1):
@@ -80,9 +80,9 @@ def role_form(template: ChatTemplate) -> RoleForm:
             return RoleForm(**{**asdict(form), "unless_contains": tuple(m for m in _MARKERS if m not in texts)})
         marker = next((m for m in _MARKERS if m in texts and m in differing), None)
         if marker is None:
-            raise Irregular(f"it renders {differing[:80]!r} otherwise than other contents")
+            raise Irregular(f"it renders {differing[:80]!r} differently from other contents")
         texts = tuple(text for text in texts if text != marker)
-    raise Irregular("it renders contents by what stands in them")
+    raise Irregular("its rendering depends on the contents")
 
 
 def write_form(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -101,32 +101,32 @@ def write_form(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _read(template: ChatTemplate) -> RoleForm:
-    """The form that probes show."""
+    """The form, derived from renderings of probes."""
     user, reply, again, system = "Qu1Q", "Qa1Q", "Qu2Q", "QsQ"
     one = _rendered(template, [("user", user)])
     head, after_user = _around(one, user)
     two = _rendered(template, [("user", user), ("assistant", reply)])
     middle, after_reply = _around(two.removeprefix(head + user), reply)
     if not two.startswith(head + user) or not middle.startswith(after_user):
-        raise Irregular("it renders a question otherwise once it is answered")
+        raise Irregular("it renders a question differently once it is answered")
     three = _rendered(template, [("user", user), ("assistant", reply), ("user", again)])
     rest, after_again = _around(three.removeprefix(two.removesuffix(after_reply)), again)
     if not three.startswith(two.removesuffix(after_reply)) or not rest.startswith(after_reply):
-        raise Irregular("it renders an answer otherwise once the conversation goes on")
+        raise Irregular("it renders an answer differently once the conversation goes on")
     before_user = rest[len(after_reply) :]
     if after_again != after_user or not head.endswith(before_user):
-        raise Irregular("it renders the first question otherwise than the next")
+        raise Irregular("it renders the first question differently from the next")
     prompted = _rendered(template, [("user", user)], prompt=True)
     if not prompted.startswith(one):
-        raise Irregular("it renders the conversation otherwise where an answer is to follow")
+        raise Irregular("it renders the conversation differently where an answer is to follow")
     before_system = after_system = None
     try:
         with_system = _rendered(template, [("system", system), ("user", user)])
         before_system, behind = _around(with_system, system)
         if not behind.endswith(before_user + user + after_user):
-            raise Irregular("it renders a question otherwise behind a system prompt")
+            raise Irregular("it renders a question differently after a system prompt")
         after_system = behind.removesuffix(before_user + user + after_user)
-    except UserError:  # it knows no system prompt
+    except UserError:  # it refuses a system prompt
         pass
     form = RoleForm(
         begin=head.removesuffix(before_user),
@@ -160,7 +160,7 @@ def _rendered(template: ChatTemplate, turns: Sequence[tuple[str, str]], *, promp
 
 
 def _difference(template: ChatTemplate, form: RoleForm, texts: Sequence[str]) -> str | None:
-    """The contents of a conversation that template and form render otherwise; None for none."""
+    """The contents of a conversation that template and form render differently; None if there is none."""
     for turns, prompt in _conversations(texts, system=form.before_system is not None):
         try:
             theirs = _rendered(template, turns, prompt=prompt)
@@ -172,7 +172,7 @@ def _difference(template: ChatTemplate, form: RoleForm, texts: Sequence[str]) ->
 
 
 def _conversations(texts: Sequence[str], *, system: bool) -> Iterator[tuple[list[tuple[str, str]], bool]]:
-    """Each text in each role, then random ones; with and without a prompt for an answer."""
+    """(Turns, whether an answer is to follow): each text in each role, then random conversations."""
     roles = ("user", "assistant")
     for index, text in enumerate(texts):
         for place in range(3 + system):

@@ -1,8 +1,8 @@
 """Structured output: JSON Schema, regular expressions and grammars, by the library llguidance (extra `structured`).
 
-A `Matcher` tells which tokens may come next. Whatever the model would rather say, the text is a prefix of one that the
-format allows, and where the model may end it is whole. JSON is written in one line, with one space behind `:` and `,`:
-a small model that may choose its white space writes nothing else.
+A `Matcher` gives the tokens that may come next: the text so far is always a prefix of one that the format allows, and
+the model may end it only where it is complete. JSON is written on one line, with one space after `:` and `,`: a small
+model that may choose its white space can go on writing white space without end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moec.compiler.errors import RunError
 from moec.compiler.extras import require
 
 MAX_CHARACTERS = 1 << 20  # of a schema, an expression or a grammar
-#: How JSON is spaced, in the words of the library.
+#: How JSON is spaced: options of llguidance.
 JSON_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
 class Format:
-    """What an answer must be. text: JSON of a schema, a regular expression, or a grammar in Lark or GBNF."""
+    """The format of an answer. text: a JSON Schema, a regular expression, or a grammar in Lark or GBNF."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     text: str
@@ -38,7 +38,7 @@ class Format:
         regex: str | None = None,
         grammar: str | None = None,
     ) -> Format | None:
-        """The one that is given, None if none; RunError for several, and for a schema that is no JSON."""
+        """The one that is given, or None; RunError for more than one, and for a schema that is not JSON."""
         given = [name for name, v in (("schema", json_schema), ("regex", regex), ("grammar", grammar)) if v is not None]
         if len(given) > 1:
             raise RunError(f"{' and '.join(given)} at once", remedy="give one of them")
@@ -61,9 +61,9 @@ class Format:
 
 
 class Formats:
-    """Makes matchers for one tokenizer. `tokenizer`: the text of its tokenizer.json, which was loaded before elsewhere.
+    """Makes matchers for one tokenizer. tokenizer: the text of a tokenizer.json that a `TextTokenizer` has loaded.
 
-    vocab_size: ids that logits are given for; eos_ids end a text. place: the artifact, for messages.
+    vocab_size: length of a row of logits; eos_ids: tokens that end a text. place: the artifact, for messages.
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_ids: frozenset[int], place: str) -> None:
@@ -72,7 +72,7 @@ class Formats:
         self._lock = threading.Lock()
 
     def matcher(self, given: Format) -> Matcher:
-        """RunError where the format cannot be satisfied, is faulty, or says what cannot be enforced."""
+        """RunError if the format is invalid, cannot be satisfied, or has parts that cannot be enforced."""
         require("llguidance", "structured", "structured output")
         from llguidance import LLMatcher
         from llguidance.gbnf_to_lark import any_to_lark
@@ -87,11 +87,11 @@ class Formats:
                 grammar = LLMatcher.grammar_from_regex(given.text)
             else:
                 grammar = LLMatcher.grammar_from_lark(any_to_lark(given.text))
-        except Exception as error:  # the library raises ValueError, and for a grammar whatever its parser meets
-            raise RunError(_line(str(error)), place=given.place or given.kind, remedy="mend it") from None
+        except Exception as error:  # ValueError, and for grammars whatever the library's parser raises
+            raise RunError(_line(str(error)), place=given.place or given.kind, remedy="correct it") from None
         found = LLMatcher(self._tokenizer(), grammar, log_level=0)
         if found.is_error():
-            raise RunError(_line(found.get_error()), place=given.place or given.kind, remedy="mend it")
+            raise RunError(_line(found.get_error()), place=given.place or given.kind, remedy="correct it")
         if warnings := found.get_grammar_warnings():
             remedy = "leave out what cannot be enforced"
             raise RunError(_line(warnings[0]), place=given.place or given.kind, remedy=remedy)

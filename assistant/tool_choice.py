@@ -1,4 +1,4 @@
-"""An answer that must call a tool: the grammar of a family's calls, whose arguments keep to the tools' own schemas."""
+"""Answers that must call a tool: a grammar of the model family's calls, with arguments by the tools' schemas."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from moec.compiler.errors import RunError
 PLACE = "tool_choice"
 _MOST_CALLS = 16  # of one answer: a small model may otherwise call without end
 _JSON_CALL = ('{"name": ', ', "arguments": ', "}")
-#: name of a `ToolFormat` -> what stands before a name, between it and the arguments, and behind them; then what stands
-#: before a call, behind one, and between two.
+#: name of a `ToolFormat` -> the texts before a name, between it and the arguments, and after them; then the texts
+#: before a call, after one, and between two.
 _CALLS: dict[str, tuple[tuple[str, str, str], str, str, str]] = {
     "hermes": (_JSON_CALL, "<tool_call>\n", "\n</tool_call>", "\n"),
     "granite": (_JSON_CALL, "", "", ", "),
     "mistral": (_JSON_CALL, "", "", ", "),
     "llama3": (('{"name": ', ', "parameters": ', "}"), "", "", ""),
 }
+#: the texts before and after all calls
 _AROUND = {"granite": ("<|tool_call|>[", "]"), "mistral": ("[TOOL_CALLS][", "]")}
 
 
@@ -34,11 +35,11 @@ def call_format(
     several: bool = True,
     special: Mapping[int, str],
 ) -> Format:
-    """The format of an answer that calls one of `tools`, or the one named `only`, and says nothing else.
+    """The format of an answer that calls one of `tools`, or the one named `only`, and contains nothing else.
 
-    tools: as `checked_tools` gives them. several: up to 16 calls may follow each other where the family writes several.
-    special: texts of the special tokens by id. RunError where the template's form of calls is not known as a grammar,
-    or `only` names none of the tools.
+    tools: as `checked_tools` returns them. several: allow up to 16 calls, if the family can write more than one.
+    special: texts of the special tokens by id. RunError if there is no grammar for the calls of this template, or no
+    tool is named `only`.
     """
     if form is None or form.name not in _CALLS or (form.name == "hermes" and "<function=" in template):
         what = f"the calls of this model's chat template ({'unknown' if form is None else form.name}) cannot be forced"
@@ -63,7 +64,7 @@ def call_format(
 
 
 def _terms(text: str, ids: Mapping[str, int]) -> str:
-    """A text as terms of the grammar: special tokens by their ids, what is between them quoted."""
+    """A text as terms of the grammar: special tokens by their ids, the text between them quoted."""
     if not text:
         return ""
     for marker in sorted(ids, key=len, reverse=True):

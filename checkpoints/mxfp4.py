@@ -1,10 +1,11 @@
-"""Experts that a safetensors checkpoint holds in MXFP4, as gpt-oss is released: FP4 codes, a power of two for each 32.
+"""Experts that a safetensors checkpoint holds in MXFP4, as gpt-oss is released: FP4 codes with a power of two as the
+scale of each 32.
 
     NAME_blocks uint8 [E, N, K/32, 16], NAME_scales uint8 [E, N, K/32]   ->   NAME [E, K, N]
 
 A byte of a block holds two codes, the low nibble first. A code (E2M1) is one of +-{0, 0.5, 1, 1.5, 2, 3, 4, 6}, a
-scale is 2^(byte - 127), 255 no number (OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1). Twice a code is a whole
-number of at most 12: INT8 codes with scales 2^(byte - 128) are exactly the same values.
+scale is 2^(byte - 127), or NaN for 255 (OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1). Twice a code is an
+integer of magnitude at most 12, so that INT8 codes with scales 2^(byte - 128) have exactly the same values.
 
 E experts, N outputs, K inputs.
 """
@@ -26,9 +27,9 @@ from moec.compiler.weights import CodeFormat
 NAME = "MXFP4"
 FORMAT = CodeFormat(8, 32)  # of the INT8 codes
 _TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-_SCALE_BIAS = 128  # of a scale beside twice the codes
-_SMALLEST, _LARGEST = -24, 15  # exponents of the powers of two that float16 holds
-_FAMILIES = {"gpt_oss"}  # whose experts are [E, K, N]: elsewhere the blocks could mean the transpose
+_SCALE_BIAS = 128  # one more than MXFP4's, since the codes are doubled
+_SMALLEST, _LARGEST = -24, 15  # exponents of the powers of two that float16 represents
+_FAMILIES = {"gpt_oss"}  # types with experts [E, K, N]: in others the blocks could be of the transpose
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Mxfp4Entry(Entry):
     def codes(self) -> QuantizedTensor:
         """INT8 codes [E, N, K] in groups of 32 along K, and scales [E, N, K/32].
 
-        CheckpointError for a scale that float16 does not hold.
+        CheckpointError for a scale that float16 does not represent, unless all its codes are zero.
         """
         experts, inputs, outputs = self.shape
         table = torch.tensor(_TWICE, dtype=torch.int8)
@@ -59,7 +60,7 @@ class Mxfp4Entry(Entry):
         return QuantizedTensor(codes, scales, FORMAT.bits, FORMAT.group_size)
 
     def _unheld(self, byte: int) -> CheckpointError:
-        what = "is no number" if byte == 255 else f"is 2^{byte - 127}, outside of what our scales hold"
+        what = "is NaN" if byte == 255 else f"is 2^{byte - 127}, outside the range of float16 scales"
         return CheckpointError(
             f"a scale of {shown(self.scales.name)} {what}",
             place=str(self.file),
@@ -77,16 +78,16 @@ class Mxfp4Entry(Entry):
 
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json speaks of experts that are held so."""
+    """Whether a config.json declares experts in MXFP4."""
     section = config.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, Mapping) else None
     return config.get("model_type") in _FAMILIES and method == "mxfp4"
 
 
 def with_mxfp4(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
-    """`entries` with one for each pair of blocks and scales, where `config` is of a family that is released so.
+    """`entries`, with each pair of blocks and scales as one Mxfp4Entry if `config` is of a family that is released so.
 
-    A pair whose types or shapes do not fit stays as it is, and is refused as codes are.
+    A pair whose types or shapes do not match is left as it is; like other codes, it is refused later.
     """
     found = dict(entries)
     if config.get("model_type") not in _FAMILIES:

@@ -1,10 +1,10 @@
-"""A `tokenizer.json` loaded in a process of its own: if that panics, aborts or hangs, this one gets a one-line error.
+"""A `tokenizer.json` loaded in a separate process: if that panics, aborts or hangs, the caller gets a one-line error.
 
 Ids are those that transformers gives for the same folder: the tokenizer's own post-processor decides which special
 tokens are added (BOS or none), and the truncation and padding that a training script left in the file are switched off.
 
-The library is native code that holds Python's lock while it works and answers faults of the file with a panic; neither
-a thread nor an exception handler bounds it. A call costs the pipe, some tens of microseconds.
+The library is native code that holds the GIL while it works and panics on faulty files: neither a thread nor an
+exception handler could contain it. A call costs some tens of microseconds for the pipe.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moec.compiler.files import read_bytes
 from moec.compiler.worker import Fault, Worker
 
 MAX_BYTES = 128 << 20  # of the file; the largest vocabularies in use take 35 MB
-# Of one call, and what a text adds: 262,144 tokens with as many merges load in 0.7 s of processor time and 0.25 GB, and
-# two million characters without a break take 1.4 s and 0.3 GB.
+# Limits of one call, and what each character of a text adds. 262,144 tokens with as many merges load in
+# 0.7 s of processor time and 0.25 GB; two million characters without a break take 1.4 s and 0.3 GB.
 SECONDS = 4.0
 MEMORY = 2 << 30
 _SECONDS_PER_CHARACTER = 4e-6
@@ -28,7 +28,7 @@ _REMEDY = "take the model's tokenizer.json"
 
 
 class TextTokenizer:
-    """The tokenizer of a file's content, loaded when it is made; ArtifactError, which names `place`, if damaged."""
+    """The tokenizer of a file's content, loaded at once; ArtifactError naming `place`, if damaged."""
 
     def __init__(self, content: bytes, place: str) -> None:
         self._place = place
@@ -38,7 +38,7 @@ class TextTokenizer:
     def encode(self, text: str, *, special_tokens: bool = True, markers_as_text: bool = False) -> list[int]:
         """Ids of `text`, with the special tokens that the tokenizer itself adds, or without any.
 
-        markers_as_text: special tokens that are written in the text are text, not tokens.
+        markers_as_text: special tokens that are spelled out in the text are encoded as ordinary text.
         """
         return list(self._ask({"encode": text, "special": special_tokens, "as_text": markers_as_text}))
 
@@ -50,7 +50,7 @@ class TextTokenizer:
         return None if found is None else int(found)
 
     def special_tokens(self) -> dict[int, str]:
-        """Special tokens by id, which `decode` leaves out."""
+        """Texts of the special tokens by id; `decode` leaves them out by default."""
         return {int(i): str(text) for i, text in self._ask({"special": True}).items()}
 
     def token(self, id_: int) -> str | None:
@@ -89,7 +89,7 @@ def load_tokenizer(file: Path) -> TextTokenizer:
 
 
 def check_unicode(text: str, place: str) -> None:
-    """RunError for half characters: bytes that were no UTF-8, or a lone surrogate of a JSON file."""
+    """RunError for lone surrogates, which come from arguments that are not UTF-8 and from escapes in JSON files."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

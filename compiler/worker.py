@@ -1,8 +1,8 @@
-"""Work on files from outside in a process of its own: if that panics, aborts or hangs, this one gets an error.
+"""Code for files from outside, run in a separate process: if that panics, aborts or hangs, the caller gets an error.
 
 A worker is a module run as `python -m` that calls `serve`; it answers messages on stdin with replies on stdout, each
-JSON with its length before it. A call costs the pipe, some tens of microseconds. Each message brings the limits of its
-answer: processor time, which a busy machine does not use up, and address space.
+JSON with its length before it. A call costs some tens of microseconds for the pipe. Each message carries the limits of
+its answer: processor time, which does not pass while other processes have the cores, and address space (on Linux).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any
 
 from moec.compiler.errors import ArtifactError
 
-PATIENCE = 12  # times the processor time that an answer may take: so long one waits for it on a busy machine
+PATIENCE = 12  # wall-clock limit of an answer, as a multiple of its processor time: the machine may be busy
 _MAX_REPLY = 1 << 30
 
 
 class Fault(Exception):
-    """What a worker answered instead of a value, in one line."""
+    """An error that a worker reported, in one line."""
 
 
 class Worker:
-    """The process of `module`. what: it in messages, such as "the tokenizer"; place and remedy are the file's."""
+    """The process of `module`. what: its name in messages ("the tokenizer"); place, remedy: of its errors."""
 
     def __init__(self, module: str, what: str, place: str, remedy: str) -> None:
         self._what, self._place, self._remedy = what, place, remedy
-        # -P: the folder that the user stands in may be a model's, and its files are not modules to import
+        # -P: the current folder may be a downloaded model, whose files must not be importable
         command = [sys.executable, "-P", "-m", module]
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
@@ -53,7 +53,7 @@ class Worker:
     def ask(self, message: dict[str, Any], data: bytes = b"", *, seconds: float, memory: int) -> Any:
         """The value that the worker answers. seconds: of processor time; memory: bytes of address space.
 
-        Fault: it answered one. ArtifactError: it was closed, stopped, or took more, and is then ended.
+        Fault: the worker reported an error. ArtifactError: it was closed, ended or exceeded a limit; it is closed then.
         """
         limits = {"seconds": seconds, "memory": memory}
         with self._lock:
@@ -68,7 +68,7 @@ class Worker:
             except (EOFError, OSError):
                 self._end()
                 raise self._ended(_why(self._process.poll(), seconds, memory)) from None
-            except BaseException:  # Ctrl-C between message and reply: the next reply would be this one's
+            except BaseException:  # Ctrl-C before the reply: the next call would read this call's reply
                 self._end()
                 raise
         if "fault" in reply:
@@ -84,10 +84,10 @@ class Worker:
 
 
 def _why(status: int | None, seconds: float, memory: int) -> str:
-    """Why a process stopped with this status: below zero, the number of a signal."""
+    """Why a process stopped. status: its exit status, or minus the number of a signal."""
     if status == -signal.SIGXCPU:
         return f"does not end: {seconds:.0f} seconds of processor time have passed"
-    if status == -signal.SIGABRT:  # so native code ends where memory is refused, too
+    if status == -signal.SIGABRT:  # native code also aborts where memory is refused
         return f"stopped: it aborted, or needs more than {memory / 2**30:.1f} GB of memory"
     return f"stopped (status {status})"
 
@@ -101,15 +101,15 @@ def send(stream: Any, message: dict[str, Any], data: bytes = b"") -> None:
 
 
 def serve(answer: Callable[[dict[str, Any], bytes], Any]) -> None:
-    """The worker's side: answer every message until the other side has gone.
+    """The worker's side: answer every message until the caller closes the pipe.
 
-    `answer` gets a message and its data; what it raises is a fault.
+    `answer` gets a message and its data; what it raises is sent as a fault.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what native code prints must not be taken for a reply
     requests = sys.stdin.buffer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; without it this one ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller; when that ends, so does this process
     try:
         while header := requests.read(16):
             length, data_length = struct.unpack("<QQ", header)
@@ -118,7 +118,7 @@ def serve(answer: Callable[[dict[str, Any], bytes], Any]) -> None:
             _limit(sent["seconds"], sent["memory"])
             try:
                 value = answer(sent["message"], data)
-            except BaseException as error:  # native libraries panic, which is no Exception
+            except BaseException as error:  # panics of native libraries are not Exceptions
                 lines = str(error).splitlines() or [type(error).__name__]
                 send(replies, {"fault": "".join(c if c.isprintable() else "?" for c in lines[0])[:300]})
             else:
@@ -128,7 +128,7 @@ def serve(answer: Callable[[dict[str, Any], bytes], Any]) -> None:
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """More processor time than `seconds` from now ends this process; more address space is refused to it."""
+    """From now on `seconds` of processor time end this process; on Linux it gets at most `memory` of address space."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limits = {resource.RLIMIT_CPU: math.ceil(used.ru_utime + used.ru_stime + seconds)}
     if sys.platform.startswith("linux"):

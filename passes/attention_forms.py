@@ -2,10 +2,10 @@
 
     sdpa(q, k, v, mask, scale)
     softmax(s) v                                       s = scale * q k^T + mask
-    softmax(cat((s, sink), -1))[..., :-1] v            a sink is a score of each head that weighs no value (GPT-OSS)
+    softmax(cat((s, sink), -1))[..., :-1] v            a sink is one more score of each head, without a value (GPT-OSS)
 
 q [1, H, T, d], k [1, H, S, d], v [1, H, S, e], mask [.., T, S], sink [1, H, T, 1]. The largest score may be subtracted
-before the softmax, and the mask be added, filled in or chosen by `where`.
+before the softmax, and the mask applied by add, masked_fill or where.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from moec.compiler.matching.read import (
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
-HIDDEN = torch.finfo(torch.float32).min / 2  # a score that becomes no weight
+HIDDEN = torch.finfo(torch.float32).min / 2  # scores at or below it get weight 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Side:
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """One attention: `node` is its result [1, H, T, e]. mask: as sdpa takes it, or a Node that is True where `hides`.
+    """One attention: `node` is its result [1, H, T, e]. mask: as sdpa takes it; with `hides`, True means hidden.
 
     readers: the nodes that read keys and values, with the operands by which they do.
     """
@@ -70,12 +70,12 @@ class AttentionForm:
     mask: Any
     hides: bool
     scale: float
-    sinks: Node | None  # [H]: its last view, if it is one
+    sinks: Node | None  # [H], or the last view of it
     readers: dict[Node, tuple[Node, ...]]
 
 
 def attention_forms(nodes: Iterable[Node]) -> list[AttentionForm | Stuck]:
-    """Every attention, in order; a Stuck for a softmax over four dimensions that is nearly one."""
+    """Every attention, in order; a Stuck with the reason for what is nearly one but has no known form."""
     found: list[AttentionForm | Stuck] = []
     for node in nodes:
         try:
@@ -107,7 +107,7 @@ class _Spelled:
         self._softmax = softmax
 
     def form(self) -> AttentionForm | None:
-        """None where no product of four dimensions reads the softmax: it is another one."""
+        """None if no product of four dimensions reads the softmax: it is not attention."""
         softmax = self._softmax
         weights = softmax
         kept = only_user(softmax)
@@ -155,7 +155,7 @@ class _Spelled:
         return q, keys, product
 
     def _without_largest(self, scores: Any) -> Node:
-        """x below x - max(x), which changes no softmax."""
+        """x of x - max(x), which has the same softmax; without such a difference the scores themselves."""
         pair = binary(scores, aten.sub.Tensor)
         if pair is None or not isinstance(pair[0], Node) or not isinstance(pair[1], Node):
             return _checked(scores)
@@ -163,30 +163,30 @@ class _Spelled:
         if is_op(largest, operator.getitem) and largest.args[1] == 0:
             largest = largest.args[0]
         if not is_op(largest, aten.max.dim, aten.amax.default) or largest.args[0] is not x:
-            raise Stuck(scores, "something but the largest score is subtracted from the scores")
+            raise Stuck(scores, "something other than the largest score is subtracted from the scores")
         if dim_of(largest, 1, "dim", rank(x)) != rank(x) - 1 or arg(largest, 2, "keepdim", False) is not True:
-            raise Stuck(scores, "the largest score is not that of each query")
+            raise Stuck(scores, "the largest score is not taken for each query")
         _alone(scores)
         if set(x.users) != {scores, largest}:
             raise Stuck(x, "the scores have another reader than this attention")
         return x
 
     def _without_sink(self, scores: Node, part: tuple[Node, int, int, int, int] | None) -> tuple[Node, Node | None]:
-        """(the scores of keys, the sink [H]), where one is beside them and is dropped behind the softmax."""
+        """(the scores of the keys, the sink [H] or None); the sink's weight is dropped after the softmax."""
         parts = scores.args[0] if is_op(scores, aten.cat.default) else None
         if not isinstance(parts, (list, tuple)) or dim_of(scores, 1, "dim", 4, 0) != 3:
             if part is not None:
-                raise Stuck(self._softmax, "a part of the weights is dropped that is no sink")
+                raise Stuck(self._softmax, "a part of the weights is dropped, and it is not a sink")
             return scores, None
         if len(parts) != 2 or static(shape(parts[1])[3]) != 1 or part is None:
-            raise Stuck(scores, "beside the scores of keys is something but one sink")
+            raise Stuck(scores, "something other than one sink is concatenated to the scores")
         size = int(shape(scores)[3])
         if part[1:] != (3, 0, size - 1, 1):
-            raise Stuck(self._softmax, "the weight of the sink is not what is dropped behind the softmax")
+            raise Stuck(self._softmax, "what is dropped after the softmax is not the weight of the sink")
         return _checked(parts[0]), _of_each_head(parts[1])
 
     def _mask(self, scores: Node) -> tuple[Node, Any, bool]:
-        """(scores without their mask, the mask or None, whether it is True where it hides)."""
+        """(scores without their mask, the mask or None, whether True in it means hidden)."""
         if is_op(scores, aten.masked_fill.Scalar) and _hides(scores.args[2]):
             return _node(scores.args[0]), scores.args[1], True
         if is_op(scores, aten.where.ScalarOther) and _hides(scores.args[2]):
@@ -201,8 +201,8 @@ class _Spelled:
 
 
 def _side(node: Node, term: str, wanted: str) -> Side | None:
-    """`node`, or what is below its transposes, with the letters `wanted` [batch, heads, rows, width]; one head may be
-    repeated over all."""
+    """`node`, or the input of its transposes, with the letters `wanted` [batch, heads, rows, width]; one head may be
+    broadcast to all."""
     batch, heads, rows, width = wanted
     for candidate, letters in ((node, term), untransposed(node, term)):
         for head in (heads, ONE):
@@ -212,7 +212,7 @@ def _side(node: Node, term: str, wanted: str) -> Side | None:
 
 
 def _scaled(node: Node) -> tuple[Node, float]:
-    """(x, c) of c * x, for numbers."""
+    """(x, c) of `node` = c * x, c a number."""
     scale = 1.0
     while True:
         if (pair := with_scalar(node, aten.mul.Tensor)) is not None:
@@ -229,7 +229,7 @@ def _are_scores(node: Any) -> bool:
 
 
 def _of_each_head(sink: Any) -> Node:
-    """The values [H] that [1, H, T, 1] repeats over its tokens. Stuck where a token has its own."""
+    """The values [H] that [1, H, T, 1] repeats over its tokens. Stuck if they differ between tokens."""
     source = sink
     if is_op(source, aten.expand.default):
         source = source.args[0]
@@ -258,6 +258,6 @@ def _checked(node: Any) -> Node:
 
 
 def _alone(node: Node) -> None:
-    """Nothing but the attention reads its scores: they would have to be computed beside it."""
+    """Stuck if anything else reads the scores, which fused attention does not return."""
     if len(node.users) != 1:
         raise Stuck(node, "the scores have another reader than this attention")

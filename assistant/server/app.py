@@ -1,8 +1,8 @@
-"""The HTTP interface: routes, who may use it, and what a client that misbehaves is told.
+"""The HTTP interface: routes, access checks, and the errors that clients get.
 
-Bodies are read up to a limit and refused before that where their length says so. POST takes `application/json` alone,
-which a page of another origin cannot send without asking first, and is not told yes; where no token is needed the Host
-must name this machine, so that no name that an attacker's DNS points here passes for it.
+Bodies above a limit are refused, before they are read where Content-Length gives their size. POST accepts only
+`application/json`: a browser sends that to another origin only after a CORS preflight, which this server does not
+grant. Without a token the Host header must name this machine, so that DNS rebinding does not reach the server.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; base-uri 'none'; \
 form-action 'none'; frame-ancestors 'none'"
 )
-_MOST_PROMPTS = 64  # of one completion
-_LENGTH_DIGITS = 20  # of a Content-Length
+_MOST_PROMPTS = 64  # in one completion request
+_LENGTH_DIGITS = 20  # of a Content-Length that is converted to a number
 
 
 @dataclass(frozen=True)
 class Settings:
-    """token: what clients must bring; None on a loopback address alone. most_bytes: of a body. created: a Unix time.
-    conversations: whose caches are kept."""
+    """token: what clients must send; None only on a loopback address. most_bytes: of a body. created: Unix time of the
+    model's entry. conversations: how many keep their caches."""
 
     model: str
     token: str | None = None
@@ -124,7 +124,7 @@ class Server:
             host = request.headers.get("host", "")
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
             if name.lower() not in _LOOPBACK:
-                raise BadRequest("this server answers to localhost alone", status=403, code="host")
+                raise BadRequest("this server answers only requests to localhost", status=403, code="host")
         elif not open_to_all:
             scheme, _, token = request.headers.get("authorization", "").partition(" ")
             given, wanted = token.strip().encode(), self.settings.token.encode()
@@ -152,7 +152,7 @@ class Server:
         if kind != "application/json":
             raise BadRequest("send Content-Type: application/json", status=415)
         length = request.headers.get("content-length")
-        # longer than a number of bytes can be: Python reads no number of thousands of digits
+        # digits are counted first: Python refuses to convert numbers of thousands of digits
         if length is not None and (not length.isdecimal() or len(length) > _LENGTH_DIGITS or int(length) > most):
             raise BadRequest(f"a body of {length[:20]} bytes; at most {most} are read", status=413)
         found = bytearray()
@@ -162,7 +162,7 @@ class Server:
                 raise BadRequest(f"a body of more than {most} bytes", status=413)
         return bytes(found)
 
-    # --- what is small ------------------------------------------------------------------------------------------------
+    # --- health, metrics, models, page --------------------------------------------------------------------------------
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok", "model": self.settings.model})
@@ -231,7 +231,7 @@ class Server:
             if not 0 < len(body.prompts) <= _MOST_PROMPTS:
                 raise BadRequest(f"{len(body.prompts)} prompts; give 1 to {_MOST_PROMPTS}", param="prompt")
             if body.stream and (len(body.prompts) > 1 or body.echo):
-                raise BadRequest("a stream is of one prompt, without echo", param="stream")
+                raise BadRequest("a stream takes one prompt and no echo", param="stream")
             limits = body.limits(self.assistant.sampling, body.most, body.logprobs)
             format = body.format()
             top = body.logprobs if body.echo and body.logprobs is not None else None
@@ -273,12 +273,12 @@ class Server:
         return {"index": index, "text": before + answer.text, "finish_reason": reason, "logprobs": logprobs}
 
     async def _prepared(self, make: Callable[[], Any]) -> Any:
-        """What a body asks for; tokenizing and rendering happen beside the event loop. BadRequest."""
+        """What `make` returns; it tokenizes and renders, and so runs in a thread. BadRequest."""
         try:
             return await run_in_threadpool(make)
         except RunError as error:
             raise refused(error) from None
-        except UserError as error:  # a template that fails on what was said
+        except UserError as error:  # the chat template fails on these messages
             raise BadRequest(error.message, status=500, code="model_error") from None
 
     def _job(self, prompt: Prompt, limits: Any, format: Any, score_prompt: int | None = None) -> Job:
@@ -291,9 +291,9 @@ class Server:
         return Job(prompt, limits, format, score_prompt)
 
     async def _events(self, request: Request, job: Job) -> AsyncGenerator[Scores | Step | Ended, None]:
-        """The events of a job; it is cancelled when its client leaves or nobody iterates on. ClientDisconnect."""
+        """The events of a job, which is cancelled when its client disconnects (ClientDisconnect) or this is closed."""
         left = asyncio.ensure_future(_disconnected(request))
-        left.add_done_callback(lambda _: self.engine.cancel(job))  # even if nobody iterates on
+        left.add_done_callback(lambda _: self.engine.cancel(job))  # also while nobody iterates
         first, ended = True, False
         try:
             while True:
@@ -341,7 +341,7 @@ class Server:
         raise AssertionError("a job ends with Ended")
 
     async def _streamed(self, request: Request, job: Job, shape: _Stream, with_usage: bool) -> Response:
-        """A stream whose status waits for the first event: a fault of the request is a status, not an event."""
+        """A stream whose HTTP status waits for the first event, so that a faulty request gets an error status."""
         events = self._events(request, job)
         first = await anext(events)
         if isinstance(first, Ended) and (first.error is not None or first.answer is None):
@@ -375,7 +375,7 @@ class Server:
 
 
 class _Stream:
-    """Shapes the steps of one answer; one subclass for each endpoint. `base`: what is the same in all of its events."""
+    """The events of one answer; a subclass for each endpoint. base: the fields that all of them have."""
 
     def __init__(self, server: Server, base: dict[str, Any], *, logprobs: bool) -> None:
         self._server, self._logprobs = server, logprobs
@@ -443,7 +443,7 @@ def _fault(ended: Ended) -> BadRequest:
     if isinstance(ended.error, RunError):
         return refused(ended.error)
     if ended.error is None:
-        return BadRequest("the server stops", status=503, code="stopping")
+        return BadRequest("the server is shutting down", status=503, code="stopping")
     return BadRequest("the model failed; the server's log says why", status=500, code="model_error")
 
 

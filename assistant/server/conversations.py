@@ -1,4 +1,4 @@
-"""Sessions over one model, one for each of the conversations that were answered last."""
+"""Sessions of one model, one for each of the most recent conversations."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from moec.compiler.errors import RunError
 from moec.compiler.target import Session
 
 log = logging.getLogger("moec.server")
-_LOST = 64  # tokens of another conversation that are given up rather than that a session is copied
+_LOST = 64  # cached tokens that may be discarded to reuse a session; to keep more, it is copied
 
 
 class Conversations:
-    """`take` a session for a prompt: the one that begins like it, or a copy of it where it goes on otherwise.
+    """`take` gives the session that shares the longest prefix with a prompt, or a copy if it continues differently.
 
-    most: sessions kept, each with caches of its own; the one that was not used for the longest time goes first.
+    most: sessions kept, each with its own caches; the least recently used one is closed first.
     """
 
     def __init__(self, session: Session, most: int) -> None:
         self._most = most
-        self._sessions = [session]  # the one used last is the last
+        self._sessions = [session]  # the most recently used one is last
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def take(self, ids: Sequence[int]) -> Session:
-        """The session that holds the most of a prompt's beginning; what it holds behind that is of no use to others."""
+        """A session that holds the longest known prefix of `ids`; the caller may overwrite what follows it."""
         same = {id(s): shared_length(s.tokens, ids) for s in self._sessions}
         best = max(self._sessions, key=lambda s: (same[id(s)], -s.position))
         if best.position - same[id(best)] > _LOST and self._most > 1:
@@ -38,12 +38,15 @@ class Conversations:
         return best
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close every session."""
         for session in self._sessions:
             session.close()
 
     def _copy(self, best: Session, same: int) -> Session:
-        """A session with the first `same` tokens of `best`; `best` itself where there can be no other."""
+        """A fork of `best`, rewound to its first `same` tokens, or to 0 where sessions only rewind to the beginning.
+
+        `best` itself if no second session can be opened.
+        """
         try:
             made = best.fork()
         except RunError as error:

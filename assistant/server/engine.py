@@ -1,7 +1,7 @@
-"""One session behind a queue: requests are answered one after the other, each can be cancelled at any moment.
+"""The queue in front of the sessions: requests are answered one after the other and can be cancelled at any time.
 
-The queue has a limit, so that a client is told at once that it has to wait, rather than waiting without end. The thread
-that computes is the only one that touches the session; what it finds goes to the event loop of whoever asked.
+The queue is bounded, so that a client learns at once that the server is busy instead of waiting without end. Only the
+worker thread uses the sessions; it sends its results to the event loop of each request.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _SCORED = 64  # tokens whose logits are held at once while a prompt is scored
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue is full, or the server is shutting down."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """log p of every token of a prompt but the first, which nothing comes before."""
+    """Log-probabilities of the tokens of a prompt, except the first, which has no context."""
 
     scores: Sequence[TokenScore]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is over; `error` is what ended it, None if it ended as it should."""
+    """The end of a job. error: why it failed, else None. answer: None if the job ended before its answer began."""
 
     answer: Answer | None
     error: Exception | None = None
@@ -53,7 +53,7 @@ Event = Scores | Step | Ended
 
 @dataclass(eq=False)
 class Job:
-    """A prompt with all that is asked of it. score_prompt: of how many likeliest tokens, None for no scores."""
+    """One request. score_prompt: score the prompt too, with so many likeliest tokens at each position; None: do not."""
 
     prompt: Prompt
     limits: Limits
@@ -65,9 +65,9 @@ class Job:
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
 
     def tell(self, event: Event) -> None:
-        """From any thread."""
+        """Send an event to the request; from any thread."""
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def event(self) -> Event:
@@ -76,7 +76,7 @@ class Job:
 
 
 class Engine:
-    """Answers jobs. most_waiting: of jobs beside the one that runs. conversations: whose caches are kept."""
+    """Answers jobs. most_waiting: jobs besides the running one. conversations: how many keep their caches."""
 
     def __init__(self, assistant: Assistant, session: Session, *, most_waiting: int, conversations: int = 1) -> None:
         self.assistant, self.most_waiting, self.context = assistant, most_waiting, session.context
@@ -98,7 +98,7 @@ class Engine:
         return int(self._running is not None)
 
     def submit(self, job: Job) -> None:
-        """Let a job wait for its turn; its events go to the event loop that this is called in. QueueFull."""
+        """Queue a job; its events go to the event loop in which this is called. QueueFull."""
         job._loop = asyncio.get_running_loop()
         with self._changed:
             if self._stopping or len(self._waiting) >= self.most_waiting:
@@ -115,7 +115,7 @@ class Engine:
                 job.tell(Ended(None))
 
     def stop(self) -> None:
-        """Cancel all and end the thread."""
+        """Cancel all jobs and end the thread."""
         with self._changed:
             self._stopping = True
             for job in [*self._waiting, *([self._running] if self._running else [])]:
@@ -150,7 +150,7 @@ class Engine:
             for step in answer.steps():
                 job.tell(step)
             return Ended(answer)
-        except Exception as error:  # whatever one request brings, the next is answered
+        except Exception as error:  # a request that fails must not end the thread, which answers the next
             if not isinstance(error, RunError):
                 log.exception("a request failed")
             return Ended(answer, error)
@@ -171,9 +171,9 @@ class Engine:
             except RunError as error:
                 if size == 1 or "last token only" not in error.message:
                     raise
-                size = 1  # the artifact gives one row a call
+                size = 1  # the artifact returns one row of logits per call
                 if not self._warned:
-                    log.warning("the artifact gives the last row of logits only: prompts are scored token by token")
+                    log.warning("the artifact returns only the last row of logits: prompts are scored token by token")
                     self._warned = True
                 continue
             following = ids[begin + 1 : begin + len(chunk) + 1]

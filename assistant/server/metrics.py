@@ -1,4 +1,4 @@
-"""Counts of a server in Prometheus' text format (version 0.0.4)."""
+"""Metrics of a server in Prometheus' text format (version 0.0.4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _COUNTERS = {
     "moec_requests_total": "Requests answered, by path and HTTP status.",
     "moec_prompt_tokens_total": "Tokens of prompts.",
-    "moec_reused_tokens_total": "Tokens of prompts that the session held from the request before.",
+    "moec_reused_tokens_total": "Tokens of prompts that a session already held.",
     "moec_generated_tokens_total": "Tokens of answers.",
     "moec_cancelled_total": "Requests whose client left.",
     "moec_answer_seconds_sum": "Time from request to last token.",
@@ -25,7 +25,7 @@ _COUNTERS = {
 
 
 class Metrics:
-    """gauges: read when somebody asks, by name with its help."""
+    """Counters, and gauges: name -> (help, function), called whenever the text is made."""
 
     def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         self._gauges = dict(gauges)
@@ -50,7 +50,7 @@ class Metrics:
 
 
 def resident_bytes() -> float:
-    """Memory of this process that is in RAM; its peak where the system tells no more."""
+    """Resident memory of this process; its peak on systems without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * float(os.sysconf("SC_PAGE_SIZE"))
     except (OSError, ValueError):

@@ -25,7 +25,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 
 def finish_reason(answer: Answer) -> str:
-    """`tool_calls`, `length` or `stop`; an answer that was cancelled has nobody who reads it."""
+    """`tool_calls`, `length` or `stop`, which a cancelled answer has too: nobody reads it."""
     return "tool_calls" if answer.calls else _REASONS.get(answer.stats.stopped, "stop")
 
 
@@ -44,7 +44,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 def tool_calls(
     calls: Sequence[ToolCall], identity: str, *, first: int = 0, indexed: bool = False
 ) -> list[dict[str, Any]]:
-    """identity: of the answer, which the ids of its calls begin with."""
+    """identity: the answer's, a part of the ids of its calls."""
     found = []
     for index, call in enumerate(calls, first):
         function = {"name": call.name, "arguments": call.arguments}
@@ -64,19 +64,19 @@ def message(answer: Answer, identity: str) -> dict[str, Any]:
 
 
 class TokenTexts:
-    """Tokens as text and bytes, remembered: the likeliest ones are the same again and again."""
+    """Texts of tokens, cached: the likeliest tokens recur."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
 
     def text(self, token: int) -> str:
-        """What a token adds behind another; U+FFFD where it is a part of a character."""
+        """What a token adds after another one; U+FFFD where it is a part of a character."""
         if token not in self._known:
             if len(self._known) > 100_000:
                 self._known.clear()
             whole = self._tokenizer.decode([token, token], skip_special_tokens=False)
-            # decoders strip the space of a beginning: the second of two is as it stands in a text
+            # decoders strip a space at the beginning of a text, so the token is decoded twice in a row
             half = len(whole) // 2
             once = self._tokenizer.decode([token], skip_special_tokens=False)
             self._known[token] = whole[len(once) :] if whole.startswith(once) and len(whole) > half else once
@@ -93,7 +93,7 @@ class TokenTexts:
         return {"content": content, "refusal": None}
 
     def completion(self, scores: Sequence[TokenScore | None], tokens: Sequence[int], offset: int = 0) -> dict[str, Any]:
-        """`logprobs` of a choice of a completion; None stands for a first token, which nothing comes before."""
+        """`logprobs` of a choice of a completion; None: a first token, which has no context."""
         texts = [self.text(token) for token in tokens]
         offsets, at = [], offset
         for text in texts:
@@ -109,6 +109,6 @@ class TokenTexts:
 
 
 def _with_own(given: TokenScore) -> list[tuple[int, float]]:
-    """The likeliest tokens with the one that was taken."""
+    """The likeliest tokens, and the chosen one if it is not among them."""
     own = [] if any(token == given.token for token, _ in given.top) else [(given.token, given.log_probability)]
     return [*given.top, *own]

@@ -1,7 +1,7 @@
-"""What clients may ask for: bodies of /v1/chat/completions and /v1/completions, checked.
+"""Bodies of /v1/chat/completions and /v1/completions, checked.
 
 Fields are OpenAI's, and `top_k`, `min_p`, `repetition_penalty`, `regex`, `grammar`, `chat_template_kwargs`.
-A field that is not known is refused: what is asked for and not done would be silent.
+An unknown field is refused, so that no request is silently ignored in part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moec.assistant.structured import Format
 from moec.compiler.errors import RunError
 
 _MOST_TOKENS = 1 << 31
-_ID_DIGITS = 10  # of a token id; Python reads no number of thousands
+_ID_DIGITS = 10  # of a token id; Python refuses to convert numbers of thousands of digits
 _Tokens = Annotated[int, Field(ge=0, lt=_MOST_TOKENS)]
 
 
@@ -51,7 +51,7 @@ class _Body(BaseModel):
     max_tokens: _Tokens | None = None
     regex: str | None = None
     grammar: str | None = None
-    # read and of no effect on one model that keeps nothing
+    # accepted without effect: they choose among services or what a service stores
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -60,12 +60,12 @@ class _Body(BaseModel):
     prompt_cache_key: str | None = None
 
     def limits(self, default: Sampling, most: int | None, top_scores: int | None) -> Limits:
-        """How the answer is drawn: what the body leaves out is the model's recommendation, the seed is drawn.
+        """The limits of the answer: what the body omits is as the model recommends, an omitted seed is random.
 
-        RunError for values out of range.
+        BadRequest, or RunError for values out of range.
         """
         if self.n not in (None, 1):
-            raise BadRequest(f"n {self.n}: one answer to a request", param="n")
+            raise BadRequest(f"n {self.n}: only one answer per request", param="n")
         biases = None
         if self.logit_bias is not None:
             if not all(key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS for key in self.logit_bias):
@@ -115,11 +115,11 @@ class ChatBody(_Body):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def offered_tools(self) -> list[Any] | None:
-        """The tools that the template is told of."""
+        """The tools that the prompt lists: none where the answer may not call one."""
         return None if self.tool_choice == "none" else self.tools
 
     def must_call(self) -> tuple[bool, str | None]:
-        """Whether the answer must call a tool, and the one that it must call. BadRequest."""
+        """(Whether the answer must call a tool, its name or None for any). BadRequest."""
         given = self.tool_choice
         if given in (None, "auto", "none"):
             return False, None
@@ -131,7 +131,7 @@ class ChatBody(_Body):
             what = 'tool_choice: use auto, none, required or {"type": "function", "function": {"name": ...}}'
             raise BadRequest(what, param="tool_choice")
         if self.format() is not None:
-            raise BadRequest("tool_choice: a call and another format at once", param="tool_choice")
+            raise BadRequest("tool_choice: a required call excludes other formats", param="tool_choice")
         return True, name
 
     def variables(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class ChatBody(_Body):
         return {**effort, **(self.chat_template_kwargs or {})}
 
     def format(self) -> Format | None:
-        """What the answer must be. RunError, BadRequest."""
+        """The format that the answer must have, or None. RunError, BadRequest."""
         given = self.response_format or {"type": "text"}
         kind, schema = given.get("type"), None
         if kind == "json_object":
@@ -185,7 +185,7 @@ B = TypeVar("B", bound=_Body)
 
 
 def parsed(raw: bytes, kind: type[B], model: str) -> B:
-    """A body; BadRequest for what is no JSON, is not known, or is of another model."""
+    """A checked body; BadRequest for what is not JSON, unknown or wrong fields, and another model's name."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -205,7 +205,7 @@ def parsed(raw: bytes, kind: type[B], model: str) -> B:
 
 
 def refused(error: RunError) -> BadRequest:
-    """A fault of what was asked for, as the client is told of it."""
+    """What the client is told of a fault in its request."""
     param = error.place if error.place is not None and "/" not in error.place else None
     message = error.message if error.place is None else f"{error.place}: {error.message}" if param else error.message
     return BadRequest(f"{message}; {error.remedy}" if error.remedy else message, param=param)

@@ -5,7 +5,7 @@ width. q [1, T, H, d], k [1, T, KV, d], v [1, T, KV, e], caches [1, S, KV, d or 
 at positions start_pos .. start_pos+T-1, then query t (position p = start_pos+t) attends to the cache positions j with
 j <= p and, when window > 0, p - j < window. Returns [1, T, H*e].
 
-sinks float32 [H]: a score of each head beside those of its keys, in the sum of the softmax and with no value (gpt-oss).
+sinks float32 [H]: one more score of each head, which adds to the sum of the softmax and has no value (GPT-OSS).
 
 A cache holds float32 or, with scales beside it, INT8 codes: k_scale and v_scale float32 [1, S, KV], one per position
 and head. k and v are then rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over

@@ -1,9 +1,10 @@
-"""From a legal graph to ExecuTorch's edge dialect by renaming operators, where that is all there is to do.
+"""From a legal graph to ExecuTorch's edge dialect, operator by operator, for graphs of operators that have a rule here.
 
-`to_edge_transform_and_lower` decomposes, functionalizes and traces a graph again about ten times, which is most of a
-compile. A fused decoder holds some plain operators besides `moec`'s own; a model of another source also the arithmetic
-of its rotary embedding, and what lies between layers with a state. Those are renamed one by one here, which gives the
-same program as ExecuTorch's function. A graph with any other operator gives None, and goes through that function.
+`to_edge_transform_and_lower` decomposes, functionalizes and retraces a graph about ten times, which is most of a
+compile. A fused decoder has a few plain operators besides `moec`'s own; models of other sources also have the
+arithmetic of their rotary embedding, and what lies between layers with a state. Most are only renamed here, some
+rewritten in a few others (silu, softplus, split), which gives the same program as ExecuTorch's function. For a graph
+with any other operator the result is None, and the caller takes that function.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.fx import Graph, Node
 from moec.compiler.program import copy_graph
 
 aten = torch.ops.aten
-# ExecuTorch's edge dialect has no views: its memory planner elides the copies that need not happen
+# ExecuTorch's edge dialect has no views: its memory planner removes the copies that are not needed
 VIEWS = {
     aten.view.default: aten.view_copy.default,
     aten.reshape.default: aten.view_copy.default,
@@ -70,11 +71,11 @@ class InPlaceEdgeVerifier(Verifier):
         return (torch.fx.GraphModule, LoweredBackendModule, torch.Tensor)
 
 
-InPlaceEdgeVerifier.dialect = "TRAINING"  # torch lets operators write their arguments in the dialect of this name only
+InPlaceEdgeVerifier.dialect = "TRAINING"  # the only dialect in which torch lets operators write their arguments
 
 
 def plain_edge_program(exported: ExportedProgram) -> ExportedProgram | None:
-    """The program in edge dialect, caches declared as mutated buffers; None if a new name is not enough somewhere."""
+    """The program in edge dialect, caches declared as mutated buffers; None if an operator has no rule."""
     graph = copy_graph(exported.graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -139,7 +140,7 @@ def _by_number(node: Node) -> bool:
 
 
 def _numbers_to_tensors(graph: Graph, root: torch.nn.Module) -> None:
-    """Makes operands that are numbers tensors of no dimension, as the edge dialect has them: constants in `root`."""
+    """Replace operands that are numbers by 0-dimensional constants of `root`, as the edge dialect has them."""
     arithmetic = {aten_to_edge(target) for target in ARITHMETIC}
     for node in graph.nodes:
         if node.target not in arithmetic or isinstance(node.args[1], Node):
@@ -172,7 +173,7 @@ def _expand_square(graph: Graph, node: Node) -> None:
 
 
 def _expand_softplus(graph: Graph, node: Node) -> None:
-    """softplus(x) = log(1 + exp(x)), and x where that is x."""
+    """softplus(x) = log(1 + exp(x)), and x above 20, as torch defines it."""
     x: Any = node.args[0]
     with graph.inserting_before(node):
         exp = graph.call_function(aten_to_edge(aten.exp.default), (x,))
@@ -208,7 +209,7 @@ def _expand_arange(graph: Graph, node: Node) -> None:
 
 
 def _mutations(exported: ExportedProgram, graph: Graph) -> list[OutputSpec]:
-    """Return the caches that operators write as mutated buffers: what functionalization would have found."""
+    """Make the caches that operators write outputs of `graph`; their specs, as functionalization would give them."""
     buffers = {s.arg.name: str(s.target) for s in exported.graph_signature.input_specs if s.kind == InputKind.BUFFER}
     written: dict[Node, str] = {}
     for node in graph.nodes:

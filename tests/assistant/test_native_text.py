@@ -51,7 +51,7 @@ UNKNOWN: dict[str, tuple[Tokenizer, str]] = {
         faulty(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.NFKC()])),
         "the normalizer NFKC",
     ),
-    "cut": (faulty(pre_tokenizer=pre_tokenizers.Whitespace()), "not of bytes"),
+    "cut": (faulty(pre_tokenizer=pre_tokenizers.Whitespace()), "not byte-level"),
     "behavior": (
         faulty(
             pre_tokenizer=pre_tokenizers.Sequence(

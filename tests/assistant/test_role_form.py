@@ -70,16 +70,16 @@ def test_what_a_form_says() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", "tells the date"),
+        ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", "contains the date"),
         ("{% for m in messages %}{{ loop.index }}{{ m.content }}|{% endfor %}", "the first question otherwise"),
         ("{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.content }}|{% endfor %}", "a content 2 times"),
         ("{% for m in messages %}{{ m.role }}{{ m.content | upper }}|{% endfor %}", "a content 0 times"),
         ("{{ messages[-1].content }}", "once it is answered"),
         ("{% for m in messages %}{{ m.role }}:{{ m.content | replace('é', 'e') }}|{% endfor %}",
-         "otherwise than other"),
+         "differently from other"),
         ("{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
          "{{ messages | length if messages | length > 5 }}",
-         "otherwise than other"),
+         "differently from other"),
         ("{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.content == '\n' %}{{ raise_exception('empty') }}"
          "{% endif %}|{% endfor %}", "refuses a conversation of turns"),
     ],
@@ -96,7 +96,7 @@ def test_what_compiling_writes(tmp_path: Path) -> None:
     assert write_form(tmp_path) == (("chat_roles.json",), ())
     found = json.loads((tmp_path / "chat_roles.json").read_text())
     assert (found["format"], found["answer"]) == (1, "<|im_start|>assistant\n")
-    for text, why in (("{{ strftime_now('%Y') }}", "since it tells the date"), ("{% for %}", "not a chat template")):
+    for text, why in (("{{ strftime_now('%Y') }}", "since it contains the date"), ("{% for %}", "not a chat template")):
         file.write_text(text)
         files, (note,) = write_form(tmp_path)
         assert files == ()

@@ -1,8 +1,8 @@
 """`python -m tests.fuzz SECONDS [TARGET...]`: every reader on mutants, SECONDS each. Exit status 1 if any failed.
 
 A target is a file of tests/fuzz/targets with an object TARGET (harness.py), a coverage-guided one a file of
-tests/fuzz/native with LLVMFuzzerTestOneInput. What failed is left in build/fuzz/TARGET. Once it is mended, the smallest
-form of it goes to tests/fuzz/corpus/TARGET/WHAT-IT-IS.found, which every run tries first.
+tests/fuzz/native with LLVMFuzzerTestOneInput. Inputs that failed are left in build/fuzz/TARGET. Once the fault is
+fixed, the smallest such input goes to tests/fuzz/corpus/TARGET/WHAT-IT-IS.found, which every run tries first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
         for found, what in harness.replay(target, folder).items():
-            print(f"{name}: {found}, which was found before: {what}", flush=True)
+            print(f"{name}: {found}, an input that was found before: {what}", flush=True)
             failed += 1
         outcome = harness.run(target, folder, seconds=options.seconds, seed=seed)
         found = (

@@ -1,6 +1,6 @@
-"""Runs a target on mutants in a process that may die: what kills it, hangs it or fills the memory is kept and counted.
+"""Runs a target on mutants in a child process: mutants that crash it, hang it or fill the memory are kept and counted.
 
-Mutant number i of a run is made from the target's name, the run's seed and i alone, so that a failure is found again.
+Mutant number i of a run depends only on the target's name, the run's seed and i, so that a failure can be reproduced.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 class Target(Protocol):
-    """One reader: a file in tests/fuzz/targets with an object `TARGET` is found by its name."""
+    """A reader to be tried: the object `TARGET` of a file in tests/fuzz/targets, which has its name."""
 
     name: str
 
     def seeds(self, folder: Path) -> Sequence[bytes]:
-        """Inputs that the reader takes, made or read; called once."""
+        """Inputs that the reader accepts. Called once before a run; `folder` is for its files."""
 
     def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
         """One mutant."""
 
     def run(self, data: bytes, folder: Path) -> None:
-        """Give `data` to the reader. A refusal is no failure; every other exception is one."""
+        """Give `data` to the reader. A refusal is not a failure; every other exception is."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ def run(target: Target, folder: Path, *, seconds: float, seed: int = 0, most: in
 
 
 def replay(target: Target, folder: Path) -> dict[str, str]:
-    """Every file corpus/TARGET/*.found, once: what was found before. Name -> what happened, if it failed."""
+    """Every input that was found before, corpus/TARGET/*.found, once. Name -> what happened, of those that fail."""
     target.seeds(folder)
     progress, failures = mmap.mmap(-1, 16), {}
     for file in sorted((CORPUS / target.name).glob("*.found")):
@@ -90,7 +90,7 @@ def _fork(body: Callable[[], None]) -> int:
     if child:
         return child
     try:
-        faulthandler.disable()  # what ends a child is told by its status, not by pages of frames
+        faulthandler.disable()  # the exit status says what ended a child: no pages of stack frames
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         body()
         os._exit(0)
@@ -139,7 +139,7 @@ def _watch(child: int, progress: mmap.mmap) -> str | None:
 
 
 def _cpu_hang(since: float) -> bool:
-    # other processes of a busy machine take their share of the clock
+    # on a busy machine the child has the processor for a share of the time only
     share = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     return time.monotonic() - since > HANG_S * share
 

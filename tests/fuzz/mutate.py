@@ -14,7 +14,7 @@ INTERESTING = (0, 1, 2, 3, 7, 8, 255, 4096, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 
 
 
 def flip(rng: random.Random, data: bytes) -> bytes:
-    """Bits, bytes, pieces moved, removed, repeated, cut off."""
+    """`data` with bits or bytes changed, pieces removed or repeated, numbers overwritten, or the end cut off."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         if not out:

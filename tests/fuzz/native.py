@@ -1,7 +1,7 @@
-"""Coverage-guided targets in C++: tests/fuzz/native/NAME_fuzz.cpp under libFuzzer, ASan and UBSan, where clang is.
+"""Coverage-guided targets in C++: tests/fuzz/native/NAME_fuzz.cpp under libFuzzer, ASan and UBSan, if there is clang.
 
-The first lines of a target's file name what it needs: `// sources: A B` and, of the targets in Python whose seeds it
-takes parts of, `// seeds: NAME`.
+Comments at the top of a target's file name what it needs: `// sources: A B`, the files to compile with it, and
+`// seeds: NAME`, a target in Python whose `parts` are its first inputs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _named(name: str, what: str) -> list[str]:
 
 
 def _seeds(name: str, folder: Path) -> list[str]:
-    """Folders of inputs to begin with: what the reader takes, and what was found before."""
+    """Folders of inputs to begin with: accepted ones, and those that were found before."""
     made = folder / "seeds"
     made.mkdir(exist_ok=True)
     for target in _named(name, "seeds"):

@@ -1,4 +1,4 @@
-"""Every fuzz target for a second or two, always the same mutants; and that the harness sees what it must see.
+"""Every fuzz target for a second or two, always on the same mutants; and that the harness detects failures.
 
 The targets are slow tests: every change runs them for a minute each (`make fuzz`, `.ci/run`).
 """
@@ -17,7 +17,7 @@ import pytest
 
 from tests.fuzz import harness, native
 
-# A tokenizer is a process of its own: a start of Python for each mutant.
+# Each mutant of a tokenizer starts a Python process.
 SECONDS = {"tokenizer": 10}
 TARGETS = sorted(file.stem for file in (Path(__file__).parent / "targets").glob("*.py"))
 
@@ -47,7 +47,7 @@ def test_a_native_reader_survives(name: str, tmp_path: Path) -> None:
 
 
 class Faulty:
-    """Fails as it is told from its fifth mutant on."""
+    """Fails as it is told, on the mutants whose only byte is below 60."""
 
     name = "faulty"
 

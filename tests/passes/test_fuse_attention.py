@@ -440,13 +440,13 @@ def _scaled_per_head(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
 
 NEARLY: list[tuple[dict[str, Callable[..., Any]], str]] = [
     ({"beside": _own_of_each_token}, "sink is not one score of each head"),
-    ({"beside": _two_sinks, "kept": _without_two}, "something but one sink"),
-    ({"beside": _in_front}, "something but one sink"),
+    ({"beside": _two_sinks, "kept": _without_two}, "something other than one sink"),
+    ({"beside": _in_front}, "something other than one sink"),
     ({"kept": _without_the_first_key}, "not what is dropped"),
     ({"scores": _capped}, "not scale"),
     ({"scores": _scaled_per_head}, "not scale"),
-    ({"shifted": _mean_subtracted}, "something but the largest score"),
-    ({"shifted": _largest_of_all}, "not that of each query"),
+    ({"shifted": _mean_subtracted}, "something other than the largest score"),
+    ({"shifted": _largest_of_all}, "not taken for each query"),
     ({"masked": _weak}, "not scale"),
     ({**NO_SINK, "weigh": _read_beside}, ""),
     ({**NO_SINK, "weigh": _heads_turned}, ""),

@@ -115,7 +115,7 @@ def test_a_type_that_is_not_known(released: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "reason"), [(255, "is no number"), (200, r"is 2\^73, outside"), (90, r"is 2\^-37, outside")]
+    ("scale", "reason"), [(255, "is NaN"), (200, r"is 2\^73, outside"), (90, r"is 2\^-37, outside")]
 )
 def test_scales_that_no_code_of_ours_has(released: Path, tmp_path: Path, scale: int, reason: str) -> None:
     folder = changed(released, tmp_path, "down_proj_scales", lambda t: torch.full_like(t, scale))

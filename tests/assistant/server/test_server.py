@@ -308,7 +308,7 @@ def test_malformed_completions_are_refused(small: Running) -> None:
         ({"prompt": [-1]}, "-1 is not in the vocabulary"),
         ({"prompt": ""}, "no tokens"),
         ({"prompt": "x" * 1000}, "the context holds 512"),
-        ({"prompt": ["a", "b"], "stream": True}, "a stream is of one prompt"),
+        ({"prompt": ["a", "b"], "stream": True}, "a stream takes one prompt"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ]:
         reply = post(small, body, "/v1/completions")

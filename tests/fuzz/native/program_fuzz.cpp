@@ -1,6 +1,6 @@
 // The structure checks of a .pte (program_check.h) on any bytes: no read outside them, no undefined arithmetic.
 // An input is the program of a file, a piece of the file in which payloads of delegates lie, and four bytes that say where
-// in the file the piece begins. The rest of the file, weights that the check does not read, is taken for zeros.
+// in the file the piece begins. The rest of the file, weights that the check does not read, reads as zeros.
 // sources: runtime/runner/program_check.cpp runtime/runner/program_values.cpp runtime/runner/program_calls.cpp runtime/runner/xnnpack_check.cpp runtime/runner/operator_table.cpp
 // seeds: pte
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint64_t kFile = 1 << 19;  // bytes of the file that an input stands for
 
-// A block of exactly that length: what is read behind it is found.
+// A copy in an allocation of exactly that length: AddressSanitizer finds reads past its end.
 std::unique_ptr<uint8_t[]> copy(const uint8_t* data, uint64_t length) {
   std::unique_ptr<uint8_t[]> made(new uint8_t[length]);
   if (length > 0) std::memcpy(made.get(), data, length);
@@ -40,7 +40,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     segments.push_back(std::unique_ptr<uint8_t[]>(new uint8_t[bytes]()));
     uint8_t* found = segments.back().get();
     for (uint64_t i = 0; i < bytes; ++i) {
-      const uint64_t at = offset + i - begin;  // wraps in front of the piece
+      const uint64_t at = offset + i - begin;  // before the piece it wraps around to a large number
       if (at < piece_bytes) found[i] = piece[at];
     }
     return found;

@@ -1,7 +1,7 @@
 """The kernels' C API: sizes and formats at random, buffers of nearly or exactly the right length.
 
-A mutant is the seed of a call. Every buffer ends where a page begins that may not be touched, so that an access behind
-one ends the process.
+A mutant is the random seed of a call. Every buffer ends where an inaccessible page begins, so that an access past its
+end kills the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experts in MXFP4: blocks and scales of a safetensors file under a config.json that speaks of them, read as codes."""
+"""Experts in MXFP4: blocks and scales of a safetensors file under a config.json that declares them, read as codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`.pte` files: opened by the native runtime and, where it takes them, run."""
+"""`.pte` files: opened by the native runtime and, if it accepts them, run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRAM = {
     "Delegate": {0: "s", 1: "Reference", 2: ["Spec"]}, "Reference": {0: "1", 1: "4"}, "Spec": {0: "s", 1: ["1"]},
     "Buffer": {0: ["1"]}, "Segment": {0: "8", 1: "8"}, "Offsets": {0: "4", 1: ["8"]}, "Named": {0: "s", 1: "4"},
 }  # fmt: skip
-_PAYLOAD = 2048  # bytes that hold the graph of one delegate here
+_PAYLOAD = 2048  # bytes; more than the graph of a delegate takes in the seeds
 _NODE = dict.fromkeys(range(6), "4")
 GRAPH = {
     "Graph": {0: "s", 1: ["Node"], 2: ["Value"], 3: "4", 4: ["4"], 5: ["4"], 8: ["Constant"]},

@@ -1,5 +1,4 @@
-"""Saved sessions, as `Session.restore` reads them. Most mutants bear digests that fit: whoever sends a file can compute
-those too."""
+"""Saved sessions, as `Session.restore` reads them. Most mutants have valid digests: an attacker can compute them."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ _ARTIFACT = "fuzz"
 
 
 class SavedSession:
-    """The first byte of a mutant says whether its digests are made to fit."""
+    """The first byte of a mutant says whether its digests are recomputed."""
 
     name = "session"
 
@@ -70,7 +69,7 @@ class SavedSession:
             session.rewind(min(session.position, 2))
             try:
                 session.decode(4)
-            except RunError as error:  # states of which every byte may be a NaN
+            except RunError as error:  # the bytes of the states are arbitrary: values may be NaN
                 if "not numbers" not in str(error):
                     raise AssertionError("another refusal than of NaN") from error
 

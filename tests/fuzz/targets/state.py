@@ -1,5 +1,5 @@
-"""The state of a training run, as `--resume` reads it. One file of it is changed at a time, and the digests are made to
-fit: whoever sends a state can compute those too."""
+"""The state of a training run, as `--resume` reads it. One file of it is changed at a time, and the digests are
+recomputed, as an attacker would."""
 
 from __future__ import annotations
 

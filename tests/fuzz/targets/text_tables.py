@@ -1,4 +1,4 @@
-"""A `text.moec`, as applications read it. Most mutants bear a digest that fits: whoever sends a file can compute it."""
+"""A `text.moec`, as applications read it. Most mutants have a valid digest, which an attacker can compute too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INDEX = 24 * 15  # of the parts
 
 
 class TextTables:
-    """The first byte of a mutant says whether its digest is made to fit."""
+    """The first byte of a mutant says whether its digest is recomputed."""
 
     name = "text_tables"
 
@@ -63,7 +63,7 @@ class TextTables:
         if fits and len(raw) >= _HEAD:
             raw[16:_HEAD] = struct.pack("<II", len(raw), zlib.crc32(raw[_HEAD:]))
         (folder / "text.moec").write_bytes(raw)
-        # tables that are whole meet a folder without a program
+        # a folder with valid tables still has no program
         with pytest.raises(app.AppError, match=r"text\.moec: |model\.pte: No such file"):
             app.open_artifact(folder)
 
