@@ -71,7 +71,7 @@ def test_what_a_form_says() -> None:
     ("text", "why"),
     [
         ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", "contains the date"),
-        ("{% for m in messages %}{{ loop.index }}{{ m.content }}|{% endfor %}", "the first question otherwise"),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}|{% endfor %}", "the first question differently"),
         ("{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.content }}|{% endfor %}", "a content 2 times"),
         ("{% for m in messages %}{{ m.role }}{{ m.content | upper }}|{% endfor %}", "a content 0 times"),
         ("{{ messages[-1].content }}", "once it is answered"),
