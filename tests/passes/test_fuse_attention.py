@@ -442,7 +442,7 @@ NEARLY: list[tuple[dict[str, Callable[..., Any]], str]] = [
     ({"beside": _own_of_each_token}, "sink is not one score of each head"),
     ({"beside": _two_sinks, "kept": _without_two}, "something other than one sink"),
     ({"beside": _in_front}, "something other than one sink"),
-    ({"kept": _without_the_first_key}, "not what is dropped"),
+    ({"kept": _without_the_first_key}, "is not the weight of the sink"),
     ({"scores": _capped}, "not scale"),
     ({"scores": _scaled_per_head}, "not scale"),
     ({"shifted": _mean_subtracted}, "something other than the largest score"),
