@@ -55,7 +55,7 @@ std::string ChatForm::render(const std::vector<ChatMessage>& messages, std::vect
   for (const ChatMessage& message : messages) {
     for (const std::string& text : unless_contains)
       if (message.content.find(text) != std::string_view::npos)
-        return place(index) + "the chat template renders " + text + " otherwise; leave it out";
+        return place(index) + "the chat template renders " + text + " differently; leave it out";
     ++index;
   }
   index = 0;
@@ -71,16 +71,16 @@ std::string ChatForm::render(const std::vector<ChatMessage>& messages, std::vect
   } else {
     say(begin, false);
   }
-  if (index == messages.size()) return "there is no question";
+  if (index == messages.size()) return "there is no message of the user";
   for (size_t first = index; index < messages.size(); ++index) {
     const size_t turn = (index - first) % 2;
     if (messages[index].role != (turn == 0 ? "user" : "assistant"))
-      return place(index) + "user and assistant speak by turns, the user first; a system prompt comes before them";
+      return place(index) + "messages of user and assistant must alternate, the user's first; a system prompt comes before them";
     say(before[turn], false);
     say(trimmed(messages[index].content, trims[1 + turn]), true);
     say(after[turn], false);
   }
-  if (messages.back().role != "user") return place(messages.size() - 1) + "the last message is the user's";
+  if (messages.back().role != "user") return place(messages.size() - 1) + "the last message must be the user's";
   say(answer, false);
   return "";
 }

@@ -1,4 +1,4 @@
-// A chat template as prefixes and suffixes by role: what assistant/role_form.py proved equal to the template.
+// A chat template as prefixes and suffixes by role, which assistant/role_form.py has compared with the template.
 #ifndef MOEC_CHAT_FORM_H_
 #define MOEC_CHAT_FORM_H_
 
@@ -30,7 +30,7 @@ struct ChatForm {
   std::vector<std::string> unless_contains;
 
   bool read(TableReader& part);
-  // Up to where an answer begins; "" or why not.
+  // The conversation up to where the answer begins; "" or what is wrong with it.
   std::string render(const std::vector<ChatMessage>& messages, std::vector<ChatPart>* parts) const;
 };
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-// False and the reason, without the path. What is no plain file is refused before it is read: a pipe would wait.
+// False and the reason, without the path. Only regular files are read: a pipe could block.
 inline bool read_file(const std::string& path, uint64_t most, std::vector<uint8_t>* bytes, std::string* fault) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   struct stat status = {};

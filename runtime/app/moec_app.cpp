@@ -31,7 +31,7 @@ class Registry {
     return found == objects_.end() ? nullptr : found->second;
   }
   bool remove(int64_t id) {
-    std::shared_ptr<Object> object;  // is destroyed without the lock
+    std::shared_ptr<Object> object;  // declared first, so that it is destroyed without the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = objects_.find(id);
     if (found == objects_.end()) return false;
@@ -321,7 +321,7 @@ int32_t moec_app_run(int64_t generation, moec_app_piece each, void* user) {
     const auto found = generation_of(generation);
     if (!each) throw Fault("each: NULL");
     while (found->next()) {
-      const std::string piece = found->piece();  // its own: the callback may use the generation
+      const std::string piece = found->piece();  // a copy: the callback may use the generation
       if (each(user, piece.c_str(), static_cast<int64_t>(piece.size())) != 0) found->cancel();
     }
     return 0;

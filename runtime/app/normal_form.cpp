@@ -7,7 +7,7 @@
 
 namespace {
 
-// Hangul syllables are their letters by a rule (Unicode 3.12).
+// Hangul syllables are composed of their letters by arithmetic (Unicode 3.12).
 constexpr uint32_t kSyllable = 0xAC00, kLead = 0x1100, kVowel = 0x1161, kTail = 0x11A7;
 constexpr uint32_t kLeads = 19, kVowels = 21, kTails = 28;
 
@@ -64,7 +64,7 @@ std::vector<uint32_t> NormalForm::composed(const std::vector<uint32_t>& codes) c
   for (const uint32_t code : codes) decompose(code, &found);
   std::vector<uint32_t> classes(found.size());
   std::transform(found.begin(), found.end(), classes.begin(), [&](uint32_t code) { return combining(code); });
-  for (size_t begin = 0; begin < found.size();) {  // marks behind a starter by their classes, equal ones as they came
+  for (size_t begin = 0; begin < found.size();) {  // sort the marks after a starter by class, equal ones in order
     size_t end = begin + 1;
     if (classes[begin] != 0) {
       std::vector<std::pair<uint32_t, uint32_t>> marks = {{classes[begin], found[begin]}};
@@ -75,7 +75,7 @@ std::vector<uint32_t> NormalForm::composed(const std::vector<uint32_t>& codes) c
     begin = end;
   }
   size_t kept = 0, starter = found.size();
-  uint32_t last = 0;  // class of the mark kept last behind the starter
+  uint32_t last = 0;  // class of the last mark kept after the starter
   for (size_t at = 0; at < found.size(); ++at) {
     const bool blocked = starter == found.size() || (kept > starter + 1 && last >= classes[at]);
     const uint32_t made = blocked ? 0 : sum(found[starter], found[at]);

@@ -17,7 +17,7 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// What names an artifact in saved sessions: its manifest has the digest of every file.
+// Identifies an artifact in saved sessions: a digest of its manifest, which has the digest of every file.
 std::string identity_of(const std::string& manifest) {
   std::string fault;
   std::vector<uint8_t> bytes;
@@ -73,7 +73,8 @@ std::string OpenArtifact::detokenize(const std::vector<int32_t>& ids, bool speci
   return text + characters.finish();
 }
 
-// A part of a text behind others: behind a line end, as assistant/assistant.py encodes it.
+// Appends a part that follows other text. It is encoded after a newline, whose ids are dropped, as in assistant/assistant.py:
+// some tokenizers change the beginning of a text.
 void OpenArtifact::append_part(std::string_view text, bool as_text, std::vector<int32_t>* ids) const {
   const int32_t flags = MOEC_APP_PLAIN | (as_text ? MOEC_APP_AS_TEXT : 0);
   if (text.empty()) return;
@@ -90,11 +91,11 @@ void OpenArtifact::append_part(std::string_view text, bool as_text, std::vector<
 
 std::vector<int32_t> OpenArtifact::chat(const std::vector<ChatMessage>& messages) const {
   const auto& form = tokenizer_->tables().chat;
-  if (!form) throw Fault("the model brings no chat template of regular form");
+  if (!form) throw Fault("the model has no chat template of regular form");
   std::vector<ChatPart> parts;
   const std::string fault = form->render(messages, &parts);
   if (!fault.empty()) throw Fault(fault);
-  // special tokens that are written in a content are text: each is encoded by itself
+  // special tokens that are spelled out in a content are text: each is encoded by itself
   std::vector<ChatPart> pieces = {{"", false}};
   bool markers = false;
   for (const ChatPart& part : parts) {
@@ -206,7 +207,7 @@ bool Generation::next() {
   return !piece_.empty();
 }
 
-// Makes the session hold the prompt; false where that was cancelled.
+// Makes the session hold the prompt; false if it was cancelled.
 bool Generation::prefill() {
   const moec_model_info& info = session_->artifact().info();
   const std::vector<int32_t> held = session_->tokens();
@@ -242,7 +243,7 @@ void Generation::step() {
   if (most_ >= 0 && stats_.new_tokens >= most_) return end(MOEC_APP_LENGTH);
   if (cancelled_) return end(MOEC_APP_CANCELLED);
   const int32_t token = sampler_.take(logits_);
-  if (token < 0) throw Fault("no token is left to take: the biases rule out all");
+  if (token < 0) throw Fault("no token can be chosen: the biases exclude all");
   if (session_->artifact().ends(token)) return end(MOEC_APP_STOP_TOKEN);
   ++stats_.new_tokens;
   pending_ = token;

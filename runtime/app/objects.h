@@ -1,4 +1,4 @@
-// What the ids of moec.h name. Faults are exceptions here, and errors as values in moec_app.cpp.
+// The objects that the ids of moec.h name. Faults are exceptions here; moec_app.cpp turns them into return values.
 #ifndef MOEC_OBJECTS_H_
 #define MOEC_OBJECTS_H_
 
@@ -64,8 +64,8 @@ class OpenSession : public Object {
   void restore(const std::string& path);
   std::string error() const { return moec_session_error(session_.get()); }
 
-  std::mutex busy;      // of whoever works with it
-  uint64_t turn = 0;    // changes when a generation would go on from something else
+  std::mutex busy;      // held by every use of the session
+  uint64_t turn = 0;    // increased by whatever ends the running generation
   int64_t position();
   void forward(const std::vector<int32_t>& ids, size_t begin, size_t count, std::vector<float>* logits);
 
@@ -100,7 +100,7 @@ class Generation : public Object {
   std::vector<float> logits_;
   std::string piece_, fault_;
   int64_t most_;
-  int32_t pending_ = -1;  // a token that was taken and is not computed yet
+  int32_t pending_ = -1;  // a token that was chosen and is not computed yet
   bool begun_ = false;
   uint64_t turn_ = 0;
   std::atomic<bool> cancelled_{false};

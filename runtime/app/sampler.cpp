@@ -72,7 +72,7 @@ std::string Sampling::check(int64_t vocabulary) const {
   if (!within(frequency_penalty, -100, 100)) return "frequency_penalty: -100 to 100";
   for (const auto& [token, bias] : biases)
     if (token < 0 || token >= vocabulary || std::isnan(bias) || bias == -kNone)
-      return "a bias for token " + std::to_string(token) + ": ids are of the vocabulary, biases numbers";
+      return "a bias for token " + std::to_string(token) + ": the id must be in the vocabulary, the bias a number";
   return "";
 }
 

@@ -33,7 +33,7 @@ struct Sampling {
 class Sampler {
  public:
   Sampler(Sampling sampling, const std::vector<int32_t>& prompt);
-  // The next token, which counts as taken; -1 where none is left.
+  // Chooses the next token and counts it for the penalties; -1 if the biases exclude all.
   int32_t take(const std::vector<float>& logits);
 
  private:

@@ -1,4 +1,4 @@
-// Stop strings in a text that comes in pieces, as assistant/stops.py finds them: wherever they lie, never shown in part.
+// Stop strings in a text that comes in pieces, as assistant/stops.py finds them: also across pieces, never shown in part.
 #ifndef MOEC_STOP_STRINGS_H_
 #define MOEC_STOP_STRINGS_H_
 
@@ -17,7 +17,7 @@ class StopStrings {
   }
   bool found() const { return found_; }
 
-  // What is certain to be shown now: a text ends at the stop string that ends first, of several that end there at the longest.
+  // What can be shown already. The text ends before the stop string that ends first; of several, before the longest.
   std::string push(std::string_view piece) {
     if (found_) return "";
     std::string text = std::move(held_);

@@ -1,4 +1,4 @@
-// Numbers and texts out of a part of a file; what goes beyond its end fails, for good.
+// Reads numbers and texts from a part of a file; after a read beyond its end all others fail, too.
 #ifndef MOEC_TABLE_READER_H_
 #define MOEC_TABLE_READER_H_
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr uint64_t kLargest = uint64_t{512} << 20;
 constexpr size_t kMostTokens = size_t{1} << 24;
-constexpr size_t kMostSteps = 16, kMostProofs = 1024, kMostProofBytes = size_t{256} << 10;  // what opening may cost
+constexpr size_t kMostSteps = 16, kMostProofs = 1024, kMostProofBytes = size_t{256} << 10;  // limits of what opening costs
 constexpr uint32_t kLastCode = 0x10FFFF;
 
 uint32_t crc32(const uint8_t* data, size_t size) {
@@ -69,7 +69,7 @@ bool read_cuts(Parts& parts, TextTables* tables) {
     if ((at.op == kSplit || at.op == kJump || at.op == kAtomic) && !inside(at.a, size)) return false;
     if ((at.op == kSplit || at.op == kLook) && !inside(at.b, size)) return false;
   }
-  if (size > 0 && tables->code.back().op != kMatch) return false;  // nothing runs over the end
+  if (size > 0 && tables->code.back().op != kMatch) return false;  // so that no program runs past the end
   if (tables->steps.size() > kMostSteps) return false;
   for (const CutStep& step : tables->steps)
     if (step.kind < kCut || step.kind > kPrefixSpace || (step.kind != kPrefixSpace && !inside(step.begin, size))) return false;
@@ -131,7 +131,7 @@ std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::strin
   TableReader head(bytes.data() + 8, 16);
   const auto version = head.number<uint32_t>(), count = head.number<uint32_t>(), size = head.number<uint32_t>();
   const auto digest = head.number<uint32_t>();
-  if (std::memcmp(bytes.data(), "moectext", 8) != 0) return damaged("is no table of a tokenizer");
+  if (std::memcmp(bytes.data(), "moectext", 8) != 0) return damaged("is not a text.moec");
   if (version != 1) return damaged("was written by another version of moec; compile the artifact again");
   if (size != bytes.size() || digest != crc32(bytes.data() + 24, bytes.size() - 24)) return damaged("damaged: its digest differs");
   Parts parts;

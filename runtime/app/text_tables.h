@@ -3,16 +3,16 @@
 //   8 bytes "moectext", u32 version 1, u32 parts, u32 size of the file, u32 CRC-32 of what follows
 //   for each part: 4 bytes name, u32 zero, u64 offset, u64 size; then the parts, at multiples of 8
 //
-//   INFO  i32 tokens, i32 whether a piece that is a token is taken whole    OFFS  u32 x (tokens + 1): where TEXT begins
-//   TEXT  the bytes of the tokens            SORT  u32: ids of tokens that a piece can be, by their bytes
-//   MERG  u32 x 4: left, right, rank, made; sorted                          ADDS  i32 x 2: id, flags of added tokens
+//   INFO  i32 tokens, i32 whether pieces that are tokens are not merged     OFFS  u32 x (tokens + 1): where each begins in TEXT
+//   TEXT  the bytes of the tokens            SORT  u32: ids of tokens that pieces can become, sorted by their bytes
+//   MERG  u32 x 4: left, right, rank, result; sorted                        ADDS  i32 x 2: id, flags of added tokens
 //   CODE  i32 x 3: instructions of expressions (assistant/split_program.py), over SETS, u32: where the pairs of each set
 //         begin in RANG, u32 x 2: first and last code point                 STEP  i32 x 2: kind, where in CODE
-//   AROU  i32 count before, count behind, ids: what stands around a text
+//   AROU  i32 count before, count behind, ids: the tokens around every text
 //   NORM  empty, or the tables of normal form C (normal_form.h)
 //   PROV  texts with their ids and the text that these give                 ROLE, SAMP  chat_form.h, SamplingDefaults
 //
-// Little-endian. The file is not believed: every index is checked when it is read.
+// Little-endian. The file is not trusted: every index is checked when it is read.
 #ifndef MOEC_TEXT_TABLES_H_
 #define MOEC_TEXT_TABLES_H_
 

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int kMostNested = 16;  // lookaheads inside each other
-// Steps of an expression on a text: families' own take some ten for each character.
+// Most steps of an expression on a text; those of known families take about ten per character.
 constexpr uint64_t kSteps = 10'000, kStepsPerCharacter = 512;
 
 }  // namespace
@@ -65,7 +65,8 @@ std::string Tokenizer::encode(std::string_view text, bool as_text, std::vector<i
   return encode_added(text, as_text, false, ids);
 }
 
-// Tokens that are taken out of a text before it is cut: at each place the longest; normalized ones in what the others leave.
+// Added tokens are found before a text is split, at each place the longest: first those that match the text as it is, then, in
+// the text between them, those that match it normalized.
 std::string Tokenizer::encode_added(std::string_view text, bool as_text, bool normalized, std::vector<int32_t>* ids) const {
   const auto rest = [&](std::string_view part) {
     if (part.empty()) return std::string();
@@ -109,7 +110,7 @@ std::string Tokenizer::encode_part(std::string_view text, std::vector<int32_t>* 
   for (size_t at = 0; at < text.size();) codes.push_back(next_code(text, &at));
   std::vector<size_t> ends = {codes.size()};  // of the pieces, in code points
   for (const CutStep& step : tables_->steps)
-    if (!cut(step, &codes, &ends)) return "the tokenizer's expressions do not end on this text";
+    if (!cut(step, &codes, &ends)) return "the tokenizer's expressions take too many steps on this text";
   std::string piece;
   size_t begin = 0;
   for (const size_t end : ends) {
@@ -130,7 +131,7 @@ bool Tokenizer::in_set(int32_t set, uint32_t code) const {
 
 struct Tokenizer::Matching {
   const std::vector<uint32_t>& codes;
-  size_t end;  // of the piece: nothing behind it is seen
+  size_t end;  // of the piece: nothing behind it is matched
   uint64_t steps;
   bool endless = false;
 };
@@ -138,7 +139,7 @@ struct Tokenizer::Matching {
 // Where a match of the expression that begins at `begin` ends, -1 for none: what a backtracking matcher finds first.
 int64_t Tokenizer::match(Matching* state, int32_t begin, size_t at, int depth) const {
   if (depth > kMostNested) state->endless = true;
-  std::vector<std::pair<int32_t, size_t>> open;  // what is tried when the way taken fails
+  std::vector<std::pair<int32_t, size_t>> open;  // alternatives, tried when a path fails
   int32_t pc = begin;
   for (;;) {
     if (state->endless || state->steps-- == 0) {
@@ -180,7 +181,7 @@ int64_t Tokenizer::match(Matching* state, int32_t begin, size_t at, int depth) c
   }
 }
 
-// Cuts every piece further: matches and what lies between them; false where an expression does not end.
+// Splits every piece into matches and the text between them; false if an expression takes too many steps.
 bool Tokenizer::cut(const CutStep& step, std::vector<uint32_t>* codes, std::vector<size_t>* ends) const {
   std::vector<uint32_t> kept;
   std::vector<size_t> found;
@@ -202,7 +203,7 @@ bool Tokenizer::cut(const CutStep& step, std::vector<uint32_t>* codes, std::vect
     for (size_t at = begin; at < end;) {
       const int64_t stop = match(&state, step.begin, at, 0);
       if (state.endless) return false;
-      if (stop <= static_cast<int64_t>(at)) {  // none, or an empty one, which cuts nothing
+      if (stop <= static_cast<int64_t>(at)) {  // no match, or an empty one, which splits nothing
         ++at;
         continue;
       }
@@ -233,7 +234,7 @@ const Merge* Tokenizer::find_merge(int32_t left, int32_t right) const {
   return there ? &*found : nullptr;
 }
 
-// Byte-pair encoding: of all neighbours the pair of the lowest rank is merged, the first of them, until none can be.
+// Byte-pair encoding: the neighbours of the lowest rank are merged, the first pair of equals, until no pair can be.
 void Tokenizer::merge(std::string_view piece, std::vector<int32_t>* ids) const {
   if (tables_->whole_pieces) {
     const int32_t whole = find_token(piece);
@@ -268,7 +269,7 @@ void Tokenizer::merge(std::string_view piece, std::vector<int32_t>* ids) const {
     if (left.id < 0 || left.behind < 0) continue;
     Symbol& right = symbols[static_cast<size_t>(left.behind)];
     const Merge* found = find_merge(left.id, right.id);
-    if (!found || found->rank != rank || found->made != made) continue;  // one of the two has become another
+    if (!found || found->rank != rank || found->made != made) continue;  // one of the two was merged meanwhile
     left.id = static_cast<int32_t>(made);
     left.behind = right.behind;
     right.id = -1;

@@ -16,11 +16,11 @@ class Tokenizer {
   explicit Tokenizer(std::unique_ptr<TextTables> tables);
   const TextTables& tables() const { return *tables_; }
 
-  // Compares the ids and texts that lie in the tables: "" or what differs.
+  // Compares with the ids and texts in the tables: "" or what differs.
   std::string check() const;
   // Appends the ids of a text, without those around it; "" or why not. as_text: special tokens in it are text.
   std::string encode(std::string_view text, bool as_text, std::vector<int32_t>* ids) const;
-  // Appends the bytes of a token; ids that are none have none.
+  // Appends the bytes of a token; none for an id that is not in the vocabulary.
   void decode(int32_t id, bool special, std::string* bytes) const;
   // Texts of special tokens, the longest first.
   const std::vector<std::string>& special() const { return special_; }

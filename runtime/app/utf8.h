@@ -7,8 +7,8 @@
 #include <string>
 #include <string_view>
 
-// The character at the beginning of `text`: its length; 0 where `text` is the beginning of one; -n where the first n bytes
-// are none, as U+FFFD stands for them (the longest part of a character that is cut).
+// The length of the character at the beginning of `text`; 0 if `text` ends within it; -n if the first n bytes are not UTF-8 and
+// one U+FFFD stands for them (n is the length of the longest valid beginning of a character, at least 1).
 inline int character_at(std::string_view text) {
   const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
   const uint8_t first = byte(0);
@@ -29,7 +29,7 @@ inline int character_at(std::string_view text) {
   return length;
 }
 
-// Where the first byte lies that is no UTF-8; text.size() if all is.
+// The offset of the first byte that is not UTF-8; text.size() if there is none.
 inline size_t valid_utf8(std::string_view text) {
   size_t at = 0;
   while (at < text.size()) {
@@ -40,7 +40,7 @@ inline size_t valid_utf8(std::string_view text) {
   return at;
 }
 
-// The code point at `*at` of a valid text, and behind it.
+// The code point at `*at` of a valid text; *at becomes the offset behind it.
 inline uint32_t next_code(std::string_view text, size_t* at) {
   const auto byte = [&](size_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(text[*at + i])); };
   const uint32_t first = byte(0);
@@ -68,7 +68,7 @@ inline void append_code(uint32_t code, std::string* text) {
   put(0x80 | (code & 0x3F));
 }
 
-// Whole characters out of bytes; those that are none become U+FFFD.
+// Whole characters from bytes that come in pieces; bytes that are not UTF-8 become U+FFFD.
 class Characters {
  public:
   std::string push(std::string_view bytes) {

@@ -1,10 +1,10 @@
 // moec for applications: text in, text out, from a folder that `moec compile --target xnnpack` wrote. One header and one
 // library; no Python, no torch. docs/app.md has an example.
 //
-// Everything is a number: artifacts, sessions and generations are ids, given out once and never again. An id that was closed,
-// or is none, is an error and not a crash. Functions return -1 where they fail; moec_app_error() then says why, in one line.
+// Artifacts, sessions and generations are ids: numbers, none of which is used twice. A closed id, or a number that is no id,
+// is an error and not a crash. Functions return -1 where they fail; moec_app_error() then says why, in one line.
 // Any function may be called from any thread: calls on one session run one after another, and those of all sessions of an
-// artifact share its weights and take turns. No C++ exception leaves the library, no file and no text makes it abort.
+// artifact share its weights and take turns. No C++ exception leaves the library; no file and no text makes it abort.
 #ifndef MOEC_H_
 #define MOEC_H_
 
@@ -20,17 +20,17 @@ extern "C" {
 // Why the last call of this thread failed; empty if it did not. Valid until the next call of this thread.
 MOEC_APP_API const char* moec_app_error(void);
 
-// Structures begin with their size, so that a caller of another version is told instead of misread.
+// Structures begin with their size, so that one of another version of this header is an error instead of misread.
 typedef struct moec_app_open_options {
   uint32_t size;         // sizeof(moec_app_open_options)
   int32_t threads;       // 0: one per fast core
-  int64_t memory_bytes;  // the most memory of this process, routed experts are then read as tokens choose them; 0: no budget
+  int64_t memory_bytes;  // limit for the process, in which routed experts are read as tokens select them; 0: none
 } moec_app_open_options;
 
-// Opens an artifact's folder: its program is checked and mapped, its tokenizer compared with the ids that lie beside it.
-// options NULL: as if all zero. The id, above 0, or -1.
+// Opens an artifact's folder: its program is checked and mapped, its tokenizer tested with the texts and ids in text.moec.
+// options NULL: the defaults. Returns the id, above 0, or -1.
 MOEC_APP_API int64_t moec_app_open(const char* folder, const moec_app_open_options* options);
-// Closes whatever an id names, 0 or -1. What still uses it (a session its artifact, a generation its session) keeps it open.
+// Closes what an id names; 0 or -1. It stays open for what uses it: a session its artifact, a generation its session.
 MOEC_APP_API int32_t moec_app_close(int64_t id);
 
 typedef struct moec_app_info {
@@ -46,15 +46,15 @@ MOEC_APP_API int32_t moec_app_describe(int64_t artifact, moec_app_info* info);
 
 enum {
   MOEC_APP_PLAIN = 1,    // tokenize: without the tokens that the tokenizer puts around every text (BOS)
-  MOEC_APP_AS_TEXT = 2,  // tokenize: special tokens that are written in the text are text
+  MOEC_APP_AS_TEXT = 2,  // tokenize: special tokens that are spelled out in the text are ordinary text
   MOEC_APP_SPECIAL = 4,  // detokenize: special tokens are written out
 };
 
-// Ids of a text of `bytes` bytes (-1: up to its end) in UTF-8; how many there are. At most `capacity` of them are written.
+// Writes at most `capacity` of the ids of a text in UTF-8, of `bytes` bytes (-1: up to a zero byte). Returns how many there are.
 MOEC_APP_API int64_t moec_app_tokenize(int64_t artifact, const char* text, int64_t bytes, int32_t flags, int32_t* ids,
                                        int64_t capacity);
-// The text of ids in UTF-8, how many bytes it has; at most `capacity` of them are written, without an end. Bytes that are
-// no character come out as U+FFFD.
+// Writes at most `capacity` bytes of the text of ids, in UTF-8, without a zero byte at the end. Returns how many bytes the text
+// has. Bytes that are not UTF-8 become U+FFFD.
 MOEC_APP_API int64_t moec_app_detokenize(int64_t artifact, const int32_t* ids, int64_t count, int32_t flags, char* text,
                                          int64_t capacity);
 
@@ -63,22 +63,22 @@ typedef struct moec_app_message {
   const char* content;  // UTF-8
 } moec_app_message;
 
-// Ids of a conversation in the model's own form, up to where its answer begins; as moec_app_tokenize. An error where the
-// model's chat template has no regular form (moec_app_info.has_chat), or renders one of the contents otherwise.
+// Ids of a conversation by the model's chat template, up to where the answer begins; returns as moec_app_tokenize. An error if
+// the template has no regular form (moec_app_info.has_chat), or renders one of the contents differently.
 MOEC_APP_API int64_t moec_app_chat(int64_t artifact, const moec_app_message* messages, int64_t count, int32_t* ids,
                                    int64_t capacity);
 
 // ------------------------------------------------------------------------------------------------------------ sessions
 
-// Tokens with their caches, over the weights of an artifact. Ids as moec_app_open.
+// A session: tokens with their caches, over the weights of an artifact. Returns as moec_app_open.
 MOEC_APP_API int64_t moec_app_session(int64_t artifact);
 // Another session with the same tokens.
 MOEC_APP_API int64_t moec_app_fork(int64_t session);
-// How many tokens it holds; at most `capacity` of them are written.
+// Writes at most `capacity` of the tokens that it holds. Returns how many it holds.
 MOEC_APP_API int64_t moec_app_tokens(int64_t session, int32_t* ids, int64_t capacity);
 // Forgets the tokens from `position` on.
 MOEC_APP_API int32_t moec_app_rewind(int64_t session, int64_t position);
-// To a file, and back. A file that is damaged, or of another artifact, is refused; the session is then as it was.
+// Writes a session to a file, and reads it back. A damaged file, or one of another artifact, leaves the session as it was.
 MOEC_APP_API int32_t moec_app_save(int64_t session, const char* path);
 MOEC_APP_API int32_t moec_app_restore(int64_t session, const char* path);
 
@@ -107,8 +107,8 @@ typedef struct moec_app_options {
 // What the model recommends (its generation_config.json), else greedy; set `size` first.
 MOEC_APP_API int32_t moec_app_defaults(int64_t artifact, moec_app_options* options);
 
-// Begins the answer to a prompt. The session will hold exactly the prompt and what follows: of what it holds already only
-// what differs is computed again. options NULL: the defaults. A session has one generation at a time.
+// Begins the answer to a prompt. The session will hold exactly the prompt and the answer; the beginning of the prompt that it
+// holds already is not computed again. options NULL: the model's defaults. A session has one generation at a time.
 MOEC_APP_API int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count, const moec_app_options* options);
 
 // The next piece of text: 1 and a piece of whole characters (valid until the next call on this generation; it ends with a
@@ -118,7 +118,7 @@ MOEC_APP_API int32_t moec_app_next(int64_t generation, const char** piece, int64
 // Ends a generation, before the next token or the next part of its prompt. From any thread, also during moec_app_next.
 MOEC_APP_API int32_t moec_app_cancel(int64_t generation);
 
-// All of it: `each` gets every piece as moec_app_next gives it; a value other than 0 ends the generation. 0 or -1.
+// Runs a generation to its end: `each` gets every piece, and ends the generation by a value other than 0. Returns 0 or -1.
 typedef int32_t (*moec_app_piece)(void* user, const char* piece, int64_t bytes);
 MOEC_APP_API int32_t moec_app_run(int64_t generation, moec_app_piece each, void* user);
 

@@ -18,7 +18,7 @@ typedef struct moec_attention_args {
   int64_t heads, kv_heads, head_dim, value_dim;
   int64_t capacity;   // S
   int64_t start_pos;  // position of the first token; 0 <= start_pos, start_pos + T <= S
-  int64_t window;     // 0: every earlier position; else the last `window` positions, the own one included
+  int64_t window;     // 0: every earlier position; else the last `window` positions, its own included
   float scale;        // of the scores
   moec_in q;          // f32 [T, H, d]
   moec_in k;          // f32 [T, KV, d]
@@ -28,13 +28,13 @@ typedef struct moec_attention_args {
   moec_out k_scale;   // f32 [S, KV] for int8 caches; absent for f32 caches
   moec_out v_scale;
   moec_out out;       // f32 [T, H, e]
-  moec_in sinks;      // f32 [H], or absent: a score of each head that weighs no value
+  moec_in sinks;      // f32 [H], or absent: one more score of each head, without a value
 } moec_attention_args;
 
 // out[t, h] = softmax over j of (scale * q[t, h] . k_cache[j, h / (H/KV)]) applied to v_cache[j], for the positions j that
 // position p = start_pos + t may see: j <= p and, with a window, j > p - window. A sink is one more score in the sum of the
-// softmax. INT8 rows are rounded as in
-// compiler/quant.py::quantize_rows, one scale per (position, KV head); a row with a value that is not finite becomes NaN.
+// softmax. INT8 rows are rounded as in compiler/quant.py::quantize_rows, one scale per (position, KV head); a row with a value
+// that is not finite becomes NaN.
 MOEC_API int32_t moec_cached_attention(const moec_attention_args* args);
 
 // y[i] = x[i] / sqrt(mean(x[i]^2) + eps) (* weight), rows of n values. weight f32 [n] or absent. y may be x.

@@ -2,8 +2,7 @@
 // of moec_kernel.h hold, the last ones too: results do not depend on threads, on the instruction set, or on how a sequence
 // is cut into calls. Work grows with the tokens of a call and not with the position.
 //
-// A state is read as zero where start_pos is 0, whatever it holds, and is new after the call. With a fault nothing was
-// written.
+// Where start_pos is 0 a state counts as zero, whatever it holds; the call updates it. A call that fails has written nothing.
 #ifndef MOEC_RECURRENT_H_
 #define MOEC_RECURRENT_H_
 

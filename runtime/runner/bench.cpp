@@ -80,7 +80,7 @@ std::string run_bench(moec_model* model, const BenchOptions& options, BenchResul
     const double begin = now();
     if (!run.prefill(options.prompt, 0)) return moec_model_error(model);
     result->prefill_s.push_back(now() - begin);
-    // what a repeat wrote behind the prompt is overwritten or, being later than every query, not seen by the next one
+    // what a repeat wrote after the prompt is overwritten, or lies later than every query of the next one, which does not see it
     if (repeat == 0 && !filler.empty() && !run.prefill(filler, prompt)) return moec_model_error(model);
     if (options.decode > 0 && !run.decode(start, repeat == 0, result)) {
       const std::string fault = moec_model_error(model);

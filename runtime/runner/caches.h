@@ -41,7 +41,7 @@ class Seats {
  public:
   // `arenas` outlive this. The parts lie inside them.
   void set(std::vector<Arena>* arenas, size_t first, std::vector<StatePart> parts);
-  void begin(Caches* caches) { seated_ = caches; }  // who sits there before anybody was parked
+  void begin(Caches* caches) { seated_ = caches; }  // the first sequence, whose caches are there already
   const std::vector<StatePart>& parts() const { return parts_; }
   size_t bytes_at(int64_t position) const;
 
@@ -49,9 +49,9 @@ class Seats {
   bool reserve(Caches* caches) const;
   // Brings the caches of a sequence to where the program reads them; false: no address space, and nothing has changed.
   bool seat(Caches* caches);
-  // Forgets a sequence that goes.
+  // Forgets a sequence that is closed.
   void leave(Caches* caches);
-  // Where a part lies now; the caches have been reserved or are seated.
+  // Where a part is now; the caches must be reserved or seated.
   uint8_t* at(const Caches& caches, const StatePart& part) const;
   // The first `position` positions of one sequence into another.
   void copy(const Caches& from, Caches* to, int64_t position) const;

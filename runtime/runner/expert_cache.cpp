@@ -139,7 +139,7 @@ bool ExpertCache::hold(uint64_t bytes) {
   return false;
 }
 
-// As many slots as what is used leaves. No call runs.
+// Leaves as many slots as the memory in use allows. No call may run.
 void ExpertCache::settle() {
   const uint64_t used = held_ + needed_ + scratch_, beyond = used > reserved_ ? used - reserved_ : 0;
   const int64_t all = static_cast<int64_t>(slots_.size());
@@ -158,7 +158,7 @@ void ExpertCache::resize(int64_t slots) {
   usable_ = slots;
 }
 
-// The slot to give up, or -1: an empty one, else one of no use to the running call, else, for a worker that waits, another.
+// The slot to give up, or -1: an empty one, else one that the running call needs no more, else, for a worker that waits, another.
 int64_t ExpertCache::victim(bool waited_for) const {
   int64_t best = -1;
   for (int64_t i = 0; i < usable_; ++i) {
@@ -260,7 +260,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
     ready_.wait(lock, [&] { return !slot->is(State::kLoading) || !slot->is(State::kFailed); });
     if (slot->is(State::kFailed)) forget(*slot);  // it is read again
   }
-  // those that are there come first: their work hides the reading of the others
+  // experts in memory come first: computing them hides the reads of the others
   std::stable_partition(experts, experts + count, [&](int32_t expert) { return of(expert).slot >= 0; });
   for (int64_t i = 0; i < count; ++i) {
     Expert& expert = of(experts[i]);

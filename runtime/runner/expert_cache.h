@@ -1,7 +1,7 @@
 // Routed experts that are not all in memory: a cache of whole experts, filled by explicit reads while the kernels compute.
 //
 // A block is one mixture-of-experts layer. A slot holds one expert: its gate/up and its down matrix, which become ready one
-// after the other. Which slot is given up is decided among experts that the running call has no further use of.
+// after the other. The slot to be given up is chosen first among experts that the running call needs no more.
 #ifndef MOEC_EXPERT_CACHE_H_
 #define MOEC_EXPERT_CACHE_H_
 
@@ -59,10 +59,10 @@ class ExpertCache {
 
   const moec_expert_source* source() const { return &source_; }
   int64_t slots() const;
-  // The first `reserved` bytes besides the slots are paid for. For what is used beyond, as many slots go as it takes; with
-  // less than `least` slots left a call is refused.
+  // `reserved` bytes besides the slots are part of the budget already. Memory in use beyond them takes slots away; with fewer
+  // than `least` slots left a call is refused.
   void reserve(uint64_t reserved, int64_t least);
-  // Bytes that a call needs besides the kernels' scratch, which they announce themselves: the most so far counts.
+  // Bytes that a call needs besides the kernels' scratch, which `begin` announces; the largest number so far counts.
   void need(uint64_t bytes);
   // Bytes that others hold now. False, and nothing changed, if they leave less than `least` slots.
   bool hold(uint64_t bytes);
@@ -136,7 +136,7 @@ class ExpertCache {
   std::vector<std::thread> readers_;
 };
 
-// A token must find all its experts of every layer, or the cache would hit nothing; and each worker holds one.
+// As many as one token needs in all layers, since a smaller cache would never hit, and at least one for each worker.
 int64_t least_slots(const std::vector<ExpertBlock>& blocks, int32_t threads);
 
 #endif  // MOEC_EXPERT_CACHE_H_

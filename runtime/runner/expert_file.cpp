@@ -1,5 +1,5 @@
-// Experts read from a file, past the page cache where its file system allows that: what the cache holds would else lie in
-// memory twice, and the second copy counts against the limit that a phone sets an app.
+// Experts read from a file, past the page cache where its file system allows that: what the cache holds would otherwise be
+// in memory twice, and the second copy counts against the limit that a phone sets an app.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -28,7 +28,7 @@ class ExpertFile final : public ExpertStorage {
       if (got < 0) return std::string("an expert cannot be read: ") + std::strerror(errno);
       const uint64_t reached = done + static_cast<uint64_t>(got);
       if (reached >= needed) break;
-      // after a read that came short a direct one must begin at a multiple again
+      // a direct read must begin at a multiple of the alignment, also after a read that came short
       const uint64_t next = direct_ ? reached / kAlignment * kAlignment : reached;
       if (next == done) return "truncated while it is in use";
       done = next;

@@ -85,7 +85,7 @@ class Table {
     return vector(field, width);
   }
   Table element(const Vector& v, uint32_t i) const { return Table(*buffer_, buffer_->follow(v.first + size_t{4} * i)); }
-  // A string that is there and has no zero inside: what C functions read of it is all of it.
+  // A required string without zero bytes, so that C functions read all of it.
   std::string text(int field, const char* what) const {
     const Vector chars = required(field, 1, what);
     std::string value(reinterpret_cast<const char*>(buffer_->bytes(chars.first, chars.size)), chars.size);

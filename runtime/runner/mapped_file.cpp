@@ -24,7 +24,7 @@ Guarded guarded[kMostFiles];
 struct sigaction previous = {};
 uintptr_t page_bytes = 4096;
 
-// mmap is a bare system call wherever this runs, and may be called from a handler.
+// mmap is a plain system call on all systems that this is built for, so a signal handler may call it.
 void on_bus_error(int signal, siginfo_t* info, void* context) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
   for (Guarded& file : guarded) {

@@ -1,5 +1,5 @@
-// A file mapped for reading, of which the system may take pages away: whoever cuts it while it is in use gets zeros read in
-// their place, and `truncated()`, instead of a SIGBUS that ends the process.
+// A file mapped for reading that may be truncated while it is in use: the missing pages then read as zeros and `truncated()`
+// is true, instead of a SIGBUS that ends the process.
 #ifndef MOEC_MAPPED_FILE_H_
 #define MOEC_MAPPED_FILE_H_
 

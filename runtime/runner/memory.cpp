@@ -108,7 +108,7 @@ bool forget_cached(const std::string& file) {
 #if defined(__linux__)
   const Descriptor descriptor(file);
   if (descriptor.get() < 0) return false;
-  fdatasync(descriptor.get());  // pages that wait to be written are not dropped
+  fdatasync(descriptor.get());  // the system keeps pages that are not written yet
   return posix_fadvise(descriptor.get(), 0, 0, POSIX_FADV_DONTNEED) == 0;
 #else
   (void)file;

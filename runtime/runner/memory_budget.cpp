@@ -54,8 +54,8 @@ int64_t moec_model::most_tokens(int64_t bytes, int64_t slots) {
   return std::clamp((bytes - kTile * info.threads) / row, few, info.max_tokens);
 }
 
-// One more session, or one less. The caches of the first are part of what a budget leaves no experts for; those of others
-// take some away.
+// One more session, or one less. The caches of the first were subtracted when the budget was set; those of others take slots
+// from the expert cache.
 bool moec_model::count_session(int64_t change) {
   int64_t caches = 0;
   for (size_t i = 1; i < arenas.size(); ++i) caches += static_cast<int64_t>(arenas[i].size());
@@ -77,9 +77,9 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
     count += block.experts;
   }
   ProcessMemory process;
-  if (!read_process_memory(path, &process)) return fail("this system does not tell how much memory a process has");
+  if (!read_process_memory(path, &process)) return fail("this system does not report how much memory a process uses");
   int64_t fixed = process.resident - process.file_mapped + static_cast<int64_t>(file->facts().constant_bytes) - expert_bytes + kSlack;
-  // the first arena, of activations, is used as far as a call has tokens: `forward` says so
+  // of the first arena, which holds activations, a call uses what its tokens need: `forward` announces it
   for (size_t i = 1; i < arenas.size(); ++i)
     fixed += static_cast<int64_t>(arenas[i].size()) - std::max<int64_t>(resident_bytes(arenas[i].data(), arenas[i].size()), 0);
 
@@ -93,7 +93,7 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
     return fail(text("a memory budget of %" PRId64 " MB is less than %" PRId64 " MB: %" PRId64
                      " for all but the routed experts, and the %" PRId64 " experts of one token",
                      bytes / 1'000'000, megabytes(least_budget), megabytes(fixed + kLeastScratch), least));
-  // what a call of many tokens needs is taken from the experts when it comes, from half of what is spare at most
+  // a call of many tokens takes its memory from the experts when it runs, at most half of what is spare
   info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
   experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);

@@ -88,7 +88,7 @@ struct moec_model {
   std::unique_ptr<ExpertCache> experts;  // where a memory budget was set
   int64_t memory_budget = 0;
   int64_t sessions = 0;                  // that are open
-  bool rows_are_positions = false;  // of every state along axis 1
+  bool rows_are_positions = false;  // axis 1 of every state counts positions
   Seats seats;
   Caches own;              // of moec_model_forward
   std::string no_sessions;  // why sessions cannot have caches of their own; empty: they can

@@ -221,7 +221,7 @@ void report(const Options& o, const moec_model_info& info, double load_s, const 
                 static_cast<double>(experts.stalled_ns) / 1e9, static_cast<double>(experts.reading_ns) / 1e9);
 }
 
-// What was printed has arrived: a full disk is not a success.
+// 0 if the output was written: a full disk is a failure.
 int written() {
   if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return 0;
   fail(std::string("the output could not be written: ") + std::strerror(errno));

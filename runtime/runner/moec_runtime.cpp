@@ -142,7 +142,7 @@ bool moec_model::check_method(const char* name) {
   return true;
 }
 
-// One arena per memory id, as large as the largest method wants it, shared by all: the caches (an arena of their own) are
+// One arena per memory id, as large as the largest method needs it, shared by all: the caches (an arena of their own) are
 // the same for every method, and activations never live longer than a call.
 bool moec_model::reserve_arenas(const std::vector<std::string>& names) {
   std::vector<size_t> sizes;
@@ -175,12 +175,12 @@ bool moec_model::load_method(const std::string& name) {
   Watch watch;
   const Error code = module->load_method(name, methods.at(name).memory.get());
   if (code == Error::Ok) return true;
-  if (code == Error::OperatorMissing) return fail(name + ": the program uses an operator that this build has not; rebuild it");
+  if (code == Error::OperatorMissing) return fail(name + ": the program uses an operator that this build does not have; rebuild it");
   return fail(name.c_str(), code, watch);
 }
 
 // Where the states lie, and which bytes of them a position has. A program that says nothing of its states (an older one)
-// keeps them all: they are then copied whole, and a session cannot go back.
+// keeps them all: they are then copied whole, and a session can only go back to position 0.
 bool moec_model::find_states() {
   std::vector<StatePart> parts;
   Watch watch;
@@ -190,7 +190,7 @@ bool moec_model::find_states() {
   const auto method = module->method("forward");
 #pragma GCC diagnostic pop
   if (!meta.ok() || !method.ok()) return fail("method forward is gone");
-  std::vector<std::pair<size_t, size_t>> covered;  // begin and end, arenas laid behind each other
+  std::vector<std::pair<size_t, size_t>> covered;  // begin and end, as if the arenas were contiguous
   std::vector<size_t> begins = {0};
   for (const Arena& arena : arenas) begins.push_back(begins.back() + arena.size());
   for (size_t i = 0; i < meta->num_attributes(); ++i) {
@@ -343,7 +343,7 @@ moec_model* moec_model_open(const char* path, int32_t threads) {
   if (!model->error.empty()) {
     guarded(model, [&] {
       Watch watch;
-      model->close();  // half open is closed: a call says so
+      model->close();  // what failed to open is closed: calls report it
       return true;
     });
   }

@@ -1,7 +1,7 @@
-// ExecuTorch's boxed kernels read as many arguments as their schema has, whatever the list holds, write their results
-// without asking whose memory it is, and check what they read before they write it. So: the operator is one that we know,
-// its list is as long as its schema, every argument is of the schema's kind, and what is written is planned memory that no
-// other argument of the call uses. Memory may be used again by later calls.
+// ExecuTorch's boxed kernels read as many arguments as their schema has, however long the list is, write their results to any
+// memory that they are given, and check their inputs before they write, which may change them. So the operator must be known,
+// its list as long as its schema, every argument of the schema's kind, and what is written planned memory that no other
+// argument of the call uses. Later calls may use the memory again.
 #include "program_calls.h"
 
 #include "operator_table.h"

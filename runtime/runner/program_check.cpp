@@ -97,7 +97,7 @@ class Program {
     }
   }
 
-  // The methods that give constants are run with memory that ExecuTorch fills with zeros: they need none.
+  // Methods that return constants need no memory; ExecuTorch would allocate what they plan and fill it with zeros.
   void check_small(const Table& plan) {
     const Vector arenas = plan.vector(8, 8);
     for (uint32_t i = 0; i < arenas.size; ++i)
@@ -134,7 +134,7 @@ class Program {
     }
   }
 
-  // A block whose experts are constants of the file.
+  // Records a MoE block whose experts are constants of the file.
   void note_moe(const std::vector<Value>& values, const Arguments& arguments) {
     enum { kW13 = 5, kW2 = 7, kConfig = 12 };
     MoeCall call = {};

@@ -78,7 +78,7 @@ const uint8_t* ProgramFile::owned(uint64_t offset, uint64_t size) const {
 Result<FreeableBuffer> ProgramFile::load(size_t offset, size_t size, const SegmentInfo& info) const {
   if (offset > file_->size() || size > file_->size() - offset) return Error::InvalidArgument;
   if (info.segment_type == SegmentInfo::Type::Constant) return FreeableBuffer(file_->data() + offset, size, nullptr);
-  // the header is read on its own, but must be what the program was checked with
+  // the header is read again, but must be the one that the program was checked with
   const uint8_t* program = offset == 0 && size <= program_bytes_ ? owned(0, program_bytes_) : nullptr;
   const uint8_t* data = program ? program : owned(offset, size);
   if (!data) return Error::AccessFailed;

@@ -24,14 +24,14 @@ struct moec_session {
   std::string error;
   Caches caches;
   bool counted = false;         // in the model's sessions
-  std::vector<int32_t> tokens;  // ids of a vocabulary that fits: read_constants has seen to it
+  std::vector<int32_t> tokens;  // ids fit 32 bits: read_constants has checked the vocabulary
 };
 
 namespace {
 
 int64_t position_of(const moec_session& session) { return static_cast<int64_t>(session.tokens.size()); }
 
-// The memory of the states that count at `position`.
+// The memory of the states that is in use at `position`.
 std::vector<SessionBytes> parts_of(const moec_session& session, const Caches& caches, int64_t position) {
   const Seats& seats = session.model->seats;
   std::vector<SessionBytes> found;

@@ -94,7 +94,7 @@ int open_regular(const std::string& path, std::string* fault) {
   return descriptor;
 }
 
-// Why the file at `path` may not be replaced: it is there, and no session of ours.
+// Why the file at `path` may not be replaced: it exists and is not a session that moec saved. Else "".
 std::string foreign(const std::string& path) {
   struct stat status;
   if (lstat(path.c_str(), &status) != 0) return "";

@@ -110,7 +110,7 @@ class Graph {
   // `count` scales, in a constant named by field `place` (`width` bytes each), or as floats in the list of field 0.
   void enough(const Table& scales, int place, uint64_t width, uint64_t count) {
     const uint32_t constant = scales.number<uint32_t>(place);
-    // ExecuTorch asks the list of channels for its address in either case
+    // ExecuTorch takes the address of the list of channels in either case
     const bool read = constant == 0 || width == 4;
     const Vector list = read ? scales.required(0, 4, "the list of a delegate's scales") : scales.vector(0, 4);
     if (constant != 0 ? constant_bytes(constant) / width < count : list.size != count)
@@ -137,7 +137,7 @@ class Graph {
     return found->second;
   }
 
-  // A value is written once, after what it is made of.
+  // A value is written once, after those that it is computed from.
   void writes(const Table& node, int field) {
     const Tensor& t = tensor(node, field);
     if (t.constant || (t.flags & kInput) || !written_.emplace(node.number<uint32_t>(field), true).second)
@@ -151,7 +151,7 @@ class Graph {
 
   void node(const Table& entry) {
     const uint8_t kind = entry.number<uint8_t>(0);
-    if (kind != kFullyConnected && kind != kConvert) throw Damaged("a delegate of something else than linears");
+    if (kind != kFullyConnected && kind != kConvert) throw Damaged("a delegate with other operators than linears");
     const Table node = entry.table(1, "a delegate's node");
     if (kind == kConvert) return convert(node);
     const Tensor &x = tensor(node, 0), &w = tensor(node, 1), &y = tensor(node, 3);

@@ -2,8 +2,8 @@
 //
 //   moec_sample MODEL.pte COUNT ID...      e.g.  moec_sample build/tiny/model.pte 8 12 7 99
 //
-// A tokenizer is the application's own: artifacts carry a Hugging Face tokenizer.json. The file is opened by the checked
-// runtime: a damaged one is an error with a reason, where ExecuTorch's bare Module would believe it.
+// It uses the checked runtime, which takes ids; docs/app.md has the interface with texts. A damaged file is an error with a
+// reason, where ExecuTorch's Module alone would trust it.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>

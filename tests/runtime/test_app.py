@@ -355,7 +355,7 @@ def test_what_is_misused_is_told(folder: Path, opened: int, session: int, tmp_pa
         ([("user", "x"), ("user", "y")], "messages[1]"),
         ([("user", "x"), ("assistant", "y")], "the last message"),
         ([("user", "x"), ("system", "y")], "messages[1]"),
-        ([("system", "y")], "no question"),
+        ([("system", "y")], "no message of the user"),
     ):
         with pytest.raises(app.AppError) as caught:
             app.chat(opened, turns)

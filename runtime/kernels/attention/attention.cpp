@@ -103,7 +103,7 @@ void write_caches(const AttentionKernels& isa, const moec_attention_args& a) {
   });
 }
 
-// What the keys so far give for some rows, unnormalised: acc [rows, e], max [rows], sum [rows], one behind the other.
+// Unnormalised results of some rows over the keys so far: acc [rows, e], max [rows], sum [rows], one after the other.
 struct Partial {
   float *acc, *top, *sum;
 
@@ -111,7 +111,7 @@ struct Partial {
   static Partial at(float* base, int64_t rows, int64_t e) { return {base, base + rows * e, base + rows * (e + 1)}; }
 };
 
-// Row r of `chunk` becomes part of row r of `all`; `begins`: it is the first.
+// Adds row r of `chunk` to row r of `all`; `begins`: it is the first chunk.
 void fold(const AttentionKernels& isa, const Partial& all, const Partial& chunk, int64_t r, int64_t e, bool begins) {
   if (!begins) return isa.fold_row(chunk.acc + r * e, chunk.top[r], chunk.sum[r], e, all.acc + r * e, all.top + r, all.sum + r);
   memcpy(all.acc + r * e, chunk.acc + r * e, static_cast<size_t>(e) * sizeof(float));
@@ -119,8 +119,8 @@ void fold(const AttentionKernels& isa, const Partial& all, const Partial& chunk,
   all.sum[r] = chunk.sum[r];
 }
 
-// The result of row r, which is one of query head `head`. The head's sink is folded in behind every key, as a chunk whose one
-// score weighs no value: `kept` is what that leaves of the values.
+// The result of row r, a row of query head `head`. The head's sink is folded in after all keys, as a chunk with one score and
+// no value; `kept` is the factor by which this reduces the values.
 void normalize(const AttentionKernels& isa, const AttentionCall& call, const Partial& all, int64_t r, int64_t head, float* out) {
   const int64_t e = call.value_dim;
   float kept = 1.0f;

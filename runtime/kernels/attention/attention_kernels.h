@@ -12,7 +12,7 @@ namespace moec {
 // One call of cached attention, already checked. Strides follow from the sizes: everything is contiguous.
 struct AttentionCall {
   int64_t tokens, heads, kv_heads, head_dim, value_dim, capacity, start;
-  int64_t window;  // 0 or >= capacity: every earlier position; else the last `window` positions, the own one included
+  int64_t window;  // 0 or >= capacity: every earlier position; else the last `window` positions, its own included
   float scale;
   const float* q;       // [T, H, d]
   const void* k_cache;  // f32 or int8 [S, KV, d], the new rows already written

@@ -229,7 +229,7 @@ inline void weigh_rows(float* scores, int64_t count, int64_t rows, bool masked, 
         float* at = column + (begin + lane) * rows;
         const V s = load(at);
         V p = exp_negative(sub(s, top));
-        // a row that sees none of these keys has top == kNegative, and every score would weigh e^0
+        // a row that sees none of these keys has top == kNegative, and every score would get weight e^0
         if (masked) p = less_equal_select(s, nothing, zero(), p);
         part[lane] = add(part[lane], p);
         store(at, mul(p, set1(v_factor[begin + lane])));
@@ -293,7 +293,7 @@ void tile_of(const AttentionCall& call, const AttentionItem& item, float* scratc
 // Bound by reading the cache, whose rows of all KV heads lie side by side: one pass over the keys, then one over the
 // values, each for all heads. A head's vectors are widened once for the query heads that share them.
 
-// Asks for `bytes` bytes from `p` on, one cache line at a time. Touches no memory: p may lie beyond the cache.
+// Prefetches `bytes` bytes from `p` on, one cache line at a time. Reads nothing: p may lie beyond the KV cache.
 inline void prefetch(const void* p, int64_t bytes) {
   const char* c = static_cast<const char*>(p);
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(c + i);
@@ -439,7 +439,7 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
     for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
-      // heads visit the block one after the other, in strides: each asks for its share of the next block, so that the
+      // heads visit the block one after the other, in strides: each prefetches its share of the next block, so that the
       // memory sees one steady stream. After the last block come the first values.
       if (begin + kKeyBlock < count)
         prefetch(k_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * d, kKeyBlock * d * int64_t{sizeof(C)});

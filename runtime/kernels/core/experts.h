@@ -1,5 +1,5 @@
 // `Experts`: the matrices of the routed experts during one call of moec_moe, in memory or lent by the
-// moec_expert_source that this thread has set. Protocol: once a chunk of tokens, `begin` names the experts that the
+// moec_expert_source that this thread has set. Protocol: for each chunk of tokens, `begin` names the experts that the
 // chunk needs and how often, and `end` closes it. In between each worker holds one expert at a time as a `HeldExpert`:
 // `w13` and `w2` wait until the matrix is there (acquire), and its destructor gives both back (release). Without a
 // source all of these return at once.
@@ -24,7 +24,7 @@ class Experts {
   Experts& operator=(const Experts&) = delete;
   ~Experts() { end(); }
 
-  // As moec_expert_source::begin, whose -1 is false: no expert can be given, and the call must fail.
+  // As moec_expert_source::begin; false for its -1: no expert can be provided, and the call must fail.
   bool begin(int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
     const moec_expert_source* const source = expert_source();
     if (!source) return true;

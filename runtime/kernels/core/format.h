@@ -56,7 +56,7 @@ struct Matrix {
   int64_t blocks_together() const { return format.axis_out ? format.group / kBlockRows : 1; }
 };
 
-// Codes, in a format that is fit for an n x k matrix; fails with a message that names `name`.
+// The fields of `format`, checked for an n x k matrix of codes or floats; a failure's message begins with `name`.
 int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Format* out);
 
 // Length of one packed matrix.

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTokenTile = 48;         // rows that share one reading of a chunk of weights
 constexpr int64_t kChunkBytes = 96 << 10;  // of weights per unit of work: stays in the second-level cache
-// Of a matrix of a few hundred kB: each unit begins with a wait for its first bytes, and two still let a fast worker take
+// For a matrix of a few hundred kB. Each unit begins with a wait for its first bytes; two are enough for a fast worker to take
 // three of four. Six cost a fifth of the speed of a 768 x 768 matrix at one token.
 constexpr int64_t kUnitsPerWorker = 2;
 constexpr int64_t kMostGated = 16;  // blocks of gate and of up whose outputs wait for their activation: 98 kB for 48 rows

@@ -4,7 +4,7 @@ namespace moec {
 namespace {
 
 constexpr int64_t kTile = 48;               // rows whose activations are rounded together for one output group
-constexpr int64_t kAhead = int64_t{16} << 10;  // bytes of codes that are asked for before anything multiplies them
+constexpr int64_t kAhead = int64_t{16} << 10;  // bytes of codes that are prefetched before they are multiplied
 
 void ask_for(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
@@ -76,7 +76,7 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
   task.y_stride = y_stride;
   const int32_t kind = w.format.kind - 1;
   const bool by_block = w.format.block_activations;
-  // Within a matrix the kernels ask for the next blocks while they multiply. The first ones are asked for here: the kernels'
+  // Within a matrix the kernels prefetch the next blocks while they multiply. The first ones are prefetched here: the kernels'
   // loops have too few loads in flight to fetch them quickly.
   prefetch_blocks(w, first, last);
   if (!w.format.axis_out) {

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kMostTile = 48;                // rows of an expert that share one reading of its weights
 constexpr int64_t kRouterTile = 16;              // tokens routed together
-constexpr int64_t kNarrowPairsPerThread = 8;     // up to here rows of weights are shared out, above it whole experts
+constexpr int64_t kNarrowPairsPerThread = 8;     // up to here threads share rows of weights, above it whole experts
 constexpr int64_t kUnitsPerWorker = 2;
 constexpr int64_t kTileBytes = 3 << 20;          // activations of one worker's tile
 constexpr int64_t kChunkBytes = int64_t{48} << 20;  // of expert outputs awaiting their combination
@@ -33,7 +33,7 @@ int64_t hidden_rows(const Moe& moe) { return moe.gated ? 2 : 1; }
 
 // One expert, routed or shared, as the tile functions see it.
 struct Expert {
-  Matrix w13, w2;  // of a routed one set where it is held
+  Matrix w13, w2;  // of a routed expert: set while it is held
   const float* b13 = nullptr;
   const float* b2 = nullptr;
   int64_t width = 0;
@@ -85,7 +85,7 @@ struct Run {
   int32_t* order = nullptr;     // [pairs]
   int32_t* position = nullptr;  // [pairs]
   int32_t* hit = nullptr;       // experts with tokens, in the order of the work on them
-  int32_t* uses = nullptr;      // [experts] of hit: how often its matrices are asked for
+  int32_t* uses = nullptr;      // [experts]: how often the matrices of hit[i] are acquired
   int64_t hits = 0;
 
   int64_t count(int64_t e) const { return first[e + 1] - first[e]; }
@@ -98,7 +98,7 @@ struct Run {
       if (first[e + 1]) hit[hits++] = int32_t(e);
       first[e + 1] += first[e];
     }
-    // first[e] walks over its range and ends at its end, which is the begin of the next: shift back afterwards
+    // first[e] advances to the end of its range, which is the beginning of the next: shift back afterwards
     for (int64_t p = 0; p < pairs; ++p) {
       const int32_t place = first[indices[p]]++;
       order[place] = int32_t(p);
@@ -239,7 +239,7 @@ void place_tile(TileSpace& s, uint8_t* base) {
   s.hidden_q = s.hidden_plan.at(base);
 }
 
-// The whole expert for m rows of input: out [m, d]. `held`: whose w2 it is asked for when gate/up is done; NULL: the shared one.
+// The whole expert for m rows of input: out [m, d]. `held` gives w2 when gate/up is done; NULL: the shared one.
 void run_expert(const Run& run, Expert& expert, HeldExpert* held, const Rows& input, TileSpace& s, float* out) {
   const Moe& moe = run.moe;
   const int64_t h13_stride = expert.w13.n;

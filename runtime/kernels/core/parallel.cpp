@@ -151,9 +151,9 @@ class Pool {
 std::atomic<Pool*> process_pool{nullptr};
 std::atomic<int32_t> inherited{1};  // threads of the pool that a forked child starts
 
-// A child of fork has none of its parent's threads: they would take no work, to join them is undefined (on some systems it
-// waits for ever), and what they held is held for ever.
-// It leaves the parent's pool alone and starts its own when an operator first asks for it.
+// A child of fork has none of its parent's threads: no work would reach them, joining them is undefined (on some systems it
+// waits for ever), and locks that they held stay locked. So the child leaves the parent's pool alone and starts its own when an
+// operator first needs one.
 void after_fork() {
   if (const Pool* const parents = process_pool.exchange(nullptr)) inherited = parents->size();
 }

@@ -25,7 +25,7 @@ thread_local Block block;
 uint8_t* scratch(size_t bytes) {
   if (bytes <= block.size && block.data) return block.data;
   block.release();
-  const size_t wanted = (bytes + bytes / 4 + 4096) / 4096 * 4096;  // some slack: token counts creep upwards
+  const size_t wanted = (bytes + bytes / 4 + 4096) / 4096 * 4096;  // some slack, as token counts often grow slowly
   void* data = nullptr;
   if (posix_memalign(&data, 4096, wanted) != 0) return nullptr;
   block.data = static_cast<uint8_t*>(data);

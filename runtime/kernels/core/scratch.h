@@ -23,7 +23,7 @@ class ScratchPlan {
   size_t total_ = 0;
 };
 
-// Frees what moe.cpp keeps for the calling thread besides.
+// Frees the memory that moe.cpp keeps for the calling thread beside the scratch.
 void release_selection();
 
 // At least `bytes` bytes, 64-byte aligned, valid until the next call on this thread; NULL when memory is short.

@@ -4,8 +4,8 @@
 
 namespace moec {
 
-// Whether the processor, and the system that saves its registers, has all of `features`: names between single spaces; none
-// is always there, an unknown one never.
+// Whether the processor has all of `features` (names with single spaces between them) and the system saves their registers.
+// True for no feature, false for an unknown one.
 bool cpu_has(const char* features);
 
 }  // namespace moec

@@ -194,8 +194,8 @@ inline int32_t round_part(const float* x, int64_t begin, int64_t end, F32x16 inv
   return reduce_iadd(sum);
 }
 
-// What rounds values whose largest magnitude has these bits: x * inverse to the nearest integer. inverse 0: to zero, because
-// all are zero, or so small that 127 / max overflows, or one is not finite, which the scale then says.
+// How values whose largest magnitude has these bits are rounded: x * inverse, to the nearest integer. inverse is 0 if all are
+// zero, if they are so small that 127 / max overflows, or if one is not finite, which makes the scale NaN.
 struct RowScale {
   float inverse, scale;
 };
@@ -208,7 +208,7 @@ inline RowScale row_scale(int32_t largest_bits) {
   return {inverse, largest / 127.0f};
 }
 
-// Up to 32 values, and what they are multiplied with first.
+// Up to 32 values, multiplied by their factors if they have any.
 template <bool kFactor>
 inline void load_block(const float* x, const float* factor, int n, F32x16 (&v)[2]) {
   const auto at = [&](const float* p, int i) {

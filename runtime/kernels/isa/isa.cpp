@@ -34,7 +34,7 @@ constexpr Entry kCompiled[] = {
 #undef MOEC_INSTRUCTION_SET
 };
 
-// Those that this machine can run, the best first. Only their code is entered.
+// The sets that this machine can run, the best first. Only their code is ever called.
 const std::vector<Isa>& available() {
   static const std::vector<Isa> found = [] {
     std::vector<Isa> isas;

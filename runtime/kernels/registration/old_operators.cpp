@@ -1,4 +1,4 @@
-// Names and arguments that operators had in artifacts written before: registered so that those still open, and used by
+// Names and arguments that operators had in artifacts of earlier versions: registered so that those still open, and used by
 // nothing that is written now. A .pte passes arguments by position, so an operator whose arguments change gets a new name
 // and its old one moves here; targets/xnnpack/operator_table.py lists both, tests/runtime/test_old_artifacts.py opens them.
 //

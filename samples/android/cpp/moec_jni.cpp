@@ -1,5 +1,5 @@
-// MoecModel.kt's native side: the C API of applications (runtime/include/moec.h). Texts cross as UTF-8 bytes, since a Java
-// machine's own strings write characters beyond 16 bits otherwise.
+// MoecModel.kt's native side: the C API of applications (runtime/include/moec.h). Texts are passed as UTF-8 bytes, since
+// JNI's strings are in modified UTF-8, which encodes characters beyond 16 bits differently.
 #include <jni.h>
 
 #include <cstdint>
@@ -33,7 +33,7 @@ std::vector<std::string> texts_of(JNIEnv* env, jobjectArray given) {
   return texts;
 }
 
-// The ids of a call that writes them: it is asked for their number first.
+// The ids of a call that writes them; a first call gives their number.
 template <typename Call>
 jintArray ids_of(JNIEnv* env, Call call) {
   const int64_t count = checked(env, call(nullptr, 0));
@@ -65,7 +65,7 @@ extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_tokenize(JNIEnv* 
   });
 }
 
-// texts: role and content of each message by turns.
+// texts: role and content of each message, alternating.
 extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_chat(JNIEnv* env, jclass, jlong artifact, jobjectArray texts) {
   const std::vector<std::string> given = texts_of(env, texts);
   std::vector<moec_app_message> messages;

@@ -28,7 +28,7 @@ public final class MoecModel {
     setenv("MLX_ENABLE_TF32", "0", 1)
     let file = artifact.appendingPathComponent("model.pte")
     guard FileManager.default.fileExists(atPath: file.path) else { throw MoecError.noModel(file) }
-    // ExecuTorch believes a file's structure: what is wrong with it must be found first.
+    // ExecuTorch trusts the structure of a file, so it is checked first.
     var reason = [CChar](repeating: 0, count: 512)
     guard moec_check_file(file.path, "MLXBackend", &reason, reason.count) == 0 else {
       throw MoecError.damaged(file, reason: String(cString: reason))
