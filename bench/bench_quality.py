@@ -5,7 +5,7 @@ on, the float model is transformers' weights in float32. Every side reads the sa
 artifacts with INT8 activations and cache, llama.cpp with its own INT8 activations and float16 cache. Both calibrate on
 the same text: pieces of the running Python's own documentation and library, and the shipped prompts.
 
-What was made is kept in --out: a second run continues. Results: quality.json, quality.svg.
+What was made is kept in --out: a second run continues. Results: quality.json, quality.svg, of all rows that are there.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ OURS: dict[str, dict[str, Any]] = {
     "INT8": {**INT4, "weights": "int8"},
 }
 MIXED = {"mixed, 92 MB": 92.0, "mixed, 87 MB": 87.0, "mixed, 84 MB": 84.0}  # whole artifacts of at most so many MB
+CHOSEN = Path(__file__).with_name("mixed")  # specs that `moec quantize` wrote
 PEERS = {  # name: format, with an importance matrix
     "Q4_0": ("Q4_0", False),
     "Q4_0 imatrix": ("Q4_0", True),
@@ -164,7 +165,11 @@ def ours(name: str, setting: Setting) -> Model:
 
 
 def mixed(name: str, setting: Setting) -> Model:
-    """An artifact of the bits that `moec quantize` chooses for a size."""
+    """An artifact of the bits that `moec quantize` chooses for a size, or has chosen: what is in CHOSEN is taken."""
+    known = CHOSEN / f"{_file(name)}.yaml"
+    if known.exists():
+        quantization = yaml.safe_load(known.read_text("utf-8"))["quantization"]
+        return _artifact(name, setting, lambda: _spec(setting, quantization))
 
     def spec() -> Spec:
         given, target = _spec(setting, {**INT4, "method": "distilled"}), "xnnpack"
@@ -219,9 +224,14 @@ def peer(name: str, setting: Setting) -> Model:
     return llama_quality.LlamaModel(f"llama.cpp {name}", file, bindings, vocab_size)
 
 
+def _row_file(name: str, make: Any, setting: Setting) -> Path:
+    found: Path = setting.out / "rows" / f"{make.__name__}-{_file(name)}.json"
+    return found
+
+
 def row(name: str, make: Any, setting: Setting) -> Compared:
     """One row, measured once."""
-    file = setting.out / "rows" / f"{make.__name__}-{_file(name)}.json"
+    file = _row_file(name, make, setting)
     if not file.exists():
         model = make(name, setting)
         (found,) = measure(Recorded(setting), [model], setting.chunks, setting.progress)
@@ -240,11 +250,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows alone, by their names in the table")
     parser.add_argument("--no-peers", action="store_true", help="without llama.cpp, whose first build takes long")
     options = parser.parse_args()
-    wanted = (
-        [(n, ours) for n in OURS]
-        + [(n, mixed) for n in MIXED]
-        + ([] if options.no_peers else [(n, peer) for n in PEERS])
-    )
+    every: list[tuple[str, Any]] = [
+        *((n, ours) for n in OURS),
+        *((n, mixed) for n in MIXED),
+        *((n, peer) for n in PEERS),
+    ]
+    wanted = [(n, make) for n, make in every if make is not peer or not options.no_peers]
     if options.only:
         unknown = set(options.only) - {n for n, _ in wanted}
         if unknown:
@@ -252,8 +263,11 @@ def main() -> int:
         wanted = [(n, make) for n, make in wanted if n in options.only]
     try:
         setting = prepare(options.out, Progress())
-        rows = [row(name, make, setting) for name, make in wanted]
-        write_plot(options.out / "quality.svg", rows)
+        for name, make in wanted:
+            row(name, make, setting)
+        done = [(n, make) for n, make in every if _row_file(n, make, setting).exists()]
+        rows = [row(name, make, setting) for name, make in done]
+        write_plot(options.out / "quality.svg", rows, [r.name for r in rows if r.name.startswith("llama.cpp")])
     except (UserError, NotReached) as error:
         print(error, file=sys.stderr)
         return 2
