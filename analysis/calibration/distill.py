@@ -32,7 +32,7 @@ from moec.compiler.quantizer import last_axis
 from moec.passes.quantize_weights import Read
 
 EPOCHS = 1
-_BATCH = 512  # tokens of a step
+_BATCH = 1024  # tokens of a step
 _READ = 8192  # tokens that are read together where no gradients are wanted
 _RATE = 2e-3  # of the first steps; a scale moves by about so much of itself in one
 _BETAS = (0.9, 0.95)

@@ -28,7 +28,9 @@ def write_plot(file: Path, rows: Sequence[Compared], others: Collection[str] = (
         axes.plot(row.bytes / 1e6, y, "o", color="black", markersize=5, fillstyle=fill)
         axes.annotate(Path(row.name).name, (row.bytes / 1e6, y), textcoords="offset points", xytext=(6, 4), fontsize=9)
     axes.set_yscale("log")
-    axes.set_xlim(left=0, right=1.25 * max(row.bytes for row in rows) / 1e6)  # room for names
+    axes.set_xlim(left=0, right=1.5 * max(row.bytes for row in rows) / 1e6)  # room for names
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("MB, all files")
     axes.set_ylabel("mean KL divergence from the float model, nats")
     axes.grid(True, which="both", linewidth=0.3)
