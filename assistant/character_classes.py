@@ -1,4 +1,4 @@
-"""What the installed `tokenizers` matches, in character_classes.json: `python -m moec.assistant.character_classes`."""
+"""Writes character_classes.json by the installed `tokenizers`: `python -m moec.assistant.character_classes`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def matched(expression: str) -> str:
 
 
 def classes() -> dict[str, str]:
-    """All of them; some seconds."""
+    """All classes, by name; takes some seconds."""
     from tokenizers import pre_tokenizers
 
     found = {name: matched(rf"\p{{{name}}}") for name in CATEGORIES}
@@ -37,9 +37,9 @@ def classes() -> dict[str, str]:
 
 
 def normal_forms() -> dict[str, str]:
-    """Which characters its normal forms know: marks that it orders, those that it takes apart, and puts together.
+    """The characters that the library's normal forms change: marks that are reordered, and those (de)composed.
 
-    Its tables are older than Python's; classes and parts of a character never change once they are there.
+    Its Unicode tables are older than Python's; a character's class and decomposition never change once it is assigned.
     """
     from tokenizers import normalizers
 

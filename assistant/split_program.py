@@ -1,11 +1,11 @@
-"""The regular expressions by which tokenizers cut texts, as programs of a small backtracking machine for native apps.
+"""The regular expressions by which tokenizers split texts, as programs of a small backtracking machine for native apps.
 
-Expressions are Oniguruma's, as `tokenizers` reads them; of its syntax those parts are known that tokenizers use,
+Expressions are in Oniguruma's syntax, as `tokenizers` reads them; the parts of it that tokenizers use are supported,
 everything else is refused. An instruction is three integers:
 
     CHAR set 0      one character of a set           LOOK negative next  what follows matches, or not; goes on at `next`
     SPLIT a b       go on at a, if that fails at b   ATOMIC next 0       what follows matches once; goes on at `next`
-    JUMP a 0                                         MATCH 0 0           the end of it, or of a LOOK or ATOMIC
+    JUMP a 0                                         MATCH 0 0           the end of a program, LOOK or ATOMIC
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 
 CHAR, SPLIT, JUMP, MATCH, LOOK, ATOMIC = range(6)
 LAST = 0x10FFFF  # the last code point
-MAX_CODE = 20_000  # instructions of an expression; usual ones have 60
-Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, ascending, apart
+MAX_CODE = 20_000  # instructions of a tokenizer's expressions; usual ones have 60
+Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, ascending, not adjacent
 
 
 class Unknown(Exception):
-    """What of a tokenizer native apps cannot do, in one line."""
+    """The part of a tokenizer that the tables of native apps cannot express, in one line."""
 
 
 @cache
 def character_class(name: str) -> Ranges:
     """`s`, `d`, `numeric` or a general category as `tokenizers` knows it; Unknown for others.
 
-    The file is of what the library itself matches, code point by code point: tests/assistant/test_native_text.py.
+    The file has what the library itself matches for each code point; tests/assistant/test_native_text.py compares.
     """
     text = resources.files("moec.assistant").joinpath("character_classes.json").read_text("ascii")
     classes = json.loads(text)
@@ -63,18 +63,18 @@ def complement(given: Ranges) -> Ranges:
 
 
 class Program:
-    """Instructions of several expressions behind each other, and the sets that they share."""
+    """The instructions of several expressions, one after the other, and the sets that they share."""
 
     def __init__(self) -> None:
         self.code: list[tuple[int, int, int]] = []
         self.sets: list[Ranges] = []
 
     def add(self, expression: str) -> int:
-        """Append an expression; where it begins. Unknown."""
+        """Append an expression; returns where it begins. Unknown."""
         return self._append(_Parser(expression).whole())
 
     def add_set(self, ranges: Ranges, *, repeated: bool) -> int:
-        """Append one character of a set, or a row of them."""
+        """Append one character of a set, or a run of them."""
         node: _Node = ("set", ranges)
         return self._append(("repeat", node, 1, None, "greedy") if repeated else node)
 
@@ -90,7 +90,7 @@ class Program:
 
     def _put(self, op: int, a: int = 0, b: int = 0) -> int:
         if len(self.code) >= MAX_CODE:
-            raise Unknown("an expression that large")
+            raise Unknown(f"expressions of more than {MAX_CODE} instructions")
         self.code.append((op, a, b))
         return len(self.code) - 1
 
@@ -279,7 +279,7 @@ class _Parser:
 
 
 def _folded(letter: str) -> Ranges:
-    """A character without regard to case; only of ASCII, whose foldings are few."""
+    """A character in upper and lower case; only of ASCII, whose case foldings are few."""
     if ord(letter) > 127:
         raise Unknown(f"the character {letter!r} without regard to case")
     also = {"s": "\u017f", "k": "\u212a"}.get(letter.lower(), "")

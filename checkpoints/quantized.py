@@ -13,7 +13,7 @@ from typing import Any
 from moec.checkpoints.mxfp4 import Mxfp4Entry
 from moec.checkpoints.safetensors_file import FLOATS, Entry, shown
 
-# Tensors that say what the weight beside them is, by the end of their name, most telling first.
+# Ends of names of tensors that show the format of the weight beside them, the most specific first.
 _MARKS: tuple[tuple[str, str], ...] = (
     (".weight_packed", "compressed-tensors (packed codes, weight_packed)"),
     (".qzeros", "AWQ"),
@@ -95,6 +95,6 @@ def said_by_tensors(entries: Mapping[str, Entry], model: Collection[str]) -> tup
 
 
 def is_plain(entry: Entry) -> bool:
-    """Whether a tensor can be a weight as it is: a float type of 16 bits or more, or codes that are read as what they
-    mean."""
+    """Whether a tensor can be a weight as it is: a float type of 16 bits or more, or MXFP4, which is read as the values
+    of its codes."""
     return entry.dtype in FLOATS or isinstance(entry, Mxfp4Entry)

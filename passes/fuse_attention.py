@@ -90,7 +90,7 @@ def _refusal(stuck: Stuck, block: Node) -> Refusal:
 
 
 def _by_cache(forms: Iterable[AttentionForm]) -> list[list[AttentionForm]]:
-    """In order, those that read one updated cache for keys together."""
+    """The attentions in order, grouped by the updated cache that their keys are read from."""
     found: dict[Node, list[AttentionForm]] = {}
     for form in forms:
         found.setdefault(_write(form.keys.node), []).append(form)
@@ -98,14 +98,14 @@ def _by_cache(forms: Iterable[AttentionForm]) -> list[list[AttentionForm]]:
 
 
 def _write(node: Node) -> Node:
-    """What the views of keys or values are of."""
+    """The node whose views and transposes keys or values are."""
     while is_op(node, *MOVES) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def _check_private(forms: list[AttentionForm]) -> None:
-    """Nothing but these reads the updated caches, through any of their views. Stuck at another reader."""
+    """Stuck if anything but these attentions reads the updated caches, through any of their views."""
     readers = {reader: operands for form in forms for reader, operands in form.readers.items()}
     pending = list({_write(side.node): None for form in forms for side in (form.keys, form.values)})
     while pending:
@@ -194,7 +194,7 @@ class _Fuser:
         return self._edit.call(aten.reshape.default, sinks, [int(shape(sinks)[1])], like=sinks)
 
     def _own_cache(self, cache: _Cache, window: int, layer: str, readers: tuple[str, ...]) -> None:
-        """The buffer becomes the operator's: float32 [1, S, KV, d]. Behind the mask it is never read."""
+        """Declare the buffer as the operator's state, float32 [1, S, KV, d]. Masked positions are never read."""
         name = str(self._edit.weight_of(cache.buffer))
         _, *middle, width = self._edit.states[name].shape
         heads, positions = middle if cache.heads_first else reversed(middle)

@@ -212,7 +212,7 @@ def fake_mode_of_parameters(model: nn.Module) -> FakeTensorMode:
 
 
 def _length(config: Any, folder: Path, context: int | None) -> int:
-    """Positions of the KV cache: `context`, or what the model was trained for. CompileError if that is less."""
+    """Positions of the KV cache: `context`, by default what the model was trained for. CompileError if it is more."""
     longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2048)
     if context is not None and context > longest:
         raise CompileError(
@@ -226,7 +226,7 @@ def _length(config: Any, folder: Path, context: int | None) -> int:
 def _build(config: Any, mode: FakeTensorMode, experts: str, folder: Path) -> nn.Module:
     """The model with fake float32 parameters and real buffers (rotary frequencies are computed at construction)."""
     with _fake_parameters(mode), torch.no_grad():
-        # the attention is transformers' choice: sdpa where the model has it, products for those with attention sinks
+        # transformers chooses the form of attention: sdpa, or products for models with attention sinks
         model: nn.Module = build_model(config, folder, experts)
     return model.eval()
 

@@ -122,7 +122,7 @@ def _attend(c: Context, n: Node, q: Node, k: Slot, v: Slot, start: Slot, stop: S
 
 
 def _attend_with_sinks(c: Context, n: Node, call: Any, k: Slot, v: Slot, start: Slot, stop: Slot) -> Slot:
-    """The products spelled out: the delegate's attention has no sinks. Query heads of one key head are rows of it."""
+    """Attention by products: the delegate's supports no sinks. Query heads of a key head are rows of one product."""
     e = c.e
     tokens = e.size(slot_of(c, call.q), 1)
     heads, kv, width = int(shape_of(call.q)[2]), int(shape_of(call.k)[2]), int(shape_of(call.q)[3])

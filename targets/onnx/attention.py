@@ -74,7 +74,7 @@ def cached_attention(c: Context, node: Node) -> str:
     kv_heads, value_width = int(shape_of(k)[2]), int(shape_of(v)[3])
     b = c.b
     query = b.op("Mul", b.op("Transpose", c.value(q), perm=[0, 2, 1, 3]), b.float(float(call.scale)))
-    # the queries of the heads that share keys lie one behind the other: nothing is repeated
+    # the queries of heads that share keys are rows of one product: no key is repeated
     query = b.reshape(query, 1, kv_heads, -1, width)
     scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
     by_head = c.once(("by_head", heads), lambda: b.op("Concat", b.ints(1, heads), token_count(c), b.ints(-1), axis=0))
@@ -87,7 +87,7 @@ def cached_attention(c: Context, node: Node) -> str:
 
 
 def _weights(c: Context, scores_1HTS: str, sinks: Node | None, heads: int) -> str:
-    """softmax over the positions; a sink is one score more of each head, whose weight is dropped."""
+    """softmax over the positions; a sink is one more score of each head, whose weight is dropped."""
     b = c.b
     if sinks is None:
         return b.op("Softmax", scores_1HTS, axis=-1)
