@@ -21,7 +21,7 @@ from moec.compiler.errors import RunError, UserError
 from moec.compiler.target import Session
 
 log = logging.getLogger("moec.prefixes")
-LEAST = 16  # tokens; computing fewer takes no longer than reading a file
+LEAST = 16  # tokens; fewer are not worth a file
 MOST_FILES = 64  # of one artifact; the least recently used one is removed first
 _NAME = re.compile(r"([0-9a-f]{16})-([0-9]{1,9})-([0-9a-f]{32})\.session")
 
