@@ -50,7 +50,7 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers \
+.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers bench-arm \
   bench-quality bench-speculation bench-flash bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
   real-model clean distclean
 
@@ -149,6 +149,10 @@ bench-kernel: setup ## one MoE layer against its peers and the machine's limits 
 kernel-revisions: setup $(TESTABLE) ## whether the kernels became slower: make kernel-revisions BASE=REV [BENCH_ARGS=--count]
 	@test -n "$(BASE)" || { echo "give BASE=REV, a revision to compare with" >&2; exit 2; }
 	$(BIN)/python bench/kernel_revisions.py --base $(BASE) $(BENCH_ARGS)
+
+# needs llvm-mca, a cross compiler and qemu-user: it names the packages that are missing
+bench-arm: setup ## the kernels on models of phone cores: share of the peak, instructions, predicted tokens/s
+	$(BIN)/python -W ignore bench/bench_arm.py --out $(BUILD)/bench $(BENCH_ARGS)
 
 bench-passes: $(INSTALLED) ## seconds of export and passes by the number of layers
 	$(BIN)/python bench/bench_passes.py $(BENCH_ARGS)
