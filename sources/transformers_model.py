@@ -324,7 +324,8 @@ class TransformersStore(Checkpoint):
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and places of the tensors; the weights themselves are not read."""
-        entries = sorted(self._entries.values(), key=lambda e: e.name)
+        scales = [e.scales for e in self._entries.values() if isinstance(e, Mxfp4Entry)]
+        entries = sorted([*self._entries.values(), *scales], key=lambda e: e.name)
         lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec.checkpoints import spec_from_config
+from moec.checkpoints.mxfp4 import Mxfp4Entry
 from moec.compiler import build
 from moec.compiler.errors import CheckpointError, SpecError
 from moec.compiler.pipeline import run_passes
@@ -139,3 +141,12 @@ def test_blocks_and_scales_that_do_not_fit_are_refused(released: Path, tmp_path:
     folder = changed(released, tmp_path, f"down_proj{end}", lambda t: t[:, 1:].contiguous())
     with pytest.raises(CheckpointError, match="MXFP4"):
         compiled(folder)
+
+
+def test_the_digest_covers_the_scales(released: Path) -> None:
+    """It is what calibration results and manifests know a checkpoint by."""
+    store = TransformersStore(released)
+    name, entry = next((n, e) for n, e in store._entries.items() if isinstance(e, Mxfp4Entry))
+    before = store.digest()
+    store._entries[name] = replace(entry, scales=replace(entry.scales, begin=entry.scales.begin + 1))
+    assert store.digest() != before

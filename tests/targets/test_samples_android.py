@@ -78,6 +78,7 @@ public class MoecModel {
     close(session);
     close(model);
     refused(() -> session(model));
+    refused(() -> open(bytes("not \U0001f642 here"), 0));
     open(bytes("nothing"), 0);
   }
 }
@@ -128,5 +129,11 @@ def test_a_java_machine_says_what_python_says(tiny: TinyModels, tmp_path: Path) 
         wanted = "".join(session.generate(prompt, max_new_tokens=40, temperature=0.9, seed=7))
     assert java.stdout.decode() == f"{wanted}|true|true|true", java.stderr[-3000:]
     told = java.stderr.decode()
-    for words in ("no chat template", "no tokens", "is no open artifact", "nothing/manifest.json: No such file"):
+    for words in (
+        "no chat template",
+        "no tokens",
+        "is no open artifact",
+        "not ? here/",
+        "nothing/manifest.json: No such file",
+    ):
         assert words in told

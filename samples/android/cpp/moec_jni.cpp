@@ -10,10 +10,25 @@
 
 namespace {
 
+// The error of the last call in the JVM's own UTF-8, which has no sequences of four bytes: `?` for such a character.
+std::string error_text() {
+  std::string found;
+  for (const char* at = moec_app_error(); *at; ++at) {
+    const auto byte = static_cast<unsigned char>(*at);
+    if (byte < 0xF0) {
+      found += *at;
+      continue;
+    }
+    found += '?';
+    while ((static_cast<unsigned char>(at[1]) & 0xC0) == 0x80) ++at;
+  }
+  return found;
+}
+
 // The number a function gave; where it failed an exception is pending.
 template <typename T>
 T checked(JNIEnv* env, T given) {
-  if (given < 0) env->ThrowNew(env->FindClass("java/lang/IllegalStateException"), moec_app_error());
+  if (given < 0) env->ThrowNew(env->FindClass("java/lang/IllegalStateException"), error_text().c_str());
   return given;
 }
 
