@@ -50,8 +50,7 @@ class Cache:
 
     whole: 0 where one kernel computes attention, reading only the positions seen. Otherwise attention is several
     operators: it keeps FP32 rows, and every call computes scores for this many positions, masked or not.
-    head_width: 0 where heads are stored. With latent attention, which makes the heads from every row of the cache in
-    each call, the width of a query head's key and value together.
+    latent: keys and values are made of a latent row by operators of their own, once for each token.
     """
 
     kv_heads: int
@@ -59,7 +58,7 @@ class Cache:
     value_width: int
     window: int = 0
     whole: int = 0
-    head_width: int = 0
+    latent: bool = False
 
     def seen(self, position: int) -> int:
         """Positions that a token at `position` (from 0) attends to, itself included."""
@@ -74,11 +73,7 @@ class Cache:
 
     def macs(self, heads: int, position: int) -> int:
         """Multiply-accumulates of `heads` query heads of the token at `position`: scores and weighted values."""
-        return heads * (self.head_width or self.key_width + self.value_width) * self.seen(position)
-
-    def call_macs(self, heads: int) -> int:
-        """Multiply-accumulates of one call, whatever its tokens: heads made from the stored rows."""
-        return self.whole * self.key_width * heads * max(self.head_width - self.value_width, 0)
+        return heads * (self.key_width + self.value_width) * self.seen(position)
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ class Architecture:
         """Multiplies and adds of a call of the token at `position`: every product of its weights, and attention."""
         head = self.vocab_size * self.d_model if self.tied else 0
         products = sum(w.macs for w in self.weights) + head + self.attention_macs(position)
-        return 2 * (products + self.call_macs + self.state_macs)
+        return 2 * (products + self.state_macs)
 
     @property
     def fixed_bytes(self) -> int:
@@ -161,14 +156,9 @@ class Architecture:
         """Multiply-accumulates of one token in recurrences: each element of a state is recalled, renewed and read."""
         return 3 * self.fixed_bytes // 4
 
-    @property
-    def call_macs(self) -> int:
-        """Multiply-accumulates that every call has, whatever its tokens."""
-        return sum(n * c.call_macs(self.heads) for c, n in self.alike)
-
     def prefill_flops(self, tokens: int) -> int:
         """Of a prompt of `tokens` tokens in one call; the head is computed once, for the last."""
         head = self.vocab_size * self.d_model
         body = sum(w.macs for w in self.weights) - (0 if self.tied else head)
-        attention = sum(self.attention_macs(p) for p in range(tokens)) + self.call_macs + tokens * self.state_macs
+        attention = sum(self.attention_macs(p) for p in range(tokens)) + tokens * self.state_macs
         return 2 * (tokens * body + head + attention)

@@ -328,11 +328,24 @@ def _manifest(
         sizes_by_role=dict(lowered.sizes_by_role),
         details=lowered.facts.model_dump(mode="json", exclude_unset=True),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
-        notes=(*store.notes, *lowered.notes),
+        notes=(*store.notes, *unfused_attention(log), *lowered.notes),
         codes=_codes(program),
         calibration=None if program.calibration is None else dict(program.calibration()),
         states=_states(program),
     )
+
+
+def unfused_attention(log: PipelineLog) -> list[str]:
+    """A note for each reason for which attention stays in single operators, which a fused program does without."""
+    reasons: dict[str, list[str]] = {}
+    for record in log.records:
+        for refusal in record.refusals if record.name == "fuse_attention" else ():
+            reasons.setdefault(refusal.reason, []).append(refusal.where or refusal.node)
+    return [
+        f"attention is not fused in {len(places)} layers, of which the first is {places[0]}: {reason}. It is computed "
+        "over the whole context at every call, with a cache in float32: set no more context than is needed"
+        for reason, places in reasons.items()
+    ]
 
 
 def _codes(program: Program) -> tuple[CodesEntry, ...]:

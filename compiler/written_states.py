@@ -87,9 +87,15 @@ def _writes(exported: ExportedProgram) -> Iterator[tuple[Node, Update]]:
 
 def _root(value: Node) -> Node:
     """Through views of a buffer, and through in-place operators, which return what they wrote."""
-    while value.op == "call_function" and value.args and isinstance(value.args[0], Node):
+    while value.op == "call_function" and value.args and isinstance(value.args[0], Node) and _is_view(value):
         value = value.args[0]
     return value
+
+
+def _is_view(node: Node) -> bool:
+    """Whether its result may be memory of its first operand, and not its own."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def _chain(value: Node, buffer: Node) -> Update:

@@ -4,6 +4,9 @@
 
 and the same spelled out in products around a softmax, with attention sinks or without (attention_forms.py).
 
+Where keys and values are computed from caches row by row (latent attention), they are cached in place of what they are
+computed from (attention_rows.py).
+
 Several layers may read one cache, which one of them writes: each becomes the operator, given the same keys and values,
 and writes the same rows again. They are fused together or not at all.
 
@@ -27,6 +30,7 @@ from moec.compiler.pipeline import Pass, PassResult, Refusal
 from moec.compiler.program import Editor, Program, Stage, module_path
 from moec.compiler.states import Appended, State
 from moec.passes.attention_forms import AttentionForm, Side, attention_forms
+from moec.passes.attention_rows import RowByRow
 
 aten = torch.ops.aten
 RULE = "fuse_attention"
@@ -51,21 +55,30 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Cache:
-    """One cache: its buffer, the write that extends it, the new rows [1, T, KV, d], and where they go."""
+    """One cache: its buffer, the write that extends it, the new rows [1, T, KV, d], and where they go.
+
+    computed: how rows are computed from those that were cached; they are None then, until attention is rewritten.
+    """
 
     buffer: Node
     write: Node
-    rows: Node  # in the layout of the buffer
+    source: Node  # the updated cache, or what is computed from updated caches
+    rows: Node | None  # in the layout of the source
     positions: Node
-    heads_first: bool  # the buffer is [1, KV, S, d] rather than [1, S, KV, d]
+    heads_first: bool  # the source is [1, KV, S, d] rather than [1, S, KV, d]
+    computed: RowByRow | None = None
 
     @property
     def length(self) -> int:
-        return int(shape(self.buffer)[2 if self.heads_first else 1])
+        return int(shape(self.source)[2 if self.heads_first else 1])
 
     @property
     def heads(self) -> int:
-        return int(shape(self.buffer)[1 if self.heads_first else 2])
+        return int(shape(self.source)[1 if self.heads_first else 2])
+
+    @property
+    def width(self) -> int:
+        return int(shape(self.source)[3])
 
 
 def _run(program: Program) -> PassResult:
@@ -131,6 +144,7 @@ class _Fuser:
         self._evaluator = PositionEvaluator(edit)
         self._windows: dict[tuple[Node, bool, int], int | None] = {}  # layers share their masks
         self._positions: dict[tuple[Node, int], bool] = {}
+        self._order = {n: i for i, n in enumerate(edit.graph.nodes)}
         self._start = next(
             (
                 n
@@ -159,7 +173,7 @@ class _Fuser:
         node = form.node
         if self._start is None:
             raise Stuck(node, "the graph has no start position")
-        keys, values = self._cache(form.keys), self._cache(form.values)
+        keys, values = self._caches(form)
         if keys.buffer is values.buffer or keys.length != values.length or keys.heads != values.heads:
             raise Stuck(node, "keys and values do not come from two caches of one shape")
         if form.q.heads % keys.heads:
@@ -172,7 +186,8 @@ class _Fuser:
         edit, form, keys, values = self._edit, read.form, read.keys, read.values
         with edit.graph.inserting_before(form.node):
             query = _swap(edit, form.q.node) if form.q.heads_first else form.q.node
-            rows = [_swap(edit, c.rows) if c.heads_first else c.rows for c in (keys, values)]
+            made: dict[Node, Node] = {}
+            rows = [_rows(edit, cache, made) for cache in (keys, values)]
             call = CachedAttention(
                 q=query,
                 k=rows[0],
@@ -196,17 +211,48 @@ class _Fuser:
     def _own_cache(self, cache: _Cache, window: int, layer: str, readers: tuple[str, ...]) -> None:
         """Declare the buffer as the operator's state, float32 [1, S, KV, d]. Masked positions are never read."""
         name = str(self._edit.weight_of(cache.buffer))
-        _, *middle, width = self._edit.states[name].shape
-        heads, positions = middle if cache.heads_first else reversed(middle)
-        self._edit.hold(State(name, (1, positions, heads, width), Appended(1, window), layer=layer, readers=readers))
+        held = self._edit.states[name]
+        positions = held.shape[held.update.axis] if isinstance(held.update, Appended) else cache.length
+        shape = (1, positions, cache.heads, cache.width)
+        self._edit.hold(State(name, shape, Appended(1, window), layer=layer, readers=readers))
 
-    def _cache(self, side: Side) -> _Cache:
-        """Read keys or values: a written cache, its heads perhaps repeated."""
-        source, heads_first = side.node, side.heads_first
-        if heads_first:
-            source = _unrepeat(source)
-            if _swaps_heads(source):
-                source, heads_first = source.args[0], False
+    def _caches(self, form: AttentionForm) -> tuple[_Cache, _Cache]:
+        """Keys and values: two written caches, or what is computed from two, row by row."""
+        sources = [_source(side) for side in (form.keys, form.values)]
+        if any(is_op(source, aten.index_copy.default) for source, _ in sources):
+            keys, values = (self._cache(*source) for source in sources)
+            return keys, values
+        computed = [RowByRow(self._edit, source, 2 if first else 1) for source, first in sources]
+        writes = {w.node: w for c in computed for w in c.writes}
+        if len(writes) != 2:
+            raise Stuck(form.node, f"keys and values are computed from {len(writes)} caches, not from two")
+        self._check_own(form, computed)
+        caches = [
+            self._cache(w.node, w.axis == 2) for w in sorted(writes.values(), key=lambda w: self._order[w.buffer])
+        ]
+        for cache in caches:
+            self._check_positions(cache)
+        found = [
+            _Cache(c.buffer, c.write, source, None, c.positions, first, rows)
+            for c, (source, first), rows in zip(caches, sources, computed, strict=True)
+        ]
+        return found[0], found[1]
+
+    def _check_own(self, form: AttentionForm, computed: list[RowByRow]) -> None:
+        """Nothing but this attention reads what is computed from the caches. Stuck at another reader."""
+        inside = {form.node, *form.readers, *(n for c in computed for n in (*c.axes, *c.inner))}
+        for side in (form.keys, form.values):
+            node = side.node
+            while is_op(node, *MOVES):
+                inside.add(node)
+                node = node.args[0]  # type: ignore[assignment]
+        for node in {n: None for c in computed for n in c.axes}:
+            for user in node.users:
+                if user.op != "output" and user not in inside:
+                    raise Stuck(node, "the updated cache has another reader than this attention")
+
+    def _cache(self, source: Node, heads_first: bool) -> _Cache:
+        """A written cache."""
         if not is_op(source, aten.index_copy.default):
             raise Stuck(source, "keys and values must come from a cache written by index_copy")
         buffer, _, positions, rows = source.args
@@ -221,7 +267,7 @@ class _Fuser:
         name = self._edit.weight_of(buffer)
         if self._edit.mutations_of(source) != [name]:
             raise Stuck(source, f"the updated cache is not returned as the new content of {name}, and of that alone")
-        return _Cache(buffer, source, rows, positions, heads_first)
+        return _Cache(buffer, source, source, rows, positions, heads_first)  # type: ignore[arg-type]
 
     def _check_positions(self, cache: _Cache) -> None:
         key = (cache.positions, cache.length)
@@ -262,6 +308,23 @@ class _Fuser:
         if len(sizes) != 3 or sizes[0] != 1 or not same_size(sizes[1], source[2]) or width != source[1] * source[3]:
             raise Stuck(end, "the heads are not merged into [1, T, H*d]")
         return end
+
+
+def _source(side: Side) -> tuple[Node, bool]:
+    """What keys or values are views of, their heads perhaps repeated, and whether its heads come first."""
+    source, heads_first = side.node, side.heads_first
+    if heads_first:
+        source = _unrepeat(source)
+        if _swaps_heads(source) and is_op(source.args[0], aten.index_copy.default):
+            return source.args[0], False  # type: ignore[return-value]
+    return source, heads_first
+
+
+def _rows(edit: Editor, cache: _Cache, made: dict[Node, Node]) -> Node:
+    """[1, T, KV, d], at the current insertion point."""
+    rows = cache.rows if cache.computed is None else cache.computed.of_rows(made)
+    assert rows is not None
+    return _swap(edit, rows) if cache.heads_first else rows
 
 
 def _swaps_heads(node: Any) -> bool:

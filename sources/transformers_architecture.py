@@ -143,13 +143,13 @@ def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool)
 def _caches(config: Any, layers: int, heads: int, width: int, length: int, capped: bool) -> Iterator[Cache]:
     """Keys and values as the exported program caches them, and whether attention over them becomes one kernel.
 
-    It does not where heads are expanded from a latent row (DeepSeek: cached is the latent and the rotated key of all
-    heads), nor where scores are capped.
+    It does not where scores are capped. Latent attention (DeepSeek) caches what attention reads, every head's key and
+    value, and not the latents that they are expanded from.
     """
     if getattr(config, "kv_lora_rank", None):
         rope, nope, value = (int(getattr(config, k)) for k in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
-        latent = Cache(1, int(config.kv_lora_rank), rope, whole=length, head_width=nope + rope + value)
-        yield from (latent for _ in range(layers))
+        for layer in range(layers):
+            yield Cache(heads, nope + rope, value, _window(config, layer), latent=True)
         return
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
     head = int(getattr(config, "head_dim", None) or width // heads)

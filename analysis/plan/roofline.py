@@ -67,7 +67,7 @@ def _decode_parts(model: Model, rates: Rates, read: float, position: int) -> Ite
     yield from by_role.items()
     reading = model.cache_read(position) / table["dense"]
     rows = sum(n * c.kv_heads * c.seen(position) for c, n in a.alike)
-    attending = rows * rates.attention_row + 2 * (a.attention_macs(position) + a.call_macs) * rates.attention_operation
+    attending = rows * rates.attention_row + 2 * a.attention_macs(position) * rates.attention_operation
     if not hot:  # from DRAM, slower by what the measured shape was
         attending *= max(1.0, rates.attention_cached / rates.attention_decode)
     yield "attention over the cache", max(reading, attending)
@@ -81,8 +81,7 @@ def prefill(model: Model, device: Device, rates: Rates | None, tokens: int) -> S
     chunks = -(-tokens // chunk)
     moved = chunks * sum(_read_by_chunk(model, w, chunk) for w in a.weights) + model.cache_bytes(tokens)
     parts = {} if rates is None else dict(_prefill_parts(model, rates, tokens, chunk, chunks))
-    flops = a.prefill_flops(tokens) + 2 * (chunks - 1) * a.call_macs
-    return _step(model, device, tokens, 0, flops, moved, parts)
+    return _step(model, device, tokens, 0, a.prefill_flops(tokens), moved, parts)
 
 
 def _read_by_chunk(model: Model, weight: Weight, tokens: int) -> float:
@@ -102,7 +101,7 @@ def _prefill_parts(model: Model, rates: Rates, tokens: int, chunk: int, chunks: 
         seconds = max(reading, 2 * weight.macs * rows / rates.prefill[kind])
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
-    pairs = sum(model.architecture.attention_macs(p) for p in range(tokens)) + chunks * model.architecture.call_macs
+    pairs = sum(model.architecture.attention_macs(p) for p in range(tokens))
     yield "attention over the cache", 2 * pairs / rates.attention_prefill
     yield "instructions", chunks * model.footprint.instructions(model.architecture) * rates.instruction
 

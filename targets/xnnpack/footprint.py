@@ -88,12 +88,10 @@ class XnnpackFootprint(Footprint):
         return max(arena, logits) + logits + self._scratch(architecture, tokens, threads)
 
     def _unfused(self, cache: Cache, heads: int, tokens: int) -> int:
-        """Attention as single operators: every head's keys and values, made from latent rows or repeated, and scores,
-        mask and softmax, over all positions that the cache has room for.
+        """Attention as single operators: every head's keys and values, repeated, and scores, mask and softmax, over all
+        positions that the cache has room for.
         """
-        made = heads * (cache.head_width or cache.key_width + cache.value_width)
-        latent = heads * (cache.head_width - cache.value_width) if cache.head_width else 0
-        return 4 * cache.whole * (made + latent + 4 * heads * tokens)
+        return 4 * cache.whole * heads * (cache.key_width + cache.value_width + 4 * tokens)
 
     def _scratch(self, architecture: Architecture, tokens: int, threads: int) -> int:
         """Routed blocks (core/moe_run.cpp, run_wide): every pair's output and each worker's tile; a quarter of slack.
@@ -114,11 +112,11 @@ class XnnpackFootprint(Footprint):
     def instructions(self, architecture: Architecture) -> int:
         """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around.
 
-        Models of other sources have some 12 more, and 75 in a layer whose attention is not fused.
+        Models of other sources have some 12 more, 75 in a layer whose attention is not fused, 33 in one of latents.
         """
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0
-        foreign = 0 if architecture.own else 12 + 75 * sum(c.whole > 0 for c in architecture.caches)
+        foreign = 0 if architecture.own else 12 + sum(75 * (c.whole > 0) + 33 * c.latent for c in architecture.caches)
         return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms + foreign
 
     def rates(self, device: Device, reference: Device | None) -> Rates | None:
