@@ -35,7 +35,7 @@ int32_t run_linear(const Matrix& w, int64_t t, const float* x, const float* bias
   const int32_t threads = workers();
   const bool rounded = needs_quantized(w.format);
   MatmulScratch worker;
-  worker.need(w);
+  worker.need(isa, w);
   ScratchPlan plan, worker_plan;
   QuantizedPlan rounded_plan;
   if (rounded) rounded_plan.add(plan, t, w);

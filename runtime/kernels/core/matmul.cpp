@@ -32,8 +32,13 @@ void quantize_for(const Kernels& isa, const Matrix& w, const float* x, int64_t x
   isa.quantize(task);
 }
 
-void MatmulScratch::need(const Matrix& w) {
-  if (w.format.kind == MOEC_F32 || !w.format.axis_out) return;
+void MatmulScratch::need(const Kernels& isa, const Matrix& w) {
+  if (w.format.kind == MOEC_F32) return;
+  if (isa.gemm_space && w.format.int8_activations) {
+    const int64_t bytes = isa.gemm_space(w.padded_k());
+    if (bytes > space_bytes_) space_bytes_ = bytes;
+  }
+  if (!w.format.axis_out) return;
   used_ = true;
   float_ |= !w.format.int8_activations;
   if (w.padded_k() > padded_k_) padded_k_ = w.padded_k();
@@ -41,6 +46,7 @@ void MatmulScratch::need(const Matrix& w) {
 }
 
 void MatmulScratch::add(ScratchPlan& plan) {
+  if (space_bytes_) space_offset_ = plan.add<uint8_t>(space_bytes_);
   if (!used_) return;
   factor_offset_ = plan.add<float>(padded_k_ + 16);
   temporary_offset_ = plan.add<float>(4 * round_up(padded_k_, 64));
@@ -49,6 +55,7 @@ void MatmulScratch::add(ScratchPlan& plan) {
 }
 
 void MatmulScratch::place(uint8_t* base) {
+  if (space_bytes_) space_ = base + space_offset_;
   if (!used_) return;
   factor_ = reinterpret_cast<float*>(base + factor_offset_);
   temporary_ = reinterpret_cast<float*>(base + temporary_offset_);
@@ -74,6 +81,7 @@ void matmul(const Kernels& isa, const Matrix& w, int64_t first, int64_t last, co
   task.padded_k = w.padded_k();
   task.bias = bias;
   task.y_stride = y_stride;
+  task.space = scratch.space_;
   const int32_t kind = w.format.kind - 1;
   const bool by_block = w.format.block_activations;
   // Within a matrix the kernels prefetch the next blocks while they multiply. The first ones are prefetched here: the kernels'

@@ -54,11 +54,11 @@ void prefetch_blocks(const Matrix& w, int64_t first, int64_t last);
 // Rounds rows for a matrix where needs_quantized(matrix.format).
 void quantize_for(const Kernels& isa, const Matrix& w, const float* x, int64_t x_stride, int64_t rows, QuantizedRows out);
 
-// What one worker needs besides: the rounded (or scaled) activations of one output group.
+// What one worker needs besides: the rounded (or scaled) activations of one output group, and the integer kernels' own space.
 class MatmulScratch {
  public:
   // Room for matrix `w`; call for each matrix that the worker will meet.
-  void need(const Matrix& w);
+  void need(const Kernels& isa, const Matrix& w);
   void add(ScratchPlan& plan);
   void place(uint8_t* base);
 
@@ -66,12 +66,13 @@ class MatmulScratch {
   friend void matmul(const Kernels&, const Matrix&, int64_t, int64_t, const Rows&, const float*, float*, int64_t,
                      const MatmulScratch&);
   bool used_ = false, float_ = false;
-  int64_t padded_k_ = 0, parts_ = 1;
-  size_t factor_offset_ = 0, temporary_offset_ = 0, scaled_offset_ = 0;
+  int64_t padded_k_ = 0, parts_ = 1, space_bytes_ = 0;
+  size_t factor_offset_ = 0, temporary_offset_ = 0, scaled_offset_ = 0, space_offset_ = 0;
   QuantizedPlan plan_;
   float* factor_ = nullptr;
   float* temporary_ = nullptr;
   float* scaled_ = nullptr;
+  uint8_t* space_ = nullptr;
   QuantizedRows rows_;
 };
 

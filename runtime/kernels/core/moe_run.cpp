@@ -206,14 +206,14 @@ void add_rounded(QuantizedPlan& rounded, ScratchPlan& plan, const Moe& moe, int6
               most(routed.parts(), both ? shared.parts() : 1));
 }
 
-TileSpace plan_tile(const Moe& moe, int64_t tile, ScratchPlan& plan) {
+TileSpace plan_tile(const Kernels& isa, const Moe& moe, int64_t tile, ScratchPlan& plan) {
   TileSpace s;
   const int64_t width = most(moe.width, moe.shared_width);
-  s.matmul.need(moe.w13);
-  s.matmul.need(moe.w2);
+  s.matmul.need(isa, moe.w13);
+  s.matmul.need(isa, moe.w2);
   if (moe.shared_width) {
-    s.matmul.need(moe.shared_w13);
-    s.matmul.need(moe.shared_w2);
+    s.matmul.need(isa, moe.shared_w13);
+    s.matmul.need(isa, moe.shared_w2);
   }
   s.matmul.add(plan);
   s.x_at = plan.add<float>(tile * moe.d);
@@ -269,7 +269,7 @@ int32_t run_wide(Run& run) {
   const size_t tiles_at = plan.add<WideTile>(most_tiles);
   QuantizedPlan x_plan;
   if (rounded_once) x_plan.add(plan, run.tokens, moe.w13);
-  const TileSpace space = plan_tile(moe, tile, worker_plan);
+  const TileSpace space = plan_tile(run.isa, moe, tile, worker_plan);
   const size_t shared_bytes = plan.total();
   uint8_t* const base = scratch(shared_bytes + worker_plan.total() * size_t(run.threads));
   if (!base) return no_memory(run.tokens);
@@ -427,11 +427,11 @@ int32_t run_narrow(Run& run) {
   if (round_shared) shared_plan.add(plan, t, moe.shared_w13);
   if (round_shared_hidden) shared_hidden_plan.add(plan, t, moe.shared_w2);
   MatmulScratch matmul_plan;
-  matmul_plan.need(moe.w13);
-  matmul_plan.need(moe.w2);
+  matmul_plan.need(run.isa, moe.w13);
+  matmul_plan.need(run.isa, moe.w2);
   if (shared) {
-    matmul_plan.need(moe.shared_w13);
-    matmul_plan.need(moe.shared_w2);
+    matmul_plan.need(run.isa, moe.shared_w13);
+    matmul_plan.need(run.isa, moe.shared_w2);
   }
   matmul_plan.add(worker_plan);
   // a unit's gate/up rows, or a unit's outputs of all pairs

@@ -49,6 +49,7 @@ struct GemmTask {
   int64_t group;          // inputs of a group; padded_k with groups along out
   int64_t m;
   QuantizedRows rows;     // integer kernels
+  uint8_t* space;         // Kernels::gemm_space(padded_k) bytes, aligned to 64, where that is not NULL
   const float* x;         // float kernels: [m, x_stride], readable up to padded_k
   int64_t x_stride;
   const float* bias;      // [outputs] or NULL
@@ -90,6 +91,8 @@ struct Kernels {
   int32_t int8_offset;  // what the integer kernels add to int8 codes (int4: 8 everywhere)
 
   void (*quantize)(const QuantizeTask&);
+  // bytes that gemm_int8 needs beside its operands, for any number of rows; NULL: none
+  int64_t (*gemm_space)(int64_t padded_k);
   // [kind - 1][axis_out][by_block]: by block each 32 inputs add fma(float(sum) * activation scale, weight scale, total), or
   // with groups along the output fma(float(sum), activation scale, total)
   void (*gemm_int8[2][2][2])(const GemmTask&);

@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #include "isa/simd_neon.h"
 //
 #include "isa/generic_kernels.h"
@@ -9,7 +7,13 @@
 namespace moec {
 
 const Kernels& neon_kernels() {
-  static const Kernels table = table_neon<false>();
+  static const Kernels table = [] {
+    Kernels t = generic_table(0);
+    set_gemm_int8(t, [](auto kind, auto axis_out, auto by_block) {
+      return gemm_by_dots<kind(), axis_out(), by_block()>;
+    });
+    return t;
+  }();
   return table;
 }
 
