@@ -8,6 +8,7 @@ T tokens of one call, V vocabulary.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -104,6 +105,9 @@ class GraphRunner:
     def _call(
         self, node: Node, values: dict[Node, Any], inputs: Sequence[torch.Tensor], observe: Observer | None
     ) -> None:
+        if node.op == "get_attr":  # the body of a scan
+            values[node] = operator.attrgetter(str(node.target))(self.program.exported.graph_module)
+            return
         if node.op != "call_function":
             raise AssertionError(f"cannot run {node.op} node {node.name}")
 
