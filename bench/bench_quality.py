@@ -52,6 +52,7 @@ from moec.compiler.texts import shipped_prompts
 from moec.compiler.tokenizer import load_tokenizer
 
 CALIBRATION_TOKENS = 32768
+DISTILLED_TOKENS = 65536  # of `distilled`, where the noise in the gradient of less text is the limit
 INT4: dict[str, Any] = {"weights": "int4", "expert_group_axis": "in"}
 OURS: dict[str, dict[str, Any]] = {
     "INT4": INT4,
@@ -154,7 +155,8 @@ def _raw(folder: Path, quantization: dict[str, Any] | None) -> dict[str, Any]:
 
 def _spec(setting: Setting, quantization: dict[str, Any]) -> Spec:
     if "method" in quantization:
-        calibration = {"jsonl": str(setting.calibration), "tokens": CALIBRATION_TOKENS}
+        tokens = DISTILLED_TOKENS if quantization["method"] == "distilled" else CALIBRATION_TOKENS
+        calibration = {"jsonl": str(setting.calibration), "tokens": tokens}
         quantization = {**quantization, "calibration": calibration}
     return parse_spec(yaml.safe_dump(_raw(setting.folder, quantization)), folder=setting.folder)
 
