@@ -15,6 +15,13 @@ gc.set_threshold(50_000, 20, 20)  # as the command line does: a test that compil
 Moec = Callable[..., tuple[int, str, str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A name with an address in it is another in each worker, and then none of them runs anything."""
+    named = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if named:
+        raise pytest.UsageError(f"the name of a test holds an address: {named[0]}; give its parameters ids")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_beside_the_tests() -> Iterator[None]:
     """A path that a test takes for missing must not be one that another test makes: nothing new in the root folder."""

@@ -106,7 +106,9 @@ def _window(self: Attention, positions: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "steps", [{}, {"join": _by_cat}, {"join": _scaled}, {"expand": _by_permute}, {"mask": _window}], ids=str
+    "steps",
+    [{}, {"join": _by_cat}, {"join": _scaled}, {"expand": _by_permute}, {"mask": _window}],
+    ids=["as released", "joined by cat", "scaled", "permuted", "window"],
 )
 def test_fused(steps: dict[str, Callable[..., Any]]) -> None:
     after = check_rule(fuse_attention(), program(**steps), count=1)
