@@ -8,12 +8,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from moec.compiler import tokenizer as limits
 from moec.compiler.errors import UserError
 from moec.compiler.tokenizer import TextTokenizer, encode_prompt
 from tests.fuzz.mutate import flip
 
 
 class TokenizerFile:
+    """With a second of processor time a call, of which a mutant's text needs milliseconds: what takes longer is refused
+    well before the harness calls it a hang, on a busy machine, too."""
+
     name = "tokenizer"
 
     def seeds(self, folder: Path) -> Sequence[bytes]:
@@ -28,6 +32,7 @@ class TokenizerFile:
         return flip(rng, rng.choice(seeds))
 
     def run(self, data: bytes, folder: Path) -> None:
+        limits.SECONDS = 1.0  # this process runs mutants and ends
         try:
             tokenizer = TextTokenizer(data, "tokenizer.json")
         except UserError:
