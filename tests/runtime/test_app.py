@@ -365,7 +365,7 @@ def test_what_is_misused_is_told(folder: Path, opened: int, session: int, tmp_pa
         app.call("next", generation, None, None)
     assert app.STOPPED[app.stats(generation).stopped] == "failed"
     ruled_out = app.begin(session, [5], app.options(opened, biases=[(i, -float("inf")) for i in range(4096)]))
-    with pytest.raises(app.AppError, match="rule out all"):
+    with pytest.raises(app.AppError, match="exclude all"):
         app.call("next", ruled_out, None, None)
     for id_ in (generation, later, ruled_out):
         app.call("close", id_)
@@ -411,7 +411,7 @@ def test_damaged_tables_are_refused(folder: Path, tmp_path: Path) -> None:
         (raw[:-1], "digest"),
         (raw[:30] + b"x" + raw[31:], "digest"),
         (b"", "length"),
-        (b"x" * 100, "no table"),
+        (b"x" * 100, "is not a text.moec"),
         (raw[:8] + b"\2" + raw[9:], "another version"),
     ):
         (copy / FILE).write_bytes(bad)

@@ -461,7 +461,7 @@ def test_wrong_buffers_are_refused_by_name() -> None:
         ("EXPERT_WIDTH", 1 << 50, "expert_width"),
         ("TOP_K", 7, "top_k"),
         ("TOP_K", 0, "top_k"),
-        ("SCORE", 3, "score"),
+        ("SCORE", 4, "score"),
         ("ACTIVATION", -1, "activation"),
         ("INTERLEAVED", 2, "interleaved"),
         ("GROUPS", 4, "keep"),
