@@ -42,7 +42,7 @@ def test_the_peak_is_that_of_the_core() -> None:
     try:
         core_model.find_mca()
     except SystemExit as missing:
-        pytest.skip(str(missing))  # LLVM of 19 or later, which models these cores; the message names the package
+        pytest.skip(str(missing))  # older LLVM does not know these cores; the message names the package
     product = "smmla v{to}.4s, v{a}.16b, v{b}.16b"
     peaks = {cpu: core_model.Core("aarch64", cpu, "+i8mm").peak(product) for cpu in ("neoverse-v2", "neoverse-n2")}
     # four and two vector pipes; a few cycles of the simulation fill and drain them
