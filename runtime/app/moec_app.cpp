@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../include/moec.h"
+#include "generation.h"
 #include "objects.h"
 
 namespace {
@@ -125,6 +126,7 @@ void fill_defaults(const OpenArtifact& artifact, moec_app_options* options) {
   options->min_p = given.min_p;
   options->repeat_penalty = given.repeat_penalty;
   options->max_new_tokens = -1;
+  options->speculate = 1;
 }
 
 Sampling sampling_of(const moec_app_options& options, int64_t vocabulary) {
@@ -187,7 +189,7 @@ int32_t moec_app_describe(int64_t artifact, moec_app_info* info) {
     const auto found = artifact_of(artifact);
     check_size(info, "info");
     *info = {sizeof(moec_app_info), found->tokenizer().tables().chat ? 1 : 0, found->info().vocab_size, found->info().context,
-             found->info().threads, found->info().rewinds ? 1 : 0, 0};
+             found->info().threads, found->info().rewinds ? 1 : 0, found->speculates() ? 1 : 0};
     return 0;
   });
 }
@@ -294,8 +296,13 @@ int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count,
     } else {
       fill_defaults(found->artifact(), &given);
     }
-    Sampling sampling = sampling_of(given, found->artifact().info().vocab_size);
-    return registry().add(std::make_shared<Generation>(found, ids_of(prompt, count), std::move(sampling), stops_of(given), given.max_new_tokens));
+    GenerationOptions wanted;
+    wanted.sampling = sampling_of(given, found->artifact().info().vocab_size);
+    wanted.stops = stops_of(given);
+    wanted.max_new_tokens = given.max_new_tokens;
+    if (given.speculate != 0 && given.speculate != 1) throw Fault("speculate: 0 or 1");
+    wanted.speculate = given.speculate == 1;
+    return registry().add(std::make_shared<Generation>(found, ids_of(prompt, count), std::move(wanted)));
   });
 }
 

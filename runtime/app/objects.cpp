@@ -1,7 +1,6 @@
 #include "objects.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cinttypes>
 #include <cstdio>
 
@@ -12,10 +11,6 @@ namespace {
 
 constexpr uint64_t kLargestManifest = uint64_t{64} << 20;
 constexpr int32_t kReaders = 4;  // threads that read experts under a budget of memory
-
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // Identifies an artifact in saved sessions: a digest of its manifest, which has the digest of every file.
 std::string identity_of(const std::string& manifest) {
@@ -135,132 +130,47 @@ OpenSession::OpenSession(std::shared_ptr<OpenArtifact> artifact, moec_session* s
   if (!fault.empty()) throw Fault(fault);
 }
 
+void OpenSession::settle() {
+  if (guessed > 0 && moec_session_rewind(session_.get(), position() - guessed) != 0) throw Fault(error());
+  guessed = 0;
+}
+
 std::shared_ptr<OpenSession> OpenSession::fork() {
+  settle();
   return std::make_shared<OpenSession>(artifact_, moec_session_fork(session_.get()));
 }
 
 int64_t OpenSession::position() { return moec_session_tokens(session_.get(), nullptr, 0); }
 
 std::vector<int32_t> OpenSession::tokens() {
+  settle();
   std::vector<int64_t> ids(static_cast<size_t>(position()));
   moec_session_tokens(session_.get(), ids.data(), static_cast<int64_t>(ids.size()));
   return std::vector<int32_t>(ids.begin(), ids.end());
 }
 
 void OpenSession::rewind(int64_t position) {
+  settle();
   if (moec_session_rewind(session_.get(), position) != 0) throw Fault(error());
   ++turn;
 }
 
 void OpenSession::save(const std::string& path) {
+  settle();
   if (moec_session_save(session_.get(), path.c_str(), artifact_->identity().c_str()) != 0) throw Fault(path + ": " + error());
 }
 
 void OpenSession::restore(const std::string& path) {
+  settle();
   if (moec_session_restore(session_.get(), path.c_str(), artifact_->identity().c_str()) != 0) throw Fault(path + ": " + error());
   ++turn;
 }
 
-void OpenSession::forward(const std::vector<int32_t>& ids, size_t begin, size_t count, std::vector<float>* logits) {
-  const auto from = ids.begin() + static_cast<std::ptrdiff_t>(begin);
-  const std::vector<int64_t> part(from, from + static_cast<std::ptrdiff_t>(count));
-  const bool wanted = begin + count == ids.size();
-  if (wanted) logits->resize(static_cast<size_t>(artifact_->info().vocab_size));
-  if (moec_session_forward(session_.get(), part.data(), static_cast<int64_t>(count), position(), 0, wanted ? logits->data() : nullptr,
-                           wanted ? static_cast<int64_t>(logits->size()) : 0) != 0)
+void OpenSession::forward(const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits) {
+  const std::vector<int64_t> part(ids, ids + count);
+  const size_t wanted = rows == Rows::kNone ? 0 : rows == Rows::kLast ? 1 : count;
+  if (wanted > 0) logits->resize(wanted * static_cast<size_t>(artifact_->info().vocab_size));
+  if (moec_session_forward(session_.get(), part.data(), static_cast<int64_t>(count), position(), rows == Rows::kAll,
+                           wanted > 0 ? logits->data() : nullptr, wanted > 0 ? static_cast<int64_t>(logits->size()) : 0) != 0)
     throw Fault(error());
-}
-
-// ----------------------------------------------------------------------------------------------------------- generation
-
-Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, Sampling sampling,
-                       std::vector<std::string> stops, int64_t max_new_tokens)
-    : session_(std::move(session)), prompt_(std::move(prompt)), sampler_(std::move(sampling), prompt_), stops_(std::move(stops)),
-      most_(max_new_tokens) {
-  const moec_model_info& info = session_->artifact().info();
-  if (prompt_.empty()) throw Fault("the prompt has no tokens");
-  if (static_cast<int64_t>(prompt_.size()) > info.context)
-    throw Fault(std::to_string(prompt_.size()) + " tokens do not fit: the context holds " + std::to_string(info.context));
-  for (const int32_t id : prompt_)
-    if (id < 0 || id >= info.vocab_size) throw Fault("token " + std::to_string(id) + " is not in the vocabulary");
-  const std::lock_guard<std::mutex> lock(session_->busy);
-  turn_ = ++session_->turn;
-  stats_.prompt_tokens = static_cast<int64_t>(prompt_.size());
-}
-
-moec_app_stats Generation::stats() {
-  const std::lock_guard<std::mutex> lock(session_->busy);
-  return stats_;
-}
-
-bool Generation::next() {
-  const std::lock_guard<std::mutex> lock(session_->busy);
-  piece_.clear();
-  if (!fault_.empty()) throw Fault(fault_);
-  try {
-    while (piece_.empty() && stats_.stopped == MOEC_APP_RUNNING) step();
-  } catch (const std::exception& e) {
-    fault_ = e.what();
-    stats_.stopped = MOEC_APP_FAILED;
-    throw;
-  }
-  return !piece_.empty();
-}
-
-// Makes the session hold the prompt; false if it was cancelled.
-bool Generation::prefill() {
-  const moec_model_info& info = session_->artifact().info();
-  const std::vector<int32_t> held = session_->tokens();
-  size_t same = 0;
-  while (same < std::min(held.size(), prompt_.size() - 1) && held[same] == prompt_[same]) ++same;
-  if (same < held.size() && !info.rewinds) same = 0;
-  if (same < held.size()) {
-    session_->rewind(static_cast<int64_t>(same));
-    turn_ = session_->turn;
-  }
-  stats_.reused_tokens = static_cast<int64_t>(same);
-  const auto most = static_cast<size_t>(info.max_tokens);
-  for (size_t begin = same; begin < prompt_.size(); begin += most) {
-    if (cancelled_) return false;
-    session_->forward(prompt_, begin, std::min(most, prompt_.size() - begin), &logits_);
-  }
-  return true;
-}
-
-void Generation::step() {
-  if (session_->turn != turn_) throw Fault("the session was changed, or went on with another generation");
-  const double began = seconds();
-  if (!begun_) {
-    begun_ = true;
-    const bool whole = prefill();
-    stats_.prefill_seconds = seconds() - began;
-    if (!whole) return end(MOEC_APP_CANCELLED);
-  } else if (pending_ >= 0) {
-    if (cancelled_) return end(MOEC_APP_CANCELLED);
-    session_->forward({pending_}, 0, 1, &logits_);
-    stats_.decode_seconds += seconds() - began;
-  }
-  if (most_ >= 0 && stats_.new_tokens >= most_) return end(MOEC_APP_LENGTH);
-  if (cancelled_) return end(MOEC_APP_CANCELLED);
-  const int32_t token = sampler_.take(logits_);
-  if (token < 0) throw Fault("no token can be chosen: the biases exclude all");
-  if (session_->artifact().ends(token)) return end(MOEC_APP_STOP_TOKEN);
-  ++stats_.new_tokens;
-  pending_ = token;
-  std::string bytes;
-  session_->artifact().tokenizer().decode(token, false, &bytes);
-  piece_ = stops_.push(characters_.push(bytes));
-  if (stops_.found()) {
-    stats_.stopped = MOEC_APP_STOP_STRING;
-  } else if (stats_.new_tokens == most_) {
-    end(MOEC_APP_LENGTH);
-  } else if (session_->position() >= session_->artifact().info().context) {
-    end(MOEC_APP_CONTEXT);
-  }
-}
-
-void Generation::end(int32_t why) {
-  piece_ += stops_.push(characters_.finish());
-  piece_ += stops_.finish();
-  stats_.stopped = stops_.found() ? MOEC_APP_STOP_STRING : why;
 }

@@ -2,7 +2,6 @@
 #ifndef MOEC_OBJECTS_H_
 #define MOEC_OBJECTS_H_
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -12,8 +11,6 @@
 
 #include "../include/moec.h"
 #include "../runner/moec_runtime.h"
-#include "sampler.h"
-#include "stop_strings.h"
 #include "tokenizer.h"
 #include "utf8.h"
 
@@ -33,6 +30,7 @@ class OpenArtifact : public Object {
   const moec_model_info& info() const { return info_; }
   const Tokenizer& tokenizer() const { return *tokenizer_; }
   const std::string& identity() const { return identity_; }  // of saved sessions
+  bool speculates() const { return info_.exact && info_.rewinds && info_.has_all; }
   bool ends(int32_t token) const;
 
   std::vector<int32_t> tokenize(std::string_view text, int32_t flags) const;
@@ -66,8 +64,12 @@ class OpenSession : public Object {
 
   std::mutex busy;      // held by every use of the session
   uint64_t turn = 0;    // increased by whatever ends the running generation
+  int64_t guessed = 0;  // tokens at the end that a generation has drafted and not taken yet
+  void settle();        // forgets those
   int64_t position();
-  void forward(const std::vector<int32_t>& ids, size_t begin, size_t count, std::vector<float>* logits);
+  enum class Rows { kNone, kLast, kAll };
+  // Appends tokens; their logits are written one row after the other.
+  void forward(const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits);
 
  private:
   struct Close {
@@ -75,36 +77,6 @@ class OpenSession : public Object {
   };
   std::shared_ptr<OpenArtifact> artifact_;
   std::unique_ptr<moec_session, Close> session_;
-};
-
-// An answer as it comes.
-class Generation : public Object {
- public:
-  Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, Sampling sampling, std::vector<std::string> stops,
-             int64_t max_new_tokens);
-  bool next();  // whether there is a piece
-  const std::string& piece() const { return piece_; }
-  void cancel() { cancelled_ = true; }
-  moec_app_stats stats();
-
- private:
-  bool prefill();
-  void step();
-  void end(int32_t why);
-
-  std::shared_ptr<OpenSession> session_;
-  std::vector<int32_t> prompt_;
-  Sampler sampler_;
-  Characters characters_;
-  StopStrings stops_;
-  std::vector<float> logits_;
-  std::string piece_, fault_;
-  int64_t most_;
-  int32_t pending_ = -1;  // a token that was chosen and is not computed yet
-  bool begun_ = false;
-  uint64_t turn_ = 0;
-  std::atomic<bool> cancelled_{false};
-  moec_app_stats stats_ = {};
 };
 
 #endif  // MOEC_OBJECTS_H_

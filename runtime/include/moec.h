@@ -37,8 +37,8 @@ typedef struct moec_app_info {
   uint32_t size;      // sizeof(moec_app_info)
   int32_t has_chat;   // 1: conversations can be rendered
   int64_t vocabulary, context, threads;
-  int32_t rewinds;    // 1: sessions go back to any position; 0: to their beginning only
-  int32_t reserved;
+  int32_t rewinds;     // 1: sessions go back to any position; 0: to their beginning only
+  int32_t speculates;  // 1: a token has the same logits, bit for bit, in a call of several, so that drafts can be checked
 } moec_app_info;
 MOEC_APP_API int32_t moec_app_describe(int64_t artifact, moec_app_info* info);
 
@@ -102,9 +102,12 @@ typedef struct moec_app_options {
   int64_t stop_count;        // at most 1000, none of them empty, of 4096 bytes at most
   const moec_app_bias* biases;
   int64_t bias_count;
+  int32_t speculate;  // 1: tokens that followed the same three tokens before are drafted and checked in one call, where the model
+                      // speculates and while that saves time; the text is the same. 0: a call for each token
+  int32_t reserved;
 } moec_app_options;
 
-// What the model recommends (its generation_config.json), else greedy; set `size` first.
+// What the model recommends (its generation_config.json), else greedy; with speculation. Set `size` first.
 MOEC_APP_API int32_t moec_app_defaults(int64_t artifact, moec_app_options* options);
 
 // Begins the answer to a prompt. The session will hold exactly the prompt and the answer; the beginning of the prompt that it
@@ -137,6 +140,7 @@ typedef struct moec_app_stats {
   int32_t stopped;
   int64_t prompt_tokens, reused_tokens, new_tokens;
   double prefill_seconds, decode_seconds;
+  int64_t drafted_tokens, accepted_tokens;  // tokens that were checked as drafts, and those of them that the model took itself
 } moec_app_stats;
 MOEC_APP_API int32_t moec_app_stats_of(int64_t generation, moec_app_stats* stats);
 

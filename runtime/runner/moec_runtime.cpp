@@ -249,6 +249,7 @@ bool moec_model::open(int32_t threads) {
   std::vector<std::string> names = {"forward"};
   if (present->count("forward_all")) names.push_back("forward_all");
   info.has_all = names.size() == 2;
+  info.exact = file->facts().exact_calls;
   if (!read_constants()) return false;
   for (const std::string& name : names)
     if (!check_method(name.c_str())) return false;

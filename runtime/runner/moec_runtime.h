@@ -30,6 +30,7 @@ typedef struct moec_model_info {
   int64_t arena_bytes;  // activations and caches, reserved; pages count once they are touched
   int64_t threads;
   int64_t rewinds;  // 1 if a sequence can go back to any position: the program says that its states are appended
+  int64_t exact;    // 1 if a token's logits are the same bit for bit alone and among others of a call
 } moec_model_info;
 
 // NULL only when memory is out; the model is open if moec_model_error() of the handle is empty. threads <= 0: one per fast

@@ -25,6 +25,7 @@ struct MoeCall {
 struct ProgramFacts {
   std::vector<MoeCall> moe_calls;  // of the method forward, in order
   uint64_t constant_bytes = 0;
+  bool exact_calls = true;  // nothing sums in an order that depends on how many tokens a call has, as libraries' products may
 };
 
 struct ProgramView {

@@ -45,12 +45,13 @@ class _Info(ctypes.Structure):
     arena_bytes: int
     threads: int
     rewinds: int
+    exact: int
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             *("vocab_size", "context", "max_tokens", "bos_id", "has_all", "file_bytes", "arena_bytes", "threads"),
-            "rewinds",
+            *("rewinds", "exact"),
         )
     ]
 

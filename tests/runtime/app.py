@@ -27,7 +27,7 @@ class OpenOptions(ctypes.Structure):
 class Info(ctypes.Structure):
     _fields_ = [
         *[("size", ctypes.c_uint32), ("has_chat", I32), ("vocabulary", I64), ("context", I64), ("threads", I64)],
-        *[("rewinds", I32), ("reserved", I32)],
+        *[("rewinds", I32), ("speculates", I32)],
     ]
 
 
@@ -44,7 +44,7 @@ class Options(ctypes.Structure):
         *[("size", ctypes.c_uint32), ("top_k", I32), ("temperature", F64), ("top_p", F64), ("min_p", F64)],
         *[("repeat_penalty", F64), ("presence_penalty", F64), ("frequency_penalty", F64), ("seed", ctypes.c_uint64)],
         *[("max_new_tokens", I64), ("stops", ctypes.POINTER(TEXT)), ("stop_count", I64)],
-        *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64)],
+        *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("reserved", I32)],
     ]
 
 
@@ -52,6 +52,7 @@ class Stats(ctypes.Structure):
     _fields_ = [
         *[("size", ctypes.c_uint32), ("stopped", I32), ("prompt_tokens", I64), ("reused_tokens", I64)],
         *[("new_tokens", I64), ("prefill_seconds", F64), ("decode_seconds", F64)],
+        *[("drafted_tokens", I64), ("accepted_tokens", I64)],
     ]
 
 

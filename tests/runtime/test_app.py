@@ -196,6 +196,42 @@ def test_the_same_seed_says_the_same(folder: Path, opened: int, session: int, va
     app.call("close", generation)
 
 
+def test_drafts_change_nothing_of_the_text(folder: Path, opened: int, session: int) -> None:
+    """A text that repeats itself: the same with drafts, without, and in Python; the session holds no draft afterwards,
+    nor while it runs."""
+    info = app.Info(size=ctypes.sizeof(app.Info))
+    app.call("describe", opened, ctypes.byref(info))
+    with moec.load(folder) as python:
+        assert (info.speculates, python.exact_calls) == (1, True)  # type: ignore[attr-defined]
+        prompt = app.tokenize(opened, PROMPT + " there was a king, and there was a king, and there was")
+        accepted = 0
+        for values in ({}, {"repeat_penalty": 1.02}, {"temperature": 0.1, "seed": 3}):
+            python.reset()
+            wanted = "".join(python.generate(prompt, max_new_tokens=150, **values))
+            for speculate in (1, 0):
+                given = app.options(opened, max_new_tokens=150, speculate=speculate, **values)
+                generation = app.begin(session, prompt, given)
+                assert "".join(app.pieces(generation)) == wanted
+                found = app.stats(generation)
+                assert found.drafted_tokens >= found.accepted_tokens >= 0
+                assert speculate or not found.drafted_tokens
+                accepted += found.accepted_tokens
+                assert len(app.many("tokens", session)) in range(len(prompt), len(prompt) + found.new_tokens + 1)
+                app.call("close", generation)
+        assert accepted > 20
+        generation = app.begin(session, prompt, app.options(opened, max_new_tokens=150))
+        said, lengths = "", set()
+        while app.call("next", generation, ctypes.byref(piece := ctypes.c_void_p()), None):
+            said += ctypes.string_at(piece).decode()
+            new = app.stats(generation).new_tokens
+            if new % 3 == 0:  # drafts that it still holds are forgotten, and the text goes on
+                lengths.add(len(app.many("tokens", session)) - new)
+        python.reset()
+        assert said == "".join(python.generate(prompt, max_new_tokens=150))
+        assert lengths == {len(prompt) - 1}
+        app.call("close", generation)
+
+
 def test_a_stop_string_and_a_full_context(folder: Path, opened: int, session: int) -> None:
     prompt = app.tokenize(opened, PROMPT)
     with moec.load(folder) as python:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import moec
+from moec.assistant.native_text import FILE as TEXT
+from moec.assistant.native_text import tables
+from moec.assistant.role_form import FILE as ROLES
+from moec.assistant.role_form import role_form
+from moec.compiler.tokenizer import load_tokenizer
 from moec.runtime.native import executorch_folder, kernels_library
+from tests.assistant.conversations import template
+from tests.runtime import app
 from tests.runtime import runtime_model as m
+from tests.tiny import TinyModels, tiny_text
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "cpp"
 
@@ -88,3 +98,22 @@ def test_faults_are_told(sample: Path, model: tuple[Path, m.OneLayer], arguments
     done = run(sample, *(str(model[0]) if a == "MODEL" else a for a in arguments))
     assert done.returncode in (1, 2)
     assert said in done.stderr
+
+
+def test_a_conversation_is_that_of_python(sample: Path, tiny: TinyModels, tmp_path: Path) -> None:
+    artifact, folder = tiny(tiny_text()) / "artifact", tmp_path / "artifact"
+    shutil.copytree(artifact, folder)
+    (folder / ROLES).write_text(role_form(template("chatml")).json(), "utf-8")
+    (folder / TEXT).write_bytes(tables(folder, load_tokenizer(folder / "tokenizer.json")))
+    chat = [str(sample.parent / "moec_chat"), str(folder)]
+    done = subprocess.run([*chat, "Be brief."], input="Name a city.\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    opened = app.open_artifact(folder)
+    prompt = app.chat(opened, [("system", "Be brief."), ("user", "Name a city.")])
+    app.call("close", opened)
+    with moec.load(artifact) as session:
+        answer = session.generate(prompt)
+        assert done.stdout == "".join(answer) + "\n"
+    assert f"{answer.stats.new_tokens} new in" in done.stderr
+    damaged = subprocess.run([chat[0], str(tmp_path)], input="x", capture_output=True, text=True, timeout=60)
+    assert (damaged.returncode, "manifest.json" in damaged.stderr) == (1, True)

@@ -1,0 +1,172 @@
+#include "generation.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+namespace {
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options)
+    : session_(std::move(session)), tokens_(std::move(prompt)), sampler_(std::move(options.sampling), tokens_),
+      stops_(std::move(options.stops)), most_(options.max_new_tokens),
+      speculate_(options.speculate && session_->artifact().speculates()) {
+  const moec_model_info& info = session_->artifact().info();
+  if (tokens_.empty()) throw Fault("the prompt has no tokens");
+  if (static_cast<int64_t>(tokens_.size()) > info.context)
+    throw Fault(std::to_string(tokens_.size()) + " tokens do not fit: the context holds " + std::to_string(info.context));
+  for (const int32_t id : tokens_)
+    if (id < 0 || id >= info.vocab_size) throw Fault("token " + std::to_string(id) + " is not in the vocabulary");
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  turn_ = ++session_->turn;
+  stats_.prompt_tokens = static_cast<int64_t>(tokens_.size());
+}
+
+moec_app_stats Generation::stats() {
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  return stats_;
+}
+
+bool Generation::next() {
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  piece_.clear();
+  if (!fault_.empty()) throw Fault(fault_);
+  if (stats_.stopped != MOEC_APP_RUNNING) return false;
+  try {
+    while (piece_.empty() && stats_.stopped == MOEC_APP_RUNNING) step();
+    if (stats_.stopped != MOEC_APP_RUNNING) settle();
+  } catch (const std::exception& e) {
+    fault_ = e.what();
+    stats_.stopped = MOEC_APP_FAILED;
+    throw;
+  }
+  return !piece_.empty();
+}
+
+// Makes the session hold the prompt; false if it was cancelled.
+bool Generation::prefill() {
+  const moec_model_info& info = session_->artifact().info();
+  const std::vector<int32_t> held = session_->tokens();
+  size_t same = 0;
+  while (same < std::min(held.size(), tokens_.size() - 1) && held[same] == tokens_[same]) ++same;
+  if (same < held.size() && !info.rewinds) same = 0;
+  if (same < held.size()) {
+    session_->rewind(static_cast<int64_t>(same));
+    turn_ = session_->turn;
+  }
+  stats_.reused_tokens = static_cast<int64_t>(same);
+  const auto most = static_cast<size_t>(info.max_tokens);
+  for (size_t begin = same; begin < tokens_.size(); begin += most) {
+    if (cancelled_) return false;
+    const size_t count = std::min(most, tokens_.size() - begin);
+    const bool last = begin + count == tokens_.size();
+    session_->forward(tokens_.data() + begin, count, last ? OpenSession::Rows::kLast : OpenSession::Rows::kNone, &logits_);
+  }
+  return true;
+}
+
+// Appends a token: the logits after it are in `logits_`.
+void Generation::advance(int32_t token) {
+  const auto left = static_cast<int64_t>(ahead_.size() - taken_);
+  if (left > 0 && session_->guessed == left && ahead_[taken_] == token) {
+    --session_->guessed;
+    ++taken_;
+    ++checked_;
+    ++stats_.accepted_tokens;
+    tokens_.push_back(token);
+    return take_row(taken_);
+  }
+  settle();
+  tokens_.push_back(token);
+  if (check_guesses()) return;
+  const double began = seconds();
+  session_->forward(&token, 1, OpenSession::Rows::kLast, &logits_);
+  pays_.stepped(seconds() - began);
+}
+
+// Computes the last token with a draft of those that follow; false if there is none.
+bool Generation::check_guesses() {
+  const moec_model_info& info = session_->artifact().info();
+  if (!speculate_ || !pays_.now()) return false;
+  const int64_t room = std::min(info.context - session_->position(), info.max_tokens) - 1;
+  if (room < 1) return false;
+  const double began = seconds();
+  ahead_ = lookup_.draft(tokens_, std::min(length_.value(), static_cast<size_t>(room)));
+  if (ahead_.empty()) return false;
+  std::vector<int32_t> call = {tokens_.back()};
+  call.insert(call.end(), ahead_.begin(), ahead_.end());
+  try {
+    session_->forward(call.data(), call.size(), OpenSession::Rows::kAll, &rows_);
+  } catch (const Fault&) {  // as of logits that are no numbers behind a wrong draft; what is wrong with the token itself comes next
+    ahead_.clear();
+    speculate_ = false;
+    return false;
+  }
+  session_->guessed = static_cast<int64_t>(ahead_.size());
+  stats_.drafted_tokens += session_->guessed;
+  check_seconds_ = seconds() - began;
+  checked_ = 1;
+  take_row(0);
+  return true;
+}
+
+void Generation::take_row(size_t row) {
+  const auto width = static_cast<std::ptrdiff_t>(session_->artifact().info().vocab_size);
+  const auto begin = rows_.begin() + static_cast<std::ptrdiff_t>(row) * width;
+  logits_.assign(begin, begin + width);
+}
+
+// Ends the last check: its gain is recorded, the session forgets drafts that were not taken.
+void Generation::settle() {
+  if (checked_ > 0) {
+    pays_.checked(checked_, check_seconds_);
+    length_.checked(taken_ == ahead_.size(), checked_);
+  }
+  checked_ = 0;
+  taken_ = 0;
+  ahead_.clear();
+  session_->settle();
+}
+
+void Generation::step() {
+  if (session_->turn != turn_) throw Fault("the session was changed, or went on with another generation");
+  const double began = seconds();
+  if (!begun_) {
+    begun_ = true;
+    const bool whole = prefill();
+    stats_.prefill_seconds = seconds() - began;
+    if (!whole) return end(MOEC_APP_CANCELLED);
+  } else if (pending_ >= 0) {
+    if (cancelled_) return end(MOEC_APP_CANCELLED);
+    advance(pending_);
+    stats_.decode_seconds += seconds() - began;
+  }
+  if (most_ >= 0 && stats_.new_tokens >= most_) return end(MOEC_APP_LENGTH);
+  if (cancelled_) return end(MOEC_APP_CANCELLED);
+  const int32_t token = sampler_.take(logits_);
+  if (token < 0) throw Fault("no token can be chosen: the biases exclude all");
+  if (session_->artifact().ends(token)) return end(MOEC_APP_STOP_TOKEN);
+  ++stats_.new_tokens;
+  pending_ = token;
+  std::string bytes;
+  session_->artifact().tokenizer().decode(token, false, &bytes);
+  piece_ = stops_.push(characters_.push(bytes));
+  if (stops_.found()) {
+    stats_.stopped = MOEC_APP_STOP_STRING;
+  } else if (stats_.new_tokens == most_) {
+    end(MOEC_APP_LENGTH);
+  } else if (static_cast<int64_t>(tokens_.size()) >= session_->artifact().info().context) {
+    end(MOEC_APP_CONTEXT);
+  }
+}
+
+void Generation::end(int32_t why) {
+  piece_ += stops_.push(characters_.finish());
+  piece_ += stops_.finish();
+  stats_.stopped = stops_.found() ? MOEC_APP_STOP_STRING : why;
+}

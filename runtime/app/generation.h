@@ -1,0 +1,67 @@
+// An answer as it comes: sampling, stop strings, speculation. assistant/generate.py and assistant/speculate.py give the same text.
+#ifndef MOEC_GENERATION_H_
+#define MOEC_GENERATION_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "objects.h"
+#include "sampler.h"
+#include "speculation.h"
+#include "stop_strings.h"
+#include "utf8.h"
+
+struct GenerationOptions {
+  Sampling sampling;
+  std::vector<std::string> stops;
+  int64_t max_new_tokens = -1;
+  bool speculate = false;
+};
+
+class Generation : public Object {
+ public:
+  Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options);
+  bool next();  // whether there is a piece
+  const std::string& piece() const { return piece_; }
+  void cancel() { cancelled_ = true; }
+  moec_app_stats stats();
+
+ private:
+  bool prefill();
+  void advance(int32_t token);
+  bool check_guesses();
+  void take_row(size_t row);
+  void settle();
+  void step();
+  void end(int32_t why);
+
+  std::shared_ptr<OpenSession> session_;
+  std::vector<int32_t> tokens_;  // the prompt and what was appended to it
+  Sampler sampler_;
+  Characters characters_;
+  StopStrings stops_;
+  std::vector<float> logits_;  // of the last token
+  std::string piece_, fault_;
+  int64_t most_;
+  int32_t pending_ = -1;  // a token that was chosen and is not computed yet
+  bool begun_ = false;
+  uint64_t turn_ = 0;
+  std::atomic<bool> cancelled_{false};
+  moec_app_stats stats_ = {};
+
+  // speculation
+  bool speculate_;
+  PromptLookup lookup_;
+  Pays pays_;
+  DraftLength length_;
+  std::vector<int32_t> ahead_;  // drafted tokens; the session holds those that are not taken, session_->guessed
+  std::vector<float> rows_;     // logits after the token that was computed with them and after each of them
+  size_t taken_ = 0;            // of `ahead_`
+  int64_t checked_ = 0;         // tokens of the last check that counted so far, 0: no check is open
+  double check_seconds_ = 0;
+};
+
+#endif  // MOEC_GENERATION_H_
