@@ -16,7 +16,7 @@ from moec.assistant.native_text import tables
 from moec.assistant.role_form import FILE as ROLES
 from moec.assistant.role_form import role_form
 from moec.compiler.tokenizer import load_tokenizer
-from moec.runtime.native import executorch_folder, kernels_library
+from moec.runtime.native import executorch_folder, kernels_library, runtime_library
 from tests.assistant.conversations import template
 from tests.runtime import app
 from tests.runtime import runtime_model as m
@@ -29,22 +29,25 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)  # installed by pip, beside python
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    build = tmp_path_factory.mktemp("sample")
+def built(build: Path, *options: str) -> Path:
     for command in (
         [
             *(tool("cmake"), "-S", str(SAMPLE), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-            f"-DCMAKE_PREFIX_PATH={executorch_folder()}",
-            f"-DMOEC_KERNELS={kernels_library()}",
+            *options,
         ],
         [tool("cmake"), "--build", str(build)],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert "warning:" not in done.stdout
     return build / "moec_sample"
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the runtime as it is built already."""
+    return built(tmp_path_factory.mktemp("sample"), f"-DMOEC_RUNTIME={runtime_library()}")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,16 @@ def continued(eager: m.OneLayer, prompt: list[int], count: int) -> list[int]:
 def test_it_generates_what_eager_does(sample: Path, model: tuple[Path, m.OneLayer]) -> None:
     path, eager = model
     done = run(sample, path, 6, *PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == continued(eager, PROMPT, 6)
+
+
+@pytest.mark.slow
+def test_it_compiles_the_runtime(model: tuple[Path, m.OneLayer], tmp_path: Path) -> None:
+    """As an application does: from sources, against the wheel."""
+    options = (f"-DCMAKE_PREFIX_PATH={executorch_folder()}", f"-DMOEC_KERNELS={kernels_library()}")
+    path, eager = model
+    done = run(built(tmp_path, *options), path, 6, *PROMPT)
     assert done.returncode == 0, done.stderr
     assert [int(line) for line in done.stdout.split()] == continued(eager, PROMPT, 6)
 
