@@ -14,6 +14,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,3 +149,10 @@ def check_refused(rule: Pass, program: Program, reason: str, *, count: int = 0) 
     reasons = [f"{r.node}: {r.reason}" for r in result.refusals]
     assert any(re.search(reason, text) for text in reasons), f"{reason!r} is not among {reasons}"
     return result
+
+
+def replace_steps(module: nn.Module, steps: Mapping[str, Callable[..., Any]]) -> None:
+    """Functions of (module, ...) take the place of its methods of the same names, in this module alone."""
+    for name, step in steps.items():
+        assert hasattr(type(module), name), name
+        setattr(module, name, MethodType(step, module))

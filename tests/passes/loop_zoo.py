@@ -6,7 +6,6 @@ N tokens, D model width, E experts, K experts per token, F expert width; a varia
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moec.compiler.program import Program, Role
-from tests.harness import VOCABULARY, export_toy
+from tests.harness import VOCABULARY, export_toy, replace_steps
 from tests.passes.moe_zoo import Linear, parameter
 
 D, FF = 6, 5
@@ -36,9 +35,7 @@ class Loop(nn.Module):
         self.router = parameter(experts, D)
         self.experts = nn.ModuleList(Expert() for _ in range(experts))
         self.w13, self.w2 = parameter(experts, D, 2 * FF), parameter(experts, FF, D)
-        for name, step in steps.items():
-            assert hasattr(Loop, name), name
-            setattr(self, name, MethodType(step, self))
+        replace_steps(self, steps)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = F.linear(x, self.router).softmax(-1).topk(self.top_k, -1)

@@ -6,7 +6,6 @@ N tokens, D model width, E experts, K experts per token, F expert width, S share
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moec.compiler.program import Program, Role
-from tests.harness import VOCABULARY, export_toy
+from tests.harness import VOCABULARY, export_toy, replace_steps
 
 D, FF, S = 12, 7, 10
 ROLES = {
@@ -59,9 +58,7 @@ class Block(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = Linear(D, S), Linear(D, S), Linear(S, D)
         self.shared_gate = Linear(D, 1)
         self.with_shared = shared
-        for name, step in steps.items():
-            assert hasattr(Block, name), name
-            setattr(self, name, MethodType(step, self))
+        replace_steps(self, steps)
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.router)

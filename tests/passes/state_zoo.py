@@ -6,7 +6,6 @@ T tokens, C channels, K taps; G key heads, H heads, d key width, e value width, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
 from moec.compiler.program import Program
-from tests.harness import VOCABULARY, export_toy
+from tests.harness import VOCABULARY, export_toy, replace_steps
 from tests.passes.moe_zoo import Linear, parameter
 
 C, K = 10, 4
@@ -29,9 +28,7 @@ class Toy(nn.Module):
         super().__init__()
         self.table = parameter(VOCABULARY, C)
         self.build()
-        for name, step in steps.items():
-            assert hasattr(type(self), name), name
-            setattr(self, name, MethodType(step, self))
+        replace_steps(self, steps)
 
     def build(self) -> None:
         raise NotImplementedError  # abstract: each model of this file has its own

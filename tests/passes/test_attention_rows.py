@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from moec.compiler.ops import CachedAttention
-from moec.compiler.program import Program, Role
+from moec.compiler.program import Program
 from moec.compiler.states import Appended
 from moec.passes.fuse_attention import fuse_attention
-from tests.harness import CONTEXT, VOCABULARY, check_refused, check_rule, export_toy
+from tests.harness import CONTEXT, check_refused, check_rule, replace_steps
+from tests.passes.attention_zoo import export_residual
 from tests.passes.moe_zoo import Linear, parameter
 
 D, HEADS, LATENT, PART, ROTATED, VALUE = 10, 4, 9, 6, 2, 5
@@ -36,9 +36,7 @@ class Attention(nn.Module):
         self.factor, self.table = parameter(WIDTH), parameter(1, 1, CONTEXT, WIDTH)
         self.register_buffer("k_cache", torch.zeros(1, 1, CONTEXT, LATENT))
         self.register_buffer("v_cache", torch.zeros(1, 1, CONTEXT, ROTATED))
-        for name, step in steps.items():
-            assert hasattr(Attention, name), name
-            setattr(self, name, MethodType(step, self))
+        replace_steps(self, steps)
 
     def positions(self, x: Tensor, start: Tensor) -> Tensor:
         return start + torch.arange(x.shape[1])
@@ -71,19 +69,8 @@ class Attention(nn.Module):
         return self.extra(self.o(y.transpose(1, 2).reshape(1, -1, HEADS * VALUE)))
 
 
-class Toy(nn.Module):
-    def __init__(self, **steps: Callable[..., Any]) -> None:
-        super().__init__()
-        self.embed = parameter(VOCABULARY, D)
-        self.attention = Attention(**steps)
-
-    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.embed)
-        return x + self.attention(x, start_pos)
-
-
 def program(**steps: Callable[..., Any]) -> Program:
-    return export_toy(lambda: Toy(**steps), {"embed": Role.EMBEDDING})
+    return export_residual(lambda: Attention(**steps), D)
 
 
 def _by_cat(self: Attention, part: Tensor, rotated: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -16,7 +15,8 @@ from moec.compiler.matching import evaluate
 from moec.compiler.ops import CachedAttention
 from moec.compiler.program import Program, Role
 from moec.passes.fuse_attention import fuse_attention
-from tests.harness import CONTEXT, VOCABULARY, check_refused, check_rule, export_toy, run
+from tests.harness import CONTEXT, check_refused, check_rule, replace_steps, run
+from tests.passes.attention_zoo import export_residual
 from tests.passes.moe_zoo import Linear, parameter
 
 HEADS, KV, WIDTH, D = 4, 2, 6, 10
@@ -34,9 +34,7 @@ class Attention(nn.Module):
         self.o = Linear(HEADS * WIDTH, D)
         self.register_buffer("k_cache", torch.zeros(1, CONTEXT, KV, WIDTH))
         self.register_buffer("v_cache", torch.zeros(1, CONTEXT, KV, WIDTH))
-        for name, step in steps.items():
-            assert hasattr(Attention, name), name
-            setattr(self, name, MethodType(step, self))
+        replace_steps(self, steps)
 
     def positions(self, x: Tensor, start: Tensor) -> Tensor:
         return start + torch.arange(x.shape[1])
@@ -63,19 +61,8 @@ class Attention(nn.Module):
         return self.o(self.merge(self.attend(q, self.mask(positions))))
 
 
-class Toy(nn.Module):
-    def __init__(self, **steps: Callable[..., Any]) -> None:
-        super().__init__()
-        self.embed = parameter(VOCABULARY, D)
-        self.attention = Attention(**steps)
-
-    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.embed)
-        return x + self.attention(x, start_pos)
-
-
 def program(**steps: Callable[..., Any]) -> Program:
-    return export_toy(lambda: Toy(**steps), {"embed": Role.EMBEDDING})
+    return export_residual(lambda: Attention(**steps), D)
 
 
 def _call(after: Program) -> CachedAttention[Node]:
@@ -262,14 +249,8 @@ class Sharing(Attention):
         return first + self.o2(self.merge(self.attend(q, self.second_mask(self.positions(x, start)))))
 
 
-class SharingToy(Toy):
-    def __init__(self, kind: type[Sharing]) -> None:
-        super().__init__()
-        self.attention = kind()
-
-
 def test_layers_that_share_a_cache() -> None:
-    after = check_rule(fuse_attention(), export_toy(lambda: SharingToy(Sharing), {"embed": Role.EMBEDDING}), count=2)
+    after = check_rule(fuse_attention(), export_residual(Sharing, D), count=2)
     calls = [c for n in after.graph.nodes if (c := CachedAttention[Node].find(n)) is not None]
     assert len({(c.k_cache, c.v_cache) for c in calls}) == 1
     assert all(len(after.states[f"attention.{part}_cache"].readers) == 1 for part in "kv")
@@ -280,8 +261,7 @@ def test_layers_that_share_a_cache_are_fused_together_or_not_at_all() -> None:
         def second_mask(self, positions: Tensor) -> Tensor:
             return torch.arange(CONTEXT) >= positions.unsqueeze(1)
 
-    program = export_toy(lambda: SharingToy(Backwards), {"embed": Role.EMBEDDING})
-    refused = check_refused(fuse_attention(), program, "mask is neither causal")
+    refused = check_refused(fuse_attention(), export_residual(Backwards, D), "mask is neither causal")
     assert len(refused.refusals) == 2
 
 
@@ -294,9 +274,7 @@ class Spelled(Attention):
     def __init__(self, **steps: Callable[..., Any]) -> None:
         super().__init__()
         self.sinks = parameter(HEADS)
-        for name, step in steps.items():
-            assert hasattr(Spelled, name), name
-            setattr(self, name, MethodType(step, self))
+        replace_steps(self, steps)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.matmul(q, k.transpose(2, 3)) * 0.3
@@ -329,14 +307,8 @@ class Spelled(Attention):
         return self.weigh(self.kept(torch.softmax(self.shifted(self.beside(scores)), -1)), v)
 
 
-class SpelledToy(Toy):
-    def __init__(self, **steps: Callable[..., Any]) -> None:
-        super().__init__()
-        self.attention = Spelled(**steps)
-
-
 def spelled(**steps: Callable[..., Any]) -> Program:
-    return export_toy(lambda: SpelledToy(**steps), {"embed": Role.EMBEDDING})
+    return export_residual(lambda: Spelled(**steps), D)
 
 
 def _same(self: Any, value: Tensor) -> Tensor:

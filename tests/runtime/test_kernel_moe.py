@@ -56,6 +56,16 @@ def _everywhere(block: Block, x: np.ndarray, router_input: np.ndarray | None = N
     return results[0]
 
 
+def _equal_to_scalar(block: Block, x: np.ndarray, isa: str) -> tuple[np.ndarray, ...]:
+    """The scalar kernels' outputs, indices and weights, which those of `isa` equal bit for bit."""
+    kernel_api.set_isa("scalar")
+    expected = block.prepared(x)
+    kernel_api.set_isa(isa)
+    for a, b in zip(expected, block.prepared(x), strict=True):
+        assert np.array_equal(a, b)
+    return expected
+
+
 def _check(block: Block, x: np.ndarray, tolerance: float, router_input: np.ndarray | None = None) -> None:
     y, indices, weights = _everywhere(block, x, router_input)
     assert _error(y, block.reference(x, indices, weights)) < tolerance
@@ -215,13 +225,7 @@ def test_sparsemixer_gives_the_bits_of_the_scalar_kernels(isa: str) -> None:
     block = random_block(rng, experts=19, d=64, width=8, top_k=4, routed=WeightFormat(), how=how)
     x = rng.standard_normal((40, 64), dtype=np.float32)
     x[3] = 0
-    results = []
-    for name in ("scalar", isa):
-        kernel_api.set_isa(name)
-        results.append(block.prepared(x))
-    for a, b in zip(*results, strict=True):
-        assert np.array_equal(a, b)
-    _, indices, weights = results[0]
+    _, indices, weights = _equal_to_scalar(block, x, isa)
     assert (indices[3] == [0, 1, 2, 3]).all()
     assert np.allclose(weights[3], [1 / 19, 1 / 18, 1 / 17, 1 / 16], rtol=1e-6)
     expected = block.route(x)[1].numpy()
@@ -319,12 +323,7 @@ def test_each_instruction_set_gives_the_bits_of_the_scalar_kernels(isa: str, fmt
             rng, experts=9, d=192, width=64, top_k=top_k, routed=fmt, shared_width=64, shared=INT4_IN, how=MOBILEMOE
         )
         x = rng.standard_normal((tokens, 192), dtype=np.float32)
-        results = []
-        for name in ("scalar", isa):
-            kernel_api.set_isa(name)
-            results.append(block.prepared(x))
-        for a, b in zip(*results, strict=True):
-            assert np.array_equal(a, b)
+        _equal_to_scalar(block, x, isa)
 
 
 def test_no_tokens() -> None:

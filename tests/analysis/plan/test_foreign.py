@@ -29,7 +29,7 @@ def spec_of(family: str, folder: Path, **changes: object) -> Spec:
     return spec.model_copy(update={"model": TransformersModel(transformers=folder)})
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize("family", ["qwen3-moe", pytest.param("deepseek-v3", marks=pytest.mark.slow), "gpt-oss"])
 def test_memory_is_the_artifacts(family: str, tmp_path: Path) -> None:
     """Caches exactly: INT8 rows for one kernel, keys and values of different widths with latent attention.
 
