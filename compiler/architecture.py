@@ -48,8 +48,6 @@ class Weight:
 class Cache:
     """One layer's keys and values: `kv_heads` rows of both widths per position; `window` 0 means all positions.
 
-    whole: 0 where one kernel computes attention, reading only the positions seen. Otherwise attention is several
-    operators: it keeps FP32 rows, and every call computes scores for this many positions, masked or not.
     latent: keys and values are made of a latent row by operators of their own, once for each token.
     """
 
@@ -57,13 +55,10 @@ class Cache:
     key_width: int
     value_width: int
     window: int = 0
-    whole: int = 0
     latent: bool = False
 
     def seen(self, position: int) -> int:
         """Positions that a token at `position` (from 0) attends to, itself included."""
-        if self.whole:
-            return self.whole
         return min(position + 1, self.window) if self.window else position + 1
 
     def states(self, codes: Codes | None = None, dtype: str = "float32") -> tuple[State, State]:

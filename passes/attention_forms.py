@@ -2,6 +2,7 @@
 
     sdpa(q, k, v, mask, scale)
     softmax(s) v                                       s = scale * q k^T + mask
+                                                       s = cap * tanh(scale / cap * q k^T) + mask  (Gemma 2)
     softmax(cat((s, sink), -1))[..., :-1] v            a sink is one more score of each head, without a value (GPT-OSS)
 
 q [1, H, T, d], k [1, H, S, d], v [1, H, S, e], mask [.., T, S], sink [1, H, T, 1]. The largest score may be subtracted
@@ -10,6 +11,7 @@ before the softmax, and the mask applied by add, masked_fill or where.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,6 +72,7 @@ class AttentionForm:
     mask: Any
     hides: bool
     scale: float
+    softcap: float  # 0: scores are not capped
     sinks: Node | None  # [H], or the last view of it
     readers: dict[Node, tuple[Node, ...]]
 
@@ -97,7 +100,7 @@ def _of_sdpa(node: Node) -> AttentionForm:
     width = int(shape(q)[3])
     scale = float(width**-0.5 if scale is None else scale)
     mask = arg(node, 3, "attn_mask")
-    return AttentionForm(node, Side(q), Side(k), Side(v), mask, False, scale, None, {node: (k, v)})
+    return AttentionForm(node, Side(q), Side(k), Side(v), mask, False, scale, 0.0, None, {node: (k, v)})
 
 
 class _Spelled:
@@ -122,13 +125,18 @@ class _Spelled:
             raise Stuck(softmax, "the softmax is not over the positions, in float32")
         scores, sink = self._without_sink(self._without_largest(softmax.args[0]), part)
         scores, mask, hides = self._mask(scores)
-        unscaled, scale = _scaled(scores)
-        while scores is not unscaled:
+        scores, scale = _unscaled(scores)
+        softcap = 0.0
+        if is_op(scores, aten.tanh.default):
+            outer, softcap = scale, abs(scale)  # c * tanh(x) = -c * tanh(-x)
+            if not 0 < softcap < math.inf:
+                raise Stuck(scores, "the scores are tanh times a number that is no cap")
             _alone(scores)
-            scores = _node(scores.args[0] if isinstance(scores.args[0], Node) else scores.args[1])
+            scores, scale = _unscaled(_node(scores.args[0]))
+            scale *= outer
         q, keys, product_qk = self._keys(scores)
         readers = {product_qk.node: (product_qk.operands[1],), product.node: (product.operands[1],)}
-        return AttentionForm(product.node, q, keys, values, mask, hides, scale, sink, readers)
+        return AttentionForm(product.node, q, keys, values, mask, hides, scale, softcap, sink, readers)
 
     def _values(self, product: Contraction, weights: Node) -> Side:
         left, right = product.terms
@@ -224,8 +232,22 @@ def _scaled(node: Node) -> tuple[Node, float]:
         node = pair[0]
 
 
+def _unscaled(scores: Node) -> tuple[Node, float]:
+    """(x, c) of `scores` = c * x, which nothing reads in between."""
+    below, scale = _scaled(scores)
+    while scores is not below:
+        _alone(scores)
+        scores = _node(scores.args[0] if isinstance(scores.args[0], Node) else scores.args[1])
+    return below, scale
+
+
 def _are_scores(node: Any) -> bool:
-    return isinstance(node, Node) and rank(node) == 4 and contraction(_scaled(node)[0]) is not None
+    if not isinstance(node, Node) or rank(node) != 4:
+        return False
+    below = _scaled(node)[0]
+    if is_op(below, aten.tanh.default):
+        below = _scaled(below.args[0])[0]
+    return contraction(below) is not None
 
 
 def _of_each_head(sink: Any) -> Node:

@@ -198,6 +198,7 @@ class _Fuser:
                 scale=form.scale,
                 window=read.window,
                 sinks=None if form.sinks is None else self._flat(form.sinks),
+                softcap=form.softcap,
             )
             fused = edit.emit(call, like=form.node)
         read.end.replace_all_uses_with(fused)

@@ -62,9 +62,7 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         context=length,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         weights=tuple(weights),
-        caches=tuple(
-            c for n, c in enumerate(_caches(text, layers, heads, width, length, _is_capped(text))) if n in attends
-        ),
+        caches=tuple(c for n, c in enumerate(_caches(text, layers, heads, width)) if n in attends),
         fixed=fixed,
         experts=None
         if down is None
@@ -140,10 +138,10 @@ def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool)
     return "attention" if attends else "ffn"
 
 
-def _caches(config: Any, layers: int, heads: int, width: int, length: int, capped: bool) -> Iterator[Cache]:
-    """Keys and values as the exported program caches them, and whether attention over them becomes one kernel.
+def _caches(config: Any, layers: int, heads: int, width: int) -> Iterator[Cache]:
+    """Keys and values as the exported program caches them.
 
-    It does not where scores are capped. Latent attention (DeepSeek) caches what attention reads, every head's key and
+    Latent attention (DeepSeek) caches what attention reads, every head's key and
     value, and not the latents that they are expanded from.
     """
     if getattr(config, "kv_lora_rank", None):
@@ -153,15 +151,7 @@ def _caches(config: Any, layers: int, heads: int, width: int, length: int, cappe
         return
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
     head = int(getattr(config, "head_dim", None) or width // heads)
-    if capped:
-        yield from (Cache(kv, head, head, whole=length) for _ in range(layers))
-        return
     yield from (Cache(kv, head, head, _window(config, layer)) for layer in range(layers))
-
-
-def _is_capped(config: Any) -> bool:
-    """Whether scores go through tanh before the softmax (Gemma 2), for which there is no kernel."""
-    return bool(getattr(config, "attn_logit_softcapping", None))
 
 
 def _window(config: Any, layer: int) -> int:

@@ -59,7 +59,7 @@ class Model:
         return rows + 2 * self.architecture.fixed_bytes
 
     def _rows(self, cache: Cache, positions: int) -> int:
-        return self.footprint.cache_bytes(cache, None if cache.whole else self.cache_codes, positions)
+        return self.footprint.cache_bytes(cache, self.cache_codes, positions)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ at positions start_pos .. start_pos+T-1, then query t (position p = start_pos+t)
 j <= p and, when window > 0, p - j < window. Returns [1, T, H*e].
 
 sinks float32 [H]: one more score of each head, which adds to the sum of the softmax and has no value (GPT-OSS).
+softcap > 0: a score s becomes softcap * tanh(s / softcap) before the mask (Gemma 2); a sink is not capped.
 
 A cache holds float32 or, with scales beside it, INT8 codes: k_scale and v_scale float32 [1, S, KV], one per position
 and head. k and v are then rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over
@@ -14,6 +15,7 @@ dequantized values.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,27 +28,42 @@ _OP = "cached_attention"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """q [1,T,H,d] over whole caches k [1,S,KV,d], v [1,S,KV,e] in fp32; positions [T], sinks [H]."""
     seen = torch.arange(k.shape[1], device=q.device)[None, :]
     mask = seen <= positions[:, None]
     if window > 0:
         mask = mask & (positions[:, None] - seen < window)
-    if sinks is not None:
-        return _attend_with_sinks(q, k, v, mask, scale, sinks)
+    if sinks is not None or softcap > 0:
+        return _attend_in_products(q, k, v, mask, scale, sinks, softcap)
     y = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale, enable_gqa=True
     )
     return y.transpose(1, 2).flatten(2)
 
 
-def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor, scale: float, sinks: Tensor) -> Tensor:
+def _attend_in_products(
+    q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor, scale: float, sinks: Tensor | None, softcap: float
+) -> Tensor:
     per = q.shape[2] // k.shape[2]
     k_1SHd, v_1SHe = k.repeat_interleave(per, 2), v.repeat_interleave(per, 2)
-    scores = torch.einsum("bthd,bshd->bhts", q * scale, k_1SHd).masked_fill(~mask_TS, -torch.inf)
-    beside = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    weights = torch.softmax(torch.cat((scores, beside), -1), -1)[..., :-1]
+    scores = torch.einsum("bthd,bshd->bhts", q * scale, k_1SHd)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask_TS, -torch.inf)
+    if sinks is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        beside = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.softmax(torch.cat((scores, beside), -1), -1)[..., :-1]
     return torch.einsum("bhts,bshe->bthe", weights, v_1SHe).flatten(2)
 
 
@@ -72,6 +89,7 @@ class CachedAttention(Call[V]):
     k_scale: Written[V] | None = None
     v_scale: Written[V] | None = None
     sinks: V | None = None
+    softcap: float = 0.0
 
     def parts(self) -> tuple[tuple[V, V, V | None], tuple[V, V, V | None]]:
         """Keys and values: (the rows of this call, their cache, the cache's scales)."""
@@ -87,7 +105,7 @@ class CachedAttention(Call[V]):
         # what lies behind the last written position is masked: leaving it out makes a short context cheap
         end = int(positions[-1]) + 1
         keys, values = (_extended(*part, positions, end) for part in self.parts())
-        return attend(self.q, keys, values, positions, self.scale, self.window, self.sinks)
+        return attend(self.q, keys, values, positions, self.scale, self.window, self.sinks, self.softcap)
 
     def fake(self: CachedAttention[Tensor]) -> Tensor:
         """[1, T, H*e] without values; ValueError for shapes that are not those of the module's docstring."""
@@ -102,6 +120,7 @@ class CachedAttention(Call[V]):
         require(q.shape[2] % k.shape[2] == 0, _OP, "query heads must be a multiple of key/value heads")
         require(k_cache.shape[1] == v_cache.shape[1], _OP, "the caches differ in length")
         require(self.window >= 0, _OP, "window must not be negative")
+        require(0 <= self.softcap < math.inf, _OP, "softcap must be finite and not negative")
         require((self.k_scale is None) == (self.v_scale is None), _OP, "keys and values must be stored alike")
         for _, cache, scales in self.parts():
             if scales is None:

@@ -20,6 +20,7 @@ typedef struct moec_attention_args {
   int64_t start_pos;  // position of the first token; 0 <= start_pos, start_pos + T <= S
   int64_t window;     // 0: every earlier position; else the last `window` positions, its own included
   float scale;        // of the scores
+  float softcap;      // > 0: a score s becomes softcap * tanh(s / softcap); 0: as it is
   moec_in q;          // f32 [T, H, d]
   moec_in k;          // f32 [T, KV, d]
   moec_in v;          // f32 [T, KV, e]
@@ -33,7 +34,7 @@ typedef struct moec_attention_args {
 
 // out[t, h] = softmax over j of (scale * q[t, h] . k_cache[j, h / (H/KV)]) applied to v_cache[j], for the positions j that
 // position p = start_pos + t may see: j <= p and, with a window, j > p - window. A sink is one more score in the sum of the
-// softmax. INT8 rows are rounded as in compiler/quant.py::quantize_rows, one scale per (position, KV head); a row with a value
+// softmax, and is not capped. INT8 rows are rounded as in compiler/quant.py::quantize_rows, one scale per (position, KV head); a row with a value
 // that is not finite becomes NaN.
 MOEC_API int32_t moec_cached_attention(const moec_attention_args* args);
 

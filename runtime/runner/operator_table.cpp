@@ -250,6 +250,7 @@ const OperatorEntry kOperators[] = {
     {"moec::cached_attention.out", "TTTT!T!TdiT!=8"},
     {"moec::cached_attention.scales_out", "TTTT!T!TdiT?!T?!T!=a"},
     {"moec::cached_attention.sinks_out", "TTTT!T!TdiT?!T?!T?T!=b"},
+    {"moec::cached_attention.softcap_out", "TTTT!T!TdiT?!T?!T?dT!=c"},
     {"moec::cached_attention_q8.out", "TTTT!T!T!T!TdiT!=a"},
     {"moec::embedding_packed.out", "TTiiiT!=5"},
     {"moec::fused_moe_packed.out", "TTTT?T?TT?TT?T?T?T?IDT!=e"},

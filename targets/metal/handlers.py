@@ -95,8 +95,8 @@ def cached_attention(c: Context, n: Node) -> Slot:
         q_seen = e.cast(e.slice(slot_of(c, cache), 2, 0, stop), c.dtype)
         s_seen = e.slice(slot_of(c, scales), 2, 0, stop)
         seen.append(e.multiply(q_seen, s_seen if c.dtype == torch.float32 else e.cast(s_seen, c.dtype)))
-    if call.sinks is not None:
-        return _attend_with_sinks(c, n, call, seen[0], seen[1], start, stop)
+    if call.sinks is not None or call.softcap > 0:
+        return _attend_in_products(c, n, call, seen[0], seen[1], start, stop)
     return _attend(c, n, call.q, seen[0], seen[1], start, stop, float(call.scale), int(call.window))
 
 
@@ -121,22 +121,29 @@ def _attend(c: Context, n: Node, q: Node, k: Slot, v: Slot, start: Slot, stop: S
     return e.reshape(y_1THe, (1, -1, int(n.meta["val"].shape[-1])), c.P.make_or_get_slot(n))
 
 
-def _attend_with_sinks(c: Context, n: Node, call: Any, k: Slot, v: Slot, start: Slot, stop: Slot) -> Slot:
-    """Attention by products: the delegate's supports no sinks. Query heads of a key head are rows of one product."""
+def _attend_in_products(c: Context, n: Node, call: Any, k: Slot, v: Slot, start: Slot, stop: Slot) -> Slot:
+    """Attention by products: the delegate's has no sinks and caps no scores. Query heads of a key head are rows of one
+    product."""
     e = c.e
     tokens = e.size(slot_of(c, call.q), 1)
     heads, kv, width = int(shape_of(call.q)[2]), int(shape_of(call.k)[2]), int(shape_of(call.q)[3])
-    q_1HTd = e.multiply(e.transpose(slot_of(c, call.q), (0, 2, 1, 3)), e.scalar(float(call.scale), c.dtype))
+    scale = float(call.scale) / (float(call.softcap) or 1.0)
+    q_1HTd = e.multiply(e.transpose(slot_of(c, call.q), (0, 2, 1, 3)), e.scalar(scale, c.dtype))
     scores = e.emit("Addmm", mat1=e.reshape(q_1HTd, (1, kv, -1, width)), mat2=e.transpose(k, (0, 1, 3, 2)))
+    if call.softcap > 0:  # the query has been divided by it
+        scores = e.multiply(e.unary("Tanh", scores), e.scalar(float(call.softcap), c.dtype))
     scores_1HTS = e.reshape(scores, (1, heads, -1, stop))
     lowest = e.scalar(float(torch.finfo(c.dtype).min), c.dtype)
     seen_TS = _seen_mask(c, start, stop, int(call.window))
     scores_1HTS = e.emit("Where", condition=seen_TS, x=scores_1HTS, y=lowest)
-    sink = e.reshape(slot_of(c, call.sinks), (1, heads, 1, 1))
-    shape = [e.int_or_vid(size) for size in (1, heads, tokens, 1)]
-    beside = e.emit("BroadcastTo", x=sink if c.dtype == torch.float32 else e.cast(sink, c.dtype), shape=shape)
-    every = e.emit("Concatenate", tensors=[e.tid(scores_1HTS), e.tid(beside)], axis=-1)
-    weights = e.slice(e.emit("Softmax", x=every, axis=-1, precise=True), 3, 0, stop)
+    if call.sinks is None:
+        weights = e.emit("Softmax", x=scores_1HTS, axis=-1, precise=True)
+    else:
+        sink = e.reshape(slot_of(c, call.sinks), (1, heads, 1, 1))
+        shape = [e.int_or_vid(size) for size in (1, heads, tokens, 1)]
+        beside = e.emit("BroadcastTo", x=sink if c.dtype == torch.float32 else e.cast(sink, c.dtype), shape=shape)
+        every = e.emit("Concatenate", tensors=[e.tid(scores_1HTS), e.tid(beside)], axis=-1)
+        weights = e.slice(e.emit("Softmax", x=every, axis=-1, precise=True), 3, 0, stop)
     y_1HTe = e.emit("Addmm", mat1=e.reshape(weights, (1, kv, -1, stop)), mat2=v)
     y_1THe = e.transpose(e.reshape(y_1HTe, (1, heads, -1, int(shape_of(call.v)[3]))), (0, 2, 1, 3))
     return e.reshape(y_1THe, (1, -1, int(n.meta["val"].shape[-1])), c.P.make_or_get_slot(n))

@@ -120,7 +120,14 @@ def appended(cache: Tensor, rows: Tensor, start_pos: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, start_pos: Tensor, scale: float, window: int, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start_pos: Tensor,
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """q [1,T,H,d] over whole caches k [1,S,KV,d], v [1,S,KV,e] in fp32. Every position is scored, then masked."""
     tokens, heads, kv = q.shape[1], q.shape[2], k.shape[2]
@@ -135,6 +142,8 @@ def attend(
     q_KNd = q_HTd.view(kv, rep * tokens, q.shape[3])
     k_KdS, v_KSe = k.squeeze(0).permute(1, 2, 0), v.squeeze(0).permute(1, 0, 2)
     scores = torch.bmm(q_KNd * scale, k_KdS).view(kv, rep, tokens, k.shape[1])
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask_TS, -torch.inf)
     if sinks is None:
         weights = torch.softmax(scores, -1)
@@ -161,7 +170,7 @@ def expand_cached_attention(call: CachedAttention[Tensor]) -> tuple[Tensor, ...]
     if scales:  # after both caches: the text of an artifact keeps its order
         seen = [codes.to(torch.float32) * s.unsqueeze(-1) for codes, s in zip(caches, scales, strict=True)]
     keys, values = seen
-    return attend(call.q, keys, values, start, call.scale, call.window, call.sinks), *caches, *scales
+    return attend(call.q, keys, values, start, call.scale, call.window, call.sinks, call.softcap), *caches, *scales
 
 
 # --- routed blocks --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Attention over a KV cache that is an input and an output, in standard ONNX.
 
-    present = concat(past, new);   y = softmax(scale * q present_k^T + mask, and sinks) present_v
+    present = concat(past, new);   y = softmax(scale * q present_k^T + mask, and sinks) present_v; scores capped by tanh
 
 Names are those that ONNX Runtime's users know: `past_key_values.N.key`, `present.N.key`, [1, KV, positions, d]. An INT8
 cache has its scales beside it, `past_key_values.N.key_scale` [1, KV, positions]. The length of the past is where a
@@ -73,10 +73,13 @@ def cached_attention(c: Context, node: Node) -> str:
     heads, width = (int(d) for d in shape_of(q)[2:])
     kv_heads, value_width = int(shape_of(k)[2]), int(shape_of(v)[3])
     b = c.b
-    query = b.op("Mul", b.op("Transpose", c.value(q), perm=[0, 2, 1, 3]), b.float(float(call.scale)))
+    scale = float(call.scale) / (float(call.softcap) or 1.0)
+    query = b.op("Mul", b.op("Transpose", c.value(q), perm=[0, 2, 1, 3]), b.float(scale))
     # the queries of heads that share keys are rows of one product: no key is repeated
     query = b.reshape(query, 1, kv_heads, -1, width)
     scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    if call.softcap > 0:  # the query has been divided by it
+        scores = b.op("Mul", b.op("Tanh", scores), b.float(float(call.softcap)))
     by_head = c.once(("by_head", heads), lambda: b.op("Concat", b.ints(1, heads), token_count(c), b.ints(-1), axis=0))
     scores = b.op("Reshape", scores, by_head)
     weights = _weights(c, b.op("Where", _mask(c, int(call.window)), scores, b.float(HIDDEN)), call.sinks, heads)

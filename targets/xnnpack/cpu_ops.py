@@ -188,7 +188,7 @@ OUT_FORMS = {
     for name, overload in {
         "rms_norm": "out",
         "rope": "out",
-        "cached_attention": "sinks_out",  # earlier forms: kernels/registration/old_operators.cpp
+        "cached_attention": "softcap_out",  # earlier forms: kernels/registration/old_operators.cpp
         "short_conv": "out",
         "gated_delta": "out",
         "selective_scan": "out",

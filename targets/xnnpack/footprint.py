@@ -84,14 +84,7 @@ class XnnpackFootprint(Footprint):
         arena = 4 * tokens * (d + max(attention, d + architecture.ffn_width) + cache.key_width)
         logits = 4 * architecture.vocab_size
         threads = (options.threads if isinstance(options, Options) else None) or _THREADS
-        arena += max((self._unfused(c, architecture.heads, tokens) for c in architecture.caches), default=0)
         return max(arena, logits) + logits + self._scratch(architecture, tokens, threads)
-
-    def _unfused(self, cache: Cache, heads: int, tokens: int) -> int:
-        """Attention as single operators: every head's keys and values, repeated, and scores, mask and softmax, over all
-        positions that the cache has room for.
-        """
-        return 4 * cache.whole * heads * (cache.key_width + cache.value_width + 4 * tokens)
 
     def _scratch(self, architecture: Architecture, tokens: int, threads: int) -> int:
         """Routed blocks (core/moe_run.cpp, run_wide): every pair's output and each worker's tile; a quarter of slack.
@@ -112,11 +105,11 @@ class XnnpackFootprint(Footprint):
     def instructions(self, architecture: Architecture) -> int:
         """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around.
 
-        Models of other sources have some 12 more, 75 in a layer whose attention is not fused, 33 in one of latents.
+        Models of other sources have some 12 more, 33 in a layer of latents.
         """
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0
-        foreign = 0 if architecture.own else 12 + sum(75 * (c.whole > 0) + 33 * c.latent for c in architecture.caches)
+        foreign = 0 if architecture.own else 12 + sum(33 * c.latent for c in architecture.caches)
         return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms + foreign
 
     def rates(self, device: Device, reference: Device | None) -> Rates | None:

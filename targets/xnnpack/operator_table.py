@@ -37,6 +37,7 @@ OLD = {
     "moec::cached_attention.out": "TTTT!T!TdiT!=8",
     "moec::cached_attention_q8.out": "TTTT!T!T!T!TdiT!=a",
     "moec::cached_attention.scales_out": "TTTT!T!TdiT?!T?!T!=a",
+    "moec::cached_attention.sinks_out": "TTTT!T!TdiT?!T?!T?T!=b",
 }
 _HEAD = """// Written by targets/xnnpack/operator_table.py: the operators of this runtime, and the kinds of
 // their arguments, results last.

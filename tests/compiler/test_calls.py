@@ -22,7 +22,8 @@ SCHEMAS = {
     "bool int8_activations, int activation_block=0) -> Tensor",
     "embedding_q": "(Tensor ids, Tensor codes, Tensor scales, int bits, int group_size) -> Tensor",
     "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start_pos, "
-    "float scale, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, Tensor? sinks=None) -> Tensor",
+    "float scale, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, Tensor? sinks=None, "
+    "float softcap=0.0) -> Tensor",
     "fused_moe": "(Tensor x, Tensor router_input, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, "
     "Tensor w13, Tensor? b13, Tensor w2, Tensor? b2, Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_gate, "
     "int top_k, str routing, str experts) -> Tensor",

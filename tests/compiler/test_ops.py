@@ -249,15 +249,17 @@ def attention_operands(tokens: int) -> list[Tensor]:
     return [rand(1, tokens, 4, 6), rand(1, tokens, 2, 6, seed=1), rand(1, tokens, 2, 6, seed=2)]
 
 
-@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize(("sunk", "softcap"), [(False, 0.0), (True, 0.0), (False, 0.7), (True, 0.7)])
 @pytest.mark.parametrize("window", [0, 1, 3])
-def test_cached_attention(window: int, sunk: bool) -> None:
+def test_cached_attention(window: int, sunk: bool, softcap: float) -> None:
     """Chunks of 4, 1 and 3 tokens over one cache equal attention over all 8, query by query."""
     q, k, v = attention_operands(8)
     sinks = rand(4, seed=3) * 3 if sunk else None
     caches = [torch.full((1, 12, 2, 6), math.nan) for _ in range(2)]  # what is not written yet is never read
     got = [
-        cached_attention(q[:, a:b], k[:, a:b], v[:, a:b], *caches, torch.tensor([a]), 0.4, window, sinks=sinks)
+        cached_attention(
+            q[:, a:b], k[:, a:b], v[:, a:b], *caches, torch.tensor([a]), 0.4, window, sinks=sinks, softcap=softcap
+        )
         for a, b in ((0, 4), (4, 5), (5, 8))
     ]
     rows = []
@@ -267,6 +269,7 @@ def test_cached_attention(window: int, sunk: bool) -> None:
         for h in range(4):
             keys, values = k[0, first : p + 1, h // 2].double(), v[0, first : p + 1, h // 2].double()
             scores = keys @ q[0, p, h].double() * 0.4
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
             beside = scores.exp().sum() + (0 if sinks is None else sinks[h].double().exp())
             heads.append(scores.exp() / beside @ values)
         rows.append(torch.cat(heads))

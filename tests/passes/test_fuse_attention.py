@@ -340,6 +340,18 @@ def _summed(self: Spelled, weights: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhts,bhse->bhte", weights, v)
 
 
+def _capped(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return 5.0 * torch.tanh(q @ k.transpose(2, 3) * 0.3 / 5.0)
+
+
+def _capped_signs_turned(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(q @ k.transpose(2, 3) * -0.06) * -5.0
+
+
+def _capped_at_one(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(q @ k.transpose(2, 3) * 0.3)
+
+
 NO_SINK = {"beside": _same, "kept": _same}
 SPELLINGS: dict[str, dict[str, Callable[..., Any]]] = {
     "sinks": {},
@@ -348,6 +360,10 @@ SPELLINGS: dict[str, dict[str, Callable[..., Any]]] = {
     "sinks, chosen": {"masked": _chosen, "scores": _scaled_query},
     "none": NO_SINK,
     "none, nothing subtracted": {**NO_SINK, "shifted": _same},
+    "sinks, capped": {"scores": _capped},
+    "none, capped": {**NO_SINK, "scores": _capped, "shifted": _same},
+    "none, capped, signs turned": {**NO_SINK, "scores": _capped_signs_turned},
+    "none, capped, filled": {**NO_SINK, "scores": _capped_at_one, "masked": _filled},
     "none, filled, divided": {**NO_SINK, "masked": _filled, "scores": _divided, "weigh": _summed},
 }
 
@@ -357,6 +373,8 @@ def test_spelled_out(name: str) -> None:
     call = _call(check_rule(fuse_attention(), spelled(**SPELLINGS[name]), count=1))
     assert (call.sinks is not None) == name.startswith("sinks")
     assert call.window == (5 if "window" in name else 0)
+    assert call.softcap == (0.0 if "capped" not in name else 1.0 if "filled" in name else 5.0)
+    assert "capped" not in name or call.scale == pytest.approx(0.3)
 
 
 def _own_of_each_token(self: Spelled, scores: Tensor) -> Tensor:
@@ -382,8 +400,30 @@ def _without_the_first_key(self: Spelled, weights: Tensor) -> Tensor:
     return weights[..., 1:]
 
 
-def _capped(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
-    return 5.0 * torch.tanh(q @ k.transpose(2, 3) / 5.0)
+def _capped_at_nothing(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return 0.0 * torch.tanh(q @ k.transpose(2, 3))
+
+
+def _capped_twice(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(torch.tanh(q @ k.transpose(2, 3)))
+
+
+def _capped_per_head(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(q @ k.transpose(2, 3)) * self.sinks.view(1, -1, 1, 1)
+
+
+def _squashed(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.transpose(2, 3)) * 5.0
+
+
+def _capped_with_its_mask(self: Spelled, scores: Tensor, mask: Tensor) -> Tensor:
+    hidden = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return 5.0 * torch.tanh((scores + hidden) / 5.0)
+
+
+def _read_before_the_cap(self: Spelled, q: Tensor, k: Tensor) -> Tensor:
+    scores = q @ k.transpose(2, 3)
+    return 5.0 * torch.tanh(scores / 5.0) + 0.1 * scores
 
 
 def _mean_subtracted(self: Spelled, scores: Tensor) -> Tensor:
@@ -415,7 +455,12 @@ NEARLY: list[tuple[dict[str, Callable[..., Any]], str]] = [
     ({"beside": _two_sinks, "kept": _without_two}, "something other than one sink"),
     ({"beside": _in_front}, "something other than one sink"),
     ({"kept": _without_the_first_key}, "is not the weight of the sink"),
-    ({"scores": _capped}, "not scale"),
+    ({"scores": _capped_at_nothing}, "no cap"),
+    ({"scores": _capped_twice}, "not scale"),
+    ({"scores": _capped_per_head}, "not scale"),
+    ({"scores": _squashed}, "not scale"),
+    ({"masked": _capped_with_its_mask}, "not scale"),
+    ({"scores": _read_before_the_cap}, "not scale"),
     ({"scores": _scaled_per_head}, "not scale"),
     ({"shifted": _mean_subtracted}, "something other than the largest score"),
     ({"shifted": _largest_of_all}, "not taken for each query"),

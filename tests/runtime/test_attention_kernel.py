@@ -37,6 +37,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_int64) for n in _SIZES),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         *((n, _Buffer) for n in ["q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out", "sinks"]),
     )
 
@@ -52,11 +53,13 @@ def _buffer(array: np.ndarray | None) -> _Buffer:
     return _Buffer(None, 0) if array is None else _Buffer(array.ctypes.data, array.nbytes)
 
 
-def _attend(q, k, v, k_cache, v_cache, k_scale, v_scale, start, scale, window, sinks=None):  # type: ignore[no-untyped-def]
+def _attend(  # type: ignore[no-untyped-def]
+    q, k, v, k_cache, v_cache, k_scale, v_scale, start, scale, window, sinks=None, softcap=0.0
+):
     t, heads, d = q.shape
     kv, e = v.shape[1:]
     out = np.full((t, heads, e), np.nan, np.float32)
-    arguments = _Arguments(t, heads, kv, d, e, k_cache.shape[0], start, window, scale)
+    arguments = _Arguments(t, heads, kv, d, e, k_cache.shape[0], start, window, scale, softcap)
     pairs = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     for name, value in {**pairs, "out": out, "sinks": sinks}.items():
         setattr(arguments, name, _buffer(value))
@@ -103,11 +106,12 @@ def test_cached_attention_is_its_definition(isa: str, seed: int, quantized: bool
     # of the scores' size, and far below and above them
     sinks = None if seed % 3 == 1 else np.concatenate((rng.standard_normal(kv * per - 1), [30.0, -1e4]))[-kv * per :]
     sinks = None if sinks is None else sinks.astype(np.float32)
+    softcap = (0.0, 0.0, 5.0, 0.3)[seed % 4]  # not, of the scores' size, and far below them
     expected = torch.ops.moec.cached_attention(
         _batch(q), _batch(k), _batch(v), *expected_caches, torch.tensor([start]), d**-0.5, window,
-        *(expected_scales or [None, None]), None if sinks is None else torch.from_numpy(sinks),
+        *(expected_scales or [None, None]), None if sinks is None else torch.from_numpy(sinks), softcap,
     )  # fmt: skip
-    got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window, sinks)
+    got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window, sinks, softcap)
     np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL, rtol=0)
     found = caches + [c for c in scales if c is not None]
     for ours, theirs in zip(found, expected_caches + expected_scales, strict=True):  # what was written: the same bits
@@ -129,7 +133,7 @@ def test_chunks_and_steps_extend_one_sequence(isa: str, quantized: bool) -> None
         parts = []
         for begin, end in zip([0, *cuts], [*cuts, t], strict=True):
             part = slice(begin, end)
-            parts.append(_attend(q[part], k[part], v[part], *caches, *scales, begin, d**-0.5, 0, sinks))
+            parts.append(_attend(q[part], k[part], v[part], *caches, *scales, begin, d**-0.5, 0, sinks, 2.0))
         return np.concatenate(parts)
 
     whole = run([])

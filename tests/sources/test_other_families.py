@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moec.compiler.errors import CheckpointError, CompileError
-from moec.compiler.ops import fused_moe
+from moec.compiler.ops import CachedAttention, fused_moe
 from moec.compiler.pipeline import run_passes
 from moec.passes.canonicalize import canonicalize
 from moec.passes.pipelines import fusion
@@ -196,6 +196,24 @@ def test_scales_of_experts(tmp_path: Path) -> None:
     for part in (ids, ids[:, :1]):
         start = torch.tensor([0 if part is ids else 9])
         torch.testing.assert_close(after(part, start), before(part, start), atol=ATOL, rtol=RTOL)
+
+
+def test_capped_scores(tmp_path: Path) -> None:
+    """Gemma 2: tanh bounds the scores of windowed and whole layers, at a size where it changes every one of them."""
+    changes = {"intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 0.25}
+    folder = _saved("gemma2", {**changes, "query_pre_attn_scalar": 1}, tmp_path)
+    exported = export_transformers(folder, "capped", weights=TransformersStore(folder), max_tokens=16)
+    program = run_passes(exported, fusion())
+    calls = [c for n in program.graph.nodes if (c := CachedAttention.find(n)) is not None]
+    assert [(c.window, c.softcap) for c in calls] == [(8, 0.25), (0, 0.25)]
+    assert [c.scale for c in calls] == [1.0, 1.0]
+    model = auto_model(read_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
+    run = Interpreter(program)
+    parts = [run(ids[:, a:b], torch.tensor([a])) for a, b in itertools.pairwise([0, 9, 10, 11, 23])]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=ATOL, rtol=RTOL)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Where attention is not fused (capped scores) it is lowered operator by operator,
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ pytest.importorskip("transformers", reason="needs the transformers extra: pip in
 import transformers
 
 from moec.compiler.errors import CompileError
-from moec.compiler.pipeline import run_passes
+from moec.compiler.pipeline import Pass, run_passes
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.passes.pipelines import fusion
@@ -66,8 +67,9 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 
 def capped(folder: Path) -> Program:
-    """Gemma 2, whose attention is not fused: its scores go through tanh."""
-    kinds = {"intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 50.0}
+    """Gemma 2, whose scores go through tanh."""
+    kinds = {"intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 0.5}
+    kinds["query_pre_attn_scalar"] = 1
     config = transformers.AutoConfig.for_model("gemma2", **{**COMMON, **kinds})
     config.save_pretrained(folder / "config")
     save_random(folder / "config", folder / "model", seed=3)
@@ -75,8 +77,14 @@ def capped(folder: Path) -> Program:
     return export_transformers(folder / "model", "capped", weights=weights, max_tokens=16)
 
 
-def test_attention_in_single_operators(tmp_path: Path) -> None:
-    program = legal(run_passes(capped(tmp_path), fusion()))
+def single() -> list[Pass]:
+    return [p for p in fusion() if p.name != "fuse_attention"]
+
+
+@pytest.mark.parametrize("passes", [fusion, single])
+def test_capped_scores(passes: Callable[[], list[Pass]], tmp_path: Path) -> None:
+    """One operator, and single ones."""
+    program = legal(run_passes(capped(tmp_path), passes()))
     ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -88,7 +96,7 @@ def test_attention_in_single_operators(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_is_written_otherwise_is_refused(tmp_path: Path) -> None:
-    program = run_passes(capped(tmp_path), fusion())
+    program = run_passes(capped(tmp_path), single())
     edit = program.edit()
     write = next(n for n in edit.graph.nodes if n.target is torch.ops.aten.index_copy.default)
     write.target = torch.ops.aten.index_add.default

@@ -79,14 +79,16 @@ def test_attention_over_a_sequence(window: int, heads: int, kv: int, rounded: bo
     if rounded:
         theirs = [c.to(torch.int8) for c in theirs] + [torch.zeros(1, context, kv) for _ in range(2)]
     ours = [c.clone() for c in theirs]
-    sinks = None if kv == 3 else normal(g, heads)
+    sinks, softcap = None if kv == 3 else normal(g, heads), 0.5 if kv == 2 else 0.0
     for count, start in ((5, 0), (1, 5), (1, 6), (6, 7), (2, 0), (1, 2)):
         q, k, v = normal(g, 1, count, heads, d), normal(g, 1, count, kv, d), normal(g, 1, count, kv, e)
         rest = (torch.tensor([start]), 0.37, window)
-        call: ops.CachedAttention[Tensor] = ops.CachedAttention(q, k, v, *ours[:2], *rest, *ours[2:], sinks=sinks)
+        call: ops.CachedAttention[Tensor] = ops.CachedAttention(
+            q, k, v, *ours[:2], *rest, *ours[2:], sinks=sinks, softcap=softcap
+        )
         kept = functional(call)(*call.arguments())
         y, *ours = expand.expand_cached_attention(call)
-        close(y, ops.cached_attention(q, k, v, *theirs[:2], *rest, *theirs[2:], sinks=sinks))
+        close(y, ops.cached_attention(q, k, v, *theirs[:2], *rest, *theirs[2:], sinks=sinks, softcap=softcap))
         close(kept[0], y)
         for a, b, c in zip(ours, theirs, kept[1:], strict=True):
             assert torch.equal(a, b)

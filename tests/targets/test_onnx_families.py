@@ -21,13 +21,15 @@ from moec.compiler.pipeline import PipelineLog, run_passes
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.passes.pipelines import fusion
+from moec.sources.random_checkpoint import save_random
 from moec.sources.transformers_model import TransformersStore, export_transformers
 from moec.targets.onnx.lower import lower
 from moec.targets.onnx.options import Options
 from moec.targets.onnx.session import OnnxSession
 from tests.sources.test_transformers_families import COMMON, FAMILIES, _saved
 
-CAPPED = {"intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 50.0}
+CAPPED = {"intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 0.5}
+CAPPED["query_pre_attn_scalar"] = 1
 # fp32 sums in another order: at most 4e-6 was seen on logits up to 4; a wrong formula gives differences above 1e-2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -56,8 +58,25 @@ def test_family(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, wanted, **CLOSE)
 
 
-def test_attention_that_was_not_fused_is_refused_by_name(tmp_path: Path) -> None:
-    """Gemma 2: scores go through tanh before the softmax. Where it compiles, the manifest says so once."""
+def test_capped_scores(tmp_path: Path) -> None:
+    """Gemma 2: scores go through tanh before the softmax."""
+    config = transformers.AutoConfig.for_model("gemma2", **{**COMMON, **CAPPED})
+    config.save_pretrained(tmp_path / "config")
+    folder = save_random(tmp_path / "config", tmp_path / "model", seed=3)
+    files = lower(program_of(folder), tmp_path, Options(), Progress(quiet=True))
+    ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits[0].numpy()
+    file = tmp_path / "model.onnx"
+    session = OnnxSession(file, vocab_size=96, context=48, max_tokens=16, facts=files.facts, threads=1)
+    got = np.concatenate([session.prefill(ids[0, a:b].numpy(), "all") for a, b in itertools.pairwise([0, 9, 10, 23])])
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * float(np.abs(wanted).max()), rtol=0)
+
+
+def test_attention_that_was_not_fused_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores go through an arctangent before the softmax. Where it compiles, the manifest says so once."""
+    monkeypatch.setattr(torch, "tanh", torch.atan)
     config = transformers.AutoConfig.for_model("gemma2", **{**COMMON, **CAPPED})
     config.save_pretrained(tmp_path / "config")
     exported = export_transformers(tmp_path / "config", "capped", max_tokens=16)

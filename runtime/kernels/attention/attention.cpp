@@ -61,6 +61,8 @@ int32_t check(const moec_attention_args& a) {
   if (a.capacity < 0 || a.capacity > kMaxCapacity)
     return fail(MOEC_INVALID_ARGUMENT, "cached_attention: a cache of %" PRId64 " positions, the limit is %" PRId64,
                 a.capacity, kMaxCapacity);
+  if (!(a.softcap >= 0.0f && a.softcap <= 3.402823466e38f))
+    return fail(MOEC_INVALID_ARGUMENT, "cached_attention: softcap %g is negative or not finite", static_cast<double>(a.softcap));
   if (a.window < 0) return fail(MOEC_INVALID_ARGUMENT, "cached_attention: window %" PRId64 " is negative", a.window);
   if (a.start_pos < 0 || a.tokens > a.capacity || a.start_pos > a.capacity - a.tokens)
     return fail(MOEC_INVALID_ARGUMENT,
@@ -275,6 +277,7 @@ int32_t moec_cached_attention(const moec_attention_args* args) {
   call.start = a.start_pos;
   call.window = a.window >= a.capacity ? 0 : a.window;  // sees everything; sums with it must not overflow
   call.scale = a.scale;
+  call.softcap = a.softcap;
   call.q = static_cast<const float*>(a.q.data);
   call.k_cache = a.k_cache.data;
   call.v_cache = a.v_cache.data;

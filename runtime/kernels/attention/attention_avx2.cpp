@@ -20,6 +20,7 @@ inline V set1(float x) { return _mm256_set1_ps(x); }
 inline V zero() { return _mm256_setzero_ps(); }
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V max(V a, V b) { return _mm256_max_ps(a, b); }

@@ -20,6 +20,7 @@ inline V set1(float x) { return _mm512_set1_ps(x); }
 inline V zero() { return _mm512_setzero_ps(); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V max(V a, V b) { return _mm512_max_ps(a, b); }

@@ -14,6 +14,7 @@ struct AttentionCall {
   int64_t tokens, heads, kv_heads, head_dim, value_dim, capacity, start;
   int64_t window;  // 0 or >= capacity: every earlier position; else the last `window` positions, its own included
   float scale;
+  float softcap;        // 0: scores are not capped
   const float* q;       // [T, H, d]
   const void* k_cache;  // f32 or int8 [S, KV, d], the new rows already written
   const void* v_cache;  // [S, KV, e]

@@ -22,6 +22,7 @@ inline V set1(float x) { return vdupq_n_f32(x); }
 inline V zero() { return vdupq_n_f32(0.0f); }
 inline V add(V a, V b) { return vaddq_f32(a, b); }
 inline V sub(V a, V b) { return vsubq_f32(a, b); }
+inline V div(V a, V b) { return vdivq_f32(a, b); }
 inline V mul(V a, V b) { return vmulq_f32(a, b); }
 inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 inline V max(V a, V b) { return vmaxq_f32(a, b); }

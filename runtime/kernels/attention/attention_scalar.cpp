@@ -25,6 +25,7 @@ void attend(const AttentionCall& call, const AttentionItem& item, int64_t token,
     float dot = 0.0f;
     for (int64_t i = 0; i < d; ++i) dot += q[i] * at(call.k_cache, call.k_scale, j * kv + g, d, i);
     scratch[j - first] = dot * call.scale;
+    if (call.softcap > 0.0f) scratch[j - first] = call.softcap * tanhf(scratch[j - first] / call.softcap);
     if (!(scratch[j - first] <= top)) top = scratch[j - first];
   }
   for (int64_t j = first; j < last; ++j) {

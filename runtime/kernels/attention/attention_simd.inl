@@ -3,7 +3,7 @@
 //   constexpr int64_t kLanes, kRows = 6 (rows of a register tile), kCols (vectors of a register tile), kDecodeRows (query
 //   heads whose sums over 4 vectors of values fit the registers), kKeysTogether (keys scored side by side),
 //   kScoreKeys x kScoreCols (keys and vectors of rows whose scores one step of a tile sums)
-//   load(const float*), load(const int8_t*) (widened), store, set1, zero, add, sub, mul, fma(a, b, c) = a*b + c, max, div
+//   load(const float*), load(const int8_t*) (widened), store, set1, zero, add, sub, mul, div, fma(a, b, c) = a*b + c, max
 //   exp2i(V) = 2^n of an integral-valued n in [-126, 127], round, hsum, hmax, less_equal_select(a, b, x, y) = a <= b ? x : y
 //   reduce(const V part[kLanes]) -> V whose lane i is the sum of part[i]: lanes kOrder[0] + kOrder[1], kOrder[2] + kOrder[3],
 //   ..., then sums of neighbours again. constexpr int kOrder[kLanes] says that order, in which a tile sums too
@@ -36,6 +36,26 @@ inline V exp_negative(V x) {
   // n is meaningless below `low`: it is replaced before it becomes an exponent, and the product thrown away
   const V exponent = less_equal_select(x, low, zero(), n);
   return less_equal_select(x, low, zero(), mul(p, exp2i(exponent)));
+}
+
+// tanh(x) to 3 units in the last place: near 0 an odd polynomial (least squares, relative error 1e-9 before rounding), beyond
+// it (1 - e^-2|x|) / (1 + e^-2|x|).
+inline V tanh_of(V x) {
+  const V size = absolute(x), one = set1(1.0f), e = exp_negative(mul(size, set1(-2.0f)));
+  const V positive = div(sub(one, e), add(one, e)), far = less_equal_select(x, zero(), sub(zero(), positive), positive);
+  const V z = mul(x, x);
+  V p = set1(-0.00627423f);
+  p = fma(p, z, set1(0.02107167f));
+  p = fma(p, z, set1(-0.05385231f));
+  p = fma(p, z, set1(0.13332586f));
+  p = fma(p, z, set1(-0.33333318f));
+  return less_equal_select(size, set1(0.55f), fma(mul(p, z), x, x), far);
+}
+
+// softcap * tanh(s / softcap) of scores [n], n a multiple of kLanes.
+inline void cap_scores(float* s, int64_t n, float softcap) {
+  const V limit = set1(softcap), inverse = set1(1.0f / softcap);
+  for (int64_t i = 0; i < n; i += kLanes) store(s + i, mul(limit, tanh_of(mul(load(s + i), inverse))));
 }
 
 // C[rows][cols] = A B, or with `more` C + A B.   A[i][k] = a[i * a_row + k * a_col], B row-major, C row-major.
@@ -270,6 +290,7 @@ void tile_of(const AttentionCall& call, const AttentionItem& item, float* scratc
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
     widen_rows(k_cache, item.key_begin + begin, n, kv, g, d, d_padded, block);
     score_all(n, d_padded, block, k_factor + begin, q_t, rows_padded, scores + begin * rows_padded);
+    if (call.softcap > 0.0f) cap_scores(scores + begin * rows_padded, n * rows_padded, call.softcap);
   }
   // between these two every key is visible to every row: no masking
   const int64_t all_from = call.first_key(item.token_end - 1), all_to = call.start + item.token_begin + 1;
@@ -356,11 +377,12 @@ inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const C* key
   }
 }
 
-// Scores become weights: e^(s * k_factor - max) * v_factor of keys [skip, count), 0 before and behind them; max and the sum of
+// Scores become weights: e^(s * k_factor, capped, - max) * v_factor of keys [skip, count), 0 before and behind them; max and the sum of
 // the e's.
 inline void weigh(float* s, int64_t skip, int64_t count, int64_t stride, const float* k_factor, const float* v_factor,
-                  float* row_max, float* row_sum) {
+                  float softcap, float* row_max, float* row_sum) {
   for (int64_t i = 0; i < count; i += kLanes) store(s + i, mul(load(s + i), load(k_factor + i)));
+  if (softcap > 0.0f) cap_scores(s, padded(count, kLanes), softcap);
   for (int64_t i = 0; i < skip; ++i) s[i] = kNegative;
   for (int64_t i = count; i < stride; ++i) s[i] = kNegative;
   V top = set1(kNegative);
@@ -455,7 +477,8 @@ void decode_of(const AttentionCall& call, const AttentionItem& item, float* scra
     gather_factors(k_scale, kv, call.scale, count, stride, k_factor);
     gather_factors(v_scale, kv, 1.0f, count, stride, v_factor);
     for (int64_t h = g * per; h < (g + 1) * per; ++h)
-      weigh(scores + h * stride, skip, count, stride, k_factor, v_factor, item.partial_max + h, item.partial_sum + h);
+      weigh(scores + h * stride, skip, count, stride, k_factor, v_factor, call.softcap, item.partial_max + h,
+            item.partial_sum + h);
   }
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;

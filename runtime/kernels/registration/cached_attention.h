@@ -16,7 +16,7 @@ executorch::aten::Tensor& cached_attention(
     const executorch::aten::Tensor& v, const executorch::aten::Tensor& k_cache, const executorch::aten::Tensor& v_cache,
     const executorch::aten::Tensor& start_pos, double scale, int64_t window,
     const std::optional<executorch::aten::Tensor>& k_scale, const std::optional<executorch::aten::Tensor>& v_scale,
-    const std::optional<executorch::aten::Tensor>& sinks, executorch::aten::Tensor& out);
+    const std::optional<executorch::aten::Tensor>& sinks, double softcap, executorch::aten::Tensor& out);
 
 }  // namespace moec_operators
 

@@ -74,7 +74,7 @@ bool check_scales(Check& check, const char* name, const OptionalTensor& scale) {
 Tensor& moec_operators::cached_attention(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
                                          const Tensor& k_cache, const Tensor& v_cache, const Tensor& start_pos, double scale,
                                          int64_t window, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                                         const OptionalTensor& sinks, Tensor& out) {
+                                         const OptionalTensor& sinks, double softcap, Tensor& out) {
   Check check(context, "cached_attention");
   const ScalarType stored = k_scale.has_value() ? ScalarType::Char : ScalarType::Float;
   if (!check.tensor("q", q, ScalarType::Float, 4) || !check.tensor("k", k, ScalarType::Float, 4) ||
@@ -108,6 +108,7 @@ Tensor& moec_operators::cached_attention(KernelRuntimeContext& context, const Te
   args.start_pos = start_pos.const_data_ptr<int64_t>()[0];
   args.window = window;
   args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
   args.q = in(q);
   args.k = in(k);
   args.v = in(v);
@@ -230,7 +231,7 @@ Tensor& fused_moe_packed_out(KernelRuntimeContext& context, const Tensor& x, con
 
 EXECUTORCH_LIBRARY(moec, "rms_norm.out", rms_norm_out);
 EXECUTORCH_LIBRARY(moec, "rope.out", rope_out);
-EXECUTORCH_LIBRARY(moec, "cached_attention.sinks_out", moec_operators::cached_attention);
+EXECUTORCH_LIBRARY(moec, "cached_attention.softcap_out", moec_operators::cached_attention);
 EXECUTORCH_LIBRARY(moec, "linear_packed.out", linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "gated_linear_packed.out", gated_linear_packed_out);
 EXECUTORCH_LIBRARY(moec, "embedding_packed.out", embedding_packed_out);

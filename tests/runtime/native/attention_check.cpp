@@ -29,13 +29,14 @@ struct Case {
   int64_t tokens, heads, kv, d, e, capacity, start, window;
   bool quantized;
   bool sinks = false;
+  float softcap = 0.0f;
 
   std::string text() const {
     char line[200];
-    snprintf(line, sizeof line, "T=%lld H=%lld KV=%lld d=%lld e=%lld S=%lld start=%lld window=%lld q8=%d sinks=%d",
+    snprintf(line, sizeof line, "T=%lld H=%lld KV=%lld d=%lld e=%lld S=%lld start=%lld window=%lld q8=%d sinks=%d cap=%g",
              static_cast<long long>(tokens), static_cast<long long>(heads), static_cast<long long>(kv),
              static_cast<long long>(d), static_cast<long long>(e), static_cast<long long>(capacity),
-             static_cast<long long>(start), static_cast<long long>(window), quantized, sinks);
+             static_cast<long long>(start), static_cast<long long>(window), quantized, sinks, static_cast<double>(softcap));
     return line;
   }
 };
@@ -84,6 +85,7 @@ moec_attention_args arguments(const Case& c, Data& data, std::vector<float>& y) 
   a.start_pos = c.start;
   a.window = c.window;
   a.scale = 1.0f / sqrtf(static_cast<float>(c.d));
+  a.softcap = c.softcap;
   a.q = in(data.q);
   a.k = in(data.k);
   a.v = in(data.v);
@@ -159,6 +161,7 @@ Case random_case() {
   c.window = uniform(0, 1) ? uniform(1, 200) : 0;
   c.quantized = uniform(0, 1);
   c.sinks = uniform(0, 1);
+  if (uniform(0, 2) == 0) c.softcap = uniform(0, 1) ? 50.0f : 0.5f;
   return c;
 }
 
@@ -240,6 +243,9 @@ void refuse() {
   refused("larger cache", [](auto& a) { a.capacity = 11; });
   refused("huge cache", [](auto& a) { a.capacity = huge; });
   refused("negative cache", [](auto& a) { a.capacity = -1; });
+  refused("negative cap", [](auto& a) { a.softcap = -1.0f; });
+  refused("infinite cap", [](auto& a) { a.softcap = INFINITY; });
+  refused("cap that is no number", [](auto& a) { a.softcap = NAN; });
   refused("negative window", [](auto& a) { a.window = -1; });
   refused("short q", [](auto& a) { a.q.bytes -= 4; });
   refused("no q", [](auto& a) { a.q.data = nullptr; });
