@@ -16,11 +16,11 @@ import zlib
 from array import array
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from moec.assistant.native_vocabulary import Decoder, Steps, Vocabulary, check_model
 from moec.assistant.role_form import FILE as ROLES
 from moec.assistant.sampling import recommended
-from moec.assistant.split_program import Program, Unknown, character_class
+from moec.assistant.split_program import Unknown, character_class
 from moec.compiler.errors import UserError
 from moec.compiler.files import read_bytes
 from moec.compiler.source import GENERATION, TOKENIZER
@@ -28,11 +28,7 @@ from moec.compiler.tokenizer import MAX_BYTES, TextTokenizer
 
 FILE = "text.moec"
 PROGRAM = "model.pte"  # the only program that the native runtime opens
-MAGIC, VERSION = b"moectext", 1
-# GPT-2's expression, by which `ByteLevel` splits
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CUT, _CUT_DROP, _PREFIX_SPACE = range(3)
-_SPECIAL, _NORMALIZED = 1, 2
+MAGIC, VERSION = b"moectext", 2
 _TRIMS = {None: 0, "both": 1, "newlines": 2}
 
 #: Texts in widely used scripts, and cases that tokenizers often get wrong.
@@ -101,24 +97,31 @@ def write_text(folder: Path, words: TextTokenizer | None) -> tuple[tuple[str, ..
 def tables(folder: Path, words: TextTokenizer) -> bytes:
     """The content of the file. Unknown for a tokenizer that the tables cannot express."""
     raw = json.loads(read_bytes(folder / TOKENIZER, limit=MAX_BYTES))
-    vocabulary = _Vocabulary(raw)
-    splits, steps = _steps(raw)
-    composed = _composed(raw.get("normalizer"))
+    check_model(raw)
+    steps, decoder = Steps.of(raw), Decoder.of(raw)
+    vocabulary = Vocabulary(raw, steps, decoder)
+    sets = steps.program.sets
     before, behind = words.adds()
     markers = [t["content"] for t in raw.get("added_tokens") or []]
     parts = {
-        b"INFO": array("i", [len(vocabulary.texts), int(raw["model"].get("ignore_merges") or False)]).tobytes(),
+        b"INFO": array("i", [len(vocabulary.texts), vocabulary.kind, vocabulary.unknown, vocabulary.flags]).tobytes(),
         b"OFFS": _offsets(vocabulary.texts),
         b"TEXT": b"".join(vocabulary.texts),
         b"SORT": array("I", vocabulary.sorted).tobytes(),
         b"MERG": array("I", [n for merge in vocabulary.merges for n in merge]).tobytes(),
-        b"RANG": array("I", [n for ranges in splits.sets for pair in ranges for n in pair]).tobytes(),
-        b"SETS": array("I", _sums([len(ranges) for ranges in splits.sets])).tobytes(),
-        b"CODE": array("i", [n for instruction in splits.code for n in instruction]).tobytes(),
-        b"STEP": array("i", [n for step in steps for n in step]).tobytes(),
-        b"ADDS": array("i", [n for pair in vocabulary.added for n in pair]).tobytes(),
+        b"SCOR": array("d", vocabulary.scores).tobytes(),
+        b"RANG": array("I", [n for ranges in sets for pair in ranges for n in pair]).tobytes(),
+        b"SETS": array("I", _sums([len(ranges) for ranges in sets])).tobytes(),
+        b"CODE": array("i", [n for instruction in steps.program.code for n in instruction]).tobytes(),
+        b"WORD": b"".join(map(_string, steps.words)),
+        b"CHNG": array("i", [n for step in steps.normal for n in step]).tobytes(),
+        b"STEP": array("i", [n for step in steps.cuts for n in step]).tobytes(),
+        b"ADDS": b"".join(
+            struct.pack("<2i", *token[:2]) + _string(token[2]) + _string(token[3]) for token in vocabulary.added
+        ),
+        b"DECO": _decoder(decoder),
         b"AROU": array("i", [len(before), len(behind), *before, *behind]).tobytes(),
-        b"NORM": _normal_form() if composed else b"",
+        b"NORM": _normal_form() if steps.composed else b"",
         b"PROV": b"".join(_proof(words, text) for text in proof_texts(markers)),
         b"ROLE": _roles(folder / ROLES),
         b"SAMP": _sampling(folder / GENERATION),
@@ -158,6 +161,11 @@ def _proof(words: TextTokenizer, text: str) -> bytes:
     return _string(text) + struct.pack("<I", len(ids)) + array("i", ids).tobytes() + _string(shown)
 
 
+def _decoder(given: Decoder) -> bytes:
+    numbers = (given.byte_level, given.byte_fallback, given.strip, given.drop)
+    return struct.pack("<4i", *map(int, numbers)) + _string(given.mark) + _string(given.space)
+
+
 def _roles(file: Path) -> bytes:
     """Empty where the template has no form."""
     if not file.is_file():
@@ -176,102 +184,6 @@ def _roles(file: Path) -> bytes:
 def _sampling(file: Path) -> bytes:
     given = recommended(file)
     return struct.pack("<5d", given.temperature, given.top_k, given.top_p, given.min_p, given.repeat_penalty)
-
-
-class _Vocabulary:
-    """texts: the bytes of each id. sorted: ids of tokens that merging can give, by their bytes. merges: (left, right,
-    rank, result), sorted. added: (id, flags) of the tokens that are found before a text is split."""
-
-    def __init__(self, raw: dict[str, Any]) -> None:
-        model = raw.get("model") or {}
-        if model.get("type", "BPE") != "BPE" or "merges" not in model:
-            raise Unknown(f"the model {model.get('type')}")
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            if model.get(key):
-                raise Unknown(f"{key} of BPE")
-        decoder = raw.get("decoder") or {}
-        if decoder.get("type") != "ByteLevel":
-            raise Unknown(f"the decoder {decoder.get('type')}")
-        letters = _byte_letters()
-        self.texts: list[bytes] = []
-        placed: dict[bytes, int] = {}
-        added = {t["id"]: t for t in raw.get("added_tokens") or []}
-        count = 1 + max([*model["vocab"].values(), *added, -1])
-        if not 0 < count <= 1 << 24:
-            raise Unknown(f"a vocabulary of {count}")
-        self.texts = [b""] * count
-        for text, id_ in model["vocab"].items():
-            content = bytes(letters[c] for c in text) if all(c in letters for c in text) else None
-            self.texts[id_] = text.encode() if content is None else content
-            if content is not None:
-                placed[content] = id_
-        self.added = []
-        for id_, token in sorted(added.items()):
-            for key in ("lstrip", "rstrip", "single_word"):
-                if token.get(key):
-                    raise Unknown(f"{key} of the token {token['content']}")
-            content = token["content"]
-            decoded = all(c in letters for c in content)
-            self.texts[id_] = bytes(letters[c] for c in content) if decoded else content.encode()
-            if self.texts[id_] != content.encode():
-                raise Unknown(f"the token {content!r}, which stands for other bytes")
-            if token.get("normalized") and unicodedata.normalize("NFC", content) != content:
-                raise Unknown(f"the token {content!r}, which is not in normal form C")
-            flags = (_SPECIAL if token["special"] else 0) | (_NORMALIZED if token.get("normalized") else 0)
-            self.added.append((id_, flags))
-        self.sorted = [placed[content] for content in sorted(placed)]
-        self.merges = []
-        for rank, merge in enumerate(model["merges"]):
-            left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-            pair = [model["vocab"].get(text) for text in (left, right, left + right)]
-            if None in pair:
-                raise Unknown(f"the merge {merge!r} of tokens that the vocabulary lacks")
-            self.merges.append((pair[0], pair[1], rank, pair[2]))
-        self.merges.sort()
-
-
-def _byte_letters() -> dict[str, int]:
-    """Character -> byte of `ByteLevel`: printable bytes are themselves, the others are numbered from 256."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in own]
-    return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _steps(raw: dict[str, Any]) -> tuple[Program, list[tuple[int, int]]]:
-    """How a text is split: steps (kind, where the program of its expression begins), each applied to every piece."""
-    program, steps = Program(), []
-    parts = [raw.get("pre_tokenizer") or {}]
-    if parts[0].get("type") == "Sequence":
-        parts = parts[0]["pretokenizers"]
-    if not parts or parts[-1].get("type") != "ByteLevel":
-        raise Unknown("a tokenizer that is not byte-level")
-    for part in parts:
-        kind = part.get("type")
-        if kind == "ByteLevel":
-            if part is not parts[-1]:
-                raise Unknown("ByteLevel before another pre-tokenizer")
-            if part.get("add_prefix_space"):
-                steps.append((_PREFIX_SPACE, 0))
-            if part.get("use_regex", True):
-                steps.append((_CUT, program.add(_GPT2)))
-        elif kind == "Digits":
-            every = part.get("individual_digits", False)
-            steps.append((_CUT, program.add_set(character_class("numeric"), repeated=not every)))
-        elif kind == "Split":
-            steps.append((_kept(part), _pattern(program, part.get("pattern") or {})))
-        else:
-            raise Unknown(f"the pre-tokenizer {kind}")
-    return program, steps
-
-
-def _composed(normalizer: dict[str, Any] | None) -> bool:
-    """Whether texts are first normalized to NFC."""
-    parts = [] if normalizer is None else [normalizer]
-    if normalizer is not None and normalizer.get("type") == "Sequence":
-        parts = normalizer["normalizers"]
-    if other := [part.get("type") for part in parts if part.get("type") != "NFC"]:
-        raise Unknown(f"the normalizer {other[0]}")
-    return bool(parts)
 
 
 @cache
@@ -300,21 +212,3 @@ def _normal_form() -> bytes:
 
 def _codes(name: str) -> list[int]:
     return [code for low, high in character_class(name) for code in range(low, high + 1)]
-
-
-def _kept(part: dict[str, Any]) -> int:
-    """The kind of a step: whether text that its expression does not match is a piece or dropped."""
-    behavior, invert = part.get("behavior"), part.get("invert", False)
-    if behavior == "Isolated":  # matches and the text between them are all pieces, inverted or not
-        return _CUT
-    if behavior == "Removed" and invert:
-        return _CUT_DROP
-    raise Unknown(f"Split with the behavior {behavior}")
-
-
-def _pattern(program: Program, pattern: dict[str, Any]) -> int:
-    if pattern.get("String"):
-        return program.add_text(pattern["String"])
-    if pattern.get("Regex"):
-        return program.add(pattern["Regex"])
-    raise Unknown("Split without a pattern")

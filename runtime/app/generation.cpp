@@ -14,8 +14,8 @@ double seconds() {
 
 Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options)
     : session_(std::move(session)), tokens_(std::move(prompt)), sampler_(std::move(options.sampling), tokens_),
-      stops_(std::move(options.stops)), most_(options.max_new_tokens),
-      speculate_(options.speculate && session_->artifact().speculates()) {
+      decoder_(session_->artifact().tokenizer(), false), stops_(std::move(options.stops)), most_(options.max_new_tokens),
+      constraint_(options.constraint), speculate_(options.speculate && session_->artifact().speculates()) {
   const moec_model_info& info = session_->artifact().info();
   if (tokens_.empty()) throw Fault("the prompt has no tokens");
   if (static_cast<int64_t>(tokens_.size()) > info.context)
@@ -133,6 +133,21 @@ void Generation::settle() {
   session_->settle();
 }
 
+void Generation::constraint_failed() const {
+  const char* why = constraint_->error ? constraint_->error(constraint_->user) : nullptr;
+  throw Fault(std::string("the constraint: ") + (why && *why ? why : "failed"));
+}
+
+int32_t Generation::choose() {
+  if (constraint_) {
+    mask_.assign((static_cast<size_t>(session_->artifact().info().vocab_size) + 31) / 32, 0);
+    if (constraint_->allowed(constraint_->user, mask_.data(), static_cast<int64_t>(mask_.size())) != 0) constraint_failed();
+  }
+  const int32_t token = sampler_.take(logits_, mask_);
+  if (token < 0) throw Fault(constraint_ ? "no token can be chosen: biases and constraint exclude all" : "no token can be chosen: the biases exclude all");
+  return token;
+}
+
 void Generation::step() {
   if (session_->turn != turn_) throw Fault("the session was changed, or went on with another generation");
   const double began = seconds();
@@ -148,16 +163,17 @@ void Generation::step() {
   }
   if (most_ >= 0 && stats_.new_tokens >= most_) return end(MOEC_APP_LENGTH);
   if (cancelled_) return end(MOEC_APP_CANCELLED);
-  const int32_t token = sampler_.take(logits_);
-  if (token < 0) throw Fault("no token can be chosen: the biases exclude all");
+  const int32_t token = choose();
   if (session_->artifact().ends(token)) return end(MOEC_APP_STOP_TOKEN);
   ++stats_.new_tokens;
   pending_ = token;
-  std::string bytes;
-  session_->artifact().tokenizer().decode(token, false, &bytes);
-  piece_ = stops_.push(characters_.push(bytes));
+  const int32_t complete = constraint_ ? constraint_->take(constraint_->user, token) : 0;
+  if (complete != 0 && complete != 1) constraint_failed();
+  piece_ = stops_.push(decoder_.push(token));
   if (stops_.found()) {
     stats_.stopped = MOEC_APP_STOP_STRING;
+  } else if (complete == 1) {
+    end(MOEC_APP_COMPLETE);
   } else if (stats_.new_tokens == most_) {
     end(MOEC_APP_LENGTH);
   } else if (static_cast<int64_t>(tokens_.size()) >= session_->artifact().info().context) {
@@ -166,7 +182,7 @@ void Generation::step() {
 }
 
 void Generation::end(int32_t why) {
-  piece_ += stops_.push(characters_.finish());
+  piece_ += stops_.push(decoder_.finish());
   piece_ += stops_.finish();
   stats_.stopped = stops_.found() ? MOEC_APP_STOP_STRING : why;
 }

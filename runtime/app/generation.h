@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct GenerationOptions {
   std::vector<std::string> stops;
   int64_t max_new_tokens = -1;
   bool speculate = false;
+  std::optional<moec_app_constraint> constraint;
 };
 
 class Generation : public Object {
@@ -35,13 +37,15 @@ class Generation : public Object {
   bool check_guesses();
   void take_row(size_t row);
   void settle();
+  int32_t choose();
+  [[noreturn]] void constraint_failed() const;
   void step();
   void end(int32_t why);
 
   std::shared_ptr<OpenSession> session_;
   std::vector<int32_t> tokens_;  // the prompt and what was appended to it
   Sampler sampler_;
-  Characters characters_;
+  TextDecoder decoder_;
   StopStrings stops_;
   std::vector<float> logits_;  // of the last token
   std::string piece_, fault_;
@@ -51,6 +55,9 @@ class Generation : public Object {
   uint64_t turn_ = 0;
   std::atomic<bool> cancelled_{false};
   moec_app_stats stats_ = {};
+
+  std::optional<moec_app_constraint> constraint_;
+  std::vector<uint32_t> mask_;  // of tokens that may come next; empty without a constraint
 
   // speculation
   bool speculate_;

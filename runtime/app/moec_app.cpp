@@ -194,6 +194,10 @@ int32_t moec_app_describe(int64_t artifact, moec_app_info* info) {
   });
 }
 
+int64_t moec_app_stop_tokens(int64_t artifact, int32_t* ids, int64_t capacity) {
+  return guarded<int64_t>([&] { return written(artifact_of(artifact)->stop_tokens(), ids, capacity); });
+}
+
 int64_t moec_app_tokenize(int64_t artifact, const char* text, int64_t bytes, int32_t flags, int32_t* ids, int64_t capacity) {
   return guarded<int64_t>([&] {
     const auto found = artifact_of(artifact);
@@ -302,6 +306,11 @@ int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count,
     wanted.max_new_tokens = given.max_new_tokens;
     if (given.speculate != 0 && given.speculate != 1) throw Fault("speculate: 0 or 1");
     wanted.speculate = given.speculate == 1;
+    if (given.constraint) {
+      check_size(given.constraint, "constraint");
+      if (!given.constraint->allowed || !given.constraint->take) throw Fault("constraint: allowed or take is NULL");
+      wanted.constraint = *given.constraint;
+    }
     return registry().add(std::make_shared<Generation>(found, ids_of(prompt, count), std::move(wanted)));
   });
 }

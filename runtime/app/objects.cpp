@@ -61,11 +61,10 @@ std::vector<int32_t> OpenArtifact::tokenize(std::string_view text, int32_t flags
 }
 
 std::string OpenArtifact::detokenize(const std::vector<int32_t>& ids, bool special) const {
-  std::string bytes;
-  for (const int32_t id : ids) tokenizer_->decode(id, special, &bytes);
-  Characters characters;
-  std::string text = characters.push(bytes);
-  return text + characters.finish();
+  TextDecoder decoder(*tokenizer_, special);
+  std::string text;
+  for (const int32_t id : ids) text += decoder.push(id);
+  return text + decoder.finish();
 }
 
 // Appends a part that follows other text. It is encoded after a newline, whose ids are dropped, as in assistant/assistant.py:

@@ -32,6 +32,7 @@ class OpenArtifact : public Object {
   const std::string& identity() const { return identity_; }  // of saved sessions
   bool speculates() const { return info_.exact && info_.rewinds && info_.has_all; }
   bool ends(int32_t token) const;
+  const std::vector<int64_t>& stop_tokens() const { return eos_ids_; }
 
   std::vector<int32_t> tokenize(std::string_view text, int32_t flags) const;
   std::vector<int32_t> chat(const std::vector<ChatMessage>& messages) const;

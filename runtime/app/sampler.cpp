@@ -81,7 +81,7 @@ Sampler::Sampler(Sampling sampling, const std::vector<int32_t>& prompt)
   if (sampling_.repeat_penalty != 1) seen_.insert(prompt.begin(), prompt.end());
 }
 
-int32_t Sampler::take(const std::vector<float>& logits) {
+int32_t Sampler::take(const std::vector<float>& logits, const std::vector<uint32_t>& mask) {
   std::vector<double> scores(logits.begin(), logits.end());
   for (const auto& [token, bias] : sampling_.biases) scores[static_cast<size_t>(token)] += bias;
   for (const int32_t token : seen_) {
@@ -90,6 +90,8 @@ int32_t Sampler::take(const std::vector<float>& logits) {
   }
   for (const auto& [token, count] : counts_)
     scores[static_cast<size_t>(token)] -= sampling_.presence_penalty + sampling_.frequency_penalty * static_cast<double>(count);
+  for (size_t i = 0; i < scores.size() && !mask.empty(); ++i)
+    if (!(mask[i / 32] >> (i % 32) & 1)) scores[i] = kNone;
   const auto top = std::max_element(scores.begin(), scores.end());
   if (*top == kNone) return -1;
   const int32_t token = sampling_.temperature == 0 ? static_cast<int32_t>(top - scores.begin()) : draw(scores, *top);

@@ -33,8 +33,9 @@ struct Sampling {
 class Sampler {
  public:
   Sampler(Sampling sampling, const std::vector<int32_t>& prompt);
-  // Chooses the next token and counts it for the penalties; -1 if the biases exclude all.
-  int32_t take(const std::vector<float>& logits);
+  // Chooses the next token, of those whose bit is set in `mask` unless it is empty, and counts it for the penalties; -1 if biases
+  // and mask exclude all.
+  int32_t take(const std::vector<float>& logits, const std::vector<uint32_t>& mask = {});
 
  private:
   int32_t draw(const std::vector<double>& scores, double top);

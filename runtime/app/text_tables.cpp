@@ -1,17 +1,21 @@
 #include "text_tables.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <string>
 
 #include "file_bytes.h"
 #include "table_reader.h"
+#include "utf8.h"
 
 namespace {
 
 constexpr uint64_t kLargest = uint64_t{512} << 20;
 constexpr size_t kMostTokens = size_t{1} << 24;
+constexpr size_t kMostWords = 16, kLongestWord = 64, kMostAdded = size_t{1} << 20;
+constexpr int32_t kMostStripped = 64;
 constexpr size_t kMostSteps = 16, kMostProofs = 1024, kMostProofBytes = size_t{256} << 10;  // limits of what opening costs
 constexpr uint32_t kLastCode = 0x10FFFF;
 
@@ -35,13 +39,17 @@ using Parts = std::map<std::string, TableReader>;
 bool read_vocabulary(Parts& parts, TextTables* tables) {
   TableReader& info = parts.at("INFO");
   const auto count = static_cast<size_t>(std::max(info.number<int32_t>(), 0));
-  tables->whole_pieces = info.number<int32_t>() != 0;
+  tables->kind = info.number<int32_t>();
+  tables->unknown = info.number<int32_t>();
+  tables->flags = info.number<int32_t>();
   tables->offsets = parts.at("OFFS").rest<uint32_t>();
   const std::vector<char> texts = parts.at("TEXT").rest<char>();
   tables->texts.assign(texts.begin(), texts.end());
   tables->sorted = parts.at("SORT").rest<uint32_t>();
   tables->merges = parts.at("MERG").rest<Merge>();
-  tables->added = parts.at("ADDS").rest<AddedToken>();
+  tables->scores = parts.at("SCOR").rest<double>();
+  if (tables->kind < kByteLevel || tables->kind > kUnigram) return false;
+  if (tables->unknown < -1 || tables->unknown >= static_cast<int64_t>(count)) return false;
   if (count < 1 || count > kMostTokens || tables->offsets.size() != count + 1) return false;
   if (tables->offsets.front() != 0 || tables->offsets.back() > tables->texts.size()) return false;
   if (!std::is_sorted(tables->offsets.begin(), tables->offsets.end())) return false;
@@ -49,8 +57,25 @@ bool read_vocabulary(Parts& parts, TextTables* tables) {
     if (id >= count) return false;
   for (const Merge& merge : tables->merges)
     if (merge.left >= count || merge.right >= count || merge.made >= count) return false;
-  for (const AddedToken& token : tables->added)
-    if (token.id < 0 || static_cast<size_t>(token.id) >= count) return false;
+  if (tables->kind == kUnigram) {  // tokens that have no score are added ones: pieces do not become them
+    if (tables->scores.empty() || tables->scores.size() > count) return false;
+    for (const double score : tables->scores)
+      if (!std::isfinite(score)) return false;
+    for (const uint32_t id : tables->sorted)
+      if (id >= tables->scores.size()) return false;
+    tables->lowest_score = *std::min_element(tables->scores.begin(), tables->scores.end());
+  }
+  TableReader& added = parts.at("ADDS");
+  while (added.ok() && !added.at_end()) {
+    AddedToken token;
+    token.id = added.number<int32_t>();
+    token.flags = added.number<int32_t>();
+    token.text = added.string();
+    token.own = added.string();
+    if (token.id < 0 || static_cast<size_t>(token.id) >= count || tables->added.size() == kMostAdded) return false;
+    tables->added.push_back(std::move(token));
+  }
+  if (!added.ok()) return false;
   return true;
 }
 
@@ -58,7 +83,16 @@ bool read_cuts(Parts& parts, TextTables* tables) {
   tables->ranges = parts.at("RANG").rest<CodeRange>();
   tables->sets = parts.at("SETS").rest<uint32_t>();
   tables->code = parts.at("CODE").rest<Instruction>();
-  tables->steps = parts.at("STEP").rest<CutStep>();
+  tables->changes = parts.at("CHNG").rest<Step>();
+  tables->cuts = parts.at("STEP").rest<Step>();
+  TableReader& words = parts.at("WORD");
+  while (words.ok() && !words.at_end()) {
+    const std::string text = words.string();
+    if (text.size() > kLongestWord || valid_utf8(text) != text.size() || tables->words.size() == kMostWords) return false;
+    tables->words.emplace_back();
+    for (size_t at = 0; at < text.size();) tables->words.back().push_back(next_code(text, &at));
+  }
+  if (!words.ok()) return false;
   if (tables->sets.empty() || tables->sets.back() > tables->ranges.size()) return false;
   if (!std::is_sorted(tables->sets.begin(), tables->sets.end())) return false;
   const auto sets = static_cast<int64_t>(tables->sets.size()) - 1, size = static_cast<int64_t>(tables->code.size());
@@ -70,9 +104,14 @@ bool read_cuts(Parts& parts, TextTables* tables) {
     if ((at.op == kSplit || at.op == kLook) && !inside(at.b, size)) return false;
   }
   if (size > 0 && tables->code.back().op != kMatch) return false;  // so that no program runs past the end
-  if (tables->steps.size() > kMostSteps) return false;
-  for (const CutStep& step : tables->steps)
-    if (step.kind < kCut || step.kind > kPrefixSpace || (step.kind != kPrefixSpace && !inside(step.begin, size))) return false;
+  const auto known = [&](const Step& step) {
+    const bool matches = step.kind != kPrefix && step.kind != kCompose, inserts = step.kind == kPrefix || step.kind == kReplace;
+    if (step.kind < kCut || step.kind > kCompose || step.when < kAlways || step.when > kAtTheStart) return false;
+    if (matches && !inside(step.begin, size)) return false;
+    return !inserts || inside(step.word, static_cast<int64_t>(tables->words.size()));
+  };
+  for (const auto& steps : {tables->changes, tables->cuts})
+    if (steps.size() > kMostSteps || !std::all_of(steps.begin(), steps.end(), known)) return false;
   tables->ascii.resize(static_cast<size_t>(sets));
   for (size_t set = 0; set < tables->ascii.size(); ++set) {
     tables->ascii[set] = {0, 0};
@@ -115,7 +154,16 @@ bool read_around(Parts& parts, TextTables* tables) {
     if (!tables->chat->read(roles)) return false;
   }
   tables->sampling = parts.at("SAMP").number<SamplingDefaults>();
-  return around.ok() && proofs.ok();
+  TableReader& decoder = parts.at("DECO");
+  tables->decoder.byte_level = decoder.number<int32_t>() != 0;
+  tables->decoder.byte_fallback = decoder.number<int32_t>() != 0;
+  tables->decoder.strip = decoder.number<int32_t>();
+  tables->decoder.drop = decoder.number<int32_t>() != 0;
+  tables->decoder.mark = decoder.string();
+  tables->decoder.space = decoder.string();
+  if (tables->decoder.strip < 0 || tables->decoder.strip > kMostStripped) return false;
+  if (tables->decoder.mark.size() > kLongestWord || tables->decoder.space.size() > kLongestWord) return false;
+  return around.ok() && proofs.ok() && decoder.ok();
 }
 
 }  // namespace
@@ -132,7 +180,7 @@ std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::strin
   const auto version = head.number<uint32_t>(), count = head.number<uint32_t>(), size = head.number<uint32_t>();
   const auto digest = head.number<uint32_t>();
   if (std::memcmp(bytes.data(), "moectext", 8) != 0) return damaged("is not a text.moec");
-  if (version != 1) return damaged("was written by another version of moec; compile the artifact again");
+  if (version != 2) return damaged("was written by another version of moec; compile the artifact again");
   if (size != bytes.size() || digest != crc32(bytes.data() + 24, bytes.size() - 24)) return damaged("damaged: its digest differs");
   Parts parts;
   TableReader index(bytes.data() + 24, bytes.size() - 24);
@@ -143,7 +191,8 @@ std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::strin
     if (offset > bytes.size() || length > bytes.size() - offset) return damaged("damaged: a part lies outside");
     parts.emplace(std::string(name.data(), 4), TableReader(bytes.data() + offset, static_cast<size_t>(length)));
   }
-  for (const char* name : {"INFO", "OFFS", "TEXT", "SORT", "MERG", "ADDS", "RANG", "SETS", "CODE", "STEP", "AROU", "NORM", "PROV", "ROLE", "SAMP"})
+  for (const char* name : {"INFO", "OFFS", "TEXT", "SORT", "MERG", "SCOR", "ADDS", "RANG", "SETS", "CODE", "WORD", "CHNG", "STEP", "AROU",
+                           "DECO", "NORM", "PROV", "ROLE", "SAMP"})
     if (!parts.count(name)) return damaged("damaged: a part is missing");
   auto tables = std::make_unique<TextTables>();
   if (!read_vocabulary(parts, tables.get())) return damaged("damaged: an impossible vocabulary");

@@ -1,16 +1,21 @@
 // text.moec: a tokenizer, the form of conversations and what the model recommends, as assistant/native_text.py writes them.
 //
-//   8 bytes "moectext", u32 version 1, u32 parts, u32 size of the file, u32 CRC-32 of what follows
+//   8 bytes "moectext", u32 version 2, u32 parts, u32 size of the file, u32 CRC-32 of what follows
 //   for each part: 4 bytes name, u32 zero, u64 offset, u64 size; then the parts, at multiples of 8
 //
-//   INFO  i32 tokens, i32 whether pieces that are tokens are not merged     OFFS  u32 x (tokens + 1): where each begins in TEXT
-//   TEXT  the bytes of the tokens            SORT  u32: ids of tokens that pieces can become, sorted by their bytes
-//   MERG  u32 x 4: left, right, rank, result; sorted                        ADDS  i32 x 2: id, flags of added tokens
+//   INFO  i32 tokens, i32 kind of the model, i32 unknown token (-1: none), i32 flags of the model
+//   OFFS  u32 x (tokens + 1): where each begins in TEXT     TEXT  the bytes of the tokens
+//   SORT  u32: ids of tokens that pieces can become, sorted by their bytes
+//   MERG  u32 x 4: left, right, rank, result; sorted        SCOR  f64: of Unigram, by id
+//   ADDS  added tokens: i32 id, i32 flags, the text that is looked for, the token's own
 //   CODE  i32 x 3: instructions of expressions (assistant/split_program.py), over SETS, u32: where the pairs of each set
-//         begin in RANG, u32 x 2: first and last code point                 STEP  i32 x 2: kind, where in CODE
+//         begin in RANG, u32 x 2: first and last code point
+//   CHNG  i32 x 4: kind, where in CODE, which of WORD, when: how a text is changed; STEP then cuts it, in the same form
+//   WORD  texts that are inserted                           NORM  empty, or the tables of normal form C (normal_form.h)
 //   AROU  i32 count before, count behind, ids: the tokens around every text
-//   NORM  empty, or the tables of normal form C (normal_form.h)
-//   PROV  texts with their ids and the text that these give                 ROLE, SAMP  chat_form.h, SamplingDefaults
+//   DECO  i32 x 4: whether bytes of tokens are the text, whether some tokens are bytes, spaces that are taken off the
+//         beginning, whether the first token loses its marks; the mark, and what replaces it
+//   PROV  texts with their ids and the text that these give     ROLE, SAMP  chat_form.h, SamplingDefaults
 //
 // Little-endian. The file is not trusted: every index is checked when it is read.
 #ifndef MOEC_TEXT_TABLES_H_
@@ -41,17 +46,29 @@ struct Instruction {
 
 enum : int32_t { kChar, kSplit, kJump, kMatch, kLook, kAtomic };
 
-struct CutStep {
-  int32_t kind, begin;
+struct Step {
+  int32_t kind, begin, word, when;
 };
 
-enum : int32_t { kCut, kCutDrop, kPrefixSpace };
+enum : int32_t { kCut, kCutDrop, kPrefix, kCutBefore, kCutAfter, kReplace, kCompose };
+enum : int32_t { kAlways, kUnlessThere, kAtTheStart };
 
 struct AddedToken {
-  int32_t id, flags;
+  int32_t id = 0, flags = 0;
+  std::string text, own;
 };
 
-constexpr int32_t kSpecial = 1, kNormalized = 2;
+constexpr int32_t kSpecial = 1, kNormalized = 2, kTakesLeft = 4, kTakesRight = 8;
+
+enum : int32_t { kByteLevel, kCharacters, kUnigram };
+constexpr int32_t kWholePieces = 1, kByteFallback = 2, kFuseUnknown = 4;
+
+// How tokens become text; assistant/native_vocabulary.py has the same.
+struct DecoderForm {
+  bool byte_level = true, byte_fallback = false, drop = false;
+  int32_t strip = 0;
+  std::string mark, space;
+};
 
 struct Proof {
   std::string text;
@@ -64,16 +81,20 @@ struct SamplingDefaults {
 };
 
 struct TextTables {
-  bool whole_pieces = false;
+  int32_t kind = kByteLevel, unknown = -1, flags = 0;
   std::vector<uint32_t> offsets;
   std::string texts;
   std::vector<uint32_t> sorted;
   std::vector<Merge> merges;
+  std::vector<double> scores;
+  double lowest_score = 0;
   std::vector<CodeRange> ranges;
   std::vector<uint32_t> sets;
   std::vector<std::array<uint64_t, 2>> ascii;  // which of the first 128 code points are in each set
   std::vector<Instruction> code;
-  std::vector<CutStep> steps;
+  std::vector<std::vector<uint32_t>> words;  // code points
+  std::vector<Step> changes, cuts;
+  DecoderForm decoder;
   std::vector<AddedToken> added;
   std::vector<int32_t> before, behind;
   std::vector<Proof> proofs;

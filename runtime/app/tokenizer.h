@@ -1,4 +1,4 @@
-// Ids of texts and texts of ids, by the tables of a text.moec: byte-level BPE, as the library `tokenizers` computes it.
+// Ids of texts and texts of ids, by the tables of a text.moec, as the library `tokenizers` gives them.
 #ifndef MOEC_TOKENIZER_H_
 #define MOEC_TOKENIZER_H_
 
@@ -9,7 +9,10 @@
 #include <string_view>
 #include <vector>
 
+#include "piece_model.h"
+#include "text_steps.h"
 #include "text_tables.h"
+#include "utf8.h"
 
 class Tokenizer {
  public:
@@ -20,28 +23,49 @@ class Tokenizer {
   std::string check() const;
   // Appends the ids of a text, without those around it; "" or why not. as_text: special tokens in it are text.
   std::string encode(std::string_view text, bool as_text, std::vector<int32_t>* ids) const;
-  // Appends the bytes of a token; none for an id that is not in the vocabulary.
-  void decode(int32_t id, bool special, std::string* bytes) const;
   // Texts of special tokens, the longest first.
   const std::vector<std::string>& special() const { return special_; }
+  bool is_special(int32_t id) const { return is_special_[static_cast<size_t>(id)] != 0; }
+  // The byte that a token stands for where bytes are tokens beside others; -1 for none.
+  int byte_of(int32_t id) const { return tables_->decoder.byte_fallback ? model_.byte_of(id) : -1; }
 
  private:
-  bool in_set(int32_t set, uint32_t code) const;
-  struct Matching;
-  int64_t match(Matching* state, int32_t begin, size_t at, int depth) const;
-  bool cut(const CutStep& step, std::vector<uint32_t>* codes, std::vector<size_t>* ends) const;
-  std::string encode_added(std::string_view text, bool as_text, bool normalized, std::vector<int32_t>* ids) const;
-  std::string normal(std::string_view text) const;  // in normal form C
-  std::string encode_part(std::string_view text, std::vector<int32_t>* ids) const;
-  void merge(std::string_view piece, std::vector<int32_t>* ids) const;
-  const Merge* find_merge(int32_t left, int32_t right) const;
-  int32_t find_token(std::string_view piece) const;
+  // A part of a text between added tokens.
+  struct Part {
+    std::string_view text;
+    bool as_text, at_start;
+  };
+  std::string encode_added(const Part& part, bool normalized, std::vector<int32_t>* ids) const;
+  std::string encode_rest(const Part& part, bool normalized, std::vector<int32_t>* ids) const;
 
   std::unique_ptr<TextTables> tables_;
-  std::array<int32_t, 256> bytes_{};                              // the token of each byte, -1 for none
-  std::array<std::array<std::vector<AddedToken>, 256>, 2> added_;  // not normalized, normalized; by first byte, longest first
+  TextSteps steps_;
+  PieceModel model_;
+  std::array<std::array<std::vector<const AddedToken*>, 256>, 2> added_;  // not normalized, normalized; by first byte, longest first
   std::vector<uint8_t> is_special_;
   std::vector<std::string> special_;
+};
+
+// The text of ids as they come, in whole characters. special: special tokens are written out.
+//
+// Tokens that are bytes are held back until another token follows: if they are not UTF-8 together, each becomes U+FFFD.
+class TextDecoder {
+ public:
+  TextDecoder(const Tokenizer& tokenizer, bool special) : tokenizer_(tokenizer), special_(special), left_(tokenizer.tables().decoder.strip) {}
+  // What is certain now; an id that is not in the vocabulary is left out.
+  std::string push(int32_t id);
+  // What was held back; the decoder is as new then.
+  std::string finish();
+
+ private:
+  std::string said(std::string_view text);
+  std::string held();
+
+  const Tokenizer& tokenizer_;
+  bool special_, begun_ = false;
+  int32_t left_;  // spaces that may still be taken off the beginning
+  std::string bytes_;
+  Characters characters_;
 };
 
 #endif  // MOEC_TOKENIZER_H_

@@ -41,6 +41,8 @@ typedef struct moec_app_info {
   int32_t speculates;  // 1: a token has the same logits, bit for bit, in a call of several, so that drafts can be checked
 } moec_app_info;
 MOEC_APP_API int32_t moec_app_describe(int64_t artifact, moec_app_info* info);
+// Writes at most `capacity` of the tokens that end an answer. Returns how many there are.
+MOEC_APP_API int64_t moec_app_stop_tokens(int64_t artifact, int32_t* ids, int64_t capacity);
 
 // ---------------------------------------------------------------------------------------------------------------- text
 
@@ -90,6 +92,21 @@ typedef struct moec_app_bias {
   double bias;  // added to the token's logit; -INFINITY rules it out
 } moec_app_bias;
 
+// The tokens that may come next: structured output, by a library that computes masks (moec_llguidance.h does with llguidance) or
+// by code of the application. The functions are called by the thread that runs the generation, which holds the session: they use
+// neither the session nor its generations. `user` stays valid until the generation is over.
+typedef struct moec_app_constraint {
+  uint32_t size;  // sizeof(moec_app_constraint)
+  int32_t reserved;
+  void* user;
+  // Sets bit t % 32 of mask[t / 32] for every token t that may come next, a stop token where the text may end; all of the `words`
+  // numbers are zero before. Returns 0, or -1 where it fails.
+  int32_t (*allowed)(void* user, uint32_t* mask, int64_t words);
+  // A token was taken, one of those allowed and no stop token. Returns 0; 1 if the text is complete and nothing can follow; -1.
+  int32_t (*take)(void* user, int32_t token);
+  const char* (*error)(void* user);  // why the last call of one of them failed; may be NULL
+} moec_app_constraint;
+
 // As docs/assistant.md says; the same seed gives the same text as in Python.
 typedef struct moec_app_options {
   uint32_t size;  // sizeof(moec_app_options)
@@ -105,6 +122,7 @@ typedef struct moec_app_options {
   int32_t speculate;  // 1: tokens that followed the same three tokens before are drafted and checked in one call, where the model
                       // speculates and while that saves time; the text is the same. 0: a call for each token
   int32_t reserved;
+  const moec_app_constraint* constraint;  // copied; NULL: every token may come
 } moec_app_options;
 
 // What the model recommends (its generation_config.json), else greedy; with speculation. Set `size` first.
@@ -133,6 +151,7 @@ enum {
   MOEC_APP_CONTEXT = 4,    // the context is full
   MOEC_APP_CANCELLED = 5,
   MOEC_APP_FAILED = 6,
+  MOEC_APP_COMPLETE = 7,   // its constraint lets nothing follow
 };
 
 typedef struct moec_app_stats {

@@ -51,18 +51,36 @@ UNKNOWN: dict[str, tuple[Tokenizer, str]] = {
         faulty(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.NFKC()])),
         "the normalizer NFKC",
     ),
-    "cut": (faulty(pre_tokenizer=pre_tokenizers.Whitespace()), "not byte-level"),
+    "cut": (faulty(pre_tokenizer=pre_tokenizers.Whitespace()), "the pre-tokenizer Whitespace"),
+    "parts": (faulty(pre_tokenizer=pre_tokenizers.Digits()), "byte-level in part"),
+    "scheme": (
+        faulty(
+            pre_tokenizer=pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁", "first", False)]
+            )
+        ),
+        "the scheme first behind another",
+    ),
     "behavior": (
         faulty(
             pre_tokenizer=pre_tokenizers.Sequence(
-                [pre_tokenizers.Split(Regex("a"), "merged_with_next"), pre_tokenizers.ByteLevel()]
+                [pre_tokenizers.Split(Regex("a"), "contiguous"), pre_tokenizers.ByteLevel()]
             )
         ),
-        "MergedWithNext",
+        "Contiguous",
     ),
     "decoder": (faulty(decoder=decoders.WordPiece()), "the decoder WordPiece"),
     "model": (Tokenizer(models.WordLevel({"a": 0}, "a")), "the model WordLevel"),
-    "fallback": (Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True)), "byte_fallback"),
+    "fallback": (faulty(model=models.BPE({"a": 0}, [], byte_fallback=True)), "byte_fallback of byte-level BPE"),
+    "strip": (
+        faulty(
+            decoder=decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip("x", 1, 0)]
+            )
+        ),
+        "the decoder Strip",
+    ),
+    "long": (faulty(normalizer=normalizers.Prepend("x" * 100)), "a long text"),
 }
 
 
@@ -77,11 +95,11 @@ def test_what_is_not_known_is_a_note(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "text.moec").exists()
 
 
-def test_added_tokens_that_take_space_are_not_known(tmp_path: Path) -> None:
+def test_added_tokens_that_are_words_are_not_known(tmp_path: Path) -> None:
     made = tokenizer()
-    made.add_special_tokens([AddedToken("<x>", rstrip=True)])
+    made.add_special_tokens([AddedToken("<x>", single_word=True)])
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(Unknown, match="rstrip of the token <x>"):
+    with pytest.raises(Unknown, match="single_word of the token <x>"):
         tables(tmp_path, load_tokenizer(tmp_path / "tokenizer.json"))
 
 

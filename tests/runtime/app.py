@@ -12,8 +12,13 @@ from moec.runtime.native import runtime_library
 
 I32, I64, F64, TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_char_p
 PLAIN, AS_TEXT, SPECIAL = 1, 2, 4
-STOPPED = ("running", "stop token", "stop string", "length", "context", "cancelled", "failed")
+STOPPED = ("running", "stop token", "stop string", "length", "context", "cancelled", "failed", "complete")
 PIECE = ctypes.CFUNCTYPE(I32, ctypes.c_void_p, ctypes.c_char_p, I64)
+
+
+ALLOWED = ctypes.CFUNCTYPE(I32, ctypes.c_void_p, ctypes.c_void_p, I64)
+TAKE = ctypes.CFUNCTYPE(I32, ctypes.c_void_p, I32)
+REASON = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)  # gives the address of a text
 
 
 class AppError(Exception):
@@ -45,6 +50,14 @@ class Options(ctypes.Structure):
         *[("repeat_penalty", F64), ("presence_penalty", F64), ("frequency_penalty", F64), ("seed", ctypes.c_uint64)],
         *[("max_new_tokens", I64), ("stops", ctypes.POINTER(TEXT)), ("stop_count", I64)],
         *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("reserved", I32)],
+        ("constraint", ctypes.c_void_p),
+    ]
+
+
+class Constraint(ctypes.Structure):
+    _fields_ = [
+        *[("size", ctypes.c_uint32), ("reserved", I32), ("user", ctypes.c_void_p)],
+        *[("allowed", ALLOWED), ("take", TAKE), ("error", REASON)],
     ]
 
 
@@ -65,6 +78,7 @@ def library() -> ctypes.CDLL:
         "open": (I64, [TEXT, ctypes.c_void_p]),
         "close": (I32, [I64]),
         "describe": (I32, [I64, ctypes.c_void_p]),
+        "stop_tokens": (I64, [I64, ids, I64]),
         "tokenize": (I64, [I64, TEXT, I64, I32, ids, I64]),
         "detokenize": (I64, [I64, ids, I64, I32, ctypes.c_char_p, I64]),
         "chat": (I64, [I64, ctypes.POINTER(Message), I64, ids, I64]),

@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.mutate import INTERESTING, flip
 
 _HEAD = 24  # bytes before what the digest covers
-_INDEX = 24 * 15  # of the parts
+_INDEX = 24 * 19  # of the parts
 
 
 class TextTables:
@@ -28,13 +28,14 @@ class TextTables:
         from moec.assistant.role_form import FILE, role_form
         from moec.compiler.tokenizer import load_tokenizer
         from tests.assistant.conversations import template
+        from tests.assistant.sentencepiece import trained
         from tests.assistant.speaking import tokenizer
         from tests.runtime.app import library
 
         found = []
-        for normal in (None, normalizers.NFC()):
-            made = tokenizer()
-            made.normalizer = normal
+        bytes_ = tokenizer()
+        bytes_.normalizer = normalizers.NFC()
+        for made in (tokenizer(), bytes_, trained("llama2"), trained("t5")):
             made.save(str(folder / "tokenizer.json"))
             (folder / FILE).write_text(role_form(template("chatml")).json(), "utf-8")
             found.append(tables(folder, load_tokenizer(folder / "tokenizer.json")))
