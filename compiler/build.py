@@ -47,6 +47,7 @@ from moec.compiler.states import State
 from moec.compiler.target import LoweredFiles, Session, find_target, target_of
 from moec.compiler.tokenizer import TextTokenizer
 from moec.compiler.trust import trusting
+from moec.compiler.weights import Provenance
 
 _VERSIONED = ("torch", "executorch", "torchao", "numpy")
 
@@ -328,7 +329,7 @@ def _manifest(
         sizes_by_role=dict(lowered.sizes_by_role),
         details=lowered.facts.model_dump(mode="json", exclude_unset=True),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
-        notes=(*store.notes, *unfused_attention(log), *lowered.notes),
+        notes=(*store.notes, *unfused_attention(log), *rounded_to_nearest(program), *lowered.notes),
         codes=_codes(program),
         calibration=None if program.calibration is None else dict(program.calibration()),
         states=_states(program),
@@ -345,6 +346,19 @@ def unfused_attention(log: PipelineLog) -> list[str]:
         f"attention is not fused in {len(places)} layers, of which the first is {places[0]}: {reason}. It is computed "
         "over the whole context at every call, with a cache in float32: set no more context than is needed"
         for reason, places in reasons.items()
+    ]
+
+
+def rounded_to_nearest(program: Program) -> list[str]:
+    """A note if weights have few bits by rounding alone: most models lose much by that, and other methods less."""
+    rounded = Provenance("computed", "rtn")
+    few = [h for h in program.quantized.values() if h.provenance == rounded and h.format.bits < 8]
+    if not few:
+        return []
+    kinds = " and ".join(sorted({f"INT{h.format.bits}" for h in few}))
+    return [
+        f"{len(few)} weights are in {kinds} by rounding to nearest (rtn), which suits models trained for it. Others "
+        "lose less with a calibrated method: --method awq_gptq. `moec verify` measures what it costs"
     ]
 
 

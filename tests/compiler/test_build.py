@@ -17,6 +17,7 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.build_record import read_build_record, record_file_of
 from moec.compiler.errors import ArtifactError, CheckpointError, CompileError, SpecError, UserError
+from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Stage
 from moec.compiler.spec import Spec
 from moec.sources.decoder_source import DecoderSource
@@ -155,6 +156,24 @@ def test_passes_reach_legal(checkpoint: Path) -> None:
     program, passes = build.program_and_passes(spec(), None)
     assert program.stage is Stage.EXPORTED
     assert passes[-1].gives is Stage.LEGAL
+
+
+def test_rounding_to_nearest_is_said(artifact: Artifact, tmp_path: Path) -> None:
+    """Of codes that are computed here, not of those that a checkpoint stores, and not of INT8, which loses little."""
+
+    def said(found: Spec, weights: Path) -> list[str]:
+        program, passes = build.program_and_passes(found, build.open_checkpoint(found, weights), "xnnpack")
+        return build.rounded_to_nearest(run_passes(program, passes))
+
+    assert not any("rounding to nearest" in note for note in artifact.manifest.notes)
+    weights = synthesize(spec(), tmp_path / "float", seed=0)
+    few = {**INT4, "embedding": "int8"}
+    (note,) = said(spec(quantization=few), weights)
+    # experts w13 and w2, the shared expert's two, attention's four
+    assert note.startswith("8 weights are in INT4 by rounding to nearest (rtn)"), note
+    assert "--method awq_gptq" in note
+    assert said(spec(quantization={**few, "weights": "int8"}), weights) == []
+    assert said(spec(quantization={**few, "method": "search"}), weights) == []
 
 
 def test_faults_come_before_the_work(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
