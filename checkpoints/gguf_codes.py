@@ -88,11 +88,6 @@ def _bytes(kind: str, body: torch.Tensor) -> torch.Tensor:
     return (nibbles | (fifth << 4)).to(torch.int8) - 16
 
 
-def widened(codes: QuantizedTensor) -> QuantizedTensor:
-    """INT4 codes as INT8 codes of the same values: scales and what each code stands for do not change."""
-    return QuantizedTensor(codes.unpacked(), codes.scales, 8, codes.group_size) if codes.bits == 4 else codes
-
-
 def float_values(kind: str, blocks_RB: np.ndarray, width: int) -> torch.Tensor:
     """Values [R, K] of a tensor of any type, float32. MissingExtra where a quantized one needs the library gguf."""
     raw = torch.from_numpy(blocks_RB)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from moec.checkpoints.coded import CodedEntry
 from moec.checkpoints.safetensors_file import Entry, shown
 from moec.compiler.errors import CheckpointError
 from moec.compiler.quant import QuantizedTensor
@@ -33,10 +34,20 @@ _FAMILIES = {"gpt_oss"}  # types with experts [E, K, N]: in others the blocks co
 
 
 @dataclass(frozen=True)
-class Mxfp4Entry(Entry):
+class Mxfp4Entry(CodedEntry):
     """The blocks of a tensor under its own name and shape [E, K, N]; `scales` beside them."""
 
+    transposed: ClassVar[bool] = True
+    same_codes: ClassVar[bool] = False
     scales: Entry
+
+    @property
+    def beside(self) -> tuple[Entry, ...]:
+        return (self.scales,)
+
+    @property
+    def format(self) -> CodeFormat | None:
+        return FORMAT
 
     def codes(self) -> QuantizedTensor:
         """INT8 codes [E, N, K] in groups of 32 along K, and scales [E, N, K/32].

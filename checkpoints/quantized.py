@@ -1,4 +1,4 @@
-"""Quantized checkpoints of other tools, recognised by config.json and by their tensors.
+"""Quantized checkpoints of other tools that no reader knows, recognised by config.json and by their tensors.
 
 Codes read as if they were weights give a model that computes nonsense without an error; so every sign of codes
 (`quantization_config`, an integer or 8-bit float tensor where a weight belongs, a scale beside a weight) is recognised
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from moec.checkpoints.mxfp4 import Mxfp4Entry
+from moec.checkpoints.coded import CodedEntry
 from moec.checkpoints.safetensors_file import FLOATS, Entry, shown
 
 # Ends of names of tensors that show the format of the weight beside them, the most specific first.
@@ -95,6 +95,5 @@ def said_by_tensors(entries: Mapping[str, Entry], model: Collection[str]) -> tup
 
 
 def is_plain(entry: Entry) -> bool:
-    """Whether a tensor can be a weight as it is: a float type of 16 bits or more, or MXFP4, which is read as the values
-    of its codes."""
-    return entry.dtype in FLOATS or isinstance(entry, Mxfp4Entry)
+    """Whether a tensor can be a weight as it is: a float type of 16 bits or more, or codes whose values are read."""
+    return entry.dtype in FLOATS or isinstance(entry, CodedEntry)

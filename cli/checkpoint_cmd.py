@@ -108,7 +108,8 @@ def _show(found: Inspection) -> None:
 def write_spec(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, or a GGUF file.")],
     dequantize: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="Types of a GGUF file, such as Q4_K,Q6_K, to quantize anew.")
+        str | None,
+        typer.Option(metavar="TYPES", help="Codes to quantize anew: Q4_K,Q6_K of a GGUF file, FP8 of a folder, ..."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the spec to this file instead of stdout.")] = None,
 ) -> None:

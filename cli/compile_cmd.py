@@ -32,7 +32,8 @@ def compile_spec(
         Path | None, typer.Option(help="Text or JSON lines to calibrate such a method on; overrides the spec's.")
     ] = None,
     dequantize: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="Types of a GGUF file, such as Q4_K,Q6_K, to quantize anew.")
+        str | None,
+        typer.Option(metavar="TYPES", help="Codes to quantize anew: Q4_K,Q6_K of a GGUF file, FP8 of a folder, ..."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compile even what does not fit the spec's device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
@@ -41,8 +42,9 @@ def compile_spec(
 ) -> None:
     """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
 
-    A checkpoint folder in place of a spec is compiled by the spec that its config.json implies (INT4 in groups of 32),
-    which is printed; a GGUF file by one that keeps its codes (Q4_0, Q8_0, Q5_0, IQ4_NL; other types: --dequantize).
+    A checkpoint folder in place of a spec is compiled by the spec that its config.json implies (INT4 in groups of 32,
+    or the codes that it holds), which is printed; a GGUF file by one that keeps its codes (Q4_0, Q8_0, Q5_0, IQ4_NL).
+    Codes of other types are quantized anew if --dequantize names them.
 
     An artifact that exists at --out is replaced only when the new one is complete.
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False) -> Spec:
     """The spec of a file, or the one that a checkpoint implies, which is printed to stderr unless `quiet`.
 
-    `dequantize`: types of a GGUF file's tensors, separated by commas, whose values may be quantized again.
+    `dequantize`: types of a GGUF file's tensors or formats of a folder's codes, separated by commas, whose values may
+    be quantized again.
 
     Errors: SpecError; CheckpointError for what moec cannot read as a checkpoint; UserError for `dequantize` of a spec.
     """
@@ -25,7 +26,8 @@ def spec_given(path: Path, *, dequantize: str | None = None, quiet: bool = False
 
     if not path.is_dir() and not _is_gguf(path):
         if dequantize is not None:
-            raise _not_gguf(path)
+            remedy = "write it into the spec's `model:`"
+            raise UserError("--dequantize is for a checkpoint, not for a spec", place=str(path), remedy=remedy)
         return load_spec(path)
     text = text_implied(path, dequantize)
     if not quiet:
@@ -38,11 +40,9 @@ def text_implied(path: Path, dequantize: str | None = None) -> str:
     from moec.checkpoints.spec_from_config import spec_from_config
     from moec.checkpoints.spec_from_gguf import spec_from_gguf, unknown_types
 
-    if not _is_gguf(path):
-        if dequantize is not None:
-            raise _not_gguf(path)
-        return spec_from_config(path)
     kinds = [kind.strip() for kind in (dequantize or "").split(",") if kind.strip()]
+    if not _is_gguf(path):
+        return spec_from_config(path, kinds)
     for kind in unknown_types(kinds):
         raise UserError(f"--dequantize: {kind} is no quantized type of GGUF", remedy="name types such as Q4_K,Q6_K")
     return spec_from_gguf(path, kinds)
@@ -52,7 +52,3 @@ def _is_gguf(path: Path) -> bool:
     from moec.checkpoints.folder import GGUF
 
     return path.suffix == GGUF and path.is_file()
-
-
-def _not_gguf(path: Path) -> UserError:
-    return UserError("--dequantize is for a GGUF file", place=str(path), remedy="write it into the spec's `model:`")

@@ -93,6 +93,18 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
 
 
+def widened(tensor: QuantizedTensor, bits: int, group_size: int) -> QuantizedTensor:
+    """The same values with codes of at least as many bits, in groups that divide those of `tensor`."""
+    codes, scales, zeros = tensor.codes, tensor.scales, tensor.zero_points
+    if bits != tensor.bits:
+        codes = packed_codes(tensor.unpacked(), bits)
+    times = tensor.group_size // group_size
+    if times > 1:
+        scales = scales.repeat_interleave(times, -1)
+        zeros = None if zeros is None else zeros.repeat_interleave(times, -1)
+    return QuantizedTensor(codes, scales, bits, group_size, zeros)
+
+
 def quantize_weight(
     w: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16
 ) -> QuantizedTensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import CompileError, UserError
-from moec.compiler.quant import QuantizedTensor
+from moec.compiler.quant import QuantizedTensor, widened
 from moec.compiler.spec.methods import GROUP, PACKAGE, method_names, own_methods
 from moec.compiler.spec.quantization import WeightScheme
 from moec.compiler.weights import CodeFormat, LazyWeight, Orientation, StoredCodes, filled
@@ -147,19 +147,20 @@ def last_axis(orientation: Orientation) -> str:
 
 
 def check_stored(stored: StoredCodes, scheme: WeightScheme, orientation: Orientation, name: str | None) -> None:
-    """CompileError unless `stored` is what `scheme` wants.
+    """CompileError unless `stored` is what `scheme` wants, or may be widened to it.
 
     Quantizing a quantized weight again loses what its training was for, and is never done silently.
     """
     along = last_axis(orientation) if not stored.transposed else "out" if orientation == "out_in" else "in"
     wanted = CodeFormat(scheme.bits, scheme.group_size)
-    if (stored.format, along) == (wanted, scheme.axis):
+    if along == scheme.axis and (stored.format == wanted or (stored.widens and wanted.holds(stored.format))):
         return
     raise CompileError(
         f"the checkpoint holds {stored.format} along {along}, "
         f"the spec asks for INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
         place=name,
-        remedy="make the spec's quantization the checkpoint's, or compile from the Base or SFT checkpoint",
+        remedy="make the spec's quantization the checkpoint's, as `moec checkpoint spec` writes it, or compile from a "
+        "checkpoint of floats",
     )
 
 
@@ -205,7 +206,7 @@ def codes_of(
     """
     if weight.stored is not None:
         check_stored(weight.stored, scheme, orientation, name)
-        return weight.stored.load()
+        return widened(weight.stored.load(), scheme.bits, scheme.group_size)
     check_width(weight.shape, scheme, orientation, name)
     quantizer = find_quantizer(method)
     if quantizer.observes is not None:

@@ -34,6 +34,11 @@ class CodeFormat:
     group_size: int
     zero_points: bool = False
 
+    def holds(self, other: CodeFormat) -> bool:
+        """Whether any weight in the format `other` is one in this format too, its scales repeated."""
+        wide = self.bits >= other.bits and other.group_size % self.group_size == 0
+        return wide and self.zero_points == other.zero_points
+
     def __str__(self) -> str:
         kind = " with zero points" if self.zero_points else ""
         return f"INT{self.bits} codes{kind} in groups of {self.group_size}"
@@ -58,6 +63,7 @@ class StoredCodes:
     load() gives them in the layout of the float weight, grouped along its last dimension, or along the one before it
     where `transposed` (the result is then transposed in its last two dimensions beside the float weight).
     unscaled: where channels were scaled before: from the dequantized weight to what it is in the model as exported.
+    widens: whether a spec may have them in another format that holds the same values (more bits, smaller groups).
     """
 
     format: CodeFormat
@@ -65,6 +71,7 @@ class StoredCodes:
     provenance: Provenance = Provenance("carried", "checkpoint")
     transposed: bool = False
     unscaled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    widens: bool = False
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,17 @@ class Conversions:
         """Whether `name` is one stored tensor as it lies there, of the model's shape."""
         return self.tied(name) in self._renamed
 
+    def keeps_rows(self, name: str) -> bool:
+        """Whether `name` is made by stacking and joining whole rows, so that what lies along them stays as it is."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        name = self.tied(name)
+        if name in self._renamed:
+            return True
+        converter, _ = self._groups[self._parts[name]]
+        last = len(self.names[name]) - 1
+        return all(type(op) in (MergeModulelist, Concatenate) and 0 <= op.dim < last for op in converter.operations)
+
     def gaps(self, name: str) -> tuple[str, ...]:
         """Stored tensors that lack among the numbered pieces (an expert each) that `name` is made of.
 

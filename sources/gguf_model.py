@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from moec.checkpoints.folder import listed
-from moec.checkpoints.gguf_codes import BIT_FOR_BIT, CARRIED, carried_codes, float_values, widened
+from moec.checkpoints.gguf_codes import BIT_FOR_BIT, CARRIED, carried_codes, float_values
 from moec.checkpoints.gguf_file import GgufTensor, read_gguf
 from moec.checkpoints.safetensors_file import finite, shown
 from moec.checkpoints.spec_from_gguf import refused_types, role_of
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight
-from moec.compiler.quant import QuantizedTensor
+from moec.compiler.quant import QuantizedTensor, widened
 from moec.compiler.source import Checkpoint
 from moec.compiler.spec.quantization import Quantization
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes, joined_codes, stacked_codes
@@ -235,7 +235,7 @@ class GgufStore(Checkpoint):
         chosen = self._formats.get(tensor.name)
         if chosen is None:
             return LazyWeight(shape, torch.float32, values)
-        load = codes if chosen == CARRIED[tensor.type] else lambda: widened(codes())
+        load = codes if chosen == CARRIED[tensor.type] else lambda: widened(codes(), chosen.bits, chosen.group_size)
         stored = StoredCodes(chosen, load, Provenance("carried", f"GGUF {tensor.type}"))
         return LazyWeight(shape, torch.float32, values, stored)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +24,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from moec.checkpoints.coded import CodedEntry
+from moec.checkpoints.codes_of_config import with_codes
 from moec.checkpoints.config_json import read_json
 from moec.checkpoints.folder import foreign_folder, read_tensors, shortened
-from moec.checkpoints.mxfp4 import FORMAT, Mxfp4Entry, with_mxfp4
 from moec.checkpoints.mxfp4 import NAME as MXFP4
 from moec.checkpoints.quantized import said_by_config
-from moec.checkpoints.safetensors_file import finite
+from moec.checkpoints.safetensors_file import finite, shown
 from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
+from moec.compiler.quant import QuantizedTensor
 from moec.compiler.source import Checkpoint, Weights
 from moec.compiler.spec.quantization import Quantization
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
@@ -318,14 +321,15 @@ class TransformersStore(Checkpoint):
         if faults:
             raise CheckpointError(shortened(faults))
         config = _config_file(folder)
-        self._entries = with_mxfp4(stored.entries, read_json(config) if config.is_file() else {})
-        self.notes = stored.ignored
+        raw = read_json(config) if config.is_file() else {}
+        self._entries, notes = with_codes(stored.entries, raw, str(self.folder))
+        self.notes = stored.ignored + notes
         self._conversions: Any = None
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and places of the tensors; the weights themselves are not read."""
-        scales = [e.scales for e in self._entries.values() if isinstance(e, Mxfp4Entry)]
-        entries = sorted([*self._entries.values(), *scales], key=lambda e: e.name)
+        beside = [other for entry in self._coded() for other in entry.beside]
+        entries = sorted([*self._entries.values(), *beside], key=lambda e: e.name)
         lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -336,36 +340,111 @@ class TransformersStore(Checkpoint):
         """
         self._conversions = self._conversions_of(read_config(model))
         said = [said_by_config(read_json(f)) for f in {_config_file(self.folder), _config_file(model)} if f.is_file()]
-        held = [e for e in self._entries.values() if isinstance(e, Mxfp4Entry)]
-        format_name = next((name for name in said if name is not None and not (held and name.startswith(MXFP4))), None)
+        read = tuple({entry.dtype for entry in self._coded()})
+        format_name = next((name for name in said if name is not None and not name.startswith(read)), None)
         unread = check_tensors(self.folder, self._entries, self._conversions, format_name)
-        self.notes += unread
-        if held:
-            fate = "dequantized" if MXFP4 in self._dequantize else "carried as INT8 codes of the same values"
-            self.notes += (f"{MXFP4} tensors {fate}: {len(held)}",)
+        self.notes += (*unread, *self._about())
+
+    def _coded(self) -> list[CodedEntry]:
+        return [entry for entry in self._entries.values() if isinstance(entry, CodedEntry)]
+
+    def _about(self) -> Iterator[str]:
+        """What becomes of the weights that are held as codes, by format."""
+        fates = Counter((entry.dtype, self._fate(entry)) for entry in self._coded())
+        for (kind, fate), count in sorted(fates.items()):
+            yield f"{kind} tensors {fate}: {count}"
+
+    def _fate(self, entry: CodedEntry) -> str:
+        if entry.dtype in self._dequantize:
+            return "dequantized"
+        if entry.format is None:
+            return "read as floats"
+        return (
+            "carried bit for bit" if entry.same_codes else f"carried as INT{entry.format.bits} codes of the same values"
+        )
 
     def check_codes(self, quantization: Quantization | None) -> None:
         """CheckpointError where `quantization` would round codes of the files anew; without one, values are used."""
-        scheme = None if quantization is None else quantization.scheme_of(Role.EXPERT.value)
-        carried = [
-            e.name for e in self._entries.values() if isinstance(e, Mxfp4Entry) and MXFP4 not in self._dequantize
-        ]
-        if scheme is None or not carried or (CodeFormat(scheme.bits, scheme.group_size), scheme.axis) == (FORMAT, "in"):
+        if quantization is None:
+            return
+        carried = [entry for entry in self._coded() if entry.dtype not in self._dequantize]
+        for entry in carried:
+            if entry.format is None:
+                raise self._uncarried(entry, entry.reason)
+        scheme = quantization.scheme_of(Role.EXPERT.value)
+        experts = next((entry for entry in carried if entry.dtype == MXFP4), None)
+        if scheme is None or experts is None or experts.format is None:
+            return
+        if (CodeFormat(scheme.bits, scheme.group_size), scheme.axis) == (experts.format, "in"):
             return
         raise CheckpointError(
-            f"tensor {carried[0]} is {MXFP4}, {FORMAT} along in; the spec stores experts as INT{scheme.bits} in groups "
-            f"of {scheme.group_size} along {scheme.axis}",
+            f"tensor {experts.name} is {MXFP4}, {experts.format} along in; the spec stores experts as "
+            f"INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
             place=str(self.folder),
             remedy="set `experts: {weights: int8, group_size: 32}` and `expert_group_axis: in`, which carries codes; "
             f"or `dequantize: [{MXFP4}]` in the model's section, which rounds their values anew",
         )
 
+    def _uncarried(self, entry: CodedEntry, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"the codes of {shown(entry.name)} ({entry.dtype}) cannot be carried: {reason}",
+            place=str(self.folder),
+            remedy=f"`dequantize: [{entry.dtype}]` in the model's section, or --dequantize {entry.dtype}: their values "
+            "are then quantized anew, as `quantization` says",
+        )
+
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
-        entry = self._entries.get(name)
-        stored = None
-        if isinstance(entry, Mxfp4Entry) and entry.shape == shape and MXFP4 not in self._dequantize:
-            stored = StoredCodes(FORMAT, entry.codes, Provenance("carried", MXFP4), transposed=True)
-        return LazyWeight(shape, torch.float32, self.reader(name, shape), stored)
+        return LazyWeight(shape, torch.float32, self.reader(name, shape), self._stored(name, shape))
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> StoredCodes | None:
+        """The codes of tensor `name` of the model; None where the files hold floats, or codes that are not carried.
+
+        CheckpointError for a tensor that is made of codes and of other things.
+        """
+        sources = self._sources(name)
+        parts = [self._entries[source] for source in sources]
+        coded = [e for e in parts if isinstance(e, CodedEntry) and e.dtype not in self._dequantize]
+        first = next((e for e in coded if e.format is not None), None)
+        if first is None or first.format is None:
+            return None
+        origin = Provenance("carried", first.dtype)
+        if sources == (name,) or (self._conversions is not None and self._conversions.is_whole(name)):
+            if first.shape != shape:
+                return None  # refused when its values are read
+            widens = not first.transposed
+            return StoredCodes(first.format, first.codes, origin, transposed=first.transposed, widens=widens)
+        alike = [e for e in coded if (e.format, e.transposed) == (first.format, False)]
+        if len(alike) < len(parts):
+            other = next(e for e in parts if e not in alike)
+            what = str(other.format) if isinstance(other, CodedEntry) else other.dtype
+            raise self._uncarried(first, f"{shown(other.name)}, which belongs to the same tensor, is {what}")
+        if not self._conversions.keeps_rows(name):
+            raise self._uncarried(first, f"the model holds {name} in another arrangement")
+        return StoredCodes(first.format, lambda: self._joined(name, shape, alike), origin, widens=True)
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that `name` is made of."""
+        if name in self._entries:
+            return (name,)
+        if not self._coded():
+            return ()
+        if self._conversions is None:
+            self._conversions = self._conversions_of(read_config(self.folder))
+        found: tuple[str, ...] = self._conversions.sources(name)
+        return found
+
+    def _joined(self, name: str, shape: tuple[int, ...], parts: list[CodedEntry]) -> QuantizedTensor:
+        """The codes of a tensor that the model makes of `parts` by joining and stacking whole rows."""
+        held = {part.name: part.codes() for part in parts}
+        first = next(iter(held.values()))
+        codes, scales = (
+            self._conversions.tensor(name, lambda stored, take=take: take(held[stored]))
+            for take in (lambda tensor: tensor.codes, lambda tensor: tensor.scales)
+        )
+        found = QuantizedTensor(codes, scales, first.bits, first.group_size)
+        if found.shape != shape:
+            raise self._of_another_shape(name, found.shape, shape)
+        return found
 
     def parameters(self) -> int:
         """Elements of the model's tensors, tied ones once; after `check`."""
@@ -388,10 +467,12 @@ class TransformersStore(Checkpoint):
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         found = self._tensor(name)
         if tuple(found.shape) != shape:
-            raise CheckpointError(
-                f"tensor {name} has shape {list(found.shape)}, the model needs {list(shape)}", place=str(self.folder)
-            )
+            raise self._of_another_shape(name, tuple(found.shape), shape)
         return finite(found.detach().to(torch.float32), name, str(self.folder))
+
+    def _of_another_shape(self, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> CheckpointError:
+        what = f"tensor {name} has shape {list(found)}, the model needs {list(shape)}"
+        return CheckpointError(what, place=str(self.folder))
 
     def _tensor(self, name: str) -> Tensor:
         if name in self._entries:  # stored under the model's own name

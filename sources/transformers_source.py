@@ -21,13 +21,15 @@ class TransformersModel(Section):
     """A model of the transformers library: a folder with config.json (and weights), or a config.json alone.
 
     `context`: positions of its KV cache; default: as many as the model was trained for, which may be more than fit.
-    `dequantize`: types of codes that the files hold (MXFP4) whose values are used as floats, which `quantization:` then
-    rounds anew; codes of a type that is not named are carried, or refused.
+    `dequantize`: formats of codes that the files hold (MXFP4, GPTQ, AWQ, compressed-tensors, FP8) whose values are used
+    as floats, which `quantization:` then rounds anew; codes of a format that is not named are carried, or refused.
     """
 
     transformers: LoosePath
     context: Tokens | None = None
-    dequantize: Annotated[tuple[Literal["MXFP4"], ...], Field(strict=False)] = ()
+    dequantize: Annotated[
+        tuple[Literal["MXFP4", "GPTQ", "AWQ", "compressed-tensors", "FP8"], ...], Field(strict=False)
+    ] = ()
 
 
 class TransformersSource(ModelSource[TransformersModel]):

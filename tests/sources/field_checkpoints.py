@@ -59,7 +59,7 @@ def set_config(folder: Path, **changes: Any) -> None:
 
 
 def is_linear(name: str, tensor: Tensor) -> bool:
-    others = ("embed", "lm_head", "norm", "mlp.gate.weight")
+    others = ("embed", "lm_head", "norm", ".gate.weight")
     return tensor.dim() == 2 and name.endswith(".weight") and not any(o in name for o in others)
 
 
@@ -168,7 +168,6 @@ def _mxfp4(tensors: Tensors, folder: Path) -> None:
 
 
 GPTQ = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "quant_method": "gptq"}
-AWQ = {"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True, "quant_method": "awq"}
 # name -> (config of the model, maker, what a refusal must say)
 CODES: dict[str, tuple[Mapping[str, Any], Callable[[Tensors, Path], None], str]] = {
     "bitsandbytes-8": (
@@ -178,27 +177,14 @@ CODES: dict[str, tuple[Mapping[str, Any], Callable[[Tensors, Path], None], str]]
     ),
     "bitsandbytes-8 without a word in the config": (DENSE, each_linear(_bnb8), "bitsandbytes"),
     "bitsandbytes-4 without a word": (DENSE, each_linear(_bnb4), "bitsandbytes"),
-    "w8a8": (
-        DENSE,
-        each_linear(_w8a8, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"}),
-        "compressed-tensors",
-    ),
     "w8a8 without a word": (DENSE, each_linear(_w8a8), "weight_scale"),
     "codes in a float type": (DENSE, each_linear(_int8_as_half), "weight_scale"),
-    "fp8": (MOE, each_linear(_fp8, quantization_config={"quant_method": "fp8", "fmt": "e4m3"}), "FP8"),
     "fp8 without a word": (MOE, each_linear(_fp8), "FP8"),
     "mlx": (DENSE, each_linear(_mlx, quantization={"group_size": 32, "bits": 4}), "MLX"),
     "mlx without a word": (DENSE, each_linear(_mlx), "MLX"),
     "nvfp4": (DENSE, each_linear(_nvfp4), "NVFP4"),
-    "gptq": (MOE, each_linear(_gptq, quantization_config=GPTQ), "GPTQ"),
     "gptq without a word": (DENSE, each_linear(_gptq), "GPTQ"),
-    "awq": (MOE, each_linear(_awq, quantization_config=AWQ), "AWQ"),
     "awq without a word": (DENSE, each_linear(_awq), "AWQ"),
-    "w4a16": (
-        MOE,
-        each_linear(_w4a16, quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
-        "compressed-tensors",
-    ),
     "w4a16 without a word": (DENSE, each_linear(_w4a16), "compressed-tensors"),
     "mxfp4": (MOE, _mxfp4, "MXFP4"),
     "a config that speaks of codes, weights in float": (
