@@ -162,6 +162,8 @@ def _adapter(folder: Path) -> CheckpointError:
     beside = any(f.name != "adapter_model.safetensors" for f in folder.glob("*.safetensors"))
     what = f"holds a {kind} adapter{of} beside the weights" if beside else f"holds a {kind} adapter{of}, no whole model"
     remedy = "merge it: PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(OUT)"
+    if kind == "LoRA":
+        remedy = "write `model: {transformers: BASE, adapters: [FOLDER]}`, or " + remedy
     if beside:
         remedy += f"; or move {ADAPTER} and its weights away to compile the model without it"
     return CheckpointError(what, place=str(folder), remedy=remedy)

@@ -99,6 +99,18 @@ class Conversions:
         """Whether `name` is one stored tensor as it lies there, of the model's shape."""
         return self.tied(name) in self._renamed
 
+    def is_shared(self, name: str) -> bool:
+        """Whether the config ties `name` to another tensor."""
+        return name in self._tied or name in self._tied.values()
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether the stacked matrices of a module of experts are [E, inputs, outputs]."""
+        try:
+            found = self._model.get_submodule(module)
+        except AttributeError:
+            return False
+        return bool(getattr(found, "is_transposed", False))
+
     def keeps_rows(self, name: str) -> bool:
         """Whether `name` is made by stacking and joining whole rows, so that what lies along them stays as it is."""
         from transformers.core_model_loading import Concatenate, MergeModulelist

@@ -39,6 +39,7 @@ from moec.compiler.source import Checkpoint, Weights
 from moec.compiler.spec.quantization import Quantization
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
 from moec.sources.accounting import check_tensors
+from moec.sources.adapters import Merged
 from moec.sources.roles import roles_by_use
 from moec.sources.transformers_config import build_model, home_of, read_config
 from moec.sources.transformers_recurrence import token_by_token
@@ -325,13 +326,15 @@ class TransformersStore(Checkpoint):
         self._entries, notes = with_codes(stored.entries, raw, str(self.folder))
         self.notes = stored.ignored + notes
         self._conversions: Any = None
+        self._merged: Merged | None = None
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and places of the tensors; the weights themselves are not read."""
         beside = [other for entry in self._coded() for other in entry.beside]
         entries = sorted([*self._entries.values(), *beside], key=lambda e: e.name)
         lines = (f"{e.name} {e.dtype} {list(e.shape)} {e.file.name} {e.begin} {e.end}" for e in entries)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        adapters = () if self._merged is None else self._merged.digests()
+        return hashlib.sha256("\n".join((*lines, *adapters)).encode()).hexdigest()
 
     def check(self, model: Path) -> None:
         """Account for every tensor of the model that `model`/config.json describes, without reading one.
@@ -344,6 +347,16 @@ class TransformersStore(Checkpoint):
         format_name = next((name for name in said if name is not None and not name.startswith(read)), None)
         unread = check_tensors(self.folder, self._entries, self._conversions, format_name)
         self.notes += (*unread, *self._about())
+
+    def merge(self, adapters: Iterable[Path]) -> None:
+        """Merge LoRA adapters into the weights as these are read; after `check`.
+
+        CheckpointError for an adapter that is not read, and for one of another model.
+        """
+        folders = tuple(adapters)
+        if folders:
+            self._merged = Merged(folders, self._entries, self._conversions, self._dequantize)
+            self.notes += self._merged.notes()
 
     def _coded(self) -> list[CodedEntry]:
         return [entry for entry in self._entries.values() if isinstance(entry, CodedEntry)]
@@ -476,13 +489,18 @@ class TransformersStore(Checkpoint):
 
     def _tensor(self, name: str) -> Tensor:
         if name in self._entries:  # stored under the model's own name
-            return self._entries[name].tensor()
+            return self._value(name)
         if self._conversions is None:
             self._conversions = self._conversions_of(read_config(self.folder))
-        made = self._conversions.tensor(name, lambda stored: self._entries[stored].tensor())
+        made: Tensor | None = self._conversions.tensor(name, self._value)
         if made is None:
             raise CheckpointError(f"the checkpoint has no tensor {name}", place=str(self.folder))
-        return made
+        return made if self._merged is None else self._merged.changed(made, self._merged.made, name)
+
+    def _value(self, stored: str) -> Tensor:
+        """A tensor of the files, adapters merged."""
+        value = self._entries[stored].tensor()
+        return value if self._merged is None else self._merged.changed(value, self._merged.stored, stored)
 
     def _conversions_of(self, config: Any) -> Any:
         from moec.sources.conversions import Conversions

@@ -23,6 +23,7 @@ class TransformersModel(Section):
     `context`: positions of its KV cache; default: as many as the model was trained for, which may be more than fit.
     `dequantize`: formats of codes that the files hold (MXFP4, GPTQ, AWQ, compressed-tensors, FP8) whose values are used
     as floats, which `quantization:` then rounds anew; codes of a format that is not named are carried, or refused.
+    `adapters`: folders of LoRA adapters of PEFT, which are merged into the weights, in this order, before quantization.
     """
 
     transformers: LoosePath
@@ -30,6 +31,7 @@ class TransformersModel(Section):
     dequantize: Annotated[
         tuple[Literal["MXFP4", "GPTQ", "AWQ", "compressed-tensors", "FP8"], ...], Field(strict=False)
     ] = ()
+    adapters: Annotated[tuple[LoosePath, ...], Field(strict=False)] = ()
 
 
 class TransformersSource(ModelSource[TransformersModel]):
@@ -49,6 +51,7 @@ class TransformersSource(ModelSource[TransformersModel]):
         folder = model.transformers
         store = TransformersStore(checkpoint if checkpoint is not None else folder, model.dequantize)
         store.check(folder)
+        store.merge(model.adapters)
         store.check_codes(spec.quantization)
         return store
 

@@ -155,9 +155,12 @@ def _resolved(spec: Spec, folder: Path) -> Spec:
     changes: dict[str, Any] = {}
     if spec.checkpoint is not None:
         changes["checkpoint"] = _absolute(spec.checkpoint, folder)
-    paths = {name: value for name, value in spec.model if isinstance(value, Path)}
+    paths: dict[str, Any] = {name: _absolute(value, folder) for name, value in spec.model if isinstance(value, Path)}
+    for name, value in spec.model:
+        if isinstance(value, tuple) and any(isinstance(path, Path) for path in value):
+            paths[name] = tuple(_absolute(path, folder) if isinstance(path, Path) else path for path in value)
     if paths:
-        changes["model"] = spec.model.model_copy(update={n: _absolute(path, folder) for n, path in paths.items()})
+        changes["model"] = spec.model.model_copy(update=paths)
     given = None if spec.quantization is None else spec.quantization.calibration
     if spec.quantization is not None and given is not None:
         found = {n: _absolute(path, folder) for n in ("text", "jsonl") if (path := getattr(given, n)) is not None}

@@ -1,0 +1,69 @@
+"""A LoRA adapter: its configuration and its tensors, read and merged into a small model."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from moec.compiler.errors import UserError
+from tests.fuzz.mutate import flip
+from tests.fuzz.targets.safetensors import TARGET as HEADER
+
+_Q = "base_model.model.model.layers.0.self_attn.q_proj"
+_EXPERTS = "base_model.model.model.layers.0.mlp.experts"
+
+
+def _adapter(tensors: dict[str, torch.Tensor], **config: object) -> bytes:
+    """A length, an adapter_config.json, and a safetensors file."""
+    text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}).encode()
+    return struct.pack("<I", len(text)) + text + save(tensors)
+
+
+class Lora:
+    name = "lora"
+
+    def seeds(self, folder: Path) -> Sequence[bytes]:
+        linear = {f"{_Q}.lora_A.weight": torch.ones(2, 8), f"{_Q}.lora_B.weight": torch.ones(6, 2)}
+        stacked = {f"{_EXPERTS}.lora_A.weight": torch.ones(6, 8), f"{_EXPERTS}.lora_B.weight": torch.ones(4, 6)}
+        return [
+            _adapter(linear, rank_pattern={"q_proj": 2}, alpha_pattern={"self_attn.q_proj": 3}),
+            _adapter({**linear, f"{_Q}.lora_magnitude_vector": torch.ones(6)}, use_dora=True),
+            _adapter(stacked, use_rslora=True),
+        ]
+
+    def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
+        data = rng.choice(seeds)
+        length = struct.unpack_from("<I", data)[0]
+        config, file = data[4 : 4 + length], data[4 + length :]
+        if rng.random() < 0.4:
+            config = flip(rng, config)
+        else:
+            file = HEADER.mutate(rng, [file])
+        return struct.pack("<I", len(config)) + config + file
+
+    def run(self, data: bytes, folder: Path) -> None:
+        from moec.checkpoints.lora import read_adapter
+
+        length = struct.unpack_from("<I", data)[0]
+        (folder / "adapter_config.json").write_bytes(data[4 : 4 + length])
+        (folder / "adapter_model.safetensors").write_bytes(data[4 + length :])
+        try:
+            found = read_adapter(folder)
+            found.about()
+            found.digest()
+            for update in found.updates:
+                if update.stacked == 1:
+                    update.merged(torch.zeros(update.shape))
+                else:
+                    update.merged_stack(torch.zeros(update.stacked, *update.shape), transposed=False)
+        except UserError:
+            return
+
+
+TARGET = Lora()
