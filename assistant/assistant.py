@@ -29,7 +29,7 @@ from moec.assistant.speculate import ModelDrafter, PromptLookup
 from moec.assistant.structured import Format, Formats
 from moec.assistant.template import ChatTemplate
 from moec.assistant.tool_choice import call_format
-from moec.assistant.tool_formats import tool_format
+from moec.assistant.tool_formats import call_markers, tool_format
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError, RunError, UserError
 from moec.compiler.files import read_text
@@ -205,7 +205,7 @@ class Assistant:
         tools = tool_format(text) if prompt.tools else None
         if has_channels(text):
             return Answer(Text(generation, self._decode_with(CHANNEL_MARKERS), limits.stop), Channels())
-        kept = (*THINK_MARKERS, *_markers(tools))
+        kept = (*THINK_MARKERS, *call_markers(tools))
         segments = Segments(tools, thinks=has_thinking(text), thinking=prompt.thinking)
         return Answer(Text(generation, self._decode_with(kept), limits.stop), segments)
 
@@ -334,16 +334,6 @@ def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _as_text(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-
-def _markers(tools: Any) -> tuple[str, ...]:
-    if tools is None:
-        return ()
-    inner = {
-        "deepseek": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
-        "mistral": ("[ARGS]", "[CALL_ID]"),
-    }
-    return (tools.begin, *([tools.end] if tools.end else []), *inner.get(tools.name, ()))
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -20,7 +20,10 @@ from pathlib import Path
 from moec.assistant.native_vocabulary import Decoder, Steps, Vocabulary, check_model
 from moec.assistant.role_form import FILE as ROLES
 from moec.assistant.sampling import recommended
+from moec.assistant.segments import CHANNEL_MARKERS, THINK_MARKERS, has_channels, has_thinking
 from moec.assistant.split_program import Unknown, character_class
+from moec.assistant.template import ChatTemplate
+from moec.assistant.tool_formats import FORMATS, call_markers, tool_format
 from moec.compiler.errors import UserError
 from moec.compiler.files import read_bytes
 from moec.compiler.source import GENERATION, TOKENIZER
@@ -121,6 +124,7 @@ def tables(folder: Path, words: TextTokenizer) -> bytes:
         ),
         b"DECO": _decoder(decoder),
         b"AROU": array("i", [len(before), len(behind), *before, *behind]).tobytes(),
+        b"SEGM": _segments(folder, words),
         b"NORM": _normal_form() if steps.composed else b"",
         b"PROV": b"".join(_proof(words, text) for text in proof_texts(markers)),
         b"ROLE": _roles(folder / ROLES),
@@ -164,6 +168,21 @@ def _proof(words: TextTokenizer, text: str) -> bytes:
 def _decoder(given: Decoder) -> bytes:
     numbers = (given.byte_level, given.byte_fallback, given.strip, given.drop)
     return struct.pack("<4i", *map(int, numbers)) + _string(given.mark) + _string(given.space)
+
+
+def _segments(folder: Path, words: TextTokenizer) -> bytes:
+    """How answers are taken apart: by the marks of the chat template (`assistant/segments.py`)."""
+    template = ChatTemplate.of_folder(folder)
+    text = "" if template is None else template.text
+    form, channels = tool_format(text), has_channels(text)
+    of_text = CHANNEL_MARKERS if channels else THINK_MARKERS
+    of_calls = () if channels else call_markers(form)
+    special = words.special_tokens().items()
+    found = struct.pack("<3i", channels, has_thinking(text), -1 if form is None else FORMATS.index(form))
+    for markers in (of_text, of_calls):
+        ids = [id_ for id_, marker in special if marker in markers]
+        found += struct.pack("<I", len(ids)) + array("i", ids).tobytes()
+    return found
 
 
 def _roles(file: Path) -> bytes:

@@ -144,3 +144,14 @@ FORMATS = (
 def tool_format(template: str) -> ToolFormat | None:
     """The format of a chat template's text; None where it writes no calls (or GPT-OSS's channels, see `segments`)."""
     return next((found for found in FORMATS if found.mark in template), None)
+
+
+def call_markers(form: ToolFormat | None) -> tuple[str, ...]:
+    """Texts around and within the calls of a format, which are kept when ids are decoded."""
+    if form is None:
+        return ()
+    inner = {
+        "deepseek": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+        "mistral": ("[ARGS]", "[CALL_ID]"),
+    }
+    return (form.begin, *([form.end] if form.end else []), *inner.get(form.name, ()))

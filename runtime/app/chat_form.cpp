@@ -7,26 +7,12 @@
 
 namespace {
 
-// White space as Python's str.strip() knows it.
-bool is_space(uint32_t c) {
-  return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
-         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
-}
-
 std::string_view trimmed(std::string_view text, ChatForm::Trim trim) {
   if (trim == ChatForm::kNewlines) {
     const size_t at = text.find_first_not_of('\n');
     return at == std::string_view::npos ? std::string_view() : text.substr(at);
   }
-  if (trim != ChatForm::kBoth) return text;
-  size_t begin = text.size(), end = 0;
-  for (size_t at = 0; at < text.size();) {
-    const size_t from = at;
-    if (is_space(next_code(text, &at))) continue;
-    if (begin == text.size()) begin = from;
-    end = at;
-  }
-  return begin < end ? text.substr(begin, end - begin) : std::string_view();
+  return trim == ChatForm::kBoth ? stripped_text(text) : text;
 }
 
 }  // namespace

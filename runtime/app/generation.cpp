@@ -14,7 +14,7 @@ double seconds() {
 
 Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options)
     : session_(std::move(session)), tokens_(std::move(prompt)), sampler_(std::move(options.sampling), tokens_),
-      decoder_(session_->artifact().tokenizer(), false), stops_(std::move(options.stops)), most_(options.max_new_tokens),
+      decoder_(session_->artifact().tokenizer(), false, std::move(options.kept)), stops_(std::move(options.stops)), most_(options.max_new_tokens),
       constraint_(options.constraint), speculate_(options.speculate && session_->artifact().speculates()) {
   const moec_model_info& info = session_->artifact().info();
   if (tokens_.empty()) throw Fault("the prompt has no tokens");

@@ -21,6 +21,7 @@ struct GenerationOptions {
   int64_t max_new_tokens = -1;
   bool speculate = false;
   std::optional<moec_app_constraint> constraint;
+  std::vector<int32_t> kept;  // special tokens that are written out
 };
 
 class Generation : public Object {

@@ -86,6 +86,7 @@ std::shared_ptr<T> named(int64_t id, const char* kind) {
 
 std::shared_ptr<OpenArtifact> artifact_of(int64_t id) { return named<OpenArtifact>(id, "artifact"); }
 std::shared_ptr<OpenSession> session_of(int64_t id) { return named<OpenSession>(id, "session"); }
+std::shared_ptr<OpenSplitter> splitter_of(int64_t id) { return named<OpenSplitter>(id, "splitter"); }
 std::shared_ptr<Generation> generation_of(int64_t id) { return named<Generation>(id, "generation"); }
 
 template <typename T>
@@ -188,8 +189,10 @@ int32_t moec_app_describe(int64_t artifact, moec_app_info* info) {
   return guarded<int32_t>([&] {
     const auto found = artifact_of(artifact);
     check_size(info, "info");
-    *info = {sizeof(moec_app_info), found->tokenizer().tables().chat ? 1 : 0, found->info().vocab_size, found->info().context,
-             found->info().threads, found->info().rewinds ? 1 : 0, found->speculates() ? 1 : 0};
+    const TextTables& tables = found->tokenizer().tables();
+    const bool calls = tables.answers.calls >= 0 || tables.answers.channels, thinks = tables.answers.thinks || tables.answers.channels;
+    *info = {sizeof(moec_app_info), tables.chat ? 1 : 0, found->info().vocab_size, found->info().context, found->info().threads,
+             found->info().rewinds ? 1 : 0, calls ? 1 : 0, thinks ? 1 : 0, found->speculates() ? 1 : 0};
     return 0;
   });
 }
@@ -306,6 +309,8 @@ int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count,
     wanted.max_new_tokens = given.max_new_tokens;
     if (given.speculate != 0 && given.speculate != 1) throw Fault("speculate: 0 or 1");
     wanted.speculate = given.speculate == 1;
+    if (given.segments & ~(MOEC_APP_SEGMENTS | MOEC_APP_TOOLS)) throw Fault("segments: unknown flags");
+    wanted.kept = found->artifact().markers(given.segments);
     if (given.constraint) {
       check_size(given.constraint, "constraint");
       if (!given.constraint->allowed || !given.constraint->take) throw Fault("constraint: allowed or take is NULL");
@@ -351,5 +356,44 @@ int32_t moec_app_stats_of(int64_t generation, moec_app_stats* stats) {
     *stats = found->stats();
     stats->size = sizeof *stats;
     return 0;
+  });
+}
+
+int64_t moec_app_splitter(int64_t artifact, const int32_t* prompt, int64_t count, int32_t flags) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (flags & ~(MOEC_APP_SEGMENTS | MOEC_APP_TOOLS)) throw Fault("flags: unknown ones");
+    return registry().add(std::make_shared<OpenSplitter>(*found, ids_of(prompt, count), flags));
+  });
+}
+
+int32_t moec_app_split(int64_t splitter, const char* piece, int64_t bytes) {
+  return guarded<int32_t>([&] {
+    const auto found = splitter_of(splitter);
+    if (!piece) {
+      found->finish();
+      return 0;
+    }
+    const std::string text = text_of(piece, bytes, "piece");
+    if (valid_utf8(text) != text.size()) throw Fault("piece: is not UTF-8");
+    found->push(text);
+    return 0;
+  });
+}
+
+int32_t moec_app_next_segment(int64_t splitter, moec_app_segment* segment) {
+  return guarded<int32_t>([&] {
+    const auto found = splitter_of(splitter);
+    check_size(segment, "segment");
+    const Segment* next = found->next();
+    *segment = {};
+    segment->size = sizeof *segment;
+    if (!next) return 0;
+    segment->kind = next->kind;
+    segment->text = next->text.c_str();
+    segment->bytes = static_cast<int64_t>(next->text.size());
+    segment->name = next->call.name.c_str();
+    segment->arguments = next->call.arguments.c_str();
+    return 1;
   });
 }

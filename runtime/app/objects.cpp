@@ -67,6 +67,23 @@ std::string OpenArtifact::detokenize(const std::vector<int32_t>& ids, bool speci
   return text + decoder.finish();
 }
 
+std::vector<int32_t> OpenArtifact::markers(int32_t flags) const {
+  const AnswerForm& form = tokenizer_->tables().answers;
+  std::vector<int32_t> found;
+  if (flags & MOEC_APP_SEGMENTS) found = form.markers;
+  if (flags & MOEC_APP_TOOLS) found.insert(found.end(), form.call_markers.begin(), form.call_markers.end());
+  return found;
+}
+
+bool OpenArtifact::opens_thinking(const std::vector<int32_t>& prompt) const {
+  constexpr size_t kTokens = 64;  // the end of a prompt that is looked at
+  constexpr std::string_view kThink = "<think>";
+  const std::vector<int32_t> last(prompt.size() > kTokens ? prompt.end() - kTokens : prompt.begin(), prompt.end());
+  const std::string text = detokenize(last, true);
+  const std::string_view words = stripped_text(text);
+  return words.size() >= kThink.size() && words.substr(words.size() - kThink.size()) == kThink;
+}
+
 // Appends a part that follows other text. It is encoded after a newline, whose ids are dropped, as in assistant/assistant.py:
 // some tokenizers change the beginning of a text.
 void OpenArtifact::append_part(std::string_view text, bool as_text, std::vector<int32_t>* ids) const {
@@ -119,6 +136,42 @@ std::vector<int32_t> OpenArtifact::chat(const std::vector<ChatMessage>& messages
   std::vector<int32_t> ids;
   for (const ChatPart& piece : pieces) append_part(piece.text, piece.content, &ids);
   return ids;
+}
+
+// ------------------------------------------------------------------------------------------------------------- splitter
+
+OpenSplitter::OpenSplitter(const OpenArtifact& artifact, const std::vector<int32_t>& prompt, int32_t flags) {
+  const AnswerForm& form = artifact.tokenizer().tables().answers;
+  const bool tools = flags & MOEC_APP_TOOLS;
+  if (tools && form.calls < 0 && !form.channels) throw Fault("the model's way to write calls of tools is not known");
+  if (form.channels) {
+    splitter_ = make_channels();
+  } else {
+    splitter_ = make_segments(tools ? tool_format(form.calls) : nullptr, form.thinks, artifact.opens_thinking(prompt));
+  }
+}
+
+void OpenSplitter::push(std::string_view piece) {
+  const std::lock_guard<std::mutex> lock(busy_);
+  if (ended_) throw Fault("the answer has ended");
+  splitter_->push(piece, &found_);
+}
+
+void OpenSplitter::finish() {
+  const std::lock_guard<std::mutex> lock(busy_);
+  if (!ended_) splitter_->finish(&found_);
+  ended_ = true;
+}
+
+const Segment* OpenSplitter::next() {
+  const std::lock_guard<std::mutex> lock(busy_);
+  if (at_ == found_.size()) return nullptr;
+  given_ = std::move(found_[at_++]);
+  if (at_ == found_.size()) {
+    found_.clear();
+    at_ = 0;
+  }
+  return &given_;
 }
 
 // -------------------------------------------------------------------------------------------------------------- session

@@ -11,6 +11,7 @@
 
 #include "../include/moec.h"
 #include "../runner/moec_runtime.h"
+#include "segments.h"
 #include "tokenizer.h"
 #include "utf8.h"
 
@@ -36,6 +37,9 @@ class OpenArtifact : public Object {
 
   std::vector<int32_t> tokenize(std::string_view text, int32_t flags) const;
   std::vector<int32_t> chat(const std::vector<ChatMessage>& messages) const;
+  // Special tokens that mark segments of an answer; whether a prompt ends inside a thinking segment.
+  std::vector<int32_t> markers(int32_t flags) const;
+  bool opens_thinking(const std::vector<int32_t>& prompt) const;
   std::string detokenize(const std::vector<int32_t>& ids, bool special) const;
 
  private:
@@ -49,6 +53,23 @@ class OpenArtifact : public Object {
   moec_model_info info_ = {};
   std::vector<int64_t> eos_ids_;
   std::string identity_;
+};
+
+// Takes an answer apart.
+class OpenSplitter : public Object {
+ public:
+  OpenSplitter(const OpenArtifact& artifact, const std::vector<int32_t>& prompt, int32_t flags);
+  void push(std::string_view piece);
+  void finish();
+  const Segment* next();  // nullptr: more text is needed
+
+ private:
+  std::mutex busy_;
+  std::unique_ptr<Splitter> splitter_;
+  std::vector<Segment> found_;
+  Segment given_;
+  size_t at_ = 0;
+  bool ended_ = false;
 };
 
 // Tokens with their caches.

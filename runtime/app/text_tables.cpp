@@ -8,6 +8,7 @@
 
 #include "file_bytes.h"
 #include "table_reader.h"
+#include "tool_calls.h"
 #include "utf8.h"
 
 namespace {
@@ -163,7 +164,14 @@ bool read_around(Parts& parts, TextTables* tables) {
   tables->decoder.space = decoder.string();
   if (tables->decoder.strip < 0 || tables->decoder.strip > kMostStripped) return false;
   if (tables->decoder.mark.size() > kLongestWord || tables->decoder.space.size() > kLongestWord) return false;
-  return around.ok() && proofs.ok() && decoder.ok();
+  TableReader& answers = parts.at("SEGM");
+  tables->answers.channels = answers.number<int32_t>() != 0;
+  tables->answers.thinks = answers.number<int32_t>() != 0;
+  tables->answers.calls = answers.number<int32_t>();
+  tables->answers.markers = answers.numbers<int32_t>(answers.number<uint32_t>());
+  tables->answers.call_markers = answers.numbers<int32_t>(answers.number<uint32_t>());
+  if (tables->answers.calls != -1 && !tool_format(tables->answers.calls)) return false;
+  return around.ok() && proofs.ok() && decoder.ok() && answers.ok();
 }
 
 }  // namespace
@@ -192,7 +200,7 @@ std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::strin
     parts.emplace(std::string(name.data(), 4), TableReader(bytes.data() + offset, static_cast<size_t>(length)));
   }
   for (const char* name : {"INFO", "OFFS", "TEXT", "SORT", "MERG", "SCOR", "ADDS", "RANG", "SETS", "CODE", "WORD", "CHNG", "STEP", "AROU",
-                           "DECO", "NORM", "PROV", "ROLE", "SAMP"})
+                           "DECO", "SEGM", "NORM", "PROV", "ROLE", "SAMP"})
     if (!parts.count(name)) return damaged("damaged: a part is missing");
   auto tables = std::make_unique<TextTables>();
   if (!read_vocabulary(parts, tables.get())) return damaged("damaged: an impossible vocabulary");

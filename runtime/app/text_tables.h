@@ -15,6 +15,8 @@
 //   AROU  i32 count before, count behind, ids: the tokens around every text
 //   DECO  i32 x 4: whether bytes of tokens are the text, whether some tokens are bytes, spaces that are taken off the
 //         beginning, whether the first token loses its marks; the mark, and what replaces it
+//   SEGM  i32 whether the template has channels, whether it thinks, format of calls (-1: none); u32 counts and ids of special
+//         tokens that mark thinking or channels, and calls
 //   PROV  texts with their ids and the text that these give     ROLE, SAMP  chat_form.h, SamplingDefaults
 //
 // Little-endian. The file is not trusted: every index is checked when it is read.
@@ -70,6 +72,13 @@ struct DecoderForm {
   std::string mark, space;
 };
 
+// How answers are taken apart (segments.h).
+struct AnswerForm {
+  bool channels = false, thinks = false;
+  int32_t calls = -1;
+  std::vector<int32_t> markers, call_markers;  // special tokens
+};
+
 struct Proof {
   std::string text;
   std::vector<int32_t> ids;
@@ -95,6 +104,7 @@ struct TextTables {
   std::vector<std::vector<uint32_t>> words;  // code points
   std::vector<Step> changes, cuts;
   DecoderForm decoder;
+  AnswerForm answers;
   std::vector<AddedToken> added;
   std::vector<int32_t> before, behind;
   std::vector<Proof> proofs;

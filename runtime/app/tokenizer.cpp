@@ -126,7 +126,8 @@ std::string Tokenizer::encode_rest(const Part& part, bool normalized, std::vecto
 
 std::string TextDecoder::push(int32_t id) {
   const TextTables& tables = tokenizer_.tables();
-  if (id < 0 || id >= tables.count() || (!special_ && tokenizer_.is_special(id))) return "";
+  if (id < 0 || id >= tables.count()) return "";
+  if (!special_ && tokenizer_.is_special(id) && std::find(kept_.begin(), kept_.end(), id) == kept_.end()) return "";
   if (tables.decoder.byte_level) return characters_.push(tables.text(id));
   const int byte = tokenizer_.byte_of(id);
   if (byte >= 0) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "piece_model.h"
@@ -46,12 +47,13 @@ class Tokenizer {
   std::vector<std::string> special_;
 };
 
-// The text of ids as they come, in whole characters. special: special tokens are written out.
+// The text of ids as they come, in whole characters. special: special tokens are written out; else only those in `kept`.
 //
 // Tokens that are bytes are held back until another token follows: if they are not UTF-8 together, each becomes U+FFFD.
 class TextDecoder {
  public:
-  TextDecoder(const Tokenizer& tokenizer, bool special) : tokenizer_(tokenizer), special_(special), left_(tokenizer.tables().decoder.strip) {}
+  TextDecoder(const Tokenizer& tokenizer, bool special, std::vector<int32_t> kept = {})
+      : tokenizer_(tokenizer), special_(special), kept_(std::move(kept)), left_(tokenizer.tables().decoder.strip) {}
   // What is certain now; an id that is not in the vocabulary is left out.
   std::string push(int32_t id);
   // What was held back; the decoder is as new then.
@@ -63,6 +65,7 @@ class TextDecoder {
 
   const Tokenizer& tokenizer_;
   bool special_, begun_ = false;
+  std::vector<int32_t> kept_;
   int32_t left_;  // spaces that may still be taken off the beginning
   std::string bytes_;
   Characters characters_;

@@ -68,6 +68,31 @@ inline void append_code(uint32_t code, std::string* text) {
   put(0x80 | (code & 0x3F));
 }
 
+// White space as Python's str.strip() knows it.
+inline bool is_space(uint32_t c) {
+  return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+// A valid text without the white space at its beginning; at both ends.
+inline std::string_view stripped_left(std::string_view text) {
+  size_t begin = 0;
+  for (size_t at = 0; at < text.size() && is_space(next_code(text, &at));) begin = at;
+  return text.substr(begin);
+}
+inline std::string_view stripped_text(std::string_view text) {
+  text = stripped_left(text);
+  size_t end = text.size();
+  while (end > 0) {
+    size_t last = end - 1;
+    while (last > 0 && (static_cast<uint8_t>(text[last]) & 0xC0) == 0x80) --last;
+    size_t at = last;
+    if (!is_space(next_code(text, &at))) break;
+    end = last;
+  }
+  return text.substr(0, end);
+}
+
 // Whole characters from bytes that come in pieces; bytes that are not UTF-8 become U+FFFD.
 class Characters {
  public:

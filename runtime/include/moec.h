@@ -38,6 +38,8 @@ typedef struct moec_app_info {
   int32_t has_chat;   // 1: conversations can be rendered
   int64_t vocabulary, context, threads;
   int32_t rewinds;     // 1: sessions go back to any position; 0: to their beginning only
+  int32_t has_calls;   // 1: the model's way to write calls of tools is known
+  int32_t thinks;      // 1: the model's chat template knows thinking segments
   int32_t speculates;  // 1: a token has the same logits, bit for bit, in a call of several, so that drafts can be checked
 } moec_app_info;
 MOEC_APP_API int32_t moec_app_describe(int64_t artifact, moec_app_info* info);
@@ -50,6 +52,8 @@ enum {
   MOEC_APP_PLAIN = 1,    // tokenize: without the tokens that the tokenizer puts around every text (BOS)
   MOEC_APP_AS_TEXT = 2,  // tokenize: special tokens that are spelled out in the text are ordinary text
   MOEC_APP_SPECIAL = 4,  // detokenize: special tokens are written out
+  MOEC_APP_SEGMENTS = 8,  // generate, splitter: thinking is told from text
+  MOEC_APP_TOOLS = 16,    // generate, splitter: so are calls of tools
 };
 
 // Writes at most `capacity` of the ids of a text in UTF-8, of `bytes` bytes (-1: up to a zero byte). Returns how many there are.
@@ -121,7 +125,7 @@ typedef struct moec_app_options {
   int64_t bias_count;
   int32_t speculate;  // 1: tokens that followed the same three tokens before are drafted and checked in one call, where the model
                       // speculates and while that saves time; the text is the same. 0: a call for each token
-  int32_t reserved;
+  int32_t segments;  // MOEC_APP_SEGMENTS, MOEC_APP_TOOLS: special tokens that mark segments are written out, for moec_app_splitter
   const moec_app_constraint* constraint;  // copied; NULL: every token may come
 } moec_app_options;
 
@@ -162,6 +166,28 @@ typedef struct moec_app_stats {
   int64_t drafted_tokens, accepted_tokens;  // tokens that were checked as drafts, and those of them that the model took itself
 } moec_app_stats;
 MOEC_APP_API int32_t moec_app_stats_of(int64_t generation, moec_app_stats* stats);
+
+// ------------------------------------------------------------------------------------------------------------ segments
+
+enum { MOEC_APP_TEXT = 0, MOEC_APP_THINKING = 1, MOEC_APP_CALL = 2 };
+
+// A part of an answer. Texts end with a zero byte and are valid until the next call on its splitter.
+typedef struct moec_app_segment {
+  uint32_t size;  // sizeof(moec_app_segment)
+  int32_t kind;
+  const char* text;  // of text and thinking; `bytes` long
+  int64_t bytes;
+  const char* name;       // of a call: the tool
+  const char* arguments;  // of a call: JSON of an object, as the model wrote it
+} moec_app_segment;
+
+// Takes apart the text of an answer to `prompt` that was generated with the same flags (moec_app_options.segments), in the form of
+// the model's family. What looks like a call and is none, or is cut off, is text: nothing is lost. Returns an id, or -1.
+MOEC_APP_API int64_t moec_app_splitter(int64_t artifact, const int32_t* prompt, int64_t count, int32_t flags);
+// The next piece of the text, in whole characters (bytes -1: up to a zero byte); piece NULL: the answer has ended.
+MOEC_APP_API int32_t moec_app_split(int64_t splitter, const char* piece, int64_t bytes);
+// The next segment that is certain: 1, 0 where more text is needed, -1.
+MOEC_APP_API int32_t moec_app_next_segment(int64_t splitter, moec_app_segment* segment);
 
 #ifdef __cplusplus
 }

@@ -11,7 +11,7 @@ from typing import Any
 from moec.runtime.native import runtime_library
 
 I32, I64, F64, TEXT = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_char_p
-PLAIN, AS_TEXT, SPECIAL = 1, 2, 4
+PLAIN, AS_TEXT, SPECIAL, SEGMENTS, TOOLS = 1, 2, 4, 8, 16
 STOPPED = ("running", "stop token", "stop string", "length", "context", "cancelled", "failed", "complete")
 PIECE = ctypes.CFUNCTYPE(I32, ctypes.c_void_p, ctypes.c_char_p, I64)
 
@@ -32,7 +32,7 @@ class OpenOptions(ctypes.Structure):
 class Info(ctypes.Structure):
     _fields_ = [
         *[("size", ctypes.c_uint32), ("has_chat", I32), ("vocabulary", I64), ("context", I64), ("threads", I64)],
-        *[("rewinds", I32), ("speculates", I32)],
+        *[("rewinds", I32), ("has_calls", I32), ("thinks", I32), ("speculates", I32)],
     ]
 
 
@@ -49,7 +49,7 @@ class Options(ctypes.Structure):
         *[("size", ctypes.c_uint32), ("top_k", I32), ("temperature", F64), ("top_p", F64), ("min_p", F64)],
         *[("repeat_penalty", F64), ("presence_penalty", F64), ("frequency_penalty", F64), ("seed", ctypes.c_uint64)],
         *[("max_new_tokens", I64), ("stops", ctypes.POINTER(TEXT)), ("stop_count", I64)],
-        *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("reserved", I32)],
+        *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("segments", I32)],
         ("constraint", ctypes.c_void_p),
     ]
 
@@ -58,6 +58,12 @@ class Constraint(ctypes.Structure):
     _fields_ = [
         *[("size", ctypes.c_uint32), ("reserved", I32), ("user", ctypes.c_void_p)],
         *[("allowed", ALLOWED), ("take", TAKE), ("error", REASON)],
+    ]
+
+
+class Segment(ctypes.Structure):
+    _fields_ = [
+        *[("size", ctypes.c_uint32), ("kind", I32), ("text", TEXT), ("bytes", I64), ("name", TEXT), ("arguments", TEXT)]
     ]
 
 
@@ -93,6 +99,9 @@ def library() -> ctypes.CDLL:
         "next": (I32, [I64, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(I64)]),
         "cancel": (I32, [I64]),
         "run": (I32, [I64, PIECE, ctypes.c_void_p]),
+        "splitter": (I64, [I64, ids, I64, I32]),
+        "split": (I32, [I64, TEXT, I64]),
+        "next_segment": (I32, [I64, ctypes.c_void_p]),
         "stats_of": (I32, [I64, ctypes.c_void_p]),
     }
     for name, (result, arguments) in signatures.items():

@@ -93,6 +93,7 @@ class Glue:
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Glue:
+    pytest.importorskip("llguidance", reason="structured output: pip install 'moec[structured]'")
     return Glue(tmp_path_factory.mktemp("glue"))
 
 
