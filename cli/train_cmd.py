@@ -21,6 +21,9 @@ def train_spec(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --out, to the same numbers.")] = False,
     init: Annotated[Path | None, typer.Option(help="Checkpoint folder to start from.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Dense checkpoint that stages with `distillation:` learn from.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; default: the spec's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per core.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
@@ -38,6 +41,8 @@ def train_spec(
     Example: [bold]moec train specs/models/mobilemoe-nano.yaml --data corpus --out run[/bold]
 
     After a stop: [bold]moec train specs/models/mobilemoe-nano.yaml --data corpus --out run --resume[/bold]
+
+    Healing an upcycled mixture: [bold]moec train SPEC --data corpus --init mixture --teacher dense --out run[/bold]
 
     In 4 processes: [bold]python -m torch.distributed.run --nproc-per-node 4 -m moec train SPEC[/bold]
     """
@@ -69,6 +74,7 @@ def train_spec(
         threads=threads,
         device=device,
         backend=chosen,
+        teacher=teacher,
         progress=Progress(quiet=quiet),
     )
     if not result.main:

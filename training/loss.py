@@ -9,6 +9,7 @@ N tokens, D d_model, V vocabulary, C rows of a piece.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,3 +61,78 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_head = ctx.saved_tensors
         return grad_h * grads[0], grad_head * grads[0], None, None
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says of the same rows: its last hidden states [N, D'] and head [V, D'], and the losses' weights.
+
+    lm_weight, kl_weight: of the cross entropy of the text and of the divergence, which is at `temperature`.
+    """
+
+    h_ND: Tensor
+    head_VD: Tensor
+    lm_weight: float
+    kl_weight: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher computed for some tokens: of each layer what its feed-forward block read and gave, [B, T, D]
+    (empty if blocks are not learnt), and what its predictions are (None if they are not)."""
+
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    taught: Taught | None
+
+
+def taught_losses(
+    h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor, taught: Taught
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums, float32 []: (the loss to minimise, mask * -log p(target), mask * t^2 KL(teacher || model)).
+
+    The loss is the two sums times their weights; gradients flow through it alone. Both predictions of the KL
+    divergence are at temperature t; it is 0 where they are equal.
+    """
+    if torch.is_autocast_enabled(h_ND.device.type):
+        dtype = torch.get_autocast_dtype(h_ND.device.type)
+        h_ND, head_VD = h_ND.to(dtype), head_VD.to(dtype)
+        taught = replace(taught, h_ND=taught.h_ND.to(dtype), head_VD=taught.head_VD.to(dtype))
+    return _TaughtLosses.apply(h_ND, head_VD, targets_N, mask_N, taught)
+
+
+class _TaughtLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor, taught: Taught
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        nll, kld = torch.zeros((), device=h_ND.device), torch.zeros((), device=h_ND.device)
+        grad_h, grad_head = torch.zeros_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        t = taught.temperature
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for first in range(0, h_ND.shape[0], _ROWS):
+                part = slice(first, first + _ROWS)
+                h_CD, target_C1, mask_C1 = h_ND[part], targets_N[part].unsqueeze(1), mask_N[part].unsqueeze(1)
+                x_CV = F.linear(h_CD, head_VD).float()
+                p_CV = (F.linear(taught.h_ND[part], taught.head_VD).float() / t).log_softmax(-1)
+                q_CV = (x_CV / t).log_softmax(-1)
+                wanted_CV = p_CV.exp()
+                kld += ((wanted_CV * p_CV.sub_(q_CV)).sum(-1, keepdim=True) * mask_C1).sum() * t * t
+                grad_CV = q_CV.exp_().sub_(wanted_CV).mul_(taught.kl_weight * t)
+                nll_C1 = x_CV.logsumexp(-1, keepdim=True) - x_CV.gather(1, target_C1)
+                nll += (nll_C1 * mask_C1).sum()
+                if taught.lm_weight:
+                    soft_CV = x_CV.softmax(-1)
+                    soft_CV.scatter_(1, target_C1, soft_CV.gather(1, target_C1) - 1)
+                    grad_CV += soft_CV.mul_(taught.lm_weight)
+                grad_CV = grad_CV.mul_(mask_C1).to(h_ND.dtype)
+                grad_h[part] = grad_CV @ head_VD
+                grad_head += grad_CV.T @ h_CD
+        ctx.save_for_backward(grad_h, grad_head.to(head_VD.dtype))
+        ctx.mark_non_differentiable(nll, kld)
+        return taught.lm_weight * nll + taught.kl_weight * kld, nll, kld
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_h, grad_head = ctx.saved_tensors
+        return grad_h * grads[0], grad_head * grads[0], None, None, None

@@ -11,7 +11,7 @@ K experts per token, L layers, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import apply_rope
 from moec.sources.decoder.rope import rope_tables
 from moec.training.experts import Compute
-from moec.training.loss import token_losses
+from moec.training.loss import Lesson, taught_losses, token_losses
 from moec.training.moe import MoeBlock
 from moec.training.parts import GatedMlp, Linear, RmsNorm, Weight
 from moec.training.rounding import Rounding
@@ -33,7 +33,9 @@ class Forward:
     """Sums over one batch. nll, weight: of -log p(target) and of the loss mask, float32 []. z: of logsumexp(router
     logits)^2 over tokens and layers, float32 []. load_LE: pairs that selected each expert, int64. dropped_L: pairs not
     computed, int64. hits: mask summed where the target
-    was the likeliest token, float32 [], 0 while gradients are recorded.
+    was the likeliest token, float32 [], 0 while gradients are recorded. Of a stage that learns from a teacher, else
+    0: kld, the masked divergence from it; blocks, the relative squared error of each token's blocks, in the mean over
+    layers; taught, the weighted sum of nll and kld, which alone of the three has a gradient then.
     """
 
     nll: Tensor
@@ -42,6 +44,9 @@ class Forward:
     z: Tensor
     load_LE: Tensor
     dropped_L: Tensor
+    kld: Tensor = field(default_factory=lambda: torch.zeros(()))
+    blocks: Tensor = field(default_factory=lambda: torch.zeros(()))
+    taught: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 class Attention(nn.Module):
@@ -108,15 +113,30 @@ class DecoderLayer(nn.Module):
             self.feed_forward = GatedMlp(config.d_model, config.ffn_width, Role.FFN, rounding)
 
     def forward(
-        self, x_BTD: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, mask_B1TT: Tensor
+        self,
+        x_BTD: Tensor,
+        cos_BTQ: Tensor | None = None,
+        sin_BTQ: Tensor | None = None,
+        mask_B1TT: Tensor | None = None,
+        *,
+        block_alone: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """block_alone: `x_BTD` is what the feed-forward block reads, and the first value is what it gives."""
+        if block_alone:
+            return self._block(x_BTD)
+        assert cos_BTQ is not None
+        assert sin_BTQ is not None
+        assert mask_B1TT is not None
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTQ, sin_BTQ, mask_B1TT)
-        h_BTD = self.post_attention_layernorm(x_BTD)
+        y_BTD, *sums = self._block(self.post_attention_layernorm(x_BTD))
+        return x_BTD + y_BTD, *sums  # type: ignore[return-value]
+
+    def _block(self, h_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if isinstance(self.feed_forward, MoeBlock):
             y_ND, z, load_E, dropped = self.feed_forward(h_BTD.flatten(0, 1))
-            return x_BTD + y_ND.view_as(x_BTD), z, load_E, dropped
-        none = torch.zeros((), dtype=torch.int64, device=x_BTD.device)
-        return x_BTD + self.feed_forward(h_BTD), x_BTD.new_zeros((), dtype=torch.float32), none.new_zeros(0), none
+            return y_ND.view_as(h_BTD), z, load_E, dropped
+        none = torch.zeros((), dtype=torch.int64, device=h_BTD.device)
+        return self.feed_forward(h_BTD), h_BTD.new_zeros((), dtype=torch.float32), none.new_zeros(0), none
 
 
 class _Body(nn.Module):
@@ -167,32 +187,66 @@ class TrainingDecoder(nn.Module):
         documents_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> tuple[Tensor, ...]:
-        """(logits [B, T, V] float32,) without targets; with them the fields of `Forward`, as a tuple.
+        """(logits [B, T, V] float32,) without targets; with them the fields of `Forward`, as a tuple, and the last
+        three only with a `lesson`, what a teacher computed for the same tokens.
 
         tokens, targets int64 [B, T]; documents int [B, T], equal for tokens that may see each other, contiguous;
         mask float32 [B, T], the weight of each position's loss. T is at most the model's context.
         """
         if documents_BT is None:
             documents_BT = torch.zeros_like(tokens_BT)
+        blocks = torch.zeros((), device=tokens_BT.device)
+        if lesson is not None and lesson.blocks:
+            blocks, sums = self._blocks_alone(lesson)
+            if lesson.taught is None:
+                none = torch.zeros_like(blocks)
+                return none, none, none, *sums, none, blocks, none
+        x_BTD, sums = self.hidden(tokens_BT, documents_BT)
+        h_ND = _rounded(self._round_head, x_BTD).flatten(0, 1)
+        head_VD = self.head()
+        if targets_BT is None or mask_BT is None:
+            return (F.linear(h_ND, head_VD).float().view(*tokens_BT.shape, -1),)
+        if lesson is not None and lesson.taught is not None:
+            taught, nll, kld = taught_losses(h_ND, head_VD, targets_BT.flatten(), mask_BT.flatten(), lesson.taught)
+            return nll, mask_BT.sum(), torch.zeros_like(nll), *sums, kld, blocks, taught
+        nll, hits = _losses(h_ND, head_VD, targets_BT.flatten(), mask_BT.flatten())
+        return nll, mask_BT.sum(), hits, *sums
+
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor) -> tuple[Tensor, _Sums]:
+        """What the head reads, [B, T, D], and the sums over layers: z [], load [L, E], dropped [L]."""
         positions_BT = document_positions(documents_BT)
         cos_BTQ, sin_BTQ = self.rope_cos[positions_BT], self.rope_sin[positions_BT]
         masks = attention_masks(documents_BT, self.config)
-        embedding_VD = self.model.embed_tokens()
-        x_BTD = F.embedding(tokens_BT, embedding_VD)
-        zs, loads, drops = [], [], []
+        x_BTD = F.embedding(tokens_BT, self.model.embed_tokens())
+        parts = []
         for layer in self.model.layers:
             assert isinstance(layer, DecoderLayer)
-            x_BTD, z, load_E, dropped = layer(x_BTD, cos_BTQ, sin_BTQ, masks[layer.windowed])
-            zs.append(z)
-            loads.append(load_E)
-            drops.append(dropped)
-        h_ND = _rounded(self._round_head, self.model.norm(x_BTD)).flatten(0, 1)
-        head_VD = embedding_VD if self.lm_head is None else self.lm_head()
-        if targets_BT is None or mask_BT is None:
-            return (F.linear(h_ND, head_VD).float().view(*tokens_BT.shape, -1),)
-        nll, hits = _losses(h_ND, head_VD, targets_BT.flatten(), mask_BT.flatten())
-        return nll, mask_BT.sum(), hits, torch.stack(zs).sum(), torch.stack(loads), torch.stack(drops)
+            x_BTD, *part = layer(x_BTD, cos_BTQ, sin_BTQ, masks[layer.windowed])
+            parts.append(part)
+        return self.model.norm(x_BTD), _summed(parts)
+
+    def head(self) -> Tensor:
+        """The weights of the head, [V, D]."""
+        return self.model.embed_tokens() if self.lm_head is None else self.lm_head()
+
+    def _blocks_alone(self, lesson: Lesson) -> tuple[Tensor, _Sums]:
+        """(the mean over layers of the errors of blocks on a teacher's inputs, the sums as of `hidden`)."""
+        errors, parts = [], []
+        for layer, (x_BTD, wanted_BTD) in zip(self.model.layers, lesson.blocks, strict=True):
+            y_BTD, *part = layer(x_BTD, block_alone=True)
+            errors.append(relative_errors(y_BTD, wanted_BTD))
+            parts.append(part)
+        return torch.stack(errors).mean(), _summed(parts)
+
+
+_Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def _summed(parts: list[list[Tensor]]) -> _Sums:
+    zs, loads, drops = zip(*parts, strict=True)
+    return torch.stack(zs).sum(), torch.stack(loads), torch.stack(drops)
 
 
 def _losses(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,6 +255,18 @@ def _losses(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) ->
     if rows.numel() < mask_N.numel():
         h_ND, targets_N, mask_N = h_ND.index_select(0, rows), targets_N[rows], mask_N[rows]
     return token_losses(h_ND, head_VD, targets_N, mask_N)
+
+
+def relative_errors(y_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
+    """Squared errors as parts of the squares that were wanted, summed over tokens, float32 [].
+
+    A token counts by its own square, but at least by the median's: neither the few tokens of enormous activations nor
+    those whose block adds almost nothing decide alone.
+    """
+    wanted_BTD = wanted_BTD.float()
+    square_BT = wanted_BTD.square().sum(-1)
+    error_BT = (y_BTD.float() - wanted_BTD).square().sum(-1)
+    return (error_BT / square_BT.clamp(min=float(square_BT.median()) + 1e-30)).sum()
 
 
 def document_positions(documents_BT: Tensor) -> Tensor:

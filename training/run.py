@@ -45,6 +45,7 @@ def train(
     bits: int | None = None,
     compute: Compute = "auto",
     backend: Backend = "torch",
+    teacher: str | Path | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Run the stages of a spec's `training:` section, or only `stage`, on a corpus that `moec data` built.
@@ -54,7 +55,8 @@ def train(
     instead of random weights. seed: instead of the spec's. threads: of torch; default as torch decides. device: such
     as "cuda"; default: cuda where there is one. bits: 2 to 8 instead of the spec's widths in QAT, a stress test whose
     checkpoint holds the rounded values in float32. compute: how experts are multiplied. backend: whose loop it is:
-    `torch`, or `torchtitan` (MissingExtra without the extra titan).
+    `torch`, or `torchtitan` (MissingExtra without the extra titan). teacher: a dense checkpoint, moec's or a Llama of
+    transformers, that stages with `distillation:` learn from.
 
     UserError for every fault of the input, before anything is written. KeyboardInterrupt after Ctrl-C, with the state
     saved.
@@ -69,7 +71,7 @@ def train(
     corpus.check()
     plan = Plan(
         loaded, model, training, corpus, Path(out), stage, resume, None if init is None else Path(init),
-        training.seed if seed is None else seed, bits, compute, backend,
+        training.seed if seed is None else seed, bits, compute, backend, None if teacher is None else Path(teacher),
     )  # fmt: skip
     check(plan)
     runs = _runs(backend)

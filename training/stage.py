@@ -20,6 +20,7 @@ from moec.compiler.errors import RunError
 from moec.compiler.spec.training import TrainingStage
 from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.shards import Corpus
+from moec.training.distillation import Teacher
 from moec.training.model import Forward, TrainingDecoder
 from moec.training.optimizer import Updates, balance, bias_rate
 from moec.training.parallel import World, reshard, shared_state
@@ -39,8 +40,15 @@ def moved(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class Trainer:
     """The moving parts of a stage. `step()` does one optimizer step; everything it changes is in `tensors()`."""
 
-    def __init__(self, model: TrainingDecoder, stage: TrainingStage, batches: Batches, world: World) -> None:
-        self.model, self.stage, self.world = model, stage, world
+    def __init__(
+        self,
+        model: TrainingDecoder,
+        stage: TrainingStage,
+        batches: Batches,
+        world: World,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.model, self.stage, self.world, self._teacher = model, stage, world, teacher
         self._batches = batches
         self.updates = Updates(model, stage, world)
         self.done = 0  # steps
@@ -72,8 +80,8 @@ class Trainer:
         sums: Forward | None = None
         for piece in pieces(batch, stage):
             with autocast(stage, world.device):
-                out = Forward(*self.model(*moved(piece, world)))
-            objective = out.nll / weight + stage.z_loss * out.z / positions
+                out = self._forward(piece)
+            objective = self._objective(out, weight) + stage.z_loss * out.z / positions
             (objective * world.size).backward()  # gradients are averaged over processes
             sums = added(sums, out)
         assert sums is not None
@@ -81,14 +89,50 @@ class Trainer:
         z_loss = float(world.total(sums.z)) / positions
         load_LE, dropped_L = world.total(sums.load_LE), world.total(sums.dropped_L)
         norm = self.updates.norm()
-        loss = lm_loss + stage.z_loss * z_loss
+        found = self._distilled(sums, weight, lm_loss)
+        loss = found.get("loss", lm_loss) + stage.z_loss * z_loss
         require_finite("the loss", loss, stage, self.done + 1)
         require_finite("the gradient's norm", norm, stage, self.done + 1)
         self.done += 1
         self.updates.step(self.tokens, norm)
         if stage.balancing.kind == "bias" and load_LE.numel():
             balance(self.model, load_LE, bias_rate(stage.balancing, self.tokens, stage.tokens))
-        return step_record(stage, self.done, lm_loss, z_loss, load_LE, dropped_L, rate=self.updates.rate, norm=norm)
+        record = step_record(stage, self.done, lm_loss, z_loss, load_LE, dropped_L, rate=self.updates.rate, norm=norm)
+        if found:
+            record |= found | {"loss": loss}
+            if "kld" not in found:
+                del record["lm_loss"]  # which was not computed
+        return record
+
+    def _forward(self, piece: Batch) -> Forward:
+        tokens_BT, documents_BT, targets_BT, mask_BT = moved(piece, self.world)
+        wanted = self.stage.distillation
+        if wanted is None:
+            return Forward(*self.model(tokens_BT, documents_BT, targets_BT, mask_BT))
+        assert self._teacher is not None
+        lesson = self._teacher.lesson(tokens_BT, documents_BT, wanted)
+        return Forward(*self.model(tokens_BT, documents_BT, targets_BT, mask_BT, lesson=lesson))
+
+    def _objective(self, out: Forward, weight: float) -> Tensor:
+        """What is minimised, beside the z-loss: this piece's share of the whole step's mean."""
+        wanted = self.stage.distillation
+        if wanted is None:
+            return out.nll / weight
+        return out.taught / weight + wanted.blocks * out.blocks / (self.stage.rows * self.stage.context)
+
+    def _distilled(self, sums: Forward, weight: float, lm_loss: float) -> dict[str, float]:
+        """What a stage that learns from a teacher records beside the rest; nothing for another."""
+        wanted, found = self.stage.distillation, dict[str, float]()
+        if wanted is None:
+            return found
+        loss = 0.0
+        if wanted.whole_model:
+            found["kld"] = float(self.world.total(sums.kld)) / weight
+            loss += wanted.lm_loss * lm_loss + wanted.logits * found["kld"]
+        if wanted.blocks:
+            found["block_error"] = float(self.world.total(sums.blocks)) / (self.stage.rows * self.stage.context)
+            loss += wanted.blocks * found["block_error"]
+        return found | {"loss": loss}
 
 
 def z_positions(model: TrainingDecoder, stage: TrainingStage) -> int:

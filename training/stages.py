@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import signal
@@ -26,6 +27,7 @@ from moec.compiler.spec import Spec
 from moec.compiler.spec.training import Training, TrainingStage
 from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.layout import weight_layout
+from moec.sources.dense_decoder import open_dense_decoder
 from moec.training.checkpoints import (
     initial_weights,
     packing_faults,
@@ -34,6 +36,7 @@ from moec.training.checkpoints import (
 )
 from moec.training.data.batches import Batches
 from moec.training.data.shards import INDEX, Corpus
+from moec.training.distillation import Teacher, check_teacher
 from moec.training.experts import Compute
 from moec.training.metrics import Live, Metrics
 from moec.training.model import TrainingDecoder
@@ -86,6 +89,7 @@ class Plan:
     bits: int | None
     compute: Compute
     backend: Backend
+    teacher: Path | None = None
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +103,10 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """run.json: everything that decides the numbers of a run, and what it ran with."""
         spec = self.spec.model_dump(mode="json")
-        decides = {key: spec[key] for key in ("model", "quantization", "training")}
+        decides = copy.deepcopy({key: spec[key] for key in ("model", "quantization", "training")})
+        for stage in decides["training"]["stages"]:  # runs that began before there was a teacher had no such key
+            if stage["distillation"] is None:
+                del stage["distillation"]
         index = (self.corpus.folder / INDEX).read_bytes()
         versioned = _VERSIONED if self.backend == "torch" else (*_VERSIONED, self.backend)
         return {
@@ -108,6 +115,7 @@ class Plan:
             "seed": self.seed,
             "bits": self.bits,
             "init": None if self.init is None else str(self.init.absolute()),
+            "teacher": None if self.teacher is None else str(self.teacher.absolute()),
             "corpus": str(self.corpus.folder.absolute()),
             "digests": {
                 "training": hashlib.sha256(json.dumps([decides, self.bits], sort_keys=True).encode()).hexdigest(),
@@ -148,8 +156,27 @@ def check(plan: Plan) -> None:
             )
         if stage.quantization == "from_spec":
             _check_rounding(plan, stage)
+    _check_distillation(plan)
     if plan.init is not None:
         _check_tokenizer(plan)
+
+
+def _check_distillation(plan: Plan) -> None:
+    taught = [stage for stage in plan.training.stages if stage.distillation and plan.stage in (None, stage.name)]
+    if not taught:
+        if plan.teacher is not None:
+            raise UserError(
+                "no stage of the spec learns from it", place=str(plan.teacher), remedy="give a stage `distillation:`"
+            )
+        return
+    place = f"{plan.spec.name}: stage {taught[0].name}"
+    if plan.teacher is None:
+        raise UserError("learns from a teacher, and none is named", place=place, remedy="give --teacher CHECKPOINT")
+    if plan.backend != "torch":
+        raise UserError(f"--backend {plan.backend} has no distillation", place=place, remedy="use --backend torch")
+    dense = open_dense_decoder(plan.teacher)
+    for stage in taught:
+        check_teacher(dense.config, plan.model, plan.spec.name, stage)
 
 
 def _check_rounding(plan: Plan, stage: TrainingStage) -> None:
@@ -244,6 +271,9 @@ class Run:
         if plan.init is not None and record["init"] != init:
             what = f"the run began with {init or 'random weights'}, and --init is where a run begins"
             raise UserError(what, place=place, remedy="leave --init out, or choose another --out")
+        if plan.teacher is not None and record["teacher"] != before.get("teacher"):
+            what = f"the run began with the teacher {before.get('teacher')}"
+            raise UserError(what, place=place, remedy="continue it with that")
         began, now = (before.get("threads"), before.get("processes")), (record["threads"], self._world.size)
         if began != now and self._world.main and (unfinished or position.stage != plan.names[-1]):
             was, here = ("{} threads in {} process(es)".format(*pair) for pair in (began, now))
@@ -258,7 +288,7 @@ class Run:
         if position is None or position.folder is None:  # else every weight is read from the state
             load_share(model, self._start(stage, finished), world)
             torch.manual_seed(stage_seed(plan.seed, stage.name))
-        trainer = Trainer(model, stage, batches, world)
+        trainer = Trainer(model, stage, batches, world, self._teacher(stage))
         if position is None:
             position = self._begun(stage, finished)
         elif position.folder is not None:
@@ -272,6 +302,12 @@ class Run:
                 return self._loop(trainer, position, metrics)
         finally:
             metrics.close()
+
+    def _teacher(self, stage: TrainingStage) -> Teacher | None:
+        if stage.distillation is None:
+            return None
+        assert self._plan.teacher is not None, "checked"
+        return Teacher(self._plan.teacher, stage.context, self._world.device)
 
     def _batches(self, stage: TrainingStage) -> Batches:
         return Batches(

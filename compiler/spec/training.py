@@ -65,6 +65,31 @@ class Balancing(Section):
     final: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
+class Distillation(Section):
+    """A stage learns from a dense teacher (`moec train --teacher`), by the weighted sum of these losses.
+
+    `logits`: KL(teacher || model) of the next token, in nats per token, both at `temperature` and times its square
+    (Hinton et al. 2015). `blocks`: each layer's feed-forward block alone, on the teacher's inputs to it: the squared
+    error of its output as a part of the output's square, in the mean over layers. `lm_loss`: the cross entropy of the
+    text. With `blocks` alone only the blocks are computed and trained.
+    """
+
+    logits: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    blocks: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    lm_loss: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    temperature: Annotated[float, Field(ge=0.1, le=100, allow_inf_nan=False)] = 1.0
+
+    @classmethod
+    def faults(cls, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        if not any(raw.get(key, 0.0) for key in ("logits", "blocks")):
+            yield Fault((), "nothing is learnt from the teacher: give logits or blocks a weight above 0")
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether the model's own predictions are computed."""
+        return self.logits > 0 or self.lm_loss > 0
+
+
 class TrainingStage(Section):
     """One stage; `tokens` in all, sequences of `context` tokens, `batch_tokens` per optimizer step.
 
@@ -82,6 +107,9 @@ class TrainingStage(Section):
     z_loss: Annotated[float, Field(ge=0, lt=1)] = 1e-4
     precision: Literal["fp32", "bf16"] = "bf16"
     mixture: Mapping[str, Share] = Field(min_length=1)
+    distillation: Distillation | None = Field(
+        default=None, description="losses against a dense teacher, which `moec train --teacher` names"
+    )
     response_weight: ResponseWeight = Field(
         default="token",
         description="what counts alike in the loss of instruction domains: every token of their responses, or every "

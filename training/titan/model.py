@@ -27,6 +27,7 @@ from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.rope import rope_tables
 from moec.training.checkpoints import load_weights
 from moec.training.experts import Compute
+from moec.training.loss import Lesson
 from moec.training.model import Forward, TrainingDecoder
 from moec.training.moe import Experts
 from moec.training.parallel import AllToAll
@@ -91,10 +92,11 @@ class TitanDecoder(TrainingDecoder, BaseModel):
         documents_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> tuple[Tensor, ...]:
         """As `TrainingDecoder`; with targets, in training, `sums` grows by what it returns."""
         with autocast(self.stage, tokens_BT.device):
-            out = super().forward(tokens_BT, documents_BT, targets_BT, mask_BT)
+            out = super().forward(tokens_BT, documents_BT, targets_BT, mask_BT, lesson)
         if self.training and targets_BT is not None:
             self.sums = added(self.sums, Forward(*out))
         return out

@@ -1,0 +1,1 @@
+"""From a pretrained dense model to a mixture of experts."""
