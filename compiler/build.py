@@ -357,8 +357,8 @@ def rounded_to_nearest(program: Program) -> list[str]:
         return []
     kinds = " and ".join(sorted({f"INT{h.format.bits}" for h in few}))
     return [
-        f"{len(few)} weights are in {kinds} by rounding to nearest (rtn), which suits models trained for it. Others "
-        "lose less with a calibrated method: --method awq_gptq. `moec verify` measures what it costs"
+        f"rounded to nearest (rtn): {len(few)} weights in {kinds}, which suits models trained for it. Others lose less "
+        "with a calibrated method, --method awq_gptq; `moec verify` measures what it costs"
     ]
 
 

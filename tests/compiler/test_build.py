@@ -165,12 +165,12 @@ def test_rounding_to_nearest_is_said(artifact: Artifact, tmp_path: Path) -> None
         program, passes = build.program_and_passes(found, build.open_checkpoint(found, weights), "xnnpack")
         return build.rounded_to_nearest(run_passes(program, passes))
 
-    assert not any("rounding to nearest" in note for note in artifact.manifest.notes)
+    assert not any("rounded to nearest" in note for note in artifact.manifest.notes)
     weights = synthesize(spec(), tmp_path / "float", seed=0)
     few = {**INT4, "embedding": "int8"}
     (note,) = said(spec(quantization=few), weights)
     # experts w13 and w2, the shared expert's two, attention's four
-    assert note.startswith("8 weights are in INT4 by rounding to nearest (rtn)"), note
+    assert note.startswith("rounded to nearest (rtn): 8 weights in INT4"), note
     assert "--method awq_gptq" in note
     assert said(spec(quantization={**few, "weights": "int8"}), weights) == []
     assert said(spec(quantization={**few, "method": "search"}), weights) == []
