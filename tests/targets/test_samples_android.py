@@ -31,7 +31,11 @@ public class MoecModel {
   private static native int[] tokenize(long artifact, byte[] text);
   private static native int[] chat(long artifact, byte[][] texts);
   private static native long generate(
-      long artifact, long session, int[] prompt, long limit, double temperature, long seed, byte[][] stops);
+      long artifact, long session, int[] prompt, long limit, double temperature, long seed, byte[][] stops,
+      int segments);
+  private static native long splitter(long artifact, int[] prompt, int segments);
+  private static native void split(long splitter, byte[] piece);
+  private static native byte[][] segment(long splitter);
   private static native byte[] next(long generation);
   private static native void cancel(long generation);
   private static native void save(long session, byte[] path);
@@ -54,30 +58,45 @@ public class MoecModel {
     }
   }
 
+  // Thinking begins within the prompt and ends within the answer, whose pieces are these.
+  private static String parts(long model, String... pieces) {
+    long splitter = splitter(model, tokenize(model, bytes("x <think>")), 8);
+    StringBuilder found = new StringBuilder();
+    for (int i = 0; i <= pieces.length; ++i) {
+      split(splitter, i == pieces.length ? null : bytes(pieces[i]));
+      for (byte[][] part; (part = segment(splitter)) != null;)
+        found.append(part[0][0]).append(new String(part[1], StandardCharsets.UTF_8)).append(part.length);
+    }
+    close(splitter);
+    return found.toString();
+  }
+
   public static void main(String[] args) {
     System.load(args[0]);
     long model = open(bytes(args[1]), 0), session = session(model), other = session(model);
     int[] prompt = tokenize(model, bytes(args[3]));
     byte[] path = bytes(args[2]);
-    String first = all(generate(model, session, prompt, 40, 0.9, 7, new byte[0][]));
+    String first = all(generate(model, session, prompt, 40, 0.9, 7, new byte[0][], 0));
     save(session, path);
     restore(other, path);
-    String again = all(generate(model, other, prompt, 40, 0.9, 7, new byte[0][]));
+    String again = all(generate(model, other, prompt, 40, 0.9, 7, new byte[0][], 0));
     String stop = first.substring(15, 18);
-    String cut = all(generate(model, session, prompt, 40, 0.9, 7, new byte[][] {bytes(stop)}));
-    long cancelled = generate(model, session, prompt, -1, -1, 0, new byte[0][]);
+    String cut = all(generate(model, session, prompt, 40, 0.9, 7, new byte[][] {bytes(stop)}, 0));
+    long cancelled = generate(model, session, prompt, -1, -1, 0, new byte[0][], 0);
     cancel(cancelled);
     String none = all(cancelled);
     boolean stopped = cut.equals(first.substring(0, first.indexOf(stop)));
-    byte[] out = bytes(first + "|" + again.equals(first) + "|" + stopped + "|" + none.isEmpty());
+    byte[] out = bytes(first + "|" + again.equals(first) + "|" + stopped + "|" + none.isEmpty()
+        + "|" + parts(model, "a \U0001f642 </th", "ink>\\n b"));
     System.out.write(out, 0, out.length);
     System.out.flush();
     refused(() -> chat(model, new byte[][] {bytes("user"), bytes("Hi")}));
-    refused(() -> generate(model, session, new int[0], 1, 0, 0, new byte[0][]));
+    refused(() -> generate(model, session, new int[0], 1, 0, 0, new byte[0][], 0));
     close(other);
     close(session);
     close(model);
     refused(() -> session(model));
+    refused(() -> split(77, null));
     refused(() -> open(bytes("not \U0001f642 here"), 0));
     open(bytes("nothing"), 0);
   }
@@ -127,12 +146,13 @@ def test_a_java_machine_says_what_python_says(tiny: TinyModels, tmp_path: Path) 
     java = subprocess.run(command, capture_output=True, timeout=120, env={**os.environ, "LC_ALL": "C.UTF-8"})
     with moec.load(artifact) as session:  # type: ignore[attr-defined]
         wanted = "".join(session.generate(prompt, max_new_tokens=40, temperature=0.9, seed=7))
-    assert java.stdout.decode() == f"{wanted}|true|true|true", java.stderr[-3000:]
+    assert java.stdout.decode() == f"{wanted}|true|true|true|1a 🙂 20 b2", java.stderr[-3000:]
     told = java.stderr.decode()
     for words in (
         "no chat template",
         "no tokens",
         "is no open artifact",
+        "77 is no open splitter",
         "not ? here/",
         "nothing/manifest.json: No such file",
     ):

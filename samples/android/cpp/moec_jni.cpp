@@ -90,15 +90,17 @@ extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_chat(JNIEnv* env,
   });
 }
 
-// temperature below 0: what the model recommends. limit -1: to the end of the context.
+// temperature below 0: what the model recommends. limit -1: to the end of the context. segments: flags of moec.h.
 extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_generate(JNIEnv* env, jclass, jlong artifact, jlong session, jintArray prompt,
-                                                                    jlong limit, jdouble temperature, jlong seed, jobjectArray stops) {
+                                                                    jlong limit, jdouble temperature, jlong seed, jobjectArray stops,
+                                                                    jint segments) {
   moec_app_options options = {};
   options.size = sizeof options;
   if (checked(env, moec_app_defaults(artifact, &options)) < 0) return -1;
   if (temperature >= 0) options.temperature = temperature;
   options.seed = static_cast<uint64_t>(seed);
   options.max_new_tokens = limit;
+  options.segments = segments;
   const std::vector<std::string> texts = texts_of(env, stops);
   std::vector<const char*> given;
   for (const std::string& text : texts) given.push_back(text.c_str());
@@ -127,4 +129,35 @@ extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_save(JNIEnv* env, jcla
 
 extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_restore(JNIEnv* env, jclass, jlong session, jbyteArray path) {
   checked(env, moec_app_restore(session, text_of(env, path).c_str()));
+}
+
+extern "C" JNIEXPORT jlong JNICALL Java_dev_moec_MoecModel_splitter(JNIEnv* env, jclass, jlong artifact, jintArray prompt, jint segments) {
+  std::vector<int32_t> ids(static_cast<size_t>(env->GetArrayLength(prompt)));
+  env->GetIntArrayRegion(prompt, 0, static_cast<jsize>(ids.size()), ids.data());
+  return checked(env, moec_app_splitter(artifact, ids.data(), static_cast<int64_t>(ids.size()), segments));
+}
+
+// piece null: the answer has ended.
+extern "C" JNIEXPORT void JNICALL Java_dev_moec_MoecModel_split(JNIEnv* env, jclass, jlong splitter, jbyteArray piece) {
+  const std::string text = piece == nullptr ? "" : text_of(env, piece);
+  checked(env, moec_app_split(splitter, piece == nullptr ? nullptr : text.c_str(), static_cast<int64_t>(text.size())));
+}
+
+// The next segment as its kind (a byte), and its text or the name and arguments of a call; null where more text is needed.
+extern "C" JNIEXPORT jobjectArray JNICALL Java_dev_moec_MoecModel_segment(JNIEnv* env, jclass, jlong splitter) {
+  moec_app_segment found = {};
+  found.size = sizeof found;
+  if (checked(env, moec_app_next_segment(splitter, &found)) != 1) return nullptr;
+  const std::string kind(1, static_cast<char>(found.kind));
+  std::vector<std::string> parts = {kind, std::string(found.text, static_cast<size_t>(found.bytes))};
+  if (found.kind == MOEC_APP_CALL) parts = {kind, found.name, found.arguments};
+  const jobjectArray out = env->NewObjectArray(static_cast<jsize>(parts.size()), env->FindClass("[B"), nullptr);
+  for (size_t i = 0; out != nullptr && i < parts.size(); ++i) {
+    const jbyteArray bytes = env->NewByteArray(static_cast<jsize>(parts[i].size()));
+    if (bytes == nullptr) return nullptr;
+    env->SetByteArrayRegion(bytes, 0, static_cast<jsize>(parts[i].size()), reinterpret_cast<const jbyte*>(parts[i].data()));
+    env->SetObjectArrayElement(out, static_cast<jsize>(i), bytes);
+    env->DeleteLocalRef(bytes);
+  }
+  return out;
 }

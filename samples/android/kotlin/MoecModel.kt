@@ -6,6 +6,13 @@ import java.io.File
 /** A turn of a conversation; `role` is "system" (the first one only), "user" or "assistant". */
 data class Message(val role: String, val content: String)
 
+/** A part of an answer: what is said, what is thought, or a call of a tool with its arguments as JSON. */
+sealed interface Part {
+    data class Text(val text: String) : Part
+    data class Thinking(val text: String) : Part
+    data class Call(val name: String, val arguments: String) : Part
+}
+
 /**
  * One artifact (`moec compile --target xnnpack`) with a conversation: text in, text out. Slow for the main thread: use it
  * from a background dispatcher. `stop` may be called from any thread.
@@ -36,8 +43,51 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         stops: List<String> = emptyList(),
         each: (String) -> Boolean,
     ) {
+        go(promptOf(messages), limit, temperature, seed, stops, 0, each)
+    }
+
+    /**
+     * As `answer`, with thinking told from text and, with `tools`, calls in the model's own form. The definitions of the tools are
+     * the caller's part of the system prompt.
+     */
+    fun answerInParts(
+        messages: List<Message>,
+        tools: Boolean = false,
+        limit: Long? = null,
+        temperature: Double? = null,
+        seed: Long = 0,
+        stops: List<String> = emptyList(),
+        each: (Part) -> Boolean,
+    ) {
+        val prompt = promptOf(messages)
+        val flags = if (tools) SEGMENTS or TOOLS else SEGMENTS
+        val splitter = splitter(model, prompt, flags)
+        fun tell(): Boolean {
+            while (true) {
+                val found = segment(splitter) ?: return true
+                val part = when (found[0][0].toInt()) {
+                    0 -> Part.Text(String(found[1]))
+                    1 -> Part.Thinking(String(found[1]))
+                    else -> Part.Call(String(found[1]), String(found[2]))
+                }
+                if (!each(part)) return false
+            }
+        }
+        try {
+            go(prompt, limit, temperature, seed, stops, flags) { piece ->
+                split(splitter, piece.toByteArray())
+                tell()
+            }
+            split(splitter, null)
+            tell()
+        } finally {
+            close(splitter)
+        }
+    }
+
+    private fun promptOf(messages: List<Message>): IntArray {
         val texts = messages.flatMap { listOf(it.role.toByteArray(), it.content.toByteArray()) }
-        go(chat(model, texts.toTypedArray()), limit, temperature, seed, stops, each)
+        return chat(model, texts.toTypedArray())
     }
 
     /** Continue a text instead. */
@@ -48,7 +98,7 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         seed: Long = 0,
         stops: List<String> = emptyList(),
         each: (String) -> Boolean,
-    ) = go(tokenize(model, text.toByteArray()), limit, temperature, seed, stops, each)
+    ) = go(tokenize(model, text.toByteArray()), limit, temperature, seed, stops, 0, each)
 
     private fun go(
         prompt: IntArray,
@@ -56,10 +106,11 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         temperature: Double?,
         seed: Long,
         stops: List<String>,
+        segments: Int,
         each: (String) -> Boolean,
     ) {
         val texts = stops.map { it.toByteArray() }.toTypedArray()
-        val running = generate(model, session, prompt, limit ?: -1, temperature ?: -1.0, seed, texts)
+        val running = generate(model, session, prompt, limit ?: -1, temperature ?: -1.0, seed, texts, segments)
         answer = running
         try {
             while (true) {
@@ -86,6 +137,9 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
     }
 
     companion object {
+        private const val SEGMENTS = 8 // MOEC_APP_SEGMENTS and MOEC_APP_TOOLS of moec.h
+        private const val TOOLS = 16
+
         init {
             System.loadLibrary("moec_jni")
         }
@@ -97,9 +151,13 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         @JvmStatic private external fun chat(artifact: Long, texts: Array<ByteArray>): IntArray
         @JvmStatic private external fun generate(
             artifact: Long, session: Long, prompt: IntArray, limit: Long, temperature: Double, seed: Long, stops: Array<ByteArray>,
+            segments: Int,
         ): Long
         @JvmStatic private external fun next(generation: Long): ByteArray?
         @JvmStatic private external fun cancel(generation: Long)
+        @JvmStatic private external fun splitter(artifact: Long, prompt: IntArray, segments: Int): Long
+        @JvmStatic private external fun split(splitter: Long, piece: ByteArray?)
+        @JvmStatic private external fun segment(splitter: Long): Array<ByteArray>?
         @JvmStatic private external fun save(session: Long, path: ByteArray)
         @JvmStatic private external fun restore(session: Long, path: ByteArray)
     }
