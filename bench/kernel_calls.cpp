@@ -4,6 +4,7 @@
 // The file holds what kernel_revisions.py wrote, for each array its bytes as an int64 and then the array:
 //   MoE      tokens, config int64, params double, router weight, w13, w2, shared w13, shared w2, x
 //   linear   {T, N, K, format} int64, x, w
+//   attention over INT8 caches   {T, H, KV, d, positions} int64, q, k, v, codes and scales of keys, codes and scales of values
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -12,9 +13,12 @@
 #include <cstdlib>
 #include <vector>
 
+#include "attention.h"
 #include "moec_kernel.h"
 
 namespace {
+
+constexpr size_t kMoe = 9, kLinear = 3, kAttention = 8;  // arrays of a file
 
 std::vector<std::vector<char>> read(const char* path) {
   std::vector<std::vector<char>> parts;
@@ -42,7 +46,7 @@ int call(const std::vector<std::vector<char>>& parts, [[maybe_unused]] void* lib
   const auto in = [&](size_t i) { return moec_in{parts[i].data(), parts[i].size()}; };
   const auto* const sizes = reinterpret_cast<const int64_t*>(parts[0].data());
   int32_t status = 0;
-  if (parts.size() == 9) {
+  if (parts.size() == kMoe) {
     std::vector<char> y(parts[8].size());
     moec_moe_args args = {};
     args.tokens = sizes[0];
@@ -58,6 +62,28 @@ int call(const std::vector<std::vector<char>>& parts, [[maybe_unused]] void* lib
     args.shared_w2 = in(7);
     args.y = {y.data(), y.size()};
     status = FUNCTION(moec_moe)(&args);
+  } else if (parts.size() == kAttention) {
+    const int64_t tokens = sizes[0], heads = sizes[1], kv = sizes[2], width = sizes[3], positions = sizes[4];
+    std::vector<std::vector<char>> caches(parts.begin() + 4, parts.end());  // the new rows are written into them
+    const auto out = [&](std::vector<char>& of) { return moec_out{of.data(), of.size()}; };
+    std::vector<char> y(parts[1].size());
+    moec_attention_args args = {};
+    args.tokens = tokens;
+    args.heads = heads;
+    args.kv_heads = kv;
+    args.head_dim = args.value_dim = width;
+    args.capacity = positions;
+    args.start_pos = positions - tokens;
+    args.scale = 0.125f;
+    args.q = in(1);
+    args.k = in(2);
+    args.v = in(3);
+    args.k_cache = out(caches[0]);
+    args.k_scale = out(caches[1]);
+    args.v_cache = out(caches[2]);
+    args.v_scale = out(caches[3]);
+    args.out = out(y);
+    status = FUNCTION(moec_cached_attention)(&args);
   } else {
     std::vector<float> y(sizes[0] * sizes[1]);
     status = FUNCTION(moec_linear)(sizes[0], sizes[1], sizes[2], static_cast<int32_t>(sizes[3]), in(1), in(2),
@@ -114,7 +140,7 @@ extern "C" __attribute__((noinline)) void measured_end() { asm volatile(""); }
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
   const auto parts = read(argv[1]);
-  if (parts.size() != 9 && parts.size() != 3) return std::fprintf(stderr, "%s is no call\n", argv[1]), 2;
+  if (parts.size() != kMoe && parts.size() != kLinear && parts.size() != kAttention) return std::fprintf(stderr, "%s is no call\n", argv[1]), 2;
   moec_set_parallel(nullptr, nullptr, nullptr);
   moec_set_threads(1);
   if (const int status = call(parts, nullptr)) return status;
@@ -130,7 +156,7 @@ int main(int argc, char** argv) {
   void* library = dlopen(argv[1], RTLD_NOW);
   if (!library) return std::fprintf(stderr, "%s\n", dlerror()), 2;
   const auto parts = read(argv[2]);
-  if (parts.size() != 9 && parts.size() != 3) return std::fprintf(stderr, "%s is no call\n", argv[2]), 2;
+  if (parts.size() != kMoe && parts.size() != kLinear && parts.size() != kAttention) return std::fprintf(stderr, "%s is no call\n", argv[2]), 2;
   FUNCTION(moec_set_parallel)(nullptr, nullptr, nullptr);
   FUNCTION(moec_set_threads)(1);
   return call(parts, library);

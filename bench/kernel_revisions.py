@@ -29,6 +29,7 @@ import numpy as np
 
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.runtime import kernel_api, native
+from moec.runtime.machine import ATTENTION_BUFFERS, AttentionArgs
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +133,28 @@ def cases() -> Iterator[Case]:
             call = linear(x, w, fmt, np.empty((tokens, D), np.float32))
             name = f"linear, {kind.name}, {tokens} tokens"
             yield Case(name, call, [np.array([tokens, D, D, fmt.encode()]), x, w])
+
+    for tokens, positions in ((1, 4096), (256, 256), (256, 4096), (256, 8192)):
+        yield attention(rng, tokens, positions)
+
+
+def attention(rng: np.random.Generator, tokens: int, positions: int) -> Case:
+    """12 heads over 4 INT8 key/value heads of 64, as MobileMoE-S has them, the last token at `positions` - 1."""
+    heads, kv, width = 12, 4, 64
+    q, k, v, out = (rng.standard_normal((tokens, n, width), dtype=np.float32) for n in (heads, kv, kv, heads))
+    codes = [rng.integers(-127, 128, (positions, kv, width), dtype=np.int8) for _ in "kv"]
+    scales = [rng.uniform(0.01, 0.03, (positions, kv)).astype(np.float32) for _ in "kv"]
+    arrays = (q, k, v, codes[0], codes[1], scales[0], scales[1], out)
+    args = AttentionArgs(tokens, heads, kv, width, width, positions, positions - tokens, 0, width**-0.5)
+    for name, array in zip(ATTENTION_BUFFERS, arrays, strict=True):
+        setattr(args, name, kernel_api._buffer(array))
+
+    def run(keep: Sequence[np.ndarray] = arrays) -> object:
+        return kernel_api.library().moec_cached_attention(ctypes.byref(args))
+
+    sizes = np.array([tokens, heads, kv, width, positions])
+    name = f"attention, {tokens} tokens to {positions}"
+    return Case(name, run, [sizes, q, k, v, codes[0], scales[0], codes[1], scales[1]])
 
 
 def linear(x: kernel_api.F32, w: np.ndarray, fmt: WeightFormat, out: kernel_api.F32) -> Call:

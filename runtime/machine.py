@@ -221,16 +221,17 @@ def _bound(block: kernel_api.PreparedMoe, x: np.ndarray) -> Callable[[], object]
     return call
 
 
-_ATTENTION = ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out")
+ATTENTION_BUFFERS = ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "out")
 
 
-class _AttentionArgs(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     """moec_attention_args of kernels/attention.h."""
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("t", "heads", "kv_heads", "d", "e", "capacity", "start", "window")),
         ("scale", ctypes.c_float),
-        *((n, kernel_api._Buffer) for n in (*_ATTENTION, "sinks")),
+        ("softcap", ctypes.c_float),
+        *((n, kernel_api._Buffer) for n in (*ATTENTION_BUFFERS, "sinks")),
     )
 
 
@@ -245,8 +246,8 @@ def _attention(t: int, total: int, heads: int = 16, d: int = 64) -> tuple[float,
 
     def call(codes: np.ndarray, scales: np.ndarray) -> Callable[[], object]:
         arrays = (q, k, k, codes[0], codes[1], scales[0], scales[1], out)
-        args = _AttentionArgs(t, heads, kv, d, d, positions, positions - t, 0, d**-0.5)
-        for name, array in zip(_ATTENTION, arrays, strict=True):
+        args = AttentionArgs(t, heads, kv, d, d, positions, positions - t, 0, d**-0.5)
+        for name, array in zip(ATTENTION_BUFFERS, arrays, strict=True):
             setattr(args, name, kernel_api._buffer(array))
         pointer = ctypes.pointer(args)
 
