@@ -14,7 +14,8 @@ double seconds() {
 
 Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options)
     : session_(std::move(session)), tokens_(std::move(prompt)), sampler_(std::move(options.sampling), tokens_),
-      decoder_(session_->artifact().tokenizer(), false, std::move(options.kept)), stops_(std::move(options.stops)), most_(options.max_new_tokens),
+      decoder_(session_->artifact().tokenizer(), false, std::move(options.kept)), stops_(std::move(options.stops)),
+      most_(options.max_new_tokens),
       constraint_(options.constraint), speculate_(options.speculate && session_->artifact().speculates()) {
   const moec_model_info& info = session_->artifact().info();
   if (tokens_.empty()) throw Fault("the prompt has no tokens");
@@ -144,7 +145,7 @@ int32_t Generation::choose() {
     if (constraint_->allowed(constraint_->user, mask_.data(), static_cast<int64_t>(mask_.size())) != 0) constraint_failed();
   }
   const int32_t token = sampler_.take(logits_, mask_);
-  if (token < 0) throw Fault(constraint_ ? "no token can be chosen: biases and constraint exclude all" : "no token can be chosen: the biases exclude all");
+  if (token < 0) throw Fault(std::string("no token can be chosen: ") + (constraint_ ? "biases and constraint exclude all" : "the biases exclude all"));
   return token;
 }
 

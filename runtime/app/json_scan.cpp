@@ -17,16 +17,12 @@ size_t digits(std::string_view text, size_t at) {
   return at;
 }
 
-int hex(char c) {
-  return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
 // The four hexadecimal digits at `at`, -1 if they are not there.
 int32_t hex4(std::string_view text, size_t at) {
   if (at + 4 > text.size()) return -1;
   int32_t value = 0;
   for (size_t i = 0; i < 4; ++i) {
-    const int digit = hex(text[at + i]);
+    const int digit = hex_digit(text[at + i]);
     if (digit < 0) return -1;
     value = value * 16 + digit;
   }

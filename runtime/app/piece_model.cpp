@@ -30,7 +30,7 @@ int PieceModel::byte_of(int32_t id) const {
   unsigned byte = 0;
   if (text.size() != 6 || text.substr(0, 3) != "<0x" || text[5] != '>') return -1;
   for (const char letter : text.substr(3, 2)) {
-    const int digit = letter >= '0' && letter <= '9' ? letter - '0' : letter >= 'A' && letter <= 'F' ? letter - 'A' + 10 : letter >= 'a' && letter <= 'f' ? letter - 'a' + 10 : -1;
+    const int digit = hex_digit(letter);
     if (digit < 0) return -1;
     byte = byte * 16 + static_cast<unsigned>(digit);
   }

@@ -196,7 +196,9 @@ class Channels : public Splitter {
     std::string_view channel;
     for (size_t at = 0; channel.empty() && (at = header.find(kChannel, at)) != kNone; at += kChannel.size()) {
       channel = stripped_left(header.substr(at + kChannel.size()));
-      channel = channel.substr(0, static_cast<size_t>(std::find_if(channel.begin(), channel.end(), [](char c) { return !is_word(c); }) - channel.begin()));
+      size_t end = 0;
+      while (end < channel.size() && is_word(channel[end])) ++end;
+      channel = channel.substr(0, end);
     }
     kind_ = channel == "analysis" && to_.empty() ? Segment::kThinking : Segment::kText;
   }

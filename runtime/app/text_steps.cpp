@@ -79,7 +79,8 @@ void TextSteps::prefix(const Step& step, Pieces* pieces) const {
   Pieces made;
   size_t begin = 0;
   for (const size_t end : pieces->ends) {
-    const auto from = pieces->codes.begin() + static_cast<std::ptrdiff_t>(begin), to = pieces->codes.begin() + static_cast<std::ptrdiff_t>(end);
+    const auto from = pieces->codes.begin() + static_cast<std::ptrdiff_t>(begin);
+    const auto to = pieces->codes.begin() + static_cast<std::ptrdiff_t>(end);
     const bool there = step.when != kAlways && end - begin >= word.size() && std::equal(word.begin(), word.end(), from);
     const bool elsewhere = step.when == kAtTheStart && !(pieces->at_start && begin == 0);
     if (!there && !elsewhere && begin < end) made.codes.insert(made.codes.end(), word.begin(), word.end());

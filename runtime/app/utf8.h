@@ -68,6 +68,13 @@ inline void append_code(uint32_t code, std::string* text) {
   put(0x80 | (code & 0x3F));
 }
 
+// The value of a hexadecimal digit, -1 for another character.
+inline int hex_digit(char c) {
+  if (c >= '0' && c <= '9') return c - '0';
+  if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+  return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
 // White space as Python's str.strip() knows it.
 inline bool is_space(uint32_t c) {
   return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||

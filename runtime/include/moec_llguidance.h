@@ -63,8 +63,8 @@ static inline struct LlgTokenizer* moec_llguidance_tokenizer(int64_t artifact, c
 // What one answer may be. kind: "json_schema", "regex" or "lark". JSON is written on one line, with a space after `:` and `,`, unless
 // the schema has its own "x-guidance": a small model that may choose its white space can go on writing it without end. NULL and the
 // reason in `error`; free it with llg_free_matcher.
-static inline struct LlgMatcher* moec_llguidance_matcher(const struct LlgTokenizer* tokenizer, const char* kind, const char* text, char* error,
-                                                         size_t size) {
+static inline struct LlgMatcher* moec_llguidance_matcher(const struct LlgTokenizer* tokenizer, const char* kind, const char* text,
+                                                         char* error, size_t size) {
   static const char spacing[] = "{\"x-guidance\": {\"whitespace_flexible\": false, \"item_separator\": \", \", \"key_separator\": \": \"}";
   struct LlgConstraintInit init;
   char* whole = NULL;
