@@ -51,7 +51,7 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers bench-arm \
-  bench-quality bench-speculation bench-flash bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
+  bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
   real-model clean distclean
 
 help: ## this list
@@ -164,6 +164,9 @@ bench-peers: setup ## whole models against llama.cpp
 bench-quality: setup ## a real model's divergence from its floats against bytes, beside llama.cpp
 	$(call install,bench$(COMMA)quality)
 	$(BIN)/python -W ignore bench/bench_quality.py --out $(BUILD)/bench/quality $(BENCH_ARGS)
+
+bench-questions: setup ## twenty chat questions to the float model and to artifacts of it: BENCH_ARGS="ARTIFACT .."
+	$(BIN)/python -W ignore bench/bench_questions.py $(BENCH_ARGS)
 
 bench-speculation: setup ## what prompt lookup gains on real text: BENCH_ARGS=ARTIFACT
 	$(BIN)/python -W ignore bench/bench_speculation.py $(BENCH_ARGS)
