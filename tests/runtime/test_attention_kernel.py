@@ -23,11 +23,6 @@ from tests.runtime.kernel_cases import instruction_sets
 # Both sides sum the same fp32 products in other orders: d <= 128 products of order 1 give scores an error of about
 # 1e-6, the softmax turns it into the same relative error of the weights, and values are of order 3.
 ATOL = 2e-5
-# Over INT8 caches the kernels round a query to 16 bits by its largest element m, and the weights of a chunk of keys to
-# 15 by the largest of them. A score's error is then at most sum|k| scale m / 65024: with d = 128, |k| ~ 0.8,
-# scale = d^-0.5 and m = 3 that is 4e-4 if every element errs alike, and 3e-5 as they err, which weights of values of
-# order 3 see as it is.
-ATOL_CODES = 1e-4
 
 _SIZES = ("tokens", "heads", "kv_heads", "head_dim", "value_dim", "capacity", "start_pos", "window")
 
@@ -117,7 +112,7 @@ def test_cached_attention_is_its_definition(isa: str, seed: int, quantized: bool
         *(expected_scales or [None, None]), None if sinks is None else torch.from_numpy(sinks), softcap,
     )  # fmt: skip
     got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window, sinks, softcap)
-    np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL_CODES if quantized else ATOL, rtol=0)
+    np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL, rtol=0)
     found = caches + [c for c in scales if c is not None]
     for ours, theirs in zip(found, expected_caches + expected_scales, strict=True):  # what was written: the same bits
         np.testing.assert_array_equal(ours, theirs[0].numpy())
