@@ -127,7 +127,7 @@ def command(home: Path, words: str) -> list[str]:
     return running(home, what) if verb == "run" else [verb, str(artifact(home, what))]
 
 
-@pytest.mark.parametrize("extra", [e if e in ("metal", "onnx") else pytest.param(e, marks=slow) for e in MODULES])
+@pytest.mark.parametrize("extra", [e if e == "onnx" else pytest.param(e, marks=slow) for e in MODULES])
 def test_what_needs_an_extra_says_so_and_the_rest_works(home: Path, extra: str) -> None:
     refused, fine = NEAR[extra]
     common = [["targets"], ["schema"], ["explain", str(home / "spec.yaml"), "--target", "xnnpack"]]

@@ -94,6 +94,7 @@ def test_a_conversation_with_an_unknown_role_is_refused(
     refused(moec("chat", artifact, "--load", file), "unknown role robot")
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_one_line(
     artifact: Path, moec: Moec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_rope_is_its_definition(isa: str, d: int, interleaved: bool) -> None:
     np.testing.assert_allclose(y, expected[0].numpy(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow  # builds the kernels once more; the tests of this folder call those that are built
 def test_native_checks_hold_here() -> None:
     """Random shapes, threads and bad arguments, against the scalar reference."""
     for program in native.build_checks():

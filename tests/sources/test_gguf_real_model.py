@@ -27,7 +27,8 @@ from tests.test_real_model import TEXT
 
 gguf = pytest.importorskip("gguf", reason="the file is requantized with the format's own library: pip install gguf")
 pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
-pytestmark = pytest.mark.real_model
+# slow: tests/sources/test_gguf_source.py does the same with small files
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 HEADS, KV_HEADS = 9, 3
 TEXTS = (
@@ -83,7 +84,7 @@ def original() -> Path:
         pytest.skip(f"the weights of a real model are not here and cannot be fetched: {error}")
 
 
-@pytest.fixture(scope="module", params=["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["Q4_0", "Q8_0"])
 def file(request: pytest.FixtureRequest, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rewritten(original, tmp_path_factory.mktemp("smollm2") / f"{request.param}.gguf", as_type(request.param))
 

@@ -238,7 +238,10 @@ def test_names_that_are_no_types(tmp_path: Path, moec: Moec) -> None:
         parse_spec(f"name: x\nmodel: {{gguf: {written.file}, dequantize: [F16]}}\nquantization: {{weights: int8}}\n")
     text = tmp_path / "s.yaml"
     text.write_text(spec_from_gguf(written.file))
-    refused(moec("compile", text, "--dequantize", "Q4_K", "--out", tmp_path / "a"), "--dequantize is for a GGUF file")
+    refused(
+        moec("compile", text, "--dequantize", "Q4_K", "--out", tmp_path / "a"),
+        "--dequantize is for a checkpoint, not for a spec",
+    )
 
 
 @pytest.mark.parametrize(

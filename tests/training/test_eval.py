@@ -216,7 +216,9 @@ def test_the_command(checkpoint: Path, tasks: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["{c}", "--tasks", "nothing"], "no task 'nothing'"),
+        pytest.param(
+            ["{c}", "--tasks", "nothing"], "no task 'nothing'", marks=pytest.mark.slow
+        ),  # reads the harness's tasks
         (["{c}", "--tasks", "shipped_text", "--include", "{c}"], "holds no tasks"),
         (["{t}/missing", "--tasks", "shipped_text"], "no such folder"),
         (["{t}", "--tasks", "shipped_text"], "tokenizer"),

@@ -93,9 +93,11 @@ IDS = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(3))
     [
         SPLIT | {"top_k": 4, "scale": 4.0},
         {"experts": 6, "top_k": 6, "expert_width": 16, "shared_width": 0, "scale": 6.0, "selection_bias": False},
-        {"experts": 1, "top_k": 1, "expert_width": 32, "shared_width": 64, "scale": 1.0},
+        pytest.param(
+            {"experts": 1, "top_k": 1, "expert_width": 32, "shared_width": 64, "scale": 1.0}, marks=pytest.mark.slow
+        ),
         COPY,
-        COPY | {"experts": 3, "top_k": 1},
+        pytest.param(COPY | {"experts": 3, "top_k": 1}, marks=pytest.mark.slow),
     ],
     ids=["split", "split without a shared expert", "split into one", "copied", "copied, one chosen"],
 )

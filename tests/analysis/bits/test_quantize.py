@@ -152,6 +152,7 @@ def test_the_size_counts_every_file(tmp_path: Path) -> None:
     assert kept.stat().st_size < given.stat().st_size, "indentation is not carried"
 
 
+@pytest.mark.slow
 def test_several_sizes_are_of_one_measurement(
     spec_file: Path, tmp_path: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,6 +268,7 @@ def test_malformed_bodies_are_refused(kind: str, small: Running) -> None:
     assert post(small, {"messages": ASK}).status_code == 200  # the next one is answered
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moec.assistant.template.SECONDS", 2.0)
     endless = ChatTemplate(
