@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = str(made / "artifact")
     assert cli.run(["compile", spec, "--checkpoint", str(checkpoint), "--out", built, "--quiet"]) == 0
     return made / "artifact"
-
-
-@pytest.fixture(scope="module")
-def opened(folder: Path) -> Iterator[int]:
-    artifact = app.open_artifact(folder)
-    yield artifact
-    app.call("close", artifact)
-
-
-@pytest.fixture
-def session(opened: int) -> Iterator[int]:
-    made = app.call("session", opened)
-    yield made
-    app.call("close", made)
 
 
 @pytest.fixture(scope="module")

@@ -33,20 +33,6 @@ def folder(tiny: TinyModels) -> Path:
     return tiny(tiny_text()) / "artifact"
 
 
-@pytest.fixture(scope="module")
-def opened(folder: Path) -> Iterator[int]:
-    artifact = app.open_artifact(folder)
-    yield artifact
-    app.call("close", artifact)
-
-
-@pytest.fixture
-def session(opened: int) -> Iterator[int]:
-    made = app.call("session", opened)
-    yield made
-    app.call("close", made)
-
-
 class Glue:
     """moec_llguidance.h, compiled as an application does, with llguidance's C library, which its wheel has."""
 

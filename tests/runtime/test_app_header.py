@@ -24,6 +24,7 @@ int main(void) {
 """
 
 
+# clang modules are clang's alone: g++, which builds the rest, cannot read a module map
 @pytest.mark.skipif(CLANG is None, reason="needs clang, whose modules Swift imports")
 def test_it_is_a_module(tmp_path: Path) -> None:
     (tmp_path / "uses.m").write_text(USES)

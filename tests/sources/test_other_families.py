@@ -12,6 +12,7 @@ import torch
 from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.ops import CachedAttention, fused_moe
 from moec.compiler.pipeline import run_passes
+from moec.compiler.program import Program
 from moec.passes.canonicalize import canonicalize
 from moec.passes.pipelines import fusion
 from moec.sources.random_checkpoint import save_random
@@ -159,6 +160,17 @@ def _saved(kind: str, changes: dict[str, Any], folder: Path) -> Path:
     return save_random(folder / "config", folder / "model", seed=3)
 
 
+def check_logits(program: Program, folder: Path) -> None:
+    """A prompt, single steps and a chunk give transformers' logits."""
+    model = auto_model(read_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
+    run = Interpreter(program)
+    parts = [run(ids[:, a:b], torch.tensor([a])) for a, b in itertools.pairwise([0, 9, 10, 11, 23])]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=ATOL, rtol=RTOL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_fused_and_equal(name: str, tmp_path: Path) -> None:
@@ -167,13 +179,7 @@ def test_fused_and_equal(name: str, tmp_path: Path) -> None:
     exported = export_transformers(folder, "other", weights=TransformersStore(folder), max_tokens=16)
     program = run_passes(exported, fusion())
     assert sum(n.target is fused_moe for n in program.graph.nodes) == layers
-    model = auto_model(read_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
-    run = Interpreter(program)
-    parts = [run(ids[:, a:b], torch.tensor([a])) for a, b in itertools.pairwise([0, 9, 10, 11, 23])]
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=ATOL, rtol=RTOL)
+    check_logits(program, folder)
 
 
 @pytest.mark.slow
@@ -207,13 +213,7 @@ def test_capped_scores(tmp_path: Path) -> None:
     calls = [c for n in program.graph.nodes if (c := CachedAttention.find(n)) is not None]
     assert [(c.window, c.softcap) for c in calls] == [(8, 0.25), (0, 0.25)]
     assert [c.scale for c in calls] == [1.0, 1.0]
-    model = auto_model(read_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(5))
-    run = Interpreter(program)
-    parts = [run(ids[:, a:b], torch.tensor([a])) for a, b in itertools.pairwise([0, 9, 10, 11, 23])]
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=ATOL, rtol=RTOL)
+    check_logits(program, folder)
 
 
 @pytest.mark.slow

@@ -3,19 +3,15 @@ as codes and as values."""
 
 from __future__ import annotations
 
-import json
 import random
-import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from moec.compiler.errors import UserError
-from tests.fuzz.mutate import flip
-from tests.fuzz.targets.safetensors import TARGET as HEADER
+from tests.fuzz.configured import joined, mutated, parted
 from tests.sources import coded_checkpoints as coded
 from tests.sources.coded_checkpoints import Packed, Random
 
@@ -23,12 +19,11 @@ _LINEAR = "model.layers.0.self_attn.q_proj"
 
 
 def _form(method: str, packed: Packed, **section: object) -> bytes:
-    """A length, a config.json, and a safetensors file."""
+    """A config.json and a safetensors file."""
     tensors = {f"{_LINEAR}.{end}": t.contiguous() for end, t in packed[0].items()} | {
         "model.norm.weight": torch.ones(4)
     }
-    config = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": method, **section}}).encode()
-    return struct.pack("<I", len(config)) + config + save(tensors)
+    return joined({"model_type": "llama", "quantization_config": {"quant_method": method, **section}}, tensors)
 
 
 class Codes:
@@ -49,23 +44,16 @@ class Codes:
         ]
 
     def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-        data = rng.choice(seeds)
-        length = struct.unpack_from("<I", data)[0]
-        config, file = data[4 : 4 + length], data[4 + length :]
-        if rng.random() < 0.3:
-            config = flip(rng, config)
-        else:
-            file = HEADER.mutate(rng, [file])
-        return struct.pack("<I", len(config)) + config + file
+        return mutated(rng, seeds, 0.3)
 
     def run(self, data: bytes, folder: Path) -> None:
         from moec.checkpoints.coded import CodedEntry
         from moec.checkpoints.spec_from_config import spec_from_config
         from moec.sources.transformers_model import TransformersStore
 
-        length = struct.unpack_from("<I", data)[0]
-        (folder / "config.json").write_bytes(data[4 : 4 + length])
-        (folder / "model.safetensors").write_bytes(data[4 + length :])
+        config, file = parted(data)
+        (folder / "config.json").write_bytes(config)
+        (folder / "model.safetensors").write_bytes(file)
         with suppress(UserError):
             spec_from_config(folder)
         try:

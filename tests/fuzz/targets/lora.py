@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import random
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from moec.compiler.errors import UserError
-from tests.fuzz.mutate import flip
-from tests.fuzz.targets.safetensors import TARGET as HEADER
+from tests.fuzz.configured import joined, mutated, parted
 
 _Q = "base_model.model.model.layers.0.self_attn.q_proj"
 _EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 
 
 def _adapter(tensors: dict[str, torch.Tensor], **config: object) -> bytes:
-    """A length, an adapter_config.json, and a safetensors file."""
-    text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}).encode()
-    return struct.pack("<I", len(text)) + text + save(tensors)
+    """An adapter_config.json and a safetensors file."""
+    return joined({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}, tensors)
 
 
 class Lora:
@@ -38,21 +33,14 @@ class Lora:
         ]
 
     def mutate(self, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-        data = rng.choice(seeds)
-        length = struct.unpack_from("<I", data)[0]
-        config, file = data[4 : 4 + length], data[4 + length :]
-        if rng.random() < 0.4:
-            config = flip(rng, config)
-        else:
-            file = HEADER.mutate(rng, [file])
-        return struct.pack("<I", len(config)) + config + file
+        return mutated(rng, seeds, 0.4)
 
     def run(self, data: bytes, folder: Path) -> None:
         from moec.checkpoints.lora import read_adapter
 
-        length = struct.unpack_from("<I", data)[0]
-        (folder / "adapter_config.json").write_bytes(data[4 : 4 + length])
-        (folder / "adapter_model.safetensors").write_bytes(data[4 + length :])
+        config, file = parted(data)
+        (folder / "adapter_config.json").write_bytes(config)
+        (folder / "adapter_model.safetensors").write_bytes(file)
         try:
             found = read_adapter(folder)
             found.about()
