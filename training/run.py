@@ -98,7 +98,8 @@ def _owned(out: Path, world: World) -> Iterator[None]:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / RUN).exists() and any(file.name != ".lock" for file in out.iterdir()):
+        begun = (".lock", f"{RUN}.new")  # all that a run leaves that was killed in its first moments
+        if not (out / RUN).exists() and any(file.name not in begun for file in out.iterdir()):
             raise UserError("holds something that is not a run", place=str(out), remedy="choose another --out")
         lock = (out / ".lock").open("w")
     except OSError as error:
