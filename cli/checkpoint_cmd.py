@@ -1,4 +1,4 @@
-"""`moec checkpoint`: synthesize a checkpoint, inspect one, or write the spec that it implies."""
+"""`moec checkpoint`: synthesize a checkpoint, inspect one, write its spec, or write it for transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moec.compiler.spec import Spec
     from moec.sources.inspection import Inspection
 
-_commands = typer.Typer(no_args_is_help=True, help="Make, look into, and describe checkpoint folders.")
+_commands = typer.Typer(no_args_is_help=True, help="Make, look into, describe and convert checkpoint folders.")
 
 
 def register(app: typer.Typer) -> None:
@@ -128,3 +128,25 @@ def write_spec(
     else:
         write_text(out, text)
         print(out)
+
+
+@_commands.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of a mixture, trained or upcycled here.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
+) -> None:
+    """Write a mixture as transformers reads it: a folder of Glm4MoeForCausalLM that computes the same logits.
+
+    Example: [bold]moec checkpoint export run/midtrain --out mixture-hf[/bold]
+
+    It is compiled again like any model of transformers: [bold]moec checkpoint spec mixture-hf --out mixture.yaml[/bold]
+    """
+    from moec.checkpoints.transformers_form import export_transformers_form
+    from moec.cli.output import say
+
+    found = export_transformers_form(folder, out)
+    if not quiet:
+        for note in found.notes:
+            say(f"note: {note}", stream=sys.stderr)
+    print(found.out)

@@ -63,8 +63,10 @@ def compare_quality(
 ) -> list[Compared]:
     """Each of `paths`, artifact or checkpoint folder, against the float model `reference`.
 
-    Without `reference` it is the checkpoint that the first artifact among them was compiled from. UserError where there
-    is no float model, for a folder that is neither, and for models whose tokenizers do not give the same ids.
+    Without `reference` it is the checkpoint that the first artifact among them was compiled from. It may be another
+    model than the artifacts' own, such as the dense model that a mixture was made of, if its tokens are the same.
+    UserError where there is no float model, for a folder that is neither, and for models whose tokenizers do not give
+    the same ids.
     """
     artifacts = [Artifact.open(p) for p in paths if (p / MANIFEST).exists()]
     longest = min([LENGTH, *(a.manifest.model.context for a in artifacts)])
@@ -73,6 +75,8 @@ def compare_quality(
     longest = min(longest, origin.longest)
     encoder, template = _written(artifacts, store)
     chunks = held_out(encoder, template=template, tokens=tokens, longest=longest, text=text)
+    if artifacts:
+        _check_reference(artifacts[0], origin, store, chunks, (template, tokens, longest, text))
     models: list[Model] = []
     for path in paths:
         if (path / MANIFEST).exists():
@@ -97,7 +101,12 @@ def _float_model(artifacts: Sequence[Artifact], reference: Path | None) -> tuple
         raise UserError("nothing says which float model to compare with", remedy="name its checkpoint with --reference")
     spec = spec_of(artifacts[0])
     if reference is not None:
-        return spec, build.open_checkpoint(spec, reference)
+        try:
+            return spec, build.open_checkpoint(spec, reference)
+        except CheckpointError:  # a checkpoint of another model, then: what its own config.json says
+            if not (reference / _CONFIG).is_file():
+                raise
+            return _checkpoint(reference)
     try:
         return spec, open_artifact_checkpoint(artifacts[0], spec, None)
     except CheckpointError as error:
@@ -128,6 +137,34 @@ def _written(artifacts: Sequence[Artifact], store: Checkpoint) -> tuple[TextEnco
     tokenizer = TextTokenizer(files[TOKENIZER], str(store.folder / TOKENIZER))
     template = files.get(CHAT_TEMPLATE)
     return TokenizerEncoder(tokenizer), None if template is None else template.decode("utf-8")
+
+
+def _check_reference(
+    first: Artifact,
+    origin: FloatModel,
+    store: Checkpoint,
+    chunks: list[Chunk],
+    given: tuple[str | None, int, int, str | None],
+) -> None:
+    """UserError for a float model whose predictions are of other tokens than those of the artifact."""
+    place, wanted = str(store.folder), first.manifest.model.vocab_size
+    if origin.vocab_size != wanted:
+        raise UserError(
+            f"it predicts {origin.vocab_size} tokens, {first.folder} predicts {wanted}",
+            place=place,
+            remedy="compare models of one tokenizer",
+        )
+    content = store.companions().get(TOKENIZER)
+    if content is None or all(f.name != TOKENIZER for f in first.manifest.files):
+        return  # ids alone: nothing says what they mean
+    template, tokens, longest, text = given
+    encoder = TokenizerEncoder(TextTokenizer(content, place))
+    if held_out(encoder, template=template, tokens=tokens, longest=longest, text=text) != chunks:
+        raise UserError(
+            f"its tokenizer gives other tokens than that of {first.folder}: their divergence would mean nothing",
+            place=place,
+            remedy="compare models of one tokenizer",
+        )
 
 
 def _check_tokens(

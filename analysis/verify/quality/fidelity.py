@@ -61,7 +61,7 @@ class FloatModel:
     """The weights of a checkpoint in float32. UserError for weights that are stored as codes: they are no float model.
 
     spec: whose model the checkpoint is of; its quantization plays no part. longest: tokens of the longest chunk that
-    is wanted; `longest` of the model is what it can read.
+    is wanted; `longest` of the model is what it can read, `vocab_size` how many tokens it predicts.
     """
 
     def __init__(self, spec: Spec, store: Checkpoint, longest: int = LENGTH) -> None:
@@ -70,7 +70,7 @@ class FloatModel:
         # one chunk is one call, and no cache is longer than it
         self._program = source_of(spec.model).export(_shortened(spec, longest), store, max_tokens=longest)
         info = self._program.info  # a program that was exported elsewhere may take fewer tokens at a time than asked
-        self.longest = min(longest, info.context, info.max_tokens)
+        self.longest, self.vocab_size = min(longest, info.context, info.max_tokens), info.vocab_size
         coded = [name for name, weight in self._program.weights.items() if weight.stored is not None]
         if coded:
             raise UserError(

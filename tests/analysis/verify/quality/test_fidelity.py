@@ -157,6 +157,26 @@ def test_the_command_compares_what_it_is_given(artifacts, checkpoint, tmp_path, 
     assert run(["quality", paths[1], "-q", "--tokens", "96", "--max-kld", str(int4["kld"])]) == 0
 
 
+def dense_checkpoint(folder: Path, **changes: object) -> Path:
+    model = {k: v for k, v in MODEL.items() if k != "moe"} | {"architecture": "mobilellm", "ffn_width": 96} | changes
+    return synthesize(Spec.model_validate({"name": "dense", "model": model, "quantization": "none"}), folder, seed=5)
+
+
+def test_another_model_of_the_same_tokens_may_be_the_reference(artifacts, checkpoint, tmp_path, capsys) -> None:
+    dense, artifact = dense_checkpoint(tmp_path / "dense"), str(artifacts["none"].folder)
+    assert run(["quality", artifact, "--reference", str(dense), "-q", "--tokens", "96", "--json"]) == 0
+    (far,) = json.loads(capsys.readouterr().out)["models"]
+    assert far["reference"] == str(dense)
+    assert run(["quality", artifact, str(dense), "--reference", str(checkpoint), "-q", "--tokens", "96", "--json"]) == 0
+    near, other = json.loads(capsys.readouterr().out)["models"]
+    # the same two models the other way round: neither figure is that of the artifact's own checkpoint
+    assert near["kld"] < 1e-6 < other["kld"]
+    assert far["reference_perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+    wider = dense_checkpoint(tmp_path / "wider", vocab_size=640)
+    assert run(["quality", artifact, "--reference", str(wider), "-q", "--tokens", "96"]) == 2
+    assert "it predicts 640 tokens" in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_one_line(artifacts: dict[str, Artifact], tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, said in (
