@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moec.checkpoints import open_store
+from moec.checkpoints import WeightStore, open_store
 from moec.checkpoints.config_json import GROUP_SIZE, config_to_json
 from moec.checkpoints.folder import CONFIG
-from moec.checkpoints.safetensors_file import SafetensorsWriter
+from moec.checkpoints.safetensors_file import TYPES, SafetensorsWriter
 from moec.checkpoints.store import PACKED_ROLES, stored_tensors
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Role
@@ -106,16 +106,19 @@ def write_checkpoint(
     *,
     tokenizer: Path | None,
     rounding: Rounding | None = None,
+    others: WeightStore | None = None,
 ) -> None:
     """Write float32 `weights` (all names of the layout) as a checkpoint folder that replaces what stood at `out`.
 
     Each is asked for once, in the order of the layout, and not kept.
 
+    others: `weights` has the routers alone, and all other tensors are copied from here, in their types and layout.
+
     BF16 with a float32 router matrix; with `rounding`, the packed INT4 layout with the codes that training computed
     with; with a `rounding.bits` other than 4, which no packed layout holds, float32 values of those codes and scales.
     """
-    packed = rounding is not None and rounding.bits in (None, 4)
-    layout = [part for info in weight_layout(config).values() for part in _parts(info, packed, rounding)]
+    packed = others.packed if others is not None else rounding is not None and rounding.bits in (None, 4)
+    layout = [part for info in weight_layout(config).values() for part in _parts(info, packed, rounding, others)]
     with replacing(out, kind="a checkpoint") as folder:
         (folder / CONFIG).write_text(json.dumps(config_to_json(config, packed=packed), indent=2) + "\n", "utf-8")
         if tokenizer is not None:
@@ -124,19 +127,33 @@ def write_checkpoint(
                 shutil.copyfile(tokenizer.parent / TEMPLATE, folder / TEMPLATE)
         with SafetensorsWriter(folder / "model.safetensors", layout) as writer:
             for info in weight_layout(config).values():
-                for name, value in _values(info, weights[info.name].detach().cpu(), packed, rounding):
+                if others is not None and info.role is not Role.ROUTER:
+                    for name, _, _ in _parts(info, packed, rounding, others):
+                        writer.write(name, [others.entries[name].tensor()])
+                    continue
+                for name, value in _values(info, weights[info.name].detach().cpu(), packed, rounding, others):
                     writer.write(name, [value])
 
 
-def _parts(info: WeightInfo, packed: bool, rounding: Rounding | None) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def _parts(
+    info: WeightInfo, packed: bool, rounding: Rounding | None, others: WeightStore | None
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    if others is not None:
+        # of a router matrix float32, whatever the checkpoint had
+        return [
+            (name, dtype if info.role is Role.ROUTER and len(shape) == 2 else TYPES[others.entries[name].dtype], shape)
+            for name, dtype, shape in stored_tensors(info, packed=packed)
+        ]
     if rounding is not None and not packed and info.role in PACKED_ROLES:
         return [(info.name, torch.float32, info.shape)]  # rounded values that no packed layout holds
     return stored_tensors(info, packed=packed)
 
 
-def _values(info: WeightInfo, value: Tensor, packed: bool, rounding: Rounding | None) -> Iterator[tuple[str, Tensor]]:
+def _values(
+    info: WeightInfo, value: Tensor, packed: bool, rounding: Rounding | None, others: WeightStore | None
+) -> Iterator[tuple[str, Tensor]]:
     rounds = rounding.weight(info.role) if rounding is not None else None
-    parts = _parts(info, packed, rounding)
+    parts = _parts(info, packed, rounding, others)
     if rounds is None or info.role not in PACKED_ROLES:
         yield parts[0][0], value.to(parts[0][1])
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from moec.compiler.program import Role
 from moec.sources.decoder.config import DecoderConfig
 from moec.sources.decoder.decoder import apply_rope
+from moec.sources.decoder.layout import router_names
 from moec.sources.decoder.rope import rope_tables
 from moec.training.experts import Compute
+from moec.training.locality import window_ends
 from moec.training.loss import Lesson, taught_losses, token_losses
 from moec.training.moe import MoeBlock
 from moec.training.parts import GatedMlp, Linear, RmsNorm, Weight
@@ -32,10 +35,12 @@ from moec.training.rounding import Rounding
 class Forward:
     """Sums over one batch. nll, weight: of -log p(target) and of the loss mask, float32 []. z: of logsumexp(router
     logits)^2 over tokens and layers, float32 []. load_LE: pairs that selected each expert, int64. dropped_L: pairs not
-    computed, int64. hits: mask summed where the target
-    was the likeliest token, float32 [], 0 while gradients are recorded. Of a stage that learns from a teacher, else
-    0: kld, the masked divergence from it; blocks, the relative squared error of each token's blocks, in the mean over
-    layers; taught, the weighted sum of nll and kld, which alone of the three has a gradient then.
+    computed, int64. spread: the loss of `training/locality.py`, over windows and layers, float32 [], 0 unless a stage
+    trains with it. distinct_L: different experts of each window, over windows, int64. windows: their number, int64 [].
+    hits: mask summed where the target was the likeliest token, float32 [], 0 while gradients are recorded. Of a stage
+    that learns from a teacher, else 0: kld, the masked divergence from it; blocks, the relative squared error of each
+    token's blocks, in the mean over layers; taught, the weighted sum of nll and kld, which alone of the three has a
+    gradient then.
     """
 
     nll: Tensor
@@ -44,6 +49,9 @@ class Forward:
     z: Tensor
     load_LE: Tensor
     dropped_L: Tensor
+    spread: Tensor
+    distinct_L: Tensor
+    windows: Tensor
     kld: Tensor = field(default_factory=lambda: torch.zeros(()))
     blocks: Tensor = field(default_factory=lambda: torch.zeros(()))
     taught: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -97,7 +105,7 @@ def _rounded(rounding: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Returns the stream and the block's sums: (z [], load [E], dropped []), of no experts where the block is dense."""
+    """Returns the stream and the block's sums (`MoeBlock`), of no experts where the block is dense."""
 
     def __init__(self, config: DecoderConfig, layer: int, rounding: Rounding | None, compute: Compute) -> None:
         super().__init__()
@@ -118,25 +126,27 @@ class DecoderLayer(nn.Module):
         cos_BTQ: Tensor | None = None,
         sin_BTQ: Tensor | None = None,
         mask_B1TT: Tensor | None = None,
+        ends_BT: Tensor | None = None,
         *,
         block_alone: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """block_alone: `x_BTD` is what the feed-forward block reads, and the first value is what it gives."""
         if block_alone:
-            return self._block(x_BTD)
+            return self._block(x_BTD, ends_BT)
         assert cos_BTQ is not None
         assert sin_BTQ is not None
         assert mask_B1TT is not None
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTQ, sin_BTQ, mask_B1TT)
-        y_BTD, *sums = self._block(self.post_attention_layernorm(x_BTD))
-        return x_BTD + y_BTD, *sums  # type: ignore[return-value]
+        y_BTD, *sums = self._block(self.post_attention_layernorm(x_BTD), ends_BT)
+        return x_BTD + y_BTD, *sums
 
-    def _block(self, h_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _block(self, h_BTD: Tensor, ends_BT: Tensor | None) -> tuple[Tensor, ...]:
         if isinstance(self.feed_forward, MoeBlock):
-            y_ND, z, load_E, dropped = self.feed_forward(h_BTD.flatten(0, 1))
-            return y_ND.view_as(h_BTD), z, load_E, dropped
+            y_ND, *sums = self.feed_forward(h_BTD.flatten(0, 1), ends_BT)
+            return y_ND.view_as(h_BTD), *sums
         none = torch.zeros((), dtype=torch.int64, device=h_BTD.device)
-        return self.feed_forward(h_BTD), h_BTD.new_zeros((), dtype=torch.float32), none.new_zeros(0), none
+        no_loss = h_BTD.new_zeros((), dtype=torch.float32)
+        return self.feed_forward(h_BTD), no_loss, none.new_zeros(0), none, no_loss, none
 
 
 class _Body(nn.Module):
@@ -153,7 +163,8 @@ class TrainingDecoder(nn.Module):
     """The whole model, float32 parameters, uninitialised until loaded by name.
 
     capacity_factor: rows an expert computes in training, as a multiple of an even share; None computes every pair, as
-    evaluation always does. It is plain state: a stage sets it.
+    evaluation always does. local: whether training computes the loss of locality. Both are plain state: a stage sets
+    them.
     """
 
     rope_cos: Tensor
@@ -181,6 +192,16 @@ class TrainingDecoder(nn.Module):
         for block in self.blocks:
             block.capacity_factor = factor
 
+    def set_trained(self, trains: Literal["all", "routers"]) -> None:
+        """Which weights get gradients from here on."""
+        routers = set(router_names(self.config))
+        for name, p in self.named_parameters():
+            p.requires_grad_(trains == "all" or name in routers)
+
+    def set_local(self, local: bool) -> None:
+        for block in self.blocks:
+            block.local = local
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -198,12 +219,13 @@ class TrainingDecoder(nn.Module):
         if documents_BT is None:
             documents_BT = torch.zeros_like(tokens_BT)
         blocks = torch.zeros((), device=tokens_BT.device)
+        ends_BT = window_ends(documents_BT, mask_BT) if self.blocks and mask_BT is not None else None
         if lesson is not None and lesson.blocks:
-            blocks, sums = self._blocks_alone(lesson)
+            blocks, sums = self._blocks_alone(lesson, ends_BT)
             if lesson.taught is None:
                 none = torch.zeros_like(blocks)
                 return none, none, none, *sums, none, blocks, none
-        x_BTD, sums = self.hidden(tokens_BT, documents_BT)
+        x_BTD, sums = self.hidden(tokens_BT, documents_BT, ends_BT)
         h_ND = _rounded(self._round_head, x_BTD).flatten(0, 1)
         head_VD = self.head()
         if targets_BT is None or mask_BT is None:
@@ -214,8 +236,8 @@ class TrainingDecoder(nn.Module):
         nll, hits = _losses(h_ND, head_VD, targets_BT.flatten(), mask_BT.flatten())
         return nll, mask_BT.sum(), hits, *sums
 
-    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor) -> tuple[Tensor, _Sums]:
-        """What the head reads, [B, T, D], and the sums over layers: z [], load [L, E], dropped [L]."""
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor, ends_BT: Tensor | None = None) -> tuple[Tensor, _Sums]:
+        """What the head reads, [B, T, D], and the sums over layers: z to windows of `Forward`."""
         positions_BT = document_positions(documents_BT)
         cos_BTQ, sin_BTQ = self.rope_cos[positions_BT], self.rope_sin[positions_BT]
         masks = attention_masks(documents_BT, self.config)
@@ -223,30 +245,31 @@ class TrainingDecoder(nn.Module):
         parts = []
         for layer in self.model.layers:
             assert isinstance(layer, DecoderLayer)
-            x_BTD, *part = layer(x_BTD, cos_BTQ, sin_BTQ, masks[layer.windowed])
+            x_BTD, *part = layer(x_BTD, cos_BTQ, sin_BTQ, masks[layer.windowed], ends_BT)
             parts.append(part)
-        return self.model.norm(x_BTD), _summed(parts)
+        return self.model.norm(x_BTD), _summed(parts, ends_BT)
 
     def head(self) -> Tensor:
         """The weights of the head, [V, D]."""
         return self.model.embed_tokens() if self.lm_head is None else self.lm_head()
 
-    def _blocks_alone(self, lesson: Lesson) -> tuple[Tensor, _Sums]:
+    def _blocks_alone(self, lesson: Lesson, ends_BT: Tensor | None) -> tuple[Tensor, _Sums]:
         """(the mean over layers of the errors of blocks on a teacher's inputs, the sums as of `hidden`)."""
         errors, parts = [], []
         for layer, (x_BTD, wanted_BTD) in zip(self.model.layers, lesson.blocks, strict=True):
-            y_BTD, *part = layer(x_BTD, block_alone=True)
+            y_BTD, *part = layer(x_BTD, ends_BT=ends_BT, block_alone=True)
             errors.append(relative_errors(y_BTD, wanted_BTD))
             parts.append(part)
-        return torch.stack(errors).mean(), _summed(parts)
+        return torch.stack(errors).mean(), _summed(parts, ends_BT)
 
 
-_Sums = tuple[Tensor, Tensor, Tensor]
+_Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _summed(parts: list[list[Tensor]]) -> _Sums:
-    zs, loads, drops = zip(*parts, strict=True)
-    return torch.stack(zs).sum(), torch.stack(loads), torch.stack(drops)
+def _summed(parts: list[list[Tensor]], ends_BT: Tensor | None) -> _Sums:
+    zs, loads, drops, spreads, distinct = (torch.stack(part) for part in zip(*parts, strict=True))
+    windows = torch.zeros_like(drops[0]) if ends_BT is None else ends_BT.sum()
+    return zs.sum(), loads, drops, spreads.sum(), distinct, windows
 
 
 def _losses(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@
 The bias changes the selection only and is updated by load, not by gradients (Wang et al. 2024, arXiv 2408.15664). The
 z-loss is the mean of logsumexp(W x)^2 (Zoph et al. 2022, arXiv 2202.08906, Eq. 5).
 
-N tokens, D d_model, E experts, F expert width, K experts per token, R rows.
+N tokens, D d_model, E experts, F expert width, K experts per token, R rows; B rows of T tokens of text, N = B * T.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moec.compiler.program import Role
 from moec.sources.decoder.config import MoeConfig
 from moec.training.dispatch import from_rows, plan, to_rows
 from moec.training.experts import Compute, expert_products
+from moec.training.locality import locality
 from moec.training.parts import GatedMlp, parameter
 from moec.training.rounding import Rounding, round_to_bfloat16
 
@@ -67,7 +68,7 @@ class Experts(nn.Module):
 
 
 class MoeBlock(nn.Module):
-    """Routed experts plus the shared expert. See `training/model.py` for `capacity_factor`."""
+    """Routed experts plus the shared expert. See `training/model.py` for `capacity_factor` and `local`."""
 
     expert_bias: Tensor | None
 
@@ -75,6 +76,7 @@ class MoeBlock(nn.Module):
         super().__init__()
         self.moe = moe
         self.capacity_factor: float | None = None
+        self.local = False
         self.exchange: Exchange | None = None
         self.router = Router(d_model, moe.experts)
         self.register_buffer("expert_bias", torch.zeros(moe.experts) if moe.selection_bias else None)
@@ -82,27 +84,26 @@ class MoeBlock(nn.Module):
         self.shared_expert = GatedMlp(d_model, moe.shared_width, Role.SHARED, rounding) if moe.shared_width else None
         self._stored = rounding is not None
 
-    @torch.no_grad()
-    def select(self, scores_NE: Tensor) -> Tensor:
-        """The experts of each token, int64 [N, K]: the highest scores, shifted by the bias."""
-        choice_NE = scores_NE
+    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(what experts are selected by, [N, E]; the selected ones, int64 [N, K]; combine weights, float32 [N, K])."""
+        scores_NE = values_NE = logits_NE.sigmoid()
         if self.expert_bias is not None:
-            choice_NE = scores_NE + (round_to_bfloat16(self.expert_bias) if self._stored else self.expert_bias)
-        return choice_NE.topk(self.moe.top_k, dim=-1).indices
-
-    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
-        """(indices int64 [N, K], combine weights float32 [N, K])."""
-        scores_NE = logits_NE.sigmoid()
-        indices_NK = self.select(scores_NE)
+            values_NE = scores_NE + (round_to_bfloat16(self.expert_bias) if self._stored else self.expert_bias)
+        indices_NK = values_NE.detach().topk(self.moe.top_k, dim=-1).indices
         weights_NK = scores_NE.gather(-1, indices_NK)
         if self.moe.normalize:
             weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
-        return indices_NK, weights_NK * self.moe.scale
+        return values_NE, indices_NK, weights_NK * self.moe.scale
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(y [N, D], sum of squared logsumexp [], load int64 [E], dropped pairs int64 [])."""
+    def forward(
+        self, x_ND: Tensor, ends_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(y [N, D], sum of squared logsumexp [], load int64 [E], dropped pairs int64 [], both sums of `locality`).
+
+        ends_BT: where windows of the text end (`window_ends`); without it the last two are 0.
+        """
         logits_NE = self.router(x_ND)
-        indices_NK, weights_NK = self.route(logits_NE)
+        values_NE, indices_NK, weights_NK = self.route(logits_NE)
         planned = plan(indices_NK, weights_NK, self.moe.experts, self.capacity_factor if self.training else None)
         rows_RD = to_rows(x_ND, planned)
         if self.exchange is None:
@@ -113,4 +114,8 @@ class MoeBlock(nn.Module):
         if self.shared_expert is not None:
             y_ND = y_ND + self.shared_expert(x_ND)
         z = logits_NE.logsumexp(-1).square().sum()
-        return y_ND, z, planned.load_E, planned.load_E.sum() - planned.counts_E.sum()
+        dropped = planned.load_E.sum() - planned.counts_E.sum()
+        if ends_BT is None:
+            return y_ND, z, planned.load_E, dropped, torch.zeros_like(z), torch.zeros_like(dropped)
+        spread, distinct = locality(values_NE, indices_NK, ends_BT, with_loss=self.local and self.training)
+        return y_ND, z, planned.load_E, dropped, spread, distinct

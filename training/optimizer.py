@@ -40,12 +40,12 @@ Groups = list[tuple[list[tuple[str, Parameter]], float]]
 
 
 def parameter_groups(model: TrainingDecoder, weight_decay: float) -> Groups:
-    """(named parameters, weight decay) of experts, of other matrices and of vectors, which do not decay.
+    """(named parameters that are trained, weight decay) of experts, of other matrices, of vectors, which do not decay.
 
     Experts are a group of their own: in many processes the others are sharded tensors, which do not mix with them.
     """
     experts = {id(p) for block in model.blocks for p in block.experts.parameters()}
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = (
         ([(n, p) for n, p in named if id(p) in experts], weight_decay),
         ([(n, p) for n, p in named if p.dim() > 1 and id(p) not in experts], weight_decay),
@@ -55,7 +55,10 @@ def parameter_groups(model: TrainingDecoder, weight_decay: float) -> Groups:
 
 
 class Updates:
-    """The optimizer of one stage. Moments exist from the start, so that a state has the same names at every step."""
+    """The optimizer of one stage. Moments exist from the start, so that a state has the same names at every step.
+
+    named: all weights, of which those with `requires_grad` are trained.
+    """
 
     def __init__(self, model: TrainingDecoder, stage: TrainingStage, world: World) -> None:
         self._stage, self._world = stage, world
@@ -70,7 +73,8 @@ class Updates:
             eps=settings.eps,
             fused=True,
         )
-        for _, p in named:
+        self._trained = [(name, p) for name, p in named if p.requires_grad]
+        for _, p in self._trained:
             self._adamw.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p),
@@ -79,9 +83,12 @@ class Updates:
         self.rate = 0.0
 
     def moments(self) -> dict[str, Tensor]:
-        """First and second moments by `NAME/first` and `NAME/second`: with the weights, the whole state."""
+        """First and second moments by `NAME/first` and `NAME/second`: with the weights, the whole state.
+
+        Of the weights that are trained alone: a stage of routers saves no moments of the others.
+        """
         found: dict[str, Tensor] = {}
-        for name, p in self.named:
+        for name, p in self._trained:
             found[f"{name}/first"] = self._adamw.state[p]["exp_avg"]
             found[f"{name}/second"] = self._adamw.state[p]["exp_avg_sq"]
         return found

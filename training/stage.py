@@ -21,9 +21,12 @@ from moec.compiler.spec.training import TrainingStage
 from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.shards import Corpus
 from moec.training.distillation import Teacher
+from moec.training.locality import WINDOW, window_ends
 from moec.training.model import Forward, TrainingDecoder
 from moec.training.optimizer import Updates, balance, bias_rate
 from moec.training.parallel import World, reshard, shared_state
+
+DISTINCT = f"distinct_per_{WINDOW}_tokens"  # the key of `distinct_experts` in metrics.jsonl
 
 
 def autocast(stage: TrainingStage, device: torch.device) -> AbstractContextManager[Any]:
@@ -53,6 +56,7 @@ class Trainer:
         self.updates = Updates(model, stage, world)
         self.done = 0  # steps
         model.set_capacity(stage.dispatch.capacity_factor)
+        model.set_local(stage.locality > 0)
 
     @property
     def tokens(self) -> int:
@@ -76,32 +80,38 @@ class Trainer:
         batch = self._batches.batch(self.done, world.rank, world.size)
         weight = max(1.0, float(world.total(batch.loss_mask_BT.sum())))
         positions = z_positions(self.model, stage)
+        local = self._locality_weight(batch)
         self.model.train()
         sums: Forward | None = None
         for piece in pieces(batch, stage):
             with autocast(stage, world.device):
                 out = self._forward(piece)
-            objective = self._objective(out, weight) + stage.z_loss * out.z / positions
+            objective = self._objective(out, weight) + stage.z_loss * out.z / positions + local * out.spread
             (objective * world.size).backward()  # gradients are averaged over processes
             sums = added(sums, out)
         assert sums is not None
         lm_loss = float(world.total(sums.nll)) / weight
         z_loss = float(world.total(sums.z)) / positions
+        spread = float(world.total(sums.spread))
+        distinct = distinct_experts(sums, world)
         load_LE, dropped_L = world.total(sums.load_LE), world.total(sums.dropped_L)
         norm = self.updates.norm()
         found = self._distilled(sums, weight, lm_loss)
-        loss = found.get("loss", lm_loss) + stage.z_loss * z_loss
+        loss = found.get("loss", lm_loss) + stage.z_loss * z_loss + local * spread
         require_finite("the loss", loss, stage, self.done + 1)
         require_finite("the gradient's norm", norm, stage, self.done + 1)
         self.done += 1
         self.updates.step(self.tokens, norm)
         if stage.balancing.kind == "bias" and load_LE.numel():
             balance(self.model, load_LE, bias_rate(stage.balancing, self.tokens, stage.tokens))
-        record = step_record(stage, self.done, lm_loss, z_loss, load_LE, dropped_L, rate=self.updates.rate, norm=norm)
-        if found:
-            record |= found | {"loss": loss}
-            if "kld" not in found:
-                del record["lm_loss"]  # which was not computed
+        record = step_record(
+            stage, self.done, lm_loss, z_loss, load_LE, dropped_L, distinct, rate=self.updates.rate, norm=norm
+        )
+        record |= found | {"loss": loss}
+        if stage.locality:
+            record["locality"] = local * spread / stage.locality
+        if found and "kld" not in found:
+            del record["lm_loss"]  # which was not computed
         return record
 
     def _forward(self, piece: Batch) -> Forward:
@@ -119,6 +129,13 @@ class Trainer:
         if wanted is None:
             return out.nll / weight
         return out.taught / weight + wanted.blocks * out.blocks / (self.stage.rows * self.stage.context)
+
+    def _locality_weight(self, batch: Batch) -> float:
+        """What the loss of locality, a sum over windows and layers, is multiplied by."""
+        if not self.stage.locality:
+            return 0.0
+        windows = int(self.world.total(window_ends(batch.documents_BT, batch.loss_mask_BT).sum()))
+        return self.stage.locality / max(1, windows * len(self.model.blocks))
 
     def _distilled(self, sums: Forward, weight: float, lm_loss: float) -> dict[str, float]:
         """What a stage that learns from a teacher records beside the rest; nothing for another."""
@@ -173,12 +190,13 @@ def step_record(
     z_loss: float,
     load_LE: Tensor,
     dropped_L: Tensor,
+    distinct: float | None,
     *,
     rate: float,
     norm: float,
 ) -> dict[str, Any]:
     """The line of metrics.jsonl behind `step` steps, without the speed."""
-    return {
+    record = {
         "stage": stage.name,
         "step": step,
         "tokens": step * stage.rows * stage.context,
@@ -190,13 +208,23 @@ def step_record(
         "dropped_fraction": float(dropped_L.sum()) / max(1, int(load_LE.sum())),
         "load_max_over_mean": [round(float(e.max() / e.float().mean()), 4) for e in load_LE] if load_LE.numel() else [],
     }
+    return record if distinct is None else record | {DISTINCT: distinct}
+
+
+def distinct_experts(sums: Forward, world: World) -> float | None:
+    """How many experts of a layer WINDOW tokens of a document use, in the mean over windows, layers and processes.
+
+    None where no document was as long, or the model is dense.
+    """
+    distinct_L, windows = world.total(sums.distinct_L), int(world.total(sums.windows))
+    return round(int(distinct_L.sum()) / (windows * len(distinct_L)), 4) if windows else None
 
 
 @torch.no_grad()
 def evaluate(model: TrainingDecoder, stage: TrainingStage, world: World, corpus: Corpus) -> dict[str, dict[str, Any]]:
-    """Held-out loss, accuracy and expert load by domain; domains without held-out text are left out."""
+    """Held-out loss, accuracy, expert load and locality by domain; domains without held-out text are left out."""
     model.eval()
-    found: dict[str, dict[str, Any]] = {"heldout": {}, "heldout_accuracy": {}, "expert_load": {}}
+    found: dict[str, dict[str, Any]] = {"heldout": {}, "heldout_accuracy": {}, "expert_load": {}, DISTINCT: {}}
     for domain in corpus.domains:
         if not corpus.shard(domain, "heldout").documents:
             continue
@@ -215,8 +243,10 @@ def evaluate(model: TrainingDecoder, stage: TrainingStage, world: World, corpus:
         found["heldout"][domain] = nll / max(1.0, weight)
         found["heldout_accuracy"][domain] = hits / max(1.0, weight)
         found["expert_load"][domain] = world.total(sums.load_LE).tolist()
+        if (distinct := distinct_experts(sums, world)) is not None:
+            found[DISTINCT][domain] = distinct
     reshard(model)
-    return found
+    return {key: value for key, value in found.items() if value or key != DISTINCT}
 
 
 def added(sums: Forward | None, out: Forward) -> Forward:

@@ -20,13 +20,14 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from moec.checkpoints import open_store
 from moec.compiler.errors import SpecError, UserError
 from moec.compiler.progress import Progress
 from moec.compiler.source import TOKENIZER
 from moec.compiler.spec import Spec
 from moec.compiler.spec.training import Training, TrainingStage
 from moec.sources.decoder.config import DecoderConfig
-from moec.sources.decoder.layout import weight_layout
+from moec.sources.decoder.layout import router_names, weight_layout
 from moec.sources.dense_decoder import open_dense_decoder
 from moec.training.checkpoints import (
     initial_weights,
@@ -104,9 +105,10 @@ class Plan:
         """run.json: everything that decides the numbers of a run, and what it ran with."""
         spec = self.spec.model_dump(mode="json")
         decides = copy.deepcopy({key: spec[key] for key in ("model", "quantization", "training")})
-        for stage in decides["training"]["stages"]:  # runs that began before there was a teacher had no such key
-            if stage["distillation"] is None:
-                del stage["distillation"]
+        for stage in decides["training"]["stages"]:  # runs that began before there were these had no such key
+            for key, default in (("distillation", None), ("locality", 0.0), ("trains", "all")):
+                if stage[key] == default:
+                    del stage[key]
         index = (self.corpus.folder / INDEX).read_bytes()
         versioned = _VERSIONED if self.backend == "torch" else (*_VERSIONED, self.backend)
         return {
@@ -156,9 +158,26 @@ def check(plan: Plan) -> None:
             )
         if stage.quantization == "from_spec":
             _check_rounding(plan, stage)
+        if plan.stage in (None, stage.name):
+            _check_routers(plan, stage)
     _check_distillation(plan)
     if plan.init is not None:
         _check_tokenizer(plan)
+
+
+def _check_routers(plan: Plan, stage: TrainingStage) -> None:
+    """What a stage asks of the routers: that there are some, a choice to make, and a backend that does it."""
+    asks = {"locality": stage.locality > 0, f"trains: {stage.trains}": stage.trains != "all"}
+    for key in (key for key, asked in asks.items() if asked):
+        place, moe = f"{plan.spec.name}: stage {stage.name}", plan.model.moe
+        if moe is None:
+            raise SpecError(f"has `{key}`, and the model has no routers", place=place, remedy="leave it out")
+        if key == "locality" and moe.top_k == moe.experts:
+            raise SpecError(
+                f"has `locality`, and every token uses all {moe.experts} experts", place=place, remedy="leave it out"
+            )
+        if plan.backend != "torch":
+            raise UserError(f"--backend {plan.backend} has no `{key}`", place=place, remedy="use --backend torch")
 
 
 def _check_distillation(plan: Plan) -> None:
@@ -288,6 +307,7 @@ class Run:
         if position is None or position.folder is None:  # else every weight is read from the state
             load_share(model, self._start(stage, finished), world)
             torch.manual_seed(stage_seed(plan.seed, stage.name))
+        model.set_trained(stage.trains)
         trainer = Trainer(model, stage, batches, world, self._teacher(stage))
         if position is None:
             position = self._begun(stage, finished)
@@ -348,6 +368,13 @@ class Run:
             return
         read = ", ".join(f"{domain} {epochs:.2f}" for domain, epochs in batches.epochs(stage.steps).items())
         where = f", continued behind step {done:,}" if done else ""
+        if stage.trains == "routers":
+            layout = weight_layout(self._plan.model)
+            trained = sum(layout[name].numel for name in router_names(self._plan.model))
+            total = sum(info.numel for info in layout.values())
+            self._progress.write(
+                f"{stage.name}: trains the routers, {trained:,} of {total:,} weights; the others stay as they are"
+            )
         self._progress.write(
             f"{stage.name}: {stage.steps:,} steps of {stage.rows * stage.context:,} tokens{where}; epochs of {read}"
         )
@@ -358,14 +385,24 @@ class Run:
 
     def _start(self, stage: TrainingStage, finished: tuple[StageResult, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that a stage begins with."""
+        folder = self._start_folder(stage, finished)
+        return (
+            initial_weights(self._plan.model, self._plan.seed)
+            if folder is None
+            else stored_weights(folder, self._plan.model)
+        )
+
+    def _start_folder(self, stage: TrainingStage, finished: tuple[StageResult, ...]) -> Path | None:
+        """The checkpoint that a stage begins with; None: none, but new weights."""
         plan, place = self._plan, self._plan.names.index(stage.name)
-        if not finished and plan.init is not None:
-            return stored_weights(plan.init, plan.model)
+        init = read_json(plan.out / RUN)["init"]  # which need not be named again for a run that is continued
+        if not finished and init is not None:
+            return Path(init)
         if place == 0:
-            return initial_weights(plan.model, plan.seed)
+            return None
         before = plan.names[place - 1]
         if finished and finished[-1].name == before:
-            return stored_weights(plan.out / finished[-1].checkpoint, plan.model)
+            return plan.out / finished[-1].checkpoint
         raise UserError(
             f"stage {stage.name} needs weights, and {before} has not been trained here",
             place=str(plan.out),
@@ -438,8 +475,9 @@ class Run:
         plan = self._plan
         tokens = stage.steps * stage.rows * stage.context
         result = StageResult(stage.name, stage.name, stage.steps, tokens, round(seconds, 3), heldout)
-        shares = {name: named[name].detach() for name in weight_layout(plan.model)}
-        weights = WholeWeights(model, shares, self._world)
+        start = None if stage.trains == "all" else self._start_folder(stage, position.finished)
+        names = list(weight_layout(plan.model)) if start is None else router_names(plan.model)
+        weights = WholeWeights(model, {name: named[name].detach() for name in names}, self._world)
         if self._world.main:
             write_checkpoint(
                 plan.out / result.checkpoint,
@@ -447,9 +485,10 @@ class Run:
                 weights,
                 tokenizer=plan.corpus.tokenizer_file,
                 rounding=plan.rounding(stage),
+                others=None if start is None else open_store(start, plan.model),
             )
         else:  # helps to put each weight together
-            for name in weight_layout(plan.model):
+            for name in names:
                 weights[name]
         kept = self._world.same(metrics.durable_bytes())
         self._store.save(

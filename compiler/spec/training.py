@@ -105,8 +105,18 @@ class TrainingStage(Section):
     dispatch: Dispatch = Dispatch()
     balancing: Balancing = Balancing()
     z_loss: Annotated[float, Field(ge=0, lt=1)] = 1e-4
+    locality: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+        default=0.0,
+        description="weight of the loss that lets neighbouring tokens share experts: the mean, over layers and every "
+        "16 tokens of a document, of the logarithm of how many experts they use, over as many as one token uses",
+    )
     precision: Literal["fp32", "bf16"] = "bf16"
     mixture: Mapping[str, Share] = Field(min_length=1)
+    trains: Literal["all", "routers"] = Field(
+        default="all",
+        description="routers: only router matrices and selection biases change; every other tensor of the stage's "
+        "checkpoint is, bit for bit, that of the checkpoint that it begins with",
+    )
     distillation: Distillation | None = Field(
         default=None, description="losses against a dense teacher, which `moec train --teacher` names"
     )
@@ -158,6 +168,13 @@ class TrainingStage(Section):
         if isinstance(mixture, Mapping) and mixture and all(value == 0 for value in mixture.values()):
             yield Fault(("mixture",), "every domain has share 0")
         quantization = raw.get("quantization", "none")
+        if type(context) is int and context < 16 and raw.get("locality", 0):
+            yield Fault(("locality",), f"is measured on 16 tokens, a row has {shown(context)}")
+        if quantization != "none" and raw.get("trains", "all") != "all":
+            yield Fault(
+                ("trains",),
+                "weights that are not trained stay as they are stored; write quantization: none, in sft or before",
+            )
         if raw.get("name") == "qat" and quantization == "none":
             yield Fault(("quantization",), "stage qat trains with rounding: write quantization: from_spec")
 

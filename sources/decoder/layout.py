@@ -85,6 +85,11 @@ def weight_layout(config: DecoderConfig) -> dict[str, WeightInfo]:
     return {info.name: info for info in infos}
 
 
+def router_names(config: DecoderConfig) -> list[str]:
+    """The weights that decide which experts a token selects: router matrices and selection biases."""
+    return [name for name, info in weight_layout(config).items() if info.role is Role.ROUTER]
+
+
 def _norm(name: str, width: int) -> WeightInfo:
     return WeightInfo(name, (width,), Role.NORM, "norms", ("d_model",))
 

@@ -81,7 +81,7 @@ def test_the_block_by_hand(
     wanted, load, dropped = by_hand(block, x, factor)
     parameters = [x, *block.parameters()]
     expected = torch.autograd.grad((wanted * upstream).sum(), parameters, allow_unused=True)
-    y, _, load_E, dropped_ = block(x)
+    y, _, load_E, dropped_, *_ = block(x)
     got = torch.autograd.grad((y * upstream).sum(), parameters, allow_unused=True)
     # fp32 sums of at most 40 terms of order one in another order
     torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-4)
@@ -188,7 +188,7 @@ def test_balancing_evens_the_load() -> None:
     after = block(x)[2].float()
     assert before.max() / before.mean() > 2
     assert after.max() / after.mean() < 1.1
-    indices, weights = block.route(block.router(x))
+    _, indices, weights = block.route(block.router(x))
     scores = block.router(x).sigmoid().gather(-1, indices)
     torch.testing.assert_close(weights, 2.5 * scores / scores.sum(-1, keepdim=True), atol=1e-6, rtol=1e-6)
 

@@ -33,6 +33,7 @@ STAGES = {
     "sft": SFT | EXACT,
     "qat": QAT | EXACT | {"tokens": 256 * 3},
     "int8": QAT | EXACT,
+    "routers": SFT | EXACT | {"trains": "routers", "locality": 0.3},
 }
 WEIGHTS_ONLY = INT4 | {"activations": "fp32", "kv_cache": "fp32"}
 
@@ -94,6 +95,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         "sft": tmp_path / "one-pretrain/pretrain",
         "qat": tmp_path / "one-sft/sft",
         "int8": tmp_path / "one-sft/sft",
+        "routers": tmp_path / "one-pretrain/pretrain",
     }
     for stage in STAGES:
         perform(job(tmp_path, f"one-{stage}", stage, init=start.get(stage)))
@@ -109,7 +111,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         ],
     )
     perform(job(tmp_path, "stopped-by-two", "pretrain", options={"resume": True}))
-    for stage in ("pretrain", "sft", "qat"):
+    for stage in ("pretrain", "sft", "qat", "routers"):
         assert_same_run(tmp_path / f"one-{stage}", tmp_path / f"two-{stage}")
     for x, y in zip(lines(tmp_path / "one-int8"), lines(tmp_path / "two-int8"), strict=True):
         if "loss" in x:  # a step of a code is 1/127 of a row's largest value, in one term of a product's 64

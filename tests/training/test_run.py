@@ -82,7 +82,7 @@ def test_metrics(whole: RunResult) -> None:
     for line in steps:
         assert set(line) == {
             "stage", "step", "tokens", "loss", "lm_loss", "z_loss", "lr", "grad_norm", "dropped_fraction",
-            "load_max_over_mean", "tokens_per_s",
+            "load_max_over_mean", "tokens_per_s", "distinct_per_16_tokens",
         }  # fmt: skip
         assert line["tokens"] == 256 * line["step"]
         assert line["loss"] == pytest.approx(line["lm_loss"] + 1e-4 * line["z_loss"], rel=1e-12)

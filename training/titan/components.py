@@ -23,7 +23,7 @@ from moec.compiler.spec.training import TrainingStage
 from moec.training.data.batches import Batch, Batches
 from moec.training.optimizer import balance, bias_rate, learning_rate
 from moec.training.parallel import World
-from moec.training.stage import pieces, require_finite, step_record, z_positions
+from moec.training.stage import distinct_experts, pieces, require_finite, step_record, z_positions
 from moec.training.state import Position, StateStore, state_read, state_written
 from moec.training.titan.model import TitanDecoder
 
@@ -119,6 +119,7 @@ class StepTotals:
     z_loss: float
     load_LE: Tensor
     dropped_L: Tensor
+    distinct: float | None
 
 
 class StepHooks:
@@ -149,6 +150,7 @@ class StepHooks:
             float(world.total(sums.z)) / z_positions(model, stage),
             world.total(sums.load_LE),
             world.total(sums.dropped_L),
+            distinct_experts(sums, world),
         )
         model.sums = None
         loss = self.totals.lm_loss + stage.z_loss * self.totals.z_loss
@@ -197,7 +199,15 @@ class StepMetrics(MetricsProcessor):
         require_finite("the gradient's norm", grad_norm, stage, step)
         (rate,) = {value for name, value in (extra_metrics or {}).items() if name.startswith("lr/")}
         self.record = step_record(
-            stage, step, totals.lm_loss, totals.z_loss, totals.load_LE, totals.dropped_L, rate=rate, norm=grad_norm
+            stage,
+            step,
+            totals.lm_loss,
+            totals.z_loss,
+            totals.load_LE,
+            totals.dropped_L,
+            totals.distinct,
+            rate=rate,
+            norm=grad_norm,
         )
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
