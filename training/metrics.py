@@ -1,9 +1,11 @@
 """The output of a run in progress: metrics.jsonl, TensorBoard events, and a live line.
 
 metrics.jsonl has one object a line. A training line: stage, step (from 1), tokens (of the stage), loss, lm_loss,
-z_loss, lr, grad_norm, tokens_per_s, dropped_fraction, load_max_over_mean (by layer), all of that very step. An
-evaluation: stage, step, tokens, heldout (loss by domain, nats per predicted token), heldout_accuracy, expert_load (by
-domain: [layer][expert], how many tokens selected it).
+z_loss, lr, grad_norm, tokens_per_s, dropped_fraction, load_max_over_mean (by layer), distinct_per_16_tokens (experts of
+a layer that 16 tokens of a document use, in the mean; absent where no document has so many), with a locality loss that
+(locality, nats), all of that very step. An evaluation: stage, step, tokens, heldout (loss by domain, nats per predicted
+token), heldout_accuracy, expert_load (by domain: [layer][expert], how many tokens selected it), distinct_per_16_tokens
+(by domain).
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.progress import Progress
+from moec.training.locality import WINDOW
 from moec.training.state import disk_faults
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
+DISTINCT = f"distinct_per_{WINDOW}_tokens"
 _EVERY = 30.0  # seconds between lines where none can be overwritten: a log
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from moec.compiler.errors import MissingExtra, UserError
 from moec.compiler.files import read_bytes
 from moec.training import report_figures as figures
+from moec.training.metrics import DISTINCT
 from moec.training.metrics import FILE as METRICS
 from moec.training.stages import RUN
 from moec.training.utilisation import divergence, entropy, frequencies, from_loads
@@ -128,6 +129,7 @@ def _content(run: Run) -> dict[str, Any]:
         "balance": figures.balance(run.steps, run.bounds, measured.get("control") or []) if moe else None,
         "balance_table": balance_table(run) if moe else [],
         "has_control": bool(measured.get("control")),
+        "locality": locality_table(run),
         "loads": figures.loads(even) if found else None,
         "utilisation": figures.utilisation(found[last]["domains"], np.asarray(found[last]["frequency"]), last)
         if last
@@ -196,6 +198,17 @@ def balance_table(run: Run) -> list[dict[str, Any]]:
         same = [s for s in run.steps if s["stage"] == "pretrain" and s["step"] in reached]
         where = f"pretrain, to step {max(reached)}"
         rows += [_balance(where, same), _balance(f"{where}, no balancing", control)]
+    return rows
+
+
+def locality_table(run: Run) -> list[dict[str, Any]]:
+    """By stage: the locality loss's weight, and distinct experts of 16 tokens of each domain, before and after."""
+    rows = []
+    for stage in run.bounds:
+        own = [line[DISTINCT] for line in run.evaluations if line["stage"] == stage and line.get(DISTINCT)]
+        if own:
+            spec = next(s for s in run.record["spec"]["training"]["stages"] if s["name"] == stage)
+            rows.append({"stage": stage, "weight": spec.get("locality", 0.0), "first": own[0], "last": own[-1]})
     return rows
 
 

@@ -21,12 +21,11 @@ from moec.compiler.spec.training import TrainingStage
 from moec.training.data.batches import Batch, Batches, heldout
 from moec.training.data.shards import Corpus
 from moec.training.distillation import Teacher
-from moec.training.locality import WINDOW, window_ends
+from moec.training.locality import window_ends
+from moec.training.metrics import DISTINCT
 from moec.training.model import Forward, TrainingDecoder
 from moec.training.optimizer import Updates, balance, bias_rate
 from moec.training.parallel import World, reshard, shared_state
-
-DISTINCT = f"distinct_per_{WINDOW}_tokens"  # the key of `distinct_experts` in metrics.jsonl
 
 
 def autocast(stage: TrainingStage, device: torch.device) -> AbstractContextManager[Any]:
@@ -212,7 +211,7 @@ def step_record(
 
 
 def distinct_experts(sums: Forward, world: World) -> float | None:
-    """How many experts of a layer WINDOW tokens of a document use, in the mean over windows, layers and processes.
+    """How many experts of a layer 16 tokens of a document use, in the mean over windows, layers and processes.
 
     None where no document was as long, or the model is dense.
     """

@@ -18,9 +18,9 @@ from moec.sources.decoder.layout import router_names
 from moec.training.checkpoints import write_checkpoint
 from moec.training.data.shards import Corpus, write_tokens
 from moec.training.locality import TAU, WINDOW, locality, window_ends
+from moec.training.metrics import DISTINCT
 from moec.training.rounding import Rounding
 from moec.training.run import train
-from moec.training.stage import DISTINCT
 from tests.training.parallel_worker import perform
 from tests.training.small import DENSE, INT4, MOE, STAGE, config_of, random_weights, spec_of
 

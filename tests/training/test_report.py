@@ -112,7 +112,8 @@ def folder(tmp_path: Path) -> Path:
             losses = dict.fromkeys(domains, 6.0 - step / 20) | {"web": 6.0}
             lines.append(
                 place | {"heldout": losses, "heldout_accuracy": dict.fromkeys(domains, 0.1), "expert_load": loads}
-            )
+                | ({"distinct_per_16_tokens": {"chat": 4.0 - step / 30, "web": 4.0}} if stage == "sft" else {})
+            )  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
@@ -151,6 +152,10 @@ def test_a_page_needs_nothing_and_says_what_is_missing(folder: Path) -> None:
     assert "Not measured for this run" in text
     assert "&lt;b&gt;2&lt;/b&gt;" in text  # what a record says is text
     assert "the loss did not fall at each of them for web" in text
+    assert re.search(
+        r"sft, locality 0.0.*<td>change</td><td class=\"n\">-25%</td><td class=\"n\">\+0%</td>", text, re.S
+    )
+    assert "pretrain, locality" not in text  # a run from before it was measured
 
 
 def test_what_was_measured_is_shown(folder: Path) -> None:
