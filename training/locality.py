@@ -11,12 +11,13 @@ is the logarithm of the number of experts that the window uses (the exponential 
 shares: Hill 1973) over the K that it needs at least. It is 0 where all tokens of the window select the same experts.
 The loss is the mean of S over windows and layers. Selections have no gradient; it is taken as if each were
 
-    q_te = K h_te / sum_e h_te,  h_te = sigmoid((v_te - b_t) / (TAU d_t)),
+    q_te = sigmoid((v_te - b_t) / (TAU d_t)),
 
 v_te what experts are selected by (score and bias), b_t the middle between the last that is selected and the first that
-is not, d_t the standard deviation of a token's v; b_t and d_t are constants. So S makes it likelier that a token
-selects what its neighbours selected and less likely that it selects anything else, most where a little decides; it
-does not move the level of a token's scores, and does not depend on their scale. Biases that balance the load over the
+is not, d_t the standard deviation of a token's v, a constant. As K experts are always selected, b_t follows the v_te so
+that sum_e q_te stays: db_t / dv_te = q'_te / sum_e q'_te. So S makes it likelier that a token selects what its
+neighbours selected and less likely that it selects anything else, most where a little decides; it does not move the
+level of a token's scores, and does not depend on their scale. Biases that balance the load over the
 corpus (`optimizer.balance`) keep the same experts from winning everywhere.
 
 Of published forms the nearest is ReMoE's (arXiv 2605.27081), which prefers recently selected experts.
@@ -84,10 +85,14 @@ def locality(values_NE: Tensor, indices_NK: Tensor, ends_BT: Tensor, *, with_los
 
 
 def _near(values_NE: Tensor, top_k: int) -> Tensor:
-    """q of the module's docstring: near 1 for what is selected, near 0 for what is not, `top_k` in sum. [N, E]."""
+    """q of the module's docstring: near 1 for what is selected, near 0 for what is not. [N, E]."""
     with torch.no_grad():
         best = values_NE.topk(top_k + 1, dim=-1).values
         border_N1 = best[:, top_k - 1 :].mean(dim=-1, keepdim=True)
         width_N1 = TAU * values_NE.std(dim=-1, keepdim=True).clamp(min=1e-12)
-    h_NE = ((values_NE - border_N1) / width_N1).sigmoid()
-    return top_k * h_NE / h_NE.sum(dim=-1, keepdim=True)
+        q_NE = ((values_NE - border_N1) / width_N1).sigmoid()
+        slope_NE = q_NE * (1 - q_NE)
+        share_NE = slope_NE / slope_NE.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    followed_N1 = (share_NE * values_NE).sum(dim=-1, keepdim=True)
+    border_N1 = border_N1 + (followed_N1 - followed_N1.detach())
+    return ((values_NE - border_N1) / width_N1).sigmoid()

@@ -90,8 +90,11 @@ def test_the_loss_and_its_gradient_by_hand(seed: int, experts: int, top_k: int) 
     v = values.detach().double().requires_grad_()
     best = v.detach().topk(top_k + 1).values
     border = (best[:, top_k - 1] + best[:, top_k]) / 2
-    h = ((v - border[:, None]) / (TAU * v.detach().std(-1, keepdim=True))).sigmoid()
-    q = top_k * h / h.sum(-1, keepdim=True)
+    width = TAU * v.detach().std(-1, keepdim=True)
+    q = ((v.detach() - border[:, None]) / width).sigmoid()
+    slope = q * (1 - q)
+    followed = (slope * v).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
+    q = q + slope * ((v - followed) - (v - followed).detach()) / width  # the line through q, whose slope is that of q
     chosen = torch.zeros(140, experts, dtype=torch.float64).scatter_(1, indices, 1.0)
     wanted, kinds, stand_in = 0.0, 0, torch.zeros((), dtype=torch.float64)
     for row, first in windows_of(documents, mask):
