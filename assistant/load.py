@@ -16,13 +16,21 @@ from moec.compiler.target import Session, target_of
 from moec.compiler.trust import trusting
 
 
-def load(artifact: Artifact | str | Path, *, trust: bool = False, memory_mb: int | None = None) -> Session:
+def load(
+    artifact: Artifact | str | Path,
+    *,
+    trust: bool = False,
+    memory_mb: int | None = None,
+    cache_aware: float | None = None,
+) -> Session:
     """Open an artifact (its folder is checked first) and load it with its target's runtime.
 
     memory_mb: the most memory of this process, in 10^6 bytes: routed experts are read as tokens choose them (xnnpack).
+    cache_aware: with such a budget, how much the router of a token that is run alone prefers experts in memory, as a
+    share (0 to 1) of the range of what it selects by: results then depend on what was decoded before.
     An MLIR artifact is code: TrustError unless `trust`. RunError for a budget that is too small, with the least.
     """
-    opened = (artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)).within(memory_mb)
+    opened = (artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)).within(memory_mb, cache_aware)
     with trusting(trust):
         session = target_of(opened).load(opened)
     if isinstance(session, SessionBase):

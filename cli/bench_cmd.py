@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.cli.memory import MemoryMb
+from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.compiler.errors import UserError
 
 
@@ -24,6 +24,7 @@ def bench_artifact(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
     memory_mb: MemoryMb = None,
+    cache_aware: CacheAware = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rates are medians over this many runs.")] = 3,
     tokens: Annotated[
         Path | None, typer.Option(help="A file of token ids as the prompt; default: ids spread over the vocabulary.")
@@ -40,7 +41,8 @@ def bench_artifact(
     from moec.compiler.target import target_of
     from moec.compiler.timing import BenchPlan
 
-    opened = Artifact.open(artifact).within(memory_mb)
+    opened = Artifact.open(artifact).within(memory_mb, cache_aware)
+    warn_of_preference(opened)
     room = opened.manifest.model.context
     starts = _contexts(context, room)
     ids = None if tokens is None else _token_ids(tokens)

@@ -26,7 +26,7 @@ from moec.cli.asking import (
     prefixes_in,
     show,
 )
-from moec.cli.memory import MemoryMb
+from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.sampling import (
     LogitBias,
     MinP,
@@ -87,6 +87,7 @@ def chat(
     stop: Stop = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
+    cache_aware: CacheAware = None,
     draft: Draft = None,
     prefix_cache: PrefixFolder = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
@@ -116,7 +117,8 @@ def chat(
     )
     limits = Limits(sampling, max_new_tokens, stop or ())
     format = format_of(json_schema, regex, grammar)
-    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
+    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
+    warn_of_preference(opened)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     # a template that is missing or faulty fails now, not at the first question
     assistant.chat_prompt([{"role": "user", "content": "?"}])

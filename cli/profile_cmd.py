@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.cli.memory import MemoryMb
+from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.compiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def profile(
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Cold processes for each prompt.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, max=256, help="Default: one per fast core.")] = None,
     memory_mb: MemoryMb = None,
+    cache_aware: CacheAware = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="One prompt that changes domain every 256 tokens.")] = False,
     warm: Annotated[int, typer.Option(min=0, help="Warm passes after each cold one; rates are of the last.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the profile here; - is stdout.")] = None,
@@ -68,9 +69,12 @@ def profile(
         raise UserError(
             "--memory-mb works on this machine only", remedy="compile with targets: {xnnpack: {memory_mb: N}}"
         )
+    if on_device and cache_aware is not None:
+        raise UserError("--cache-aware works on this machine only", remedy="leave it out")
     check_writable(json_file)
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
-    opened = Artifact.open(artifact).within(memory_mb)
+    opened = Artifact.open(artifact).within(memory_mb, cache_aware)
+    warn_of_preference(opened)
     target = target_of(opened)
     target.check_profiles(opened)
     runs = plan_runs(opened, settings)

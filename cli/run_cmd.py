@@ -22,7 +22,7 @@ from moec.cli.asking import (
     prefixes_in,
     show,
 )
-from moec.cli.memory import MemoryMb
+from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.sampling import (
     LogitBias,
     MinP,
@@ -82,6 +82,7 @@ def run_artifact(
     ] = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
+    cache_aware: CacheAware = None,
     draft: Draft = None,
     prefix_cache: PrefixFolder = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
@@ -129,7 +130,8 @@ def run_artifact(
     )
     limits = Limits(sampling, max_new_tokens, stop or (), logprobs)
     format = format_of(json_schema, regex, grammar)
-    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
+    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
+    warn_of_preference(opened)
     if ids is not None:
         return _run_ids(opened, prompt_ids, limits, as_json=as_json)
 

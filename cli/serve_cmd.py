@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moec.cli.asking import ChatTemplateFile, PrefixFolder, Threads, prefixes_in
-from moec.cli.memory import MemoryMb
+from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.trust import Trust
 from moec.compiler.errors import UserError
 
@@ -40,6 +40,7 @@ def serve(
     prefix_cache: PrefixFolder = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
+    cache_aware: CacheAware = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
@@ -65,7 +66,8 @@ def serve(
     from moec.assistant.server.app import Server, Settings
     from moec.compiler.artifact import Artifact
 
-    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb)
+    opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
+    warn_of_preference(opened)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.prefixes = prefixes_in(prefix_cache, opened)
     session = load(opened)

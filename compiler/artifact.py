@@ -155,10 +155,19 @@ class Manifest(_Record):
 class Artifact:
     """An artifact folder whose manifest was read and whose files have the right length and head."""
 
-    def __init__(self, folder: Path, manifest: Manifest, overrides: Mapping[str, Any] | None = None) -> None:
-        """`overrides`: options of the target for this session, in place of those the artifact was compiled with."""
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        cache_aware: float = 0.0,
+    ) -> None:
+        """`overrides`: options of the target for this session, in place of those the artifact was compiled with.
+        `cache_aware`: see `within`; an artifact cannot bring it, since results then depend on what ran before."""
         self.folder = folder
         self.manifest = manifest
+        self.cache_aware = cache_aware
         self._overrides = dict(overrides or {})
 
     def __repr__(self) -> str:
@@ -174,10 +183,21 @@ class Artifact:
         """The same artifact, run with this many threads (None: unchanged); RunError if its target takes no number."""
         return self._changed("threads", threads, "no number of threads", "--threads")
 
-    def within(self, memory_mb: int | None) -> Artifact:
-        """The same artifact, run within this many megabytes (10^6 bytes; None: unchanged); RunError if its target has
-        no memory budget."""
-        return self._changed("memory_mb", memory_mb, "no budget of memory", "--memory-mb")
+    def within(self, memory_mb: int | None, cache_aware: float | None = None) -> Artifact:
+        """The same artifact, run within this many megabytes (10^6 bytes; None: unchanged). RunError if its target has
+        no memory budget.
+
+        cache_aware: how much the router of a token that is run alone prefers experts in memory, as a share (0 to 1) of
+        the range of what it selects by; None: unchanged. RunError for another number, and for one without a budget."""
+        changed = self._changed("memory_mb", memory_mb, "no budget of memory", "--memory-mb")
+        if cache_aware is None:
+            return changed
+        if not 0 <= cache_aware <= 1:
+            raise RunError(f"cache-aware selection by {cache_aware}", remedy="give a number from 0 to 1")
+        if cache_aware and getattr(changed.options(), "memory_mb", None) is None:
+            what, remedy = "cache-aware selection needs a memory budget", "add --memory-mb N"
+            raise RunError(what, place=str(self.folder), remedy=remedy)
+        return Artifact(self.folder, self.manifest, changed._overrides, cache_aware=cache_aware)
 
     def _changed(self, option: str, value: int | None, what: str, flag: str) -> Artifact:
         if value is None:
@@ -185,7 +205,8 @@ class Artifact:
         target = self.manifest.target
         if option not in options_class(target).model_fields:
             raise RunError(f"artifacts for {target} take {what}", place=str(self.folder), remedy=f"leave {flag} out")
-        return Artifact(self.folder, self.manifest, {**self._overrides, option: value})
+        overrides = {**self._overrides, option: value}
+        return Artifact(self.folder, self.manifest, overrides, cache_aware=self.cache_aware)
 
     def options(self) -> TargetOptions:
         """The options that its spec gave its target; ArtifactError if they are damaged."""

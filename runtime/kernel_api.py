@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moec.compiler.errors import UserError
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 F32 = NDArray[np.float32]
 _TRANSPOSE = 1 << 4  # MOEC_AXIS_OUT on an f32 format, in moec_pack only
 

@@ -45,7 +45,7 @@ enum {
 MOEC_API const char* moec_last_error(void);
 
 // Changes when a signature, a packed layout or the MoE config table changes.
-#define MOEC_ABI_VERSION 3
+#define MOEC_ABI_VERSION 4
 MOEC_API int32_t moec_abi_version(void);
 
 typedef struct moec_in {
@@ -159,6 +159,11 @@ typedef struct moec_expert_source {
   const void* (*acquire)(void* user, int32_t expert, int32_t which);
   void (*release)(void* user, int32_t expert);
   void (*end)(void* user);  // after a `begin` that returned 1
+  // NULL, or asked before a call of one token is routed, on the calling thread: which of the layer's `experts` experts the
+  // router should prefer, flags[e] 1 or 0, valid until the call ends. Returns how much, from 0 (not at all; flags is not read)
+  // to 1: to what a preferred expert is selected by, so many times the difference between the token's largest and its least
+  // such value is added. The expert of the largest value is selected in any case. Weights are those of the router.
+  float (*preferred)(void* user, const void* w13, int64_t experts, const uint8_t** flags);
 } moec_expert_source;
 
 // For operators that this thread calls from now on; NULL: none. The source must live as long.

@@ -67,6 +67,9 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
     return static_cast<ExpertCache*>(user)->acquire(expert, which);
   };
   source_.release = [](void* user, int32_t expert) { static_cast<ExpertCache*>(user)->release(expert); };
+  source_.preferred = [](void* user, const void* w13, int64_t, const uint8_t** flags) {
+    return static_cast<ExpertCache*>(user)->preferred(w13, flags);
+  };
   source_.end = [](void* user) { static_cast<ExpertCache*>(user)->end(); };
   for (int i = 0; i < readers; ++i) readers_.emplace_back([this] { read_on(); });
 }
@@ -229,11 +232,53 @@ void ExpertCache::read_on() {
   }
 }
 
+void ExpertCache::prefer_resident(float share) {
+  std::lock_guard<std::mutex> call(call_);
+  const auto blocks = static_cast<int64_t>(blocks_.size());
+  share_ = share;
+  remembered_ = slots() / blocks * blocks;
+  place_.assign(experts_.size(), recent_.end());
+  near_.assign(experts_.size(), 0);
+}
+
+// Of the block of w13, whose call of one token comes next.
+float ExpertCache::preferred(const void* w13, const uint8_t** flags) {
+  if (share_ <= 0.0f) return 0.0f;
+  std::lock_guard<std::mutex> call(call_);
+  const auto same = [&](const ExpertBlock& block) { return block.address == w13; };
+  const auto block = std::find_if(blocks_.begin(), blocks_.end(), same);
+  if (block == blocks_.end()) return 0.0f;
+  alone_ = block - blocks_.begin();
+  *flags = near_.data() + first_[static_cast<size_t>(alone_)];
+  return share_;
+}
+
+void ExpertCache::remember(const int32_t* experts, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t index = first_[static_cast<size_t>(block_)] + experts[i];
+    auto& place = place_[static_cast<size_t>(index)];
+    if (place != recent_.end()) {
+      recent_.splice(recent_.begin(), recent_, place);
+      continue;
+    }
+    recent_.push_front(index);
+    place = recent_.begin();
+    near_[static_cast<size_t>(index)] = 1;
+    if (static_cast<int64_t>(recent_.size()) <= remembered_) continue;
+    const auto last = static_cast<size_t>(recent_.back());
+    recent_.pop_back();
+    place_[last] = recent_.end();
+    near_[last] = 0;
+  }
+}
+
 int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
   const auto same = [&](const ExpertBlock& block) { return block.address == w13; };
   const auto block = std::find_if(blocks_.begin(), blocks_.end(), same);
   if (block == blocks_.end()) return 0;
   call_.lock();
+  const bool alone = alone_ == block - blocks_.begin();
+  alone_ = -1;
   if (scratch_bytes > scratch_) {
     scratch_ = scratch_bytes;
     settle();
@@ -248,6 +293,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   fault_.clear();
   block_ = block - blocks_.begin();
   ++counts_.calls;
+  if (alone) remember(experts, count);
   const auto of = [&](int32_t expert) -> Expert& {
     return experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + expert)];
   };

@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -57,6 +58,14 @@ class ExpertCache {
   ExpertCache(const ExpertCache&) = delete;
   ExpertCache& operator=(const ExpertCache&) = delete;
 
+  // Cache-aware selection (Skliar et al. 2024, arXiv 2412.00099): from here on the router of a call of one token prefers the
+  // experts that are in memory by `share` of the range of its selection values (moec_kernel.h). In memory are, for this, those
+  // that a cache of as many slots as there are now, in whole layers, would hold had it seen nothing but calls of one token and
+  // given up the expert used longest ago: what is preferred then depends on these calls alone, not on how reads and threads
+  // fall out or how prompts were cut. One thread at a time may compute. To be called before the first call.
+  void prefer_resident(float share);
+  int64_t preferred_slots() const { return remembered_; }
+
   const moec_expert_source* source() const { return &source_; }
   int64_t slots() const;
   // `reserved` bytes besides the slots are part of the budget already. Memory in use beyond them takes slots away; with fewer
@@ -94,6 +103,8 @@ class ExpertCache {
     int half;
   };
 
+  float preferred(const void* w13, const uint8_t** flags);
+  void remember(const int32_t* experts, int64_t count);
   int32_t begin(const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
   const void* acquire(int32_t expert, int which);
   void release(int32_t expert);
@@ -132,6 +143,12 @@ class ExpertCache {
   bool stop_ = false;
   std::string fault_;
   ExpertCounts counts_;
+  float share_ = 0.0f;                                 // see prefer_resident
+  int64_t remembered_ = 0;
+  std::list<int64_t> recent_;                          // of experts_, at most `remembered_`, the one used last first
+  std::vector<std::list<int64_t>::iterator> place_;    // of each expert in recent_, else its end
+  std::vector<uint8_t> near_;                          // of each expert: 1 if it is in recent_
+  int64_t alone_ = -1;                                 // the block whose call of one token is about to begin
   moec_expert_source source_ = {};
   std::vector<std::thread> readers_;
 };

@@ -99,6 +99,7 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
   experts->reserve(static_cast<uint64_t>(kLeastScratch), least);
   memory_budget = bytes;
+  eviction = policy;
   return true;
 }
 
@@ -111,6 +112,22 @@ int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t evicti
     if (eviction != MOEC_EVICT_LRU && eviction != MOEC_EVICT_LFU) return model->fail("there is no such eviction policy");
     if (readers < 1 || readers > kMostReaders) return model->fail(text("%d readers: 1 .. %d", readers, kMostReaders));
     return model->limit_memory(bytes, static_cast<ExpertPolicy>(eviction), readers);
+  });
+  return ok ? 0 : -1;
+}
+
+int32_t moec_model_prefer_resident(moec_model* model, float share) {
+  if (!model) return -1;
+  std::lock_guard<std::mutex> lock(model->busy);
+  model->error.clear();
+  const bool ok = guarded(model, [&] {
+    if (!(share > 0.0f && share <= 1.0f))
+      return model->fail(text("a share of %g: above 0, at most 1", static_cast<double>(share)));
+    if (!model->experts || model->eviction != ExpertPolicy::kLru)
+      return model->fail("cache-aware selection needs a memory budget with eviction lru");
+    model->experts->prefer_resident(share);
+    model->info.exact = 0;  // a token alone may select other experts than among others
+    return true;
   });
   return ok ? 0 : -1;
 }
@@ -130,5 +147,6 @@ int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats) {
   stats->bytes_read = counts.bytes_read;
   stats->stalled_ns = counts.stalled_ns;
   stats->reading_ns = counts.reading_ns;
+  stats->preferred = model->experts->preferred_slots();
   return 0;
 }

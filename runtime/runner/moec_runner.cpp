@@ -38,6 +38,8 @@ const char kUsage[] =
     "  --memory-mb N      read routed experts as they are needed, so that the process stays within N million bytes\n"
     "  --eviction NAME    which expert is given up then: lru (default) or lfu\n"
     "  --readers N        threads that read then (default 4)\n"
+    "  --cache-aware X    prefer experts in memory then, by X (0 .. 1) of the range of a token's selection values: results\n"
+    "                     depend on what was decoded before\n"
     "  --drop-cache       first let the system forget the file, so that only what is used is read\n"
     "MOEC_ISA in the environment chooses the instruction set of the kernels (default: the best of this machine).\n"
     "example: moec_runner model.pte --prompt-length 512 --decode 64 --repeats 3\n";
@@ -46,6 +48,7 @@ struct Options {
   std::string model, tokens;
   int64_t prompt_length = 0, threads = 0, seed = 1, memory_mb = 0, readers = 4;
   int32_t eviction = MOEC_EVICT_LRU;
+  double cache_aware = 0.0;
   bool json = false, profile = false, drop_cache = false, help = false;
   BenchOptions bench;
   ProfileOptions points;
@@ -121,6 +124,12 @@ bool parse(int argc, char** argv, Options* o) {
       if (policy != "lru" && policy != "lfu") return fail("--eviction: not lru or lfu: " + policy);
       o->eviction = policy == "lfu" ? MOEC_EVICT_LFU : MOEC_EVICT_LRU;
       ++i;
+    } else if (name == "--cache-aware") {
+      char* end = nullptr;
+      o->cache_aware = next ? std::strtod(next, &end) : 0.0;
+      if (!next || end == next || *end != '\0' || !(o->cache_aware > 0.0 && o->cache_aware <= 1.0))
+        return fail(std::string("--cache-aware: not a number above 0, at most 1: ") + (next ? next : "nothing"));
+      ++i;
     } else if (name == "--tokens") {
       if (!next) return fail("--tokens: a file is missing");
       o->tokens = next;
@@ -132,6 +141,7 @@ bool parse(int argc, char** argv, Options* o) {
     }
   }
   if (o->model.empty()) return fail("no model given");
+  if (o->cache_aware > 0.0 && o->memory_mb == 0) return fail("--cache-aware needs --memory-mb");
   if (o->tokens.empty() == (o->prompt_length == 0)) return fail("give one of --tokens and --prompt-length");
   return true;
 }
@@ -177,11 +187,11 @@ std::string experts_json(const moec_expert_stats& e) {
   char text[400];
   std::snprintf(text, sizeof text,
                 ", \"experts\": {\"budget_mb\": %.1f, \"experts\": %lld, \"slots\": %lld, \"slot_bytes\": %lld, \"hits\": %lld, "
-                "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f}",
+                "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f, \"preferred\": %lld}",
                 static_cast<double>(e.budget) / 1e6, static_cast<long long>(e.experts), static_cast<long long>(e.slots),
                 static_cast<long long>(e.slot_bytes), static_cast<long long>(e.hits), static_cast<long long>(e.misses),
                 static_cast<long long>(e.bytes_read), static_cast<double>(e.stalled_ns) / 1e9,
-                static_cast<double>(e.reading_ns) / 1e9);
+                static_cast<double>(e.reading_ns) / 1e9, static_cast<long long>(e.preferred));
   return e.budget ? text : "";
 }
 
@@ -269,6 +279,10 @@ int run(int argc, char** argv) {
   }
   if (o.memory_mb > 0 &&
       moec_model_limit_memory(model.get(), o.memory_mb * 1'000'000, o.eviction, static_cast<int32_t>(o.readers)) != 0) {
+    fail(o.model + ": " + moec_model_error(model.get()));
+    return kUserError;
+  }
+  if (o.cache_aware > 0.0 && moec_model_prefer_resident(model.get(), static_cast<float>(o.cache_aware)) != 0) {
     fail(o.model + ": " + moec_model_error(model.get()));
     return kUserError;
   }

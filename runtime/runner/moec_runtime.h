@@ -112,6 +112,7 @@ typedef struct moec_expert_stats {
   int64_t bytes_read;
   int64_t stalled_ns;   // sum over threads that waited for a read
   int64_t reading_ns;   // sum over threads that read
+  int64_t preferred;    // experts that cache-aware selection takes to be in memory, at most; 0: it is off
 } moec_expert_stats;
 
 enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };
@@ -119,6 +120,13 @@ enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };
 // To be called before the first forward of a model. -1 if it has no routed experts, or if `bytes` is less than one token
 // needs; the reason gives the least. readers: threads that read, 1 .. 64.
 MOEC_RUNTIME_API int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t eviction, int32_t readers);
+// Cache-aware selection: where tokens are run one at a time, the router prefers experts that are in memory to others whose
+// selection values are at most `share` (above 0, at most 1) times the token's range of them larger. The best expert is selected
+// in any case, and weights stay those of the router. THE RESULTS OF SUCH CALLS THEN DEPEND ON THE CALLS BEFORE THEM, of all
+// sessions of the model; they are the same on any number of threads as long as moec_expert_stats.preferred is. Calls of several
+// tokens select as ever. After moec_model_limit_memory with MOEC_EVICT_LRU, before the first forward; moec_model_info.exact
+// becomes 0. 0, or -1.
+MOEC_RUNTIME_API int32_t moec_model_prefer_resident(moec_model* model, float share);
 MOEC_RUNTIME_API int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats);
 MOEC_RUNTIME_API int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats);  // of its model
 

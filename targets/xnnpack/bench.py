@@ -12,18 +12,17 @@ from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
 from moec.compiler.timing import BenchPlan
 from moec.runtime.native import runner_binary
-from moec.targets.xnnpack.memory import budget_arguments, remedy_for
-from moec.targets.xnnpack.options import Options
+from moec.targets.xnnpack.memory import remedy_for
 
 
-def bench(model: Path, plan: BenchPlan, progress: Progress, options: Options | None = None) -> dict[str, Any]:
+def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str] = ()) -> dict[str, Any]:
     """The report of `Target.bench`, one process for each context. RunError with the runner's reason when the model
-    refuses."""
+    refuses. budget: `budget_arguments`."""
     wanted: Sequence[int | None] = plan.contexts or (None,)
     reports = []
     with progress.stage("bench", len(wanted)) as step:
         for context in wanted:
-            reports.append(_run(model, plan, context, options))
+            reports.append(_run(model, plan, context, budget))
             step("" if context is None else f"from position {context}")
     first = reports[0]
     return {
@@ -48,7 +47,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress, options: Options | N
     }
 
 
-def _run(model: Path, plan: BenchPlan, context: int | None, options: Options | None) -> dict[str, Any]:
+def _run(model: Path, plan: BenchPlan, context: int | None, budget: Sequence[str]) -> dict[str, Any]:
     command = [str(runner_binary()), str(model), "--json", "--decode", str(plan.decode), "--repeats", str(plan.repeats)]
     given = None
     if plan.tokens is not None:
@@ -58,7 +57,7 @@ def _run(model: Path, plan: BenchPlan, context: int | None, options: Options | N
         command += ["--prompt-length", str(plan.prefill)]
     command += ["--context", str(context)] if context else []
     command += ["--threads", str(plan.threads)] if plan.threads else []
-    command += budget_arguments(options)
+    command += budget
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
     if done.returncode == 0:
         return dict(json.loads(done.stdout))

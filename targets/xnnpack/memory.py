@@ -15,17 +15,23 @@ EVICTIONS = ("lru", "lfu")  # as moec_runtime.h numbers them
 class ExpertCacheOptions:
     """eviction: which expert is given up, the one used longest ago ("lru") or least often ("lfu").
 
-    readers: threads that read, 1 to 64. RunError for other values.
+    readers: threads that read, 1 to 64. cache_aware: how much the router of a token that is run alone prefers experts
+    in memory, as a share (0 to 1) of the range of what it selects by; only with "lru". RunError for other values.
     """
 
     eviction: str = "lru"
     readers: int = 4
+    cache_aware: float = 0.0
 
     def __post_init__(self) -> None:
         if self.eviction not in EVICTIONS:
             raise RunError(f"there is no eviction policy {self.eviction!r}", remedy=f"one of {', '.join(EVICTIONS)}")
         if not 1 <= self.readers <= 64:
             raise RunError(f"{self.readers} readers", remedy="give a number from 1 to 64")
+        if not 0 <= self.cache_aware <= 1:
+            raise RunError(f"cache-aware selection by {self.cache_aware}", remedy="give a number from 0 to 1")
+        if self.cache_aware and self.eviction != "lru":
+            raise RunError(f"cache-aware selection with eviction {self.eviction}", remedy="use eviction lru")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class ExpertStats:
     """budget, slot_bytes, bytes_read: bytes. experts: of all layers; slots: of them that may be in memory.
 
     hits and misses: experts that a layer found in memory, and that had to be read. stalled_ns: the sum over threads
-    that waited for a read; reading_ns: the sum over threads that read.
+    that waited for a read; reading_ns: the sum over threads that read. preferred: experts that cache-aware selection
+    takes to be in memory, at most; 0: it is off.
     """
 
     budget: int
@@ -45,13 +52,15 @@ class ExpertStats:
     bytes_read: int
     stalled_ns: int
     reading_ns: int
+    preferred: int
 
 
-def budget_arguments(options: Options | None) -> list[str]:
-    """The runner's arguments for the budget of an artifact; none without one."""
+def budget_arguments(options: Options | None, cache_aware: float = 0.0) -> list[str]:
+    """The runner's arguments for the budget of an artifact and cache-aware selection; none without a budget."""
     if options is None or options.memory_mb is None:
         return []
-    return ["--memory-mb", str(options.memory_mb), "--eviction", options.eviction]
+    chosen = ["--memory-mb", str(options.memory_mb), "--eviction", options.eviction]
+    return [*chosen, "--cache-aware", repr(float(cache_aware))] if cache_aware else chosen
 
 
 def remedy_for(reason: str) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import RunError
 from moec.compiler.profile_request import Request
 from moec.runtime.native import runner_binary
-from moec.targets.xnnpack.memory import budget_arguments, remedy_for
-from moec.targets.xnnpack.options import Options
+from moec.targets.xnnpack.memory import remedy_for
 
 
 def arguments(request: Request, model: str, tokens: str) -> list[str]:
@@ -29,10 +29,13 @@ def arguments(request: Request, model: str, tokens: str) -> list[str]:
     return command
 
 
-def run(model: Path, request: Request, options: Options | None = None) -> dict[str, Any]:
-    """Run one request in a process of its own; the runner's JSON. RunError with its reason when it refuses."""
+def run(model: Path, request: Request, budget: Sequence[str] = ()) -> dict[str, Any]:
+    """Run one request in a process of its own; the runner's JSON. RunError with its reason when it refuses.
+
+    budget: `budget_arguments`.
+    """
     ids = " ".join(map(str, request.ids))
-    command = [str(runner_binary()), *arguments(request, str(model), "-"), *budget_arguments(options)]
+    command = [str(runner_binary()), *arguments(request, str(model), "-"), *budget]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=ids)
     return parsed(done.returncode, done.stdout, done.stderr)
 

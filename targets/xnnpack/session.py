@@ -73,6 +73,7 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_error": (ctypes.c_char_p, [handle]),
         "moec_model_get_info": (i32, [handle, ctypes.POINTER(_Info)]),
         "moec_model_limit_memory": (i32, [handle, i64, i32, i32]),
+        "moec_model_prefer_resident": (i32, [handle, ctypes.c_float]),
         "moec_session_expert_stats": (i32, [handle, ctypes.POINTER(_ExpertStats)]),
         "moec_model_eos_ids": (i64, [handle, _INT64S, i64]),
         "moec_model_forward": (i32, [handle, _INT64S, i64, i64, i32, _FLOATS, i64]),
@@ -152,7 +153,8 @@ class CpuSession(SessionBase):
         self.eos_ids = eos_ids
         self.rewinds = bool(info.rewinds)
         self._has_all = bool(info.has_all)
-        self.exact_calls = exact_calls and self._has_all
+        cache_aware = memory_mb is not None and experts is not None and experts.cache_aware > 0
+        self.exact_calls = exact_calls and self._has_all and not cache_aware
         self._prepare_traces()
 
     def _limit_memory(self, model: int, memory_mb: int, options: ExpertCacheOptions) -> None:
@@ -160,6 +162,8 @@ class CpuSession(SessionBase):
             raise RunError(f"a memory budget of {memory_mb} MB", remedy=f"give a number from 1 to {MAX_MEMORY_MB}")
         policy = EVICTIONS.index(options.eviction)
         if _runtime().moec_model_limit_memory(model, memory_mb * 1_000_000, policy, options.readers):
+            self._check_model(_runtime().moec_model_error(model).decode(errors="replace"))
+        if options.cache_aware and _runtime().moec_model_prefer_resident(model, options.cache_aware):
             self._check_model(_runtime().moec_model_error(model).decode(errors="replace"))
 
     def expert_stats(self) -> ExpertStats | None:

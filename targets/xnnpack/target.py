@@ -69,13 +69,17 @@ class XnnpackTarget(Target):
 
     def bench(self, artifact: Artifact, plan: BenchPlan, progress: Progress) -> dict[str, Any]:
         from moec.targets.xnnpack.bench import bench
+        from moec.targets.xnnpack.memory import budget_arguments
 
-        return bench(artifact.path("model.pte"), plan, progress, own_options(artifact.options(), Options))
+        budget = budget_arguments(own_options(artifact.options(), Options), artifact.cache_aware)
+        return bench(artifact.path("model.pte"), plan, progress, budget)
 
     def profile(self, artifact: Artifact, request: Any) -> dict[str, Any]:
+        from moec.targets.xnnpack.memory import budget_arguments
         from moec.targets.xnnpack.profiling import run
 
-        return run(artifact.path("model.pte"), request, own_options(artifact.options(), Options))
+        budget = budget_arguments(own_options(artifact.options(), Options), artifact.cache_aware)
+        return run(artifact.path("model.pte"), request, budget)
 
     def device(self, artifact: Artifact, serial: str | None, runner: Path | None, say: Say, *, dry_run: bool) -> Any:
         from moec.targets.xnnpack.android import Device
@@ -97,7 +101,7 @@ class XnnpackTarget(Target):
             float_activations=float_activations,
             artifact=manifest.contents,
             memory_mb=options.memory_mb,
-            experts=ExpertCacheOptions(options.eviction),
+            experts=ExpertCacheOptions(options.eviction, cache_aware=artifact.cache_aware),
             exact_calls=own_facts(artifact, XnnpackFacts).exact_calls,
         )
 

@@ -207,7 +207,7 @@ int32_t run(const moec_moe_args& a) {
   const int64_t chunk = moe_chunk_tokens(moe);
   for (int64_t i = 0; i < t; i += chunk) {
     const int64_t n = t - i < chunk ? t - i : chunk;
-    MOEC_RETURN_IF_ERROR(run_moe(moe, n, x + i * d, router_input + i * d, y + i * d, indices + i * k, weights + i * k));
+    MOEC_RETURN_IF_ERROR(run_moe(moe, n, t == 1, x + i * d, router_input + i * d, y + i * d, indices + i * k, weights + i * k));
   }
   if (trace_callback.load(std::memory_order_acquire)) {
     std::lock_guard<std::recursive_mutex> lock(trace_mutex);

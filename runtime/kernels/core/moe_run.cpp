@@ -87,6 +87,7 @@ struct Run {
   int32_t* hit = nullptr;       // experts with tokens, in the order of the work on them
   int32_t* uses = nullptr;      // [experts]: how often the matrices of hit[i] are acquired
   int64_t hits = 0;
+  Preference preference;        // of a call of one token
 
   int64_t count(int64_t e) const { return first[e + 1] - first[e]; }
 
@@ -113,7 +114,7 @@ struct Run {
 
   void route(int64_t token, int64_t n, float* logits, float* space) const {
     for (int64_t t = 0; t < n; ++t) {
-      route_token(isa, moe.routing, moe.experts, moe.top_k, logits + t * moe.experts, moe.selection_bias, space,
+      route_token(isa, moe.routing, moe.experts, moe.top_k, logits + t * moe.experts, moe.selection_bias, preference, space,
                   indices + (token + t) * moe.top_k, weights + (token + t) * moe.top_k);
     }
   }
@@ -561,10 +562,14 @@ thread_local const moec_expert_source* source = nullptr;
 
 const moec_expert_source* expert_source() { return source; }
 
-int32_t run_moe(const Moe& moe, int64_t tokens, const float* x, const float* router_input, float* y, int32_t* indices,
-                float* weights) {
+int32_t run_moe(const Moe& moe, int64_t tokens, bool alone, const float* x, const float* router_input, float* y,
+                int32_t* indices, float* weights) {
   if (tokens == 0) return MOEC_OK;
   Run run{kernels(), moe, workers(), tokens, tokens * moe.top_k, x, router_input, y, indices, weights};
+  if (alone && source && source->preferred) {
+    run.preference.share = source->preferred(source->user, moe.w13.data, moe.experts, &run.preference.flags);
+    if (!(run.preference.share > 0.0f)) run.preference.flags = nullptr;
+  }
   return run.pairs <= kNarrowPairsPerThread * run.threads ? run_narrow(run) : run_wide(run);
 }
 

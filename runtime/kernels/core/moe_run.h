@@ -39,9 +39,10 @@ struct Moe {
   }
 };
 
-// x, router_input, y [tokens, d]; indices, weights [tokens, top_k]. Fails only for want of memory.
-int32_t run_moe(const Moe& moe, int64_t tokens, const float* x, const float* router_input, float* y, int32_t* indices,
-                float* weights);
+// x, router_input, y [tokens, d]; indices, weights [tokens, top_k]. alone: one token is all that the operator was called with.
+// Fails only for want of memory, or for an expert that cannot be read.
+int32_t run_moe(const Moe& moe, int64_t tokens, bool alone, const float* x, const float* router_input, float* y,
+                int32_t* indices, float* weights);
 
 // Tokens that one call of run_moe may take: bounds its scratch memory.
 int64_t moe_chunk_tokens(const Moe& moe);

@@ -49,6 +49,8 @@ void top(const float* x, int64_t n, int64_t k, int32_t* indices) {
   }
 }
 
+constexpr float kLargest = std::numeric_limits<float>::max();
+
 // Overwrites the choices of all but the `keep` best groups. `space` holds groups + keep floats' worth of memory.
 void limit_to_groups(const Routing& how, int64_t experts, float* choice, float* space) {
   const int64_t size = experts / how.groups;
@@ -66,6 +68,45 @@ void limit_to_groups(const Routing& how, int64_t experts, float* choice, float* 
     bool kept = false;
     for (int64_t i = 0; i < how.keep; ++i) kept |= best[i] == g;
     for (int64_t i = 0; !kept && i < size; ++i) choice[g * size + i] = fill;
+  }
+}
+
+// As `top` of choice [experts], with a preference. `kept`: the groups that may be selected from; NULL: there are none.
+// `raised` [experts] is scratch.
+void top_preferred(const Routing& how, const Preference& preference, int64_t experts, int64_t top_k, const float* choice,
+                   const int32_t* kept, float* raised, int32_t* indices) {
+  const int64_t size = how.groups > 0 ? experts / how.groups : experts, parts = how.groups > 0 ? how.keep : 1;
+  float least = std::numeric_limits<float>::infinity(), most = -least;
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* const c = choice + (kept ? kept[part] : 0) * size;
+    for (int64_t i = 0; i < size; ++i) {
+      least = c[i] < least && c[i] >= -kLargest ? c[i] : least;
+      most = c[i] > most ? c[i] : most;
+    }
+  }
+  top(choice, experts, 1, indices);
+  const int32_t best = indices[0];
+  const float bonus = preference.share * (most - least);
+  std::memcpy(raised, choice, size_t(experts) * 4);
+  if (bonus > 0.0f && bonus <= kLargest) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = (kept ? kept[part] : 0) * size;
+      for (int64_t e = begin; e < begin + size; ++e) raised[e] += preference.flags[e] ? bonus : 0.0f;
+    }
+    raised[best] = std::numeric_limits<float>::infinity();
+  }
+  top(raised, experts, top_k, indices);
+  for (int64_t j = 1; j < top_k; ++j) {  // in the order of the router's own values
+    const int32_t e = indices[j];
+    const uint32_t r = rank(choice[e]);
+    int64_t place = j;
+    for (; place > 0; --place) {
+      const int32_t other = indices[place - 1];
+      const uint32_t q = rank(choice[other]);
+      if (q > r || (q == r && other < e)) break;
+      indices[place] = other;
+    }
+    indices[place] = e;
   }
 }
 
@@ -91,10 +132,11 @@ void near_weights(const Kernels& isa, float threshold, const float* logits, int6
 }  // namespace
 
 void route_token(const Kernels& isa, const Routing& how, int64_t experts, int64_t top_k, const float* logits,
-                 const float* selection_bias, float* scratch, int32_t* indices, float* weights) {
+                 const float* selection_bias, const Preference& preference, float* scratch, int32_t* indices, float* weights) {
   float* const scores = scratch;
   float* const choice = scores + experts;
-  float* const space = choice + experts;
+  float* const raised = choice + experts;
+  float* const space = raised + experts;
   const bool sparsemixer = how.score == Routing::kSparsemixer;
   if (how.after_topk || sparsemixer) {
     std::memcpy(scores, logits, size_t(experts) * 4);
@@ -105,7 +147,12 @@ void route_token(const Kernels& isa, const Routing& how, int64_t experts, int64_
   for (int64_t e = 0; e < experts; ++e) choice[e] = (on_logits ? logits[e] : scores[e]) + (selection_bias ? selection_bias[e] : 0.0f);
   if (on_logits) score(isa, how.score, choice, experts, choice);
   if (how.groups > 0) limit_to_groups(how, experts, choice, space);
-  top(choice, experts, top_k, indices);
+  if (preference.flags) {
+    const auto* const kept = how.groups > 0 ? reinterpret_cast<const int32_t*>(space + how.groups) : nullptr;
+    top_preferred(how, preference, experts, top_k, choice, kept, raised, indices);
+  } else {
+    top(choice, experts, top_k, indices);
+  }
   for (int64_t j = 0; j < top_k; ++j) weights[j] = scores[indices[j]];
   if (sparsemixer) near_weights(isa, how.threshold, scores, experts, indices, top_k, choice, weights);
   if (how.after_topk) score(isa, how.score, weights, top_k, weights);

@@ -147,6 +147,35 @@ class Model {
   std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
 };
 
+// The experts used last in calls of one token, at most as many as are remembered; each call's in ascending order.
+class Recent {
+ public:
+  explicit Recent(int64_t most) : most_(static_cast<size_t>(most)) {}
+
+  void call(size_t block, const std::vector<int32_t>& experts) {
+    for (const int32_t e : experts) {
+      used_.remove({block, e});
+      used_.push_back({block, e});
+    }
+    while (used_.size() > most_) used_.pop_front();
+  }
+
+  // What the cache says of a block's experts, when a call of one token of it comes next.
+  bool same(const ExpertCache& cache, size_t number, const ExpertBlock& block, float share) const {
+    const uint8_t* flags = nullptr;
+    if (cache.source()->preferred(cache.source()->user, block.address, block.experts, &flags) != share) return false;
+    for (int32_t e = 0; e < block.experts; ++e) {
+      const std::pair<size_t, int32_t> expert{number, e};
+      if ((std::find(used_.begin(), used_.end(), expert) != used_.end()) != (flags[e] == 1)) return false;
+    }
+    return true;
+  }
+
+ private:
+  size_t most_;
+  std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
+};
+
 void round_of(uint32_t seed) {
   std::mt19937 random(seed);
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
@@ -163,6 +192,10 @@ void round_of(uint32_t seed) {
   cache.reserve(0, least);
   const std::string where = "seed " + std::to_string(seed);
   Model model(std::min(slots, cache.experts()));
+  const bool aware = policy == ExpertPolicy::kLru && pick(0, 1);  // calls of one token say so first
+  if (aware) cache.prefer_resident(0.25f);
+  Recent recent(cache.preferred_slots());
+  expect(cache.preferred_slots() % static_cast<int64_t>(world.blocks.size()) == 0, where + ": not whole layers");
   int64_t asked = 0;
   bool right = true;
   for (int token = 0; token < 12; ++token) {
@@ -172,6 +205,10 @@ void round_of(uint32_t seed) {
       const std::vector<int32_t> experts = chosen(random, block, prompt ? pick(1, 24) : block.top_k);
       asked += static_cast<int64_t>(experts.size());
       const int reads = storage->reads;
+      if (aware && !prompt) {
+        expect(recent.same(cache, b, block, 0.25f), where + ": other experts are preferred");
+        recent.call(b, experts);
+      }
       expect(call(cache, block, experts, workers, units, &right), where + ": an expert was not given");
       // an expert of several units may be given up between them only where there is hardly a slot for each worker
       if (cache.slots() > workers)
@@ -213,6 +250,8 @@ void round_of(uint32_t seed) {
   int32_t one = 0;
   const moec_expert_source* source = cache.source();
   expect(source->begin(source->user, &one, &one, &one, 1, 0) == 0, where + ": an unknown block is taken");
+  const uint8_t* flags = nullptr;
+  expect(source->preferred(source->user, &one, 1, &flags) == 0.0f, where + ": an unknown block is preferred");
 }
 
 }  // namespace
