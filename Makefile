@@ -4,7 +4,7 @@
 #: TORCH_WHEEL   a wheel of torch of your own (file or address), installed as it is: the lock does not know its digest
 #: EXTRAS        optional dependencies of setup, TEST_EXTRAS those that only tests use (default: as in the Makefile)
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
-#: BENCH_ARGS    arguments for bench-*, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
+#: BENCH_ARGS    arguments for bench-*, gpu-check, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
 #: BASE          the revision that replay and kernel-revisions compare with
 #: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all)
 #: SEED          of the mutants that make fuzz makes (default: the time)
@@ -51,7 +51,8 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers bench-arm \
-  bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training replay kernel-revisions plan-accuracy paper-tables train-report \
+  bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training gpu-check \
+  replay kernel-revisions plan-accuracy paper-tables train-report \
   real-model clean distclean
 
 help: ## this list
@@ -191,6 +192,11 @@ real-model: setup ## the real model of tests and benches, as a transformers fold
 # how the experts are multiplied in training; give a quiet machine
 bench-training: $(INSTALLED) ## how the experts are multiplied in training
 	$(BIN)/python -W ignore bench/bench_training.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+# needs a GPU; BENCH_ARGS="--device cpu" tests the check itself. torchtitan comes with the extra titan
+gpu-check: setup ## on CUDA: training by both backends, NCCL on one rank, grouped GEMM, bf16, against the CPU; 8 minutes
+	$(call install,titan)
+	$(BIN)/python -W ignore bench/gpu_check.py --out $(BUILD)/gpu-check $(BENCH_ARGS)
 
 # corpus, four stages, controls, QAT against PTQ, tasks: continues where it was stopped; under an hour on two cores
 train-report: setup ## corpus, stages, controls and tasks of the training report; an hour on two cores

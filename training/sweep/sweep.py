@@ -297,16 +297,15 @@ class Sweep:
         for number, (point, seed) in enumerate(planned.runs, 1):
             if (point, seed) in done:
                 continue
-            correction = self._correction(done)
-            left = sum(planned.seconds[p.name] for p, s in planned.runs if (p, s) not in done) * correction
-            needed = planned.seconds[point.name] * correction
+            needed = planned.seconds[point.name] * self._correction(done)
             if waiting or (planned.asked.time is not None and spent + needed > planned.asked.time):
                 waiting.append((point.name, seed))
                 continue
             result = self._train(point, seed, f"{number}/{len(planned.runs)} {point.block}, seed {seed}")
             done[point, seed] = result
             spent += result.seconds
-            self._say(number, point, result, left - needed)
+            left = sum(planned.seconds[p.name] for p, s in planned.runs if (p, s) not in done)
+            self._say(number, point, result, left * self._correction(done))
             yield Swept(planned, tuple(done[run] for run in planned.runs if run in done), ())
         yield Swept(planned, tuple(done[run] for run in planned.runs if run in done), tuple(waiting))
 
@@ -366,9 +365,7 @@ class Sweep:
         if len({p.cell for p in planned.points}) > 1:
             where += f", d_model {point.d_model}, {point.tokens:,} tokens"
         how = f"held-out loss {result.loss:.4f}" if result.loss is not None else f"{result.status}: {result.message}"
-        self._progress.write(
-            f"{where}, seed {result.seed}: {how}, {clock(result.seconds)}; about {clock(max(0.0, left))} left"
-        )
+        self._progress.write(f"{where}, seed {result.seed}: {how}, {clock(result.seconds)}; about {clock(left)} left")
 
 
 class _Within(Progress):
