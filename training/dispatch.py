@@ -104,14 +104,14 @@ class _ToRows(torch.autograd.Function):
         grad_RD, plan = grads[0], ctx.plan
         if grad_RD.shape[0] == 0:
             return grad_RD.new_zeros(plan.slots_NK.shape[0], grad_RD.shape[1]), None
-        total_ND: Tensor | None = None
+        total_ND: Tensor | None = None  # in float32, however the rows' gradients are stored
         for k in range(plan.slots_NK.shape[1]):
             part_ND = grad_RD.index_select(0, plan.slots_NK[:, k])
             if plan.kept_NK is not None:
                 part_ND = part_ND.masked_fill_(~plan.kept_NK[:, k : k + 1], 0.0)
-            total_ND = part_ND if total_ND is None else total_ND.add_(part_ND)
+            total_ND = part_ND.float() if total_ND is None else total_ND.add_(part_ND)
         assert total_ND is not None
-        return total_ND, None
+        return total_ND.to(grad_RD.dtype), None
 
 
 class _FromRows(torch.autograd.Function):

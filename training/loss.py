@@ -113,21 +113,27 @@ class _TaughtLosses(torch.autograd.Function):
             for first in range(0, h_ND.shape[0], _ROWS):
                 part = slice(first, first + _ROWS)
                 h_CD, target_C1, mask_C1 = h_ND[part], targets_N[part].unsqueeze(1), mask_N[part].unsqueeze(1)
-                x_CV = F.linear(h_CD, head_VD).float()
-                p_CV = (F.linear(taught.h_ND[part], taught.head_VD).float() / t).log_softmax(-1)
-                q_CV = (x_CV / t).log_softmax(-1)
-                wanted_CV = p_CV.exp()
-                kld += ((wanted_CV * p_CV.sub_(q_CV)).sum(-1, keepdim=True) * mask_C1).sum() * t * t
-                grad_CV = q_CV.exp_().sub_(wanted_CV).mul_(taught.kl_weight * t)
-                nll_C1 = x_CV.logsumexp(-1, keepdim=True) - x_CV.gather(1, target_C1)
-                nll += (nll_C1 * mask_C1).sum()
+                x_CV, wanted_CV = F.linear(h_CD, head_VD).float(), F.linear(taught.h_ND[part], taught.head_VD).float()
+                lse_C1 = x_CV.logsumexp(-1, keepdim=True)
+                nll += ((lse_C1 - x_CV.gather(1, target_C1)) * mask_C1).sum()
+                soft_CV: Tensor | None = None
                 if taught.lm_weight:
-                    soft_CV = x_CV.softmax(-1)
+                    soft_CV = (x_CV - lse_C1).exp_()
                     soft_CV.scatter_(1, target_C1, soft_CV.gather(1, target_C1) - 1)
-                    grad_CV += soft_CV.mul_(taught.lm_weight)
-                grad_CV = grad_CV.mul_(mask_C1).to(h_ND.dtype)
-                grad_h[part] = grad_CV @ head_VD
-                grad_head += grad_CV.T @ h_CD
+                if t != 1.0:
+                    x_CV, wanted_CV = x_CV.div_(t), wanted_CV.div_(t)
+                    lse_C1 = x_CV.logsumexp(-1, keepdim=True)
+                # in place: a piece is hundreds of megabytes, and each pass over it counts
+                x_CV, p_CV = x_CV.sub_(lse_C1), wanted_CV.sub_(wanted_CV.logsumexp(-1, keepdim=True))  # logarithms
+                apart_CV = p_CV - x_CV
+                p_CV.exp_()
+                kld += (torch.linalg.vecdot(p_CV, apart_CV).unsqueeze(-1) * mask_C1).sum() * t * t
+                grad_CV = x_CV.exp_().sub_(p_CV).mul_(mask_C1 * (taught.kl_weight * t))
+                if soft_CV is not None:
+                    grad_CV.addcmul_(soft_CV, mask_C1, value=taught.lm_weight)
+                operand_CV = grad_CV.to(h_ND.dtype)
+                grad_h[part] = operand_CV @ head_VD
+                grad_head += operand_CV.T @ h_CD
         ctx.save_for_backward(grad_h, grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(nll, kld)
         return taught.lm_weight * nll + taught.kl_weight * kld, nll, kld

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from moec.compiler.program import Role
 from moec.sources.decoder.config import DecoderConfig
-from moec.sources.decoder.decoder import apply_rope
 from moec.sources.decoder.layout import router_names
 from moec.sources.decoder.rope import rope_tables
 from moec.training.experts import Compute
 from moec.training.locality import window_ends
 from moec.training.loss import Lesson, taught_losses, token_losses
 from moec.training.moe import MoeBlock
-from moec.training.parts import GatedMlp, Linear, RmsNorm, Weight
+from moec.training.parts import GatedMlp, Linear, RmsNorm, Weight, as_operand, rotate
 from moec.training.rounding import Rounding
 
 
@@ -73,15 +72,15 @@ class Attention(nn.Module):
         self._round_cache = rounding.cache if rounding else None
 
     def forward(self, x_BTD: Tensor, cos_BTQ: Tensor, sin_BTQ: Tensor, mask_B1TT: Tensor) -> Tensor:
-        x_BTD = _rounded(self._round_input, x_BTD)
+        x_BTD = as_operand(_rounded(self._round_input, x_BTD))
         q_BHTd = self._heads_first(self.q_proj(x_BTD), self.heads)
         k_BGTd = self._heads_first(self.k_proj(x_BTD), self.kv_heads)
         v_BGTd = self._heads_first(self.v_proj(x_BTD), self.kv_heads)
         # torch's attention on the CPU is faster in float32; elsewhere it takes the type of the products
         dtype = torch.float32 if x_BTD.device.type == "cpu" else v_BGTd.dtype
         # heads first, so that the angles [B, T, Q] broadcast over them
-        q_BHTd = apply_rope(q_BHTd, cos_BTQ, sin_BTQ, interleaved=self.interleaved)
-        k_BGTd = apply_rope(k_BGTd, cos_BTQ, sin_BTQ, interleaved=self.interleaved)
+        q_BHTd = rotate(q_BHTd, cos_BTQ, sin_BTQ, self.interleaved)
+        k_BGTd = rotate(k_BGTd, cos_BTQ, sin_BTQ, self.interleaved)
         if self.qk_norm:
             q_BHTd = F.rms_norm(q_BHTd, (self.head_dim,), eps=self.eps)
             k_BGTd = F.rms_norm(k_BGTd, (self.head_dim,), eps=self.eps)

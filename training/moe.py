@@ -21,7 +21,7 @@ from moec.sources.decoder.config import MoeConfig
 from moec.training.dispatch import from_rows, plan, to_rows
 from moec.training.experts import Compute, expert_products
 from moec.training.locality import locality
-from moec.training.parts import GatedMlp, parameter
+from moec.training.parts import GatedMlp, as_operand, parameter
 from moec.training.rounding import Rounding, round_to_bfloat16
 
 
@@ -105,14 +105,18 @@ class MoeBlock(nn.Module):
         logits_NE = self.router(x_ND)
         values_NE, indices_NK, weights_NK = self.route(logits_NE)
         planned = plan(indices_NK, weights_NK, self.moe.experts, self.capacity_factor if self.training else None)
-        rows_RD = to_rows(x_ND, planned)
+        if self._stored:  # experts round their rows in float32
+            rows_RD, shared_ND = to_rows(x_ND, planned), x_ND
+        else:
+            shared_ND = as_operand(x_ND)
+            rows_RD = to_rows(shared_ND, planned)
         if self.exchange is None:
             rows_RD = self.experts(rows_RD, planned.counts_E)
         else:
             rows_RD = self.exchange(self.experts, rows_RD, planned.counts_E)
         y_ND = from_rows(rows_RD, weights_NK, planned)
         if self.shared_expert is not None:
-            y_ND = y_ND + self.shared_expert(x_ND)
+            y_ND = y_ND + self.shared_expert(shared_ND)
         z = logits_NE.logsumexp(-1).square().sum()
         dropped = planned.load_E.sum() - planned.counts_E.sum()
         if ends_BT is None:
