@@ -15,6 +15,7 @@ from moec.compiler.program import Role
 from moec.compiler.spec import Spec
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.simulate import Reference
+from tests.variants import quick
 
 COMMON = {
     "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab_size": 300, "context": 80, "qk_norm": True,
@@ -82,7 +83,9 @@ def eager_logits(wanted: Spec, checkpoint: Path, prompt: list[int]) -> np.ndarra
 FLOAT = [("moe auto", MOE, {}), ("moe ours", MOE, OURS), ("dense auto", DENSE, {}), ("dense ours", DENSE, OURS)]
 
 
-@pytest.mark.parametrize(("name", "model", "kernels"), FLOAT, ids=[c[0] for c in FLOAT])
+@pytest.mark.parametrize(
+    ("name", "model", "kernels"), quick(FLOAT, ("moe auto", "dense ours")), ids=[c[0] for c in FLOAT]
+)
 def test_the_float_artifact_is_the_eager_model(tmp_path: Path, name: str, model: dict, kernels: dict) -> None:
     wanted = spec(model, "none", kernels)
     artifact, checkpoint = compiled(tmp_path, wanted)
@@ -109,7 +112,11 @@ QUANTIZED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "model", "scheme", "kernels", "qat"), QUANTIZED, ids=[c[0] for c in QUANTIZED])
+@pytest.mark.parametrize(
+    ("name", "model", "scheme", "kernels", "qat"),
+    quick(QUANTIZED, ("qat", "int4 along in", "float attention", "delegated", "dense")),
+    ids=[c[0] for c in QUANTIZED],
+)
 def test_the_quantized_artifact_computes_what_its_spec_says(
     tmp_path: Path, name: str, model: dict, scheme: dict, kernels: dict, qat: bool
 ) -> None:

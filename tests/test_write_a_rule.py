@@ -49,6 +49,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow  # four processes that import torch; the commands have tests of their own
 def test_the_chapter_works_as_printed(checkout: Path) -> None:
     printed = ""
     ran = 0

@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up(line: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["good"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_interrupted(line: Path, tmp_path: Path, sent: signal.Signals) -> None:
     """Stopped while it writes beside a good artifact: that one stands, and the next compile clears what is left."""
     shutil.copytree(line / "artifact", tmp_path / "good")

@@ -45,6 +45,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # runs the chapter's tests in a process of their own
 def test_the_chapter_works_as_printed(checkout: Path) -> None:
     done = run(checkout, [checkout / "src", checkout], "-m", "pytest", TEST)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

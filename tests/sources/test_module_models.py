@@ -21,6 +21,7 @@ from moec.passes.canonicalize import canonicalize
 from moec.passes.pipelines import fusion
 from moec.sources.module_model import ModuleStore, export_module_model, open_exported, open_python
 from tests.sources import own_models
+from tests.variants import quick
 
 pytestmark = pytest.mark.usefixtures("trusted")
 HERE = "tests.sources.own_models"
@@ -66,13 +67,13 @@ def sources(tmp_path: Path) -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("kind", ["python", "stateless", "exported"])
+@pytest.mark.parametrize("kind", quick(["python", "stateless", "exported"], ("exported",)))
 def test_float_artifact_equals_the_module(kind: str, tmp_path: Path) -> None:
     # the order of fp32 sums, on logits of order one
     np.testing.assert_allclose(logits(spec(sources(tmp_path)[kind]), tmp_path / "a"), expected(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["python", "exported"])
+@pytest.mark.parametrize("kind", quick(["python", "exported"], ("python",)))
 def test_its_artifact_is_verified_against_it(kind: str, tmp_path: Path) -> None:
     wanted = spec(sources(tmp_path)[kind], {"weights": "int4", "group_size": 32, "expert_group_axis": "in"})
     artifact = build.compile(wanted, out=tmp_path / "a").folder

@@ -65,8 +65,10 @@ def _tiny(folder: Path, **changes: Any) -> Artifact:
     "changes",
     [
         {},
-        {"quantization": "none"},  # XNNPACK computes float linears
-        {"targets": [{"xnnpack": {"kernels": {"attention": "xnnpack", "ffn": "xnnpack"}}}]},
+        pytest.param({"quantization": "none"}, marks=pytest.mark.slow),  # XNNPACK computes float linears
+        pytest.param(
+            {"targets": [{"xnnpack": {"kernels": {"attention": "xnnpack", "ffn": "xnnpack"}}}]}, marks=pytest.mark.slow
+        ),
     ],
     ids=["int4", "float", "delegated"],
 )

@@ -24,6 +24,7 @@ from moec.sources.random_checkpoint import save_random
 from moec.sources.transformers_config import auto_model, read_config
 from moec.sources.transformers_model import TransformersStore, export_transformers
 from tests.interpreter import Interpreter
+from tests.variants import quick
 
 transformers = pytest.importorskip(
     "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
@@ -80,8 +81,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int], int]] = {
     ),
 }  # fmt: skip
 
-# the layers of qwen3_next behind other projections: with the slow tests
-LIKE_NEXT = ("qwen3_5_text", "qwen3_5_moe_text")
+# the others hold the layers of these behind other projections
+FAST = ("lfm2", "lfm2_moe", "nemotron_h", "qwen3_next")
 
 
 def _saved(name: str, folder: Path, **changes: Any) -> Path:
@@ -105,7 +106,7 @@ def _ids(count: int = CONTEXT) -> torch.Tensor:
     return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", [pytest.param(f, marks=pytest.mark.slow if f in LIKE_NEXT else ()) for f in FAMILIES])
+@pytest.mark.parametrize("name", quick(FAMILIES, FAST))
 def test_fused_and_equal(name: str, tmp_path: Path) -> None:
     folder = _saved(name, tmp_path)
     program = _program(folder)
@@ -151,7 +152,7 @@ def test_artifact(name: str, tmp_path: Path) -> None:
     assert any(s["update"] == "shifted along 1" for s in states)
 
 
-@pytest.mark.parametrize("target", ["metal", "onnx", "mlir"])
+@pytest.mark.parametrize("target", quick(["metal", "onnx", "mlir"], ("onnx",)))
 def test_a_target_without_the_operator_names_the_layer(target: str, tmp_path: Path) -> None:
     folder = _saved("lfm2", tmp_path)
     raw = {"name": "tiny", "model": {"transformers": str(folder)}, "quantization": "none", "targets": {target: {}}}

@@ -13,6 +13,7 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.spec import Spec
 from tests.sources import field_checkpoints as field
+from tests.variants import quick
 
 transformers = pytest.importorskip(
     "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
@@ -46,7 +47,11 @@ def tables(artifact: Artifact) -> int:
     return sum(size for role, size in artifact.manifest.sizes_by_role.items() if role in ("embedding", "head"))
 
 
-@pytest.mark.parametrize(("quantization", "one"), [(INT4, INT4_TABLE), ("none", TABLE * 4)], ids=["int4", "float"])
+@pytest.mark.parametrize(
+    ("quantization", "one"),
+    [(INT4, INT4_TABLE), pytest.param("none", TABLE * 4, marks=pytest.mark.slow)],
+    ids=["int4", "float"],
+)
 def test_a_tied_table_is_stored_once(quantization: object, one: int, tmp_path: Path) -> None:
     tied = compiled(model(tmp_path / "tied", tied=True), tmp_path / "a", quantization)
     apart = compiled(model(tmp_path / "apart", tied=False), tmp_path / "b", quantization)
@@ -74,7 +79,10 @@ def _untie(folder: Path, change: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("change", "count"),
-    [("as saved", 1), ("only the head is stored", 1), ("both, equal", 1), ("both, different", 2)],
+    quick(
+        [("as saved", 1), ("only the head is stored", 1), ("both, equal", 1), ("both, different", 2)],
+        ("both, equal", "both, different"),
+    ),
 )
 def test_what_the_files_hold_decides(change: str, count: int, tmp_path: Path) -> None:
     """Logits equal transformers' own of the same folder; one table where they are one, two where they differ."""

@@ -30,6 +30,7 @@ from moec.targets.metal.options import Options
 from moec.targets.metal.session import MetalSession
 from tests.sources.test_transformers_families import COMMON, FAMILIES, _saved
 from tests.targets.metal_models import legal
+from tests.variants import quick
 
 # fp32 sums in another order: at most 4e-6 was seen on logits up to 4; a wrong formula gives differences above 1e-2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -37,10 +38,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 HALF = 2e-2
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f if f in ("deepseek_v3", "gpt_oss") else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)],
-)
+@pytest.mark.parametrize("name", quick(sorted(FAMILIES), ("gpt_oss",)))
 def test_family(name: str, tmp_path: Path) -> None:
     model_folder = tmp_path / "model"
     model_folder.mkdir()
@@ -84,7 +82,7 @@ def single() -> list[Pass]:
     return [p for p in fusion() if p.name != "fuse_attention"]
 
 
-@pytest.mark.parametrize("passes", [fusion, single])
+@pytest.mark.parametrize("passes", [fusion, pytest.param(single, marks=pytest.mark.slow)])
 def test_capped_scores(passes: Callable[[], list[Pass]], tmp_path: Path) -> None:
     """One operator, and single ones."""
     program = legal(run_passes(capped(tmp_path), passes()))

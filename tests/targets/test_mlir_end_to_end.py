@@ -23,6 +23,7 @@ from moec.targets.mlir import toolchain
 from moec.targets.mlir.functional import exported, signature_of
 from moec.targets.mlir.session import MlirSession
 from tests.interpreter import Interpreter
+from tests.variants import quick
 
 pytest.importorskip("torch_mlir", reason="needs the mlir extra: pip install 'moec[mlir]'")
 pytestmark = pytest.mark.usefixtures("trusted")  # programs that were compiled here
@@ -265,7 +266,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "quantization", "limit"), FORMS)
+@pytest.mark.parametrize(
+    ("model", "quantization", "limit"), quick(FORMS, ("int4-out", "int8", "dense-float", "rounded-out"))
+)
 def test_the_function_equals_the_program(model: Any, quantization: Any, limit: float, tmp_path: Path) -> None:
     """What is given to torch-mlir, run by torch with real weights: prefill and single steps over functional caches."""
     spec = Spec.model_validate(

@@ -26,6 +26,7 @@ from moec.compiler.spec import load_spec
 from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.sources.decoder.simulate import Reference
 from tests.tiny import TinyModels, tiny_text
+from tests.variants import quick
 
 DENSE = """
 name: dense-small
@@ -82,7 +83,7 @@ def logits_pair(folder: Path, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return got, Reference(spec.model, store, scheme).forward(ids).logits
 
 
-@pytest.mark.parametrize("form", ["moe", "dense", "untied"])
+@pytest.mark.parametrize("form", quick(["moe", "dense", "untied"], ("moe",)))
 def test_without_quantization_equals_the_eager_model(make: Make, form: str) -> None:
     folder = make(quantization="none", dense=form != "moe", tied=form != "untied")
     got, wanted = logits_pair(folder, 70)
@@ -122,8 +123,8 @@ def test_dense_with_a_sliding_window(make: Make, options: str, weights: str, tie
 @pytest.mark.parametrize(
     ("options", "quantization", "qat"),
     [
-        ("", "{weights: int4}", True),  # the shipped default: INT8 cache
-        ("kv_cache: fp32", "{weights: int4}", True),
+        pytest.param("", "{weights: int4}", True, marks=pytest.mark.slow),  # the shipped default: INT8 cache
+        pytest.param("kv_cache: fp32", "{weights: int4}", True, marks=pytest.mark.slow),
         ("flavour: ort", "{weights: int4, expert_group_axis: in}", False),
         ("", "none", False),
     ],

@@ -167,6 +167,7 @@ def test_several_sizes_are_of_one_measurement(
     assert load_spec(tmp_path / "of-90.yaml").quantization != load_spec(tmp_path / "of-0.2.yaml").quantization
 
 
+@pytest.mark.slow  # two searches
 def test_a_divergence_alone_gives_the_fewest_bytes(spec_file: Path, tmp_path: Path, moec: Moec) -> None:
     fine = chosen(moec, spec_file, "--target-size", 90, "--out", tmp_path / "fine.yaml")
     finest = float(fine["measured"]["kld"])  # type: ignore[index]
