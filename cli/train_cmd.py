@@ -56,6 +56,7 @@ def train_spec(
     loaded = load_spec(spec)
     import torch  # seconds, which a fault in the spec need not wait for
 
+    from moec.training.memory import keep_freed_memory
     from moec.training.run import BACKENDS, train
 
     chosen = next((name for name in BACKENDS if name == backend), None)
@@ -63,6 +64,7 @@ def train_spec(
         raise UserError(f"--backend {backend!r} is not known", remedy=f"use {' or '.join(BACKENDS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA that torch can use", remedy="use --device cpu")
+    keep_freed_memory()
     result = train(
         loaded,
         data=data,
