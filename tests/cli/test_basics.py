@@ -189,7 +189,9 @@ def test_an_interrupt_while_the_program_is_still_imported_is_no_traceback() -> N
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_leave_nothing_half_written(tmp_path: Path, sent: signal.Signals, status: int) -> None:
     """A checkpoint being synthesized over a good one: interrupted, the good one stands and no temporary is left."""
     out = tmp_path / "checkpoint"

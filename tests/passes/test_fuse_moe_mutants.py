@@ -1,6 +1,6 @@
 """Random mutants of graphs that fuse: each is refused, or computes what it computed before. None is miscompiled.
 
-MOEC_MUTANTS=N tries N edits of every graph (default 24); the seeds are fixed, so a failure comes back.
+MOEC_MUTANTS=N tries N edits of every graph (default 16); the seeds are fixed, so a failure comes back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.passes import hand_zoo, loop_zoo, moe_zoo
 from tests.passes.moe_zoo import Block
 from tests.passes.mutate import mutant
 
-COUNT = int(os.environ.get("MOEC_MUTANTS", "24"))
+COUNT = int(os.environ.get("MOEC_MUTANTS", "16"))
 # weights times this much: what a clamp or a mask hides at one size shows at another
 SIZES = (1.0, 4.0)
 # as tests/harness.py, relative to the largest value: the larger weights square and cube it

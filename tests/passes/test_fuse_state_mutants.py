@@ -3,7 +3,7 @@
 Each is refused, or computes what it computed before.
 
 A mutant has one or two edits in the graph around the state, or inside the step of a fold. MOEC_MUTANTS=N tries N edits
-of every graph (default 24); the seeds are fixed, so a failure comes back.
+of every graph (default 16); the seeds are fixed, so a failure comes back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.passes.mutate import EDITS, _reader, _recompute, mutant
 from tests.passes.state_zoo import Conv, Delta, Selective, zoo
 from tests.passes.test_fuse_attention import spelled
 
-COUNT = int(os.environ.get("MOEC_MUTANTS", "24"))
+COUNT = int(os.environ.get("MOEC_MUTANTS", "16"))
 TOLERANCE = 1e-4  # of the largest value, as tests/harness.py has it
 GRAPHS: dict[str, Callable[[], Program]] = {k.__name__: lambda k=k: zoo(k) for k in (Conv, Delta, Selective)}
 GRAPHS["Sinks"] = spelled

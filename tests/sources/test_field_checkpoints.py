@@ -352,8 +352,11 @@ def test_weights_that_are_not_finite(role: str, value: float, models: Models, tm
     assert PLACES[role].split(".experts.")[0] in said[0]
 
 
-@pytest.mark.parametrize("quantization", ["none", INT4])
-@pytest.mark.parametrize("role", ["norm", "expert", "embedding"])
+@pytest.mark.parametrize(
+    ("role", "quantization"),
+    [("norm", "none"), ("expert", INT4), ("embedding", INT4)],
+    ids=["norm", "expert", "embedding"],
+)
 def test_a_compile_refuses_what_is_not_finite(
     role: str, quantization: str, models: Models, moec: Moec, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from moec.targets.xnnpack.legalize_linear import pack_linears
 from moec.targets.xnnpack.options import Kernels, Options
 from tests.harness import VOCABULARY, check_equal, export_toy
 from tests.interpreter import Interpreter
+from tests.variants import quick
 
 ROPE = {"theta": 10000.0, "interleaved": True}
 COMMON = {"layers": 2, "d_model": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab_size": 300, "context": 40}
@@ -56,7 +57,9 @@ MODELS = {"moe": MOE, "dense": DENSE}
 CASES = [(f"{kind} {m}", MODELS[m], q) for m in MODELS for kind, q in (("float", "none"), ("int4", INT4))]
 
 
-@pytest.mark.parametrize(("name", "model", "quantization"), CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    ("name", "model", "quantization"), quick(CASES, ("float dense", "int4 moe")), ids=[c[0] for c in CASES]
+)
 def test_every_pass_keeps_what_is_computed(name: str, model: dict, quantization: object, tmp_path: Path) -> None:
     program = fused(model, quantization, tmp_path)
     before = logits(program)

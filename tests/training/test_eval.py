@@ -239,6 +239,7 @@ def test_two_folders_with_one_task_are_refused(checkpoint: Path, tasks: Path) ->
         evaluate(checkpoint, ["shipped_text"], include=[tasks, tasks])
 
 
+@pytest.mark.slow  # the same text twice, by kernels and by their simulation
 def test_an_artifact_scores_as_its_simulation(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
     """Kernels and simulation round alike; free runs drift by last bits (docs/verification.md)."""
     from moec.checkpoints import spec_from_config

@@ -116,7 +116,7 @@ def stored(program: Program) -> dict[str, Any]:
     return {n: w.stored.load() for n, w in program.weights.items() if w.stored is not None}
 
 
-@pytest.mark.parametrize(("model", "axis"), [("mixture", "in"), ("mixture", "out")])
+@pytest.mark.parametrize(("model", "axis"), [("mixture", "in"), pytest.param("mixture", "out", marks=pytest.mark.slow)])
 def test_scales_alone_change(
     model: str, axis: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

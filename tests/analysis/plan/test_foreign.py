@@ -13,6 +13,7 @@ from moec.compiler.architecture import Cache
 from moec.compiler.artifact import read_manifest
 from moec.compiler.spec import Spec, load_spec
 from moec.sources.transformers_source import TransformersModel
+from tests.variants import quick
 
 pytest.importorskip("transformers", reason="needs the transformers extra: pip install 'moec[transformers]'")
 
@@ -29,7 +30,7 @@ def spec_of(family: str, folder: Path, **changes: object) -> Spec:
     return spec.model_copy(update={"model": TransformersModel(transformers=folder)})
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", pytest.param("deepseek-v3", marks=pytest.mark.slow), "gpt-oss"])
+@pytest.mark.parametrize("family", quick(["qwen3-moe", "deepseek-v3", "gpt-oss"], ("gpt-oss",)))
 def test_memory_is_the_artifacts(family: str, tmp_path: Path) -> None:
     """Caches exactly: INT8 rows, keys and values of different widths with latent attention."""
     spec = spec_of(family, tmp_path / "model")
