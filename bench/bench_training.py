@@ -8,12 +8,14 @@ model; medians and the middle 80% over the rounds. Results: build/bench/training
     loop     one product an expert, over the stacked weights unbound once
     padded   every expert padded to the fullest, one bmm a projection
 
-The default chooses between the first two by the number of experts; each case says how far behind the best it is.
+The default chooses between the first two by the number of experts and the type; each case says how far behind the best
+it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -36,6 +38,7 @@ from moec.training.parallel import World
 from moec.training.stage import Trainer
 
 SPEC = Path(__file__).parent.parent / "specs/models/mobilemoe-nano.yaml"
+_INPUTS = 16  # of a layer: more than the default rounds
 
 # one layer, (experts, top_k, d_model, expert width, tokens): the nano model's, its finer and wider relatives
 LAYERS = {
@@ -75,10 +78,14 @@ def layer_case(shape: tuple[int, ...], compute: Compute, dtype: torch.dtype) -> 
     with torch.no_grad():
         for p in block.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    x = torch.randn(tokens, width, generator=generator, requires_grad=True)
+    # other tokens each time, so that experts get other numbers of rows, as they do in training
+    inputs = [torch.randn(tokens, width, generator=generator, requires_grad=True) for _ in range(_INPUTS)]
     upstream = torch.randn(tokens, width, generator=generator)
+    turn = itertools.count()
 
     def run() -> None:
+        x = inputs[next(turn) % _INPUTS]
+        x.grad = None
         block.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = block(x)[0]
@@ -141,7 +148,8 @@ def main() -> None:
     for title, make in ((title, make) for title, make in makers.items() if options.only in title):
         found = measure({name: make(name) for name in COMPUTES}, options.rounds)
         best = min(found, key=lambda name: found[name]["median_ms"])
-        default = chosen("auto", 60 if "60 experts" in title else 16, "cpu")
+        dtype = torch.bfloat16 if title.endswith("bf16") else torch.float32
+        default = chosen("auto", 60 if "60 experts" in title else 16, "cpu", dtype)
         behind = found[default]["median_ms"] / found[best]["median_ms"] - 1
         report["cases"][title] = {
             "contenders": found,

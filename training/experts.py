@@ -18,15 +18,15 @@ Rounding = Callable[[Tensor], Tensor]
 
 _ALIGNMENT = 16  # bytes that the rows of grouped_mm's operands must be a multiple of
 
+# experts up to which a loop is as fast on the CPU: in bfloat16 at 128 (not at 256), in float32 at 16 (not at 60)
+_FEW = {torch.bfloat16: 128, torch.float32: 32}
 
-_FEW = 32  # experts up to which a loop is at least as fast on the CPU; measured at 16 (loop) and 60 (grouped)
 
-
-def chosen(compute: Compute, experts: int, device: str) -> Compute:
-    """What `auto` stands for: the fastest by bench_training.py on the CPU, grouped on anything else."""
+def chosen(compute: Compute, experts: int, device: str, dtype: torch.dtype) -> Compute:
+    """What `auto` stands for: the faster of loop and grouped on the CPU, grouped on anything else."""
     if compute != "auto":
         return compute
-    return "loop" if device == "cpu" and experts <= _FEW else "grouped"
+    return "loop" if device == "cpu" and experts <= _FEW.get(dtype, 0) else "grouped"
 
 
 def expert_products(
@@ -50,7 +50,7 @@ def expert_products(
         h = F.silu(gate) * up
         return h if round_hidden is None else round_hidden(h)
 
-    compute = chosen(compute, counts_E.shape[0], rows_RD.device.type)
+    compute = chosen(compute, counts_E.shape[0], rows_RD.device.type, rows_RD.dtype)
     if compute == "padded":
         return _padded(rows_RD, counts_E, gate_up_ED2F, down_EFD, hidden)
     if compute == "loop" or not _aligned(rows_RD.element_size(), *gate_up_ED2F.shape[1:], *down_EFD.shape[1:]):
@@ -65,9 +65,24 @@ def _aligned(size: int, *widths: int) -> bool:
 
 
 def _loop(rows_RD: Tensor, counts_E: Tensor, up: Tensor, down: Tensor, hidden: Rounding) -> Tensor:
-    pieces = rows_RD.split(counts_E.tolist())
+    counts = counts_E.tolist()
+    pieces = rows_RD.split(counts)
+    if rows_RD.dtype == torch.bfloat16 and rows_RD.device.type == "cpu":
+        pieces = [F.pad(x, (0, 0, 0, few_shapes(len(x)) - len(x))) for x in pieces]
     # unbind once: indexing each expert would add a gradient of the whole stack for every one of them
-    return torch.cat([hidden(x @ u) @ d for x, u, d in zip(pieces, up.unbind(0), down.unbind(0), strict=True)])
+    products = [hidden(x @ u) @ d for x, u, d in zip(pieces, up.unbind(0), down.unbind(0), strict=True)]
+    return torch.cat([y[:count] for y, count in zip(products, counts, strict=True)])
+
+
+def few_shapes(rows: int) -> int:
+    """The number of rows that a product of `rows` rows is computed with: at most 16 or an eighth more.
+
+    On the CPU torch compiles a kernel for every shape of a product in bfloat16, which takes ten times as long as a
+    product of a small expert, and experts get another number of rows in every layer of every step. With eight sizes for
+    each power of two the kernels are there already.
+    """
+    step = max(16, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 def _padded(rows_RD: Tensor, counts_E: Tensor, up: Tensor, down: Tensor, hidden: Rounding) -> Tensor:

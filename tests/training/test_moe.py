@@ -15,7 +15,7 @@ from torch import Tensor
 from moec.compiler.spec.training import Balancing
 from moec.sources.decoder.config import MoeConfig
 from moec.training.dispatch import capacity, from_rows, plan, to_rows
-from moec.training.experts import COMPUTES, expert_products
+from moec.training.experts import COMPUTES, expert_products, few_shapes
 from moec.training.moe import MoeBlock
 from moec.training.optimizer import balance, bias_rate
 from tests.training.small import config_of, model_of, random_weights
@@ -140,6 +140,26 @@ def test_all_pairs_dropped_or_none_there() -> None:
         grads = torch.autograd.grad(y.sum(), (up, down))
         assert y.shape == (0, 4)
         assert all(g.abs().sum() == 0 for g in grads)
+
+
+def test_rounded_up_rows_change_nothing() -> None:
+    """In bfloat16 a loop computes more rows than there are: outputs and gradients are those of grouped products."""
+    counts, upstream = torch.tensor([0, 1, 16, 17, 700, 250]), torch.randn(984, 24, dtype=torch.bfloat16)
+    tensors = [torch.randn(s).bfloat16().requires_grad_() for s in ((984, 24), (6, 24, 32), (6, 16, 24))]
+    found = []
+    for compute in ("loop", "grouped"):
+        y = expert_products(compute, tensors[0], counts, tensors[1], tensors[2])
+        found.append([y, *torch.autograd.grad(y, tensors, upstream)])
+    for ours, theirs in ((a.detach(), b.detach()) for a, b in zip(*found, strict=True)):
+        # sums of the same products of bfloat16 in float32, in another order: a result may round to its neighbour
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7 * float(theirs.abs().max()))
+
+
+def test_few_shapes_are_few_and_near() -> None:
+    sizes = [few_shapes(rows) for rows in range(1, 100_001)]
+    assert all(0 <= size - rows <= max(15, rows / 8) for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 100
+    assert few_shapes(0) == 0
 
 
 def test_the_way_there_and_back_is_the_identity() -> None:

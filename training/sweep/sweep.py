@@ -78,7 +78,7 @@ class Planned:
     @property
     def warnings(self) -> list[str]:
         """What the user should know before it begins."""
-        slow = [p for p in self.points if p.config.moe is not None and not _grouped(p, self.device)]
+        slow = [p for p in self.points if p.config.moe is not None and not _grouped(p, self.device, self.stage)]
         found = []
         if slow:
             widths = ", ".join(sorted({str(p.config.moe.expert_width) for p in slow if p.config.moe}))
@@ -121,11 +121,12 @@ class Planned:
         return self.asked.spec.model_copy(update={"name": name, "model": point.config, "training": section})
 
 
-def _grouped(point: Point, device: str) -> bool:
+def _grouped(point: Point, device: str, stage: TrainingStage) -> bool:
     """Whether the experts are computed as `auto` wants them: where a loop is the faster way, it is no loss."""
     moe = point.config.moe
     assert moe is not None
-    wanted = chosen("auto", moe.experts, device) == "grouped"
+    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    wanted = chosen("auto", moe.experts, device, dtype) == "grouped"
     return not wanted or (moe.expert_width % MULTIPLE == 0 and point.d_model % MULTIPLE == 0)
 
 
