@@ -2,23 +2,25 @@
 
 A phone holds some of the experts in memory and reads the others when tokens select them, so what counts is not which
 experts a token selects but whether its neighbours select the same ones. A window is WINDOW consecutive tokens of one
-document. With c_te = 1 where token t selects expert e, one of K, and p_e = sum_t c_te / (K WINDOW) the share that the
-expert has of a window's selections,
+document. With c_te = 1 where token t selects expert e, one of K of E, p_e = sum_t c_te / (K WINDOW) the share that the
+expert has of a window's selections, and u_e its share of the selections of the last steps,
 
-    S = -sum_e p_e log p_e - log K
+    S = log(E / K) - sum_e p_e log(p_e / u_e)
 
-is the logarithm of the number of experts that the window uses (the exponential of an entropy counts kinds by their
-shares: Hill 1973) over the K that it needs at least. It is 0 where all tokens of the window select the same experts.
-The loss is the mean of S over windows and layers. Selections have no gradient; it is taken as if each were
+is small where windows select few experts and not those that others select: the mean of the sum over windows estimates
+the mutual information of place and expert. Without u, the entropy of p alone, routers collapse: K experts of a layer
+serve everything, however the load is balanced (tried: in ten steps). With even u, S is the logarithm of the number of
+experts that a window uses (the exponential of an entropy counts kinds by their shares: Hill 1973) over the K that it
+needs at least. The loss is the mean of S over windows and layers. Selections have no gradient; it is taken as if each
+were
 
     q_te = sigmoid((v_te - b_t) / (TAU d_t)),
 
 v_te what experts are selected by (score and bias), b_t the middle between the last that is selected and the first that
 is not, d_t the standard deviation of a token's v, a constant. As K experts are always selected, b_t follows the v_te so
 that sum_e q_te stays: db_t / dv_te = q'_te / sum_e q'_te. So S makes it likelier that a token selects what its
-neighbours selected and less likely that it selects anything else, most where a little decides; it does not move the
-level of a token's scores, and does not depend on their scale. Biases that balance the load over the
-corpus (`optimizer.balance`) keep the same experts from winning everywhere.
+neighbours selected more than others, and less likely that it selects anything else, most where a little decides; it
+does not move the level of a token's scores, and does not depend on their scale.
 
 Of published forms the nearest is ReMoE's (arXiv 2605.27081), which prefers recently selected experts.
 
@@ -55,10 +57,12 @@ def window_ends(documents_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return ends_BT
 
 
-def locality(values_NE: Tensor, indices_NK: Tensor, ends_BT: Tensor, *, with_loss: bool) -> tuple[Tensor, Tensor]:
+def locality(
+    values_NE: Tensor, indices_NK: Tensor, ends_BT: Tensor, usage_E: Tensor, *, with_loss: bool
+) -> tuple[Tensor, Tensor]:
     """(sum of S over windows, float32 [], 0 without `with_loss`; sum over windows of the experts they use, int64 []).
 
-    values_NE: what experts are selected by; indices_NK: the selected ones. Only `values_NE` has a gradient.
+    values_NE: what experts are selected by; indices_NK: the selected ones; usage_E: u. Only `values_NE` has a gradient.
     """
     (rows, tokens), experts = ends_BT.shape, values_NE.shape[-1]
     top_k = indices_NK.shape[-1]
@@ -77,9 +81,11 @@ def locality(values_NE: Tensor, indices_NK: Tensor, ends_BT: Tensor, *, with_los
             distinct = ((p_BEW > 0) & ended_B1W).sum()
             if not with_loss or top_k == experts:
                 return none, distinct
-            entropy = -(torch.xlogy(p_BEW, p_BEW) * ended_B1W).sum() - math.log(top_k) * ended_B1W.sum()
-            # of an expert that nobody in the window selected: as if half a selection were there
-            slope_BEW = -p_BEW.clamp(min=0.5 / (WINDOW * top_k)).log() * ended_B1W
+            least = 0.5 / (WINDOW * top_k)  # of an expert that nobody selected: as if half a selection were there
+            log_usage_E1 = usage_E.float().clamp(min=least).log().unsqueeze(1)
+            apart = ((torch.xlogy(p_BEW, p_BEW) - p_BEW * log_usage_E1) * ended_B1W).sum()
+            entropy = math.log(experts / top_k) * ended_B1W.sum() - apart
+            slope_BEW = (log_usage_E1 - p_BEW.clamp(min=least).log()) * ended_B1W
         stand_in = (windows(_near(values_NE.float(), top_k)) * slope_BEW).sum() / top_k
         return entropy + (stand_in - stand_in.detach()), distinct
 

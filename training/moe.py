@@ -71,6 +71,7 @@ class MoeBlock(nn.Module):
     """Routed experts plus the shared expert. See `training/model.py` for `capacity_factor` and `local`."""
 
     expert_bias: Tensor | None
+    usage: Tensor
 
     def __init__(self, d_model: int, moe: MoeConfig, rounding: Rounding | None, compute: Compute) -> None:
         super().__init__()
@@ -80,6 +81,8 @@ class MoeBlock(nn.Module):
         self.exchange: Exchange | None = None
         self.router = Router(d_model, moe.experts)
         self.register_buffer("expert_bias", torch.zeros(moe.experts) if moe.selection_bias else None)
+        # the experts' shares of the selections of the last steps; a state of training with a loss of locality
+        self.register_buffer("usage", torch.full((moe.experts,), 1 / moe.experts), persistent=False)
         self.experts = Experts(d_model, moe, rounding, compute)
         self.shared_expert = GatedMlp(d_model, moe.shared_width, Role.SHARED, rounding) if moe.shared_width else None
         self._stored = rounding is not None
@@ -121,5 +124,5 @@ class MoeBlock(nn.Module):
         dropped = planned.load_E.sum() - planned.counts_E.sum()
         if ends_BT is None:
             return y_ND, z, planned.load_E, dropped, torch.zeros_like(z), torch.zeros_like(dropped)
-        spread, distinct = locality(values_NE, indices_NK, ends_BT, with_loss=self.local and self.training)
+        spread, distinct = locality(values_NE, indices_NK, ends_BT, self.usage, with_loss=self.local and self.training)
         return y_ND, z, planned.load_E, dropped, spread, distinct

@@ -139,3 +139,10 @@ def balance(model: TrainingDecoder, load_LE: Tensor, rate: float) -> None:
     for block, load_E in zip(model.blocks, load_LE.float(), strict=True):
         if block.expert_bias is not None:
             block.expert_bias += rate * torch.sign(load_E.mean() - load_E)
+
+
+@torch.no_grad()
+def follow_usage(model: TrainingDecoder, load_LE: Tensor) -> None:
+    """The experts' shares of the selections of about the last five steps, for the loss of locality."""
+    for block, load_E in zip(model.blocks, load_LE.float(), strict=True):
+        block.usage.lerp_(load_E.to(block.usage.device) / load_E.sum().clamp(min=1), 0.2)

@@ -24,7 +24,7 @@ from moec.training.distillation import Teacher
 from moec.training.locality import window_ends
 from moec.training.metrics import DISTINCT
 from moec.training.model import Forward, TrainingDecoder
-from moec.training.optimizer import Updates, balance, bias_rate
+from moec.training.optimizer import Updates, balance, bias_rate, follow_usage
 from moec.training.parallel import World, reshard, shared_state
 
 
@@ -64,7 +64,8 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a state must hold, by name; loading into these tensors restores it."""
         found: dict[str, Tensor] = dict(self.updates.named)
-        found |= {name: value for name, value in self.model.named_buffers() if name.endswith("expert_bias")}
+        kept = ("expert_bias", "usage") if self.stage.locality else ("expert_bias",)
+        found |= {name: value for name, value in self.model.named_buffers() if name.endswith(kept)}
         found |= self.updates.moments()
         return shared_state(self.model, self.world, {name: value.detach() for name, value in found.items()})
 
@@ -103,6 +104,8 @@ class Trainer:
         self.updates.step(self.tokens, norm)
         if stage.balancing.kind == "bias" and load_LE.numel():
             balance(self.model, load_LE, bias_rate(stage.balancing, self.tokens, stage.tokens))
+        if stage.locality:
+            follow_usage(self.model, load_LE)
         record = step_record(
             stage, self.done, lm_loss, z_loss, load_LE, dropped_L, distinct, rate=self.updates.rate, norm=norm
         )

@@ -107,8 +107,8 @@ class TrainingStage(Section):
     z_loss: Annotated[float, Field(ge=0, lt=1)] = 1e-4
     locality: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         default=0.0,
-        description="weight of the loss that lets neighbouring tokens share experts: the mean, over layers and every "
-        "16 tokens of a document, of the logarithm of how many experts they use, over as many as one token uses",
+        description="weight of the loss that lets neighbouring tokens share experts: over all 16 tokens of a document, "
+        "how little the experts that they use differ from what all text uses (training/locality.py)",
     )
     precision: Literal["fp32", "bf16"] = "bf16"
     mixture: Mapping[str, Share] = Field(min_length=1)

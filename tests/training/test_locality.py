@@ -84,7 +84,9 @@ def test_the_loss_and_its_gradient_by_hand(seed: int, experts: int, top_k: int) 
     documents, mask = randomly(seed, 2, 70)
     values = torch.randn(140, experts, generator=generator).cumsum(0).mul(0.02).requires_grad_()
     indices = values.topk(top_k).indices
-    spread, distinct = locality(values, indices, window_ends(documents, mask), with_loss=True)
+    usage = torch.rand(experts, generator=generator).add(0.1)
+    usage /= usage.sum()
+    spread, distinct = locality(values, indices, window_ends(documents, mask), usage, with_loss=True)
     (gradient,) = torch.autograd.grad(spread, values)
 
     v = values.detach().double().requires_grad_()
@@ -101,9 +103,12 @@ def test_the_loss_and_its_gradient_by_hand(seed: int, experts: int, top_k: int) 
         part = slice(row * 70 + first, row * 70 + first + WINDOW)
         p = chosen[part].sum(0) / (top_k * WINDOW)
         kinds += int((p > 0).sum())
-        wanted += -sum(float(x) * math.log(x) for x in p if x > 0) - math.log(top_k)
         floor = 0.5 / (top_k * WINDOW)
-        stand_in = stand_in + (q[part].sum(0) / (top_k * WINDOW) * -p.clamp(min=floor).log()).sum()
+        u = usage.double().clamp(min=floor)
+        wanted += math.log(experts / top_k) - sum(
+            float(x) * math.log(x / y) for x, y in zip(p, u, strict=True) if x > 0
+        )
+        stand_in = stand_in - (q[part].sum(0) / (top_k * WINDOW) * (p.clamp(min=floor) / u).log()).sum()
     assert int(distinct) == kinds
     # float32 sums of some thousand terms below one
     assert float(spread.detach()) == pytest.approx(wanted, rel=1e-5, abs=1e-4)
@@ -113,7 +118,7 @@ def test_the_loss_and_its_gradient_by_hand(seed: int, experts: int, top_k: int) 
     )  # never the level of a token's scores
     # in steps that do not depend on the scale of the scores
     scaled = (values.detach() * 100).requires_grad_()
-    again, _ = locality(scaled, indices, window_ends(documents, mask), with_loss=True)
+    again, _ = locality(scaled, indices, window_ends(documents, mask), usage, with_loss=True)
     (small,) = torch.autograd.grad(again, scaled)
     torch.testing.assert_close(small * 100, gradient, rtol=1e-3, atol=1e-4)
 
@@ -121,10 +126,14 @@ def test_the_loss_and_its_gradient_by_hand(seed: int, experts: int, top_k: int) 
 def test_tokens_that_select_alike_have_no_loss_and_no_expert_left_out_has_one() -> None:
     ends = window_ends(torch.zeros(1, 40, dtype=torch.int32), torch.ones(1, 40))
     values = torch.linspace(0, 1, 6).expand(40, 6)
-    spread, distinct = locality(values, values.topk(2).indices, ends, with_loss=True)
+    even, same = torch.full((6,), 1 / 6), torch.tensor([0, 0, 0, 0, 0.5, 0.5])
+    spread, distinct = locality(values, values.topk(2).indices, ends, even, with_loss=True)
     assert float(spread) == pytest.approx(0, abs=1e-5)
     assert int(distinct) == 2 * int(ends.sum())
-    spread, distinct = locality(values, values.topk(6).indices, ends, with_loss=True)  # every token uses all
+    # where all text uses these two, there is nothing to gain: the routers have collapsed
+    spread, _ = locality(values, values.topk(2).indices, ends, same, with_loss=True)
+    assert float(spread) == pytest.approx(math.log(3) * int(ends.sum()), rel=1e-5)
+    spread, distinct = locality(values, values.topk(6).indices, ends, even, with_loss=True)  # every token uses all
     assert float(spread) == 0
     assert int(distinct) == 6 * int(ends.sum())
 
@@ -136,7 +145,7 @@ def test_nothing_crosses_a_document() -> None:
     gradients = []
     for other in (values.detach()[:20], torch.randn(20, 7)):
         whole = torch.cat([other, values[20:]])
-        spread, _ = locality(whole, whole.topk(2).indices, ends, with_loss=True)
+        spread, _ = locality(whole, whole.topk(2).indices, ends, torch.full((7,), 1 / 7), with_loss=True)
         gradients.append(torch.autograd.grad(spread, values)[0][20:])
     assert torch.equal(*gradients)
 
