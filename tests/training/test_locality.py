@@ -25,7 +25,7 @@ from tests.training.parallel_worker import perform
 from tests.training.small import DENSE, INT4, MOE, STAGE, config_of, random_weights, spec_of
 
 LOCAL: dict[str, Any] = STAGE | {
-    "name": "sft", "tokens": 512 * 12, "context": 64, "batch_tokens": 512, "precision": "fp32", "mixture": {"web": 1},
+    "name": "sft", "tokens": 512 * 6, "context": 64, "batch_tokens": 512, "precision": "fp32", "mixture": {"web": 1},
     "eval_every": None, "learning_rate": {"peak": 3e-3, "shape": "constant"}, "locality": 0.3,
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def initial(folder: Path) -> Path:
 
 def test_a_run_with_locality_uses_fewer_experts_at_a_time_and_stays_balanced(corpus: Corpus, tmp_path: Path) -> None:
     init = initial(tmp_path / "init")
-    stage = LOCAL | {"tokens": 512 * 30, "balancing": {"update_rate": 1e-2}}
+    stage = LOCAL | {"tokens": 512 * 16, "balancing": {"update_rate": 1e-2}}
     found = {}
     for name, weight in (("control", 0.0), ("local", 0.3)):
         train(spec_of(stage | {"locality": weight}), data=corpus, out=tmp_path / name, init=init, threads=1)
@@ -179,7 +179,7 @@ def test_a_run_with_locality_uses_fewer_experts_at_a_time_and_stays_balanced(cor
 
 
 def test_micro_batches_change_nothing_but_the_order_of_sums(corpus: Corpus, tmp_path: Path) -> None:
-    stage = LOCAL | {"tokens": 512 * 3}
+    stage = LOCAL | {"tokens": 512 * 2}
     init = initial(tmp_path / "init")
     for name, more in (("whole", {}), ("pieces", {"micro_batch_tokens": 3 * 64})):
         train(spec_of(stage | more), data=corpus, out=tmp_path / name, init=init, threads=1)
@@ -238,7 +238,7 @@ def test_a_stopped_run_of_routers_ends_as_one_without_a_stop(corpus: Corpus, tmp
         return {"spec": spec, "data": str(corpus.folder), "out": str(tmp_path / name), **more}
 
     perform(job("whole", options={"init": init}))
-    perform(job("stopped", options={"init": init}, stop_at=8))
+    perform(job("stopped", options={"init": init}, stop_at=4))
     state = next((tmp_path / "stopped/state").glob("sft-*"))
     moments = [name for name in _state_names(state) if name.endswith("/first")]
     assert sorted(n.removesuffix("/first") for n in moments) == sorted(
