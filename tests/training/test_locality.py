@@ -161,7 +161,7 @@ def initial(folder: Path) -> Path:
 
 def test_a_run_with_locality_uses_fewer_experts_at_a_time_and_stays_balanced(corpus: Corpus, tmp_path: Path) -> None:
     init = initial(tmp_path / "init")
-    stage = LOCAL | {"tokens": 512 * 16, "balancing": {"update_rate": 1e-2}}
+    stage = LOCAL | {"tokens": 512 * 30, "balancing": {"update_rate": 1e-2}}
     found = {}
     for name, weight in (("control", 0.0), ("local", 0.3)):
         train(spec_of(stage | {"locality": weight}), data=corpus, out=tmp_path / name, init=init, threads=1)
