@@ -26,7 +26,8 @@ from moec.training.data.shards import Corpus
 from moec.training.stage import Trainer, require_finite
 from moec.training.sweep import speed
 from moec.training.sweep.grid import Grid, points
-from moec.training.sweep.page import COLUMNS, runs_csv
+from moec.training.sweep.page import COLUMNS, plot, runs_csv
+from moec.training.sweep.page import report as report_of
 from moec.training.sweep.store import Result
 from moec.training.sweep.sweep import Asked, Planned, Swept, mean_loss, plan
 from tests.conftest import Moec, refused
@@ -292,8 +293,20 @@ def test_wrong_folders(words: list[str], moec: Moec, tmp_path: Path) -> None:
     refused(moec(*words, "--device", "tpu", "--out", tmp_path / "x"), "--device 'tpu' is not known")
     untold = words[: words.index("--budget")]
     refused(moec(*untold, "--out", tmp_path / "x"), "--budget: says neither tokens nor time")
+    refused(moec(*words, "--tolerance", "nan", "--out", tmp_path / "x"), "Invalid value for '--tolerance'")
     refused(moec(*words, "--d-model", "48", "--out", tmp_path / "x"), "choose multiples of 32")
     assert not (tmp_path / "x").exists()
+
+
+def test_nothing_was_trained(spec: Spec, corpus: Corpus) -> None:
+    """Every run diverged: a report and a plot without losses, and no verdict."""
+    planned = plan(asked(spec, corpus))
+    lost = tuple(Result(p.name, 5, "diverged", 1.0, message="the loss is nan") for p in planned.points)
+    found = report_of(Swept(planned, lost, ()))
+    assert (found["trained"], len(found["lost"]), found["effects"]) == (0, 2, [])
+    assert found["verdicts"] == {"experts": "nothing to compare"}
+    assert plot(found, "none").startswith("<svg")
+    assert runs_csv(Swept(planned, lost, ())).count("\n") == 1
 
 
 def asked(spec: Spec, corpus: Corpus, **grid: Any) -> Asked:
