@@ -236,6 +236,7 @@ def _show(out: Path, swept: Swept, found: dict[str, Any]) -> None:
     cells = []
     for e in found["effects"]:
         interval = "" if e["low"] is None else f"{e['low']:+.4f} to {e['high']:+.4f}"
+        alone = "" if e["low_alone"] is None else f"{e['low_alone']:+.4f} to {e['high_alone']:+.4f}"
         agree = sum(d * e["difference"] > 0 for d in e["by_seed"].values())
         cells.append(
             (
@@ -243,12 +244,18 @@ def _show(out: Path, swept: Swept, found: dict[str, Any]) -> None:
                 e["pairs"],
                 f"{e['difference']:+.4f}",
                 interval,
+                alone,
                 f"{agree} of {len(e['by_seed'])}",
-                "yes" if e["separable"] else "no",
+                "no" if not e["separable"] else "yes" if e["separable_alone"] else "perhaps",
             )
         )
     title = f"\nEffects on the loss, nats; {found['confidence']:.0%} for each factor"
-    table(title, ("from, to", "pairs", "difference", "interval", "seeds agree", "separable"), cells, right=(1, 2, 4))
+    table(
+        title,
+        ("from, to", "pairs", "difference", "interval", "by seeds alone", "seeds agree", "separable"),
+        cells,
+        right=(1, 2, 4),
+    )
     for factor, verdict in found["verdicts"].items():
         say(f"{factor}: {verdict}")
     noise = found["noise"]

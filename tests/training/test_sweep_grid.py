@@ -213,6 +213,7 @@ def test_two_points_are_the_paired_t_test() -> None:
     assert effect.difference == pytest.approx(np.mean(with_it) - np.mean(without))
     assert (effect.low, effect.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert effect.separable == (paired.pvalue < 0.05)
+    assert (effect.low_alone, effect.high_alone) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
 def test_many_points_are_the_randomised_block_design() -> None:
@@ -234,6 +235,8 @@ def test_many_points_are_the_randomised_block_design() -> None:
     reach = stats.t.ppf(1 - 0.05 / 2 / 3, degrees) * deviation * (2 / (4 * 4)) ** 0.5
     assert effect.high == pytest.approx(effect.difference + reach)
     assert effect.low == pytest.approx(effect.difference - reach)
+    alone = stats.ttest_1samp(table[rows[8]].mean(0) - table[rows[2]].mean(0), 0).confidence_interval(1 - 0.05 / 3)
+    assert (effect.low_alone, effect.high_alone) == (pytest.approx(alone.low), pytest.approx(alone.high))
 
 
 def test_runs_that_are_missing() -> None:

@@ -7,7 +7,8 @@ have in common. So the losses of one seed are a block of a randomised block desi
 
 fitted by least squares, with the noise's variance from all residuals together, n - rank degrees of freedom (with P
 points and S seeds of one size and one number of tokens, (P - 1)(S - 1)). With two points this is the paired t-test. A
-block is a seed at one size and number of tokens. It assumes that the noise is as large at every point.
+block is a seed at one size and number of tokens. It assumes that the noise is as large at every point. Beside it
+stands the paired t-test over the seeds' own differences, which assumes nothing of the kind and needs more seeds.
 
 An effect of a factor between two of its values is the mean of the differences over the pairs of points that differ in
 nothing else; the dense point (E = 1) is paired with every shape of the other value. Intervals are Student's t, those of
@@ -44,7 +45,8 @@ class Observation:
 @dataclass(frozen=True)
 class Effect:
     """loss(after) - loss(before) of a factor, in the mean of `pairs` pairs of points. low, high: the interval, None
-    where nothing is left to estimate the noise from. by_seed: the same for each seed that has every pair."""
+    where nothing is left to estimate the noise from. by_seed: the same for each seed that has every pair; low_alone,
+    high_alone: the interval of these alone."""
 
     factor: str
     before: Any
@@ -54,11 +56,22 @@ class Effect:
     low: float | None
     high: float | None
     by_seed: dict[int, float]
+    low_alone: float | None
+    high_alone: float | None
 
     @property
     def separable(self) -> bool:
         """Whether the interval excludes zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return _excludes_zero(self.low, self.high)
+
+    @property
+    def separable_alone(self) -> bool:
+        """Whether that of the seeds alone does."""
+        return _excludes_zero(self.low_alone, self.high_alone)
+
+
+def _excludes_zero(low: float | None, high: float | None) -> bool:
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 class Blocks:
@@ -111,10 +124,13 @@ def effects(
             and (known := fitted.contrast(_weights(pairs))) is not None
         ]
         for before, after, pairs, (difference, error) in weighed:
-            reach = None
-            if error is not None:
-                tail = (1 - confidence) / (2 * len(weighed))  # Bonferroni over the factor's pairs of values
-                reach = error * float(student.isf(tail, fitted.degrees))
+            tail = (1 - confidence) / (2 * len(weighed))  # Bonferroni over the factor's pairs of values
+            reach = None if error is None else error * float(student.isf(tail, fitted.degrees))
+            by_seed = _by_seed(pairs, observations)
+            alone, center = None, float(np.mean(list(by_seed.values()))) if by_seed else 0.0
+            if len(by_seed) > 1:
+                spread = float(np.std(list(by_seed.values()), ddof=1)) / len(by_seed) ** 0.5
+                alone = spread * float(student.isf(tail, len(by_seed) - 1))
             found.append(
                 Effect(
                     factor,
@@ -124,7 +140,9 @@ def effects(
                     difference,
                     None if reach is None else difference - reach,
                     None if reach is None else difference + reach,
-                    _by_seed(pairs, observations),
+                    by_seed,
+                    None if alone is None else center - alone,
+                    None if alone is None else center + alone,
                 )
             )
     return tuple(found)

@@ -24,7 +24,8 @@ COLUMNS = (
 METHOD = (
     "differences within seeds: least squares of loss = point + seed + noise, the noise's variance from the residuals "
     "of all points; Student's t, the pairs of values of one factor together at the confidence (Bonferroni). It speaks "
-    "of other seeds, not of other held-out text."
+    "of other seeds, not of other held-out text. low_alone, high_alone: the paired t-test over the seeds' differences, "
+    "which does not assume that the noise is as large at every point."
 )
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")
 _INK, _GREY = "#1c2430", "#8a919c"
@@ -82,7 +83,10 @@ def report(swept: Swept) -> dict[str, Any]:
         "method": METHOD,
         "confidence": CONFIDENCE,
         "noise": {"deviation": fitted.deviation, "degrees_of_freedom": fitted.degrees},
-        "effects": [asdict(effect) | {"separable": effect.separable} for effect in found],
+        "effects": [
+            asdict(effect) | {"separable": effect.separable, "separable_alone": effect.separable_alone}
+            for effect in found
+        ],
         "verdicts": verdicts(planned, found),
         "trained": len(swept.trained),
         "lost": [asdict(result) for result in swept.lost],
@@ -102,8 +106,12 @@ def verdicts(planned: Planned, found: Sequence[Effect]) -> dict[str, str]:
             said[factor] = "nothing to compare"
         elif any(effect.low is None for effect in own):
             said[factor] = "no interval: more seeds are needed"
+        elif any(effect.separable and effect.separable_alone for effect in own):
+            said[factor] = "separable"
+        elif any(effect.separable for effect in own):
+            said[factor] = "separable if the noise is as large at every point; its seeds alone do not tell"
         else:
-            said[factor] = "separable" if any(effect.separable for effect in own) else "not separable at this size"
+            said[factor] = "not separable at this size"
     return said
 
 
