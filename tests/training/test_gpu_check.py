@@ -17,7 +17,6 @@ from bench.gpu_check import PARTS, checked, comparisons, part_result, summary
 from moec.compiler.spec import Spec
 from tests.training.small import MOE, STAGE, spec_of
 
-
 STEPS = gpu_check.COMPARED
 
 
