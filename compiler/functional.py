@@ -4,7 +4,7 @@
 
     index_copy_(buffer, ..) -> buffer' = index_copy(buffer, ..), returned as the buffer's new content
     add_(x, y)              -> add(x, y), which later readers of x read
-    flatten, unflatten, view_as, reshape -> view;   chunk -> split;   to -> _to_copy
+    flatten, unflatten, view_as, reshape -> view;   expand_as -> expand;   chunk -> split;   to -> _to_copy
 
 A write to something that has views, or a composite operator that is not listed, gives None: such a graph is traced.
 """
@@ -86,6 +86,8 @@ class _Functional:
             return self._cast(node)
         if target is aten.chunk.default:
             return self._chunk(node)
+        if target is aten.expand_as.default:
+            return self._expand(node)
         if target in PLAIN or target.namespace != "aten":
             return True
         return not (_aliases(schema) and has_kernel(target.name(), "CompositeImplicitAutograd"))
@@ -137,6 +139,13 @@ class _Functional:
         if any(s is None for s in sizes):
             return False
         node.target, node.args, node.kwargs = aten.view.default, (source, sizes), {}
+        return True
+
+    def _expand(self, node: Node) -> bool:
+        sizes = [self._size(s) for s in node.meta["val"].shape]
+        if any(s is None for s in sizes):
+            return False
+        node.target, node.args = aten.expand.default, (node.args[0], sizes)
         return True
 
     def _size(self, size: Any) -> Any:

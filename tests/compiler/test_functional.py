@@ -129,14 +129,25 @@ def _half(x: Tensor, start: Tensor, cache: Tensor) -> Tensor:
     return torch.cat([first * 2, second.contiguous()], -1).unflatten(-1, (2, 3)).flatten(-2).view_as(x)
 
 
+def _expanded(x: Tensor, start: Tensor, cache: Tensor) -> Tensor:
+    return x * x[:, :1].expand_as(x) + start.to(x).expand_as(x)
+
+
+def _expanded_before(x: Tensor, start: Tensor, cache: Tensor) -> Tensor:
+    y = x[:, :1] * 2
+    wide = y.expand_as(x)
+    y.add_(1.0)
+    return wide + y
+
+
 STEPS = {
     f.__name__: f
     for f in (
         _write, _write_twice, _write_a_value, _view_before, _view_of_a_value, _reshaped_before, _cast_before,
-        _copied_before, _half,
+        _copied_before, _half, _expanded, _expanded_before,
     )
 }  # fmt: skip
-MUST_TRACE = {"_view_before", "_view_of_a_value", "_reshaped_before"}
+MUST_TRACE = {"_view_before", "_view_of_a_value", "_reshaped_before", "_expanded_before"}
 
 
 @pytest.mark.parametrize("name", STEPS)
