@@ -55,7 +55,7 @@ def sweep(
     --tolerance is left out with the reason. All points see the same text in the same order under the same seeds.
     OUT/runs.csv feeds `moec fit`, OUT/report.json has everything, OUT/plot.svg is the plot.
 
-    What it will do: [bold]moec sweep SPEC --data corpus --vary experts,granularity,shared --budget 55min
+    Example: [bold]moec sweep SPEC --data corpus --vary experts,granularity,shared --budget 55min
     --dry-run[/bold]
 
     Then: [bold]moec sweep SPEC --data corpus --vary experts,shared --experts 1,4,16 --budget 2M --out sweep[/bold]
