@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.files import read_bytes
-from moec.sources.decoder.config import DecoderConfig
+from moec.sources.decoder.config import DecoderConfig, RopeScaling
 
 PACKED_FORMAT = "mobilemoe-int4-g32"
 GROUP_SIZE = 32
@@ -66,6 +66,17 @@ _KEYS: Mapping[str, str] = {
 _ARCHITECTURES = {"mobilemoe": "MobileMoEForCausalLM", "mobilellm": "MobileLLMForCausalLM"}
 
 
+def scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
+    """The rotary scaling of a config.json, ours or one of transformers."""
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_context,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+    }
+
+
 def config_to_json(config: DecoderConfig, *, packed: bool) -> dict[str, Any]:
     """The config.json of a checkpoint of `config`; `packed` for INT4 codes and scales."""
     scaling, moe, window = config.rope.scaling, config.moe, config.attention_window
@@ -82,15 +93,7 @@ def config_to_json(config: DecoderConfig, *, packed: bool) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
         "rope_interleaved": config.rope.interleaved,
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.original_context,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-        },
+        "rope_scaling": None if scaling is None else scaling_to_json(scaling),
         "no_rope_layers": [1] * config.layers,
         "use_qk_norm": config.qk_norm,
         "tie_word_embeddings": config.tied_embeddings,

@@ -114,6 +114,15 @@ def _weight_map(index: Path, faults: list[str]) -> dict[str, str]:
     return where
 
 
+def require_checkpoint(folder: Path) -> None:
+    """CheckpointError for what is no folder, or a folder of something else that is known."""
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
+    foreign = foreign_folder(folder)
+    if foreign is not None:
+        raise foreign
+
+
 def foreign_folder(folder: Path) -> CheckpointError | None:
     """Why `folder` cannot be read as a checkpoint, if it is something else that is known; None otherwise.
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.checkpoints.config_json import config_from_json, is_own, read_json
-from moec.checkpoints.folder import CONFIG, foreign_folder
+from moec.checkpoints.config_json import config_from_json, is_own, read_json, scaling_to_json
+from moec.checkpoints.folder import CONFIG, require_checkpoint
 from moec.checkpoints.safetensors_file import TYPES, SafetensorsWriter
 from moec.checkpoints.store import PACKED_ROLES, WeightStore, open_store
 from moec.compiler.errors import CheckpointError
@@ -74,11 +74,7 @@ def export_transformers_form(folder: Path, out: Path) -> Exported:
 
 
 def _open(folder: Path) -> tuple[DecoderConfig, WeightStore]:
-    if not folder.is_dir():
-        raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
-    foreign = foreign_folder(folder)
-    if foreign is not None:
-        raise foreign
+    require_checkpoint(folder)
     raw = read_json(folder / CONFIG)
     if not is_own(raw):
         raise CheckpointError(
@@ -110,13 +106,7 @@ def _config(config: DecoderConfig, moe: MoeConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta, "partial_rotary_factor": 1.0}
     scaling = config.rope.scaling
     if scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.original_context,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-        }
+        rope |= scaling_to_json(scaling)
     return {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": MODEL_TYPE,

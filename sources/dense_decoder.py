@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moec.checkpoints import open_store
 from moec.checkpoints.config_json import config_from_json, is_own, read_json
-from moec.checkpoints.folder import CONFIG, foreign_folder
+from moec.checkpoints.folder import CONFIG, require_checkpoint
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight
 from moec.compiler.source import Checkpoint
@@ -55,11 +55,7 @@ class DenseDecoder:
 
 def open_dense_decoder(folder: Path) -> DenseDecoder:
     """The dense decoder in `folder`. CheckpointError, with the reason, for a model that is not one."""
-    if not folder.is_dir():
-        raise CheckpointError("no such checkpoint folder", place=str(folder), remedy="name a folder with config.json")
-    foreign = foreign_folder(folder)
-    if foreign is not None:
-        raise foreign
+    require_checkpoint(folder)
     raw = read_json(folder / CONFIG)
     if is_own(raw):
         config = config_from_json(raw, folder / CONFIG)
