@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Build and look at corpora for training.", no_args_is_help=True)
     group.command("build")(build_corpus)
     group.command("inspect")(inspect_corpus)
+    group.command("write")(write_text)
     app.add_typer(group, name="data")
 
 
@@ -86,6 +87,40 @@ def inspect_corpus(
     Example: [bold]moec data inspect corpus[/bold]
     """
     _show(corpus, as_json)
+
+
+def write_text(
+    from_: Annotated[
+        Path, typer.Option("--from", metavar="DIR", help="A dense checkpoint, as `moec upcycle` takes it.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write: texts.jsonl and chats.jsonl.")],
+    tokens: Annotated[int, typer.Option(min=1, max=1 << 30, help="About so many tokens in all.")] = 65536,
+    length: Annotated[int, typer.Option(help="Tokens of a text, or of a question with its answer.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choices.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Let a dense model write text, for `moec data build --add`: half running text, half questions with answers.
+
+    A mixture made of the model (`moec upcycle`) heals on its own words where other text is not at hand.
+
+    Example: [bold]moec data write --from smollm2 --out own --tokens 65536[/bold]
+    """
+    from dataclasses import asdict
+
+    from moec.cli.output import emit_json, say
+    from moec.compiler.progress import Progress
+    from moec.training.data.own_words import CHATS, TEXTS, write_own_words
+
+    written = write_own_words(from_, out, tokens=tokens, seed=seed, length=length, progress=Progress(quiet=quiet))
+    if as_json:
+        emit_json(asdict(written))
+        return
+    say(f"{written.tokens:,} tokens")
+    say(f"{written.texts:,} texts in {out / TEXTS}")
+    say(f"{written.chats:,} chats in {out / CHATS}")
+    if not written.chats:
+        say("no chats: the checkpoint has no chat template that tells a question as it is")
 
 
 def _show(folder: Path, as_json: bool) -> None:

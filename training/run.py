@@ -26,6 +26,7 @@ from moec.sources.decoder.config import decoder_of
 from moec.training.data.shards import Corpus
 from moec.training.experts import Compute
 from moec.training.parallel import World, joined
+from moec.training.precision import with_precisions
 from moec.training.stages import RUN, Backend, Plan, Run, RunResult, check
 
 BACKENDS: tuple[Backend, ...] = ("torch", "torchtitan")
@@ -77,7 +78,8 @@ def train(
     runs = _runs(backend)
     experts = model.moe.experts if model.moe else 0
     with joined(training.expert_parallel, experts, device) as world, _owned(plan.out, world):
-        return runs(plan, world, progress or Progress(quiet=True)).stages()
+        decided = with_precisions(plan, world.device)
+        return runs(decided, world, progress or Progress(quiet=True)).stages()
 
 
 def _runs(backend: Backend) -> type[Run]:

@@ -26,11 +26,12 @@ from moec.training.metrics import DISTINCT
 from moec.training.model import Forward, TrainingDecoder
 from moec.training.optimizer import Updates, balance, bias_rate, follow_usage
 from moec.training.parallel import World, reshard, shared_state
+from moec.training.precision import resolved
 
 
 def autocast(stage: TrainingStage, device: torch.device) -> AbstractContextManager[Any]:
     """The stage's precision: products in bfloat16, everything that is not a product in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolved(stage, device).precision == "bf16")
 
 
 def moved(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:

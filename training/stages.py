@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -42,6 +42,7 @@ from moec.training.experts import Compute
 from moec.training.metrics import Live, Metrics
 from moec.training.model import TrainingDecoder
 from moec.training.parallel import WholeWeights, World, load_share, spread
+from moec.training.precision import require_same
 from moec.training.rounding import Rounding
 from moec.training.stage import Speed, Trainer, evaluate
 from moec.training.state import (
@@ -91,6 +92,7 @@ class Plan:
     compute: Compute
     backend: Backend
     teacher: Path | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)  # by stage: what to say as it begins
 
     @property
     def names(self) -> list[str]:
@@ -276,10 +278,12 @@ class Run:
             raise UserError(what, place=place, remedy="choose another --out")
         try:
             before = read_json(file)
+            stages = list(before["spec"]["training"]["stages"])
             digests, seed, init = dict(before["digests"]), before["seed"], before["init"]
             backend = before.get("backend", "torch")  # runs from before there was a choice
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"damaged: {error}", place=str(file), remedy="start again in another --out") from None
+        require_same(stages, plan.training, place)
         for key, what in (("training", "the spec"), ("corpus", "the corpus"), ("tokenizer", "the tokenizer")):
             if digests.get(key) != record["digests"][key]:
                 raise UserError(f"{what} has changed since the run began", place=place, remedy="choose another --out")
@@ -368,6 +372,8 @@ class Run:
             return
         read = ", ".join(f"{domain} {epochs:.2f}" for domain, epochs in batches.epochs(stage.steps).items())
         where = f", continued behind step {done:,}" if done else ""
+        if stage.name in self._plan.notes:
+            self._progress.write(f"{stage.name}: {self._plan.notes[stage.name]}")
         if stage.trains == "routers":
             layout = weight_layout(self._plan.model)
             trained = sum(layout[name].numel for name in router_names(self._plan.model))

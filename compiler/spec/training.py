@@ -110,7 +110,9 @@ class TrainingStage(Section):
         description="weight of the loss that lets neighbouring tokens share experts: over all 16 tokens of a document, "
         "how little the experts that they use differ from what all text uses (training/locality.py)",
     )
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="of products; auto: bf16 where the hardware computes it, fp32 where it is emulated"
+    )
     mixture: Mapping[str, Share] = Field(min_length=1)
     trains: Literal["all", "routers"] = Field(
         default="all",

@@ -29,6 +29,7 @@ from moec.training import stages
 from moec.training.data.shards import INDEX, Corpus
 from moec.training.experts import chosen
 from moec.training.metrics import clock
+from moec.training.precision import resolved
 from moec.training.run import train
 from moec.training.sweep import speed
 from moec.training.sweep.grid import MULTIPLE, Grid, LeftOut, Point, points
@@ -125,7 +126,7 @@ def _grouped(point: Point, device: str, stage: TrainingStage) -> bool:
     """Whether the experts are computed as `auto` wants them: where a loop is the faster way, it is no loss."""
     moe = point.config.moe
     assert moe is not None
-    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if resolved(stage, torch.device(device)).precision == "bf16" else torch.float32
     wanted = chosen("auto", moe.experts, device, dtype) == "grouped"
     return not wanted or (moe.expert_width % MULTIPLE == 0 and point.d_model % MULTIPLE == 0)
 
@@ -159,6 +160,7 @@ def plan(asked: Asked, known: Request | None = None, progress: Progress | None =
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stage = resolved(stage, torch.device(device))
     tokens = asked.grid.tokens or (tuple(known.tokens) if known is not None else ())
     grid = replace(asked.grid, tokens=tokens or (0,))
     found, left = points(model, grid, tolerance=asked.tolerance, multiple=asked.multiple)
