@@ -41,7 +41,8 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor) -> Tensor:
         nll = torch.zeros((), device=h_ND.device)
-        grad_h, grad_head = torch.zeros_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        grad_h = torch.zeros_like(h_ND)
+        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(h_ND.device.type, enabled=False):
             for first in range(0, h_ND.shape[0], _ROWS):
                 part = slice(first, first + _ROWS)
@@ -53,14 +54,14 @@ class _Losses(torch.autograd.Function):
                 x_CV.scatter_(1, target_C1, x_CV.gather(1, target_C1) - 1)
                 grad_CV = x_CV.mul_(mask_C1).to(h_ND.dtype)
                 grad_h[part] = grad_CV @ head_VD
-                grad_head += grad_CV.T @ h_CD
-        ctx.save_for_backward(grad_h, grad_head.to(head_VD.dtype))
+                if grad_head is not None:
+                    grad_head += grad_CV.T @ h_CD
+        ctx.save_for_backward(grad_h, None if grad_head is None else grad_head.to(head_VD.dtype))
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_h, grad_head = ctx.saved_tensors
-        return grad_h * grads[0], grad_head * grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        return *_gradients(ctx, grads[0]), None, None
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class _TaughtLosses(torch.autograd.Function):
         ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, mask_N: Tensor, taught: Taught
     ) -> tuple[Tensor, Tensor, Tensor]:
         nll, kld = torch.zeros((), device=h_ND.device), torch.zeros((), device=h_ND.device)
-        grad_h, grad_head = torch.zeros_like(h_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        grad_h = torch.zeros_like(h_ND)
+        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         t = taught.temperature
         with torch.autocast(h_ND.device.type, enabled=False):
             for first in range(0, h_ND.shape[0], _ROWS):
@@ -133,12 +135,18 @@ class _TaughtLosses(torch.autograd.Function):
                     grad_CV.addcmul_(soft_CV, mask_C1, value=taught.lm_weight)
                 operand_CV = grad_CV.to(h_ND.dtype)
                 grad_h[part] = operand_CV @ head_VD
-                grad_head += operand_CV.T @ h_CD
-        ctx.save_for_backward(grad_h, grad_head.to(head_VD.dtype))
+                if grad_head is not None:
+                    grad_head += operand_CV.T @ h_CD
+        ctx.save_for_backward(grad_h, None if grad_head is None else grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(nll, kld)
         return taught.lm_weight * nll + taught.kl_weight * kld, nll, kld
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_h, grad_head = ctx.saved_tensors
-        return grad_h * grads[0], grad_head * grads[0], None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        return *_gradients(ctx, grads[0]), None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of the rows, and of the head unless it is not trained, whose product is then never computed."""
+    grad_h, grad_head = ctx.saved_tensors
+    return grad_h * grad, None if grad_head is None else grad_head * grad

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from moec.compiler.spec import load_spec
 from moec.sources.decoder.config import decoder_of
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.layout import weight_layout
-from moec.training.loss import token_losses
+from moec.training.loss import Taught, taught_losses, token_losses
 from moec.training.model import Forward, TrainingDecoder, document_positions
 from tests.training.small import DENSE, MOE, config_of, model_of, random_weights
 
@@ -109,6 +110,28 @@ def test_losses_and_their_gradients(tokens: int, vocab: int, width: int, share: 
         still, hits = token_losses(h, head, targets, mask)
     torch.testing.assert_close(still, expected, atol=1e-4, rtol=1e-5)
     assert hits == ((F.linear(h, head).argmax(-1) == targets) * mask).sum()
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_head_that_is_not_trained_costs_no_product(taught: bool) -> None:
+    """The rows' gradient is the same to the bit; the product for the head's is left out."""
+    h, head = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8)
+    targets, mask = torch.randint(0, 30, (40,)), torch.ones(40)
+    teacher = Taught(torch.randn(40, 8), torch.randn(30, 8), 0.5, 1.0, 1.0)
+    counted, gradients = [], []
+    for trained in (True, False):
+        weight = head.clone().requires_grad_(trained)
+        with FlopCounterMode(display=False) as flops:
+            found = (
+                taught_losses(h, weight, targets, mask, teacher) if taught else token_losses(h, weight, targets, mask)
+            )[0]
+            (gradient,) = torch.autograd.grad(found, h, retain_graph=trained)
+        counted.append(flops.get_total_flops())
+        gradients.append(gradient)
+        if trained:
+            assert torch.autograd.grad(found, weight)[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+    assert counted[0] - counted[1] == 2 * 40 * 8 * 30
 
 
 def test_only_masked_tokens_have_a_loss() -> None:
