@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moec.assistant.answer import Answer, Limits
 from moec.assistant.generate import AfterThinking, Constraint, Generation, Text
-from moec.assistant.messages import checked_messages, checked_tools
+from moec.assistant.messages import checked_messages, checked_tools, first_rendered
 from moec.assistant.prefixes import PrefixCache, shared_length
 from moec.assistant.sampling import Sampling, recommended
 from moec.assistant.segments import (
@@ -134,7 +133,7 @@ class Assistant:
         def rendered(messages: Any, tools: Any) -> str:
             return template.render(messages, tools=tools, generation_prompt=True, variables=variables)
 
-        text, messages = _first_rendered(lambda given: rendered(given, tools), messages)
+        text, messages = first_rendered(lambda given: rendered(given, tools), messages)
         markers = [marker for marker in self._special.values() if marker]
         found: list[str] = []
 
@@ -299,49 +298,12 @@ class Assistant:
         return lambda ids: self.tokenizer.decode([i for i in ids if i not in left_out], skip_special_tokens=False)
 
 
-def _first_rendered(
-    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
-    """The text of a conversation, and the form of it that the template takes.
-
-    Templates differ in what they read of a message that calls tools: its content None or empty, its arguments as an
-    object or (DeepSeek's) as the text of one. The first form that renders is taken.
-    """
-    fault: ArtifactError | None = None
-    for given in _forms(messages):
-        try:
-            return render(given), given
-        except ArtifactError as error:
-            fault = fault or error
-    assert fault is not None
-    raise fault
-
-
-def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    yield messages
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    for empty, as_text in ((True, False), (False, True), (True, True)):
-        found = []
-        for message in messages:
-            if calls := message.get("tool_calls"):
-                content = "" if empty and message["content"] is None else message["content"]
-                message = {**message, "content": content, "tool_calls": [_as_text(c) if as_text else c for c in calls]}
-            found.append(message)
-        yield found
-
-
-def _as_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every text in it changed; keys are left."""
+    """`value` with every text in it changed, keys too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {change(key): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_mapped(item, change) for item in value]
     return value

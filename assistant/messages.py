@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moec.assistant.template import THINKING_KEYS
-from moec.compiler.errors import RunError
+from moec.compiler.errors import ArtifactError, RunError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000
@@ -133,6 +133,47 @@ def checked_tools(tools: Any) -> list[dict[str, Any]]:
             raise RunError("is no object", place=f"{place}.function.parameters", remedy="give a JSON Schema")
         found.append({"type": "function", "function": dict(function)})
     return found
+
+
+def first_rendered(
+    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text of a conversation, and the form of it that the template takes.
+
+    Templates differ in what they read of a message that calls tools: its content None or empty, its arguments as an
+    object or (DeepSeek's) as the text of one. The first form that renders is taken.
+    """
+    fault: ArtifactError | None = None
+    for given in _forms(messages):
+        try:
+            return render(given), given
+        except ArtifactError as error:
+            fault = fault or error
+    assert fault is not None
+    raise fault
+
+
+def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    yield messages
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    for empty, as_text in ((True, False), (False, True), (True, True)):
+        found = []
+        for message in messages:
+            if calls := message.get("tool_calls"):
+                content = "" if empty and message["content"] is None else message["content"]
+                message = {
+                    **message,
+                    "content": content,
+                    "tool_calls": [_arguments_as_text(c) if as_text else c for c in calls],
+                }
+            found.append(message)
+        yield found
+
+
+def _arguments_as_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _short(value: Any) -> str:

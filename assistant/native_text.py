@@ -23,6 +23,7 @@ from moec.assistant.sampling import recommended
 from moec.assistant.segments import CHANNEL_MARKERS, THINK_MARKERS, has_channels, has_thinking
 from moec.assistant.split_program import Unknown, character_class
 from moec.assistant.template import ChatTemplate
+from moec.assistant.tool_form import KINDS, PARTS, SAYS, WAYS
 from moec.assistant.tool_formats import FORMATS, call_markers, tool_format
 from moec.compiler.errors import UserError
 from moec.compiler.files import read_bytes
@@ -129,6 +130,7 @@ def tables(folder: Path, words: TextTokenizer) -> bytes:
         b"PROV": b"".join(_proof(words, text) for text in proof_texts(markers)),
         b"ROLE": _roles(folder / ROLES),
         b"SAMP": _sampling(folder / GENERATION),
+        b"TOOL": _tools(folder / ROLES),
     }
     return _whole(parts)
 
@@ -198,6 +200,30 @@ def _roles(file: Path) -> bytes:
     texts += [form[key][role] for role in ("user", "assistant") for key in ("before", "after")]
     texts += [form["answer"], *form["unless_contains"]]
     return found + struct.pack("<I", len(texts)) + b"".join(map(_string, texts))
+
+
+def _tools(file: Path) -> bytes:
+    """Empty where the template has no form at all."""
+    if not file.is_file():
+        return b""
+    whole = json.loads(file.read_text("utf-8"))
+    form, missing = whole.get("tools"), whole.get("no_tools") or ""
+    found = struct.pack("<I", 1) + _string(missing)
+    if form is None:
+        return found if missing else b""
+    found += struct.pack("<4i", form["tools_first"], form["said_last"], form["one_call"], SAYS.index(form["says"]))
+    found += array("i", [WAYS.index(form["ways"].get(kind, "")) for kind in KINDS]).tobytes()
+    for pattern in (form["tool"], form["call"]):
+        found += struct.pack("<I", len(pattern["parts"]))
+        found += array("i", [PARTS.index(part) for part in pattern["parts"]]).tobytes()
+        found += b"".join(map(_string, pattern["texts"]))
+    for spelling in (form["tool_spelling"], form["call_spelling"]):
+        found += struct.pack("<3i", spelling["ascii"], spelling["indent"], spelling["sorted"])
+        found += _string(spelling["item"]) + _string(spelling["key"])
+    found += struct.pack("<I", len(form["between"]))
+    for key, text in form["between"].items():
+        found += struct.pack("<2i", *(KINDS.index(kind) for kind in key.split(">"))) + _string(text)
+    return found + struct.pack("<I", len(form["unless_contains"])) + b"".join(map(_string, form["unless_contains"]))
 
 
 def _sampling(file: Path) -> bytes:

@@ -1,6 +1,7 @@
 // The C API of moec.h: ids, checked arguments, and faults as values.
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -15,7 +16,7 @@
 namespace {
 
 constexpr int64_t kMostText = int64_t{64} << 20;  // bytes of a text
-constexpr int64_t kMostMessages = 10'000, kMostBiases = 100'000;
+constexpr int64_t kMostMessages = 10'000, kMostBiases = 100'000, kMostCalls = 1000;
 
 thread_local std::string last_error;
 
@@ -192,7 +193,8 @@ int32_t moec_app_describe(int64_t artifact, moec_app_info* info) {
     const TextTables& tables = found->tokenizer().tables();
     const bool calls = tables.answers.calls >= 0 || tables.answers.channels, thinks = tables.answers.thinks || tables.answers.channels;
     *info = {sizeof(moec_app_info), tables.chat ? 1 : 0, found->info().vocab_size, found->info().context, found->info().threads,
-             found->info().rewinds ? 1 : 0, calls ? 1 : 0, thinks ? 1 : 0, found->speculates() ? 1 : 0};
+             found->info().rewinds ? 1 : 0, calls ? 1 : 0, thinks ? 1 : 0, found->speculates() ? 1 : 0,
+             tables.chat && tables.tools && tables.tools->missing().empty() ? 1 : 0, 0};
     return 0;
   });
 }
@@ -231,6 +233,38 @@ int64_t moec_app_chat(int64_t artifact, const moec_app_message* messages, int64_
     std::vector<ChatMessage> given;
     for (size_t i = 0; i < texts.size(); i += 2) given.push_back({texts[i], texts[i + 1]});
     return written(found->chat(given), ids, capacity);
+  });
+}
+
+int64_t moec_app_chat_with_tools(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count, int32_t* ids,
+                                 int64_t capacity) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (count < 1 || count > kMostMessages || !turns) throw Fault("turns: NULL, or not 1 to 10000 of them");
+    const std::string definitions = tools ? text_of(tools, -1, "tools") : "";
+    if (tools && definitions.empty()) throw Fault("tools: is not JSON, at byte 0");
+    std::deque<std::string> texts;  // where they lie does not change
+    const auto kept = [&](const char* text, const std::string& name) -> std::string_view {
+      texts.push_back(text_of(text, -1, name.c_str()));
+      if (valid_utf8(texts.back()) != texts.back().size()) throw Fault(name + ": is not UTF-8");
+      return texts.back();
+    };
+    std::vector<ChatTurn> given;
+    for (int64_t i = 0; i < count; ++i) {
+      const moec_app_turn& turn = turns[i];
+      const std::string name = "turns[" + std::to_string(i) + "]";
+      check_size(&turn, name.c_str());
+      if (turn.call_count < 0 || turn.call_count > kMostCalls || (turn.call_count > 0 && !turn.calls))
+        throw Fault(name + ".calls: NULL, or not 0 to 1000 of them");
+      given.push_back({kept(turn.role, name + ".role"), "", {}});
+      if (turn.content || turn.call_count == 0) given.back().content = kept(turn.content, name + ".content");
+      for (int64_t j = 0; j < turn.call_count; ++j) {
+        const std::string call = name + ".calls[" + std::to_string(j) + "]";
+        const char* arguments = turn.calls[j].arguments;
+        given.back().calls.push_back({kept(turn.calls[j].name, call + ".name"), kept(arguments ? arguments : "", call + ".arguments")});
+      }
+    }
+    return written(found->chat(definitions, given), ids, capacity);
   });
 }
 

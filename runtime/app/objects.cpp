@@ -106,6 +106,28 @@ std::vector<int32_t> OpenArtifact::chat(const std::vector<ChatMessage>& messages
   std::vector<ChatPart> parts;
   const std::string fault = form->render(messages, &parts);
   if (!fault.empty()) throw Fault(fault);
+  return encoded(parts);
+}
+
+std::vector<int32_t> OpenArtifact::chat(std::string_view tools, const std::vector<ChatTurn>& turns) const {
+  const std::vector<Json> definitions = tools.empty() ? std::vector<Json>() : tool_definitions(tools);
+  if (definitions.empty()) {
+    std::vector<ChatMessage> messages;
+    for (const ChatTurn& turn : turns) {
+      if (turn.role == "tool" || !turn.calls.empty())
+        throw Fault("turns[" + std::to_string(messages.size()) + "]: calls and what tools answer need the tools");
+      messages.push_back({turn.role, turn.content});
+    }
+    return chat(messages);
+  }
+  const TextTables& tables = tokenizer_->tables();
+  if (!tables.chat) throw Fault("the model has no chat template of regular form");
+  if (!tables.tools) throw Fault("tools: the artifact is older than their form; compile it again");
+  if (!tables.tools->missing().empty()) throw Fault("tools: not with this model's chat template, since " + tables.tools->missing());
+  return encoded(tables.tools->render(definitions, turns));
+}
+
+std::vector<int32_t> OpenArtifact::encoded(const std::vector<ChatPart>& parts) const {
   // special tokens that are spelled out in a content are text: each is encoded by itself
   std::vector<ChatPart> pieces = {{"", false}};
   bool markers = false;

@@ -5,19 +5,15 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../include/moec.h"
 #include "../runner/moec_runtime.h"
+#include "fault.h"
 #include "segments.h"
 #include "tokenizer.h"
 #include "utf8.h"
-
-struct Fault : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 struct Object {
   virtual ~Object() = default;
@@ -37,6 +33,8 @@ class OpenArtifact : public Object {
 
   std::vector<int32_t> tokenize(std::string_view text, int32_t flags) const;
   std::vector<int32_t> chat(const std::vector<ChatMessage>& messages) const;
+  // With definitions of tools as JSON, or none; turns may call tools where there are some.
+  std::vector<int32_t> chat(std::string_view tools, const std::vector<ChatTurn>& turns) const;
   // Special tokens that mark segments of an answer; whether a prompt ends inside a thinking segment.
   std::vector<int32_t> markers(int32_t flags) const;
   bool opens_thinking(const std::vector<int32_t>& prompt) const;
@@ -46,6 +44,7 @@ class OpenArtifact : public Object {
   struct Close {
     void operator()(moec_model* model) const { moec_model_close(model); }
   };
+  std::vector<int32_t> encoded(const std::vector<ChatPart>& parts) const;
   void append_part(std::string_view text, bool as_text, std::vector<int32_t>* ids) const;
 
   std::unique_ptr<moec_model, Close> model_;

@@ -154,6 +154,10 @@ bool read_around(Parts& parts, TextTables* tables) {
     tables->chat.emplace();
     if (!tables->chat->read(roles)) return false;
   }
+  if (const auto tools = parts.find("TOOL"); tools != parts.end() && !tools->second.at_end()) {
+    tables->tools.emplace();
+    if (!tables->tools->read(tools->second)) return false;
+  }
   tables->sampling = parts.at("SAMP").number<SamplingDefaults>();
   TableReader& decoder = parts.at("DECO");
   tables->decoder.byte_level = decoder.number<int32_t>() != 0;

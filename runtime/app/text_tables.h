@@ -18,6 +18,7 @@
 //   SEGM  i32 whether the template has channels, whether it thinks, format of calls (-1: none); u32 counts and ids of special
 //         tokens that mark thinking or channels, and calls
 //   PROV  texts with their ids and the text that these give     ROLE, SAMP  chat_form.h, SamplingDefaults
+//   TOOL  tool_form.h; files of older versions have none
 //
 // Little-endian. The file is not trusted: every index is checked when it is read.
 #ifndef MOEC_TEXT_TABLES_H_
@@ -33,6 +34,7 @@
 
 #include "chat_form.h"
 #include "normal_form.h"
+#include "tool_form.h"
 
 struct Merge {
   uint32_t left, right, rank, made;
@@ -110,6 +112,7 @@ struct TextTables {
   std::vector<Proof> proofs;
   std::optional<NormalForm> normal;
   std::optional<ChatForm> chat;
+  std::optional<ToolForm> tools;
   SamplingDefaults sampling;
 
   int64_t count() const { return static_cast<int64_t>(offsets.size()) - 1; }

@@ -41,6 +41,8 @@ typedef struct moec_app_info {
   int32_t has_calls;   // 1: the model's way to write calls of tools is known
   int32_t thinks;      // 1: the model's chat template knows thinking segments
   int32_t speculates;  // 1: a token has the same logits, bit for bit, in a call of several, so that drafts can be checked
+  int32_t has_tools;   // 1: conversations with tools can be rendered
+  int32_t reserved;
 } moec_app_info;
 MOEC_APP_API int32_t moec_app_describe(int64_t artifact, moec_app_info* info);
 // Writes at most `capacity` of the tokens that end an answer. Returns how many there are.
@@ -73,6 +75,28 @@ typedef struct moec_app_message {
 // the template has no regular form (moec_app_info.has_chat), or renders one of the contents differently.
 MOEC_APP_API int64_t moec_app_chat(int64_t artifact, const moec_app_message* messages, int64_t count, int32_t* ids,
                                    int64_t capacity);
+
+typedef struct moec_app_call {
+  const char* name;
+  const char* arguments;  // JSON of an object, as moec_app_segment has it; NULL or empty: none
+} moec_app_call;
+
+// A turn of a conversation with tools. The template decides whether the content of a turn with calls is shown.
+typedef struct moec_app_turn {
+  uint32_t size;      // sizeof(moec_app_turn)
+  int32_t reserved;   // 0
+  const char* role;   // "system", which comes first, "user", "assistant", or "tool": what a tool answered, after the turn that
+                      // called it, a turn for each call in their order
+  const char* content;         // UTF-8; may be NULL where there are calls
+  const moec_app_call* calls;  // of a turn of the assistant: at most 1000
+  int64_t call_count;
+} moec_app_turn;
+
+// As moec_app_chat, with tools that the answer may call: definitions in OpenAI's form as JSON, [{"type": "function", "function":
+// {"name": ..., "description": ..., "parameters": {...}}}, ...], at most 1000 and 1 MB. NULL: none, and then no turn calls one. Give
+// the same tools with every turn. An error if the template has no regular form with tools (moec_app_info.has_tools): it says why.
+MOEC_APP_API int64_t moec_app_chat_with_tools(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count,
+                                              int32_t* ids, int64_t capacity);
 
 // ------------------------------------------------------------------------------------------------------------ sessions
 

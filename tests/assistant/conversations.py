@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
+from moec.assistant.probing import Irregular
+from moec.assistant.role_form import RoleForm, role_form
 from moec.assistant.template import ChatTemplate
 
 FOLDER = Path(__file__).parent / "templates"
@@ -42,6 +45,15 @@ TOOLS = st.sampled_from(["weather", "add_2"]).map(
 
 def template(name: str) -> ChatTemplate:
     return ChatTemplate((FOLDER / f"{name}.jinja").read_text("utf-8"), TOKENS, f"{name}.jinja")
+
+
+@cache
+def form_of(name: str) -> RoleForm | str:
+    """The form of a family's template, or why it has none; derived once."""
+    try:
+        return role_form(template(name))
+    except Irregular as reason:
+        return str(reason)
 
 
 def plain_turns(texts: st.SearchStrategy[str] = TEXTS) -> st.SearchStrategy[list[dict[str, Any]]]:

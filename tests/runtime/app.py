@@ -33,11 +33,23 @@ class Info(ctypes.Structure):
     _fields_ = [
         *[("size", ctypes.c_uint32), ("has_chat", I32), ("vocabulary", I64), ("context", I64), ("threads", I64)],
         *[("rewinds", I32), ("has_calls", I32), ("thinks", I32), ("speculates", I32)],
+        *[("has_tools", I32), ("reserved", I32)],
     ]
 
 
 class Message(ctypes.Structure):
     _fields_ = [("role", TEXT), ("content", TEXT)]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [("name", TEXT), ("arguments", TEXT)]
+
+
+class Turn(ctypes.Structure):
+    _fields_ = [
+        *[("size", ctypes.c_uint32), ("reserved", I32), ("role", TEXT), ("content", TEXT)],
+        *[("calls", ctypes.POINTER(Call)), ("call_count", I64)],
+    ]
 
 
 class Bias(ctypes.Structure):
@@ -88,6 +100,7 @@ def library() -> ctypes.CDLL:
         "tokenize": (I64, [I64, TEXT, I64, I32, ids, I64]),
         "detokenize": (I64, [I64, ids, I64, I32, ctypes.c_char_p, I64]),
         "chat": (I64, [I64, ctypes.POINTER(Message), I64, ids, I64]),
+        "chat_with_tools": (I64, [I64, TEXT, ctypes.POINTER(Turn), I64, ids, I64]),
         "session": (I64, [I64]),
         "fork": (I64, [I64]),
         "tokens": (I64, [I64, ids, I64]),
@@ -147,6 +160,17 @@ def detokenize(artifact: int, ids: Sequence[int], flags: int = 0) -> str:
 def chat(artifact: int, messages: Sequence[tuple[str, str]]) -> list[int]:
     given = (Message * len(messages))(*[Message(role.encode(), content.encode()) for role, content in messages])
     return many("chat", artifact, given, len(messages))
+
+
+def turn(role: str, content: str | None, calls: Sequence[tuple[str, str | None]] = ()) -> Turn:
+    given = [Call(name.encode(), None if arguments is None else arguments.encode()) for name, arguments in calls]
+    text = None if content is None else content.encode()
+    return Turn(ctypes.sizeof(Turn), 0, role.encode(), text, (Call * max(len(given), 1))(*given), len(given))
+
+
+def chat_with_tools(artifact: int, tools: str | bytes | None, turns: Sequence[Turn]) -> list[int]:
+    given = tools.encode() if isinstance(tools, str) else tools
+    return many("chat_with_tools", artifact, given, (Turn * max(len(turns), 1))(*turns), len(turns))
 
 
 def options(

@@ -29,7 +29,7 @@ public class MoecModel {
   private static native void close(long id);
   private static native long session(long artifact);
   private static native int[] tokenize(long artifact, byte[] text);
-  private static native int[] chat(long artifact, byte[][] texts);
+  private static native int[] chat(long artifact, byte[] tools, byte[][] texts, int[] calls);
   private static native long generate(
       long artifact, long session, int[] prompt, long limit, double temperature, long seed, byte[][] stops,
       int segments);
@@ -90,7 +90,11 @@ public class MoecModel {
         + "|" + parts(model, "a \U0001f642 </th", "ink>\\n b"));
     System.out.write(out, 0, out.length);
     System.out.flush();
-    refused(() -> chat(model, new byte[][] {bytes("user"), bytes("Hi")}));
+    refused(() -> chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {0}));
+    byte[][] called = {bytes("user"), bytes("Hi"), bytes("assistant"), bytes(""), bytes("f"), bytes("{}"),
+        bytes("tool"), bytes("y")};
+    refused(() -> chat(model, null, called, new int[] {0, 1, 0}));
+    refused(() -> chat(model, bytes("[] x"), called, new int[] {0, 1, 0}));
     refused(() -> generate(model, session, new int[0], 1, 0, 0, new byte[0][], 0));
     close(other);
     close(session);
@@ -150,6 +154,8 @@ def test_a_java_machine_says_what_python_says(tiny: TinyModels, tmp_path: Path) 
     told = java.stderr.decode()
     for words in (
         "no chat template",
+        "turns[1]: calls and what tools answer need the tools",
+        "tools: is not JSON, at byte 3",
         "no tokens",
         "is no open artifact",
         "77 is no open splitter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -128,5 +129,22 @@ def test_a_conversation_is_that_of_python(sample: Path, tiny: TinyModels, tmp_pa
         answer = session.generate(prompt)
         assert done.stdout == "".join(answer) + "\n"
     assert f"{answer.stats.new_tokens} new in" in done.stderr
+    without = subprocess.run([*chat, "", str(folder / ROLES)], input="x", capture_output=True, text=True, timeout=60)
+    assert (without.returncode, "tools: is no list" in without.stderr) == (1, True)
+    hermes = template("hermes")
+    (folder / "chat_template.jinja").write_text(hermes.text, "utf-8")
+    (folder / ROLES).write_text(role_form(hermes).json(), "utf-8")
+    (folder / TEXT).write_bytes(tables(folder, load_tokenizer(folder / "tokenizer.json")))
+    tools = [{"type": "function", "function": {"name": "f", "description": "\u00e9", "parameters": {"n": 1.50}}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    with_tools = [*chat, "Be brief.", str(tmp_path / "tools.json")]
+    done = subprocess.run(with_tools, input="Name a city.\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    opened = app.open_artifact(folder)
+    turns = [app.turn("system", "Be brief."), app.turn("user", "Name a city.")]
+    prompt = app.chat_with_tools(opened, json.dumps(tools), turns)
+    app.call("close", opened)
+    with moec.load(artifact) as session:  # which says no call
+        assert done.stdout == "".join(session.generate(prompt)) + "\n"
     damaged = subprocess.run([chat[0], str(tmp_path)], input="x", capture_output=True, text=True, timeout=60)
     assert (damaged.returncode, "manifest.json" in damaged.stderr) == (1, True)

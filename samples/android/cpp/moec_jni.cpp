@@ -80,13 +80,26 @@ extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_tokenize(JNIEnv* 
   });
 }
 
-// texts: role and content of each message, alternating.
-extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_chat(JNIEnv* env, jclass, jlong artifact, jobjectArray texts) {
+// texts: of each message its role, its content, and name and arguments of its calls, whose number is in calls. tools: null for none.
+extern "C" JNIEXPORT jintArray JNICALL Java_dev_moec_MoecModel_chat(JNIEnv* env, jclass, jlong artifact, jbyteArray tools,
+                                                                    jobjectArray texts, jintArray calls) {
   const std::vector<std::string> given = texts_of(env, texts);
-  std::vector<moec_app_message> messages;
-  for (size_t i = 0; i + 1 < given.size(); i += 2) messages.push_back({given[i].c_str(), given[i + 1].c_str()});
+  const std::string definitions = tools == nullptr ? "" : text_of(env, tools);
+  std::vector<jint> counts(static_cast<size_t>(env->GetArrayLength(calls)));
+  env->GetIntArrayRegion(calls, 0, static_cast<jsize>(counts.size()), counts.data());
+  std::vector<std::vector<moec_app_call>> called(counts.size());
+  std::vector<moec_app_turn> turns;
+  for (size_t at = 0; turns.size() < counts.size() && at + 1 < given.size();) {
+    const char *role = given[at].c_str(), *content = given[at + 1].c_str();
+    std::vector<moec_app_call>& own = called[turns.size()];
+    at += 2;
+    for (; static_cast<jint>(own.size()) < counts[turns.size()] && at + 1 < given.size(); at += 2)
+      own.push_back({given[at].c_str(), given[at + 1].c_str()});
+    turns.push_back({sizeof(moec_app_turn), 0, role, content, own.data(), static_cast<int64_t>(own.size())});
+  }
   return ids_of(env, [&](int32_t* ids, int64_t capacity) {
-    return moec_app_chat(artifact, messages.data(), static_cast<int64_t>(messages.size()), ids, capacity);
+    return moec_app_chat_with_tools(artifact, tools == nullptr ? nullptr : definitions.c_str(), turns.data(),
+                                    static_cast<int64_t>(turns.size()), ids, capacity);
   });
 }
 

@@ -3,8 +3,11 @@ package dev.moec
 import java.io.Closeable
 import java.io.File
 
-/** A turn of a conversation; `role` is "system" (the first one only), "user" or "assistant". */
-data class Message(val role: String, val content: String)
+/**
+ * A turn of a conversation; `role` is "system" (the first one only), "user", "assistant", or "tool" for what a tool answered,
+ * after the assistant's turn with its `calls`.
+ */
+data class Message(val role: String, val content: String, val calls: List<Part.Call> = emptyList())
 
 /** A part of an answer: what is said, what is thought, or a call of a tool with its arguments as JSON. */
 sealed interface Part {
@@ -47,20 +50,20 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
     }
 
     /**
-     * As `answer`, with thinking told from text and, with `tools`, calls in the model's own form. The definitions of the tools are
-     * the caller's part of the system prompt.
+     * As `answer`, with thinking told from text and calls in the model's own form. tools: definitions in OpenAI's form as JSON, the
+     * same with every turn; null for none.
      */
     fun answerInParts(
         messages: List<Message>,
-        tools: Boolean = false,
+        tools: String? = null,
         limit: Long? = null,
         temperature: Double? = null,
         seed: Long = 0,
         stops: List<String> = emptyList(),
         each: (Part) -> Boolean,
     ) {
-        val prompt = promptOf(messages)
-        val flags = if (tools) SEGMENTS or TOOLS else SEGMENTS
+        val prompt = promptOf(messages, tools)
+        val flags = if (tools != null) SEGMENTS or TOOLS else SEGMENTS
         val splitter = splitter(model, prompt, flags)
         fun tell(): Boolean {
             while (true) {
@@ -85,9 +88,12 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         }
     }
 
-    private fun promptOf(messages: List<Message>): IntArray {
-        val texts = messages.flatMap { listOf(it.role.toByteArray(), it.content.toByteArray()) }
-        return chat(model, texts.toTypedArray())
+    private fun promptOf(messages: List<Message>, tools: String? = null): IntArray {
+        val texts = messages.flatMap { message ->
+            listOf(message.role, message.content) + message.calls.flatMap { listOf(it.name, it.arguments) }
+        }
+        val calls = messages.map { it.calls.size }.toIntArray()
+        return chat(model, tools?.toByteArray(), texts.map { it.toByteArray() }.toTypedArray(), calls)
     }
 
     /** Continue a text instead. */
@@ -148,7 +154,7 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         @JvmStatic private external fun close(id: Long)
         @JvmStatic private external fun session(artifact: Long): Long
         @JvmStatic private external fun tokenize(artifact: Long, text: ByteArray): IntArray
-        @JvmStatic private external fun chat(artifact: Long, texts: Array<ByteArray>): IntArray
+        @JvmStatic private external fun chat(artifact: Long, tools: ByteArray?, texts: Array<ByteArray>, calls: IntArray): IntArray
         @JvmStatic private external fun generate(
             artifact: Long, session: Long, prompt: IntArray, limit: Long, temperature: Double, seed: Long, stops: Array<ByteArray>,
             segments: Int,
