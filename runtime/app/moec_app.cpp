@@ -53,9 +53,11 @@ Registry& registry() {
   return *made;
 }
 
-// One line, whatever a file had in it; at most 500 bytes, of whole characters.
+// One line, whatever a file or its name had in it; at most 500 bytes, of whole characters.
 void keep_error(const char* what) {
-  std::string text = what;
+  Characters characters;  // for names of files that are not UTF-8: the reason stands behind them
+  std::string text = characters.push(what);
+  text += characters.finish();
   if (text.size() > 500) text.resize(500);
   for (char& c : text)
     if (static_cast<unsigned char>(c) < 32 || c == 127) c = ' ';

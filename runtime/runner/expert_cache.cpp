@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <new>
+#include <stdexcept>
 
 namespace {
 
@@ -67,14 +68,21 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
     return static_cast<ExpertCache*>(user)->acquire(expert, which);
   };
   source_.release = [](void* user, int32_t expert) { static_cast<ExpertCache*>(user)->release(expert); };
-  source_.preferred = [](void* user, const void* w13, int64_t, const uint8_t** flags) {
-    return static_cast<ExpertCache*>(user)->preferred(w13, flags);
+  source_.preferred = [](void* user, const void* w13, int64_t experts, const uint8_t** flags) {
+    return static_cast<ExpertCache*>(user)->preferred(w13, experts, flags);
   };
   source_.end = [](void* user) { static_cast<ExpertCache*>(user)->end(); };
-  for (int i = 0; i < readers; ++i) readers_.emplace_back([this] { read_on(); });
+  try {
+    for (int i = 0; i < readers; ++i) readers_.emplace_back([this] { read_on(); });
+  } catch (const std::exception&) {  // those that began must end: a thread that nobody joins ends the process
+    stop();
+    throw std::runtime_error("the system does not allow " + std::to_string(readers) + " threads that read experts");
+  }
 }
 
-ExpertCache::~ExpertCache() {
+ExpertCache::~ExpertCache() { stop(); }
+
+void ExpertCache::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -124,20 +132,27 @@ void ExpertCache::reserve(uint64_t reserved, int64_t least) {
   least_ = least;
 }
 
-void ExpertCache::need(uint64_t bytes) {
+bool ExpertCache::need(uint64_t bytes) {
   std::lock_guard<std::mutex> call(call_);
-  if (bytes <= needed_) return;
-  needed_ = bytes;
-  settle();
+  return raise(&needed_, bytes);
 }
 
 bool ExpertCache::hold(uint64_t bytes) {
   std::lock_guard<std::mutex> call(call_);
-  const uint64_t before = held_;
+  if (bytes > held_) return raise(&held_, bytes);
   held_ = bytes;
   settle();
-  if (slots() >= least_ || bytes <= before) return true;
-  held_ = before;
+  return true;
+}
+
+// Raises one of the numbers of bytes in use. False, and all is as it was, if too few slots are left. No call may run.
+bool ExpertCache::raise(uint64_t* part, uint64_t bytes) {
+  if (bytes <= *part) return true;
+  const uint64_t before = *part;
+  *part = bytes;
+  settle();
+  if (slots() >= least_) return true;
+  *part = before;
   settle();
   return false;
 }
@@ -242,12 +257,12 @@ void ExpertCache::prefer_resident(float share) {
 }
 
 // Of the block of w13, whose call of one token comes next.
-float ExpertCache::preferred(const void* w13, const uint8_t** flags) {
+float ExpertCache::preferred(const void* w13, int64_t experts, const uint8_t** flags) {
   if (share_ <= 0.0f) return 0.0f;
   std::lock_guard<std::mutex> call(call_);
   const auto same = [&](const ExpertBlock& block) { return block.address == w13; };
   const auto block = std::find_if(blocks_.begin(), blocks_.end(), same);
-  if (block == blocks_.end()) return 0.0f;
+  if (block == blocks_.end() || block->experts != experts) return 0.0f;
   alone_ = block - blocks_.begin();
   *flags = near_.data() + first_[static_cast<size_t>(alone_)];
   return share_;
@@ -279,13 +294,12 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   call_.lock();
   const bool alone = alone_ == block - blocks_.begin();
   alone_ = -1;
-  if (scratch_bytes > scratch_) {
-    scratch_ = scratch_bytes;
-    settle();
-  }
+  const auto there = [&](int32_t expert) { return expert >= 0 && expert < block->experts; };
+  const bool known = std::all_of(experts, experts + count, there), room = known && raise(&scratch_, scratch_bytes);
   std::unique_lock<std::mutex> lock(mutex_);
-  if (usable_ < least_) {
-    fault_ = "the memory budget leaves no room for experts beside the working memory of so many tokens at once";
+  if (!room) {
+    fault_ = known ? "the memory budget leaves no room for experts beside the working memory of so many tokens at once"
+                   : "damaged: a layer has other experts than when the model was opened";
     lock.unlock();
     call_.unlock();
     return -1;

@@ -71,8 +71,9 @@ class ExpertCache {
   // `reserved` bytes besides the slots are part of the budget already. Memory in use beyond them takes slots away; with fewer
   // than `least` slots left a call is refused.
   void reserve(uint64_t reserved, int64_t least);
-  // Bytes that a call needs besides the kernels' scratch, which `begin` announces; the largest number so far counts.
-  void need(uint64_t bytes);
+  // Bytes that a call needs besides the kernels' scratch, which `begin` announces; the largest number so far counts. False, and
+  // nothing changed, if it leaves less than `least` slots.
+  bool need(uint64_t bytes);
   // Bytes that others hold now. False, and nothing changed, if they leave less than `least` slots.
   bool hold(uint64_t bytes);
   uint64_t slot_bytes() const { return slot_bytes_; }
@@ -103,15 +104,17 @@ class ExpertCache {
     int half;
   };
 
-  float preferred(const void* w13, const uint8_t** flags);
+  float preferred(const void* w13, int64_t experts, const uint8_t** flags);
   void remember(const int32_t* experts, int64_t count);
   int32_t begin(const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
   const void* acquire(int32_t expert, int which);
   void release(int32_t expert);
   void end();
 
+  void stop();
   void read_on();
   void settle();
+  bool raise(uint64_t* part, uint64_t bytes);
   void resize(int64_t slots);
   bool claim();
   int64_t victim(bool waited_for) const;

@@ -14,26 +14,36 @@ constexpr int64_t kSlack = 4 << 20;         // heap of the runtime and stacks of
 constexpr int64_t kLeastScratch = 2 << 20;  // working memory of one token's operators and activations
 constexpr int kMostReaders = 64;
 
-// The blocks of a program; empty if one of them is not as the kernels read it.
-std::vector<ExpertBlock> blocks_of(const ProgramFile& file) {
+constexpr char kNone[] = "a memory budget needs routed experts, and the model has none that can be read one by one";
+
+// The blocks of a program; "" or why there are none, or one of them is not as the kernels read it.
+std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks) {
   enum { kExperts = 1, kTopK = 4 };  // of moe_config.h
-  std::vector<ExpertBlock> blocks;
   for (const MoeCall& call : file.facts().moe_calls) {
-    if (call.config.size() <= kTopK || call.config[kExperts] < 1) return {};
+    if (call.config.size() <= kTopK || call.config[kExperts] < 1) return kNone;
     ExpertBlock block;
     block.experts = call.config[kExperts];
     block.top_k = call.config[kTopK];
     for (const int half : {0, 1}) {
       const auto experts = static_cast<uint64_t>(block.experts);
-      if (call.bytes[half] == 0 || call.bytes[half] % experts != 0) return {};
+      if (call.bytes[half] == 0 || call.bytes[half] % experts != 0) return kNone;
       block.offset[half] = call.offset[half];
       block.bytes[half] = call.bytes[half] / experts;
     }
     block.address = file.mapped().data() + call.offset[0];
-    const auto same = [&](const ExpertBlock& other) { return other.address == block.address; };
-    if (std::none_of(blocks.begin(), blocks.end(), same)) blocks.push_back(block);
+    const auto named = [&](const ExpertBlock& other) { return other.address == block.address; };
+    const auto same = std::find_if(blocks->begin(), blocks->end(), named);
+    if (same == blocks->end()) {
+      blocks->push_back(block);
+      continue;
+    }
+    // equal constants are stored once: layers may share one half of their experts, and a block is named by the first
+    if (same->experts != block.experts || same->offset[1] != block.offset[1] || same->bytes[0] != block.bytes[0] ||
+        same->bytes[1] != block.bytes[1])
+      return "a memory budget needs experts of its own in every layer, and two layers of the model share one half of theirs";
+    same->top_k = std::max(same->top_k, block.top_k);
   }
-  return blocks;
+  return blocks->empty() ? kNone : "";
 }
 
 int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
@@ -50,7 +60,7 @@ int64_t moec_model::most_tokens(int64_t bytes, int64_t slots) {
     row = std::max(row, (call.config[kTopK] + 4) * call.config[kDModel] * static_cast<int64_t>(sizeof(float)));
     few = std::min(few, std::max<int64_t>(std::min(8 * info.threads, slots) / std::max<int64_t>(call.config[kTopK], 1), 1));
   }
-  row += static_cast<int64_t>(activation_bytes(info.max_tokens, false)) / info.max_tokens + 1;
+  row += static_cast<int64_t>(activation_bytes(planned_tokens, false)) / planned_tokens + 1;
   return std::clamp((bytes - kTile * info.threads) / row, few, info.max_tokens);
 }
 
@@ -69,8 +79,9 @@ bool moec_model::count_session(int64_t change) {
 
 bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   if (experts) return fail("the memory budget is already set");
-  std::vector<ExpertBlock> blocks = blocks_of(*file);
-  if (blocks.empty()) return fail("a memory budget needs routed experts, and the model has none that can be read one by one");
+  std::vector<ExpertBlock> blocks;
+  std::string fault = blocks_of(*file, &blocks);
+  if (!fault.empty()) return fail(fault);
   int64_t expert_bytes = 0, count = 0;
   for (const ExpertBlock& block : blocks) {
     expert_bytes += static_cast<int64_t>(block.bytes[0] + block.bytes[1]) * block.experts;
@@ -83,7 +94,6 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   for (size_t i = 1; i < arenas.size(); ++i)
     fixed += static_cast<int64_t>(arenas[i].size()) - std::max<int64_t>(resident_bytes(arenas[i].data(), arenas[i].size()), 0);
 
-  std::string fault;
   std::unique_ptr<ExpertStorage> storage = open_expert_file(path, file->mapped().descriptor(), &fault);
   if (!storage) return fail(fault);
   const auto slot_bytes = static_cast<int64_t>(ExpertCache::slot_bytes_of(blocks, storage->alignment()));
@@ -97,7 +107,8 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
   experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
-  experts->reserve(static_cast<uint64_t>(kLeastScratch), least);
+  // where all experts fit, what is left is for calls and other sessions
+  experts->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
   memory_budget = bytes;
   eviction = policy;
   return true;

@@ -83,6 +83,7 @@ struct moec_model {
   std::optional<moec_runtime::DelegatedModel> delegated;  // outlives the module
   std::unique_ptr<executorch::extension::Module> module;
   moec_model_info info = {};
+  int64_t planned_tokens = 0;  // of a call, for which the arena of activations is planned; info.max_tokens may become less
   std::vector<int64_t> eos_ids;
   bool float_activations = false;
   std::unique_ptr<ExpertCache> experts;  // where a memory budget was set
@@ -117,6 +118,8 @@ struct moec_model {
   bool limit_memory(int64_t bytes, ExpertPolicy policy, int readers);
   bool set_threads(int32_t threads);
   bool integer(const char* name, bool required, int64_t* value);
+  // Whether the call can be made: arguments, the file, memory. Nothing is computed.
+  bool ready(const int64_t* ids, int64_t n, int64_t start, bool all, int64_t capacity);
   bool forward(Caches* caches, const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity);
 };
 

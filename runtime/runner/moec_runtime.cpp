@@ -138,7 +138,7 @@ bool moec_model::check_method(const char* name) {
   if (logit_sizes.size() < 2 || logit_sizes[logit_sizes.size() - 1] != info.vocab_size)
     return fail(text("method %s does not give logits of %" PRId64 " entries", name, info.vocab_size));
   const int64_t most = token_sizes[1];
-  info.max_tokens = info.max_tokens ? std::min(info.max_tokens, most) : most;
+  info.max_tokens = planned_tokens = info.max_tokens ? std::min(info.max_tokens, most) : most;
   return true;
 }
 
@@ -281,10 +281,10 @@ bool moec_model::set_threads(int32_t threads) {
   return true;
 }
 
-// What a call of n tokens touches of the arena of activations, which is planned for the most tokens of a call.
+// What a call of n tokens touches of the arena of activations.
 uint64_t moec_model::activation_bytes(int64_t n, bool all) {
   const auto planned = module->method_meta("forward")->memory_planned_buffer_size(0);
-  const double share = static_cast<double>(n) / static_cast<double>(info.max_tokens);
+  const double share = static_cast<double>(n) / static_cast<double>(planned_tokens);
   const uint64_t logits = all ? static_cast<uint64_t>(n * info.vocab_size) * sizeof(float) : 0;
   return static_cast<uint64_t>(share * static_cast<double>(planned.ok() ? *planned : 0)) + logits;
 }
@@ -295,7 +295,7 @@ void moec_model::close() {
   delegated.reset();
 }
 
-bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity) {
+bool moec_model::ready(const int64_t* ids, int64_t n, int64_t start, bool all, int64_t capacity) {
   if (n < 1 || n > info.max_tokens) return fail(text("%" PRId64 " tokens in one call; 1 .. %" PRId64, n, info.max_tokens));
   if (start < 0 || start > info.context - n)
     return fail(text("%" PRId64 " tokens at position %" PRId64 " do not fit a context of %" PRId64, n, start, info.context));
@@ -306,9 +306,16 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   if (capacity != 0 && capacity < wanted)
     return fail(text("room for %" PRId64 " logits, %" PRId64 " are needed", capacity, wanted));
   if (all && !info.has_all) return fail("the program has no method forward_all");
-  const std::string name = all ? "forward_all" : "forward";
   if (file->truncated()) return fail("truncated while it is in use");
-  if (!load_method(name)) return false;
+  if (!load_method(all ? "forward_all" : "forward")) return false;
+  if (!experts || experts->need(activation_bytes(n, all))) return true;
+  return fail("the memory budget leaves no room for experts beside the activations of so many tokens at once");
+}
+
+// A call that is ready.
+bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t start, bool all, float* logits, int64_t capacity) {
+  const std::string name = all ? "forward_all" : "forward";
+  const int64_t wanted = (all ? n : 1) * info.vocab_size;
   if (!seats.seat(caches)) return fail("no address space for the caches of another session");
   caches->reached = std::max(caches->reached, start + n);
   // never written: ExecuTorch's tensors just have no const form
@@ -316,7 +323,6 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   auto position = executorch::extension::from_blob(&start, {1}, ScalarType::Long);
   Watch watch;
   const FloatActivations arithmetic(float_activations);
-  if (experts) experts->need(activation_bytes(n, all));
   const UsedExperts lent(experts.get());
   const auto result = module->execute(name, {EValue(tokens), EValue(position)});
   if (!result.ok() && experts && !experts->fault().empty()) return fail(experts->fault());
@@ -388,7 +394,7 @@ int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int
   const bool ok = guarded(model, [&] {
     if (!model->module || !ids || (capacity != 0 && !logits)) return model->fail("not open, or no buffer");
     Watch watch;
-    return model->forward(&model->own, ids, n, start, all != 0, logits, capacity);
+    return model->ready(ids, n, start, all != 0, capacity) && model->forward(&model->own, ids, n, start, all != 0, logits, capacity);
   });
   return ok ? 0 : -1;
 }

@@ -57,11 +57,12 @@ MOEC_RUNTIME_API int32_t moec_model_forward(moec_model* model, const int64_t* id
 // A sequence of tokens with caches of its own, over the weights and activations of its model. Any number of them may be open;
 // calls of one model run one after another, whichever threads make them. The caches of the running session are where the
 // program reads them: where the system can move pages (Linux since 5.7) switching sessions costs microseconds, elsewhere
-// a copy of both. A session keeps its model open. When a call fails the session is as it was, except that a failed
-// moec_session_forward keeps only the tokens before `start`.
+// a copy of both. A session keeps its model open. When a call fails the session is as it was, except that a
+// moec_session_forward that fails while it computes keeps only the tokens before `start`, and none where
+// moec_model_info.rewinds is 0: states that cannot go back may have gone on.
 typedef struct moec_session moec_session;
 
-// Never NULL, except when memory is out; open if moec_session_error() is empty.
+// Never NULL, except when memory is out; open if moec_session_error() is empty. Calls of one that is not open fail.
 MOEC_RUNTIME_API moec_session* moec_session_open(moec_model* model);
 MOEC_RUNTIME_API void moec_session_close(moec_session* session);
 MOEC_RUNTIME_API const char* moec_session_error(const moec_session* session);

@@ -133,7 +133,7 @@ class Program {
       return check_ports(ports[index], arguments);
     }, [&](const std::string& name, const Arguments& arguments) {
       if (sums_by_library(name)) facts.exact_calls = false;
-      if (name == "moec::fused_moe_packed.out" && plan.text(0, "the name of a method") == "forward") note_moe(values, arguments);
+      if (name == "moec::fused_moe_packed.out") note_moe(values, arguments);
     });
     const Vector outputs = plan.vector(4, 4);
     for (uint32_t i = 0; i < outputs.size; ++i) {
@@ -143,18 +143,18 @@ class Program {
     }
   }
 
-  // Records a MoE block whose experts are constants of the file.
+  // Records a MoE block whose experts are constants of the file; no bytes for the half that is none.
   void note_moe(const std::vector<Value>& values, const Arguments& arguments) {
     enum { kW13 = 5, kW2 = 7, kConfig = 12 };
     MoeCall call = {};
     for (const int32_t item : arguments[kConfig]->items) call.config.push_back(values[static_cast<size_t>(item)].number);
     for (const int half : {0, 1}) {
       const Value& weights = *arguments[half ? kW2 : kW13];
-      if (weights.memory.where != Region::kConstant) return;
+      if (weights.memory.where != Region::kConstant) continue;
       call.offset[half] = weights.memory.begin;
       call.bytes[half] = weights.bytes;
     }
-    facts.moe_calls.push_back(std::move(call));
+    if (call.bytes[0] > 0) facts.moe_calls.push_back(std::move(call));
   }
 
   std::vector<std::vector<DelegatePort>> check_delegates(const Table& plan) {

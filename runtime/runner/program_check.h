@@ -23,7 +23,7 @@ struct MoeCall {
 
 // Facts of the program that the check collects on the way.
 struct ProgramFacts {
-  std::vector<MoeCall> moe_calls;  // of the method forward, in order
+  std::vector<MoeCall> moe_calls;  // of the methods forward and forward_all, in order
   uint64_t constant_bytes = 0;
   bool exact_calls = true;  // nothing sums in an order that depends on how many tokens a call has, as libraries' products may
 };

@@ -23,7 +23,7 @@ struct moec_session {
   moec_model* model = nullptr;
   std::string error;
   Caches caches;
-  bool counted = false;         // in the model's sessions
+  bool counted = false;         // in the model's sessions: it is open
   std::vector<int32_t> tokens;  // ids fit 32 bits: read_constants has checked the vocabulary
 };
 
@@ -39,15 +39,15 @@ std::vector<SessionBytes> parts_of(const moec_session& session, const Caches& ca
   return found;
 }
 
-// Runs `body` alone on the model; its failure becomes the session's.
+// Runs `body` alone on the model; its failure becomes the session's. opening: of a session that is not open yet.
 template <typename Body>
-int32_t alone(moec_session* session, Body body) {
+int32_t alone(moec_session* session, Body body, bool opening = false) {
   if (!session) return -1;
   moec_model* model = session->model;
   if (!model) return -1;
   std::lock_guard<std::mutex> lock(model->busy);
   model->error.clear();
-  const bool ok = guarded(model, body);
+  const bool ok = guarded(model, [&] { return opening || session->counted ? body() : model->fail("the session is not open"); });
   session->error = model->error;
   return ok ? 0 : -1;
 }
@@ -90,12 +90,13 @@ moec_session* moec_session_open(moec_model* model) {
   if (!session || !model) return session;
   session->model = model;
   ++model->owners;
-  alone(session, [&] {
+  const auto open = [&] {
     if (!model->module) return model->fail("the model is not open");
     if (!model->no_sessions.empty()) return model->fail(model->no_sessions);
     if (!model->seats.reserve(&session->caches)) return model->fail("no address space for the caches");
     return session->counted = model->count_session(1);
-  });
+  };
+  alone(session, open, true);
   return session;
 }
 
@@ -128,11 +129,14 @@ int32_t moec_session_forward(moec_session* session, const int64_t* ids, int64_t 
     moec_model* model = session->model;
     std::shared_lock<std::shared_mutex> keep(pools);
     if (!ids || (capacity != 0 && !logits)) return model->fail("no buffer");
-    if (!can_start(*session, start)) return false;
-    if (n > 0 && n <= model->info.context) session->tokens.reserve(static_cast<size_t>(start + n));
     Watch watch;
+    if (!can_start(*session, start) || !model->ready(ids, n, start, all != 0, capacity)) return false;
+    session->tokens.reserve(static_cast<size_t>(start + n));
     session->tokens.resize(static_cast<size_t>(start));  // also where the call then fails: it may have written behind them
-    if (!model->forward(&session->caches, ids, n, start, all != 0, logits, capacity)) return false;
+    if (!model->forward(&session->caches, ids, n, start, all != 0, logits, capacity)) {
+      if (!model->info.rewinds) session->tokens.clear();  // states may have gone on: they are those of no tokens
+      return false;
+    }
     for (int64_t i = 0; i < n; ++i) session->tokens.push_back(static_cast<int32_t>(ids[i]));
     return true;
   });
@@ -151,6 +155,7 @@ moec_session* moec_session_fork(moec_session* session) {
   moec_session* fork = moec_session_open(session->model);
   if (!fork || !fork->error.empty()) return fork;
   alone(fork, [&] {
+    if (!session->counted) return fork->model->fail("the session is not open");
     fork->model->seats.copy(session->caches, &fork->caches, position_of(*session));
     fork->tokens = session->tokens;
     return true;

@@ -306,6 +306,10 @@ class CpuSession(SessionBase):
             if self._tracing:
                 runtime.moec_model_trace(_TRACE(), None)
         fault, self._trace_fault = self._trace_fault, None
+        if status:  # states that cannot go back may have gone on in the call: the native session then holds nothing
+            held = runtime.moec_session_tokens(self._handle, None, 0)
+            self.position = min(self.position, held)
+            del self._ids[self.position :]
         if fault is not None:
             raise fault
         self._done(status)

@@ -366,6 +366,7 @@ def test_what_is_misused_is_told(folder: Path, opened: int, session: int, tmp_pa
         ("open", (None, None), "folder: NULL"),
         ("open", (str(tmp_path).encode(), None), "manifest.json"),
         ("open", (b"x" * 100_000, None), "xxx"),
+        ("open", (b"/absent/caf\xe9/model", None), "No such file"),  # a name that is not UTF-8
         ("open", (str(folder).encode(), ctypes.byref(app.OpenOptions(4, 0, 0))), "options.size is 4"),
         ("open", (str(folder).encode(), ctypes.byref(app.OpenOptions(16, -1, 0))), "negative"),
         ("open", (str(folder).encode(), ctypes.byref(app.OpenOptions(16, 1, 1000))), "budget"),

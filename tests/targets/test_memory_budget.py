@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,71 @@ def test_sessions_share_one_cache(model: Path) -> None:
     assert after.slots == before.slots
     first.prefill([4])
     first.close()
+
+
+def changed(options: dict[str, Any], **model: Any) -> Spec:
+    """The spec with other options of the target and other sizes."""
+    given = spec(**options).model_dump(mode="json", exclude_none=True)
+    return Spec.model_validate({**given, "model": {**MODEL, **model}})
+
+
+def test_the_least_budget_is_enough_where_long_calls_take_much_memory(tmp_path: Path) -> None:
+    """Activations are planned for 2,048 tokens; a token alone needs few of them."""
+    long = changed({"max_tokens": 2048}, layers=2, context=2048)
+    built = build.compile(long, checkpoint=synthesize(long, tmp_path / "c", qat=True), out=tmp_path / "a")
+    model = built.path("model.pte")
+    with CpuSession(model, threads=1) as session:
+        wanted = session.prefill([1, 2, 3])
+    with CpuSession(model, threads=1, memory_mb=least_mb(model) + 2) as session:
+        slots = session.expert_stats().slots  # type: ignore[union-attr]
+        np.testing.assert_array_equal(session.prefill([1, 2, 3]), wanted)
+        assert session.expert_stats().slots == slots  # type: ignore[union-attr]
+
+
+def test_what_a_large_budget_leaves_is_for_sessions_and_long_calls(model: Path) -> None:
+    """All experts fit, with much to spare: nobody takes their memory, and no session is refused."""
+    first = CpuSession(model, threads=1, memory_mb=least_mb(model) + 2000)
+    assert first.expert_stats().slots == LAYERS * EXPERTS  # type: ignore[union-attr]
+    first.prefill(list(range(120)))
+    others = [first.fork() for _ in range(60)]
+    assert first.expert_stats().slots == LAYERS * EXPERTS  # type: ignore[union-attr]
+    for session in (*others, first):
+        session.close()
+
+
+def merged(program: bytes) -> bytes:
+    """A program whose layers have one gate/up matrix: the place of the first is written over those of all."""
+
+    def number(at: int, form: str) -> int:
+        return int(struct.unpack_from("<" + form, program, at)[0])
+
+    def field(table: int, index: int) -> int:  # where a flatbuffer's table has a field
+        return table + number(table - number(table, "i") + 4 + 2 * index, "H")
+
+    def follow(at: int) -> int:
+        return at + number(at, "I")
+
+    offsets = follow(field(follow(field(follow(0), 5)), 1))  # of the constants, in their segment
+    count = number(offsets, "I")
+    places = [number(offsets + 4 + 8 * i, "Q") for i in range(count)]
+    ends = dict(zip(sorted(places), [*sorted(places)[1:], 0], strict=True))
+    sizes = [ends[place] - place for place in places]
+    gate_up = [i for i in range(count) if sizes[i] == max(sizes)]  # twice as large as down
+    assert len(gate_up) == LAYERS
+    changed = bytearray(program)
+    for i in gate_up:
+        struct.pack_into("<Q", changed, offsets + 4 + 8 * i, places[gate_up[0]])
+    return bytes(changed)
+
+
+def test_layers_that_share_one_half_of_their_experts_are_refused(model: Path, tmp_path: Path) -> None:
+    """The address of gate/up names a layer to the cache, and would give all of them the down matrices of one."""
+    copy = tmp_path / "model.pte"
+    copy.write_bytes(merged(model.read_bytes()))
+    with CpuSession(copy, threads=1) as session:
+        session.prefill([1, 2, 3])
+    with pytest.raises(RunError, match="two layers of the model share one half of theirs"):
+        CpuSession(copy, threads=1, memory_mb=4000)
 
 
 def test_a_file_that_is_cut_while_it_is_read(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 // are late, out of order, come short or fail. An argument says how many rounds.
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
@@ -73,10 +74,12 @@ struct World {
 };
 
 // One call of a block as the kernels make it: units of work are drawn in the order that `begin` gave.
-bool call(const ExpertCache& cache, const ExpertBlock& block, std::vector<int32_t> experts, int workers, int units, bool* right) {
+bool call(const ExpertCache& cache, const ExpertBlock& block, std::vector<int32_t> experts, int workers, int units, bool* right,
+          uint64_t scratch = 0) {
   const moec_expert_source* source = cache.source();
   const std::vector<int32_t> uses(experts.size(), 2 * units), before = experts;
-  if (source->begin(source->user, block.address, experts.data(), uses.data(), static_cast<int64_t>(experts.size()), 0) != 1) return false;
+  if (source->begin(source->user, block.address, experts.data(), uses.data(), static_cast<int64_t>(experts.size()), scratch) != 1)
+    return false;
   *right &= std::is_permutation(before.begin(), before.end(), experts.begin(), experts.end());
   std::atomic<size_t> next{0};
   std::atomic<bool> given{true}, same{true};
@@ -227,12 +230,16 @@ void round_of(uint32_t seed) {
       asked += std::min(block.top_k, block.experts);
     }
     if (!steady && pick(0, 9) == 0) {
-      cache.need(static_cast<uint64_t>(pick(1, 3)) * cache.slot_bytes());
-      if (cache.slots() < least) {
-        const ExpertBlock& block = world.blocks[0];
-        expect(!call(cache, block, chosen(random, block, 1), workers, units, &right), where + ": too few slots and no refusal");
-        break;
-      }
+      const int64_t slots_before = cache.slots();
+      const bool room = cache.need(static_cast<uint64_t>(pick(1, 9)) * cache.slot_bytes());
+      expect(room || cache.slots() == slots_before, where + ": a need that was refused takes slots");
+      expect(cache.slots() >= least, where + ": fewer slots than the least");
+    }
+    if (!steady && pick(0, 9) == 0) {
+      const ExpertBlock& block = world.blocks[0];
+      const int64_t slots_before = cache.slots();
+      expect(!call(cache, block, {0}, workers, units, &right, (uint64_t{1} << 30) * cache.slot_bytes()), where + ": too few slots and no refusal");
+      expect(cache.slots() == slots_before, where + ": a call that was refused takes slots");
     }
   }
   const int64_t now = cache.slots();
@@ -252,6 +259,37 @@ void round_of(uint32_t seed) {
   expect(source->begin(source->user, &one, &one, &one, 1, 0) == 0, where + ": an unknown block is taken");
   const uint8_t* flags = nullptr;
   expect(source->preferred(source->user, &one, 1, &flags) == 0.0f, where + ": an unknown block is preferred");
+  // a program may call a layer with more experts than the one that was seen when it was opened
+  const ExpertBlock& block = world.blocks.back();
+  for (int32_t outside : {static_cast<int32_t>(block.experts), INT32_MAX, -1}) {
+    one = 1;
+    expect(source->begin(source->user, block.address, &outside, &one, 1, 0) == -1, where + ": an expert that is not there is taken");
+    expect(!cache.fault().empty(), where + ": an expert that is not there, without a word");
+  }
+  expect(source->preferred(source->user, block.address, block.experts + 1, &flags) == 0.0f, where + ": flags of too few experts");
+}
+
+// The system gives fewer threads than are asked for: an exception, and those that began end.
+void threads_that_the_system_refuses() {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__linux__)  // which reserve address space
+  std::mt19937 random(1);
+  const World world(random);
+  struct rlimit limit = {};
+  long pages = 0;
+  FILE* const statm = fopen("/proc/self/statm", "r");
+  expect(statm && fscanf(statm, "%ld", &pages) == 1 && getrlimit(RLIMIT_AS, &limit) == 0, "no limits to set");
+  if (statm) fclose(statm);
+  const struct rlimit little = {static_cast<rlim_t>(pages) * 4096 + (rlim_t{64} << 20), limit.rlim_max};
+  setrlimit(RLIMIT_AS, &little);
+  bool refused = false;
+  try {
+    const ExpertCache cache(std::make_unique<MadeUp>(world.bytes), world.blocks, 1000, ExpertPolicy::kLru, 64);
+  } catch (const std::exception&) {
+    refused = true;
+  }
+  setrlimit(RLIMIT_AS, &limit);
+  expect(refused, "64 threads in an address space for a few");
+#endif
 }
 
 }  // namespace
@@ -259,6 +297,7 @@ void round_of(uint32_t seed) {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 20;
   for (int i = 0; i < rounds; ++i) round_of(static_cast<uint32_t>(i));
+  threads_that_the_system_refuses();
   printf("expert cache: %d rounds, %d failures\n", rounds, failures);
   return failures == 0 ? 0 : 1;
 }
