@@ -13,6 +13,7 @@ N outputs, K inputs, G groups of a row, b bits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moec.checkpoints.coded import Grouped, IntEntry, lacking, unlike, unpacked
-from moec.checkpoints.fp8 import FP8_TYPES, with_scales
+from moec.checkpoints.fp8 import FP8_TYPES, block_of, with_scales
 from moec.checkpoints.safetensors_file import Entry, shown
 from moec.compiler.errors import CheckpointError
 
@@ -85,6 +86,7 @@ def with_compressed(entries: Mapping[str, Entry], section: Mapping[str, Any], pl
         )
     if not _formats(section) <= _FORMATS or _is_sparse(section):
         return dict(entries)
+    blocks = _blocks(section, place)
     found = dict(entries)
     for name, kept in entries.items():
         stem, _, end = name.rpartition(".")
@@ -95,7 +97,21 @@ def with_compressed(entries: Mapping[str, Entry], section: Mapping[str, Any], pl
                 del found[other.name]
             found[entry.name] = entry
         elif end == "weight" and kept.dtype in FP8_TYPES:
-            with_scales(entries, found, NAME, kept, f"{stem}.weight_scale", None)
+            with_scales(entries, found, NAME, kept, f"{stem}.weight_scale", blocks)
+    return found
+
+
+def _blocks(section: Mapping[str, Any], place: str) -> set[tuple[int, int]]:
+    """The blocks, rows and columns, in which groups of modules have scales; written [128, 128] or "128x128"."""
+    groups = section.get("config_groups")
+    found = set()
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        given = weights.get("block_structure") if isinstance(weights, Mapping) else None
+        if isinstance(given, str) and re.fullmatch(r"[0-9]{1,9} ?x ?[0-9]{1,9}", given):
+            given = [int(size) for size in given.split("x")]
+        if given is not None:
+            found.add(block_of(given, "block_structure", place))
     return found
 
 

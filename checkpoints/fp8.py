@@ -3,15 +3,16 @@ are read, and only where a spec says so.
 
     X.weight F8_E4M3 [.., N, K], X.weight_scale_inv [.., N/128, K/128]     w = code * scale of its block
 
-Scales of whole rows [N, 1] or of the whole weight ([1] or []) are read as well (X.weight_scale). Stacked experts are
-called X and X_scale_inv.
+Scales of whole rows [N, 1], of a row's groups [N, G] or of the whole weight ([1] or []) are read as well
+(X.weight_scale). Stacked experts are called X and X_scale_inv. How large a block is, config.json says: the last ones of
+a weight may be cut, so that the number of scales does not tell.
 
 N outputs, K inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from moec.compiler.weights import CodeFormat
 NAME = "FP8"
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 _SCALES = (*FLOATS, "F8_E8M0")
+_BLOCK = [128, 128]  # of a quantization_config that does not say, as transformers reads it
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,23 @@ class Fp8Entry(CodedEntry):
 
 def with_fp8(entries: Mapping[str, Entry], section: Mapping[str, Any], place: str) -> dict[str, Entry]:
     """`entries` with each FP8 weight that has scales beside it. CheckpointError for scales that do not fit."""
-    block = section.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 1 << 30 for n in block)
-    ):
-        raise CheckpointError(f"quantization_config.weight_block_size: impossible value {shown(block)}", place=place)
+    given = section.get("weight_block_size", _BLOCK)
+    blocks = () if given is None else (block_of(given, "weight_block_size", place),)
     found = dict(entries)
     for name, kept in entries.items():
         if kept.dtype not in FP8_TYPES:
             continue
         scale = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in entries), None)
         if scale is not None:
-            with_scales(entries, found, NAME, kept, scale, None if block is None else (block[0], block[1]))
+            with_scales(entries, found, NAME, kept, scale, blocks)
     return found
+
+
+def block_of(given: Any, key: str, place: str) -> tuple[int, int]:
+    """Rows and columns of a block as config.json gives them. CheckpointError for anything but two sizes."""
+    if isinstance(given, list) and len(given) == 2 and all(type(n) is int and 0 < n < 1 << 30 for n in given):
+        return given[0], given[1]
+    raise CheckpointError(f"quantization_config: {key} has the impossible value {shown(given)}", place=place)
 
 
 def with_scales(
@@ -84,9 +90,10 @@ def with_scales(
     kind: str,
     kept: Entry,
     scale: str,
-    block: tuple[int, int] | None,
+    blocks: Collection[tuple[int, int]],
 ) -> None:
-    """Put one weight of FP8 codes `kept` and scales `scale` into `found`, if they are there."""
+    """Put one weight of FP8 codes `kept` and scales `scale` into `found`, if they are there. `blocks`: the sizes that
+    config.json names."""
     scales = entries.get(scale)
     if scales is None:
         return
@@ -94,20 +101,29 @@ def with_scales(
         raise unlike(kept, "codes in two dimensions or more")
     place = (kept.name, kind, kept.shape, kept.file, kept.begin, kept.end, kept.file_size)
     del found[scale]
-    found[kept.name] = Fp8Entry(*place, kept, scales, _block(kept, scales, block))
+    found[kept.name] = Fp8Entry(*place, kept, scales, _block(kept, scales, blocks))
 
 
-def _block(kept: Entry, scales: Entry, given: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns to a scale: as config.json says, else as many as there must be."""
+def _block(kept: Entry, scales: Entry, blocks: Collection[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns to a scale: as config.json says, else those of scales that each row has for itself.
+
+    CheckpointError where neither fits, or two of `blocks` do.
+    """
     (outputs, inputs), shape = kept.shape[-2:], scales.shape
     if scales.dtype in _SCALES and scales.dtype in TYPES:
         if shape in ((), (1,)):
             return outputs, inputs
         if len(shape) == len(kept.shape) and shape[:-2] == kept.shape[:-2] and all(shape):
-            if given is not None and shape[-2:] == (-(-outputs // given[0]), -(-inputs // given[1])):
-                return given
-            if shape[-2:] == (outputs, 1):
-                return 1, inputs
-            if given is None and outputs % shape[-2] == 0 and inputs % shape[-1] == 0:
-                return outputs // shape[-2], inputs // shape[-1]
-    raise unlike(scales, f"floats, one for each block of {list(kept.shape)}")
+            fit = {
+                (rows, columns)
+                for rows, columns in blocks
+                if shape[-2:] == (-(-outputs // rows), -(-inputs // columns))
+            }
+            if len({(min(rows, outputs), min(columns, inputs)) for rows, columns in fit}) == 1:
+                return fit.pop()
+            if not fit and shape[-2] == outputs and inputs % shape[-1] == 0:
+                return 1, inputs // shape[-1]
+            if not fit and shape[-2:] == (1, 1):
+                return outputs, inputs
+    sizes = " or ".join(f"{rows} x {columns}" for rows, columns in blocks)
+    raise unlike(scales, f"floats, one for each block of {list(kept.shape)}" + (f", of {sizes}" if sizes else ""))

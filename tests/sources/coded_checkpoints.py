@@ -105,13 +105,14 @@ def int_quantized(made: Random) -> Packed:
     return {"weight": codes, "weight_scale": made.scales}, made.values
 
 
-def fp8_blocks(rows: int, width: int, block: int, seed: int) -> Packed:
+def fp8_blocks(rows: int, width: int, block: int, seed: int, *, scale: str = "weight_scale_inv") -> Packed:
+    """Blocks of `block` rows and columns; the last ones are cut where the weight ends."""
     generator = torch.Generator().manual_seed(seed)
     codes = (torch.randn(rows, width, generator=generator) * 100).to(torch.float8_e4m3fn)
     shape = (-(-rows // block), -(-width // block))
     scales = torch.rand(shape, generator=generator) / (100 * width**0.5)
     spread = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :width]
-    return {"weight": codes, "weight_scale_inv": scales}, codes.float() * spread
+    return {"weight": codes, scale: scales}, codes.float() * spread
 
 
 def write(

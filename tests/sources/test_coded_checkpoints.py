@@ -292,6 +292,36 @@ def test_fp8_is_quantized_anew_where_the_spec_says_so(tmp_path: Path) -> None:
     quantized_anew(coded.write(tmp_path, MOE, FP8, lambda n, k, seed: coded.fp8_blocks(n, k, 64, seed)), "fp8")
 
 
+@pytest.mark.parametrize("block", [96, 80, 128])  # of 192 rows: 2, 3 (cut) and 2 (cut) blocks; 128 columns: 2, 2, 1
+@pytest.mark.parametrize(
+    ("kind", "section"),
+    [
+        ("weight_scale_inv", {"quant_method": "fp8"}),
+        ("weight_scale", {"quant_method": "compressed-tensors", "format": "float-quantized"}),
+    ],
+)
+def test_blocks_that_are_cut_have_the_size_that_config_json_says(
+    block: int, kind: str, section: dict[str, Any], tmp_path: Path
+) -> None:
+    if kind == "weight_scale":
+        weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [block, block]}
+        section = {**section, "config_groups": {"group_0": {"weights": weights}}}
+    elif block != 128:  # which is what a config that says nothing means
+        section = {**section, "weight_block_size": [block, block]}
+    folder = coded.write(tmp_path, DENSE, section, lambda n, k, s: coded.fp8_blocks(n, k, block, s, scale=kind))
+    quantized_anew(folder, "fp8" if section["quant_method"] == "fp8" else "compressed-tensors")
+
+
+@pytest.mark.parametrize("structures", [(), ("96x96", [112, 112]), ("96",), ([96],), ([0, 96],)])
+def test_blocks_of_a_size_that_config_json_does_not_tell_are_refused(structures: Any, tmp_path: Path) -> None:
+    """192 rows in two blocks are 96 and 96, 112 and 80, or 128 and 64."""
+    groups = {f"group_{i}": {"weights": {"block_structure": given}} for i, given in enumerate(structures)}
+    section = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    folder = coded.write(tmp_path, DENSE, section, lambda n, k, s: coded.fp8_blocks(n, k, 96, s, scale="weight_scale"))
+    with pytest.raises(CheckpointError, match=r"one for each block|block_structure"):
+        opened(folder, dequantize=("compressed-tensors",))
+
+
 def test_fp8_computes_with_its_values_where_nothing_is_quantized(tmp_path: Path) -> None:
     folder = coded.write(tmp_path, MOE, FP8, lambda n, k, seed: coded.fp8_blocks(n, k, 64, seed))
     spec = parse_spec(f"name: f\nmodel: {{transformers: {folder}}}\nquantization: none\n", folder=folder)
