@@ -4,8 +4,9 @@
     W' = m * (W + s * B A) / |W + s * B A|        DoRA: m [N], the norm of each row
 
 Tables of embeddings have A [r, V] and B [D, r], and s * (B A)^T is added. A parameter with a matrix for each expert has
-A [E * r, K], expert after expert, and B [N, r * E], where the experts of one rank lie side by side. What changes the
-result otherwise is refused; what only trains (dropout, initial values that leave the model as it is) is not read.
+A [E * r, K], expert after expert, and B [N, r * E], where the experts of one rank lie side by side; which side of the
+parameter K is, versions of PEFT took differently (`Adapter.first`). What changes the result otherwise is refused; what
+only trains (dropout, initial values that leave the model as it is) is not read.
 
 N outputs, K inputs, r rank, E experts.
 """
@@ -29,6 +30,7 @@ from moec.checkpoints.safetensors_file import FLOATS, Entry, finite, read_header
 from moec.compiler.errors import CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
+_MOST_ALPHA = 1e30  # NaN, infinity and integers that no float holds are not below it
 _PREFIX = "base_model.model."
 _BASE = ".base_layer.weight"
 _ENDS = {
@@ -46,6 +48,8 @@ _OTHER = (
 )  # fmt: skip
 # Initial values that change the weights of the model as well, so that A and B belong to others than those of the base.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Versions from which A has an expert's inputs, or its outputs; before, it had the first side of a parameter [E, a, b].
+_OF_INPUTS, _OF_OUTPUTS = (0, 19, 1), (0, 19, 0)
 _MERGE = "merge it: PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(OUT)"
 
 
@@ -81,26 +85,37 @@ class Update:
         m_N = _read(self.magnitude).reshape(-1)
         return found * (m_N / torch.linalg.vector_norm(found, dim=1))[:, None]
 
-    def merged_stack(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """float32 `weight` [E, N, K], or [E, K, N] if `transposed`, after the update."""
+    def merged_stack(self, weight: Tensor, *, first: bool) -> Tensor:
+        """float32 `weight` [E, N, K], or [E, K, N] if A reads its `first` side, after the update."""
         count = len(weight)
         a_ERK = _read(self.a).reshape(count, self.rank, -1)
         b_NRE = _read(self.b).reshape(-1, self.rank, count)
         found = weight.clone()
         for e in range(count):
             delta_NK = (b_NRE[..., e] @ a_ERK[e]) * self.scaling
-            found[e] += delta_NK.t() if transposed else delta_NK
+            found[e] += delta_NK.t() if first else delta_NK
         return found
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A checked adapter: every tensor of its file belongs to one of the updates, or is the weight of the base model
-    that PEFT saves beside an updated head or table (`bases`, by module)."""
+    that PEFT saves beside an updated head or table (`bases`, by module). version: of the PEFT that saved it, () if it
+    does not say."""
 
     folder: Path
     updates: tuple[Update, ...]
     bases: Mapping[str, Entry]
+    version: tuple[int, ...] = ()
+
+    def first(self, *, transposed: bool) -> set[bool]:
+        """Whether the columns of A are the first side of a parameter [E, a, b] that has a matrix for each expert; both,
+        where the file leaves it open. transposed: whether a is the inputs."""
+        if not self.version:
+            return {transposed, True}
+        if self.version >= _OF_INPUTS:
+            return {transposed}
+        return {not transposed} if self.version >= _OF_OUTPUTS else {True}
 
     def digest(self) -> str:
         """SHA-256 of its two files."""
@@ -144,7 +159,13 @@ def read_adapter(folder: Path) -> Adapter:
     if not parts:
         raise _refused(folder, f"{WEIGHTS} holds no tensors")
     updates = (_update(folder, config, module, held, module in tables) for module, held in sorted(parts.items()))
-    return Adapter(folder, tuple(updates), bases)
+    return Adapter(folder, tuple(updates), bases, _version(config.get("peft_version")))
+
+
+def _version(given: Any) -> tuple[int, ...]:
+    """The numbers that `0.19.1` or `0.20.0.dev0@unknown` begins with."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", given) if isinstance(given, str) else None
+    return () if found is None else tuple(int(part or 0) for part in found.groups())
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -188,7 +209,7 @@ def _update(folder: Path, config: Mapping[str, Any], module: str, held: Mapping[
         raise _refused(
             folder, f"{shown(module)} has {a.shape[0]} rows in lora_A, which rank {shown(rank)} does not divide"
         )
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) < _MOST_ALPHA:
         raise _refused(folder, f"lora_alpha is {shown(alpha)}")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     found = Update(module, a, b, magnitude, rank, float(scaling), table)

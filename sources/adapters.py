@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moec.checkpoints.coded import CodedEntry
+from moec.checkpoints.folder import ADAPTER
 from moec.checkpoints.lora import Adapter, Update, base_names, read_adapter
 from moec.checkpoints.safetensors_file import Entry, shown
 from moec.compiler.errors import CheckpointError
@@ -96,9 +97,11 @@ class Merged:
     def _is_stack(self, adapter: Adapter, update: Update, module: str) -> bool:
         """Whether `update` was placed at a parameter of `module` that holds a matrix for each expert: the one of its
         shape, since the file does not name it."""
-        transposed = self._model.is_transposed(module)
-        wanted = (update.stacked, *(update.shape[::-1] if transposed else update.shape))
-        names = [n for n, shape in self._model.names.items() if n.rpartition(".")[0] == module and shape == wanted]
+        held = {n: shape for n, shape in self._model.names.items() if n.rpartition(".")[0] == module}
+        readings = adapter.first(transposed=self._model.is_transposed(module))
+        wanted = {first: (update.stacked, *(update.shape[::-1] if first else update.shape)) for first in readings}
+        found = [(n, first) for first in sorted(readings) for n, shape in held.items() if shape == wanted[first]]
+        names = list(dict.fromkeys(n for n, _ in found))
         if len(names) > 1:
             raise CheckpointError(
                 f"changes {shown(module)}, where {' and '.join(names)} have the shape of its matrices",
@@ -107,8 +110,17 @@ class Merged:
             )
         if not names:
             return False
+        if len(found) > 1:
+            raise CheckpointError(
+                f"changes {names[0]}, whose matrices are square, and names no peft_version, which tells an update from "
+                "its transpose",
+                place=str(adapter.folder),
+                remedy=f"add the version of PEFT that saved it to {ADAPTER}, or merge it with PEFT",
+            )
         self._check(adapter, update, names[0], self._model.sources(names[0]), None)
-        self.made.setdefault(names[0], []).append(partial(update.merged_stack, transposed=transposed))
+        stored = self._stored_name(names[0])
+        changes = self.made if stored is None else self.stored
+        changes.setdefault(stored or names[0], []).append(partial(update.merged_stack, first=found[0][1]))
         return True
 
     def _check(

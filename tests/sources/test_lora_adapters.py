@@ -160,6 +160,56 @@ def test_parameters_that_hold_a_matrix_for_each_expert(base: tuple[Path, dict[st
     assert_same(store, merged_folder(folder, tmp_path / "merged", wanted), folder)
 
 
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96,
+    "num_local_experts": 3, "num_experts_per_tok": 2, "max_position_embeddings": 64, "eos_token_id": 2,
+}  # fmt: skip
+# 64 by 64: only the version tells which side of the matrices A is on
+SQUARE: dict[str, Any] = {**SHARED, "moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "turned"),
+    [
+        ("0.18.1", SQUARE, True),
+        ("0.19.0", SQUARE, True),
+        ("0.19.1", SQUARE, False),
+        ("0.20.0.dev0@UNKNOWN", SQUARE, False),
+        ("0.18.0", GPT_OSS, False),  # its parameters are [E, inputs, outputs]
+        ("0.19.0", GPT_OSS, True),
+        ("0.19.1", GPT_OSS, False),
+        (None, GPT_OSS, False),
+    ],
+)
+def test_versions_of_peft_saved_square_stacks_either_way(
+    version: str | None, config: dict[str, Any], turned: bool, tmp_path: Path
+) -> None:
+    """`down_proj` [E, 64, 64] plus s B A of each expert, from inputs to outputs unless `turned`."""
+    folder = tmp_path / "base"
+    field.healthy(folder, config)
+    module, count = f"{LAYER}.mlp.experts", 4 if config is SQUARE else 3
+    held = matrices(module, (64, 64), rank=count * 2)
+    a, b = (held[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+    delta_EON = torch.einsum("ore,eri->eoi", b.reshape(64, 2, count), a.reshape(count, 2, 64)) * 6 / 2
+    said = {} if version is None else {"peft_version": version}
+    found, plain = (
+        opened(folder, *adapters).weight(f"{module}.down_proj", (count, 64, 64)).load().double()
+        for adapters in ((adapter(tmp_path / "lora", held, r=2, **said),), ())
+    )
+    stored_in_first = config is GPT_OSS
+    wanted = delta_EON.transpose(1, 2) if stored_in_first != turned else delta_EON
+    torch.testing.assert_close(found - plain, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_square_stack_of_an_unknown_version_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    field.healthy(folder, SQUARE)
+    held = matrices(f"{LAYER}.mlp.experts", (64, 64), rank=8)
+    with pytest.raises(CheckpointError, match="square, and names no peft_version"):
+        opened(folder, adapter(tmp_path / "lora", held, r=2))
+
+
 def test_a_table_of_embeddings(base: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     folder, tensors = base
     a, b = torch.randn(4, 160) / 8, torch.randn(64, 4) / 8
@@ -206,6 +256,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "half the rank": (lambda t, c: c.update(r=2), "has rank 4, adapter_config.json says 2"),
     "no rank": (lambda t, c: c.update(r=0), "rank 0"),
     "no number": (lambda t, c: c.update(lora_alpha="x"), "lora_alpha is x"),
+    "a number that no float holds": (lambda t, c: c.update(lora_alpha=10**400), "lora_alpha is 1000"),
     "an expression": (lambda t, c: c.update(rank_pattern={"(a+)+b": 4}), "no regular expressions"),
     "codes": (lambda t, c: t.update({NAMES[0]: torch.ones(4, 64, dtype=torch.int8)}), "no floats"),
     "dora without norms": (lambda t, c: c.update(use_dora=True), "contradict"),
