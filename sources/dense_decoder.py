@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from moec.checkpoints import open_store
@@ -23,6 +24,7 @@ from moec.compiler.source import Checkpoint
 from moec.sources.decoder.config import DecoderConfig, RopeConfig, RopeScaling
 from moec.sources.decoder.layout import weight_layout
 
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 KINDS = ("llama", "mistral")  # of transformers, that compute what our dense decoder computes
 _NOT_OURS = "moec's own decoders cannot hold it"
 
@@ -68,6 +70,8 @@ def open_dense_decoder(folder: Path) -> DenseDecoder:
     config = decoder_of_transformers(read_config(folder), str(folder))
     store = TransformersStore(folder)
     store.check(folder)
+    if config.tied_embeddings and not store.is_tied(HEAD, TABLE):  # the files hold both, and they differ
+        config = config.model_copy(update={"tied_embeddings": False})
     return DenseDecoder(config, store, own=False)
 
 
@@ -83,6 +87,14 @@ def decoder_of_transformers(config: Any, place: str) -> DecoderConfig:
     scaling = _scaling(rope, faults)
     if faults:
         raise CheckpointError(f"{_NOT_OURS}: {'; '.join(faults)}", place=place)
+    try:
+        return _decoder(config, rope, scaling)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise CheckpointError(f"{_NOT_OURS}: {'; '.join(wrong)}", place=place) from None
+
+
+def _decoder(config: Any, rope: dict[str, Any], scaling: dict[str, Any] | None) -> DecoderConfig:
     eos = config.eos_token_id
     return DecoderConfig(
         architecture="mobilellm",
@@ -95,7 +107,11 @@ def decoder_of_transformers(config: Any, place: str) -> DecoderConfig:
         context=config.max_position_embeddings,
         norm_eps=float(f"{config.rms_norm_eps:.6g}"),  # files that hold it as float32 say 9.999999747e-06
         tied_embeddings=bool(config.tie_word_embeddings),
-        rope=RopeConfig(theta=float(rope["rope_theta"]), interleaved=False, scaling=scaling),
+        rope=RopeConfig(
+            theta=float(rope["rope_theta"]),
+            interleaved=False,
+            scaling=None if scaling is None else RopeScaling(**scaling),
+        ),
         ffn_width=config.intermediate_size,
         bos_id=config.bos_token_id,
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
@@ -113,7 +129,7 @@ def _faults(config: Any) -> Iterator[str]:
         yield f"every layer attends to a window of {config.sliding_window}"
 
 
-def _scaling(rope: dict[str, Any], faults: list[str]) -> RopeScaling | None:
+def _scaling(rope: dict[str, Any], faults: list[str]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", "default")
     if not isinstance(rope.get("rope_theta"), (int, float)) or not math.isfinite(rope["rope_theta"]):
         faults.append("its rotary embedding has no theta")
@@ -123,9 +139,9 @@ def _scaling(rope: dict[str, Any], faults: list[str]) -> RopeScaling | None:
     if kind != "llama3":
         faults.append(f"its rotary embedding is of type {kind}")
         return None
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-    )
+    return {
+        "factor": float(rope["factor"]),
+        "original_context": int(rope["original_max_position_embeddings"]),
+        "low_freq_factor": float(rope["low_freq_factor"]),
+        "high_freq_factor": float(rope["high_freq_factor"]),
+    }

@@ -97,6 +97,36 @@ def test_what_the_files_hold_decides(change: str, count: int, tmp_path: Path) ->
     np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-4)  # float32, another order of sums
 
 
+@pytest.mark.parametrize(("change", "tied"), [("as saved", True), ("both, equal", True), ("both, different", False)])
+def test_a_dense_decoder_has_the_head_of_the_files(change: str, tied: bool, tmp_path: Path) -> None:
+    """Of a teacher, and of what is upcycled."""
+    from moec.sources.dense_decoder import open_dense_decoder
+
+    folder = tmp_path / "m"
+    config = {**field.DENSE, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
+    field.healthy(folder, {**config, "tie_word_embeddings": True})
+    theirs = _untie(folder, change)
+    found = open_dense_decoder(folder)
+    assert found.config.tied_embeddings == tied
+    weights = dict(found.weights())
+    assert torch.equal(weights[EMBEDDING if tied else HEAD], theirs.get_output_embeddings().weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"eos_token_id": 500}, "eos_ids.0: token 500 is outside"), ({"num_key_value_heads": 3}, "must be a multiple")],
+)
+def test_a_dense_model_with_impossible_numbers_is_refused(changes: dict[str, int], says: str, tmp_path: Path) -> None:
+    from moec.compiler.errors import CheckpointError
+    from moec.sources.dense_decoder import open_dense_decoder
+
+    config = {**field.DENSE, "architectures": ["LlamaForCausalLM"], "model_type": "llama", **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        open_dense_decoder(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_the_plan_counts_it_once(tmp_path: Path) -> None:
     from moec.sources.transformers_architecture import architecture_of_transformers
 
