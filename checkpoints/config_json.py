@@ -16,6 +16,7 @@ from moec.sources.decoder.config import DecoderConfig, RopeScaling
 PACKED_FORMAT = "mobilemoe-int4-g32"
 GROUP_SIZE = 32
 _MAX_BYTES = 16 << 20
+_MOST_NUMBER = 1 << 1000  # of an integer where a float is expected
 
 # What a packed checkpoint says of itself. Every key must be as here: nothing else was ever released.
 PACKED: Mapping[str, Any] = {
@@ -62,6 +63,23 @@ _KEYS: Mapping[str, str] = {
     "attention_window": "layer_types",
     "attention_window.size": "sliding_window",
     "attention_window.every_nth_global": "layer_types",
+}
+#: Keys of other models' configs that change what is computed, and the only value that our decoders have. They may be
+#: absent or null.
+_ONLY: Mapping[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "rope_parameters": None,
+    "partial_rotary_factor": 1.0,
+    "attention_chunk_size": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "scoring_func": "sigmoid",
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "mlp_only_layers": [],
 }
 _ARCHITECTURES = {"mobilemoe": "MobileMoEForCausalLM", "mobilellm": "MobileLLMForCausalLM"}
 
@@ -230,14 +248,14 @@ class _Reader:
                 self.faults.append(f"{key}: missing")
             return None if default is ... else default
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < _MOST_NUMBER else value
         if type(value) is not kind:
             self.faults.append(f"{key}: expected {kind.__name__}, got {value!r:.60}")
         return value
 
-    def expect(self, key: str, supported: Any, default: Any) -> None:
-        value = self.raw.get(key, default)
-        if value != supported:
+    def expect(self, key: str, supported: Any) -> None:
+        value = self.raw.get(key)
+        if value is not None and value != supported:
             self.faults.append(f"{key}: {value!r:.60} is not supported, only {supported!r:.60}")
 
 
@@ -268,12 +286,12 @@ def _fields(reader: _Reader) -> dict[str, Any]:
         "bos_id": get("bos_token_id", int, None),
         "eos_ids": _eos_ids(raw.get("eos_token_id")),
     }
-    reader.expect("attention_bias", False, False)
-    reader.expect("hidden_act", "silu", "silu")
+    for key, only in _ONLY.items():
+        reader.expect(key, only)
     if isinstance(layers, int) and 0 < layers <= 1024:
-        reader.expect("no_rope_layers", [1] * layers, [1] * layers)
+        reader.expect("no_rope_layers", [1] * layers)
     if architecture == "mobilemoe":
-        reader.expect("interleave_moe_layer_step", 1, 1)
+        reader.expect("interleave_moe_layer_step", 1)
         fields["moe"] = {
             "experts": get("num_local_experts", int),
             "top_k": get("num_experts_per_tok", int),
@@ -312,7 +330,12 @@ def _rope_scaling(reader: _Reader) -> dict[str, Any] | None:
 
 def _attention_window(reader: _Reader, layers: Any) -> dict[str, Any] | None:
     types = reader.raw.get("layer_types")
-    if types is None or not isinstance(layers, int):
+    if types is None:
+        size = reader.raw.get("sliding_window")
+        if size is not None and reader.raw.get("use_sliding_window") is not False:
+            reader.faults.append(f"sliding_window: {size!r:.60}, but layer_types does not say which layers have it")
+        return None
+    if not isinstance(layers, int):
         return None
     if isinstance(types, list) and len(types) == layers:
         if all(kind == "full_attention" for kind in types):

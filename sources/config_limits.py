@@ -19,6 +19,7 @@ _MOST = (
     (re.compile(r"(^|_)(heads?|groups?|experts)$"), 1 << 16),
     (re.compile(r"(^|_)(size|dim|width|rank|inner|embd|positions|embeddings|length)$"), (1 << 31) - 1),
 )
+_LARGEST = 3.5e38  # the end of float32, in which all is computed
 _ENDLESS = re.compile(r"_limit$")  # the open end of a range: Mamba's `time_step_limit: [0.0, Infinity]`
 _MAX_DEPTH = 32
 
@@ -55,4 +56,6 @@ def _fault(path: tuple[str, ...], value: int | float) -> str | None:
     for pattern, most in _MOST:
         if pattern.search(name) and value > most:
             return f"{value!r:.40} is more than any model has (at most {most})"
+    if abs(value) > _LARGEST:
+        return f"{value!r:.40} is no value of a model"
     return None

@@ -329,6 +329,35 @@ def test_config_that_is_not_supported(tmp_path: Path) -> None:
         assert any(wanted in line for line in lines), wanted
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 4},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"partial_rotary_factor": 0.5},
+        {"scoring_func": "softmax"},
+        {"n_group": 4},
+        {"first_k_dense_replace": 1},
+        {"mlp_only_layers": [0]},
+        {"final_logit_softcapping": 30.0},
+        {"mlp_bias": True},
+    ],
+)
+def test_keys_that_would_change_the_forward_are_not_passed_over(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = make(tmp_path / "c")
+    edit_config(folder, **dict.fromkeys(changes))  # null says nothing
+    open_store(folder, spec_of().model)
+    edit_config(folder, **changes)
+    assert f"config.json: {next(iter(changes))}: " in refusal(folder)
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_an_integer_that_no_float_holds(key: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "c")
+    edit_config(folder, **{key: 10**400})
+    assert f"{key}: expected float, got 1000" in refusal(folder)
+
+
 def test_file_cut_short_after_opening(tmp_path: Path) -> None:
     folder = make(tmp_path / "c")
     store = open_store(folder, spec_of().model)

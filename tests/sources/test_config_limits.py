@@ -29,6 +29,8 @@ INF, NAN = float("inf"), float("nan")
         ({"num_experts": 1 << 20}, "num_experts"),
         ({"vocab_size": 10**12}, "vocab_size"),
         ({"max_position_embeddings": 1 << 40}, "max_position_embeddings"),
+        ({"rope_theta": 10**400}, "rope_theta: 1000"),
+        ({"text_config": {"attention_multiplier": -(10**39)}}, "text_config.attention_multiplier: -1000"),
         ({"mlp_sizes": 1, "intermediate_size": [96, 10**100]}, "intermediate_size"),
     ],
 )
