@@ -51,10 +51,11 @@ def least_divergence(parts: Sequence[Sequence[Choice]], room: int) -> list[Choic
 
 def least_bytes(parts: Sequence[Sequence[Choice]], most_kld: float) -> list[Choice] | None:
     """A choice for each part whose divergences are together at most `most_kld`; None if even the best are more."""
-    if sum(min(c.kld for c in choices) for choices in parts) > most_kld:
+    # the finest are taken as they are: in units of bytes, rounded up, not all of them may fit their own sum
+    best = [min(choices, key=lambda c: (c.kld, c.bytes)) for choices in parts]
+    if sum(c.kld for c in best) > most_kld:
         return None
-    low, high = sum(c[0].bytes for c in parts), sum(c[-1].bytes for c in parts)
-    best = least_divergence(parts, high)
+    low, high = sum(c[0].bytes for c in parts), sum(c.bytes for c in best)
     step = max(1, (high - low) // UNITS)
     while high - low > step:
         middle = (low + high) // 2

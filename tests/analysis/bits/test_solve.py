@@ -68,6 +68,17 @@ def test_fewest_bytes_within_a_divergence(seed: int) -> None:
     assert least_bytes(given, finest - 1e-6) is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_divergence_that_only_the_finest_reach(seed: int) -> None:
+    """Many parts and units of many bytes: rounded up to units, the finest choices are more than their sum."""
+    given = [tuple(Choice(c.bits, c.group_size, c.kld, c.bytes * 9973) for c in own) for own in parts(seed, 60)]
+    finest = sum(own[-1].kld for own in given)
+    for most in (finest + 1e-9, finest * 1.001, finest * 1.1):
+        found = least_bytes(given, most)
+        assert found is not None
+        assert sum(c.kld for c in found) <= most
+
+
 def test_formats_that_cost_more_in_both_are_left_out() -> None:
     errors = {(4, 32): 1.0, (4, 64): 1.5, (8, 32): 0.01, (8, 64): 0.005}
     sizes = {(4, 32): 18, (4, 64): 17, (8, 32): 34, (8, 64): 33}
