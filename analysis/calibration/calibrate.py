@@ -197,7 +197,11 @@ class _Calibrated:
         """A digest of everything that the results depend on; every weight is read."""
         digest = hashlib.sha256()
         given = quantization.model_dump(mode="json")
-        given["calibration"] = {"least": self._given.tokens_per_expert}
+        # what may stay uncalibrated decides whether there are results at all
+        given["calibration"] = {
+            "least": self._given.tokens_per_expert,
+            "uncalibrated": sorted(self._given.uncalibrated),
+        }
         if _refined(quantization) is not None:
             given["distilled"] = settings()
         digest.update(json.dumps([results.FORMAT, given, texts.sequences], sort_keys=True).encode())
