@@ -198,6 +198,11 @@ def _check_distillation(plan: Plan) -> None:
     dense = open_dense_decoder(plan.teacher)
     for stage in taught:
         check_teacher(dense.config, plan.model, plan.spec.name, stage)
+    own = dense.store.companions().get(TOKENIZER)
+    if own is not None and hashlib.sha256(own).hexdigest() != plan.corpus.index["tokenizer_sha256"]:
+        what = "the teacher's tokenizer is not the corpus's, so that its predictions are of other words"
+        remedy = "build the corpus with --tokenizer of the teacher"
+        raise UserError(what, place=str(plan.teacher), remedy=remedy)
 
 
 def _check_rounding(plan: Plan, stage: TrainingStage) -> None:

@@ -167,6 +167,11 @@ def test_what_cannot_be_learnt_is_refused_before_a_run(corpus: Corpus, teacher: 
     write_checkpoint(layers, deeper, random_weights(deeper), tokenizer=None)
     with pytest.raises(SpecError, match="the teacher has 3 layers of 64, the model 2 of 64"):
         train(spec_of(study), data=corpus, out=out, teacher=layers)
+    words = tmp_path / "words"
+    write_checkpoint(words, config_of(TEACHER), random_weights(config_of(TEACHER)), tokenizer=None)
+    (words / "tokenizer.json").write_text('{"other": "words"}')
+    with pytest.raises(UserError, match="the teacher's tokenizer is not the corpus's"):
+        train(spec_of(study), data=corpus, out=out, teacher=words)
     assert not out.exists()
     with pytest.raises(ValueError, match="nothing is learnt from the teacher"):
         spec_of(STUDY | {"distillation": {"lm_loss": 1.0}})
