@@ -9,8 +9,9 @@ The contract of both is one signature, of one of two forms:
         Stateless and causal. It is run over its whole context in every call: right, and slow.
 
 A python function takes no arguments and returns the module, in evaluation mode or not. Attributes of it that are read,
-all optional but `context` of a stateless one: `context` (positions), `bos_id`, `eos_ids`. An exported program is what
-`torch.export.save` wrote, at training level (not decomposed), of a module with such a signature.
+all optional but `context` of a stateless one: `context` (positions; else as many as its longest cache has rows),
+`bos_id`, `eos_ids`. An exported program is what `torch.export.save` wrote, at training level (not decomposed), of a
+module with such a signature.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.source import Checkpoint
+from moec.compiler.states import Appended
 from moec.compiler.trust import require_trust
+from moec.compiler.written_states import written_states
 from moec.sources.roles import roles_by_use
 
 CONTRACT = "forward(tokens int64 [1, T], start_pos int64 [1]) -> logits float32 [1, T, V]"
@@ -147,8 +150,8 @@ def _parameters(module: nn.Module) -> list[str]:
 
 def _from_module(module: nn.Module, store: ModuleStore, name: str, max_tokens: int, prefix: str) -> Program:
     own = module.module if isinstance(module, _Stateless) else module
-    context = int(getattr(module, "context", 0) or getattr(own, "context", 0) or DEFAULT_CONTEXT)
-    limit = min(max_tokens, context)
+    context = int(getattr(module, "context", 0) or getattr(own, "context", 0) or 0) or None
+    limit = min(max_tokens, context or DEFAULT_CONTEXT)
     example = (torch.zeros(1, min(EXAMPLE_TOKENS, limit), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     dynamic = {1: torch.export.Dim("T", min=1, max=limit)} if limit > 1 else None
     try:
@@ -183,17 +186,25 @@ def _assembled(
     weights = {
         n: LazyWeight(tuple(t.shape), t.dtype, _reader(t, n, store.place, mask=n in fixed)) for n, t in tensors.items()
     }
+    context = context or _positions(exported) or DEFAULT_CONTEXT
     owner = store.module
     eos = getattr(owner, "eos_ids", ())
     info = ModelInfo(
         name=name,
         vocab_size=vocabulary,
-        context=context or DEFAULT_CONTEXT,
-        max_tokens=min(max_tokens, longest, context or DEFAULT_CONTEXT),
+        context=context,
+        max_tokens=min(max_tokens, longest, context),
         bos_id=getattr(owner, "bos_id", None),
         eos_ids=tuple(int(e) for e in eos),
     )
     return assemble(exported, weights, roles, info)
+
+
+def _positions(exported: ExportedProgram) -> int | None:
+    """Rows of the longest cache: later positions have no place. None for a module that appends to none."""
+    states = written_states(exported, 0).items()
+    rows = [int(s.shape[s.update.axis]) for _, s in states if isinstance(s.update, Appended)]  # type: ignore[call-overload]
+    return max(rows, default=None)
 
 
 def _reader(tensor: Tensor, name: str, place: str, *, mask: bool) -> Callable[[], Tensor]:

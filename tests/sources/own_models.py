@@ -93,6 +93,13 @@ def cached() -> nn.Module:
     return Cached()
 
 
+def uncounted() -> nn.Module:
+    """One that does not say how many positions it has; its cache does."""
+    model = Cached()
+    del model.context
+    return model
+
+
 def stateless() -> nn.Module:
     return Stateless()
 

@@ -59,6 +59,7 @@ def saved(module: torch.nn.Module, file: Path, low: int = 1, high: int = 8) -> P
 def sources(tmp_path: Path) -> dict[str, dict[str, str]]:
     return {
         "python": {"python": f"{HERE}:cached"},
+        "uncounted": {"python": f"{HERE}:uncounted"},
         "stateless": {"python": f"{HERE}:stateless"},
         "exported": {"exported_program": str(saved(own_models.cached(), tmp_path / "own.pt2"))},
         "exported_stateless": {
@@ -90,7 +91,7 @@ def test_int4(tmp_path: Path) -> None:
     assert np.median(cosine) > 0.9  # INT4 of random weights against float ones: this is what the codes cost
 
 
-@pytest.mark.parametrize("kind", ["python", "exported", "exported_stateless"])
+@pytest.mark.parametrize("kind", ["python", "uncounted", "exported", "exported_stateless"])
 def test_program(kind: str, tmp_path: Path) -> None:
     program, _ = build.program_and_passes(spec(sources(tmp_path)[kind]), None)
     assert program.info.vocab_size == own_models.V
@@ -101,6 +102,9 @@ def test_program(kind: str, tmp_path: Path) -> None:
     assert done.roles[f"{prefix}head.weight"] is Role.HEAD
     assert {done.roles[f"{prefix}attention.{n}.weight"] for n in ("qkv", "out")} == {Role.ATTENTION}
     assert done.roles[f"{prefix}moe.gate.weight"] is Role.ROUTER
+    if kind != "exported_stateless":
+        assert program.info.context == own_models.S, "as many positions as the cache has rows"
+        assert program.info.max_tokens <= own_models.S
     if kind == "python":
         assert (program.info.context, program.info.bos_id, program.info.eos_ids) == (own_models.S, 1, (2,))
         assert "moec.cached_attention" in done.text()
