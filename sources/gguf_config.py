@@ -233,7 +233,8 @@ class _Maker:
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
         theta = self._positive("rope.freq_base", _DEFAULT_THETA)
-        kind = self._scalar("rope.scaling.type", "none")
+        # a factor alone is linear: llama.cpp's default
+        kind = self._scalar("rope.scaling.type", "linear" if "rope.scaling.factor" in self._metadata else "none")
         factors = self._file.tensors.get("rope_freqs.weight")
         if factors is not None and kind not in ("none", "llama3"):
             raise self._fault(f"it has rope_freqs and a scaling of {shown(kind)}")

@@ -109,7 +109,9 @@ class _Tokenizer:
         if len(self._ids) != len(self._tokens):
             raise self._fault("a token occurs twice")
         self._is_bytes = file.metadata[f"{_GGML}model"] == "gpt2"
-        self._types = self._numbers("token_type") if self._has("token_type") else np.ones(len(self._tokens), np.int64)
+        self._types = (
+            self._numbers("token_type", "iu") if self._has("token_type") else np.ones(len(self._tokens), np.int64)
+        )
 
     def tokenizer(self) -> dict[str, Any]:
         """The keys of tokenizer.json as the tokenizers library reads it."""
@@ -173,7 +175,7 @@ class _Tokenizer:
 
     def _merges_by_score(self) -> list[tuple[str, str]]:
         """Every way to make a token of two others, in the order in which SentencePiece would merge: the best first."""
-        scores = self._numbers("scores")
+        scores = self._numbers("scores", "f")
         if not np.isfinite(scores).all():
             raise self._fault("scores that are not finite")
         if sum(map(len, self._tokens)) > _MOST_LETTERS or max(map(len, self._tokens)) > _LONGEST:
@@ -247,9 +249,10 @@ class _Tokenizer:
             raise self._fault(f"no list {_GGML}{key}")
         return found
 
-    def _numbers(self, key: str) -> np.ndarray:
+    def _numbers(self, key: str, kinds: str) -> np.ndarray:
+        """`kinds`: of numpy's types, i, u and f."""
         found = self._file.metadata.get(f"{_GGML}{key}")
-        if not isinstance(found, np.ndarray) or len(found) != len(self._tokens):
+        if not isinstance(found, np.ndarray) or len(found) != len(self._tokens) or found.dtype.kind not in kinds:
             raise self._fault(f"{_GGML}{key} is not a number for each token")
         return found
 

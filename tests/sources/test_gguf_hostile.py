@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from moec.checkpoints.gguf_file import read_gguf
 from moec.checkpoints.spec_from_gguf import spec_from_gguf
 from moec.compiler.errors import CheckpointError, UserError
 from moec.compiler.spec.loader import parse_spec
@@ -207,6 +208,7 @@ CHANGES: dict[str, tuple[Callable[[Parts], None], str]] = {
     "numbers as tokens": (pair(TOKENS, 9, (4, list(range(95)))), "no list tokenizer.ggml.tokens"),
     "a token twice": (pair(TOKENS, 9, (8, ["a"] * 95)), "a token occurs twice"),
     "types of fewer tokens": (pair("tokenizer.ggml.token_type", 9, (5, [1, 2])), "not a number for each token"),
+    "types of NaN": (pair("tokenizer.ggml.token_type", 9, (6, [np.nan] * 95)), "not a number for each token"),
     "a merge of no tokens": (pair("tokenizer.ggml.merges", 9, (8, ["x yzw"])), "the merge"),
     "a merge without a space": (pair("tokenizer.ggml.merges", 9, (8, [""])), "the merge"),
     "a flag that is none": (pair("tokenizer.ggml.add_bos_token", 4, 9), "neither true nor false"),
@@ -219,6 +221,17 @@ def test_one_thing_wrong(name: str, parts: Parts, tmp_path: Path) -> None:
     changed = parts.copy()
     change(changed)
     assert says in refusal(tmp_path / "m.gguf", changed)
+
+
+@pytest.mark.parametrize(("said", "kind"), [({}, "linear"), ({"type": (8, "none")}, "default")])
+def test_a_rotary_factor_alone_is_linear(said: dict[str, Pair], kind: str, parts: Parts, tmp_path: Path) -> None:
+    """As llama.cpp has it, whose default type that is."""
+    changed = parts.copy()
+    for key, value in {"factor": (6, 4.0), **said}.items():
+        changed.pairs[f"llama.rope.scaling.{key}"] = value
+    (tmp_path / "m.gguf").write_bytes(changed.content())
+    found = gguf_config.config_of(read_gguf(tmp_path / "m.gguf"))[0]["rope_parameters"]
+    assert (found["rope_type"], found.get("factor")) == (kind, 4.0 if kind == "linear" else None)
 
 
 def test_the_command_line_says_one_line_and_writes_nothing(parts: Parts, tmp_path: Path, moec: Moec) -> None:
