@@ -43,7 +43,14 @@ def read_config(folder: Path) -> Any:
             raise foreign
         raise CheckpointError("there is no config.json", place=str(folder), remedy="name a folder that holds one")
     # bounded: what transformers reads afterwards is a small JSON mapping of numbers that a model can have
-    check_config(read_json(path / "config.json"), str(path / "config.json"))
+    raw = read_json(path / "config.json")
+    check_config(raw, str(path / "config.json"))
+    if "configuration_files" in raw:  # transformers would read another file instead, which nothing here has looked at
+        raise CheckpointError(
+            "names other files as its configuration",
+            place=str(path / "config.json"),
+            remedy="put the one that is meant in its place, without `configuration_files`",
+        )
     try:
         return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:

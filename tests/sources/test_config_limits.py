@@ -10,6 +10,7 @@ import pytest
 
 from moec.compiler.errors import CheckpointError
 from moec.sources.config_limits import check_config
+from moec.sources.transformers_config import read_config
 from tests.conftest import Moec, refused
 from tests.sources import field_checkpoints as field
 
@@ -52,6 +53,16 @@ def test_refused_by_name(keys: dict[str, Any], says: str) -> None:
 )
 def test_published_ones_pass(keys: dict[str, Any]) -> None:
     check_config(keys, "config.json")
+
+
+def test_a_config_in_another_file_is_not_read_instead(tmp_path: Path) -> None:
+    """transformers takes the one of the newest version that it has reached, wherever it lies."""
+    field.healthy(tmp_path / "m", field.DENSE)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.4.0.0.json").write_text(json.dumps({**config, "rope_theta": 5.0, "hidden_act": "relu"}))
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "configuration_files": ["config.4.0.0.json"]}))
+    with pytest.raises(CheckpointError, match="names other files as its configuration"):
+        read_config(tmp_path / "m")
 
 
 @pytest.mark.parametrize("change", [{"rms_norm_eps": NAN}, {"num_hidden_layers": 10**9}, {"vocab_size": 10**12}])
