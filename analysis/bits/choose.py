@@ -125,11 +125,11 @@ def measured(spec: Spec, store: Checkpoint, target: str, progress: Progress) -> 
         )
     parts = parts_of(floats, quantization)
     texts = _texts(quantization, floats, store)
-    file = cache_folder() / f"parts-{_key(floats, quantization, texts, target, progress)}.json"
+    footprint, options = build_footprint(spec, target)
+    file = cache_folder() / f"parts-{_key(floats, quantization, texts, (target, repr(options)), progress)}.json"
     if (known := _read(file)) is not None:
         return known
     coded = run_passes(floats, passes[begin : end + 1])
-    footprint, options = build_footprint(spec, target)
 
     def values(name: str) -> Tensor:
         held = coded.quantized[name]
@@ -266,10 +266,15 @@ def _texts(quantization: Quantization, program: Program, store: Checkpoint) -> l
 
 
 def _key(
-    program: Program, quantization: Quantization, texts: Sequence[Sequence[int]], target: str, progress: Progress
+    program: Program,
+    quantization: Quantization,
+    texts: Sequence[Sequence[int]],
+    target: tuple[str, str],
+    progress: Progress,
 ) -> str:
+    """A digest of everything that divergences and bytes depend on. target: its name and options."""
     digest = hashlib.sha256()
-    said = [FORMAT, target, quantization.model_dump(mode="json"), [list(t) for t in texts]]
+    said = [FORMAT, *target, quantization.model_dump(mode="json"), [list(t) for t in texts]]
     digest.update(json.dumps(said, sort_keys=True).encode())
     digest.update(weights_digest(program, progress))
     return digest.hexdigest()[:32]

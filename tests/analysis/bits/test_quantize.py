@@ -54,6 +54,22 @@ def spec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_what_was_measured_is_found_for_the_same_options_alone(
+    spec_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metal stores scales, and what is not quantized, in the type that its options name."""
+    from moec.analysis.bits import choose
+
+    asked: list[str] = []
+    monkeypatch.setattr(choose, "_read", lambda file: asked.append(file.name) or choose.Costs((), ()))
+    for dtype in ("float16", "float32", "float16"):
+        raw = yaml.safe_load(spec_file.read_text()) | {"targets": {"metal": {"dtype": dtype}}}
+        spec = parse_spec(yaml.safe_dump(raw), folder=spec_file.parent)
+        choose.measured(spec, build.open_checkpoint(spec, None), "metal", QUIET)  # type: ignore[arg-type]
+    assert asked[0] != asked[1]
+    assert asked[0] == asked[2]
+
+
 @pytest.mark.parametrize("model", [{}, DENSE], ids=["mixture", "dense"])
 def test_a_part_alone_is_measured(model: dict[str, object]) -> None:
     """Beside the program run once for each part with that part's weights replaced, on the whole text."""
