@@ -154,6 +154,12 @@ def moved(name: str, to: str) -> Callable[[Parts], None]:
 
 
 TOKENS = "tokenizer.ggml.tokens"
+
+
+def types_of_nan(parts: Parts) -> None:
+    pair("tokenizer.ggml.token_type", 9, (6, [np.nan] * len(parts.pairs[TOKENS][1][1])))(parts)
+
+
 CHANGES: dict[str, tuple[Callable[[Parts], None], str]] = {
     "no architecture": (without("general.architecture"), "names no architecture"),
     "a number as architecture": (pair("general.architecture", 4, 7), "names no architecture"),
@@ -208,7 +214,7 @@ CHANGES: dict[str, tuple[Callable[[Parts], None], str]] = {
     "numbers as tokens": (pair(TOKENS, 9, (4, list(range(95)))), "no list tokenizer.ggml.tokens"),
     "a token twice": (pair(TOKENS, 9, (8, ["a"] * 95)), "a token occurs twice"),
     "types of fewer tokens": (pair("tokenizer.ggml.token_type", 9, (5, [1, 2])), "not a number for each token"),
-    "types of NaN": (pair("tokenizer.ggml.token_type", 9, (6, [np.nan] * 95)), "not a number for each token"),
+    "types of NaN": (types_of_nan, "token_type is not a number for each token"),
     "a merge of no tokens": (pair("tokenizer.ggml.merges", 9, (8, ["x yzw"])), "the merge"),
     "a merge without a space": (pair("tokenizer.ggml.merges", 9, (8, [""])), "the merge"),
     "a flag that is none": (pair("tokenizer.ggml.add_bos_token", 4, 9), "neither true nor false"),
