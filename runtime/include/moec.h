@@ -157,7 +157,8 @@ typedef struct moec_app_options {
 MOEC_APP_API int32_t moec_app_defaults(int64_t artifact, moec_app_options* options);
 
 // Begins the answer to a prompt. The session will hold exactly the prompt and the answer, whose last token is not computed when the
-// answer ends with it; the beginning of the prompt that it holds already is not computed again. options NULL: the model's defaults. A session has one generation at a time.
+// answer ends with it; the beginning of the prompt that it holds already is not computed again. options NULL: the model's defaults. A
+// session has one generation at a time.
 MOEC_APP_API int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count, const moec_app_options* options);
 
 // The next piece of text: 1 and a piece of whole characters (valid until the next call on this generation; it ends with a

@@ -263,7 +263,10 @@ bool moec_model::set_threads(int32_t threads) {
   if (threads <= 0) threads = moec_fast_cores();
   if (threads > 256) return fail(text("%d threads: at most 256", threads));
   const bool pool_is_used = delegated_models > 0;
-  if (module->method_meta("forward")->uses_backend("XnnpackBackend")) delegated.emplace();
+  for (const char* name : {"forward", "forward_all"}) {
+    const auto meta = module->method_meta(name);
+    if (!delegated && meta.ok() && meta->uses_backend("XnnpackBackend")) delegated.emplace();
+  }
   if (!delegated && !pool_is_used) {
     if (moec_set_threads(threads) != MOEC_OK) return fail(moec_last_error());
     moec_set_parallel(nullptr, nullptr, nullptr);

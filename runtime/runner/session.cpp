@@ -117,7 +117,8 @@ const char* moec_session_error(const moec_session* session) {
 }
 
 int64_t moec_session_tokens(const moec_session* session, int64_t* ids, int64_t capacity) {
-  if (!session) return 0;
+  if (!session || !session->model) return 0;
+  std::lock_guard<std::mutex> lock(session->model->busy);  // another thread's call may be changing them
   const int64_t count = position_of(*session);
   for (int64_t i = 0; ids && i < std::min(count, capacity); ++i) ids[i] = session->tokens[static_cast<size_t>(i)];
   return count;
