@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ from moec.analysis.calibration.engine import Coverage, Engine, Method
 from moec.analysis.calibration.results import Results, Writer
 from moec.analysis.calibration.streaming import LayerStream
 from moec.analysis.calibration.texts import Texts, calibration_texts
+from moec.compiler.errors import CompileError
 from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Role, Stage
@@ -113,6 +115,18 @@ def weights_digest(program: Program, progress: Progress) -> bytes:
                 for part in flat.split(_PARTS):
                     digest.update(part.numpy())
     return digest.digest()
+
+
+def _least(measured: Mapping[str, float], model: str) -> str:
+    """The method of the least divergence. CompileError if none has a finite one: no number can tell them apart."""
+    finite = {name: kld for name, kld in measured.items() if math.isfinite(kld)}
+    if finite:
+        return min(finite, key=finite.__getitem__)
+    raise CompileError(
+        "no method's divergence from the float model is finite",
+        place=f"{model}: quantization.method: auto",
+        remedy="name one method, and look at what the model gives for the calibration text",
+    )
 
 
 class _Calibrated:
@@ -227,7 +241,7 @@ class _Calibrated:
                 method.writer.close(name, report)
             if auto:
                 report["measured"] = self._measured({n: Results(folder / n) for n in names}, judged)
-                best = min(names, key=lambda n: report["measured"][n])
+                best = _least(report["measured"], self._program.info.name)
             else:
                 best = names[0]
             methods[names.index(best)].writer.close(best, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,15 @@ def test_auto_takes_the_method_of_least_divergence(program: Program) -> None:
     assert set(report["measured"]) == set(CANDIDATES)
     assert report["method"] == min(report["measured"], key=report["measured"].__getitem__)
     assert min(report["measured"].values()) < report["measured"]["rtn"]
+
+
+def test_auto_takes_no_method_that_gives_no_number(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dict.fromkeys(CANDIDATES, math.nan)
+    monkeypatch.setattr(_Calibrated, "_measured", lambda *_: dict(found))
+    with pytest.raises(CompileError, match="no method's divergence from the float model is finite"):
+        calibrated(program, method="auto").calibration()  # type: ignore[misc]
+    found |= {"gptq": math.inf, "weighted": 0.5, "awq": 0.25}  # the first is NaN, which is not less and not more
+    assert dict(calibrated(program, method="auto").calibration())["method"] == "awq"  # type: ignore[misc]
 
 
 def test_results_are_found_again_and_only_for_the_same_weights(program: Program, cache: Path) -> None:
