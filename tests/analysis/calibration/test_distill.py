@@ -46,12 +46,12 @@ def dense() -> Program:
     return float_program(DENSE)
 
 
-def spec(**quantization: Any) -> Spec:
-    return spec_of(calibration={"tokens": 2048, "tokens_per_expert": 8}, embedding="int8", **quantization)
+def spec(tokens: int = 2048, **quantization: Any) -> Spec:
+    return spec_of(calibration={"tokens": tokens, "tokens_per_expert": 8}, embedding="int8", **quantization)
 
 
-def calibrated(program: Program, **quantization: Any) -> Program:
-    found = spec(**quantization).quantization
+def calibrated(program: Program, tokens: int = 2048, **quantization: Any) -> Program:
+    found = spec(tokens, **quantization).quantization
     assert found is not None
 
     def encode(_: Program) -> Any:
@@ -142,8 +142,10 @@ def test_scales_alone_change(
     assert changed == sum(t.bits == 4 for t in after.values()) > 4
 
 
-def test_held_out_text_is_predicted_better(dense: Program) -> None:
-    done = calibrated(dense, method="distilled")
+def test_held_out_text_is_predicted_better(dense: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8,192 tokens it gains an eighth; of 2,048 between one and four in a hundred, by the processor's sums."""
+    monkeypatch.setattr(distill, "_BATCH", 256)
+    done = calibrated(dense, tokens=8192, method="distilled")
     assert done.calibration is not None
     report = dict(done.calibration())["distilled"]
     assert report["taken"]
