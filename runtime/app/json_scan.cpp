@@ -17,18 +17,6 @@ size_t digits(std::string_view text, size_t at) {
   return at;
 }
 
-// The four hexadecimal digits at `at`, -1 if they are not there.
-int32_t hex4(std::string_view text, size_t at) {
-  if (at + 4 > text.size()) return -1;
-  int32_t value = 0;
-  for (size_t i = 0; i < 4; ++i) {
-    const int digit = hex_digit(text[at + i]);
-    if (digit < 0) return -1;
-    value = value * 16 + digit;
-  }
-  return value;
-}
-
 // Each function gives the place behind what begins at `at`, kNone if that is not there.
 size_t string_end(std::string_view text, size_t at) {
   for (++at; at < text.size(); ++at) {

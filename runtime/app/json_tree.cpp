@@ -190,12 +190,12 @@ class Reader {
       at_ += 2;
       return true;
     }
-    const int32_t high = hex4(at_ + 2);
+    const int32_t high = hex4(text_, at_ + 2);
     if (high < 0) return false;
     auto code = static_cast<uint32_t>(high);
     size_t size = 6;
     if (code >= 0xD800 && code < 0xE000) {
-      const int32_t low = code < 0xDC00 && text_.substr(at_ + 6, 2) == "\\u" ? hex4(at_ + 8) : -1;
+      const int32_t low = code < 0xDC00 && text_.substr(at_ + 6, 2) == "\\u" ? hex4(text_, at_ + 8) : -1;
       if (low < 0xDC00 || low >= 0xE000) return wrong("half a surrogate pair");
       code = 0x10000 + ((code - 0xD800) << 10) + (static_cast<uint32_t>(low) - 0xDC00);
       size = 12;
@@ -203,17 +203,6 @@ class Reader {
     append_code(code, out);
     at_ += size;
     return true;
-  }
-
-  int32_t hex4(size_t at) const {
-    if (at + 4 > text_.size()) return -1;
-    int32_t value = 0;
-    for (size_t i = 0; i < 4; ++i) {
-      const int digit = hex_digit(text_[at + i]);
-      if (digit < 0) return -1;
-      value = value * 16 + digit;
-    }
-    return value;
   }
 
   size_t digits(size_t at) const {

@@ -61,6 +61,7 @@ def test_a_gpu_has_bfloat16() -> None:
     assert has_bfloat16(torch.device("cuda"))
 
 
+# elsewhere there is no second source to compare with: the flags have other names, or no file
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="reads Linux's flags of x86")
 def test_this_processor_is_asked() -> None:
     flags = CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split()
