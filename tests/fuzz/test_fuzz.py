@@ -27,6 +27,16 @@ def test_what_was_found_stays_mended(name: str, tmp_path: Path) -> None:
     assert harness.replay(importlib.import_module(f"tests.fuzz.targets.{name}").TARGET, tmp_path) == {}
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_runs_on_its_seeds(name: str, tmp_path: Path) -> None:
+    """So that a change of a reader's interface is found before an hour of CI is over."""
+    target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
+    seeds = target.seeds(tmp_path)
+    assert seeds
+    for seed in seeds:
+        target.run(seed, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_reader_survives(name: str, tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ class Lora:
                 if update.stacked == 1:
                     update.merged(torch.zeros(update.shape))
                 else:
-                    update.merged_stack(torch.zeros(update.stacked, *update.shape), transposed=False)
+                    outputs, inputs = update.shape
+                    update.merged_stack(torch.zeros(update.stacked, outputs, inputs), first=False)
+                    update.merged_stack(torch.zeros(update.stacked, inputs, outputs), first=True)
         except UserError:
             return
 
