@@ -155,6 +155,8 @@ class _Maker:
         for key, name in family.scales.items():
             if key in self._metadata:
                 config[name] = self._positive(key)
+            elif key == "attention.scale":  # llama.cpp's default, where transformers' is 1
+                config[name] = head_dim**-0.5
         clamp = self._scalar("attention.clamp_kqv")
         if clamp is not None:
             if kind != "olmoe":

@@ -55,6 +55,7 @@ FAMILIES: Mapping[str, Family] = {
         {"attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0},
         permuted=True,
     ),
+    "granite-unscaled": Family("granite", "granite", {"attention_multiplier": 0.25}, permuted=True),  # 1 / sqrt(16)
     "smollm3": Family("smollm3", "smollm3", {"num_hidden_layers": 4, "use_sliding_window": False}, permuted=True),
     "mixtral": Family("llama", "mixtral", LOCAL, permuted=True),
     "qwen2moe": Family("qwen2moe", "qwen2_moe", {**MIXTURE, "shared_expert_intermediate_size": 64}),
