@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.checkpoints.safetensors_file import shown
 from moec.compiler.errors import CheckpointError
 from moec.sources.transformers_config import build_model
 
@@ -26,7 +27,8 @@ class Conversions:
     """The conversions of one model, for the tensor names `stored` that its checkpoint holds.
 
     names: every tensor that the model needs, with its shape. layers: the modules that hold tensors and no modules.
-    unread: stored names that belong to no tensor of the model -> what the model would call them.
+    unread: stored names that belong to no tensor of the model -> what the model would call them. CheckpointError where
+    two of them are one tensor.
     """
 
     def __init__(self, config: Any, stored: Iterable[str], place: Path) -> None:
@@ -45,9 +47,9 @@ class Conversions:
         self._groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}  # name -> converter, (stored, pattern)
         self._parts: dict[str, str] = {}  # a tensor that one conversion gives beside others -> the group's name
         self.unread: dict[str, str] = {}
-        self._collect(stored)
+        self._collect(stored, place)
 
-    def _collect(self, stored: Iterable[str]) -> None:
+    def _collect(self, stored: Iterable[str], place: Path) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
@@ -57,12 +59,12 @@ class Conversions:
         meta = self._model.state_dict()
         for key in sorted(stored, key=dot_natural_key):
             if key in self.names:  # stored under the model's own name
-                self._renamed[key] = key
+                self._rename(key, key, place)
                 continue
             name, pattern = rename_source_key(key, renamings, converters, self._model.base_model_prefix, meta)
             if pattern is None:
                 if name in self.names:
-                    self._renamed.setdefault(name, key)
+                    self._rename(name, key, place)
                 else:
                     self.unread[key] = name
                 continue
@@ -73,6 +75,15 @@ class Conversions:
                 continue
             self._groups.setdefault(name, (converter, []))[1].append((key, pattern))
             self._parts |= dict.fromkeys(gives, name)
+
+    def _rename(self, name: str, key: str, place: Path) -> None:
+        other = self._renamed.setdefault(name, key)
+        if other != key:
+            raise CheckpointError(
+                f"holds {shown(other)} and {shown(key)}, which are both {name} of the model",
+                place=str(place),
+                remedy="leave one of them out",
+            )
 
     @staticmethod
     def _given(name: str, converter: Any) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.spec import load_spec
@@ -52,6 +53,18 @@ def test_tied_tables(tmp_path: Path) -> None:
     assert torch.equal(store.reader("lm_head.weight", tuple(table.shape))(), table)
 
 
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    """Which of them counts, nobody can say; it was the first by name."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "norm.weight": torch.full((16,), 5.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight and norm\.weight, which are both"):
+        TransformersStore(tmp_path).check(tmp_path)
+
+
 def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
     folder, _ = _saved(FAMILIES[-1], tmp_path)
     store = TransformersStore(folder)
@@ -90,8 +103,6 @@ print(total / 2**20, peak)
 @pytest.mark.slow
 def test_a_large_checkpoint_is_streamed(tmp_path: Path) -> None:
     """1.2 GB in 12 shards of per-expert tensors: what is in memory at once is one stacked tensor."""
-    from safetensors.torch import save_file
-
     config = transformers.MixtralConfig(
         hidden_size=1024, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
         num_local_experts=16, vocab_size=1024, tie_word_embeddings=False,
