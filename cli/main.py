@@ -152,8 +152,8 @@ def _hush() -> None:
     warnings.simplefilter("ignore")
     for name in ("torch", "torch.utils._pytree", "torchao", "executorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # logs what it then raises, which is caught and said in one line
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    # logs what it then raises, which is caught and said in one line; levels are set anew when torch is imported
+    logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda _: False)
 
 
 class _Terminated(SystemExit):

@@ -146,6 +146,8 @@ def _why_not(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Constraints violated"):
         return "its forward fixes the number of tokens of a call"
+    if lines[0].startswith("Attempting to broadcast a dimension"):
+        return "its forward makes tensors, as of a bias by distance (ALiBi), that do not fit keys of the whole context"
     return lines[0][:300]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from moec.passes.pipelines import fusion
 from moec.sources.random_checkpoint import save_random
 from moec.sources.transformers_config import auto_model, read_config
 from moec.sources.transformers_model import TransformersStore, export_transformers
+from tests.conftest import refused
 from tests.interpreter import Interpreter
 
 transformers = pytest.importorskip(
@@ -225,6 +228,18 @@ def test_refused_by_name(kind: str, tmp_path: Path) -> None:
         run_passes(export_transformers(folder, "other", max_tokens=16), fusion())
     assert "\n" not in str(caught.value)
     assert ";" in str(caught.value), "a remedy is missing"
+
+
+def test_a_bias_that_fits_no_cache_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Falcon with ALiBi. In a process of its own: importing torch undoes what silences its log."""
+    config = {"alibi": True, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 96}
+    folder = _saved("falcon", {"text_config": None, **config}, tmp_path)
+    text = f"name: f\nmodel: {{transformers: {folder}, context: 64}}\nquantization: {{weights: int4, group_size: 32}}\n"
+    (tmp_path / "f.yaml").write_text(text + "targets: {xnnpack: {max_tokens: 16}}\n")
+    command = [sys.executable, "-m", "moec", "explain", str(tmp_path / "f.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused((done.returncode, done.stdout, done.stderr), "falcon cannot be exported", "ALiBi")
+    assert "torch" not in done.stderr
 
 
 def test_ends_of_a_text(tmp_path: Path) -> None:
