@@ -21,9 +21,11 @@ _X86 = ("x86_64", "amd64", "i386", "i686")
 def has_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are computed by instructions for them.
 
-    A GPU has them. On a processor without, torch emulates them: on AVX2 a product then takes seven times as long as in
-    float32.
+    NVIDIA's GPUs have them from Ampere on; one that is not here is taken to. On hardware without, torch emulates them:
+    on AVX2 a product then takes seven times as long as in float32.
     """
+    if device.type == "cuda":
+        return not torch.cuda.is_available() or bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
     if platform.machine().lower() in _X86:
@@ -52,9 +54,9 @@ def note(asked: TrainingStage, device: torch.device) -> str | None:
     if has_bfloat16(device):
         return None
     if asked.precision == "auto":
-        return "products in float32: this processor has none in bfloat16"
+        return "products in float32: this hardware has none in bfloat16"
     if asked.precision == "bf16":
-        return "this processor emulates products in bfloat16: `precision: fp32` or `auto` trains several times as fast"
+        return "this hardware emulates products in bfloat16: `precision: fp32` or `auto` trains several times as fast"
     return None
 
 

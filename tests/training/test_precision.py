@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,8 +58,14 @@ def test_a_slow_choice_is_said(has: bool) -> None:
     )
 
 
-def test_a_gpu_has_bfloat16() -> None:
-    assert has_bfloat16(torch.device("cuda"))
+@pytest.mark.parametrize(("major", "wanted"), [(7, False), (8, True), (9, True)])
+def test_a_gpu_has_bfloat16_from_ampere_on(major: int, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7: a V100 or a T4, where torch would emulate it."""
+    properties = SimpleNamespace(major=major)
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_properties", properties)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert has_bfloat16(torch.device("cuda")) == wanted
 
 
 # elsewhere there is no second source to compare with: the flags have other names, or no file
