@@ -119,8 +119,8 @@ def write_text(
     say(f"{written.tokens:,} tokens")
     say(f"{written.texts:,} texts in {out / TEXTS}")
     say(f"{written.chats:,} chats in {out / CHATS}")
-    if not written.chats:
-        say("no chats: the checkpoint has no chat template that tells a question as it is")
+    if written.no_chats:
+        say(f"no chats: {written.no_chats}")
 
 
 def _show(folder: Path, as_json: bool) -> None:

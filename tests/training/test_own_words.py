@@ -107,6 +107,7 @@ def test_both_files_make_domains_of_a_corpus(dense: Path, tmp_path: Path) -> Non
     assert found.tokens == 64 * 120 * 8
     assert len(texts) > 20
     assert len(chats) > 20
+    assert not found.no_chats
     assert not any("<|" in d.body for d in [*texts, *chats])  # markers are not text
     added = {"texts": tmp_path / "own" / TEXTS, "chats": tmp_path / "own" / CHATS}
     corpus = build(tmp_path / "corpus", [], cache=tmp_path, added=added, tokenizer=dense / "tokenizer.json")
@@ -129,7 +130,34 @@ def test_without_a_template_there_are_texts_alone(dense: Path, tmp_path: Path) -
             (folder / file.name).write_bytes(file.read_bytes())
     found = write_own_words(folder, tmp_path / "own", tokens=64 * 64 * 2, length=64)
     assert found.texts
+    assert (found.chats, found.no_chats) == (0, "the checkpoint has no chat template")
+
+
+@pytest.mark.parametrize(
+    ("template", "rounds", "why"),
+    [
+        (TEMPLATE, 1, "so few tokens are one round of texts: 8,192 are one of each"),
+        ("{% for m in messages %}{{ m.content + '<|eot_id|>' }}{% endfor %}", 2, "where a question begins"),
+        ("{% for m in messages %}{{ '<|eot_id|>' ~ m.content | length }}{% endfor %}", 2, "a question as it is"),
+    ],
+    ids=["one round", "nothing before a question", "no question"],
+)
+def test_why_there_are_no_chats_is_said(template: str, rounds: int, why: str, tmp_path: Path) -> None:
+    folder = dense_checkpoint(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    found = write_own_words(folder, tmp_path / "own", tokens=64 * 64 * rounds, length=64)
     assert not found.chats
+    assert why in found.no_chats
+
+
+def test_a_template_that_fills_a_row_is_refused(tmp_path: Path) -> None:
+    folder = dense_checkpoint(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("Repeat and Repeat " * 9 + TEMPLATE)
+    with pytest.raises(UserError, match=r"writes \d+ tokens around a question, which leaves 0 to say") as caught:
+        write_own_words(folder, tmp_path / "own", tokens=1, length=32)
+    assert not (tmp_path / "own").exists()
+    least = int((caught.value.remedy or "").split()[1])
+    assert write_own_words(folder, tmp_path / "own", tokens=64 * least * 2, length=least).tokens == 64 * least * 2
 
 
 def test_what_cannot_write_is_refused_before_anything_is_written(dense: Path, tmp_path: Path) -> None:

@@ -28,17 +28,19 @@ TEXTS, CHATS = "texts.jsonl", "chats.jsonl"
 LENGTH = 256  # tokens of a row
 ROWS = 64  # written at once
 _LEAST = 80  # characters of a text that is kept
+_LEAST_SAID = 8  # tokens of a question and its answer
 _MARK = "\ue0000\ue001"
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 
 
 @dataclass(frozen=True)
 class Written:
-    """tokens: sampled; texts, chats: kept."""
+    """tokens: sampled; texts, chats: kept; no_chats: why none were written."""
 
     tokens: int
     texts: int
     chats: int
+    no_chats: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def write_own_words(
     build --add` reads them.
 
     folder: a dense checkpoint as `moec upcycle` takes it, with its tokenizer. length: tokens of a text, or of question
-    and answer. CheckpointError for another model; UserError for a length beyond the model's context.
+    and answer. CheckpointError for another model; UserError for a length beyond the model's context, or one that the
+    chat template fills.
     """
     progress = progress or Progress(quiet=True)
     dense = open_dense_decoder(folder)
@@ -72,6 +75,12 @@ def write_own_words(
         raise DataError("has no tokenizer.json", place=str(folder), remedy="name a checkpoint with its tokenizer")
     coder = Coder.from_file(folder / TOKENIZER)
     chat = _chat(coder)
+    if isinstance(chat, _Chat) and (least := len(chat.before) + len(chat.between)) + _LEAST_SAID > length:
+        raise UserError(
+            f"the chat template writes {least} tokens around a question, which leaves {max(length - least, 0)} to say",
+            place="--length",
+            remedy=f"choose {least + _LEAST_SAID} or more",
+        )
     writer, generator = Writer(dense), torch.Generator().manual_seed(seed)
     rounds = max(1, round(tokens / (ROWS * length)))
     counts = {TEXTS: 0, CHATS: 0}
@@ -81,14 +90,18 @@ def write_own_words(
         (written / CHATS).open("w", encoding="utf-8") as chats,
     ):
         for number in progress.each("writing", range(rounds)):
-            if chat is not None and number % 2 == 1:
+            if isinstance(chat, _Chat) and number % 2 == 1:
                 name, file, found = CHATS, chats, _chats(writer, coder, chat, length, generator)
             else:
                 name, file, found = TEXTS, texts, _texts(writer, coder, length, generator)
             for line in found:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 counts[name] += 1
-    return Written(rounds * ROWS * length, counts[TEXTS], counts[CHATS])
+    none = ""
+    if not counts[CHATS]:
+        few = f"so few tokens are one round of texts: {2 * ROWS * length:,} are one of each"
+        none = chat if isinstance(chat, str) else few if rounds == 1 else "no question was followed by an answer"
+    return Written(rounds * ROWS * length, counts[TEXTS], counts[CHATS], none)
 
 
 def _texts(writer: Writer, coder: Coder, length: int, generator: torch.Generator) -> Iterator[dict[str, object]]:
@@ -119,18 +132,20 @@ def _chats(
             yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def _chat(coder: Coder) -> _Chat | None:
-    """None for a tokenizer without a template, or a template that does not write a question as it is."""
+def _chat(coder: Coder) -> _Chat | str:
+    """How a checkpoint writes a conversation, or why none can be told apart from running text."""
     if coder.template is None:
-        return None
+        return "the checkpoint has no chat template"
     text, ((begin, _),) = coder.template.render_responses((("user", _MARK), ("assistant", "!")))
     before, found, after = text[:begin].partition(_MARK)
-    if not found or not after.strip():
-        return None
 
     def ids(part: str) -> tuple[int, ...]:
         return tuple(coder.tokenizer.encode(part, add_special_tokens=False).ids)
 
+    if not found:
+        return "the chat template does not write a question as it is"
+    if not ids(before) or not after.strip():
+        return "the chat template does not mark where a question begins and ends"
     return _Chat(ids(before), ids(after), coder.end_of_response())
 
 
