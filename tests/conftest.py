@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
     assert err.endswith("\n")
     assert err.count("\n") == 1, err
     assert all(part in err for part in parts), err
+
+
+@contextmanager
+def one_line(error: type[Exception], match: str) -> Iterator[None]:
+    """The block must raise `error`, with `match` in its text, which has no second line."""
+    with pytest.raises(error, match=match) as caught:
+        yield
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="session")
