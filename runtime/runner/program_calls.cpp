@@ -95,8 +95,7 @@ Kind result_kind(char letter, const Arguments& arguments) {
 class Calls {
  public:
   Calls(const Table& plan, std::vector<Value>& values, const DelegateCheck& delegate, const CallSeen& seen)
-      : plan_(plan), values_(values), delegate_(delegate), seen_(seen), operators_(read_operators(plan)), delegates_(plan.vector(7, 4).size),
-        set_(values.size(), false) {}
+      : plan_(plan), values_(values), delegate_(delegate), seen_(seen), operators_(read_operators(plan)), delegates_(plan.vector(7, 4).size) {}
 
   void check() {
     const Vector chains = plan_.required(5, 4, "the instructions of a method");
@@ -152,7 +151,7 @@ class Calls {
       throw Damaged(op.name + " takes " + std::to_string(op.parameters.size()) + " arguments, it is given " +
                     std::to_string(indices.size()));
     for (size_t i = 0; i < indices.size(); ++i)
-      if (op.parameters[i].written) set_[static_cast<size_t>(indices[i])] = true;
+      if (op.parameters[i].written) values_[static_cast<size_t>(indices[i])].set = true;
   }
 
   void kernel(const Operator& op, const std::vector<int32_t>& indices) {
@@ -178,7 +177,7 @@ class Calls {
     }
     if (value.kind == Kind::kNull && parameter.optional) return;
     if (!fits(parameter.letter, value.kind)) throw Damaged("an argument of " + op.name + " is of another kind");
-    if (parameter.letter == 'z' && (set_[static_cast<size_t>(indices[i])] || value.number < 1))
+    if (parameter.letter == 'z' && (value.set || value.number < 1))
       throw Damaged("the divisor of " + op.name + " is not a positive constant");
     if (parameter.written && is_number(value.kind) && value.kind != result_kind(parameter.letter, arguments))
       throw Damaged("the result of " + op.name + " is of another kind");
@@ -240,7 +239,6 @@ class Calls {
   const CallSeen& seen_;
   std::vector<Operator> operators_;
   uint32_t delegates_;
-  std::vector<bool> set_;
   uint64_t arguments_ = 0;
 };
 

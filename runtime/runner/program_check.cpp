@@ -147,7 +147,12 @@ class Program {
   void note_moe(const std::vector<Value>& values, const Arguments& arguments) {
     enum { kW13 = 5, kW2 = 7, kConfig = 12 };
     MoeCall call = {};
-    for (const int32_t item : arguments[kConfig]->items) call.config.push_back(values[static_cast<size_t>(item)].number);
+    for (const int32_t item : arguments[kConfig]->items) {
+      const Value& entry = values[static_cast<size_t>(item)];
+      // experts of other sizes than those noted here would be read behind their place in the expert cache
+      if (entry.set) throw Damaged("the config of a mixture is written while the program runs");
+      call.config.push_back(entry.number);
+    }
     for (const int half : {0, 1}) {
       const Value& weights = *arguments[half ? kW2 : kW13];
       if (weights.memory.where != Region::kConstant) continue;

@@ -46,6 +46,7 @@ struct Region {
 struct Value {
   Kind kind = Kind::kNull;
   int64_t number = 0;              // of kInt
+  bool set = false;                // a number that an instruction writes (check_calls)
   std::vector<int32_t> items;      // values that a list of ints or tensors names; -1: none
   int8_t type = 0;                 // of a tensor, as torch numbers its types
   std::vector<int32_t> sizes;

@@ -107,6 +107,7 @@ def _output(plan: Any, name: str) -> Any:
 
 
 EMBEDDING, NORM, MOE = "moec::embedding_packed.out", "moec::rms_norm.out", "moec::fused_moe_packed.out"
+SIZE = "aten::sym_size.int"
 # what each kind did: reads behind a list, writes into mapped pages or to address 0, operands overwritten once checked
 STRUCTURES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a short list of arguments": (lambda p: _calls(p, NORM).args.pop(), "takes 5 arguments, it is given 4"),
@@ -145,6 +146,10 @@ STRUCTURES: dict[str, tuple[Callable[[Any], object], str]] = {
     "an input that is not there": (lambda p: p.inputs.__setitem__(1, 9999), "an input or output that is not there"),
     "an output that is a constant itself": (
         lambda p: p.outputs.__setitem__(0, _calls(p, NORM).args[1]), "an output that is a constant"
+    ),
+    "a mixture whose config is written": (
+        lambda p: _calls(p, SIZE).args.__setitem__(-1, p.values[_calls(p, MOE).args[12]].val.items[3]),
+        "the config of a mixture is written while the program runs",
     ),
     "no instructions": (lambda p: p.chains.clear(), "without instructions"),
     "control flow": (
