@@ -104,6 +104,7 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
                      " for all but the routed experts, and the %" PRId64 " experts of one token",
                      bytes / 1'000'000, megabytes(least_budget), megabytes(fixed + kLeastScratch), least));
   // a call of many tokens takes its memory from the experts when it runs, at most half of what is spare
+  const int64_t most = info.max_tokens;
   info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
   experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
@@ -111,7 +112,11 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   experts->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
   memory_budget = bytes;
   eviction = policy;
-  return true;
+  if (count_session(0)) return true;  // those that are open already
+  experts.reset();
+  memory_budget = 0;
+  info.max_tokens = most;
+  return false;
 }
 
 int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t eviction, int32_t readers) {

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,41 @@ def test_sessions_share_one_cache(model: Path) -> None:
     assert after.slots == before.slots
     first.prefill([4])
     first.close()
+
+
+SESSIONS_FIRST = """
+import ctypes, sys
+from moec.targets.xnnpack.session import _ExpertStats, _runtime
+r, path, budget, count = _runtime(), sys.argv[1].encode(), int(sys.argv[2]), int(sys.argv[3])
+model = r.moec_model_open(path, 1)
+sessions = [r.moec_session_open(model) for _ in range(count)]
+assert not any(r.moec_session_error(s) for s in sessions)
+status = r.moec_model_limit_memory(model, budget, 0, 1)
+stats = _ExpertStats()
+r.moec_session_expert_stats(sessions[0], ctypes.byref(stats))
+print(status, stats.slots, r.moec_model_error(model).decode())
+"""
+
+
+def limited(model: Path, budget: int, sessions: int) -> tuple[int, int, str]:
+    """(status, slots, error) of a budget in bytes for a model of which so many sessions are open already."""
+    command = [sys.executable, "-c", SESSIONS_FIRST, str(model), str(budget), str(sessions)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    status, slots, *error = done.stdout.rstrip("\n").split(" ", 2)
+    return int(status), int(slots), "".join(error)
+
+
+def test_sessions_that_are_open_before_the_budget_count(model: Path) -> None:
+    """The caches of 20 more sessions take slots, whenever these were opened; too many of them are refused."""
+    found = re.search(r"less than (\d+) MB", limited(model, 1, 1)[2])
+    assert found
+    budget = (int(found[1]) + 6) * 10**6
+    (status, alone, _), (same, shared, _) = limited(model, budget, 1), limited(model, budget, 21)
+    assert (status, same) == (0, 0)
+    assert shared < alone - 8  # 4 MB, of which 2 are kept for other uses; a slot is 0.1 MB
+    status, slots, error = limited(model, budget, 200)
+    assert (status, slots) == (-1, 0)
+    assert "has no room for the caches of another session" in error
 
 
 def changed(options: dict[str, Any], **model: Any) -> Spec:
