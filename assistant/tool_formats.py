@@ -38,7 +38,10 @@ class ToolFormat:
 
 
 def call_of(value: Any) -> ToolCall | None:
-    """A call written as an object with a name and its arguments, by whichever key."""
+    """A call written as an object with a name and its arguments, by whichever key.
+
+    A name with a zero byte is none: an application in C would read another.
+    """
     if not isinstance(value, dict):
         return None
     value = value["function"] if isinstance(value.get("function"), dict) else value
@@ -49,7 +52,7 @@ def call_of(value: Any) -> ToolCall | None:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             return None
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+    if not isinstance(name, str) or not name or "\0" in name or not isinstance(arguments, dict):
         return None
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
@@ -77,8 +80,8 @@ def _hermes(text: str) -> list[ToolCall] | None:
     if "<function=" not in text:
         return _json_calls(text)
     found = []  # Qwen3-Coder's form
-    for name, body in re.findall(r"<function=([^>\n]+)>(.*?)</function>", text, re.S):
-        pairs = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", body, re.S)
+    for name, body in re.findall(r"<function=([^>\n\0]+)>(.*?)</function>", text, re.S):
+        pairs = re.findall(r"<parameter=([^>\n\0]+)>\n?(.*?)\n?</parameter>", body, re.S)
         arguments = {key: _value(value) for key, value in pairs}
         found.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
     return found or None

@@ -13,6 +13,9 @@ namespace {
 using Calls = std::optional<std::vector<ToolCall>>;
 constexpr size_t kNone = std::string_view::npos;
 
+// A zero byte would end the name where an application reads it.
+bool is_name(std::string_view name) { return !name.empty() && name.find('\0') == kNone; }
+
 bool begins(std::string_view text, std::string_view with) { return text.substr(0, with.size()) == with; }
 
 // A call written as an object with a name and its arguments, by whichever key.
@@ -32,7 +35,7 @@ std::optional<ToolCall> call_of(JsonValue value) {
   }
   if (name == members.end() || !name->second.is_string() || arguments.empty() || arguments[0] != '{') return std::nullopt;
   ToolCall call = {json_string(name->second), arguments};
-  return call.name.empty() ? std::nullopt : std::make_optional(call);
+  return is_name(call.name) ? std::make_optional(call) : std::nullopt;
 }
 
 // An object, a list of them, or several one behind the other, with white space, commas or semicolons between.
@@ -62,7 +65,7 @@ struct Opening {
   size_t behind;
 };
 std::optional<Opening> opening(std::string_view text, size_t at, std::string_view mark) {
-  const size_t from = at + mark.size(), end = text.find_first_of(">\n", from);
+  const size_t from = at + mark.size(), end = text.find_first_of(std::string_view(">\n\0", 3), from);
   if (end == kNone || text[end] != '>' || end == from) return std::nullopt;
   return Opening{text.substr(from, end - from), end + 1};
 }
@@ -179,6 +182,6 @@ const ToolFormat* tool_format(int index) {
 
 std::optional<ToolCall> named_call(std::string_view name, std::string_view arguments) {
   const auto whole = json_whole(arguments);
-  if (name.empty() || !whole || !whole->is_object()) return std::nullopt;
+  if (!is_name(name) || !whole || !whole->is_object()) return std::nullopt;
   return ToolCall{std::string(name), std::string(whole->text)};
 }

@@ -33,6 +33,7 @@ FRAGMENTS = (
     '{"function": {"name": "f", "arguments": "{\\"x\\": 1}"}}',
     '{"name": "a", "name": "b", "arguments": {"k": 1, "k": 2}}', '{"name": "", "arguments": {}}',
     '{"name": 3}', "{}", "[]", '[{"name": "a"}, {"name": "b", "arguments": {}}]',
+    '{"name": "get\\u0000all", "arguments": {}}',
     '[{"name": "a"}, 7]', '{"name": "a", "arguments": [1]}', '{"name": "a", "arguments": "x"}',
     '{"name": "a", "arguments": {"x": 01}}', '{"name": "a", "arguments": {"x": 1}', "{", '"\\x"',
     "1 2", '{"name": "t\tab"}', "get[ARGS]{}", 'get[CALL_ID]9[ARGS]{"a": "[TOOL_CALLS]"}',
