@@ -72,6 +72,7 @@ bool restore(moec_session* session, const char* path, const char* artifact) {
   const int64_t position = static_cast<int64_t>(state.tokens.size());
   if (state.context != model->info.context || reader.state_bytes() != model->seats.bytes_at(position))
     return model->fail("damaged: its states are not those of this model");
+  std::shared_lock<std::shared_mutex> keep(pools);  // as in a forward: the file is read by the model's threads
   Caches fresh;  // the session stays as it was until all of it is there
   if (!model->seats.reserve(&fresh)) return model->fail("no address space for the caches");
   fault = reader.read(state, parts_of(*session, fresh, position));
@@ -172,6 +173,7 @@ int32_t moec_session_save(moec_session* session, const char* path, const char* a
     state.artifact = artifact;
     state.context = model->info.context;
     state.tokens = session->tokens;
+    std::shared_lock<std::shared_mutex> keep(pools);
     const std::string fault = write_session(path, state, parts_of(*session, session->caches, position_of(*session)));
     return fault.empty() ? true : model->fail(fault);
   });

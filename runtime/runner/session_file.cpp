@@ -6,14 +6,18 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <random>
 
+#include "core/parallel.h"
+
 namespace {
 
 constexpr char kMagic[] = "moecsess";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
+constexpr size_t kPiece = size_t{1} << 16;  // of the states, digested by itself: stays in a processor's cache
 
 struct Header {
   char magic[8];
@@ -57,16 +61,60 @@ bool write_all(int descriptor, const void* data, size_t size) {
   return true;
 }
 
-bool read_all(int descriptor, void* data, size_t size) {
+bool read_all(int descriptor, void* data, size_t size, uint64_t offset) {
   auto* at = static_cast<uint8_t*>(data);
   while (size > 0) {
-    const ssize_t done = ::read(descriptor, at, std::min<size_t>(size, size_t{1} << 30));
+    const ssize_t done = pread(descriptor, at, std::min<size_t>(size, size_t{1} << 30), static_cast<off_t>(offset));
     if (done < 0 && errno == EINTR) continue;
     if (done <= 0) return false;
     at += done;
+    offset += static_cast<uint64_t>(done);
     size -= static_cast<size_t>(done);
   }
   return true;
+}
+
+// The states one after another, cut into pieces.
+class Pieces {
+ public:
+  explicit Pieces(const std::vector<SessionBytes>& parts) : parts_(parts) {
+    for (const SessionBytes& part : parts) {
+      begins_.push_back(bytes_);
+      bytes_ += part.size;
+    }
+  }
+  uint64_t bytes() const { return bytes_; }
+  size_t count() const { return static_cast<size_t>((bytes_ + kPiece - 1) / kPiece); }
+  // The digest of piece `number`, behind use(data, size, where it begins among all states) of each range of memory that it
+  // covers; nothing more is read once `use` is false.
+  template <typename Use>
+  uint64_t digest(size_t number, Use use) const {
+    uint64_t at = uint64_t{number} * kPiece;
+    const uint64_t end = std::min<uint64_t>(at + kPiece, bytes_);
+    size_t i = static_cast<size_t>(std::upper_bound(begins_.begin(), begins_.end(), at) - begins_.begin()) - 1;
+    Xxh64 hash;
+    for (; at < end; ++i) {  // a part may be empty
+      const uint64_t within = at - begins_[i];
+      const size_t size = static_cast<size_t>(std::min<uint64_t>(parts_[i].size - within, end - at));
+      if (size == 0) continue;
+      if (!use(parts_[i].data + within, size, at)) break;
+      hash.add(parts_[i].data + within, size);
+      at += size;
+    }
+    return hash.digest();
+  }
+
+ private:
+  const std::vector<SessionBytes>& parts_;
+  std::vector<uint64_t> begins_;
+  uint64_t bytes_ = 0;
+};
+
+uint64_t digest_of(const std::vector<int32_t>& tokens, const std::vector<uint64_t>& pieces) {
+  Xxh64 hash;
+  hash.add(tokens.data(), tokens.size() * sizeof(int32_t));
+  hash.add(pieces.data(), pieces.size() * sizeof(uint64_t));
+  return hash.digest();
 }
 
 // Has the system give the pages of a range at once: taken one by one, as they are written, they cost more than the reading.
@@ -101,7 +149,7 @@ std::string foreign(const std::string& path) {
   std::string fault;
   const int descriptor = S_ISREG(status.st_mode) ? open_regular(path, &fault) : -1;
   char magic[8] = {};
-  const bool ours = descriptor >= 0 && read_all(descriptor, magic, sizeof magic) && std::memcmp(magic, kMagic, 8) == 0;
+  const bool ours = descriptor >= 0 && read_all(descriptor, magic, sizeof magic, 0) && std::memcmp(magic, kMagic, 8) == 0;
   if (descriptor >= 0) close(descriptor);
   return ours ? "" : "exists and is not a session that moec saved";
 }
@@ -170,13 +218,13 @@ std::string write_session(const std::string& path, const SessionState& state, co
   header.context = static_cast<uint64_t>(state.context);
   header.tokens = state.tokens.size();
   const size_t token_bytes = state.tokens.size() * sizeof(int32_t);
-  Xxh64 hash;
-  hash.add(state.tokens.data(), token_bytes);
-  for (const SessionBytes& part : parts) {
-    hash.add(part.data, part.size);
-    header.state_bytes += part.size;
-  }
-  header.digest = hash.digest();
+  const Pieces pieces(parts);
+  std::vector<uint64_t> digests(pieces.count());
+  moec::for_each_unit(moec::workers(), static_cast<int64_t>(digests.size()), [&](int32_t, int64_t i) {
+    digests[static_cast<size_t>(i)] = pieces.digest(static_cast<size_t>(i), [](auto...) { return true; });
+  });
+  header.state_bytes = pieces.bytes();
+  header.digest = digest_of(state.tokens, digests);
   header.header_digest = header_digest(header);
   char suffix[32];
   std::random_device random;
@@ -209,7 +257,7 @@ std::string SessionReader::open(const std::string& path, int64_t most, SessionSt
   struct stat status;
   if (fstat(descriptor_, &status) != 0) return system_fault("cannot be read");
   Header header;
-  if (!read_all(descriptor_, &header, sizeof header) || std::memcmp(header.magic, kMagic, sizeof header.magic) != 0)
+  if (!read_all(descriptor_, &header, sizeof header, 0) || std::memcmp(header.magic, kMagic, sizeof header.magic) != 0)
     return "is not a session that moec saved";
   if (header.version != kVersion) return "was saved by another version of moec (format " + std::to_string(header.version) + ")";
   if (header.header_digest != header_digest(header)) return "damaged: its header differs from its digest";
@@ -221,24 +269,24 @@ std::string SessionReader::open(const std::string& path, int64_t most, SessionSt
   state->artifact.assign(header.artifact, strnlen(header.artifact, sizeof header.artifact));
   state->context = static_cast<int64_t>(header.context);
   state->tokens.resize(header.tokens);
-  if (!read_all(descriptor_, state->tokens.data(), header.tokens * sizeof(int32_t))) return "truncated while it was read";
+  if (!read_all(descriptor_, state->tokens.data(), header.tokens * sizeof(int32_t), sizeof header)) return "truncated while it was read";
+  states_at_ = before;
   state_bytes_ = header.state_bytes;
   digest_ = header.digest;
   return "";
 }
 
 std::string SessionReader::read(const SessionState& state, const std::vector<SessionBytes>& parts) {
-  Xxh64 hash;
-  hash.add(state.tokens.data(), state.tokens.size() * sizeof(int32_t));
-  for (const SessionBytes& part : parts) {
-    // digested while it is still in a processor's cache
-    constexpr size_t kBlock = size_t{1} << 18;
-    populate(part.data, part.size);
-    for (size_t at = 0; at < part.size; at += kBlock) {
-      const size_t size = std::min(kBlock, part.size - at);
-      if (!read_all(descriptor_, part.data + at, size)) return "truncated while it was read";
-      hash.add(part.data + at, size);
-    }
-  }
-  return hash.digest() == digest_ ? "" : "damaged: its contents differ from its digest";
+  const Pieces pieces(parts);
+  std::vector<uint64_t> digests(pieces.count());
+  std::atomic<bool> whole{true};
+  moec::for_each_unit(moec::workers(), static_cast<int64_t>(digests.size()), [&](int32_t, int64_t i) {
+    digests[static_cast<size_t>(i)] = pieces.digest(static_cast<size_t>(i), [&](uint8_t* data, size_t size, uint64_t at) {
+      populate(data, size);
+      if (!read_all(descriptor_, data, size, states_at_ + at)) whole = false;
+      return whole.load(std::memory_order_relaxed);
+    });
+  });
+  if (!whole) return "truncated while it was read";
+  return digest_of(state.tokens, digests) == digest_ ? "" : "damaged: its contents differ from its digest";
 }

@@ -1,10 +1,11 @@
 // A saved session: a header with the digest of everything, the tokens, and the bytes of the states that count.
 //
-//   8 bytes "moecsess", u32 version 1, u32 zero, 64 bytes the artifact's digest as text padded with zeros,
-//   u64 context, u64 tokens, u64 bytes of states, u64 XXH64 of tokens and states, u64 XXH64 of all before it
+//   8 bytes "moecsess", u32 version 2, u32 zero, 64 bytes the artifact's digest as text padded with zeros,
+//   u64 context, u64 tokens, u64 bytes of states, u64 digest, u64 XXH64 of all before it
 //   int32 x tokens; the states, part by part, the first `tokens` positions of each
 //
-// Little-endian. The digests find damage; whoever forges a file can compute them, so that sizes and ids are checked as well.
+// The digest is XXH64 of the tokens and, behind them, the XXH64 of each 64 KiB of the states (the last may be shorter), which
+// threads compute. Little-endian. The digests find damage; whoever forges a file can compute them, so that sizes and ids are checked as well.
 #ifndef MOEC_SESSION_FILE_H_
 #define MOEC_SESSION_FILE_H_
 
@@ -36,12 +37,12 @@ class SessionReader {
   // Header and tokens, checked against the file's length and digest; `most` tokens at most.
   std::string open(const std::string& path, int64_t most, SessionState* state);
   uint64_t state_bytes() const { return state_bytes_; }
-  // The states, into memory whose sizes sum up to state_bytes(); then the digest over tokens and states is compared.
+  // The states, into memory whose sizes sum up to state_bytes(), by all workers; then the digest is compared.
   std::string read(const SessionState& state, const std::vector<SessionBytes>& parts);
 
  private:
   int descriptor_ = -1;
-  uint64_t state_bytes_ = 0, digest_ = 0;
+  uint64_t states_at_ = 0, state_bytes_ = 0, digest_ = 0;
 };
 
 // XXH64 with seed 0, as its specification defines it.

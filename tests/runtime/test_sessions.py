@@ -18,7 +18,7 @@ from moec.compiler.errors import RunError
 from moec.targets.xnnpack.session import CpuSession
 from tests.runtime import runtime_model as m
 
-HEADER = 120  # bytes, session_file.h
+HEADER, PIECE = 120, 1 << 16  # bytes, session_file.h
 
 
 @pytest.fixture(scope="module", params=["f32", "int8", "window", "int8-window"])
@@ -211,7 +211,7 @@ def _header(data: bytearray, offset: int, value: bytes) -> None:
     data[112:120] = struct.pack("<Q", xxh64(bytes(data[:112])))
 
 
-def xxh64(data: bytes) -> int:
+def xxh64(data: bytes | bytearray) -> int:
     """XXH64, seed 0, from its specification (github.com/Cyan4973/xxHash, doc/xxhash_spec.md): one slow line a step."""
     p1, p2, p3, p4, p5 = (
         0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5,
@@ -246,15 +246,37 @@ def xxh64(data: bytes) -> int:
     return h ^ h >> 32
 
 
+def file_digest(data: bytes | bytearray) -> int:
+    """Of a saved session's tokens and states, as session_file.h describes it."""
+    states = HEADER + 4 * struct.unpack_from("<Q", data, 88)[0]
+    pieces = (xxh64(data[at : at + PIECE]) for at in range(states, len(data), PIECE))
+    return xxh64(data[HEADER:states] + b"".join(struct.pack("<Q", piece) for piece in pieces))
+
+
 def test_the_digests_are_xxh64(session: CpuSession, tmp_path: Path) -> None:
-    """Of every length modulo the block of 32 bytes: another reader of the format finds the same."""
+    """Of every length modulo the block of 32 bytes, and of several pieces: another reader finds the same."""
     assert (xxh64(b""), xxh64(b"a"), xxh64(b"abc")) == (0xEF46DB3751D8E999, 0xD24EC4F1A98C6E5B, 0x44BC2CF5AD770999)
     for count in (1, 3, 7, 8):
         session.reset()
         session.prefill(_ids(count))
         session.save(tmp_path / "s")
         data = (tmp_path / "s").read_bytes()
-        assert struct.unpack_from("<2Q", data, 104) == (xxh64(data[HEADER:]), xxh64(data[:112]))
+        assert struct.unpack_from("<2Q", data, 104) == (file_digest(data), xxh64(data[:112]))
+
+
+@pytest.mark.parametrize("model", ["f32"], indirect=True)
+@pytest.mark.parametrize("byte", [0, PIECE - 1, PIECE, -1])
+def test_damage_is_found_in_every_piece(session: CpuSession, tmp_path: Path, byte: int) -> None:
+    session.prefill(_ids(251))
+    session.save(tmp_path / "s")
+    data = bytearray((tmp_path / "s").read_bytes())
+    states = memoryview(data)[HEADER + 4 * 251 :]
+    assert len(states) > PIECE
+    assert struct.unpack_from("<Q", data, 104)[0] == file_digest(data)
+    states[byte] ^= 1
+    (tmp_path / "s").write_bytes(data)
+    with pytest.raises(RunError, match="damaged: its contents differ from its digest"):
+        session.restore(tmp_path / "s")
 
 
 DAMAGES: dict[str, tuple[Callable[[bytearray], object], str]] = {
@@ -266,7 +288,7 @@ DAMAGES: dict[str, tuple[Callable[[bytearray], object], str]] = {
     "a bit of the header": (lambda d: d.__setitem__(90, d[90] ^ 1), "damaged: its header differs from its digest"),
     "a bit of a token": (lambda d: d.__setitem__(HEADER, d[HEADER] ^ 1), "damaged: its contents differ"),
     "a bit of the states": (lambda d: d.__setitem__(-1, d[-1] ^ 1), "damaged: its contents differ"),
-    "version": (lambda d: _header(d, 8, struct.pack("<I", 2)), r"was saved by another version of moec \(format 2\)"),
+    "version": (lambda d: _header(d, 8, struct.pack("<I", 1)), r"was saved by another version of moec \(format 1\)"),
     "artifact": (lambda d: _header(d, 16, b"f" * 64), "was saved with another artifact"),
     "context": (lambda d: _header(d, 80, struct.pack("<Q", 512)), "damaged: its states are not those of this model"),
     "tokens": (lambda d: _header(d, 88, struct.pack("<Q", 1 << 61)), "holds 2305843009213693952 tokens; the context"),

@@ -1,5 +1,6 @@
 // Running tasks on whichever thread pool is installed. An operator forks `workers()` tasks and lets them draw units of work
-// from one atomic counter: a worker that never gets a core costs nothing, and nothing waits inside a task.
+// from one atomic counter: a worker that never gets a core costs nothing, and nothing waits inside a task. Exported for the
+// runtime library, which reads saved sessions with the same threads.
 #ifndef MOEC_PARALLEL_H_
 #define MOEC_PARALLEL_H_
 
@@ -12,10 +13,10 @@
 namespace moec {
 
 // Threads that the installed pool offers, at least 1.
-int32_t workers();
+MOEC_API int32_t workers();
 
 // task(context, i) for every i in [0, n); returns when all are done. n == 1 runs on the caller.
-void run_parallel(int32_t n, moec_task_fn task, void* context);
+MOEC_API void run_parallel(int32_t n, moec_task_fn task, void* context);
 
 // work(worker, unit) for every unit in [0, count), units drawn in ascending order by at most `threads` workers.
 // `worker` < threads tells which private scratch to use.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moec.compiler.errors import RunError
 from tests.fuzz.mutate import flip
-from tests.runtime.test_sessions import HEADER, xxh64
+from tests.runtime.test_sessions import HEADER, file_digest, xxh64
 
 _ARTIFACT = "fuzz"
 
@@ -56,7 +56,7 @@ class SavedSession:
 
         fits, saved = data[:1] == b"\1", bytearray(data[1:])
         if fits and len(saved) >= HEADER:
-            saved[104:112] = struct.pack("<Q", xxh64(bytes(saved[HEADER:])))
+            saved[104:112] = struct.pack("<Q", file_digest(bytes(saved)))
             saved[112:120] = struct.pack("<Q", xxh64(bytes(saved[:112])))
         (folder / "mutant").write_bytes(saved)
         assert self._model is not None
