@@ -21,9 +21,10 @@ from moec.compiler.errors import RunError
 if TYPE_CHECKING:
     from moec.compiler.target import Session
 
-_LONGEST = 15  # drafted tokens of one call
-_FIRST = 4
-_GRAM = 3  # tokens that must have occurred before
+_LENGTHS = (1, 2, 3, 5, 7, 11, 15)  # drafted tokens of one call
+_FIRST = 3
+_GRAMS = (3, 2)  # so many last tokens must have occurred before
+_UNSURE = 2  # tokens of a draft that only the shorter one speaks for
 
 
 class Drafter(Protocol):
@@ -34,25 +35,30 @@ class Drafter(Protocol):
 
 
 class PromptLookup:
-    """Prompt lookup decoding: drafts the tokens that followed when the text's last three tokens occurred before.
+    """Prompt lookup decoding: drafts the tokens that followed when the text's last tokens occurred before.
 
-    One object serves one growing text.
+    These are the last three or else the last two, after which few tokens are drafted. One object serves one text that
+    grows.
     """
 
     def __init__(self) -> None:
         self._known = 0  # tokens that `_behind` covers; a text only grows
-        self._behind: dict[
-            tuple[int, ...], int
-        ] = {}  # the position behind the latest occurrence, the last tokens' own aside
+        # the position behind the latest occurrence of each gram, the last tokens' own aside
+        self._behind: dict[tuple[int, ...], int] = {}
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         if len(tokens) < self._known:
             self._known, self._behind = 0, {}
-        for end in range(max(self._known, _GRAM), len(tokens)):
-            self._behind[tuple(tokens[end - _GRAM : end])] = end
+        for end in range(max(self._known, min(_GRAMS)), len(tokens)):
+            for gram in _GRAMS:
+                if gram <= end:
+                    self._behind[tuple(tokens[end - gram : end])] = end
         self._known = len(tokens)
-        begin = self._behind.get(tuple(tokens[-_GRAM:]))
-        return [] if begin is None else list(tokens[begin : begin + most])
+        for gram in _GRAMS:
+            begin = self._behind.get(tuple(tokens[-gram:]))
+            if begin is not None:
+                return list(tokens[begin : begin + (most if gram == _GRAMS[0] else min(most, _UNSURE))])
+        return []
 
 
 class ModelDrafter:
@@ -120,6 +126,11 @@ class Pays:
     def stepped(self, seconds: float) -> None:
         self._step = seconds if self._step is None else 0.8 * self._step + 0.2 * seconds
 
+    def steps(self, seconds: float) -> float:
+        """How many single tokens take as long."""
+        assert self._step is not None
+        return seconds / max(self._step, 1e-9)
+
     def checked(self, tokens: int, seconds: float) -> None:
         """Record a call of which the first `tokens` tokens were kept."""
         assert self._step is not None
@@ -128,6 +139,53 @@ class Pays:
             self._rest = 16
             return
         self._resting, self._rest, self._worth = self._rest, min(2 * self._rest, 1024), 1.0
+
+
+class DraftLength:
+    """How many tokens the next draft has: those that promise the most tokens for their time.
+
+    Known are how often drafted tokens were kept and, in times of a single step, what checks of other lengths took.
+    Lengths between two of these lie on the line between them, longer ones on the line beyond, so that an untried one is
+    tried where the last one paid. What is known grows old: a measurement that came out badly once does not stand for
+    ever.
+    """
+
+    def __init__(self) -> None:
+        self._cost = {1: 1.0}  # tokens of a call -> single steps that take as long
+        self._kept, self._missed = 1.4, 0.6
+
+    def value(self) -> int:
+        if len(self._cost) == 1:
+            return _FIRST
+        share = (self._kept + 0.35) / (self._kept + self._missed + 0.5)
+        best, most = 1, 0.0
+        for length in _LENGTHS:
+            tokens, likely = 1.0, 1.0
+            for _ in range(length):
+                likely *= share
+                tokens += likely
+            if tokens / self._at(length + 1) > most:
+                best, most = length, tokens / self._at(length + 1)
+        return best
+
+    def checked(self, tokens: int, drafted: int, steps: float) -> None:
+        """Record a call of 1 + `drafted` tokens that took as long as `steps` single ones and gave `tokens`."""
+        self._kept = 0.8 * self._kept + (tokens - 1)
+        self._missed = 0.8 * self._missed + (tokens <= drafted)
+        for size in self._cost:
+            self._cost[size] = max(1.0, 0.99 * self._cost[size])
+        size = 1 + drafted
+        self._cost[size] = steps if size not in self._cost else 0.7 * self._cost[size] + 0.3 * steps
+
+    def _at(self, size: int) -> float:
+        below = max(n for n in self._cost if n <= size)
+        above = min((n for n in self._cost if n > size), default=None)
+        if below == size:
+            return self._cost[below]
+        if above is None:
+            below, above = sorted(self._cost)[-2:]
+        slope = (self._cost[above] - self._cost[below]) / (above - below)
+        return self._cost[below] + max(slope, 0.0) * (size - below)
 
 
 class Steps:
@@ -143,8 +201,9 @@ class Steps:
         self._ahead: list[
             tuple[int, np.ndarray]
         ] = []  # drafted tokens that the session holds, and the logits after each
-        self._checked: tuple[int, float] | None = None  # of the last check: tokens that counted so far, seconds
-        self._pays, self._length = Pays(), _FIRST
+        # of the last check: tokens that counted so far, drafted tokens, seconds
+        self._checked: tuple[int, int, float] | None = None
+        self._pays, self._length = Pays(), DraftLength()
         self.speculation = Speculation()
 
     @property
@@ -158,7 +217,7 @@ class Steps:
             self._tokens.append(token)
             self.speculation.kept += 1
             assert self._checked is not None
-            self._checked = self._checked[0] + 1, self._checked[1]
+            self._checked = self._checked[0] + 1, *self._checked[1:]
             return self._ahead.pop(0)[1]
         self._settle()
         started = self._clock()
@@ -169,7 +228,7 @@ class Steps:
             self._pays.stepped(self._clock() - started)
         else:
             rows = self._session.prefill([token, *guesses], "all")
-            self._checked = 1, self._clock() - started
+            self._checked = 1, len(guesses), self._clock() - started
             self._ahead = list(zip(guesses, rows[1:], strict=True))
             self.speculation.tried += len(guesses)
             self.speculation.calls += 1
@@ -186,15 +245,16 @@ class Steps:
     def _settle(self) -> None:
         """End the last check: record its gain, and set the length of the next draft."""
         if self._checked is not None:
-            self._pays.checked(*self._checked)
-            self._length = min(2 * self._length, _LONGEST) if not self._ahead else max(self._checked[0], 2)
+            tokens, drafted, seconds = self._checked
+            self._length.checked(tokens, drafted, self._pays.steps(seconds))
+            self._pays.checked(tokens, seconds)
         self.close()
 
     def _guesses(self, token: int) -> list[int]:
         if self._drafter is None or not self._pays.now():
             return []
         session = self._session
-        room = min(session.context - len(self._tokens), getattr(session, "max_tokens", _LONGEST + 1)) - 1
+        room = min(session.context - len(self._tokens), getattr(session, "max_tokens", _LENGTHS[-1] + 1)) - 1
         if room < 1:
             return []
-        return self._drafter.draft([*self._tokens, token], min(self._length, room))
+        return self._drafter.draft([*self._tokens, token], min(self._length.value(), room))

@@ -125,8 +125,8 @@ void Generation::take_row(size_t row) {
 // Ends the last check: its gain is recorded, the session forgets drafts that were not taken.
 void Generation::settle() {
   if (checked_ > 0) {
+    length_.checked(checked_, ahead_.size(), pays_.steps(check_seconds_));
     pays_.checked(checked_, check_seconds_);
-    length_.checked(taken_ == ahead_.size(), checked_);
   }
   checked_ = 0;
   taken_ = 0;

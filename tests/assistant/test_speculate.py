@@ -14,7 +14,7 @@ import pytest
 from moec.assistant.generate import Generation
 from moec.assistant.load import load, load_draft
 from moec.assistant.sampling import Sampling
-from moec.assistant.speculate import Drafter, ModelDrafter, Pays, PromptLookup, Steps
+from moec.assistant.speculate import Drafter, DraftLength, ModelDrafter, Pays, PromptLookup, Steps
 from moec.checkpoints.synthesize import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
@@ -92,7 +92,7 @@ def test_a_text_that_repeats_takes_fewer_calls() -> None:
     assert len(session.calls) == 100
     found, steps = steps_of(session, PromptLookup(), 100)
     assert found == alone
-    assert len(session.calls) < 25
+    assert Clock(session)() < 60  # a check takes as long as two single steps, of which `alone` took 100
     assert steps.speculation.acceptance > 0.9
     assert session.position == steps.position == 103
 
@@ -147,8 +147,38 @@ def test_prompt_lookup() -> None:
     assert lookup.draft([1, 2, 3, 4, 5], 4) == []
     assert lookup.draft([1, 2, 3, 4, 5, 1, 2, 3], 4) == [4, 5, 1, 2]
     assert lookup.draft([1, 2, 3, 4, 5, 1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]  # the latest occurrence
+    assert lookup.draft([1, 2, 3, 4, 5, 1, 2, 3, 9, 1, 2, 3, 7, 4, 5], 4) == [1, 2]  # two tokens speak for two
     assert lookup.draft([7, 8], 4) == []  # another text
     assert lookup.draft([7, 8, 9, 7, 8, 9], 4) == [7, 8, 9]
+
+
+def lengths(cost: dict[int, float], right: list[bool], count: int = 60) -> list[int]:
+    """The lengths of drafts whose checks take `cost` and whose tokens are right by turns of `right`."""
+    found, length, at = [], DraftLength(), 0
+    for _ in range(count):
+        found.append(drafted := length.value())
+        tokens = 1
+        while tokens <= drafted and right[at % len(right)]:
+            tokens, at = tokens + 1, at + 1
+        at += 1
+        length.checked(tokens, drafted, cost[1 + drafted])
+    return found
+
+
+def test_the_length_of_drafts_follows_what_they_cost_and_bring() -> None:
+    flat = {n: 1 + 0.02 * (n - 1) for n in range(1, 17)}
+    steps = {n: 1.2 * -(-n // 4) for n in range(1, 17)}  # a kernel that computes four tokens in the time of one
+    assert lengths(flat, [True])[10:] == [15] * 50
+    assert lengths(flat, [True, False])[30] < 8
+    assert sorted(lengths({n: 1 + 0.2 * (n - 1) for n in flat}, [False])[10:])[25] == 1
+    tried = lengths(steps, [True, True, True, False])
+    assert sorted(tried[20:])[20] == 3
+    # what a call of the machine's own took once does not rule a length out for ever
+    disturbed, length = dict(flat), DraftLength()
+    for turn in range(400):
+        drafted = length.value()
+        length.checked(1 + drafted, drafted, disturbed[1 + drafted] * (20 if turn < 8 else 1))
+    assert length.value() == 15
 
 
 def test_pays() -> None:

@@ -23,7 +23,7 @@ from tests.runtime.kernel_cases import instruction_sets
 # Both sides sum the same fp32 products in other orders: d <= 128 products of order 1 give scores an error of about
 # 1e-6, the softmax turns it into the same relative error of the weights, and values are of order 3.
 ATOL = 2e-5
-# Over INT8 caches both sides round queries and weights to 16 bits. Where a number lies near a half, its last bit decides
+# Over INT8 caches both sides round queries and weights to 16 bits. Where a number is near a half, its last bit decides
 # which code it gets: a difference of 1 / 32512 of the largest weight, times a value of order 3.
 ATOL_CODES = 1e-4
 

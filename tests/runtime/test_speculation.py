@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.assistant.speculate import Pays, PromptLookup
+from moec.assistant.speculate import DraftLength, Pays, PromptLookup
 from moec.runtime.native import find_compiler
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,17 @@ def test_the_same_pauses(program: Path, gain: float) -> None:
     assert 0 < wanted.count("1") < 3000
 
 
-def test_drafts_grow_while_they_are_right(program: Path) -> None:
-    given = ["length 1 5", "length 1 9", "length 1 16", "length 0 3", "length 0 1", "length 1 3"]
-    assert answers(program, given) == ["8", "15", "15", "3", "2", "4"]
+@pytest.mark.parametrize("slope", [0.02, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("right", [0.3, 0.7, 0.95])
+def test_the_same_lengths(program: Path, slope: float, right: float) -> None:
+    drawn, length = random.Random(3), DraftLength()
+    commands, wanted = [], []
+    for _ in range(500):
+        drafted, tokens = length.value(), 1
+        while tokens <= drafted and drawn.random() < right:
+            tokens += 1
+        steps = (1 + slope * drafted) * drawn.uniform(0.9, 1.1)
+        commands.append(f"length {tokens} {drafted} {steps!r}")
+        length.checked(tokens, drafted, steps)
+        wanted.append(str(length.value()))
+    assert answers(program, commands) == wanted

@@ -1,6 +1,6 @@
 // Drafts and their pauses as runtime/app/speculation.h decides them, for tests/runtime/test_speculation.py: commands on stdin, a
 // line of answers for each that has one.
-//   draft MOST TOKEN... ;    now    stepped SECONDS    checked TOKENS SECONDS    length ALL TOKENS
+//   draft MOST TOKEN... ;    now    stepped SECONDS    checked TOKENS SECONDS    length TOKENS DRAFTED STEPS
 #include <cstdio>
 #include <iostream>
 #include <string>
@@ -29,9 +29,9 @@ int main() {
     } else if (command == "checked" && std::cin >> count >> seconds) {
       pays.checked(count, seconds);
     } else if (command == "length") {
-      int all = 0;
-      std::cin >> all >> count;
-      length.checked(all != 0, count);
+      size_t drafted = 0;
+      std::cin >> count >> drafted >> seconds;
+      length.checked(count, drafted, seconds);
       std::printf("%zu\n", length.value());
     } else {
       return 1;
