@@ -48,7 +48,9 @@ MOEC_RUNTIME_API int32_t moec_model_get_info(const moec_model* model, moec_model
 MOEC_RUNTIME_API int64_t moec_model_eos_ids(const moec_model* model, int64_t* ids, int64_t capacity);
 
 // Runs tokens ids[0..n) at positions start .. start+n-1; writes the logits of the last one (V floats), or with all != 0 of
-// every one (n * V floats). logits may be NULL when `capacity` is 0: the tokens only enter the cache.
+// every one (n * V floats). logits may be NULL when `capacity` is 0: the tokens only enter the cache. `start` is not compared with
+// what ran before, so that a bench can begin anywhere: where moec_model_info.rewinds is 0, states go on from where they are for
+// every `start` but 0. Sessions refuse such a start.
 MOEC_RUNTIME_API int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int64_t start, int32_t all,
                                             float* logits, int64_t capacity);
 
@@ -67,7 +69,7 @@ MOEC_RUNTIME_API moec_session* moec_session_open(moec_model* model);
 MOEC_RUNTIME_API void moec_session_close(moec_session* session);
 MOEC_RUNTIME_API const char* moec_session_error(const moec_session* session);
 
-// Tokens in the session; copies the first of them, at most `capacity`.
+// Tokens in the session; copies the first of them, at most `capacity`. Waits for a call that runs: not for a trace's callback.
 MOEC_RUNTIME_API int64_t moec_session_tokens(const moec_session* session, int64_t* ids, int64_t capacity);
 
 // As moec_model_forward, from any position up to the session's length: tokens from `start` on are replaced. A start before
