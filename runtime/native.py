@@ -1,11 +1,12 @@
-"""Builds the native part (kernels, runtime, runner) on the user's machine, against the executorch wheel, and finds it.
+"""Finds the native part (kernels, runtime, runner), and builds it against the executorch wheel where there is none.
 
-The three files live in one folder of a cache, named by a digest of the sources, the executorch wheel and the flags. A
-build happens at first use, or by `python -m moec.runtime.native build`; it is done in a work tree and renamed
-into place, under a lock, so that concurrent processes and a Ctrl-C leave no half-built library behind.
+A wheel for this platform brings it (shipped.py). Elsewhere, in a checkout, and where what came does not fit, the three
+files live in one folder of a cache, named by a digest of the sources, the executorch wheel and the flags. A build
+happens at first use, or by `python -m moec.runtime.native build`; it is done in a work tree and renamed into place,
+under a lock, so that concurrent processes and a Ctrl-C leave no half-built library behind.
 
-Environment: MOEC_NATIVE_DIR (the cache folder, default ~/.cache/moec/native), CXX (the compiler),
-MOEC_SANITIZE (-fsanitize= value; an own build beside the usual one).
+Environment: MOEC_NATIVE_DIR (the cache folder, default ~/.cache/moec/native; if set, what a wheel brought is not used),
+CXX (the compiler), MOEC_SANITIZE (-fsanitize= value; an own build beside the usual one).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from moec.compiler.errors import UserError
 from moec.compiler.progress import Progress
+from moec.runtime import shipped
 
 _HERE = Path(__file__).resolve().parent
 MAX_THREADS = 256  # kMostThreads of kernels/core/parallel.cpp
@@ -64,8 +66,14 @@ class NativeFiles:
     def built(self) -> bool:
         return all(p.is_file() for p in self.all)
 
+    def intact(self) -> bool:
+        """Whether all files are there as they were built."""
+        if not self.built() or not self.sums.is_file():
+            return False
+        return self.sums.read_text("utf-8", errors="replace") == self.text_of_sums()
+
     def complete(self) -> bool:
-        """Whether all files are there as they were built. UserError for files that somebody else can change.
+        """Whether a folder of the cache is intact. UserError for files that somebody else can change.
 
         A damaged file, as a full disk or a lost machine leaves it, is no build: it is made again.
         """
@@ -73,7 +81,7 @@ class NativeFiles:
             return False
         for place in (self.folder.parent, self.folder, self.sums, *self.all):
             _check_owner(place)
-        return self.sums.read_text("utf-8", errors="replace") == self.text_of_sums()
+        return self.intact()
 
     def text_of_sums(self) -> str:
         """As `sha256sum` writes it."""
@@ -84,7 +92,10 @@ _built: NativeFiles | None = None
 
 
 def native_files(*, progress: Progress | None = None) -> NativeFiles:
-    """The built files, building them first if needed. UserError when that is impossible (no compiler, no wheel)."""
+    """The files that the wheel brought or that were built, building them first if needed.
+
+    UserError when that is impossible (no compiler, no executorch).
+    """
     global _built
     if _built is None:
         _built = _find_or_build(progress or Progress())
@@ -92,17 +103,17 @@ def native_files(*, progress: Progress | None = None) -> NativeFiles:
 
 
 def kernels_library() -> Path:
-    """The kernel library, built on first use."""
+    """The kernel library; where no wheel brought it, built on first use."""
     return native_files().kernels
 
 
 def runtime_library() -> Path:
-    """The runtime library, built on first use."""
+    """The runtime library; where no wheel brought it, built on first use."""
     return native_files().runtime
 
 
 def runner_binary() -> Path:
-    """The command-line runner, built on first use."""
+    """The command-line runner; where no wheel brought it, built on first use."""
     return native_files().runner
 
 
@@ -132,8 +143,9 @@ def executorch_folder() -> Path:
 def obstacle() -> str | None:
     """Why there are no kernels and none can be built, in one line; None if there are or can be."""
     try:
-        digest = _digest(_read_sources(), os.environ.get("MOEC_SANITIZE", ""))
-        if not NativeFiles(cache_folder() / digest, digest).complete():
+        sources = _read_sources()
+        digest = _digest(sources, os.environ.get("MOEC_SANITIZE", ""))
+        if _shipped(sources)[0] is None and not NativeFiles(cache_folder() / digest, digest).complete():
             find_compiler()
     except UserError as error:
         return str(error)
@@ -148,6 +160,9 @@ def build(*, progress: Progress | None = None) -> NativeFiles:
 def _find_or_build(progress: Progress) -> NativeFiles:
     sources = _read_sources()
     sanitize = os.environ.get("MOEC_SANITIZE", "")
+    brought, unfit = _shipped(sources)
+    if brought is not None:
+        return brought
     # A cache that was built elsewhere with the same sources serves a machine without a compiler: look it up by sources
     # and versions first, the compiler only decides when something has to be built.
     digest = _digest(sources, sanitize)
@@ -155,6 +170,8 @@ def _find_or_build(progress: Progress) -> NativeFiles:
     files = NativeFiles(cache / digest, digest)
     if files.complete():
         return files
+    if unfit:
+        progress.write(f"the kernels that came with moec are not used, and are built here: {unfit}")
     compiler = find_compiler()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -178,25 +195,42 @@ def _find_or_build(progress: Progress) -> NativeFiles:
     return files
 
 
+def _shipped(sources: dict[str, bytes]) -> tuple[NativeFiles | None, str | None]:
+    """What the wheel brought, if it fits; else None and the reason, which is None where another build was asked for."""
+    own_build = os.environ.get("MOEC_NATIVE_DIR") or os.environ.get("MOEC_SANITIZE")
+    if own_build or not shipped.FOLDER.is_dir():
+        return None, None
+    digest = _digest_of(sources)
+    wheel = executorch_folder()
+    unfit = shipped.mismatch(shipped.FOLDER, sources=digest, executorch=_executorch_version(), executorch_folder=wheel)
+    files = NativeFiles(shipped.FOLDER, digest)
+    if unfit is None and not files.intact():
+        unfit = f"a file in {shipped.FOLDER} is missing or damaged"
+    return (files, None) if unfit is None else (None, unfit)
+
+
 def _read_sources() -> dict[str, bytes]:
     """Relative path -> bytes of everything that is compiled: a snapshot, in case a file changes while building."""
     sources = {"CMakeLists.txt": (_HERE / "CMakeLists.txt").read_bytes()}
-    for folder in ("kernels", "probe", "runner", "app", "include"):
+    for folder in ("kernels", "probe", "runner", "app", "include", "portable"):
         for path in sorted((_HERE / folder).rglob("*")):
             if path.is_file() and path.suffix in _SUFFIXES and "bench" not in path.relative_to(_HERE).parts[1:-1]:
                 sources[str(path.relative_to(_HERE))] = path.read_bytes()
     return sources
 
 
-def _digest(sources: dict[str, bytes], sanitize: str) -> str:
+def _executorch_version() -> str:
     try:
-        wheel = version("executorch")
+        return version("executorch")
     except PackageNotFoundError:
-        wheel = "none"
+        return "none"
+
+
+def _digest(sources: dict[str, bytes], sanitize: str) -> str:
     h = hashlib.sha256()
     # the wheel's folder is in the libraries' run path: another environment needs its own build
     for part in (
-        wheel,
+        _executorch_version(),
         str(executorch_folder()),
         platform.machine(),
         sys.platform,
@@ -211,14 +245,19 @@ def _digest(sources: dict[str, bytes], sanitize: str) -> str:
 
 def source_digest() -> str:
     """Digest of the kernel's sources alone (no paths, no compiler): equal on every machine with the same checkout."""
+    return _digest_of(_read_sources())
+
+
+def _digest_of(sources: dict[str, bytes]) -> str:
     h = hashlib.sha256()
-    for name, data in _read_sources().items():
+    for name, data in sources.items():
         h.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
     return h.hexdigest()[:16]
 
 
-def find_compiler() -> str:
-    asked = os.environ.get("CXX")
+def find_compiler(asked: str | None = None) -> str:
+    """The path of a C++ compiler: the one that is asked for, that of CXX, or the first of the usual names."""
+    asked = asked or os.environ.get("CXX")
     candidates = [asked] if asked else ["c++", "g++", "clang++"]
     for name in candidates:
         found = shutil.which(name)
@@ -238,7 +277,7 @@ def _tool(name: str) -> str:
     found = shutil.which(name)
     if found:
         return found
-    raise UserError(f"{name} is not installed", remedy=f"pip install {name}")
+    raise UserError(f"{name} is not installed", remedy="pip install 'moec[build]'")
 
 
 @contextmanager
@@ -255,42 +294,14 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
 def _build_into(
     files: NativeFiles, tree: Path, sources: dict[str, bytes], compiler: str, sanitize: str, progress: Progress
 ) -> None:
-    cmake, ninja = _tool("cmake"), _tool("ninja")
-    wheel = executorch_folder()
     _sync(tree / "src", sources)
-    work = tree / "build"
-    _drop_stale_tree(work, cmake, compiler, wheel)
-    configure = [
-        cmake,
-        "-S",
-        str(tree / "src"),
-        "-B",
-        str(work),
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-DCMAKE_CXX_COMPILER={compiler}",
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DMOEC_SANITIZE={sanitize}",
-        "-DMOEC_EXECUTORCH=ON",
-        f"-Dexecutorch_DIR={wheel / 'share/cmake'}",
-    ]
-    with progress.stage("build kernels", total=None) as step:
-        _run(configure, step)
-        _run([cmake, "--build", str(work)], step)
-    built = NativeFiles(work / "out", files.digest)
-    if not built.built():
-        raise AssertionError(f"the build left {built.folder} incomplete")
+    out = _compile(tree, compiler, executorch_folder(), [f"-DMOEC_SANITIZE={sanitize}"], progress)
+    built = NativeFiles(out, files.digest)
     staging = files.folder.with_name(f"{files.folder.name}.new-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(mode=0o755)
-        staged = NativeFiles(staging, files.digest)
-        for path in built.all:
-            shutil.copy2(path, staging / path.name)
-            (staging / path.name).chmod(0o755)
-        staged.sums.write_text(staged.text_of_sums(), "utf-8")
-        staged.sums.chmod(0o644)
+        staged = _copied(built, staging)
         for path in (*staged.all, staged.sums, staging):  # on the disk before the name that says so
             _flush(path)
         shutil.rmtree(files.folder, ignore_errors=True)  # an incomplete one: a complete one would have been used
@@ -298,6 +309,55 @@ def _build_into(
         _flush(files.folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _compile(tree: Path, compiler: str, executorch: Path, options: list[str], progress: Progress) -> Path:
+    """Build the sources in `tree`/src against the package folder `executorch`; the folder with the three files."""
+    cmake, ninja, work = _tool("cmake"), _tool("ninja"), tree / "build"
+    _drop_stale_tree(work, cmake, compiler, executorch)
+    configure = [cmake, "-S", str(tree / "src"), "-B", str(work), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += ["-DMOEC_EXECUTORCH=ON", f"-Dexecutorch_DIR={executorch / 'share/cmake'}", *options]
+    with progress.stage("build kernels", total=None) as step:
+        _run(configure, step)
+        _run([cmake, "--build", str(work)], step)
+    if not NativeFiles(work / "out", "").built():
+        raise AssertionError(f"the build left {work / 'out'} incomplete")
+    return work / "out"
+
+
+def _copied(built: NativeFiles, folder: Path) -> NativeFiles:
+    """The three files in `folder`, with their sums."""
+    copy = NativeFiles(folder, built.digest)
+    for path in built.all:
+        shutil.copy2(path, folder / path.name)
+        (folder / path.name).chmod(0o755)
+    copy.sums.write_text(copy.text_of_sums(), "utf-8")
+    copy.sums.chmod(0o644)
+    return copy
+
+
+def build_portable(
+    into: Path, *, executorch: Path, version: str, processor: str, cross_compiler: str | None, progress: Progress
+) -> NativeFiles:
+    """Build what a wheel for Linux brings, with its record (shipped.py), into the empty folder `into`.
+
+    executorch: the package folder of a wheel for `processor` ("x86_64", "aarch64"), of version `version`.
+    UserError when it cannot be built.
+    """
+    sources = _read_sources()
+    compiler = find_compiler(cross_compiler)
+    options = ["-DMOEC_PORTABLE=ON"]
+    if cross_compiler:
+        options += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}"]
+    tree = cache_folder() / f"tree-portable-{processor}"
+    tree.mkdir(parents=True, exist_ok=True)
+    with _locked(tree / "lock", progress):
+        _sync(tree / "src", sources)
+        out = _compile(tree, compiler, executorch, options, progress)
+        files = _copied(NativeFiles(out, _digest_of(sources)), into)
+    shipped.Record(files.digest, version, processor, "linux").write(into)
+    return files
 
 
 def _flush(path: Path) -> None:
