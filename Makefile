@@ -18,7 +18,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   && echo $$p && break; done)
-EXTRAS ?= dev,metal,transformers,train,report,serve,structured
+EXTRAS ?= build,dev,metal,transformers,train,report,serve,structured
 TEST_EXTRAS ?= onnx,genai,mlir,iree,eval,plan,pictures,titan,quality,sbom,sign
 TORCH_WHEEL ?=
 PYTEST_ARGS ?=
@@ -50,7 +50,7 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock sbom new-rule bench-kernel bench-peers bench-arm \
+.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock wheel sbom new-rule bench-kernel bench-peers bench-arm \
   bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
@@ -127,6 +127,11 @@ lock: $(INSTALLED) ## requirements.lock anew, from the environment that the test
 	$(call install,lock)
 	$(BIN)/python tools/locked.py write
 	touch $(INSTALLED)
+
+# tagged by what its files were measured to need (tools/elf_needs.py)
+wheel: $(INSTALLED) ## dist/: the wheel with built kernels for this machine, used in an empty environment, and the sdist
+	$(BIN)/python -W ignore tools/wheel.py --out dist
+	$(BIN)/python tools/try_wheel.py dist --work $(BUILD)/wheel-try
 
 # of the environment as it stands: `make setup` in a fresh clone has what the lock selects and no more
 sbom: setup ## build/sbom.cdx.json: what moec and its extras are made of, in CycloneDX

@@ -59,6 +59,16 @@ def test_wheel_holds_the_rooms(distributions: tuple[Path, Path]) -> None:
     assert not [name for name in names if name.startswith(("tests/", "compiler/", "runtime/", "bench/"))]
 
 
+def test_wheel_holds_every_file_of_every_room(distributions: tuple[Path, Path]) -> None:
+    """Data files come by their suffix (pyproject.toml): a new one must not be forgotten."""
+    names = set(zipfile.ZipFile(distributions[0]).namelist())
+    copy = distributions[0].parent / "copy"
+    rooms = [link for link in (copy / "src" / "moec").iterdir() if link.is_dir()]
+    assert len(rooms) > 8
+    files = [path for room in rooms for path in (copy / room.name).rglob("*") if path.is_file()]
+    assert {f"moec/{path.relative_to(copy).as_posix()}" for path in files} - names == set()
+
+
 def test_sdist_can_be_built_again(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     with tarfile.open(distributions[1]) as archive:
         archive.extractall(tmp_path, filter="data")
