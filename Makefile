@@ -50,7 +50,7 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock wheel sbom new-rule bench-kernel bench-peers bench-arm \
+.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
   bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
@@ -132,6 +132,18 @@ lock: $(INSTALLED) ## requirements.lock anew, from the environment that the test
 wheel: $(INSTALLED) ## dist/: the wheel with built kernels for this machine, used in an empty environment, and the sdist
 	$(BIN)/python -W ignore tools/wheel.py --out dist
 	$(BIN)/python tools/try_wheel.py dist --work $(BUILD)/wheel-try
+
+# against the locked executorch for that machine; needs g++-aarch64-linux-gnu and qemu-user
+wheel-arm: setup ## dist/: the wheel for Linux on aarch64, cross-built; its programs are run under qemu
+	@rm -rf $(BUILD)/executorch-arm && mkdir -p $(BUILD)/executorch-arm/wheel
+	$(BIN)/python tools/locked.py only executorch > $(BUILD)/executorch-arm/selected.txt
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --require-hashes --only-binary=:all: \
+	  --platform manylinux_2_28_aarch64 --python-version 3.11 -r $(BUILD)/executorch-arm/selected.txt \
+	  -d $(BUILD)/executorch-arm/wheel
+	$(BIN)/python -m zipfile -e $(BUILD)/executorch-arm/wheel/*.whl $(BUILD)/executorch-arm/site
+	$(BIN)/python -W ignore tools/wheel.py --out dist --cross-compiler aarch64-linux-gnu-g++ \
+	  --executorch $(BUILD)/executorch-arm/site
+	$(BIN)/python -W ignore tools/try_wheel_arm.py dist --executorch $(BUILD)/executorch-arm/site --work $(BUILD)/wheel-arm
 
 # of the environment as it stands: `make setup` in a fresh clone has what the lock selects and no more
 sbom: setup ## build/sbom.cdx.json: what moec and its extras are made of, in CycloneDX
