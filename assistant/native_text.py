@@ -17,7 +17,8 @@ from array import array
 from functools import cache
 from pathlib import Path
 
-from moec.assistant.native_vocabulary import Decoder, Steps, Vocabulary, check_model
+from moec.assistant.character_map import clusters_bytes, maps_bytes
+from moec.assistant.native_vocabulary import JOINED, UNIGRAM, Decoder, Steps, Vocabulary, check_model
 from moec.assistant.role_form import FILE as ROLES
 from moec.assistant.sampling import recommended
 from moec.assistant.segments import CHANNEL_MARKERS, THINK_MARKERS, has_channels, has_thinking
@@ -32,7 +33,8 @@ from moec.compiler.tokenizer import MAX_BYTES, TextTokenizer
 
 FILE = "text.moec"
 PROGRAM = "model.pte"  # the only program that the native runtime opens
-MAGIC, VERSION = b"moectext", 2
+MAGIC = b"moectext"
+VERSION, EARLIER = 3, 2  # EARLIER where it suffices, so that applications of older versions read it
 _TRIMS = {None: 0, "both": 1, "newlines": 2}
 
 #: Texts in widely used scripts, and cases that tokenizers often get wrong.
@@ -103,12 +105,15 @@ def tables(folder: Path, words: TextTokenizer) -> bytes:
     raw = json.loads(read_bytes(folder / TOKENIZER, limit=MAX_BYTES))
     check_model(raw)
     steps, decoder = Steps.of(raw), Decoder.of(raw)
-    vocabulary = Vocabulary(raw, steps, decoder)
+    vocabulary = Vocabulary(raw, steps, decoder, words.normalized)
+    later = steps.later or vocabulary.kind > UNIGRAM or vocabulary.words >= 0 or decoder.between != JOINED
     sets = steps.program.sets
     before, behind = words.adds()
     markers = [t["content"] for t in raw.get("added_tokens") or []]
     parts = {
-        b"INFO": array("i", [len(vocabulary.texts), vocabulary.kind, vocabulary.unknown, vocabulary.flags]).tobytes(),
+        b"INFO": struct.pack(
+            "<5i", len(vocabulary.texts), vocabulary.kind, vocabulary.unknown, vocabulary.flags, vocabulary.words
+        ),
         b"OFFS": _offsets(vocabulary.texts),
         b"TEXT": b"".join(vocabulary.texts),
         b"SORT": array("I", vocabulary.sorted).tobytes(),
@@ -126,23 +131,29 @@ def tables(folder: Path, words: TextTokenizer) -> bytes:
         b"DECO": _decoder(decoder),
         b"AROU": array("i", [len(before), len(behind), *before, *behind]).tobytes(),
         b"SEGM": _segments(folder, words),
-        b"NORM": _normal_form() if steps.composed else b"",
+        b"NORM": _normal_form() if steps.normal_form else b"",
         b"PROV": b"".join(_proof(words, text) for text in proof_texts(markers)),
         b"ROLE": _roles(folder / ROLES),
         b"SAMP": _sampling(folder / GENERATION),
         b"TOOL": _tools(folder / ROLES),
     }
-    return _whole(parts)
+    if later:
+        parts |= {
+            b"PIEC": struct.pack("<i", vocabulary.longest_word) + _string(vocabulary.within_word),
+            b"MAPS": maps_bytes(steps.maps),
+            b"CLUS": clusters_bytes() if steps.clusters else b"",
+        }
+    return _whole(parts, VERSION if later else EARLIER)
 
 
-def _whole(parts: dict[bytes, bytes]) -> bytes:
+def _whole(parts: dict[bytes, bytes], version: int) -> bytes:
     at = 24 + 24 * len(parts)
     index, body = b"", b""
     for name, content in parts.items():
         index += struct.pack("<4sIQQ", name, 0, at + len(body), len(content))
         body += content + b"\0" * (-len(content) % 8)
     size = at + len(body)
-    return MAGIC + struct.pack("<IIII", VERSION, len(parts), size, zlib.crc32(index + body)) + index + body
+    return MAGIC + struct.pack("<IIII", version, len(parts), size, zlib.crc32(index + body)) + index + body
 
 
 def _sums(counts: list[int]) -> list[int]:
@@ -169,7 +180,12 @@ def _proof(words: TextTokenizer, text: str) -> bytes:
 
 def _decoder(given: Decoder) -> bytes:
     numbers = (given.byte_level, given.byte_fallback, given.strip, given.drop)
-    return struct.pack("<4i", *map(int, numbers)) + _string(given.mark) + _string(given.space)
+    return (
+        struct.pack("<4i", *map(int, numbers))
+        + _string(given.mark)
+        + _string(given.space)
+        + (struct.pack("<2i", given.between, given.cleanup) + _string(given.prefix))
+    )
 
 
 def _segments(folder: Path, words: TextTokenizer) -> bytes:

@@ -1,28 +1,35 @@
 """What native apps need of a `tokenizer.json`: vocabulary, merges or scores, added tokens, changes and cuts of texts.
 
-Three kinds of model are known: byte-level BPE; BPE of characters, as SentencePiece trains it (Llama 2, Mistral, Phi-3,
-Gemma); Unigram. Everything else is `Unknown` with what it is. The kinds and their parts are those of the library
-`tokenizers`, whose ids are the reference.
+The kinds of model that are known: byte-level BPE; BPE of characters, as SentencePiece trains it (Llama 2, Mistral,
+Phi-3, Gemma); Unigram (T5, XLM-R); WordPiece and WordLevel. Everything else is `Unknown` with what it is. The kinds and
+their parts are those of the library `tokenizers`, whose ids are the reference.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moec.assistant.split_program import Program, Unknown, character_class
+from moec.assistant.character_map import Pairs, lower_case, precompiled
+from moec.assistant.split_program import Program, Ranges, Unknown, character_class, complement, union
 
 # GPT-2's expression, by which `ByteLevel` splits
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-BYTE_LEVEL, CHARACTERS, UNIGRAM = range(3)
+BYTE_LEVEL, CHARACTERS, UNIGRAM, WORD_PIECE, WORD_LEVEL = range(5)
 _WHOLE, _FALLBACK, _FUSE = 1, 2, 4
-_SPECIAL, _NORMALIZED, _LEFT, _RIGHT = 1, 2, 4, 8
+_SPECIAL, _NORMALIZED, _LEFT, _RIGHT, _SINGLE_WORD = 1, 2, 4, 8, 16
 _MOST_TOKENS = 1 << 24
 _LONGEST_WORD = 64  # bytes of a text that normalizers insert
+_MOST_MAPS = 4
+_MOST_STEPS = 16
 
-CUT, CUT_DROP, PREFIX, CUT_BEFORE, CUT_AFTER, REPLACE, COMPOSE = range(7)
+CUT, CUT_DROP, PREFIX, CUT_BEFORE, CUT_AFTER, REPLACE, COMPOSE, MAPPED, DECOMPOSE, SURROUND, STRIP, CUT_REMOVE = range(
+    12
+)
+_LATER = (MAPPED, DECOMPOSE, SURROUND, STRIP, CUT_REMOVE)  # steps that files of version 2 do not have
+JOINED, SPACED, WORDS = range(3)
 ALWAYS, UNLESS_THERE, AT_THE_START = range(3)
 
 
@@ -38,8 +45,8 @@ class Steps:
     words: list[str] = field(default_factory=list)
     normal: list[tuple[int, int, int, int]] = field(default_factory=list)
     cuts: list[tuple[int, int, int, int]] = field(default_factory=list)
-    composed: bool = False  # whether texts are brought to normal form C
-    _plain: list[tuple[str, str, str]] = field(default_factory=list)  # the normalizers, where they are plain texts
+    maps: list[Pairs] = field(default_factory=list)  # tables of characters, which MAPPED applies
+    clusters: bool = False  # whether one is applied to clusters
 
     @staticmethod
     def of(raw: dict[str, Any]) -> Steps:
@@ -49,20 +56,19 @@ class Steps:
         parts = _sequence(raw.get("pre_tokenizer"), "pretokenizers")
         for index, part in enumerate(parts):
             found._cut(part, first=index == 0, last=index == len(parts) - 1)
+        if max(len(found.normal), len(found.cuts)) > _MOST_STEPS:
+            raise Unknown(f"more than {_MOST_STEPS} normalizers or pre-tokenizers")
         return found
 
-    def normalized(self, text: str) -> str:
-        """As the normalizers change it; Unknown where one has an expression."""
-        for kind, pattern, content in self._plain:
-            if kind == "NFC":
-                text = unicodedata.normalize("NFC", text)
-            elif kind == "Prepend":
-                text = content + text if text else text
-            elif kind == "Replace":
-                text = text.replace(pattern, content)
-            else:
-                raise Unknown("added tokens that are normalized by an expression")
-        return text
+    @property
+    def normal_form(self) -> bool:
+        """Whether texts are decomposed or composed."""
+        return any(step[0] in (COMPOSE, DECOMPOSE) for step in self.normal)
+
+    @property
+    def later(self) -> bool:
+        """Whether files of version 2 cannot express them."""
+        return any(step[0] in _LATER for step in (*self.normal, *self.cuts))
 
     def _word(self, text: str) -> int:
         if len(text.encode()) > _LONGEST_WORD:
@@ -73,20 +79,51 @@ class Steps:
 
     def _normalizer(self, part: dict[str, Any]) -> None:
         kind = part.get("type")
-        if kind == "NFC":
-            self.composed = True
-            self.normal.append((COMPOSE, 0, 0, 0))
-            self._plain.append(("NFC", "", ""))
+        if kind in ("NFC", "NFD"):
+            self.normal.append((COMPOSE if kind == "NFC" else DECOMPOSE, 0, 0, 0))
         elif kind == "Prepend":
             self.normal.append((PREFIX, 0, self._word(part["prepend"]), ALWAYS))
-            self._plain.append(("Prepend", "", part["prepend"]))
+        elif kind == "Precompiled":
+            self._map(precompiled(part["precompiled_charsmap"]))
+            self.clusters = True
+        elif kind == "Lowercase":
+            self._map(lower_case(), clusters=False)
+        elif kind == "StripAccents":
+            self._replace(character_class("combining"), "")
+        elif kind == "Strip":
+            sides = bool(part.get("strip_left")) | bool(part.get("strip_right")) << 1
+            self.normal.append((STRIP, 0, 0, sides))
+        elif kind == "BertNormalizer":
+            self._bert(part)
         elif kind == "Replace":
             pattern = part.get("pattern") or {}
             self.normal.append((REPLACE, _pattern(self.program, pattern, "Replace"), self._word(part["content"]), 0))
-            text = str(pattern.get("String") or "")
-            self._plain.append(("Replace" if text else "Regex", text, part["content"]))
         else:
             raise Unknown(f"the normalizer {kind}")
+
+    def _map(self, pairs: Pairs, *, clusters: bool = True) -> None:
+        if pairs not in self.maps:
+            self.maps.append(pairs)
+        if len(self.maps) > _MOST_MAPS:
+            raise Unknown(f"more than {_MOST_MAPS} tables of characters")
+        self.normal.append((MAPPED, 0, self.maps.index(pairs), int(clusters)))
+
+    def _replace(self, ranges: Ranges, text: str) -> None:
+        self.normal.append((REPLACE, self.program.add_set(ranges, repeated=False), self._word(text), 0))
+
+    def _bert(self, part: dict[str, Any]) -> None:
+        lower, accents = part.get("lowercase", True), part.get("strip_accents")
+        if part.get("clean_text", True):
+            self._replace(union(character_class("control"), [(0, 0), (0xFFFD, 0xFFFD)]), "")
+            self._replace(character_class("s"), " ")
+        if part.get("handle_chinese_chars", True):
+            begin = self.program.add_set(character_class("ideographs"), repeated=False)
+            self.normal.append((SURROUND, begin, self._word(" "), 0))
+        if lower if accents is None else accents:
+            self.normal.append((DECOMPOSE, 0, 0, 0))
+            self._replace(character_class("nonspacing"), "")
+        if lower:
+            self._map(lower_case(), clusters=False)
 
     def _cut(self, part: dict[str, Any], *, first: bool, last: bool) -> None:
         kind = part.get("type")
@@ -104,8 +141,21 @@ class Steps:
             self.cuts.append((_behavior(part), _pattern(self.program, part.get("pattern") or {}, "Split"), 0, 0))
         elif kind == "Metaspace":
             self._metaspace(part, first=first)
+        elif kind in ("WhitespaceSplit", "BertPreTokenizer"):
+            self.cuts.append((CUT_REMOVE, self.program.add_set(character_class("s"), repeated=True), 0, 0))
+            if kind == "BertPreTokenizer":
+                self._marks(CUT)
+        elif kind == "Punctuation":
+            self._marks(_behavior({"behavior": "Isolated", **part}))
+        elif kind == "Whitespace":
+            word = character_class("word")
+            others = complement(union(word, character_class("s")))
+            self.cuts.append((CUT_DROP, self.program.add_runs(word, others), 0, 0))
         else:
             raise Unknown(f"the pre-tokenizer {kind}")
+
+    def _marks(self, behavior: int) -> None:
+        self.cuts.append((behavior, self.program.add_set(character_class("punctuation"), repeated=False), 0, 0))
 
     def _metaspace(self, part: dict[str, Any], *, first: bool) -> None:
         mark, scheme = part.get("replacement", "▁"), part.get("prepend_scheme", "always")
@@ -131,8 +181,8 @@ def _behavior(part: dict[str, Any]) -> int:
     behavior, invert = part.get("behavior"), part.get("invert", False)
     if behavior == "Isolated":  # matches and the text between them are all pieces, inverted or not
         return CUT
-    if behavior == "Removed" and invert:
-        return CUT_DROP
+    if behavior == "Removed":
+        return CUT_DROP if invert else CUT_REMOVE
     if behavior == "MergedWithPrevious" and not invert:
         return CUT_AFTER
     if behavior == "MergedWithNext" and not invert:
@@ -153,7 +203,9 @@ class Decoder:
     """How tokens become text. byte_level: their bytes are the text. Otherwise `mark` in them becomes `space`.
 
     byte_fallback: tokens `<0x41>` are bytes. strip: at most so many spaces are taken off the beginning of a text. drop:
-    the first token loses its marks.
+    the first token loses its marks. between: whether tokens follow each other (JOINED), with a space between them
+    (SPACED), or with one before those that do not begin with `prefix`, which they lose (WORDS). cleanup: the spaces of
+    English, before a full stop and others, are left out.
     """
 
     byte_level: bool = False
@@ -162,6 +214,9 @@ class Decoder:
     byte_fallback: bool = False
     strip: int = 0
     drop: bool = False
+    between: int = JOINED
+    prefix: str = ""
+    cleanup: bool = False
 
     @staticmethod
     def of(raw: dict[str, Any]) -> Decoder:
@@ -169,6 +224,13 @@ class Decoder:
         kinds = [part.get("type") for part in parts]
         if kinds == ["ByteLevel"]:
             return Decoder(byte_level=True)
+        if not kinds:
+            return Decoder(between=SPACED)
+        if kinds == ["WordPiece"]:
+            prefix = parts[0].get("prefix", "##")
+            if len(prefix.encode()) > _LONGEST_WORD:
+                raise Unknown("the decoder WordPiece with a long prefix")
+            return Decoder(between=WORDS, prefix=prefix, cleanup=bool(parts[0].get("cleanup", True)))
         if kinds == ["Metaspace"]:
             drop = parts[0].get("prepend_scheme", "always") != "never"
             return Decoder(mark=parts[0].get("replacement", "▁"), space=" ", drop=drop)
@@ -187,10 +249,10 @@ class Decoder:
 
 
 def check_model(raw: dict[str, Any]) -> str:
-    """`BPE` or `Unigram`; Unknown for others."""
+    """`BPE`, `Unigram`, `WordPiece` or `WordLevel`; Unknown for others."""
     model = raw.get("model") or {}
     name = model.get("type") or ("BPE" if "merges" in model else None)
-    if name not in ("BPE", "Unigram"):
+    if name not in ("BPE", "Unigram", "WordPiece", "WordLevel"):
         raise Unknown(f"the model {name}")
     return str(name)
 
@@ -198,22 +260,31 @@ def check_model(raw: dict[str, Any]) -> str:
 class Vocabulary:
     """texts: the bytes of each id. sorted: ids of tokens that a piece can become, by their bytes. merges: (left, right,
     rank, result), sorted. scores: of Unigram, by id. added: (id, flags, the text that is looked for, the token's own)
-    of the tokens that are found before a text is cut."""
+    of the tokens that are found before a text is cut. longest_word, within_word: of WordPiece, in characters, and what
+    tokens within words begin with. words: which of the sets has the characters of words, -1 where no token asks.
+    normalized: texts as the normalizers change them."""
 
-    def __init__(self, raw: dict[str, Any], steps: Steps, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        steps: Steps,
+        decoder: Decoder,
+        normalized: Callable[[Sequence[str]], list[str]],
+    ) -> None:
         model, name = raw["model"], check_model(raw)
+        self.longest_word, self.within_word, self.words = 0, "", -1
         self.merges: list[tuple[int, int, int, int]] = []
         self.scores: list[float] = []
         self.unknown, self.flags = -1, 0
+        cuts = _sequence(raw.get("pre_tokenizer"), "pretokenizers")
+        if decoder.byte_level != bool(cuts and cuts[-1].get("type") == "ByteLevel"):
+            raise Unknown("a tokenizer that is byte-level in part")
         if name == "BPE":
             for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
                 if model.get(key):
                     raise Unknown(f"{key} of BPE")
             vocabulary: dict[str, int] = model["vocab"]
             self.kind = BYTE_LEVEL if decoder.byte_level else CHARACTERS
-            cuts = _sequence(raw.get("pre_tokenizer"), "pretokenizers")
-            if decoder.byte_level != bool(cuts and cuts[-1].get("type") == "ByteLevel"):
-                raise Unknown("a tokenizer that is byte-level in part")
             other = [key for key in ("unk_token", "byte_fallback") if model.get(key)]
             if decoder.byte_level and other:
                 raise Unknown(f"{other[0]} of byte-level BPE")
@@ -223,9 +294,9 @@ class Vocabulary:
                 self.unknown = vocabulary.get(model["unk_token"], -1)
                 if self.unknown < 0:
                     raise Unknown("BPE whose unk_token is not in the vocabulary")
-        else:
-            if decoder.byte_level:
-                raise Unknown("Unigram of bytes")
+        elif decoder.byte_level:
+            raise Unknown(f"{name} of bytes")
+        elif name == "Unigram":
             vocabulary = {text: id_ for id_, (text, _) in enumerate(model["vocab"])}
             if len(vocabulary) < len(model["vocab"]):
                 raise Unknown("Unigram with a token that occurs twice")
@@ -235,7 +306,18 @@ class Vocabulary:
             self.scores = [float(score) for _, score in model["vocab"]]
             if not self.scores or not all(map(math.isfinite, self.scores)):
                 raise Unknown("Unigram without scores")
-        self._tokens(raw, vocabulary, steps)
+        else:
+            vocabulary = model["vocab"]
+            self.kind = WORD_PIECE if name == "WordPiece" else WORD_LEVEL
+            self.unknown = vocabulary.get(model["unk_token"], -1)
+            if self.unknown < 0:
+                raise Unknown(f"{name} whose unk_token is not in the vocabulary")
+            if name == "WordPiece":
+                self.longest_word = min(int(model["max_input_chars_per_word"]), (1 << 31) - 1)
+                self.within_word = model["continuing_subword_prefix"]
+                if len(self.within_word.encode()) > _LONGEST_WORD:
+                    raise Unknown("WordPiece with a long prefix")
+        self._tokens(raw, vocabulary, steps, normalized)
         for rank, merge in enumerate(model["merges"] if name == "BPE" else []):
             left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
             pair = [vocabulary.get(text) for text in (left, right, left + right)]
@@ -244,7 +326,13 @@ class Vocabulary:
             self.merges.append((pair[0], pair[1], rank, pair[2]))  # type: ignore[arg-type]
         self.merges.sort()
 
-    def _tokens(self, raw: dict[str, Any], vocabulary: dict[str, int], steps: Steps) -> None:
+    def _tokens(
+        self,
+        raw: dict[str, Any],
+        vocabulary: dict[str, int],
+        steps: Steps,
+        normalized: Callable[[Sequence[str]], list[str]],
+    ) -> None:
         letters = _byte_letters() if self.kind == BYTE_LEVEL else {}
         placed: dict[bytes, int] = {}
         added = {t["id"]: t for t in raw.get("added_tokens") or []}
@@ -260,18 +348,21 @@ class Vocabulary:
             if spelled:
                 placed[content] = id_
         self.added: list[tuple[int, int, str, str]] = []
+        changing = [id_ for id_, token in added.items() if token.get("normalized")]
+        changed = dict(zip(changing, normalized([added[id_]["content"] for id_ in changing]), strict=True))
         for id_, token in sorted(added.items()):
             content = token["content"]
-            if token.get("single_word"):
-                raise Unknown(f"single_word of the token {content}")
             before = self.texts[id_] if id_ in model_ids else None
             decoded = letters and all(c in letters for c in content)
             self.texts[id_] = bytes(letters[c] for c in content) if decoded else content.encode()
             if self.texts[id_] != content.encode() or (before is not None and self.kind and before != self.texts[id_]):
                 raise Unknown(f"the token {content!r}, which stands for other bytes")
-            wanted = steps.normalized(content) if token.get("normalized") else content
+            wanted = changed.get(id_, content)
             flags = _SPECIAL * token["special"] | _NORMALIZED * bool(token.get("normalized"))
             flags |= _LEFT * bool(token.get("lstrip")) | _RIGHT * bool(token.get("rstrip"))
+            if token.get("single_word"):
+                flags |= _SINGLE_WORD
+                self.words = steps.program.use(character_class("word"))
             self.texts[id_] = wanted.encode()  # what the library writes for it
             self.added.append((id_, flags, wanted, content))
         self.sorted = [placed[content] for content in sorted(placed)]

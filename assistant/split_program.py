@@ -78,6 +78,16 @@ class Program:
         node: _Node = ("set", ranges)
         return self._append(("repeat", node, 1, None, "greedy") if repeated else node)
 
+    def add_runs(self, *sets: Ranges) -> int:
+        """Append a run of characters of one of several sets."""
+        return self._append(("either", [("repeat", ("set", ranges), 1, None, "greedy") for ranges in sets]))
+
+    def use(self, ranges: Ranges) -> int:
+        """Which of the sets this is; appended where it is not among them."""
+        if ranges not in self.sets:
+            self.sets.append(ranges)
+        return self.sets.index(ranges)
+
     def add_text(self, text: str) -> int:
         """Append a text."""
         return self._append(("row", [("set", ((ord(c), ord(c)),)) for c in text]))
@@ -97,9 +107,7 @@ class Program:
     def _emit(self, node: _Node) -> None:
         kind = node[0]
         if kind == "set":
-            if node[1] not in self.sets:
-                self.sets.append(node[1])
-            self._put(CHAR, self.sets.index(node[1]))
+            self._put(CHAR, self.use(node[1]))
         elif kind == "row":
             for part in node[1]:
                 self._emit(part)

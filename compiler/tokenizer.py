@@ -64,12 +64,16 @@ class TextTokenizer:
         start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
         return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
+    def normalized(self, texts: Sequence[str]) -> list[str]:
+        """Texts as the tokenizer's normalizers change them."""
+        return [str(text) for text in self._ask({"normalize": list(texts)})]
+
     def close(self) -> None:
         """End the process. Calls after this raise ArtifactError."""
         self._worker.close()
 
     def _ask(self, message: dict[str, Any], data: bytes = b"") -> Any:
-        size = len(message.get("encode", ""))
+        size = len(message.get("encode", "")) + sum(map(len, message.get("normalize", ())))
         seconds, memory = SECONDS + size * _SECONDS_PER_CHARACTER, MEMORY + size * _MEMORY_PER_CHARACTER
         try:
             return self._worker.ask(message, data, seconds=seconds, memory=memory)

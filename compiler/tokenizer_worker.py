@@ -30,6 +30,9 @@ class _Answers:
             return {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         if "token" in message:
             return tokenizer.id_to_token(message["token"])
+        if "normalize" in message:
+            change = tokenizer.normalizer
+            return [change.normalize_str(text) if change else text for text in message["normalize"]]
         return tokenizer.token_to_id(message["id"])
 
 

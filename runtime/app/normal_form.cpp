@@ -58,11 +58,18 @@ uint32_t NormalForm::sum(uint32_t first, uint32_t second) const {
   return at != pairs_.end() && std::tie(at->first, at->second) == wanted ? at->sum : 0;
 }
 
-std::vector<uint32_t> NormalForm::composed(const std::vector<uint32_t>& codes) const {
+std::vector<uint32_t> NormalForm::decomposed(const std::vector<uint32_t>& codes) const {
+  std::vector<uint32_t> classes;
+  return ordered(codes, &classes);
+}
+
+// Decomposed, the marks after each character in order; and the class of each.
+std::vector<uint32_t> NormalForm::ordered(const std::vector<uint32_t>& codes, std::vector<uint32_t>* of) const {
   std::vector<uint32_t> found;
   found.reserve(codes.size());
   for (const uint32_t code : codes) decompose(code, &found);
-  std::vector<uint32_t> classes(found.size());
+  std::vector<uint32_t>& classes = *of;
+  classes.resize(found.size());
   std::transform(found.begin(), found.end(), classes.begin(), [&](uint32_t code) { return combining(code); });
   for (size_t begin = 0; begin < found.size();) {  // sort the marks after a starter by class, equal ones in order
     size_t end = begin + 1;
@@ -74,6 +81,11 @@ std::vector<uint32_t> NormalForm::composed(const std::vector<uint32_t>& codes) c
     }
     begin = end;
   }
+  return found;
+}
+
+std::vector<uint32_t> NormalForm::composed(const std::vector<uint32_t>& codes) const {
+  std::vector<uint32_t> classes, found = ordered(codes, &classes);
   size_t kept = 0, starter = found.size();
   uint32_t last = 0;  // class of the last mark kept after the starter
   for (size_t at = 0; at < found.size(); ++at) {

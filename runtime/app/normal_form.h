@@ -1,4 +1,4 @@
-// Unicode's normal form C (UAX 15) by tables: decompose, order marks, compose.
+// Unicode's normal forms C and D (UAX 15) by tables: decompose, order marks, compose.
 #ifndef MOEC_NORMAL_FORM_H_
 #define MOEC_NORMAL_FORM_H_
 
@@ -12,6 +12,7 @@ class NormalForm {
  public:
   bool read(TableReader& part);
   std::vector<uint32_t> composed(const std::vector<uint32_t>& codes) const;
+  std::vector<uint32_t> decomposed(const std::vector<uint32_t>& codes) const;
 
  private:
   struct Decomposition {
@@ -24,6 +25,7 @@ class NormalForm {
   struct Pair {
     uint32_t first, second, sum;
   };
+  std::vector<uint32_t> ordered(const std::vector<uint32_t>& codes, std::vector<uint32_t>* classes) const;
   void decompose(uint32_t code, std::vector<uint32_t>* found) const;
   uint32_t combining(uint32_t code) const;
   uint32_t sum(uint32_t first, uint32_t second) const;  // 0: none

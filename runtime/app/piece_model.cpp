@@ -13,6 +13,8 @@ namespace {
 constexpr double kUnknownPenalty = 10;  // an unknown character costs as much more than the worst token
 // Most tokens' beginnings that are compared; those of known vocabularies take less than 100 per byte.
 constexpr uint64_t kSteps = 10'000, kStepsPerByte = 512;
+constexpr char kTooManySteps[] = "the tokenizer's vocabulary takes too many steps on this text";
+constexpr char kNoUnknown[] = "the tokenizer has no token for a word of this text, and none for unknown ones";
 
 }  // namespace
 
@@ -39,6 +41,13 @@ int PieceModel::byte_of(int32_t id) const {
 
 std::string PieceModel::encode(std::string_view piece, std::vector<int32_t>* ids) const {
   if (tables_.kind == kUnigram) return best_path(piece, ids);
+  if (tables_.kind == kWordPiece) return longest_first(piece, ids);
+  if (tables_.kind == kWordLevel) {
+    const int32_t found = find_token(piece);
+    if (found < 0 && tables_.unknown < 0) return kNoUnknown;
+    ids->push_back(found < 0 ? tables_.unknown : found);
+    return "";
+  }
   merge(piece, ids);
   return "";
 }
@@ -48,6 +57,22 @@ int32_t PieceModel::find_token(std::string_view piece) const {
   const auto less = [&](uint32_t id, std::string_view wanted) { return tables_.text(id) < wanted; };
   const auto found = std::lower_bound(sorted.begin(), sorted.end(), piece, less);
   return found != sorted.end() && tables_.text(*found) == piece ? static_cast<int32_t>(*found) : -1;
+}
+
+void PieceModel::narrow(char letter, Beginnings* tokens) const {
+  const int wanted = static_cast<uint8_t>(letter);
+  const auto at = [&](uint32_t id) {  // -1 for a token that ends before
+    const std::string_view text = tables_.text(id);
+    return text.size() <= tokens->length ? -1 : static_cast<int>(static_cast<uint8_t>(text[tokens->length]));
+  };
+  tokens->low = std::lower_bound(tokens->low, tokens->high, wanted, [&](uint32_t id, int of) { return at(id) < of; });
+  tokens->high = std::upper_bound(tokens->low, tokens->high, wanted, [&](int of, uint32_t id) { return of < at(id); });
+  ++tokens->length;
+}
+
+int32_t PieceModel::token_of(const Beginnings& tokens) const {
+  const bool there = tokens.low != tokens.high && tables_.text(*tokens.low).size() == tokens.length;
+  return there ? static_cast<int32_t>(*tokens.low) : -1;
 }
 
 const Merge* PieceModel::find_merge(int32_t left, int32_t right) const {
@@ -143,6 +168,39 @@ void PieceModel::merge(std::string_view piece, std::vector<int32_t>* ids) const 
   for (int64_t at = 0; at >= 0; at = symbols[static_cast<size_t>(at)].behind) ids->push_back(symbols[static_cast<size_t>(at)].id);
 }
 
+// WordPiece: the longest token that the word begins with, then the longest of those within words. A word that cannot be taken
+// apart so, or is too long, is the unknown token.
+std::string PieceModel::longest_first(std::string_view piece, std::vector<int32_t>* ids) const {
+  int64_t characters = 0;
+  for (size_t at = 0; at < piece.size(); ++characters) next_code(piece, &at);
+  const size_t before = ids->size();
+  Beginnings within = all();
+  for (const char letter : tables_.within_word) narrow(letter, &within);
+  uint64_t steps = kSteps + kStepsPerByte * piece.size();
+  bool known = characters <= tables_.longest_word;
+  for (size_t begin = 0; known && begin < piece.size();) {
+    Beginnings tokens = begin == 0 ? all() : within;
+    int32_t longest = -1;
+    size_t behind = begin;
+    for (size_t end = begin; tokens.low != tokens.high && end < piece.size(); ++end) {
+      if (steps-- == 0) return kTooManySteps;
+      narrow(piece[end], &tokens);
+      const int32_t id = token_of(tokens);
+      if (id < 0) continue;
+      longest = id;
+      behind = end + 1;
+    }
+    known = longest >= 0;
+    if (known) ids->push_back(longest);
+    begin = behind;
+  }
+  if (known) return "";
+  if (tables_.unknown < 0) return kNoUnknown;
+  ids->resize(before);
+  ids->push_back(tables_.unknown);
+  return "";
+}
+
 // Unigram: the tokens with the greatest sum of scores, of equal sums the one that was found first. Neighbouring unknown
 // characters are one text, and that text is its bytes where the model falls back to them.
 std::string PieceModel::best_path(std::string_view piece, std::vector<int32_t>* ids) const {
@@ -160,19 +218,14 @@ std::string PieceModel::best_path(std::string_view piece, std::vector<int32_t>* 
     size_t behind = begin;
     next_code(piece, &behind);
     bool known = false;
-    auto low = tables_.sorted.begin(), high = tables_.sorted.end();  // tokens that begin with what has been compared
-    for (size_t length = 1; low != high && begin + length <= piece.size(); ++length) {
-      if (steps-- == 0) return "the tokenizer's vocabulary takes too many steps on this text";
-      const auto letter = static_cast<uint8_t>(piece[begin + length - 1]);
-      const auto at = [&](uint32_t id) {  // -1 for a token that ends before
-        const std::string_view text = tables_.text(id);
-        return text.size() < length ? -1 : static_cast<int>(static_cast<uint8_t>(text[length - 1]));
-      };
-      low = std::lower_bound(low, high, letter, [&](uint32_t id, int wanted) { return at(id) < wanted; });
-      high = std::upper_bound(low, high, letter, [&](int wanted, uint32_t id) { return wanted < at(id); });
-      if (low == high || tables_.text(*low).size() != length) continue;
-      reach(begin + length, begin, static_cast<int32_t>(*low), tables_.scores[*low] + nodes[begin].score);
-      known = known || begin + length == behind;
+    Beginnings tokens = all();
+    for (size_t end = begin; tokens.low != tokens.high && end < piece.size(); ++end) {
+      if (steps-- == 0) return kTooManySteps;
+      narrow(piece[end], &tokens);
+      const int32_t id = token_of(tokens);
+      if (id < 0) continue;
+      reach(end + 1, begin, id, tables_.scores[static_cast<size_t>(id)] + nodes[begin].score);
+      known = known || end + 1 == behind;
     }
     if (!known) {
       if (tables_.unknown < 0) return "the tokenizer has no token for a character of this text, and none for unknown ones";

@@ -4,12 +4,15 @@
 #include <tuple>
 #include <utility>
 
+#include "utf8.h"
+
 namespace {
 
 constexpr int kMostNested = 16;  // lookaheads inside each other
 // Most steps of an expression on a text; those of known families take about ten per character.
 constexpr uint64_t kSteps = 10'000, kStepsPerCharacter = 512;
 constexpr size_t kLargest = size_t{256} << 20;  // code points of a text after a step
+constexpr char kTooLarge[] = "the tokenizer makes a text of more than 256 million characters of this one";
 
 }  // namespace
 
@@ -92,16 +95,49 @@ void TextSteps::prefix(const Step& step, Pieces* pieces) const {
   pieces->ends.swap(made.ends);
 }
 
+// Characters, or clusters of them, become what a table has for them.
+void TextSteps::mapped(const Step& step, std::vector<uint32_t>* codes) const {
+  const CharacterMap& map = tables_.maps[static_cast<size_t>(step.word)];
+  const uint32_t* text = codes->data();
+  const size_t size = codes->size();
+  std::vector<uint32_t> made;
+  made.reserve(size);
+  for (size_t begin = 0; begin < size;) {
+    const size_t end = step.when == kByClusters ? tables_.clusters.end(*codes, begin) : begin + 1;
+    size_t bytes = 0;
+    for (size_t at = begin; at < end && bytes <= CharacterMap::kLongest; ++at) bytes += code_size(text[at]);
+    const bool whole = end > begin + 1 && bytes <= CharacterMap::kLongest && map.append(text + begin, text + end, &made);
+    for (size_t at = begin; !whole && at < end; ++at)
+      if (!map.append(text + at, text + at + 1, &made)) made.push_back(text[at]);
+    begin = end;
+  }
+  codes->swap(made);
+}
+
+// Steps that change a whole text, not pieces of one.
+std::string TextSteps::whole(const Step& step, std::vector<uint32_t>* codes) const {
+  if (step.kind == kMapped) {
+    mapped(step, codes);
+  } else if (step.kind == kStrip) {
+    const auto black = [](uint32_t code) { return !is_white(code); };
+    if (step.when & kAtEnd) codes->erase(std::find_if(codes->rbegin(), codes->rend(), black).base(), codes->end());
+    if (step.when & kAtBegin) codes->erase(codes->begin(), std::find_if(codes->begin(), codes->end(), black));
+  } else {
+    if (!tables_.normal) return "damaged: no tables of normal form C";
+    *codes = step.kind == kCompose ? tables_.normal->composed(*codes) : tables_.normal->decomposed(*codes);
+  }
+  return codes->size() > kLargest ? kTooLarge : "";
+}
+
 std::string TextSteps::apply(const Step& step, Pieces* pieces) const {
   if (step.kind == kPrefix) {
     prefix(step, pieces);
     return "";
   }
-  if (step.kind == kCompose) {
-    if (!tables_.normal) return "damaged: no tables of normal form C";
-    pieces->codes = tables_.normal->composed(pieces->codes);
+  if (step.kind == kCompose || step.kind == kMapped || step.kind == kDecompose || step.kind == kStrip) {
+    const std::string fault = whole(step, &pieces->codes);
     pieces->ends = {pieces->codes.size()};  // only whole texts are normalized
-    return "";
+    return fault;
   }
   const std::vector<uint32_t>& codes = pieces->codes;
   std::vector<uint32_t> kept;
@@ -112,6 +148,11 @@ std::string TextSteps::apply(const Step& step, Pieces* pieces) const {
   };
   const auto cut = [&] {
     if (kept.size() > (ends.empty() ? 0 : ends.back())) ends.push_back(kept.size());
+  };
+  const bool inserts = step.kind == kReplace || step.kind == kSurround;
+  const auto insert = [&](int32_t word) {
+    const std::vector<uint32_t>& codes_of = tables_.words[static_cast<size_t>(word)];
+    kept.insert(kept.end(), codes_of.begin(), codes_of.end());
   };
   size_t begin = 0;
   for (const size_t end : pieces->ends) {
@@ -124,15 +165,12 @@ std::string TextSteps::apply(const Step& step, Pieces* pieces) const {
         continue;
       }
       if (step.kind != kCutDrop) keep(begin, at);
-      if (step.kind == kCut || step.kind == kCutBefore) cut();
-      if (step.kind == kReplace) {
-        const std::vector<uint32_t>& word = tables_.words[static_cast<size_t>(step.word)];
-        kept.insert(kept.end(), word.begin(), word.end());
-        if (kept.size() > kLargest) return "the tokenizer makes a text of more than 256 million characters of this one";
-      } else {
-        keep(at, static_cast<size_t>(stop));
-      }
-      if (step.kind != kReplace && step.kind != kCutBefore) cut();
+      if (step.kind == kCut || step.kind == kCutBefore || step.kind == kCutRemove) cut();
+      if (inserts) insert(step.word);
+      if (step.kind != kReplace && step.kind != kCutRemove) keep(at, static_cast<size_t>(stop));
+      if (step.kind == kSurround) insert(step.word);
+      if (kept.size() > kLargest) return kTooLarge;
+      if (!inserts && step.kind != kCutBefore) cut();
       begin = at = static_cast<size_t>(stop);
     }
     if (step.kind != kCutDrop) keep(begin, end);

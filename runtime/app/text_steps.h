@@ -20,12 +20,14 @@ class TextSteps {
   explicit TextSteps(const TextTables& tables) : tables_(tables) {}
   // "" or why it cannot be applied to this text.
   std::string apply(const Step& step, Pieces* pieces) const;
+  bool in_set(int32_t set, uint32_t code) const;
 
  private:
   struct Matching;
-  bool in_set(int32_t set, uint32_t code) const;
   int64_t match(Matching* state, int32_t begin, size_t at, int depth) const;
   void prefix(const Step& step, Pieces* pieces) const;
+  std::string whole(const Step& step, std::vector<uint32_t>* codes) const;
+  void mapped(const Step& step, std::vector<uint32_t>* codes) const;
 
   const TextTables& tables_;
 };

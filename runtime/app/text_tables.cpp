@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint64_t kLargest = uint64_t{512} << 20;
 constexpr size_t kMostTokens = size_t{1} << 24;
-constexpr size_t kMostWords = 16, kLongestWord = 64, kMostAdded = size_t{1} << 20;
+constexpr size_t kMostMaps = 4, kMostWords = 16, kLongestWord = 64, kMostAdded = size_t{1} << 20;
 constexpr int32_t kMostStripped = 64;
 constexpr size_t kMostSteps = 16, kMostProofs = 1024, kMostProofBytes = size_t{256} << 10;  // limits of what opening costs
 constexpr uint32_t kLastCode = 0x10FFFF;
@@ -43,13 +43,14 @@ bool read_vocabulary(Parts& parts, TextTables* tables) {
   tables->kind = info.number<int32_t>();
   tables->unknown = info.number<int32_t>();
   tables->flags = info.number<int32_t>();
+  if (!info.at_end()) tables->word_set = info.number<int32_t>();
   tables->offsets = parts.at("OFFS").rest<uint32_t>();
   const std::vector<char> texts = parts.at("TEXT").rest<char>();
   tables->texts.assign(texts.begin(), texts.end());
   tables->sorted = parts.at("SORT").rest<uint32_t>();
   tables->merges = parts.at("MERG").rest<Merge>();
   tables->scores = parts.at("SCOR").rest<double>();
-  if (tables->kind < kByteLevel || tables->kind > kUnigram) return false;
+  if (tables->kind < kByteLevel || tables->kind > kWordLevel) return false;
   if (tables->unknown < -1 || tables->unknown >= static_cast<int64_t>(count)) return false;
   if (count < 1 || count > kMostTokens || tables->offsets.size() != count + 1) return false;
   if (tables->offsets.front() != 0 || tables->offsets.back() > tables->texts.size()) return false;
@@ -66,6 +67,11 @@ bool read_vocabulary(Parts& parts, TextTables* tables) {
       if (id >= tables->scores.size()) return false;
     tables->lowest_score = *std::min_element(tables->scores.begin(), tables->scores.end());
   }
+  if (const auto pieces = parts.find("PIEC"); pieces != parts.end()) {
+    tables->longest_word = pieces->second.number<int32_t>();
+    tables->within_word = pieces->second.string();
+    if (!pieces->second.ok() || tables->within_word.size() > kLongestWord) return false;
+  }
   TableReader& added = parts.at("ADDS");
   while (added.ok() && !added.at_end()) {
     AddedToken token;
@@ -78,6 +84,18 @@ bool read_vocabulary(Parts& parts, TextTables* tables) {
   }
   if (!added.ok()) return false;
   return true;
+}
+
+bool read_maps(Parts& parts, TextTables* tables) {
+  if (const auto part = parts.find("MAPS"); part != parts.end() && !part->second.at_end()) {
+    const auto count = part->second.number<uint32_t>();
+    if (count > kMostMaps) return false;
+    tables->maps.resize(count);
+    for (CharacterMap& map : tables->maps)
+      if (!map.read(part->second)) return false;
+  }
+  const auto part = parts.find("CLUS");
+  return part == parts.end() || tables->clusters.read(part->second);
 }
 
 bool read_cuts(Parts& parts, TextTables* tables) {
@@ -96,7 +114,9 @@ bool read_cuts(Parts& parts, TextTables* tables) {
   if (!words.ok()) return false;
   if (tables->sets.empty() || tables->sets.back() > tables->ranges.size()) return false;
   if (!std::is_sorted(tables->sets.begin(), tables->sets.end())) return false;
-  const auto sets = static_cast<int64_t>(tables->sets.size()) - 1, size = static_cast<int64_t>(tables->code.size());
+  const auto sets = static_cast<int64_t>(tables->sets.size()) - 1;
+  if (tables->word_set < -1 || tables->word_set >= sets) return false;
+  const auto size = static_cast<int64_t>(tables->code.size());
   const auto inside = [](int64_t value, int64_t end) { return value >= 0 && value < end; };
   for (const Instruction& at : tables->code) {
     if (at.op < kChar || at.op > kAtomic) return false;
@@ -106,9 +126,12 @@ bool read_cuts(Parts& parts, TextTables* tables) {
   }
   if (size > 0 && tables->code.back().op != kMatch) return false;  // so that no program runs past the end
   const auto known = [&](const Step& step) {
-    const bool matches = step.kind != kPrefix && step.kind != kCompose, inserts = step.kind == kPrefix || step.kind == kReplace;
-    if (step.kind < kCut || step.kind > kCompose || step.when < kAlways || step.when > kAtTheStart) return false;
-    if (matches && !inside(step.begin, size)) return false;
+    if (step.kind < kCut || step.kind > kCutRemove || step.when < 0) return false;
+    if (step.when > (step.kind == kStrip ? kAtBegin | kAtEnd : kAtTheStart)) return false;
+    if (step.kind == kCompose || step.kind == kDecompose || step.kind == kStrip) return true;
+    if (step.kind == kMapped) return inside(step.word, static_cast<int64_t>(tables->maps.size()));
+    if (step.kind != kPrefix && !inside(step.begin, size)) return false;
+    const bool inserts = step.kind == kPrefix || step.kind == kReplace || step.kind == kSurround;
     return !inserts || inside(step.word, static_cast<int64_t>(tables->words.size()));
   };
   for (const auto& steps : {tables->changes, tables->cuts})
@@ -166,6 +189,12 @@ bool read_around(Parts& parts, TextTables* tables) {
   tables->decoder.drop = decoder.number<int32_t>() != 0;
   tables->decoder.mark = decoder.string();
   tables->decoder.space = decoder.string();
+  if (!decoder.at_end()) {
+    tables->decoder.between = decoder.number<int32_t>();
+    tables->decoder.cleanup = decoder.number<int32_t>() != 0;
+    tables->decoder.prefix = decoder.string();
+  }
+  if (tables->decoder.between < kJoined || tables->decoder.between > kWords || tables->decoder.prefix.size() > kLongestWord) return false;
   if (tables->decoder.strip < 0 || tables->decoder.strip > kMostStripped) return false;
   if (tables->decoder.mark.size() > kLongestWord || tables->decoder.space.size() > kLongestWord) return false;
   TableReader& answers = parts.at("SEGM");
@@ -192,7 +221,7 @@ std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::strin
   const auto version = head.number<uint32_t>(), count = head.number<uint32_t>(), size = head.number<uint32_t>();
   const auto digest = head.number<uint32_t>();
   if (std::memcmp(bytes.data(), "moectext", 8) != 0) return damaged("is not a text.moec");
-  if (version != 2) return damaged("was written by another version of moec; compile the artifact again");
+  if (version != 2 && version != 3) return damaged("was written by another version of moec; compile the artifact again");
   if (size != bytes.size() || digest != crc32(bytes.data() + 24, bytes.size() - 24)) return damaged("damaged: its digest differs");
   Parts parts;
   TableReader index(bytes.data() + 24, bytes.size() - 24);
@@ -208,6 +237,7 @@ std::unique_ptr<TextTables> TextTables::read(const std::string& path, std::strin
     if (!parts.count(name)) return damaged("damaged: a part is missing");
   auto tables = std::make_unique<TextTables>();
   if (!read_vocabulary(parts, tables.get())) return damaged("damaged: an impossible vocabulary");
+  if (!read_maps(parts, tables.get())) return damaged("damaged: an impossible table of characters");
   if (!read_cuts(parts, tables.get())) return damaged("damaged: impossible expressions");
   if (!read_around(parts, tables.get())) return damaged("damaged: impossible texts");
   return tables;

@@ -5,12 +5,6 @@
 
 namespace {
 
-// White space of Unicode, which added tokens may take in.
-bool is_white(uint32_t code) {
-  return (code >= 9 && code <= 13) || code == ' ' || code == 0x85 || code == 0xA0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200A) ||
-         code == 0x2028 || code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
-}
-
 // How many bytes of white space a text begins with.
 size_t white_at_begin(std::string_view text) {
   size_t end = 0;
@@ -29,6 +23,23 @@ size_t white_at_end(std::string_view text) {
     begin = last;
   }
   return begin;
+}
+
+// Takes the spaces out of a token of English, as `tokenizers` does: one after the other, everywhere.
+void cleanup(std::string* text) {
+  constexpr std::array<std::array<std::string_view, 2>, 11> kChanges = {{{" .", "."},
+                                                                         {" ?", "?"},
+                                                                         {" !", "!"},
+                                                                         {" ,", ","},
+                                                                         {" ' ", "'"},
+                                                                         {" n't", "n't"},
+                                                                         {" 'm", "'m"},
+                                                                         {" do not", " don't"},
+                                                                         {" 's", "'s"},
+                                                                         {" 've", "'ve"},
+                                                                         {" 're", "'re"}}};
+  for (const auto& [from, to] : kChanges)
+    for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size()) text->replace(at, from.size(), to);
 }
 
 }  // namespace
@@ -72,6 +83,16 @@ std::string Tokenizer::encode(std::string_view text, bool as_text, std::vector<i
   return encode_added({text, as_text, true}, false, ids);
 }
 
+// Whether a letter or another character of words stands beside a part of a text.
+bool Tokenizer::within_word(std::string_view text, size_t from, size_t to) const {
+  if (tables_->word_set < 0) return false;
+  size_t last = from;
+  while (last > 0 && (static_cast<uint8_t>(text[--last]) & 0xC0) == 0x80) {
+  }
+  if (from > 0 && steps_.in_set(tables_->word_set, next_code(text, &last))) return true;
+  return to < text.size() && steps_.in_set(tables_->word_set, next_code(text, &to));
+}
+
 // Added tokens are found before a text is changed and cut, at each place the longest: first those that match the text as it is,
 // then, in the text between them, those that match it normalized. One may take in the white space around it.
 std::string Tokenizer::encode_added(const Part& part, bool normalized, std::vector<int32_t>* ids) const {
@@ -91,6 +112,7 @@ std::string Tokenizer::encode_added(const Part& part, bool normalized, std::vect
     size_t from = at, to = at + found->text.size();
     at = to;
     if (part.as_text && (found->flags & kSpecial)) continue;
+    if (found->flags & kSingleWord && within_word(text, from, to)) continue;
     if (found->flags & kTakesLeft) from = std::max(white_at_end(text.substr(0, from)), begin);
     if (found->flags & kTakesRight) to += white_at_begin(text.substr(to));
     if (begin < from) {
@@ -129,6 +151,7 @@ std::string TextDecoder::push(int32_t id) {
   if (id < 0 || id >= tables.count()) return "";
   if (!special_ && tokenizer_.is_special(id) && std::find(kept_.begin(), kept_.end(), id) == kept_.end()) return "";
   if (tables.decoder.byte_level) return characters_.push(tables.text(id));
+  if (tables.decoder.between != kJoined) return characters_.push(spaced(tables.text(id)));
   const int byte = tokenizer_.byte_of(id);
   if (byte >= 0) {
     bytes_ += static_cast<char>(byte);
@@ -152,6 +175,18 @@ std::string TextDecoder::finish() {
   text += characters_.finish();
   begun_ = false;
   left_ = tokenizer_.tables().decoder.strip;
+  return text;
+}
+
+// A token with the space before it, but for one that continues a word.
+std::string TextDecoder::spaced(std::string_view token) {
+  const DecoderForm& form = tokenizer_.tables().decoder;
+  const bool continues = form.between == kWords && token.substr(0, form.prefix.size()) == form.prefix;
+  std::string text;
+  if (begun_ && !continues) text = " ";
+  text += token.substr(begun_ && continues ? form.prefix.size() : 0);
+  begun_ = true;
+  if (form.cleanup) cleanup(&text);
   return text;
 }
 

@@ -36,6 +36,7 @@ class Tokenizer {
     std::string_view text;
     bool as_text, at_start;
   };
+  bool within_word(std::string_view text, size_t from, size_t to) const;
   std::string encode_added(const Part& part, bool normalized, std::vector<int32_t>* ids) const;
   std::string encode_rest(const Part& part, bool normalized, std::vector<int32_t>* ids) const;
 
@@ -61,6 +62,7 @@ class TextDecoder {
 
  private:
   std::string said(std::string_view text);
+  std::string spaced(std::string_view text);
   std::string held();
 
   const Tokenizer& tokenizer_;

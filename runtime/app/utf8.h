@@ -51,6 +51,9 @@ inline uint32_t next_code(std::string_view text, size_t* at) {
   return code;
 }
 
+// How many bytes a code point takes.
+inline uint32_t code_size(uint32_t code) { return code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4; }
+
 inline void append_code(uint32_t code, std::string* text) {
   const auto put = [&](uint32_t byte) { text->push_back(static_cast<char>(byte)); };
   if (code < 0x80) return put(code);
@@ -85,6 +88,12 @@ inline int32_t hex4(std::string_view text, size_t at) {
     value = value * 16 + digit;
   }
   return value;
+}
+
+// White space as Unicode has it.
+inline bool is_white(uint32_t code) {
+  return (code >= 9 && code <= 13) || code == ' ' || code == 0x85 || code == 0xA0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200A) ||
+         code == 0x2028 || code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
 }
 
 // White space as Python's str.strip() knows it.

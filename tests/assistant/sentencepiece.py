@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moec.assistant.native_text import TEXTS
+from tests.assistant.character_tables import precompiled, sentencepieces
 
 PAGES = Path(__file__).parents[2] / "docs"
 MARK = "▁"
@@ -44,6 +45,26 @@ KINDS: dict[str, tuple[str, Any, Any, Any, bool]] = {
         decoders.Metaspace(MARK, "always"),
         False,
     ),
+    "t5, with its table": (
+        "Unigram",
+        normalizers.Sequence(
+            [
+                precompiled(sentencepieces("nmt_nfkc")),
+                normalizers.Strip(left=False, right=True),
+                normalizers.Replace(Regex(" {2,}"), MARK),
+            ]
+        ),
+        pre_tokenizers.Metaspace(MARK, "always", True),
+        decoders.Metaspace(MARK, "always"),
+        False,
+    ),
+    "xlm-r": (
+        "Unigram",
+        normalizers.Sequence([precompiled(sentencepieces("nmt_nfkc_cf")), normalizers.Replace(Regex(" {2,}"), " ")]),
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(MARK, "always", True)]),
+        decoders.Metaspace(MARK, "always"),
+        False,
+    ),
 }
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -73,11 +94,14 @@ def trained(name: str) -> Tokenizer:
     made.normalizer, made.pre_tokenizer, made.decoder = normalizer, cut, decoder
     made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in first[:3]])
     made.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False, rstrip=name == "llama2")])
-    plain = name not in ("next", "t5")  # an expression normalizes: such tokens are not known there
-    made.add_tokens([AddedToken("<tool>", normalized=plain), AddedToken("<tool>s", normalized=False)])
+    made.add_tokens([AddedToken("<tool>", normalized=True), AddedToken("<tool>s", normalized=False)])
     made.add_tokens(
-        [AddedToken("<wide>", normalized=False, lstrip=True, rstrip=True), AddedToken(MARK * 2, normalized=plain)]
+        [
+            AddedToken("<wide>", normalized=False, lstrip=True, rstrip=True),
+            AddedToken(MARK * 2, normalized="table" not in name),  # which makes nothing of it
+        ]
     )
+    made.add_tokens([AddedToken("word", normalized=False, single_word=True), AddedToken("Ⅷ  b", single_word=True)])
     return made
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moec.assistant.character_classes import FILE, classes
+from moec.assistant.character_map import precompiled as precompiled_keys
 from moec.assistant.native_text import tables, write_text
 from moec.assistant.split_program import Program, Unknown, complement, union
 from moec.compiler.tokenizer import load_tokenizer
+from tests.assistant.character_tables import double_array, precompiled
 from tests.assistant.speaking import tokenizer
 
 
@@ -46,12 +50,12 @@ def faulty(**changes: Any) -> Tokenizer:
 
 
 UNKNOWN: dict[str, tuple[Tokenizer, str]] = {
-    "normalizer": (faulty(normalizer=normalizers.Lowercase()), "the normalizer Lowercase"),
+    "normalizer": (faulty(normalizer=normalizers.Nmt()), "the normalizer Nmt"),
     "sequence": (
         faulty(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.NFKC()])),
         "the normalizer NFKC",
     ),
-    "cut": (faulty(pre_tokenizer=pre_tokenizers.Whitespace()), "the pre-tokenizer Whitespace"),
+    "cut": (faulty(pre_tokenizer=pre_tokenizers.CharDelimiterSplit("-")), "the pre-tokenizer CharDelimiterSplit"),
     "parts": (faulty(pre_tokenizer=pre_tokenizers.Digits()), "byte-level in part"),
     "scheme": (
         faulty(
@@ -69,8 +73,18 @@ UNKNOWN: dict[str, tuple[Tokenizer, str]] = {
         ),
         "Contiguous",
     ),
-    "decoder": (faulty(decoder=decoders.WordPiece()), "the decoder WordPiece"),
-    "model": (Tokenizer(models.WordLevel({"a": 0}, "a")), "the model WordLevel"),
+    "decoder": (faulty(decoder=decoders.CTC()), "the decoder CTC"),
+    "bytes of words": (faulty(model=models.WordLevel({"a": 0}, "a")), "WordLevel of bytes"),
+    "unknown word": (Tokenizer(models.WordLevel({"a": 0}, "b")), "whose unk_token is not in the vocabulary"),
+    "prefix": (
+        Tokenizer(models.WordPiece({"a": 0}, unk_token="a", continuing_subword_prefix="#" * 65)),
+        "a long prefix",
+    ),
+    "many": (faulty(normalizer=normalizers.Sequence([normalizers.NFC()] * 17)), "more than 16 normalizers"),
+    "tables": (
+        faulty(normalizer=normalizers.Sequence([precompiled(double_array({b"a": t})) for t in "bcdef"])),
+        "more than 4 tables",
+    ),
     "fallback": (faulty(model=models.BPE({"a": 0}, [], byte_fallback=True)), "byte_fallback of byte-level BPE"),
     "strip": (
         faulty(
@@ -95,12 +109,61 @@ def test_what_is_not_known_is_a_note(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "text.moec").exists()
 
 
-def test_added_tokens_that_are_words_are_not_known(tmp_path: Path) -> None:
-    made = tokenizer()
-    made.add_special_tokens([AddedToken("<x>", single_word=True)])
-    made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(Unknown, match="single_word of the token <x>"):
-        tables(tmp_path, load_tokenizer(tmp_path / "tokenizer.json"))
+def test_what_older_applications_know_is_written_as_they_read_it(tmp_path: Path) -> None:
+    """Version 3 only where a tokenizer needs it."""
+    for given, version in ((None, 2), (AddedToken("<y>"), 2), (AddedToken("<x>", single_word=True), 3)):
+        made = tokenizer()
+        made.add_special_tokens([] if given is None else [given])
+        made.save(str(tmp_path / "tokenizer.json"))
+        assert tables(tmp_path, load_tokenizer(tmp_path / "tokenizer.json"))[8:12] == bytes([version, 0, 0, 0])
+
+
+def test_the_keys_of_a_table_are_the_shortest() -> None:
+    texts = {b"a": "x", b"ab": "y", "é".encode(): "", b"bcdef": "5", b"bcdegh": "6", b"\xe4\xb8": "z"}
+    keys = [(b"a", "x"), (b"bcdef", "5"), ("é".encode(), ""), (b"\xe4\xb8", "z")]
+    assert precompiled_keys(encoded(double_array(texts))) == keys
+
+
+def encoded(table: bytes) -> str:
+    return base64.b64encode(table).decode()
+
+
+def damaged_tables() -> dict[str, str]:
+    whole = double_array({b"a": "x", b"ab": "y", b"b": "é"})
+    units = list(struct.unpack_from(f"<{(len(whole) - 9) // 4}I", whole, 4))
+    size = struct.unpack_from("<I", whole)[0]
+
+    def changed(place: int, unit: int) -> str:
+        return encoded(whole[: 4 + 4 * place] + struct.pack("<I", unit) + whole[8 + 4 * place :])
+
+    leaf = next(place for place, unit in enumerate(units) if unit >> 31)
+    begin = units[0] >> 10
+    return {
+        "no base64": "x$",
+        "empty": "",
+        "no units": encoded(bytes(4)),
+        "cut off": encoded(whole[:1000]),
+        "a length beyond the end": encoded(struct.pack("<I", size + 1024) + whole[4:]),
+        "a part of a block": encoded(struct.pack("<I", size - 8) + whole[4:]),
+        "a node outside": changed(begin + ord("a"), ord("a") | 0x100 | 1 << 30),
+        "a text outside": changed(leaf, 1 << 31 | 1000),
+        "half a character": changed(leaf, 1 << 31 | (len(whole) - 4 - size - 2)),
+        "a circle": changed(begin + ord("a"), ord("a") | ((begin + ord("a")) ^ begin) << 10),
+    }
+
+
+@pytest.mark.parametrize("damage", damaged_tables())
+def test_damaged_tables_are_refused_or_end(damage: str) -> None:
+    if damage == "a circle":  # keys of as many bytes as count, and no more
+        assert max(len(key) for key, _ in precompiled_keys(damaged_tables()[damage])) <= 5
+        return
+    with pytest.raises(Unknown, match="damaged"):
+        precompiled_keys(damaged_tables()[damage])
+
+
+def test_a_large_table_is_refused() -> None:
+    with pytest.raises(Unknown, match="2,097,152 units"):
+        precompiled_keys(encoded(struct.pack("<I", 4 << 21) + bytes(4 << 21)))
 
 
 def test_no_tables_without_a_program_or_a_tokenizer(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from moec.compiler.tokenizer import load_tokenizer
 from moec.runtime.native import find_compiler
 from tests.assistant.sentencepiece import KINDS, trained
 from tests.runtime import app
+from tests.runtime.app_text import compare_with
 from tests.tiny import tiny_text
 
 TEMPLATE = Path(__file__).parents[1] / "assistant" / "templates" / "chatml.jinja"
@@ -154,32 +155,6 @@ def test_text_and_conversations_with_sentencepiece(name: str, folder: Path, tmp_
 @pytest.mark.real_model
 def test_ids_are_those_of_a_real_model(smollm2: Path, folder: Path, tmp_path: Path) -> None:
     compare_with(Tokenizer.from_file(str(smollm2 / "tokenizer.json")), folder, tmp_path / "copy")
-
-
-def compare_with(made: Tokenizer, folder: Path, copy: Path) -> None:
-    """An artifact with this tokenizer, on many texts."""
-    pages = [page.read_text("utf-8") for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
-    shutil.copytree(folder, copy)
-    made.save(str(copy / "tokenizer.json"))
-    (copy / FILE).write_bytes(tables(copy, load_tokenizer(copy / "tokenizer.json")))
-    artifact = app.open_artifact(copy)
-    drawn = random.Random(11)
-    texts = [
-        *TEXTS,
-        *(page[:5000] for page in pages[::6]),
-        "a<tool>s<tool> <|end|><|end|>s <tool",
-        "x" * 3000,
-        " " * 3000,
-    ]
-    for _ in range(150):
-        texts.append(bytes(drawn.randrange(256) for _ in range(drawn.randrange(80))).decode("utf-8", "replace"))
-        kinds = ((32, 127), (9, 33), (0xA0, 0x600), (0x900, 0xD7A4), (0x10000, 0x1FFFF), (0x300, 0x370))
-        texts.append("".join(chr(drawn.randrange(*drawn.choice(kinds))) for _ in range(drawn.randrange(50))))
-    for text in texts:
-        found = app.tokenize(artifact, text)
-        assert found == made.encode(text).ids, text
-        assert app.detokenize(artifact, found) == made.decode(found)
-    app.call("close", artifact)
 
 
 def test_conversations_are_the_templates(opened: int, assistant: Assistant) -> None:
