@@ -1,16 +1,35 @@
 // swift-tools-version:5.9
-// A package around one artifact for the GPU (moec compile --target metal). Link it from an app target.
+// A package around one artifact: MoecModel for the GPU (moec compile --target metal), MoecApp for the CPU (--target xnnpack).
+// Link one from an app target.
 import PackageDescription
 
 let package = Package(
   name: "MoecModel",
   platforms: [.iOS(.v17), .macOS(.v14)],
-  products: [.library(name: "MoecModel", targets: ["MoecModel"])],
+  products: [
+    .library(name: "MoecModel", targets: ["MoecModel"]),
+    .library(name: "MoecApp", targets: ["MoecApp"]),
+    .library(name: "MoecSchema", targets: ["MoecSchema"]),
+  ],
   dependencies: [
     // The branch of the ExecuTorch version that the artifact's manifest names (versions.executorch).
     .package(url: "https://github.com/pytorch/executorch.git", branch: "swiftpm-1.5.1")
   ],
   targets: [
+    // The header of the C library of applications; an application builds the library and links it.
+    .systemLibrary(name: "CMoec", path: "Sources/CMoec"),
+    .target(
+      name: "MoecApp",
+      dependencies: ["CMoec"],
+      path: "Sources/MoecApp",
+      linkerSettings: [.linkedLibrary("moec_runtime")]),
+    // Structured output, with llguidance's header and C library, which an application builds as well.
+    .systemLibrary(name: "CMoecSchema", path: "Sources/CMoecSchema"),
+    .target(
+      name: "MoecSchema",
+      dependencies: ["CMoec", "CMoecSchema", "MoecApp"],
+      path: "Sources/MoecSchema",
+      linkerSettings: [.linkedLibrary("llguidance")]),
     // The structure checks of the native runtime, compiled from its sources; they need neither ExecuTorch nor kernels.
     .target(
       name: "MoecCheck",

@@ -1,0 +1,1 @@
+../../../../runtime/include/moec_llguidance.h
