@@ -20,6 +20,7 @@ from moec.assistant.split_program import Unknown, character_class
 
 LONGEST = 5  # bytes of a key
 MOST_UNITS = 1 << 20  # of a double array; SentencePiece's own have 60,000
+_LONGEST_TEXT = 64  # characters that stand for one; SentencePiece's tables have up to 18
 _DAMAGED = "a Precompiled table that is damaged"
 _BLOCK = 256  # units that belong together, one for each byte
 #: the flags of runtime/app/character_map.cpp, by class in character_classes.json
@@ -92,9 +93,12 @@ def _text(texts: bytes, begin: int) -> str:
     if begin > len(texts):
         raise Unknown(_DAMAGED)
     try:
-        return texts[begin : end if end >= 0 else len(texts)].decode()
+        found = texts[begin : end if end >= 0 else len(texts)].decode()
     except UnicodeDecodeError:
         raise Unknown(_DAMAGED) from None
+    if len(found) > _LONGEST_TEXT:
+        raise Unknown(f"a Precompiled table with a text of {len(found):,} characters")
+    return found
 
 
 def lower_case() -> Pairs:

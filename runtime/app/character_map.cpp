@@ -7,6 +7,7 @@
 
 namespace {
 
+constexpr uint32_t kLongestText = 64;  // code points that stand for a character; SentencePiece has up to 18
 constexpr uint32_t kLastCode = 0x10FFFF, kLineFeed = 10, kReturn = 13, kJoiner = 0x200D;
 // Hangul's syllables: those that end in a vowel are at multiples of 28.
 constexpr uint32_t kSyllable = 0xAC00, kLastSyllable = 0xD7A3, kTails = 28;
@@ -47,7 +48,7 @@ bool CharacterMap::read(TableReader& part) {
   for (const Entry& entry : entries_) {
     const uint64_t covered = mask_of(entry.key);
     if (entry.key <= before || (entry.key & mask) == before || (entry.key & ~covered) != 0 || covered << 8 * kLongest != 0) return false;
-    if (entry.offset > texts_.size() || entry.size > texts_.size() - entry.offset) return false;
+    if (entry.size > kLongestText || entry.offset > texts_.size() || entry.size > texts_.size() - entry.offset) return false;
     before = entry.key;
     mask = covered;
   }

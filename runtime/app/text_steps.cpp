@@ -102,12 +102,12 @@ void TextSteps::mapped(const Step& step, std::vector<uint32_t>* codes) const {
   const size_t size = codes->size();
   std::vector<uint32_t> made;
   made.reserve(size);
-  for (size_t begin = 0; begin < size;) {
+  for (size_t begin = 0; begin < size && made.size() <= kLargest;) {
     const size_t end = step.when == kByClusters ? tables_.clusters.end(*codes, begin) : begin + 1;
     size_t bytes = 0;
     for (size_t at = begin; at < end && bytes <= CharacterMap::kLongest; ++at) bytes += code_size(text[at]);
     const bool whole = end > begin + 1 && bytes <= CharacterMap::kLongest && map.append(text + begin, text + end, &made);
-    for (size_t at = begin; !whole && at < end; ++at)
+    for (size_t at = begin; !whole && at < end && made.size() <= kLargest; ++at)
       if (!map.append(text + at, text + at + 1, &made)) made.push_back(text[at]);
     begin = end;
   }

@@ -162,6 +162,8 @@ def test_damaged_tables_are_refused_or_end(damage: str) -> None:
 
 
 def test_a_large_table_is_refused() -> None:
+    with pytest.raises(Unknown, match="a text of 65 characters"):
+        precompiled_keys(encoded(double_array({b"a": "x" * 65})))
     with pytest.raises(Unknown, match="2,097,152 units"):
         precompiled_keys(encoded(struct.pack("<I", 4 << 21) + bytes(4 << 21)))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from moec.assistant import character_map
 from moec.assistant.character_classes import LAST, SURROGATES
 from moec.assistant.cluster_classes import letter_map
 from moec.assistant.native_text import FILE
@@ -221,7 +222,7 @@ DAMAGE = {
     "a key with a gap": (b"MAPS", 28, "<Q", 0x620062 << 40),
     "no key": (b"MAPS", 12, "<Q", 0),
     "a text outside": (b"MAPS", 20, "<I", 4),
-    "a text that ends outside": (b"MAPS", 24, "<I", 1000),
+    "a text that ends outside": (b"MAPS", 24, "<I", 4),
     "half a pair of surrogates": (b"MAPS", 44, "<I", 0xD800),
     "no code point": (b"MAPS", 44, "<I", 0x110000),
     "classes out of order": (b"CLUS", 12, "<I", 0),
@@ -251,6 +252,16 @@ def test_damaged_parts_are_refused(damage: str, folder: Path, tmp_path: Path) ->
     (copy / FILE).write_bytes(raw)
     with pytest.raises(app.AppError, match=r"text\.moec: damaged: (an )?impossible [a-z ]+$"):
         app.open_artifact(copy)
+
+
+def test_a_long_text_for_a_character_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Python does not write: a short text would become one that fills the memory."""
+    monkeypatch.setattr(character_map, "_LONGEST_TEXT", 1000)
+    with opened_with(of_bytes(precompiled(double_array({b"a": "x" * 64}))), folder, tmp_path / "longest") as artifact:
+        assert len(app.tokenize(artifact, "aa", app.PLAIN)) == 128
+    with pytest.raises(app.AppError, match="an impossible table of characters"):  # noqa: SIM117
+        with opened_with(of_bytes(precompiled(double_array({b"a": "x" * 65}))), folder, tmp_path / "longer"):
+            pass
 
 
 def test_a_word_that_takes_too_long_is_an_error(folder: Path, tmp_path: Path) -> None:
