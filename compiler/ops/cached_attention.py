@@ -9,8 +9,8 @@ sinks float32 [H]: one more score of each head, which adds to the sum of the sof
 softcap > 0: a score s becomes softcap * tanh(s / softcap) before the mask (Gemma 2); a sink is not capped.
 
 A cache holds float32 or, with scales beside it, INT8 codes: k_scale and v_scale float32 [1, S, KV], one per position
-and head. k and v are then rounded by `quant.quantize_rows` over their head width, and the products are those of
-`attention_codes.py`.
+and head. k and v are then rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over
+dequantized values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.ops.attention_codes import attend_codes
 from moec.compiler.ops.call import Call, V, Written, register, require
 from moec.compiler.quant import quantize_rows
 
@@ -105,14 +104,8 @@ class CachedAttention(Call[V]):
         positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.k_cache.shape[1])
         # what lies behind the last written position is masked: leaving it out makes a short context cheap
         end = int(positions[-1]) + 1
-        rest = positions, self.scale, self.window, self.sinks, self.softcap
-        if self.k_scale is None or self.v_scale is None:
-            for rows, cache in ((self.k, self.k_cache), (self.v, self.v_cache)):
-                cache.index_copy_(1, positions, rows)
-            return attend(self.q, self.k_cache[:, :end], self.v_cache[:, :end], *rest)
-        keys = _extended(self.k, self.k_cache, self.k_scale, positions, end)
-        values = _extended(self.v, self.v_cache, self.v_scale, positions, end)
-        return attend_codes(self.q, keys, values, *rest)
+        keys, values = (_extended(*part, positions, end) for part in self.parts())
+        return attend(self.q, keys, values, positions, self.scale, self.window, self.sinks, self.softcap)
 
     def fake(self: CachedAttention[Tensor]) -> Tensor:
         """[1, T, H*e] without values; ValueError for shapes that are not those of the module's docstring."""
@@ -141,12 +134,15 @@ class CachedAttention(Call[V]):
         return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
 
 
-def _extended(rows: Tensor, cache: Tensor, scales: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-    """Write `rows` [1, T, KV, d] at `positions`; codes and scales of the first `end` positions."""
+def _extended(rows: Tensor, cache: Tensor, scales: Tensor | None, positions: Tensor, end: int) -> Tensor:
+    """Write `rows` [1, T, KV, d] at `positions`; the first `end` positions of the cache in fp32."""
+    if scales is None:
+        cache.index_copy_(1, positions, rows)
+        return cache[:, :end]
     codes, scale = quantize_rows(rows)
     cache.index_copy_(1, positions, codes.to(torch.int8))
     scales.index_copy_(1, positions, scale.squeeze(-1))
-    return cache[:, :end], scales[:, :end]
+    return cache[:, :end].to(torch.float32) * scales[:, :end, :, None]
 
 
 cached_attention = register(_OP, CachedAttention)

@@ -23,9 +23,6 @@ from tests.runtime.kernel_cases import instruction_sets
 # Both sides sum the same fp32 products in other orders: d <= 128 products of order 1 give scores an error of about
 # 1e-6, the softmax turns it into the same relative error of the weights, and values are of order 3.
 ATOL = 2e-5
-# Over INT8 caches both sides round queries and weights to 16 bits. Where a number is near a half, its last bit decides
-# which code it gets: a difference of 1 / 32512 of the largest weight, times a value of order 3.
-ATOL_CODES = 1e-4
 
 _SIZES = ("tokens", "heads", "kv_heads", "head_dim", "value_dim", "capacity", "start_pos", "window")
 
@@ -115,7 +112,7 @@ def test_cached_attention_is_its_definition(isa: str, seed: int, quantized: bool
         *(expected_scales or [None, None]), None if sinks is None else torch.from_numpy(sinks), softcap,
     )  # fmt: skip
     got = _attend(q, k, v, *caches, *scales, start, d**-0.5, window, sinks, softcap)
-    np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL_CODES if quantized else ATOL, rtol=0)
+    np.testing.assert_allclose(got.reshape(t, -1), expected[0].numpy(), atol=ATOL, rtol=0)
     found = caches + [c for c in scales if c is not None]
     for ours, theirs in zip(found, expected_caches + expected_scales, strict=True):  # what was written: the same bits
         np.testing.assert_array_equal(ours, theirs[0].numpy())
