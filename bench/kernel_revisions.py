@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,9 @@ def checkout(commit: str, folder: Path) -> Path:
                 continue
             packed.seek(0)
             with tarfile.open(fileobj=packed) as archive:
-                archive.extractall(folder / "tree", filter="tar")
+                # Pythons before 3.11.4 have no filters
+                filtered: dict[str, Any] = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
+                archive.extractall(folder / "tree", **filtered)
         return folder / "tree" / place
     raise SystemExit(f"{commit} has no kernels in {' or '.join(PLACES)}")
 

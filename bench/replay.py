@@ -165,7 +165,9 @@ def _checkout(commit: str, folder: Path) -> Path:
         subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=packed, check=True)
         packed.seek(0)
         with tarfile.open(fileobj=packed) as archive:
-            archive.extractall(folder, filter="tar")
+            # Pythons before 3.11.4 have no filters
+            filtered: dict[str, Any] = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
+            archive.extractall(folder, **filtered)
     return folder
 
 

@@ -8,6 +8,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,9 @@ def test_wheel_holds_every_file_of_every_room(distributions: tuple[Path, Path]) 
 
 def test_sdist_can_be_built_again(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     with tarfile.open(distributions[1]) as archive:
-        archive.extractall(tmp_path, filter="data")
+        # Pythons before 3.11.4 have no filters
+        filtered: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(tmp_path, **filtered)
     (folder,) = tmp_path.iterdir()
     code = "from setuptools import build_meta as b; import sys; print(b.build_wheel(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=folder, check=True, capture_output=True)

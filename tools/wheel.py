@@ -25,6 +25,7 @@ import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import elf_needs
 
@@ -72,7 +73,9 @@ def distributions(work: Path) -> tuple[Path, Path]:
     """The source distribution of the checkout, and the wheel without native files that it builds."""
     sdist = backend("build_sdist", copied(work / "checkout"), work / "out")
     with tarfile.open(sdist) as archive:
-        archive.extractall(work / "unpacked", filter="data")
+        # Pythons before 3.11.4 have no filters
+        filtered: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(work / "unpacked", **filtered)
     (source,) = (work / "unpacked").iterdir()
     return sdist, backend("build_wheel", source, work / "out")
 

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from enum import EnumType
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -199,10 +200,19 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
+def _member(kind: Any, name: Any) -> Any:
+    """The only attributes that a metadata file may take: how Python 3.11 before 3.11.4 pickles members of an Enum."""
+    if isinstance(kind, EnumType) and name in kind.__members__:
+        return kind.__members__[name]
+    raise pickle.UnpicklingError("its metadata takes an attribute, which no state does")
+
+
 class _Unpickler(pickle.Unpickler):
     """Of a metadata file: the classes of torch.distributed.checkpoint, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no state does")

@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,9 @@ def _source(cache: Path) -> Path:
                 remedy="check the package index, or put its folder in " + str(cache),
             )
         with tarfile.open(archives[0]) as archive:
-            archive.extractall(cache, filter="data")
+            # Pythons before 3.11.4 have no filters
+            filtered: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(cache, **filtered)
     return next(iter(sorted(cache.glob("llama_cpp_python-*/vendor/llama.cpp"))))
 
 

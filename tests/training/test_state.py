@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from moec.compiler.errors import UserError
 from moec.training import state
@@ -113,6 +115,25 @@ def test_a_run_folder_from_an_enemy_runs_no_code(kind: str, stopped_run: Path, c
         resumed(out, corpus)
     assert "\n" not in str(caught.value)
     assert not mark.exists()
+
+
+class _Attribute:
+    """Pickled as an attribute of something: what Python 3.11 before 3.11.4 writes for a member of an Enum."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.of, self.name)
+
+
+def test_members_of_enums_are_read_as_older_pythons_write_them() -> None:
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    data = pickle.dumps(_Attribute(_MEM_FORMAT_ENCODING, member.name))
+    assert state._Unpickler(io.BytesIO(data)).load() is member
+    for of, name in ((_MEM_FORMAT_ENCODING, "__members__"), (_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="takes an attribute"):
+            state._Unpickler(io.BytesIO(pickle.dumps(_Attribute(of, name)))).load()
 
 
 def test_an_untouched_state_resumes(stopped_run: Path, corpus: Corpus, tmp_path: Path) -> None:
