@@ -78,6 +78,7 @@ def test_what_no_tag_fits(wrong: list[object], said: str) -> None:
 def test_what_a_file_needs_is_read(tmp_path: Path) -> None:
     """A program that asks for one symbol by an old version and for another by the version of this system."""
     if sys.platform != "linux" or platform.machine() not in elf_needs.MACHINES.values():
+        # other systems have no versions of symbols that could be read
         pytest.skip("symbol versions are those of glibc on x86-64 and aarch64")
     oldest = {"x86_64": "2.2.5", "aarch64": "2.17"}[platform.machine()]
     source = f"""
@@ -153,6 +154,7 @@ def test_pip_takes_the_wheel(tmp_path: Path) -> None:
     made = wheel.packed(pure_wheel(tmp_path), build, f"manylinux_2_28_{platform.machine()}", tmp_path / "out")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(tmp_path / "site")]
     if platform.libc_ver()[0] != "glibc":
+        # pip elsewhere refuses the tag, as it should: nothing is left to install
         pytest.skip("pip takes manylinux wheels on Linux with glibc alone")
     done = subprocess.run([*pip, str(made)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -166,6 +168,7 @@ def test_a_portable_build_needs_nothing_newer_than_its_tag(tmp_path: Path) -> No
     """The kernels, the runtime and the runner as `make wheel` builds them, and that the loader finds what they need."""
     processor = platform.machine()
     if sys.platform != "linux" or processor not in elf_needs.MACHINES.values():
+        # tools/wheel.py refuses other platforms in one line
         pytest.skip("wheels with a build are made for Linux on x86-64 and aarch64")
     made = wheel.make(tmp_path / "dist", processor, None, native.executorch_folder().resolve(), Progress())[1]
     with zipfile.ZipFile(made) as archive:

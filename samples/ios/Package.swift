@@ -6,11 +6,7 @@ import PackageDescription
 let package = Package(
   name: "MoecModel",
   platforms: [.iOS(.v17), .macOS(.v14)],
-  products: [
-    .library(name: "MoecModel", targets: ["MoecModel"]),
-    .library(name: "MoecApp", targets: ["MoecApp"]),
-    .library(name: "MoecSchema", targets: ["MoecSchema"]),
-  ],
+  products: ["MoecModel", "MoecApp", "MoecSchema"].map { Product.library(name: $0, targets: [$0]) },
   dependencies: [
     // The branch of the ExecuTorch version that the artifact's manifest names (versions.executorch).
     .package(url: "https://github.com/pytorch/executorch.git", branch: "swiftpm-1.5.1")

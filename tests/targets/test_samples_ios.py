@@ -130,6 +130,7 @@ def test_the_modules_are_the_headers() -> None:
         assert (SOURCES.parent / path).is_dir()
 
 
+# no extra brings the grammar, which only this test would use; what Swift takes from C is checked without it
 @pytest.mark.skipif(
     importlib.util.find_spec("tree_sitter_swift") is None, reason="needs tree-sitter's grammar of Swift"
 )
