@@ -6,6 +6,7 @@ as different files. A version may have many digests, so each of these files can 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +92,42 @@ def test_a_selection_is_no_more_than_that() -> None:
     assert "torchtitan" not in names["dev"]
     assert "lm-eval" not in names["dev"] | names["onnx"]
     assert "pytest" not in names["onnx"]
+
+
+def imported_first(path: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
+    """What a test file, or the helpers that it imports, imports from outside before it asks for any extra."""
+    seen.add(path)
+    for statement in ast.parse(path.read_text("utf-8")).body:
+        if "importorskip" in ast.unparse(statement) and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            return
+        match statement:
+            case ast.Import(names=aliases):
+                names = [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), level=0, names=aliases):
+                names = [module, *(f"{module}.{alias.name}" for alias in aliases if module.startswith("tests"))]
+            case _:
+                names = []
+        for name in names:
+            helper = ROOT / (name.replace(".", "/") + ".py")
+            if not name.startswith("tests"):
+                yield path, name.partition(".")[0]
+            elif helper.is_file() and helper not in seen:
+                yield from imported_first(helper, seen)
+
+
+def test_tests_can_be_collected_with_the_extra_dev_alone() -> None:
+    """As `make lint` does in a fresh environment: a test of more asks for its extra before it imports from it."""
+    lock = locked.read(TEXT)
+    names = {p.name for p in locked.selected(lock, locked.required(PROJECT, ["dev"]))}
+    providers = metadata.packages_distributions()
+    ours = {"moec", "bench", "tests", *sys.stdlib_module_names}
+    found = {
+        (path.relative_to(ROOT).as_posix(), module)
+        for test in (ROOT / "tests").rglob("test_*.py")
+        for path, module in imported_first(test, set())
+        if module not in ours and not names & {locked.plain(name) for name in providers.get(module, ())}
+    }
+    assert found == set()
 
 
 def test_a_torch_for_the_cpu_needs_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
