@@ -202,7 +202,7 @@ def unpack(
     else:
         codes = (
             np.empty((count, rows, columns // 2), np.uint8)
-            if fmt.kind == Kind.INT4
+            if fmt.kind.bits == 4
             else np.empty((count, rows, columns), np.int8)
         )
         scales = np.empty((count, rows, columns // fmt.group_size), np.float32 if fmt.f32_scales else np.float16)

@@ -15,11 +15,19 @@ VERSION = 1
 
 
 class Kind(IntEnum):
-    """How a packed weight stores a number."""
+    """How a packed weight stores a number: as a float, as an integer, or as the position of an integer in a table of 16
+    (kernels/core/levels.h)."""
 
     F32 = 0
     INT4 = 1
     INT8 = 2
+    IQ4_NL = 3
+    FP4 = 4
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number, without its part of a scale."""
+        return {Kind.F32: 32, Kind.INT8: 8}.get(self, 4)
 
 
 _AXIS_OUT = 1 << 4

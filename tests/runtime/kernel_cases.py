@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,13 @@ def instruction_sets() -> list[Any]:
     ]
 
 
+# What the codes of a kind stand for (kernels/core/levels.h)
+LEVELS = {
+    Kind.IQ4_NL: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    Kind.FP4: (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+}
+
+
 @dataclass
 class Weight:
     """One stack of matrices of n outputs and k inputs: packed, and as the reference reads it."""
@@ -41,8 +48,10 @@ class Weight:
     n: int
     k: int
     packed: np.ndarray
-    quantized: QuantizedTensor | None  # [count, n, k] or, with groups along the output, [count, k, n]
+    # [count, n, k] or, with groups along the output, [count, k, n]; of kinds with levels: INT8 codes of the same values
+    quantized: QuantizedTensor | None
     dense: Tensor | None  # f32 [count, n, k]
+    codes: Tensor | None = None  # as they were packed
 
     def apply(self, index: int, x: Tensor) -> Tensor:
         """x [T, k] -> [T, n] by the definition in compiler/ops."""
@@ -54,6 +63,14 @@ class Weight:
         multiply = linear_out_groups if self.format.axis_out else linear_in_groups
         block = ACTIVATION_BLOCK if self.format.block_activations else 0
         return multiply(x, one, self.format.int8_activations, block)
+
+    def as_int8(self) -> Weight:
+        """A weight of a kind with levels, packed as MOEC_INT8."""
+        assert self.format.kind in LEVELS
+        assert self.quantized is not None
+        q, fmt = self.quantized, replace(self.format, kind=Kind.INT8)
+        packed = packing.pack(q.codes, q.scales, fmt, q.codes.shape[0], self.n, self.k).numpy()
+        return Weight(fmt, self.n, self.k, packed, q, None, q.codes)
 
     def matrix(self, index: int = 0) -> Tensor:
         """The dequantized matrix in float64, [n, k]."""
@@ -69,16 +86,19 @@ def random_weight(rng: np.random.Generator, fmt: WeightFormat, n: int, k: int, *
     if fmt.kind == Kind.F32:
         dense = rng.standard_normal((count, n, k), dtype=np.float32) * np.float32(k**-0.5)
         return Weight(fmt, n, k, kernel_api.pack(dense, None, n, k, fmt, count=count), None, torch.from_numpy(dense))
-    bits = 4 if fmt.kind == Kind.INT4 else 8
-    low = -(2 ** (bits - 1))
+    values = torch.tensor(LEVELS.get(fmt.kind, range(-8, 8) if fmt.kind == Kind.INT4 else range(-128, 128)))
+    low = int(values.min())
     shape = (count, k, n) if fmt.axis_out else (count, n, k)
-    q = torch.from_numpy(rng.integers(low, -low, size=shape).astype(np.int8))
-    q.view(-1)[:: max(1, q.numel() // 7)] = low
+    positions = torch.from_numpy(rng.integers(0, len(values), size=shape))
+    positions.view(-1)[:: max(1, positions.numel() // 7)] = int(values.argmin())
     scales = 10 ** rng.uniform(-2, 0, size=(*shape[:-1], shape[-1] // fmt.group_size)) * k**-0.5 / -low
     stored = torch.from_numpy(scales.astype(np.float32 if fmt.f32_scales else np.float16))
-    codes = pack_int4(q) if bits == 4 else q
+    q = values[positions].to(torch.int8)
+    codes = q if fmt.kind == Kind.INT8 else pack_int4(q if fmt.kind == Kind.INT4 else positions.to(torch.int8))
     packed = packing.pack(codes, stored, fmt, count, n, k).numpy()
-    return Weight(fmt, n, k, packed, QuantizedTensor(codes, stored, bits, fmt.group_size), None)
+    same = QuantizedTensor(codes, stored, 4, fmt.group_size) if fmt.kind == Kind.INT4 else None
+    quantized = same or QuantizedTensor(q, stored, 8, fmt.group_size)
+    return Weight(fmt, n, k, packed, quantized, None, codes)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 from moec.compiler.ops.attributes import ACTIVATIONS, SCORES, Experts, Routing
 from moec.runtime import kernel_api, moe_config, native
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
+from tests.runtime.kernel_cases import LEVELS
 
 KERNEL = Path(kernel_api.__file__).resolve().parent / "kernels"
 
@@ -60,12 +61,35 @@ def test_every_attribute_value_has_a_code() -> None:
     assert params[moe_config.Params.THRESHOLD] == 0.02
 
 
+def test_kinds_are_numbered_as_in_the_header() -> None:
+    text = (KERNEL / "moec_kernel.h").read_text()
+    found = re.search(r"enum \{ (MOEC_F32 = 0.*?) \};", text)
+    assert found is not None
+    assert {name: int(value) for name, value in re.findall(r"MOEC_(\w+) = (\d+)", found[1])} == {
+        kind.name: kind.value for kind in Kind
+    }
+
+
+def test_levels_are_those_of_the_header() -> None:
+    text = (KERNEL / "core/levels.h").read_text()
+    for name, kind in (("kIq4NlLevels", Kind.IQ4_NL), ("kFp4Levels", Kind.FP4)):
+        found = re.search(rf"int8_t {name}\[16\] = \{{([^}}]*)\}};", text)
+        assert found is not None
+        assert tuple(map(int, found[1].split(","))) == LEVELS[kind]
+        stated = " ".join(str(level) for level in LEVELS[kind])
+        assert stated in (KERNEL / "moec_kernel.h").read_text()
+
+
 def test_formats_survive_encoding() -> None:
-    for fmt in (WeightFormat(), WeightFormat(Kind.INT4, 32), WeightFormat(Kind.INT8, 128, True, True, True, True)):
+    quantized = [k for k in Kind if k != Kind.F32]
+    formats = [WeightFormat(kind, 128, *[on] * 4) for kind in quantized for on in (False, True)]
+    for fmt in (WeightFormat(), WeightFormat(Kind.INT4, 32), *formats):
         assert WeightFormat.decode(fmt.encode()) == fmt
 
 
-@pytest.mark.parametrize("value", [-1, 3, 0x80, 1, 33 << 8 | 1, 32 << 8, 32 << 8 | 0x81])
+@pytest.mark.parametrize(
+    "value", [-1, 3, 4, 5, 32 << 8 | 5, 32 << 8 | 15, 0x80, 1, 33 << 8 | 1, 32 << 8, 32 << 8 | 0x81]
+)
 def test_what_is_not_a_format_is_refused(value: int) -> None:
     with pytest.raises(ValueError, match=r"format|group"):
         WeightFormat.decode(value)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
@@ -17,11 +16,11 @@ from moec.compiler.reference import FLOAT_NOISE
 from moec.runtime import kernel_api
 from moec.runtime.moe_config import ACTIVATION, Kind, WeightFormat
 from moec.targets.xnnpack import packing
-from tests.runtime.kernel_cases import Weight, random_weight
+from tests.runtime.kernel_cases import LEVELS, Weight, random_weight
 
 FORMATS = [
     WeightFormat(kind, group, axis_out, int8, f32_scales)
-    for kind in (Kind.INT4, Kind.INT8)
+    for kind in (Kind.INT4, Kind.INT8, Kind.IQ4_NL, Kind.FP4)
     for group in (32, 64, 128)
     for axis_out in (False, True)
     for int8 in (True, False)
@@ -114,7 +113,8 @@ def test_pack_carries_codes_and_scales_and_rows_can_be_read_back(fmt: WeightForm
         assert w.dense is not None
         assert torch.equal(codes, w.dense)
     else:
-        assert torch.equal(codes, w.quantized.codes)
+        assert w.codes is not None
+        assert torch.equal(codes, w.codes)
         assert scales is not None
         assert torch.equal(scales, w.quantized.scales)
     ids = rng.integers(0, w.n, size=9)
@@ -131,10 +131,11 @@ def test_float_weights_can_be_transposed_while_packing() -> None:
     assert np.array_equal(codes.numpy(), stored.transpose(0, 2, 1))
 
 
-def test_int4_weights_take_four_and_a_half_bits() -> None:
-    fmt = WeightFormat(Kind.INT4, 32)
+@pytest.mark.parametrize("kind", [Kind.INT4, Kind.IQ4_NL, Kind.FP4])
+def test_codes_of_four_bits_take_four_and_a_half(kind: Kind) -> None:
+    fmt = WeightFormat(kind, 32)
     assert packing.packed_bytes(768, 768, fmt) * 8 == 4.5 * 768 * 768
-    assert packing.packed_bytes(768, 384, WeightFormat(Kind.INT4, 32, axis_out=True)) * 8 == 4.5 * 768 * 384
+    assert packing.packed_bytes(768, 384, WeightFormat(kind, 32, axis_out=True)) * 8 == 4.5 * 768 * 384
 
 
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.group_size in (0, 32) and not f.f32_scales], ids=str)
@@ -175,12 +176,15 @@ def test_a_block_that_is_large_or_not_finite_leaves_the_others_their_precision(a
 
 def test_extremes_of_codes_and_activations_do_not_overflow() -> None:
     """The worst case of the 16-bit sums of AVX2: every code at an end of its range, every activation at +-127."""
-    for kind, low, high in ((Kind.INT4, -8, 7), (Kind.INT8, -128, 127)):
+    ends = ((Kind.INT4, -8), (Kind.INT4, 7), (Kind.INT8, -128), (Kind.INT8, 127))
+    levels = tuple((kind, code) for kind in LEVELS for code in range(16))
+    for kind, q in ends + levels:
         for axis_out in (False, True):
-            for code, by_block in product((low, high), (False, True)):
+            for by_block in (False, True):
                 fmt = WeightFormat(kind, 128, axis_out, int8_activations=True, block_activations=by_block)
-                q = np.full((128, 128), code, np.int8)
-                codes = ((q[:, ::2] & 15) | (q[:, 1::2] << 4)).astype(np.uint8) if kind == Kind.INT4 else q
+                pair = np.full((128, 64), (q & 15) * 0x11, np.uint8)
+                codes = np.full((128, 128), q, np.int8) if kind == Kind.INT8 else pair
+                code = LEVELS[kind][q] if kind in LEVELS else q
                 packed = kernel_api.pack(codes, np.ones((128, 1), np.float16), 128, 128, fmt)
                 for sign in (1, -1):
                     x = np.full((1, 128), sign * 127.0, np.float32)
@@ -319,20 +323,23 @@ def test_a_gated_linear_refuses_what_it_cannot_compute() -> None:
             )
 
 
-@pytest.mark.parametrize(("kind", "most"), [(Kind.INT8, 1 << 17), (Kind.INT4, 1 << 20)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [(Kind.INT8, 1 << 17), (Kind.INT4, 1 << 20), (Kind.IQ4_NL, 1 << 17), (Kind.FP4, 1 << 20)]
+)
 def test_sums_that_could_leave_32_bits_are_refused(kind: Kind, most: int) -> None:
     group = WeightFormat(kind, 2 * most, int8_activations=True)
     out = WeightFormat(kind, 32, axis_out=True, int8_activations=True)
     for n, k, fmt in ((16, 2 * most, group), (32, most + 8, out)):
         with pytest.raises(kernel_api.KernelError, match=f"int8 activations the limit is {most}"):
             kernel_api.packed_bytes(n, k, fmt)
-    fmt = WeightFormat(Kind.INT8, 32, axis_out=True, int8_activations=True)
-    if kind == Kind.INT8:  # the longest sum of the largest products is exact
-        packed = kernel_api.pack(np.full((most, 32), -128, np.int8), np.ones((most, 1), np.float16), 32, most, fmt)
-        for isa in kernel_api.available_isas():
-            kernel_api.set_isa(isa)
-            y = kernel_api.linear(np.full((1, most), 127.0, np.float32), packed, 32, fmt)
-            assert (y == np.float32(-128 * 127 * most)).all()
+    # the longest sum of the largest products is exact
+    byte, worst = {Kind.INT8: (-128, -128), Kind.INT4: (0x88, -8), Kind.IQ4_NL: (0, -127), Kind.FP4: (0xFF, -12)}[kind]
+    codes = np.full((most, 32 * kind.bits // 8), byte, np.int8 if kind == Kind.INT8 else np.uint8)
+    packed = kernel_api.pack(codes, np.ones((most, 1), np.float16), 32, most, out)
+    for isa in kernel_api.available_isas():
+        kernel_api.set_isa(isa)
+        y = kernel_api.linear(np.full((1, most), 127.0, np.float32), packed, 32, out)
+        assert (y == np.float32(worst * 127 * most)).all()
 
 
 def test_a_bias_of_another_dtype_outlives_the_call() -> None:

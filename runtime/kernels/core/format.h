@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "core/levels.h"
 #include "moec_kernel.h"
 
 namespace moec {
 
 constexpr int64_t kBlockRows = 16;  // rows that are interleaved: one 512-bit register of int32 lanes
-constexpr int64_t kUnit = 8;        // inputs that are interleaved: 64 bytes of int4 codes for 16 rows
+constexpr int64_t kUnit = 8;        // inputs that are interleaved: 64 bytes of 4-bit codes for 16 rows
 constexpr int64_t kActivationBlock = 32;  // inputs of a token that share a scale with block_activations
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -24,7 +25,7 @@ struct Format {
   int64_t group = 0;
 
   int64_t scale_bytes() const { return f32_scales ? 4 : 2; }
-  int64_t unit_bytes() const { return kind == MOEC_INT4 ? 64 : 128; }  // 16 rows x 8 inputs
+  int64_t unit_bytes() const { return unit_bytes_of(kind); }  // 16 rows x 8 inputs
 };
 
 // A matrix inside a caller's buffer. All sizes have been checked against the buffer.

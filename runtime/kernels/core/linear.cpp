@@ -96,7 +96,8 @@ void read_row(const Matrix& w, int64_t n, float* y) {
   for (int64_t k = 0; k < w.k; ++k) {
     const int64_t half = k % kUnit / 4, i = k % 4;
     const uint8_t* const unit = codes + k / kUnit * f.unit_bytes();
-    y[k] = float(f.kind == MOEC_INT8 ? int8_t(unit[64 * half + i]) : (half ? unit[i] >> 4 : unit[i] & 15) - 8);
+    const int32_t nibble = half ? unit[i] >> 4 : unit[i] & 15;
+    y[k] = float(f.kind == MOEC_INT8 ? int8_t(unit[64 * half + i]) : has_levels(f.kind) ? level_of(f.kind, nibble) : nibble - 8);
   }
   if (f.axis_out) {
     const uint8_t* const scales = w.group_scales(n / f.group);

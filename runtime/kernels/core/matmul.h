@@ -21,7 +21,7 @@ struct Rows {
 // Integer arithmetic with groups along the input: the caller rounds the rows once, for all blocks.
 inline bool needs_quantized(const Format& f) { return f.kind != MOEC_F32 && f.int8_activations && !f.axis_out; }
 
-inline int32_t code_offset(const Kernels& isa, const Format& f) { return f.kind == MOEC_INT4 ? 8 : isa.int8_offset; }
+inline int32_t code_offset(const Kernels& isa, const Format& f) { return isa.code_offset[f.kind - 1]; }
 
 // Distance of rounded rows: not a power of two, so that a tile's rows do not compete for the same cache lines.
 inline int64_t quantized_stride(int64_t padded_k) { return round_up(padded_k, 64) + 64; }

@@ -18,7 +18,7 @@ T load(const uint8_t* p) {
   return value;
 }
 
-// Codes as a matrix of bytes or nibbles, [rows, columns] as the caller stores them.
+// Codes as a matrix of bytes or nibbles, [rows, columns] as the caller stores them; as unsigned numbers.
 struct Codes {
   const uint8_t* data;
   int64_t columns;
@@ -26,36 +26,38 @@ struct Codes {
 
   int32_t at(int64_t row, int64_t column) const {
     const int64_t i = row * columns + column;
-    if (!nibbles) return int8_t(data[i]);
-    const int32_t nibble = (data[i / 2] >> (i % 2 * 4)) & 0xF;
-    return nibble >= 8 ? nibble - 16 : nibble;
+    return nibbles ? (data[i / 2] >> (i % 2 * 4)) & 0xF : data[i];
   }
 };
 
-// The place of q[row, column] inside a packed matrix, row in the block.
+// What turns a nibble of the caller's into a packed one and back: two's complement into q + 8; positions in a table stay.
+uint8_t flip_of(const Format& format) { return format.kind == MOEC_INT4 ? 8 : 0; }
+
+// Code q of [row, column] to its place inside a packed matrix, row in the block.
 void put(uint8_t* block, const Format& format, int64_t row, int64_t column, int32_t q) {
   uint8_t* const unit = block + column / kUnit * format.unit_bytes();
   const int64_t half = column % kUnit / 4, i = column % 4;
   if (format.kind == MOEC_INT8) {
-    unit[64 * half + 4 * row + i] = uint8_t(int8_t(q));
+    unit[64 * half + 4 * row + i] = uint8_t(q);
     return;
   }
   uint8_t& byte = unit[4 * row + i];
-  byte = half ? uint8_t((byte & 0x0F) | (q + 8) << 4) : uint8_t((byte & 0xF0) | (q + 8));
+  q ^= flip_of(format);
+  byte = half ? uint8_t((byte & 0x0F) | q << 4) : uint8_t((byte & 0xF0) | q);
 }
 
 int32_t get(const uint8_t* block, const Format& format, int64_t row, int64_t column) {
   const uint8_t* const unit = block + column / kUnit * format.unit_bytes();
   const int64_t half = column % kUnit / 4, i = column % 4;
-  if (format.kind == MOEC_INT8) return int8_t(unit[64 * half + 4 * row + i]);
+  if (format.kind == MOEC_INT8) return unit[64 * half + 4 * row + i];
   const uint8_t byte = unit[4 * row + i];
-  return int32_t(half ? byte >> 4 : byte & 0xF) - 8;
+  return (half ? byte >> 4 : byte & 0xF) ^ flip_of(format);
 }
 
-// A whole unit of int4 codes, 16 rows x 8 inputs, a byte of the source at a time. 0x88 turns two's complement into q + 8.
-void pack_unit_int4(const Codes& source, bool axis_out, int64_t n, int64_t k, uint8_t* unit) {
-  const auto join = [](uint8_t low, uint8_t high) {  // two codes of each byte: the even ones, the odd ones
-    return uint16_t(((low & 15) | (high & 15) << 4) | ((low >> 4) | (high & 0xF0)) << 8) ^ 0x8888;
+// A whole unit of nibbles, 16 rows x 8 inputs, a byte of the source at a time.
+void pack_unit(const Codes& source, uint8_t flip, bool axis_out, int64_t n, int64_t k, uint8_t* unit) {
+  const auto join = [flip](uint8_t low, uint8_t high) {  // two codes of each byte: the even ones, the odd ones
+    return uint16_t(((low & 15) | (high & 15) << 4) | ((low >> 4) | (high & 0xF0)) << 8) ^ 0x1111 * flip;
   };
   if (axis_out) {  // a byte of the source holds two rows of one input
     for (int64_t i = 0; i < 4; ++i) {
@@ -81,14 +83,14 @@ void pack_unit_int4(const Codes& source, bool axis_out, int64_t n, int64_t k, ui
 
 void pack_quantized(const Matrix& m, const uint8_t* codes, const uint8_t* scales, uint8_t* packed) {
   const Format& f = m.format;
-  const Codes source{codes, f.axis_out ? m.n : m.k, f.kind == MOEC_INT4};
-  // a code of zero in every place that no weight fills
-  std::memset(packed, f.kind == MOEC_INT4 ? 0x88 : 0, size_t(m.blocks() * m.block_bytes()));
+  const Codes source{codes, f.axis_out ? m.n : m.k, is_nibble(f.kind)};
+  // in every place that no weight fills: a code of zero, or of IQ4_NL, which has none, of 1; no output depends on it
+  std::memset(packed, f.kind == MOEC_INT4 || f.kind == MOEC_IQ4_NL ? 0x88 : 0, size_t(m.blocks() * m.block_bytes()));
   for (int64_t block = 0; block < m.blocks(); ++block) {
     uint8_t* const out = packed + block * m.block_bytes();
-    if (f.kind == MOEC_INT4 && (block + 1) * kBlockRows <= m.n && m.k % kUnit == 0) {
+    if (is_nibble(f.kind) && (block + 1) * kBlockRows <= m.n && m.k % kUnit == 0) {
       for (int64_t k = 0; k < m.k; k += kUnit) {
-        pack_unit_int4(source, f.axis_out, block * kBlockRows, k, out + k / kUnit * f.unit_bytes());
+        pack_unit(source, flip_of(f), f.axis_out, block * kBlockRows, k, out + k / kUnit * f.unit_bytes());
       }
       continue;
     }
@@ -126,9 +128,9 @@ void unpack_quantized(const Matrix& m, uint8_t* codes, uint8_t* scales) {
       const int32_t q = get(m.codes(n / kBlockRows), f, n % kBlockRows, k);
       const int64_t i = row * columns + column;
       if (f.kind == MOEC_INT8) {
-        codes[i] = uint8_t(int8_t(q));
+        codes[i] = uint8_t(q);
       } else {
-        codes[i / 2] = uint8_t(i % 2 ? (codes[i / 2] & 0x0F) | (q & 0xF) << 4 : q & 0xF);
+        codes[i / 2] = uint8_t(i % 2 ? (codes[i / 2] & 0x0F) | q << 4 : q);
       }
     }
   }
@@ -169,10 +171,10 @@ int32_t measure(int64_t count, int64_t n, int64_t k, int32_t format, uint64_t co
   stack->matrix.n = n;
   stack->matrix.k = k;
   MOEC_RETURN_IF_ERROR(packed_bytes("packed", n, k, f, &stack->packed));
-  if (f.kind == MOEC_INT4 && (f.axis_out ? n : k) % 2) {
-    return fail(MOEC_INVALID_ARGUMENT, "int4 codes need an even last dimension");
+  if (is_nibble(f.kind) && (f.axis_out ? n : k) % 2) {
+    return fail(MOEC_INVALID_ARGUMENT, "codes of 4 bits need an even last dimension");
   }
-  stack->codes = uint64_t(n) * uint64_t(k) * (f.kind == MOEC_F32 ? 4 : 1) / (f.kind == MOEC_INT4 ? 2 : 1);
+  stack->codes = uint64_t(n) * uint64_t(k) * (f.kind == MOEC_F32 ? 4 : 1) / (is_nibble(f.kind) ? 2 : 1);
   stack->scales =
       f.kind == MOEC_F32 ? 0 : uint64_t(f.axis_out ? k : n) * uint64_t(stack->matrix.groups() * f.scale_bytes());
   const struct {
@@ -208,7 +210,7 @@ int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Fo
   f.f32_scales = format & MOEC_F32_SCALES;
   f.block_activations = format & MOEC_BLOCK_ACTIVATIONS && f.int8_activations;
   f.group = format >> MOEC_GROUP_SHIFT;
-  if (format < 0 || f.kind > MOEC_INT8 ||
+  if (format < 0 || f.kind > MOEC_FP4 ||
       (format & MOEC_BLOCK_ACTIVATIONS && !(format & MOEC_INT8_ACTIVATIONS)) || (f.kind == MOEC_F32 && format != MOEC_F32)) {
     return fail(MOEC_INVALID_ARGUMENT, "%s: %#x is not a weight format", name, unsigned(format));
   }
@@ -218,8 +220,8 @@ int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Fo
       return fail(MOEC_INVALID_ARGUMENT, "%s: groups of %" PRId64 " along %" PRId64 " (a multiple of 32 that divides it is needed)",
                   name, f.group, along);
     }
-    // products of a code (8 or 128 at most) and 127 are summed in 32 bits
-    const int64_t summed = f.axis_out ? k : f.group, most = int64_t{1} << (f.kind == MOEC_INT8 ? 17 : 20);
+    // products of what a code stands for and 127 are summed in 32 bits
+    const int64_t summed = f.axis_out ? k : f.group, most = int64_t{1} << (largest_of(f.kind) > 16 ? 17 : 20);
     if (f.int8_activations && summed > most) {
       return fail(MOEC_INVALID_ARGUMENT, "%s: sums over %" PRId64 " inputs; with int8 activations the limit is %" PRId64, name,
                   summed, most);

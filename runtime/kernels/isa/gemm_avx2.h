@@ -1,9 +1,10 @@
 // Integer kernels on 256-bit registers, with maddubs (AVX2) or dpbusd (AVX-VNNI). Included after simd_avx2.h and
 // generic_kernels.h. A pass covers a block's 16 rows and kM tokens.
 //
-// AVX2: int4 codes are 0..15, so a pair product is at most 2 * 15 * 127 = 3810 and eight of them (32 inputs) fit int16.
-// int8 codes need |w| and the sign moved to the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
-// AVX-VNNI: int8 codes are offset by 128 to be unsigned, which the correction undoes.
+// AVX2: int4 codes are 0..15, so a pair product is at most 2 * 15 * 127 = 3810 and eight of them (32 inputs) fit int16. FP4
+// levels with their offset are 0..24: 6096, and four (16 inputs). int8 codes and IQ4_NL levels need |w| and the sign moved to
+// the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
+// AVX-VNNI: int8 codes and IQ4_NL levels are offset by 128 to be unsigned, which the correction undoes.
 #ifndef MOEC_GEMM_AVX2_H_
 #define MOEC_GEMM_AVX2_H_
 
@@ -43,67 +44,84 @@ inline __m256i dot_signed(__m256i sum, __m256i w, __m256i magnitude, __m256i q) 
   return sum;
 }
 
-// Adds one unit of 8 inputs to sum[2][kM], the two halves of a block. int4 without VNNI: the sums are int16.
+// Whether products are of an unsigned weight, not of a magnitude and a sign.
+constexpr bool is_unsigned(int kind, bool vnni) { return vnni || kind == MOEC_INT4 || kind == MOEC_FP4; }
+constexpr int offset_of(int kind, bool vnni) { return kind == MOEC_FP4 ? kFp4Offset : vnni ? 128 : 0; }
+
+// What nibbles stand for, with the offset.
+template <int kKind, bool kVnni>
+inline __m256i expand(__m256i nibbles) {
+  if (!has_levels(kKind)) return nibbles;
+  return _mm256_shuffle_epi8(load_table(kLevelTable<kKind, offset_of(kKind, kVnni)>.bytes), nibbles);
+}
+
+// The weights of inputs 4 * kPart .. of a unit, for 8 rows.
+template <int kKind, bool kVnni, int kPart>
+inline __attribute__((always_inline)) __m256i load_rows(const uint8_t* codes) {
+  if (is_nibble(kKind)) {
+    const __m256i both = load256(codes);
+    return expand<kKind, kVnni>(_mm256_and_si256(kPart ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15)));
+  }
+  const __m256i w = load256(codes + 64 * kPart);
+  return kVnni ? _mm256_xor_si256(w, _mm256_set1_epi8(-128)) : w;
+}
+
+template <int kKind, bool kVnni, int kM, int kPart>
+inline __attribute__((always_inline)) void add_part(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                                    __m256i (&sum)[2][kM]) {
+  constexpr bool kUnsigned = is_unsigned(kKind, kVnni);
+  const __m256i w0 = load_rows<kKind, kVnni, kPart>(codes), w1 = load_rows<kKind, kVnni, kPart>(codes + 32);
+  const __m256i m0 = kUnsigned ? w0 : _mm256_abs_epi8(w0), m1 = kUnsigned ? w1 : _mm256_abs_epi8(w1);
+  MOEC_UNROLL
+  for (int t = 0; t < kM; ++t) {
+    const __m256i a = broadcast4(q + t * stride + 4 * kPart);
+    sum[0][t] = kUnsigned ? dot_unsigned<kVnni>(sum[0][t], w0, a) : dot_signed(sum[0][t], w0, m0, a);
+    sum[1][t] = kUnsigned ? dot_unsigned<kVnni>(sum[1][t], w1, a) : dot_signed(sum[1][t], w1, m1, a);
+  }
+}
+
+// Adds one unit of 8 inputs to sum[2][kM], the two halves of a block. Unsigned weights without VNNI: the sums are int16.
 template <int kKind, bool kVnni, int kM>
 inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_t block_bytes, const int8_t* q, int64_t stride,
                                                     __m256i (&sum)[2][kM]) {
   // the next block, while this one is multiplied; for one token it is read once and needs no room in outer caches
   constexpr int kLocality = kM == 1 ? 0 : 3;
   __builtin_prefetch(codes + block_bytes, 0, kLocality);
-  if (kKind == MOEC_INT4) {
-    const __m256i low = _mm256_set1_epi8(15);
-    __m256i w[2] = {_mm256_and_si256(load256(codes), low), _mm256_and_si256(load256(codes + 32), low)};
-    MOEC_UNROLL
-    for (int t = 0; t < kM; ++t) {
-      const __m256i a = broadcast4(q + t * stride);
-      sum[0][t] = dot_unsigned<kVnni>(sum[0][t], w[0], a);
-      sum[1][t] = dot_unsigned<kVnni>(sum[1][t], w[1], a);
-    }
-    w[0] = _mm256_and_si256(_mm256_srli_epi16(load256(codes), 4), low);
-    w[1] = _mm256_and_si256(_mm256_srli_epi16(load256(codes + 32), 4), low);
-    MOEC_UNROLL
-    for (int t = 0; t < kM; ++t) {
-      const __m256i a = broadcast4(q + t * stride + 4);
-      sum[0][t] = dot_unsigned<kVnni>(sum[0][t], w[0], a);
-      sum[1][t] = dot_unsigned<kVnni>(sum[1][t], w[1], a);
-    }
-    return;
-  }
-  __builtin_prefetch(codes + block_bytes + 64, 0, kLocality);
-  MOEC_UNROLL
-  for (int part = 0; part < 2; ++part) {
-    const __m256i w[2] = {load256(codes + 64 * part), load256(codes + 64 * part + 32)};
-    __m256i u[2];  // unsigned: offset by 128, or the magnitude
-    for (int h = 0; h < 2; ++h) u[h] = kVnni ? _mm256_xor_si256(w[h], _mm256_set1_epi8(-128)) : _mm256_abs_epi8(w[h]);
-    MOEC_UNROLL
-    for (int t = 0; t < kM; ++t) {
-      const __m256i a = broadcast4(q + t * stride + 4 * part);
-      for (int h = 0; h < 2; ++h) {
-        sum[h][t] = kVnni ? dot_unsigned<true>(sum[h][t], u[h], a) : dot_signed(sum[h][t], w[h], u[h], a);
-      }
-    }
-  }
+  if (!is_nibble(kKind)) __builtin_prefetch(codes + block_bytes + 64, 0, kLocality);
+  add_part<kKind, kVnni, kM, 0>(codes, q, stride, sum);
+  add_part<kKind, kVnni, kM, 1>(codes, q, stride, sum);
 }
 
-// Adds `units` units to sum[2][kM] of int32 lanes.
-template <int kKind, bool kVnni, int kM>
-inline __attribute__((always_inline)) void add_units(const uint8_t* codes, int units, int64_t block_bytes, const int8_t* q,
-                                                     int64_t stride, __m256i (&sum)[2][kM]) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
-  if (kKind == MOEC_INT8 || kVnni) {
-    for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, sum);
-    return;
-  }
+// Adds as many units as 16 bits can sum.
+template <int kKind, int kM>
+inline __attribute__((always_inline)) void add_narrow(const uint8_t* codes, int units, int64_t block_bytes, const int8_t* q,
+                                                      int64_t stride, __m256i (&sum)[2][kM]) {
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   __m256i part[2][kM];
   MOEC_UNROLL
   for (int t = 0; t < kM; ++t) part[0][t] = part[1][t] = _mm256_setzero_si256();
-  for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, part);
+  for (int j = 0; j < units; ++j) add_unit<kKind, false, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, part);
   MOEC_UNROLL
   for (int t = 0; t < kM; ++t) {
     for (int h = 0; h < 2; ++h) {
       sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(part[h][t], _mm256_set1_epi16(1)));
     }
   }
+}
+
+// Adds `units` units, 4 at most, to sum[2][kM] of int32 lanes.
+template <int kKind, bool kVnni, int kM>
+inline __attribute__((always_inline)) void add_units(const uint8_t* codes, int units, int64_t block_bytes, const int8_t* q,
+                                                     int64_t stride, __m256i (&sum)[2][kM]) {
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
+  if (kVnni || !is_unsigned(kKind, kVnni)) {
+    for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, sum);
+    return;
+  }
+  constexpr int kMost = kKind == MOEC_FP4 ? 2 : 4;
+  if (kMost == 4 || units <= kMost) return add_narrow<kKind, kM>(codes, units, block_bytes, q, stride, sum);
+  add_narrow<kKind, kM>(codes, kMost, block_bytes, q, stride, sum);
+  add_narrow<kKind, kM>(codes + kUnitBytes * kMost, units - kMost, block_bytes, q + 8 * kMost, stride, sum);
 }
 
 inline __m256 load_scales8(const uint8_t* p, bool f32) {
@@ -114,7 +132,7 @@ inline __m256 load_scales8(const uint8_t* p, bool f32) {
 template <int kKind, bool kAxisOut, bool kByBlock, bool kVnni, int kM>
 void gemm_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
                 int outputs) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   const QuantizedRows rows = a.rows.from(row);
   const int8_t* q = rows.q;
   const int64_t stride = rows.stride, block_bytes = a.block_bytes;
@@ -211,6 +229,7 @@ void gemm_int8(const GemmTask& a) {
 template <bool kVnni>
 inline Kernels table_256() {
   Kernels t = generic_table(kVnni ? 128 : 0);
+  t.code_offset[MOEC_FP4 - 1] = kFp4Offset;
   set_gemm_int8(t, [](auto kind, auto axis_out, auto by_block) {
     return gemm_int8<kind(), axis_out(), by_block(), kVnni>;
   });

@@ -45,15 +45,15 @@ struct Space {
 // The operands of 16 inputs (whole), or of the 8 that a row ends with, for 4 rows: w[half of each unit's inputs][pair of rows].
 template <int kKind>
 MOEC_INLINE void load_chunk(const uint8_t* codes, bool whole, int8x16_t (&w)[2][2]) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   const uint8_t* const next = whole ? codes + kUnitBytes : codes;  // activations are zero there
   const auto words = [](const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); };
-  if (kKind == MOEC_INT4) {
+  if (is_nibble(kKind)) {
     const uint32x4_t a = words(codes), b = words(next);
     const uint8x16_t rows[2] = {vreinterpretq_u8_u32(vzip1q_u32(a, b)), vreinterpretq_u8_u32(vzip2q_u32(a, b))};
     repeat<2>([&](auto r) MOEC_ALWAYS {
-      w[0][r] = vreinterpretq_s8_u8(vandq_u8(rows[r], vdupq_n_u8(15)));
-      w[1][r] = vreinterpretq_s8_u8(vshrq_n_u8(rows[r], 4));
+      w[0][r] = expand<kKind>(vandq_u8(rows[r], vdupq_n_u8(15)));
+      w[1][r] = expand<kKind>(vshrq_n_u8(rows[r], 4));
     });
     return;
   }
@@ -101,7 +101,7 @@ struct StripTask {
 // k32: a part, whose sum becomes a float, is 32 inputs long.
 template <int kKind, bool kAxisOut, bool kByBlock, bool k32, bool kReady, int kP>
 MOEC_IN_ORDER __attribute__((noinline)) void gemm_strip(const GemmTask& a, const StripTask& s) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   constexpr bool kParts = kByBlock || !kAxisOut;
   const uint8_t *codes = s.codes, *scales = s.scales;
   const int8_t* q = s.q;
@@ -280,7 +280,7 @@ void gemm_order_rows(const QuantizedRows& rows, int64_t count, int64_t pairs, in
 // A block's operands and scales in order, strip by strip.
 template <int kKind, bool kAxisOut>
 void gemm_order_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, const Space& space) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   const int64_t padded_k = a.padded_k, chunks = space.chunks;
   for (int strip = 0; strip < 4; ++strip) {
     uint8_t* to = space.codes + strip * chunks * 64;

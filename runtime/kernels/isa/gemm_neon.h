@@ -1,5 +1,5 @@
 // Integer kernels on 128-bit registers with sdot, and what those with smmla share with them. int4 codes 0..15 are used as
-// signed bytes, int8 codes as they are (no offset).
+// signed bytes, int8 codes and levels as they are (no offset).
 //
 // Integer sums become floats without a conversion: a sum begins at the bits of the float 1.5 * 2^23, whose last place is 1, so
 // that sums below 2^22 only change its mantissa, and one subtraction leaves float(sum), exactly. The instruction that converts
@@ -34,7 +34,7 @@ constexpr float kBiasFloat = 12582912.0f;
 // Whether sums over `group` inputs stay below 2^22.
 template <int kKind>
 MOEC_INLINE bool sums_are_small(int64_t group) {
-  return group <= (kKind == MOEC_INT4 ? 4096 : 256);
+  return group * (127 * largest_of(kKind)) < 1 << 22;
 }
 
 // float(sum) of a sum that began at kBias.
@@ -79,13 +79,20 @@ MOEC_INLINE int32x4_t multiply_lane(int32x4_t sum, int8x16_t rows, int8x16_t tok
 #define MOEC_IN_ORDER __attribute__((optimize("no-schedule-insns")))
 #endif
 
+// What the 16 bytes of nibbles of one half of the inputs stand for.
+template <int kKind>
+MOEC_INLINE int8x16_t expand(uint8x16_t nibbles) {
+  if (!has_levels(kKind)) return vreinterpretq_s8_u8(nibbles);
+  return vreinterpretq_s8_u8(vqtbl1q_u8(vld1q_u8(kLevelTable<kKind>.bytes), nibbles));
+}
+
 // The codes of 4 rows: w[half of a unit's inputs].
 template <int kKind>
 MOEC_INLINE void load_quad(const uint8_t* codes, int8x16_t (&w)[2]) {
-  if (kKind == MOEC_INT4) {
+  if (is_nibble(kKind)) {
     const uint8x16_t v = vld1q_u8(codes);
-    w[0] = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
-    w[1] = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+    w[0] = expand<kKind>(vandq_u8(v, vdupq_n_u8(15)));
+    w[1] = expand<kKind>(vshrq_n_u8(v, 4));
   } else {
     w[0] = vreinterpretq_s8_u8(vld1q_u8(codes));
     w[1] = vreinterpretq_s8_u8(vld1q_u8(codes + 64));
@@ -95,7 +102,7 @@ MOEC_INLINE void load_quad(const uint8_t* codes, int8x16_t (&w)[2]) {
 // Adds the products of 8 inputs, or of 16, of kQ quads of rows and kM tokens.
 template <int kKind, int kQ, int kM, int kUnits>
 MOEC_INLINE void dot_units(const uint8_t* codes, const int8_t* q, int64_t stride, int32x4_t (&sum)[kQ][kM]) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   int8x16_t a[kM];  // the 16 inputs of each token
   repeat<kM>([&](auto t) MOEC_ALWAYS {
     a[t] = kUnits == 2 ? vld1q_s8(q + t * stride) : vcombine_s8(vld1_s8(q + t * stride), vdup_n_s8(0));
@@ -120,7 +127,7 @@ MOEC_INLINE void dot_units(const uint8_t* codes, const int8_t* q, int64_t stride
 template <int kKind, bool kAxisOut, bool kByBlock, bool k32, int kQ, int kM>
 MOEC_INLINE void multiply_quads(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y,
                                 const float* bias, int outputs) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   constexpr bool kParts = kByBlock || !kAxisOut;
   const QuantizedRows rows = a.rows.from(row);
   const int8_t* q = rows.q;

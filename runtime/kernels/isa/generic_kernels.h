@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/levels.h"
 #include "isa/isa.h"
 #include "isa/recurrent_tasks.h"
 #include "moec_kernel.h"
@@ -310,32 +311,43 @@ inline void store_outputs(float* y, F32x16 v, const float* bias, int n) {
   }
 }
 
-// The codes of input kI (0..7) of a unit, for 16 rows.
+// Inputs 4 * kHalf .. 4 * kHalf + 3 of a unit, for 16 rows: a lane holds those of a row, one in each byte. int4: the nibbles of
+// both halves.
+template <int kKind, int kHalf>
+inline I32x16 half_unit(const uint8_t* unit) {
+  if (!has_levels(kKind)) return load_int32(unit + (kKind == MOEC_INT8 ? 64 * kHalf : 0));
+  return lookup(kLevelTable<kKind>.bytes, iand(shift_right<4 * kHalf>(load_int32(unit)), iset1(0x0F0F0F0F)));
+}
+
+// What the codes of input kI (0..7) stand for, out of its half of a unit.
 template <int kKind, int kI>
-inline F32x16 code_lanes(const uint8_t* unit) {
+inline F32x16 code_lanes(I32x16 half) {
   if (kKind == MOEC_INT4) {
-    const I32x16 nibble = iand(shift_right<8 * (kI % 4) + (kI >= 4 ? 4 : 0)>(load_int32(unit)), iset1(15));
+    const I32x16 nibble = iand(shift_right<8 * (kI % 4) + (kI >= 4 ? 4 : 0)>(half), iset1(15));
     return to_float(iadd(nibble, iset1(-8)));
   }
-  return to_float(shift_right<24>(shift_left<24 - 8 * (kI % 4)>(load_int32(unit + (kI >= 4 ? 64 : 0)))));
+  return to_float(shift_right<24>(shift_left<24 - 8 * (kI % 4)>(half)));
 }
 
 template <int kKind, int kI, int kM>
-inline void multiply_code(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
-  const F32x16 w = code_lanes<kKind, kI>(unit);
+inline void multiply_code(I32x16 half, const float* x, int64_t stride, F32x16* sum) {
+  const F32x16 w = code_lanes<kKind, kI>(half);
   for (int t = 0; t < kM; ++t) sum[t] = fma(set1(x[t * stride + kI]), w, sum[t]);
+}
+
+template <int kKind, int kHalf, int kM>
+inline void multiply_half(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
+  const I32x16 half = half_unit<kKind, kHalf>(unit);
+  multiply_code<kKind, 4 * kHalf, kM>(half, x, stride, sum);
+  multiply_code<kKind, 4 * kHalf + 1, kM>(half, x, stride, sum);
+  multiply_code<kKind, 4 * kHalf + 2, kM>(half, x, stride, sum);
+  multiply_code<kKind, 4 * kHalf + 3, kM>(half, x, stride, sum);
 }
 
 template <int kKind, int kM>
 inline void multiply_unit(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
-  multiply_code<kKind, 0, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 1, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 2, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 3, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 4, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 5, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 6, kM>(unit, x, stride, sum);
-  multiply_code<kKind, 7, kM>(unit, x, stride, sum);
+  multiply_half<kKind, 0, kM>(unit, x, stride, sum);
+  multiply_half<kKind, 1, kM>(unit, x, stride, sum);
 }
 
 // kM rows of float activations times one row block: sum over groups of s_w * (sum of x * q), or with groups along the
@@ -343,7 +355,7 @@ inline void multiply_unit(const uint8_t* unit, const float* x, int64_t stride, F
 template <int kKind, bool kAxisOut, int kM>
 void gemm_float_block(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
                       int outputs) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   const float* x = a.x + row * a.x_stride;
   F32x16 total[kM], sum[kM];
   for (int t = 0; t < kM; ++t) total[t] = sum[t] = set1(0.0f);
@@ -424,32 +436,44 @@ void gemm_f32(const FloatGemmTask& a) {
 
 #include "isa/recurrent_kernels.h"
 
+// f(kind) for every kind of quantized weight, as a constant.
+template <typename F>
+inline void for_each_kind(F f) {
+  f(std::integral_constant<int32_t, MOEC_INT4>());
+  f(std::integral_constant<int32_t, MOEC_INT8>());
+  f(std::integral_constant<int32_t, MOEC_IQ4_NL>());
+  f(std::integral_constant<int32_t, MOEC_FP4>());
+}
+
 // The integer kernels of a table: `of(kind, axis_out, by_block)` gives the function of three constants.
 template <typename Of>
 inline void set_gemm_int8(Kernels& t, Of of) {
-  constexpr std::integral_constant<int32_t, MOEC_INT4> int4;
-  constexpr std::integral_constant<int32_t, MOEC_INT8> int8;
-  constexpr std::false_type no;
-  constexpr std::true_type yes;
-  t.gemm_int8[0][0][0] = of(int4, no, no);
-  t.gemm_int8[0][0][1] = of(int4, no, yes);
-  t.gemm_int8[0][1][0] = of(int4, yes, no);
-  t.gemm_int8[0][1][1] = of(int4, yes, yes);
-  t.gemm_int8[1][0][0] = of(int8, no, no);
-  t.gemm_int8[1][0][1] = of(int8, no, yes);
-  t.gemm_int8[1][1][0] = of(int8, yes, no);
-  t.gemm_int8[1][1][1] = of(int8, yes, yes);
+  for_each_kind([&](auto kind) {
+    constexpr std::false_type no;
+    constexpr std::true_type yes;
+    auto& functions = t.gemm_int8[kind() - 1];
+    functions[0][0] = of(kind, no, no);
+    functions[0][1] = of(kind, no, yes);
+    functions[1][0] = of(kind, yes, no);
+    functions[1][1] = of(kind, yes, yes);
+  });
 }
 
-// Everything but the integer kernels.
-inline Kernels generic_table(int32_t int8_offset) {
+// Where integer kernels need one unsigned operand: the offset of FP4 levels, which makes them 0..24.
+constexpr int32_t kFp4Offset = 12;
+
+// Everything but the integer kernels. offset: what those add to int8 codes and to levels of their range, 0 or 128; FP4 levels
+// have none with 0, else kFp4Offset.
+inline Kernels generic_table(int32_t offset) {
   Kernels t{};
-  t.int8_offset = int8_offset;
+  t.code_offset[MOEC_INT4 - 1] = 8;
+  t.code_offset[MOEC_INT8 - 1] = t.code_offset[MOEC_IQ4_NL - 1] = offset;
+  t.code_offset[MOEC_FP4 - 1] = offset ? kFp4Offset : 0;
   t.quantize = quantize;
-  t.gemm_float[0][0] = gemm_float<MOEC_INT4, false>;
-  t.gemm_float[0][1] = gemm_float<MOEC_INT4, true>;
-  t.gemm_float[1][0] = gemm_float<MOEC_INT8, false>;
-  t.gemm_float[1][1] = gemm_float<MOEC_INT8, true>;
+  for_each_kind([&](auto kind) {
+    t.gemm_float[kind() - 1][0] = gemm_float<kind(), false>;
+    t.gemm_float[kind() - 1][1] = gemm_float<kind(), true>;
+  });
   t.gemm_f32 = gemm_f32;
   t.activate = activate;
   t.sigmoid = sigmoid;

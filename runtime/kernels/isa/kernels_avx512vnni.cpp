@@ -1,5 +1,5 @@
 // Integer kernels on 512-bit registers with dpbusd: a pass covers kB blocks of 16 rows and kM tokens, so that one broadcast
-// of four activations serves kB products. int8 codes are offset by 128 to be unsigned, which the correction undoes.
+// of four activations serves kB products. int8 codes and levels are offset to be unsigned, which the correction undoes.
 #include <utility>
 
 #include "isa/simd_avx512.h"
@@ -24,6 +24,13 @@ inline __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(v);
 }
 
+// What nibbles stand for, with the offset.
+template <int kKind>
+inline __m512i expand(__m512i nibbles) {
+  if (!has_levels(kKind)) return nibbles;
+  return _mm512_shuffle_epi8(load_table(kLevelTable<kKind, kKind == MOEC_FP4 ? kFp4Offset : 128>.bytes), nibbles);
+}
+
 // Adds one unit of 8 inputs to sum[kB][kM]. block_bytes: from a block's codes to the next one's.
 template <int kKind, int kB, int kM>
 inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_t block_bytes, const int8_t* q, int64_t stride,
@@ -35,11 +42,11 @@ inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_
     // the next blocks, while these are multiplied; for one token they are read once and need no room in outer caches
     constexpr int kLocality = kM == 1 ? 0 : 3;
     __builtin_prefetch(p + kB * block_bytes, 0, kLocality);
-    if (kKind == MOEC_INT8) __builtin_prefetch(p + kB * block_bytes + 64, 0, kLocality);
-    if (kKind == MOEC_INT4) {
+    if (!is_nibble(kKind)) __builtin_prefetch(p + kB * block_bytes + 64, 0, kLocality);
+    if (is_nibble(kKind)) {
       const __m512i low = _mm512_set1_epi8(15);
-      w[0][b] = _mm512_and_si512(load512(p), low);
-      w[1][b] = _mm512_and_si512(_mm512_srli_epi16(load512(p), 4), low);
+      w[0][b] = expand<kKind>(_mm512_and_si512(load512(p), low));
+      w[1][b] = expand<kKind>(_mm512_and_si512(_mm512_srli_epi16(load512(p), 4), low));
     } else {
       w[0][b] = _mm512_xor_si512(load512(p), _mm512_set1_epi8(-128));
       w[1][b] = _mm512_xor_si512(load512(p + 64), _mm512_set1_epi8(-128));
@@ -62,7 +69,7 @@ inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_
 template <int kKind, bool kAxisOut, bool kByBlock, int kB, int kM>
 void gemm_blocks(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y, const float* bias,
                  int outputs) {
-  constexpr int64_t kUnitBytes = kKind == MOEC_INT4 ? 64 : 128;
+  constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   constexpr bool kSplit = kB * kM <= 4;  // few chains of additions: two for each output hide the latency
   const QuantizedRows rows = a.rows.from(row);
   const int8_t* q = rows.q;

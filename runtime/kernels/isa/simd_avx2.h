@@ -91,6 +91,13 @@ inline void store_int8_64(int8_t* p, I32x16 x, I32x16 y, I32x16 z, I32x16 w) {
 inline I32x16 load_int32(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
+inline __m256i load_table(const uint8_t* table) {  // in both 128-bit halves, within which bytes are looked up
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline I32x16 lookup(const uint8_t* table, I32x16 x) {
+  const __m256i t = load_table(table);
+  return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
+}
 inline F32x16 load_half(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};

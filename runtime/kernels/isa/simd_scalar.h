@@ -132,6 +132,16 @@ inline I32x16 load_int32(const uint8_t* p) {
   return r;
 }
 
+// Every byte of x, 0..15 each, replaced by that byte of a table of 16.
+inline I32x16 lookup(const uint8_t* table, const I32x16& x) {
+  uint8_t b[64];
+  std::memcpy(b, x.v, 64);
+  for (uint8_t& byte : b) byte = table[byte];
+  I32x16 r;
+  std::memcpy(r.v, b, 64);
+  return r;
+}
+
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7FFF;
   uint32_t u;

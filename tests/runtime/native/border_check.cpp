@@ -36,11 +36,11 @@ int64_t size() {
 }
 
 int32_t format() {
-  static const int32_t odd[] = {-1, 3, 0x80, 0x10, 0x7fffffff, 0x1001, INT32_MIN, 0x2041};
+  static const int32_t odd[] = {-1, 3, 0x2005, 0x80, 0x10, 0x7fffffff, 0x1001, INT32_MIN, 0x2041};
   if (uniform(0, 9) == 0) return one_of(odd);
   if (uniform(0, 4) == 0) return MOEC_F32;
   static const int32_t groups[] = {32, 32, 64, 128};
-  return int32_t(uniform(1, 2)) | int32_t(uniform(0, 15)) << 4 | one_of(groups) << MOEC_GROUP_SHIFT;
+  return int32_t(uniform(MOEC_INT4, MOEC_FP4)) | int32_t(uniform(0, 15)) << 4 | one_of(groups) << MOEC_GROUP_SHIFT;
 }
 
 // Buffers of one call. Each is a block of the heap of exactly its length, so that a sanitizer sees a step beyond it.
@@ -90,7 +90,7 @@ void pack() {
   moec_packed_bytes(n, k, f, &one);
   const bool axis_out = f & MOEC_AXIS_OUT;
   const int64_t rows = axis_out ? k : n, columns = axis_out ? n : k;
-  const int64_t bits = (f & 15) == MOEC_INT4 ? 4 : (f & 15) == MOEC_INT8 ? 8 : 32;
+  const int64_t bits = (f & 15) == MOEC_F32 ? 32 : (f & 15) == MOEC_INT8 ? 8 : 4;
   const moec_out codes = b.make(count, rows, columns < INT32_MAX && columns > 0 ? columns * bits / 8 : columns, 1);
   const moec_out scales = group > 0 ? b.make(count, rows, columns / group, f & MOEC_F32_SCALES ? 4 : 2) : moec_out{nullptr, 0};
   const moec_out packed = b.make(count, one < INT32_MAX ? static_cast<int64_t>(one) : 0, 1, 1);

@@ -39,7 +39,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 int32_t random_format(bool axis_out) {
   const int32_t groups[] = {32, 64, 96, 128};
   const int32_t activations[] = {0, MOEC_INT8_ACTIVATIONS, MOEC_INT8_ACTIVATIONS | MOEC_BLOCK_ACTIVATIONS};
-  return int32_t(uniform(1, 2)) | (axis_out ? MOEC_AXIS_OUT : 0) | activations[uniform(0, 2)] |
+  return int32_t(uniform(MOEC_INT4, MOEC_FP4)) | (axis_out ? MOEC_AXIS_OUT : 0) | activations[uniform(0, 2)] |
          (uniform(0, 3) ? 0 : MOEC_F32_SCALES) | groups[uniform(0, 3)] << MOEC_GROUP_SHIFT;
 }
 
@@ -62,7 +62,7 @@ class Packed {
       return;
     }
     const int64_t rows = format & MOEC_AXIS_OUT ? k : n, columns = format & MOEC_AXIS_OUT ? n : k;
-    const std::vector<uint8_t> codes = bytes(static_cast<uint64_t>(count * rows * columns / (kind == MOEC_INT4 ? 2 : 1)));
+    const std::vector<uint8_t> codes = bytes(static_cast<uint64_t>(count * rows * columns / (kind == MOEC_INT8 ? 1 : 2)));
     const int64_t scale_count = count * rows * (columns / group_of(format));
     const moec_out packed{data_.get() + shift_, size_};
     std::vector<float> wide(static_cast<size_t>(scale_count), 0.01f);
@@ -302,7 +302,7 @@ void hostile_case() {
 
 void refusals() {
   uint64_t size = 0;
-  for (const int32_t format : {-1, 3, 15, 0x80, 0x10, 0x01, 0x2101, 0x1001, 0x20, 0x7FFFFFFF}) {
+  for (const int32_t format : {-1, 5, 15, 0x2005, 0x200F, 0x80, 0x10, 0x01, 0x2101, 0x1001, 0x20, 0x7FFFFFFF}) {
     expect(moec_packed_bytes(64, 64, format, &size) != MOEC_OK, "accepted: a format that is none");
   }
   const int32_t format = MOEC_INT4 | 32 << MOEC_GROUP_SHIFT;

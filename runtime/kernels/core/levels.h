@@ -1,0 +1,48 @@
+// What the codes of each kind of weight take and stand for.
+#ifndef MOEC_LEVELS_H_
+#define MOEC_LEVELS_H_
+
+#include <cstdint>
+
+#include "moec_kernel.h"
+
+namespace moec {
+
+// Codes of 4 bits: two in a byte, as the caller gives them and as they are packed.
+constexpr bool is_nibble(int32_t kind) { return kind == MOEC_INT4 || kind == MOEC_IQ4_NL || kind == MOEC_FP4; }
+
+// Kinds whose codes are positions in a table of 16 integers.
+constexpr bool has_levels(int32_t kind) { return kind == MOEC_IQ4_NL || kind == MOEC_FP4; }
+
+// Bytes of 16 rows x 8 inputs.
+constexpr int64_t unit_bytes_of(int32_t kind) { return is_nibble(kind) ? 64 : 128; }
+
+// The largest magnitude of what a code stands for.
+constexpr int32_t largest_of(int32_t kind) {
+  return kind == MOEC_INT4 ? 8 : kind == MOEC_FP4 ? 12 : kind == MOEC_IQ4_NL ? 127 : 128;
+}
+
+// Integers, so that sums of products stay exact: the grid of GGUF's IQ4_NL, and twice the values of FP4 E2M1 in the order of
+// their bits (OCP Microscaling Formats).
+inline constexpr int8_t kIq4NlLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+inline constexpr int8_t kFp4Levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// The level of a code 0..15 of a kind that has them.
+constexpr int32_t level_of(int32_t kind, int32_t code) { return (kind == MOEC_IQ4_NL ? kIq4NlLevels : kFp4Levels)[code & 15]; }
+
+// A kind's levels with an offset, as the bytes that instructions look up.
+struct alignas(16) LevelTable {
+  uint8_t bytes[16];
+};
+constexpr LevelTable level_table(int32_t kind, int32_t offset) {
+  LevelTable t{};
+  for (int32_t i = 0; i < 16; ++i) t.bytes[i] = uint8_t(level_of(kind, i) + offset);
+  return t;
+}
+// Constants, so that no instruction set's code holds a function that another's would call.
+template <int32_t kKind, int32_t kOffset = 0>
+inline constexpr LevelTable kLevelTable = level_table(kKind, kOffset);
+
+}  // namespace moec
+
+#endif  // MOEC_LEVELS_H_
