@@ -117,7 +117,7 @@ class IntEntry(CodedEntry):
         scales_NG = self._held(found.scales_NG, codes_NK)
         groups = torch.arange(self.shape[-1] // wanted.group_size) * wanted.group_size // self.group_size
         scales_NG = scales_NG[:, groups]
-        return QuantizedTensor(packed_codes(codes_NK, wanted.bits), scales_NG, wanted.bits, wanted.group_size)
+        return QuantizedTensor(packed_codes(codes_NK, wanted.grid), scales_NG, wanted.bits, wanted.group_size)
 
     def tensor(self) -> Tensor:
         found = self.read()

@@ -5,7 +5,7 @@ then
 - Q4_0: 16 bytes, byte i with element i in its low nibble and element i + 16 in its high one, w = scale * (nibble - 8);
 - Q8_0: 32 signed bytes, w = scale * byte;
 - Q5_0: 32 bits, the fifth of each element, then nibbles as Q4_0, w = scale * (nibble + 16 * bit - 16); INT8 here;
-- IQ4_NL: nibbles as Q4_0, w = scale * (the nibble's of 16 integers in -127..113); INT8 here.
+- IQ4_NL: nibbles as Q4_0, each the number of a level, w = scale * level.
 Every other quantized type has a minimum beside the scale, groups of 16, or scales that are products which float16
 cannot hold exactly; those are dequantized by the library gguf, in float32.
 
@@ -31,12 +31,11 @@ CARRIED: Mapping[str, CodeFormat] = {
     "Q4_0": CodeFormat(4, BLOCK),
     "Q8_0": CodeFormat(8, BLOCK),
     "Q5_0": CodeFormat(8, BLOCK),
-    "IQ4_NL": CodeFormat(8, BLOCK),
+    "IQ4_NL": CodeFormat(4, BLOCK, levels="iq4_nl"),
 }
 #: Those of them whose codes are ours in another order; the others become codes of more bits and of the same values.
-BIT_FOR_BIT = frozenset({"Q4_0", "Q8_0"})
+BIT_FOR_BIT = frozenset({"Q4_0", "Q8_0", "IQ4_NL"})
 FLOATS = ("F32", "F16", "BF16", "F64")
-_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml: kvalues_iq4nl
 _AT_ONCE = 1 << 22  # elements that are dequantized at once: the library's temporaries are several times as large
 
 
@@ -64,25 +63,26 @@ def carried_codes(kind: str, blocks_RB: np.ndarray, name: str, place: str) -> Qu
         raise CheckpointError(f"tensor {name} has scales that are not finite", place=place, remedy="use another file")
     body = torch.from_numpy(np.ascontiguousarray(whole[..., 2:]))
     if kind == "Q4_0":
-        return QuantizedTensor(_repacked(body).reshape(rows, -1), scales, 4, BLOCK)
+        # nibble - 8 in two's complement is the nibble with its highest bit turned
+        return QuantizedTensor((_repacked(body) ^ 0x88).reshape(rows, -1), scales, 4, BLOCK)
+    if kind == "IQ4_NL":
+        return QuantizedTensor(_repacked(body).reshape(rows, -1), scales, 4, BLOCK, levels="iq4_nl")
     return QuantizedTensor(_bytes(kind, body).reshape(rows, -1), scales, 8, BLOCK)
 
 
 def _repacked(nibbles: torch.Tensor) -> torch.Tensor:
     """Q4_0's 16 bytes of a block in our order: elements 2i and 2i+1 of ours are both in its low nibbles (the first half
-    of the block) or both in the high ones. nibble - 8 in two's complement is the nibble with its highest bit turned."""
+    of the block) or both in the high ones."""
     halves = [half[..., 0::2] | (half[..., 1::2] << 4) for half in (nibbles & 0xF, nibbles >> 4)]
-    return torch.cat(halves, -1) ^ 0x88
+    return torch.cat(halves, -1)
 
 
 def _bytes(kind: str, body: torch.Tensor) -> torch.Tensor:
-    """INT8 codes [R, B, 32] of what follows the scales of Q8_0, Q5_0 or IQ4_NL."""
+    """INT8 codes [R, B, 32] of what follows the scales of Q8_0 or Q5_0."""
     if kind == "Q8_0":
         return body.view(torch.int8)
     packed = body[..., -BLOCK // 2 :]
     nibbles = torch.cat((packed & 0xF, packed >> 4), -1)
-    if kind == "IQ4_NL":
-        return torch.tensor(_IQ4_NL, dtype=torch.int8)[nibbles.to(torch.int32)]
     places = torch.arange(8, dtype=torch.uint8)
     fifth = ((body[..., :4, None] >> places) & 1).flatten(-2)  # bit i, little endian, is of element i
     return (nibbles | (fifth << 4)).to(torch.int8) - 16

@@ -4,8 +4,8 @@ scale of each 32.
     NAME_blocks uint8 [E, N, K/32, 16], NAME_scales uint8 [E, N, K/32]   ->   NAME [E, K, N]
 
 A byte of a block holds two codes, the low nibble first. A code (E2M1) is one of +-{0, 0.5, 1, 1.5, 2, 3, 4, 6}, a
-scale is 2^(byte - 127), or NaN for 255 (OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1). Twice a code is an
-integer of magnitude at most 12, so that INT8 codes with scales 2^(byte - 128) have exactly the same values.
+scale is 2^(byte - 127), or NaN for 255 (OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1). Codes are kept as they
+are. They number levels of twice their values (`compiler/levels.py`: fp4), so that scales are 2^(byte - 128).
 
 E experts, N outputs, K inputs.
 """
@@ -26,8 +26,7 @@ from moec.compiler.quant import QuantizedTensor
 from moec.compiler.weights import CodeFormat
 
 NAME = "MXFP4"
-FORMAT = CodeFormat(8, 32)  # of the INT8 codes
-_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+FORMAT = CodeFormat(4, 32, levels="fp4")
 _SCALE_BIAS = 128  # one more than MXFP4's, since the codes are doubled
 _SMALLEST, _LARGEST = -24, 15  # exponents of the powers of two that float16 represents
 _FAMILIES = {"gpt_oss"}  # types with experts [E, K, N]: in others the blocks could be of the transpose
@@ -38,7 +37,6 @@ class Mxfp4Entry(CodedEntry):
     """The blocks of a tensor under its own name and shape [E, K, N]; `scales` beside them."""
 
     transposed: ClassVar[bool] = True
-    same_codes: ClassVar[bool] = False
     scales: Entry
 
     @property
@@ -50,25 +48,22 @@ class Mxfp4Entry(CodedEntry):
         return FORMAT
 
     def codes(self) -> QuantizedTensor:
-        """INT8 codes [E, N, K] in groups of 32 along K, and scales [E, N, K/32].
+        """Codes [E, N, K/2] in groups of 32 along K, and scales [E, N, K/32].
 
         CheckpointError for a scale that float16 does not represent, unless all its codes are zero.
         """
         experts, inputs, outputs = self.shape
-        table = torch.tensor(_TWICE, dtype=torch.int8)
-        codes = torch.empty((experts, outputs, inputs), dtype=torch.int8)
+        codes = torch.empty((experts, outputs, inputs // 2), dtype=torch.uint8)
         scales = torch.empty((experts, outputs, inputs // FORMAT.group_size), dtype=torch.float16)
         for expert, (blocks, bytes_NG) in enumerate(zip(self._blocks().tensor(), self.scales.tensor(), strict=True)):
-            nibbles = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-            grouped_NGL = table[nibbles.int()]
             exponents = bytes_NG.to(torch.int16) - _SCALE_BIAS
             held = exponents.clamp(_SMALLEST, _LARGEST)
-            outside = (exponents != held) & (grouped_NGL != 0).any(-1)
+            outside = (exponents != held) & ((blocks & 0x77) != 0).any(-1)  # but for the sign, a code of zero is 0
             if bool(outside.any()):
                 raise self._unheld(int(bytes_NG[outside][0]))
-            codes[expert] = grouped_NGL.flatten(-2)
+            codes[expert] = blocks.flatten(-2)
             scales[expert] = torch.exp2(held.float())
-        return QuantizedTensor(codes, scales, FORMAT.bits, FORMAT.group_size)
+        return QuantizedTensor(codes, scales, FORMAT.bits, FORMAT.group_size, levels=FORMAT.levels)
 
     def _unheld(self, byte: int) -> CheckpointError:
         what = "is NaN" if byte == 255 else f"is 2^{byte - 127}, outside the range of float16 scales"

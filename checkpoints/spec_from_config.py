@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def _transformers_spec(folder: Path, raw: Mapping[str, Any], dequantize: tuple[s
     coded = is_mxfp4(raw) and not dequantize
     held = {} if is_mxfp4(raw) else _carried(folder, raw, dequantize)
     if coded:
-        quantization["experts"] = {"weights": "int8", "group_size": FORMAT.group_size}
+        quantization["experts"] = {"weights": str(FORMAT.grid), "group_size": FORMAT.group_size}
     quantization |= _bits(held)
     spec = {
         "name": _name(folder),
@@ -97,7 +97,7 @@ def _transformers_spec(folder: Path, raw: Mapping[str, Any], dequantize: tuple[s
         "quantization": quantization,
         "targets": ["xnnpack"],
     }
-    about = "; experts in MXFP4 are carried as INT8 codes of the same values" if coded else ""
+    about = "; experts in MXFP4 are carried bit for bit" if coded else ""
     if held:
         kinds = Counter(f"{entry.dtype} as {entry.format}" for entry in held.values())
         about += "; carried: " + ", ".join(f"{count} {what}" for what, count in kinds.most_common())
@@ -131,14 +131,20 @@ def _bits(held: Mapping[str, CodedEntry]) -> dict[str, Any]:
         return {}
     if {"experts", "shared"} <= set(by_role):  # one operator
         by_role["experts"] = by_role["shared"] = by_role["experts"] + by_role["shared"]
-    formats = {role: (max(f.bits for f in found), min(f.group_size for f in found)) for role, found in by_role.items()}
-    bits, group = Counter({f: len(by_role[role]) for role, f in formats.items()}).most_common(1)[0][0]
-    section: dict[str, Any] = {"weights": f"int{bits}", "group_size": group}
-    formats = {"embedding": (8, GROUP_SIZE), "head": (8, GROUP_SIZE)} | formats
-    for role, (own_bits, own_group) in sorted(formats.items()):
-        if (own_bits, own_group) != (bits, group):
-            section[role] = {"weights": f"int{own_bits}", "group_size": own_group}
+    formats = {role: _holding(found) for role, found in by_role.items()}
+    weights, group = Counter({f: len(by_role[role]) for role, f in formats.items()}).most_common(1)[0][0]
+    section: dict[str, Any] = {"weights": weights, "group_size": group}
+    formats = {"embedding": ("int8", GROUP_SIZE), "head": ("int8", GROUP_SIZE)} | formats
+    for role, (own, own_group) in sorted(formats.items()):
+        if (own, own_group) != (weights, group):
+            section[role] = {"weights": own, "group_size": own_group}
     return section
+
+
+def _holding(formats: Sequence[CodeFormat]) -> tuple[str, int]:
+    """The type and group size that hold codes of all `formats`: INT8 has the values of every other."""
+    grids = {f.grid for f in formats}
+    return str(grids.pop()) if len(grids) == 1 else "int8", min(f.group_size for f in formats)
 
 
 def _special_tokens(folder: Path) -> dict[str, Any]:

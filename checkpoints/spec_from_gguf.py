@@ -67,7 +67,7 @@ def unknown_types(dequantize: Iterable[str]) -> list[str]:
 def spec_from_gguf(path: str | Path, dequantize: Iterable[str] = ()) -> str:
     """YAML text of a spec for a file: groups of 32 along the input, and the bits of what the file holds for each role.
 
-    Codes are carried. A role of which some tensors are Q4_0 and others not is INT8, which holds all exactly. A role
+    Codes are carried. A role whose tensors hold codes of several types is INT8, which has all their values. A role
     that is quantized anew has INT8 from 5.5 bits a weight of the file on, else INT4, as has a file of floats alone.
 
     CheckpointError for a damaged file, and for types that cannot be carried and that `dequantize` does not name.
@@ -104,33 +104,35 @@ def _bits(file: GgufFile, dequantize: tuple[str, ...]) -> dict[str, str]:
         if role is not None:
             by_role.setdefault("expert" if role == "shared" else role, []).append(tensor)  # stored alike, one operator
     has_codes = any(t.type in CARRIED and t.type not in dequantize for ts in by_role.values() for t in ts)
-    bits = {role: _bits_of(tensors, dequantize, has_codes) for role, tensors in by_role.items()}
-    if not bits:
+    stored = {role: _weights_of(tensors, dequantize, has_codes) for role, tensors in by_role.items()}
+    if not stored:
         return {"weights": "int4"}
-    sizes: Counter[int] = Counter()
+    sizes: Counter[str] = Counter()
     for role, tensors in by_role.items():
-        sizes[bits[role]] += sum(math.prod(t.shape) for t in tensors)
+        sizes[stored[role]] += sum(math.prod(t.shape) for t in tensors)
     usual = sizes.most_common(1)[0][0]
-    found = {"weights": f"int{usual}"}
-    for role, value in sorted(bits.items()):
+    found = {"weights": usual}
+    for role, value in sorted(stored.items()):
         if value == usual:
             continue
-        found[_KEYS.get(role, role)] = f"int{value}"
+        found[_KEYS.get(role, role)] = value
         if role == "expert" and any(role_of(t.name) == "shared" for t in by_role[role]):
-            found["shared"] = f"int{value}"
-    if "embedding" in found and "head" in bits and "head" not in found:
-        found["head"] = f"int{bits['head']}"  # it would follow the embedding
+            found["shared"] = value
+    if "embedding" in found and "head" in stored and "head" not in found:
+        found["head"] = stored["head"]  # it would follow the embedding
     return found
 
 
-def _bits_of(tensors: list[GgufTensor], dequantize: tuple[str, ...], has_codes: bool) -> int:
-    carried = {CARRIED[t.type].bits for t in tensors if t.type in CARRIED and t.type not in dequantize}
+def _weights_of(tensors: list[GgufTensor], dequantize: tuple[str, ...], has_codes: bool) -> str:
+    """The type that holds all codes of a role: their own where they are alike, else INT8, which holds all of them."""
+    carried = {str(CARRIED[t.type].grid) for t in tensors if t.type in CARRIED and t.type not in dequantize}
     if carried:
-        return max(carried)
+        return carried.pop() if len(carried) == 1 else "int8"
     if all(t.type in FLOATS for t in tensors):
-        return 8 if has_codes else 4
+        return "int8" if has_codes else "int4"
     total = sum(math.prod(t.shape) for t in tensors)
-    return 8 if sum(bits_per_weight(t.type) * math.prod(t.shape) for t in tensors) >= _WIDE * total else 4
+    wide = sum(bits_per_weight(t.type) * math.prod(t.shape) for t in tensors) >= _WIDE * total
+    return "int8" if wide else "int4"
 
 
 def types_of(file: GgufFile) -> Mapping[str, int]:

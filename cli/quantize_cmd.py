@@ -61,10 +61,10 @@ def quantize(
 ) -> None:
     """Choose bits and group size of every part of a model so that its artifact fits a size and diverges least.
 
-    Each part's own divergence is measured on calibration text, the best mixture of INT4 and INT8 in groups of 32 to 256
-    is computed from that, and the result is measured on held-out text. The output is a plain spec for `moec compile`,
-    with exceptions by name under `quantization: tensors:`. Measurements are cached: another size is quick. Several
-    sizes are chosen from one measurement, each with a spec of its own.
+    Each part's own divergence is measured on calibration text, the best mixture of INT4, IQ4_NL and INT8 in groups
+    of 32 to 256 is computed from that, and the result is measured on held-out text. The output is a plain spec for
+    `moec compile`, with exceptions by name under `quantization: tensors:`. Measurements are cached: another size is
+    quick. Several sizes are chosen from one measurement, each with a spec of its own.
 
     With --max-kld the exit status is 1, and nothing is written, if the result diverges more.
 
@@ -202,7 +202,14 @@ def _check(sizes: list[float], device: str | None, max_kld: float | None) -> Non
 def _facts(found: _Found, out: Path | None) -> dict[str, Any]:
     chosen = found.chosen
     parts = [
-        {"weights": names, "bits": c.bits, "group_size": c.group_size, "bytes": c.bytes, "kld": c.kld}
+        {
+            "weights": names,
+            "type": c.weights,
+            "bits": 8 if c.weights == "int8" else 4,
+            "group_size": c.group_size,
+            "bytes": c.bytes,
+            "kld": c.kld,
+        }
         for names, c in zip(chosen.costs.names, chosen.choices, strict=True)
     ]
     about = {"spec": out, "bytes": chosen.bytes, "expected_kld": chosen.kld}

@@ -55,7 +55,8 @@ class PassEntry(_Record):
 class CodesEntry(_Record):
     """Weights held as codes of one format, role and origin: how many, and where the codes come from.
 
-    origin: `carried: FORMAT` bit for bit from a checkpoint, or `computed: METHOD`.
+    origin: `carried: FORMAT` bit for bit from a checkpoint, or `computed: METHOD`. levels: the table whose values the
+    codes number, if they are not numbers themselves.
     """
 
     role: str
@@ -64,6 +65,7 @@ class CodesEntry(_Record):
     group_size: int
     group_axis: str
     zero_points: bool = False
+    levels: str = ""
     origin: str
 
 

@@ -355,7 +355,7 @@ def rounded_to_nearest(program: Program) -> list[str]:
     few = [h for h in program.quantized.values() if h.provenance == rounded and h.format.bits < 8]
     if not few:
         return []
-    kinds = " and ".join(sorted({f"INT{h.format.bits}" for h in few}))
+    kinds = " and ".join(sorted({str(h.format.grid).upper() for h in few}))
     return [
         f"rounded to nearest (rtn): {len(few)} weights in {kinds}, which suits models trained for it. Others lose less "
         "with a calibrated method, --method awq_gptq; `moec verify` measures what it costs"
@@ -365,10 +365,18 @@ def rounded_to_nearest(program: Program) -> list[str]:
 def _codes(program: Program) -> tuple[CodesEntry, ...]:
     """What the program holds as codes, weights that are alike counted together."""
     alike = Counter(
-        (h.role, h.format.bits, h.format.group_size, h.group_axis, h.format.zero_points, str(h.provenance))
+        (
+            h.role,
+            h.format.bits,
+            h.format.levels,
+            h.format.group_size,
+            h.group_axis,
+            h.format.zero_points,
+            str(h.provenance),
+        )
         for h in program.quantized.values()
     )
-    names = ("role", "bits", "group_size", "group_axis", "zero_points", "origin")
+    names = ("role", "bits", "levels", "group_size", "group_axis", "zero_points", "origin")
     return tuple(
         CodesEntry.model_validate({**dict(zip(names, key, strict=True)), "weights": count})
         for key, count in alike.items()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from moec.compiler.levels import Grid
 from moec.compiler.quantizer import Inputs, Moments
 
 _BLOCK = 64  # columns whose feedback is gathered before it reaches the rest: one product instead of many
@@ -55,12 +56,12 @@ def _inverse_factor(h_KK: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(len(h_KK)), upper=True)
 
 
-def with_feedback(w_NK: Tensor, s_NK: Tensor, bits: int, u_KK: Tensor) -> Tensor:
-    """int8 codes [N, K]; the error of a column is spread over those after it (GPTQ, arXiv 2210.17323, Algorithm 1).
+def with_feedback(w_NK: Tensor, s_NK: Tensor, grid: Grid, u_KK: Tensor) -> Tensor:
+    """int8 values of the grid [N, K]; the error of a column is spread over those after it (GPTQ, arXiv 2210.17323,
+    Algorithm 1).
 
     A scale of 0 gives codes of 0. u_KK: of `inverse_factor`.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     # columns are worked on one by one: rows of the transpose, which lie together
     w_KN = w_NK.t().clone(memory_format=torch.contiguous_format)
     s_KN = s_NK.t().contiguous()
@@ -73,7 +74,7 @@ def with_feedback(w_NK: Tensor, s_NK: Tensor, bits: int, u_KK: Tensor) -> Tensor
         with one_thread():  # operations of a column are shorter than the time that threads wait for each other
             for i in range(a, b):
                 column, error = w_KN[i], errors_KN[i - a]
-                q = (column * inverse_KN[i]).round_().clamp_(low, high)
+                q = grid.nearest_(column * inverse_KN[i])
                 torch.addcmul(column, q, s_KN[i], value=-1, out=error)
                 error /= diagonal[i]
                 w_KN[i] = q  # nobody reads the float again
@@ -82,13 +83,12 @@ def with_feedback(w_NK: Tensor, s_NK: Tensor, bits: int, u_KK: Tensor) -> Tensor
     return w_KN.to(torch.int8).t()
 
 
-def descended(w_NK: Tensor, q_NK: Tensor, s_NK: Tensor, bits: int, h_KK: Tensor) -> Tensor:
-    """Codes of less error than `q_NK`: each column in turn takes the codes that are best beside all others.
+def descended(w_NK: Tensor, q_NK: Tensor, s_NK: Tensor, grid: Grid, h_KK: Tensor) -> Tensor:
+    """Values of less error than `q_NK`: each column in turn takes the codes that are best beside all others.
 
     With the gradient R = H (W - S Q) the best value of column k is what it has plus R_k / H_kk (QuantEase,
     arXiv 2309.01885). The error never grows, as the nearest code to the least of a parabola is its best.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     q_KN = q_NK.t().to(torch.float32).contiguous()
     s_KN = s_NK.t().contiguous()
     inverse_KN = torch.where(s_KN == 0, 0.0, 1.0 / torch.where(s_KN == 0, 1.0, s_KN))
@@ -102,7 +102,7 @@ def descended(w_NK: Tensor, q_NK: Tensor, s_NK: Tensor, bits: int, h_KK: Tensor)
             for i in range(a, b):
                 change = changes_KN[i - a]
                 best = (q_KN[i] * s_KN[i]).add_(r_KN[i], alpha=1.0 / curvature[i])
-                best.mul_(inverse_KN[i]).round_().clamp_(low, high)
+                grid.nearest_(best.mul_(inverse_KN[i]))
                 torch.sub(best, q_KN[i], out=change).mul_(s_KN[i])
                 q_KN[i] = best
                 r_KN[i + 1 : b].addr_(h_KK[i, i + 1 : b], change, alpha=-1)
@@ -111,7 +111,8 @@ def descended(w_NK: Tensor, q_NK: Tensor, s_NK: Tensor, bits: int, h_KK: Tensor)
 
 
 def refitted(w_NK: Tensor, q_NK: Tensor, scales_NG: Tensor, h_KK: Tensor) -> Tensor:
-    """Scales float32 [N, G] of least error for given codes, groups along K; a group of zeros keeps its own.
+    """Scales float32 [N, G] of least error for given codes, groups along K; groups of zeros, and of scale 0, keep
+    their own.
 
     Each row is a system of G equations: sum_h (q_g^T H_gh q_h) s_h = q_g^T H_g w.
     """
@@ -125,7 +126,7 @@ def refitted(w_NK: Tensor, q_NK: Tensor, scales_NG: Tensor, h_KK: Tensor) -> Ten
         a_nGG = (qh_nGK.unflatten(-1, (count, -1)) * q_nGg.unsqueeze(1)).sum(-1)
         b_nG = (qh_nGK @ w.unsqueeze(-1)).squeeze(-1)
         diagonal = a_nGG.diagonal(dim1=-2, dim2=-1)
-        empty = diagonal <= 0
+        empty = (diagonal <= 0) | (s == 0)
         a_nGG = a_nGG + torch.diag_embed(torch.where(empty, 1.0, 1e-6 * diagonal))
         found, failed = torch.linalg.solve_ex(a_nGG, b_nG)
         bad = empty | (failed != 0).unsqueeze(-1) | ~torch.isfinite(found)

@@ -4,6 +4,7 @@ Shape suffixes: N rows (output features), K reduction (input features), G groups
 
 Weights are symmetric per group along the **last** dimension of the stored tensor (MobileMoE Eq. 6):
     s = 2 * max|w| / (2^bits - 1),   q = clamp(round(w / s), -2^(bits-1), 2^(bits-1) - 1),   w ~ s * q.
+Codes may instead number the levels of a table (`levels.py`): s = max|w| / max|level|, and the nearest level to w / s.
 A linear [N, K] is thus grouped along its input; experts stored [E, K, N] are grouped along their output.
 
 Activations are symmetric INT8, one scale per token or one for each block of 32 inputs of a token, rounded half to even:
@@ -15,11 +16,12 @@ Linears that XNNPACK serves round with a zero point for each row: `asymmetric_ro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moec.compiler.errors import CompileError
+from moec.compiler.levels import Grid
 
 # Work on pieces of about this many elements: whole expert stacks need several times their size in temporaries.
 _CHUNK = 1 << 22
@@ -29,10 +31,11 @@ _CHUNK = 1 << 22
 class QuantizedTensor:
     """Codes and scales of one weight. Groups of `group_size` lie along the last dimension of the logical shape.
 
-    codes: bits == 4: uint8 [..., L/2], element 2i in the low nibble, two's complement; other bits from 2 to 8: int8
-    [..., L], each code in -2^(bits-1) .. 2^(bits-1) - 1.
+    codes: bits == 4: uint8 [..., L/2], element 2i in the low nibble, two's complement, or the number of a level; other
+    bits from 2 to 8: int8 [..., L], each code in -2^(bits-1) .. 2^(bits-1) - 1.
     scales: float16 or float32 [..., L/group_size]; of either sign.
     zero_points: w = scale * (code - zero), of any real type, [..., L/group_size]; None: w = scale * code.
+    levels: the table of `levels.py` whose values the codes number (`w = scale * level`); "" for codes that are numbers.
     """
 
     codes: torch.Tensor
@@ -40,6 +43,12 @@ class QuantizedTensor:
     bits: int
     group_size: int
     zero_points: torch.Tensor | None = None
+    levels: str = ""
+
+    @property
+    def grid(self) -> Grid:
+        """What the codes stand for."""
+        return Grid(self.bits, self.levels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,13 +56,13 @@ class QuantizedTensor:
         return (*self.codes.shape[:-1], last)
 
     def unpacked(self) -> torch.Tensor:
-        """int8 codes of the logical shape."""
-        return unpack_int4(self.codes) if self.bits == 4 else self.codes
+        """int8 values of the codes, of the logical shape: what the scales multiply."""
+        return unpacked_codes(self.codes, self.grid)
 
     def part(self, index: int | slice) -> QuantizedTensor:
         """Along the first dimension, which must not be that of the groups: one expert, or some rows."""
         zeros = None if self.zero_points is None else self.zero_points[index]
-        return QuantizedTensor(self.codes[index], self.scales[index], self.bits, self.group_size, zeros)
+        return replace(self, codes=self.codes[index], scales=self.scales[index], zero_points=zeros)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """scale * (code - zero), computed in float32, in a new tensor of the logical shape."""
@@ -61,7 +70,7 @@ class QuantizedTensor:
         rows_NL, codes, scales = _rows(out), _rows(self.codes), _rows(self.scales)
         zeros = None if self.zero_points is None else _rows(self.zero_points)
         for piece in _pieces(rows_NL):
-            q = unpack_int4(codes[piece]) if self.bits == 4 else codes[piece]
+            q = unpacked_codes(codes[piece], self.grid)
             grouped = q.to(torch.float32).unflatten(-1, (-1, self.group_size))
             if zeros is not None:
                 grouped -= zeros[piece].to(torch.float32).unsqueeze(-1)
@@ -93,22 +102,31 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
 
 
-def widened(tensor: QuantizedTensor, bits: int, group_size: int) -> QuantizedTensor:
-    """The same values with codes of at least as many bits, in groups that divide those of `tensor`."""
+def unpacked_codes(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """int8 values [..., L] of codes as a `QuantizedTensor` holds them."""
+    if grid.levels:
+        return grid.values(torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2))
+    return unpack_int4(codes) if grid.bits == 4 else codes
+
+
+def widened(tensor: QuantizedTensor, grid: Grid, group_size: int) -> QuantizedTensor:
+    """The same values on a grid that has them all, in groups that divide those of `tensor`."""
     codes, scales, zeros = tensor.codes, tensor.scales, tensor.zero_points
-    if bits != tensor.bits:
-        codes = packed_codes(tensor.unpacked(), bits)
+    if grid != tensor.grid:
+        codes = packed_codes(tensor.unpacked(), grid)
     times = tensor.group_size // group_size
     if times > 1:
         scales = scales.repeat_interleave(times, -1)
         zeros = None if zeros is None else zeros.repeat_interleave(times, -1)
-    return QuantizedTensor(codes, scales, bits, group_size, zeros)
+    return QuantizedTensor(codes, scales, grid.bits, group_size, zeros, grid.levels)
 
 
 def quantize_weight(
-    w: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16
+    w: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16, levels: str = ""
 ) -> QuantizedTensor:
     """Eq. 6, per group along the last dimension. The codes are rounded against the scale as it is stored.
+
+    levels: a table of `levels.py`, for codes of four bits; the largest magnitude then becomes its largest.
 
     A group whose scale is too small for `scale_dtype` gets scale 0 and codes 0 (float16: below 2e-7 in magnitude).
     Raises CompileError for values that are not finite, whose scale `scale_dtype` cannot hold, or where more than half
@@ -116,7 +134,8 @@ def quantize_weight(
     """
     if w.shape[-1] % group_size:
         raise ValueError(f"last dimension {w.shape[-1]} is not a multiple of the group size {group_size}")
-    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    grid = Grid(bits, levels)
+    span = 2.0 * grid.high if levels else 2**bits - 1  # of values: either end of it is the largest magnitude
     width = w.shape[-1]
     codes = torch.empty(
         (*w.shape[:-1], width // 2 if bits == 4 else width), dtype=torch.uint8 if bits == 4 else torch.int8
@@ -127,20 +146,20 @@ def quantize_weight(
     for piece in _pieces(rows_NL):
         grouped = rows_NL[piece].to(torch.float32).unflatten(-1, (-1, group_size))
         magnitude = grouped.abs().amax(-1)
-        scale = (2.0 * magnitude / (2**bits - 1)).to(scale_dtype)
+        scale = (2.0 * magnitude / span).to(scale_dtype)
         _check_scales(magnitude, scale)
         present += int((magnitude > 0).sum())
         lost += int(((magnitude > 0) & (scale == 0)).sum())
         divisor = scale.to(torch.float32).unsqueeze(-1)
-        q = torch.where(divisor > 0, grouped / divisor, 0.0).round_().clamp_(qmin, qmax).to(torch.int8).flatten(-2)
+        q = grid.nearest_(torch.where(divisor > 0, grouped / divisor, 0.0)).to(torch.int8).flatten(-2)
         rows_scales[piece] = scale
-        rows_codes[piece] = pack_int4(q) if bits == 4 else q
+        rows_codes[piece] = packed_codes(q, grid)
     if 2 * lost > present:
         raise CompileError(
             f"cannot quantize a weight most of which is too small: {lost} of {present} groups would become zero",
             remedy="check the checkpoint's scale, or keep this role in fp32",
         )
-    return QuantizedTensor(codes, scales, bits, group_size)
+    return QuantizedTensor(codes, scales, bits, group_size, levels=levels)
 
 
 def stored_scales(w: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -151,19 +170,18 @@ def stored_scales(w: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = to
     return stored
 
 
-def packed_codes(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes [..., L] as a `QuantizedTensor` holds them."""
-    return pack_int4(q) if bits == 4 else q
+def packed_codes(q: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """int8 values of the grid [..., L] as the codes that a `QuantizedTensor` holds."""
+    return pack_int4(grid.index(q)) if grid.bits == 4 else q
 
 
 def rounded_to(
-    w: torch.Tensor, scales: torch.Tensor, *, bits: int, scale_dtype: torch.dtype = torch.float16
+    w: torch.Tensor, scales: torch.Tensor, *, grid: Grid, scale_dtype: torch.dtype = torch.float16
 ) -> QuantizedTensor:
-    """The nearest codes to `w` [..., L] under given scales [..., G] of either sign; a scale of 0 gives codes of 0.
+    """The nearest codes to `w` [..., L] under given scales [..., G] of either sign; a scale of 0 gives those of 0.
 
     The codes are rounded against the scales as they are stored. CompileError as `stored_scales`.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     stored = stored_scales(w, scales, scale_dtype)
     group_size = w.shape[-1] // scales.shape[-1]
     codes = torch.empty(w.shape, dtype=torch.int8)
@@ -171,9 +189,9 @@ def rounded_to(
     for piece in _pieces(rows_NL):
         divisor = rows_scales[piece].to(torch.float32).unsqueeze(-1)
         grouped = rows_NL[piece].to(torch.float32).unflatten(-1, (-1, group_size))
-        q = torch.where(divisor == 0, 0.0, grouped / divisor).round_().clamp_(low, high)
+        q = grid.nearest_(torch.where(divisor == 0, 0.0, grouped / divisor))
         rows_codes[piece] = q.to(torch.int8).flatten(-2)
-    return QuantizedTensor(packed_codes(codes, bits), stored, bits, group_size)
+    return QuantizedTensor(packed_codes(codes, grid), stored, grid.bits, group_size, levels=grid.levels)
 
 
 def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:

@@ -141,6 +141,11 @@ def find_quantizer(name: str) -> Quantizer:
 GROUP_SIZES = (32, 64, 128, 256)  # those that a spec takes
 
 
+def format_of(scheme: WeightScheme) -> CodeFormat:
+    """The format of codes under a scheme."""
+    return CodeFormat(scheme.bits, scheme.group_size, levels=scheme.levels)
+
+
 def last_axis(orientation: Orientation) -> str:
     """What lies along the last dimension of a weight: its reduction (`in`) or its outputs (`out`)."""
     return "in" if orientation == "out_in" else "out"
@@ -152,12 +157,11 @@ def check_stored(stored: StoredCodes, scheme: WeightScheme, orientation: Orienta
     Quantizing a quantized weight again loses what its training was for, and is never done silently.
     """
     along = last_axis(orientation) if not stored.transposed else "out" if orientation == "out_in" else "in"
-    wanted = CodeFormat(scheme.bits, scheme.group_size)
+    wanted = format_of(scheme)
     if along == scheme.axis and (stored.format == wanted or (stored.widens and wanted.holds(stored.format))):
         return
     raise CompileError(
-        f"the checkpoint holds {stored.format} along {along}, "
-        f"the spec asks for INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
+        f"the checkpoint holds {stored.format} along {along}, the spec asks for {wanted} along {scheme.axis}",
         place=name,
         remedy="make the spec's quantization the checkpoint's, as `moec checkpoint spec` writes it, or compile from a "
         "checkpoint of floats",
@@ -206,7 +210,7 @@ def codes_of(
     """
     if weight.stored is not None:
         check_stored(weight.stored, scheme, orientation, name)
-        return widened(weight.stored.load(), scheme.bits, scheme.group_size)
+        return widened(weight.stored.load(), scheme.grid, scheme.group_size)
     check_width(weight.shape, scheme, orientation, name)
     quantizer = find_quantizer(method)
     if quantizer.observes is not None:

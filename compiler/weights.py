@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from moec.compiler.errors import CompileError
+from moec.compiler.levels import Grid
 from moec.compiler.quant import QuantizedTensor
 
 Axis = Literal["in", "out"]
@@ -27,21 +28,29 @@ Orientation = Literal["out_in", "in_out"]
 class CodeFormat:
     """How the elements of a weight are coded: `bits` each, one scale (and zero point) per `group_size` of them.
 
-    zero_points: w = scale * (code - zero); without them w = scale * code.
+    zero_points: w = scale * (code - zero); without them w = scale * code. levels: the table whose values codes number.
     """
 
     bits: int
     group_size: int
     zero_points: bool = False
+    levels: str = ""
+
+    @property
+    def grid(self) -> Grid:
+        """What the codes stand for."""
+        return Grid(self.bits, self.levels)
 
     def holds(self, other: CodeFormat) -> bool:
         """Whether any weight in the format `other` is one in this format too, its scales repeated."""
-        wide = self.bits >= other.bits and other.group_size % self.group_size == 0
-        return wide and self.zero_points == other.zero_points
+        same = self.levels == other.levels and self.bits >= other.bits
+        # levels are INT8 values
+        wide = same or (self.bits == 8 and not self.levels)
+        return wide and other.group_size % self.group_size == 0 and self.zero_points == other.zero_points
 
     def __str__(self) -> str:
         kind = " with zero points" if self.zero_points else ""
-        return f"INT{self.bits} codes{kind} in groups of {self.group_size}"
+        return f"{str(self.grid).upper()} codes{kind} in groups of {self.group_size}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class QuantizedWeight:
         """Codes and scales as the graph reads them."""
         zeros = None if self.zero_points is None else weights[self.zero_points].load()
         codes, scales = weights[self.codes].load(), weights[self.scales].load()
-        return QuantizedTensor(codes, scales, self.format.bits, self.format.group_size, zeros)
+        return QuantizedTensor(codes, scales, self.format.bits, self.format.group_size, zeros, self.format.levels)
 
     def dequantize(self, weights: Mapping[str, LazyWeight], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What the codes stand for, in the layout of the float weight."""
@@ -203,7 +212,7 @@ def concatenated(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTenso
     if first.zero_points is not None:
         zeros = torch.cat([t.zero_points for t in tensors if t.zero_points is not None], dim)
     codes, scales = torch.cat([t.codes for t in tensors], dim), torch.cat([t.scales for t in tensors], dim)
-    return QuantizedTensor(codes, scales, first.bits, first.group_size, zeros)
+    return replace(first, codes=codes, scales=scales, zero_points=zeros)
 
 
 def filled(count: int, parts: Iterable[QuantizedTensor]) -> QuantizedTensor:
@@ -213,7 +222,7 @@ def filled(count: int, parts: Iterable[QuantizedTensor]) -> QuantizedTensor:
         if result is None:
             codes, scales = (t.new_empty((count, *t.shape)) for t in (part.codes, part.scales))
             zeros = None if part.zero_points is None else part.zero_points.new_empty((count, *part.zero_points.shape))
-            result = QuantizedTensor(codes, scales, part.bits, part.group_size, zeros)
+            result = replace(part, codes=codes, scales=scales, zero_points=zeros)
         result.codes[index], result.scales[index] = part.codes, part.scales
         if result.zero_points is not None and part.zero_points is not None:
             result.zero_points[index] = part.zero_points

@@ -38,7 +38,7 @@ from moec.compiler.ops import (
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Editor, Program, Role, Stage, module_path
 from moec.compiler.quant import QuantizedTensor
-from moec.compiler.quantizer import check_stored, check_width, codes_of, last_axis
+from moec.compiler.quantizer import check_stored, check_width, codes_of, format_of, last_axis
 from moec.compiler.spec.quantization import Quantization, WeightScheme
 from moec.compiler.states import Codes
 from moec.compiler.weights import CodeFormat, LazyWeight, Orientation, Provenance, QuantizedWeight
@@ -152,7 +152,7 @@ def reads(program: Program, quantization: Quantization) -> list[Read]:
             layout: Orientation = "in_out" if call.mlp.layout == "in_out" else "out_in"
             add(node, "w13", call.w13, scheme, layout)
             add(node, "w2", call.w2, scheme, layout)
-            of_shared = None if scheme is None else WeightScheme(scheme.bits, scheme.group_size, "in")
+            of_shared = None if scheme is None else replace(scheme, axis="in")
             add(node, "shared_w13", call.shared_w13, of_shared, "out_in")
             add(node, "shared_w2", call.shared_w2, of_shared, "out_in")
     return found
@@ -176,6 +176,7 @@ def _linear(edit: Editor, node: Node, quantization: Quantization, int8: bool) ->
         group_size=scheme.group_size,
         int8_activations=int8,
         activation_block=quantization.activation_block(edit.roles[name], name),
+        levels=scheme.levels,
     )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)
@@ -187,7 +188,14 @@ def _embedding(edit: Editor, node: Node, quantization: Quantization) -> Node | N
     if scheme is None:
         return None
     codes, scales = operands(edit, quantized(edit, weight, scheme, "out_in", quantization.method))
-    call = EmbeddingQ(ids=node.args[1], codes=codes, scales=scales, bits=scheme.bits, group_size=scheme.group_size)
+    call = EmbeddingQ(
+        ids=node.args[1],
+        codes=codes,
+        scales=scales,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        levels=scheme.levels,
+    )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)
 
@@ -216,7 +224,7 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
     up: tuple[Node | None, Node | None] = (None, None)
     down: tuple[Node | None, Node | None] = (None, None)
     if moe.shared_w13 is not None and moe.shared_w2 is not None:
-        in_groups = WeightScheme(scheme.bits, scheme.group_size, "in")
+        in_groups = replace(scheme, axis="in")
         of_shared = [quantized(edit, w, in_groups, "out_in", method) for w in (moe.shared_w13, moe.shared_w2)]
         up, down = (operands(edit, held) for held in of_shared)
     call = FusedMoeQ(
@@ -243,13 +251,14 @@ def _moe(edit: Editor, node: Node, quantization: Quantization, int8: bool) -> No
         group_size=scheme.group_size,
         int8_activations=int8,
         activation_block=quantization.activation_block(Role.EXPERT, w13.name),
+        levels=scheme.levels,
     )
     with edit.graph.inserting_before(node):
         return edit.emit(call, like=node)
 
 
-def _storage(scheme: WeightScheme | None) -> tuple[int, int] | None:
-    return None if scheme is None else (scheme.bits, scheme.group_size)
+def _storage(scheme: WeightScheme | None) -> CodeFormat | None:
+    return None if scheme is None else format_of(scheme)
 
 
 def quantized(
@@ -273,7 +282,7 @@ def quantized(
         role=edit.roles[name].value,
         codes=codes_name,
         scales=scales_name,
-        format=CodeFormat(scheme.bits, scheme.group_size),
+        format=format_of(scheme),
         group_axis=scheme.axis,
         orientation=orientation if not transposed else "in_out" if orientation == "out_in" else "out_in",
         transposed=transposed,

@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from moec.checkpoints.spec_from_gguf import refused_types, role_of
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import LazyWeight
 from moec.compiler.quant import QuantizedTensor, widened
+from moec.compiler.quantizer import format_of
 from moec.compiler.source import Checkpoint
 from moec.compiler.spec.quantization import Quantization
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes, joined_codes, stacked_codes
@@ -203,15 +205,16 @@ class GgufStore(Checkpoint):
             if scheme is None:
                 continue  # computed in fp32, with the values that the codes stand for
             own = CARRIED[tensor.type]
-            if scheme.group_size != own.group_size or scheme.bits < own.bits or scheme.axis != "in":
+            chosen = format_of(scheme)
+            if scheme.group_size != own.group_size or not chosen.holds(own) or scheme.axis != "in":
                 raise CheckpointError(
                     f"tensor {tensor.name} is {tensor.type}, {own} along in; the spec stores its role ({role}) as "
-                    f"INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
+                    f"{chosen} along {scheme.axis}",
                     place=str(self.folder),
                     remedy="let `moec checkpoint spec FILE` write the quantization that carries the codes; or name "
                     f"{tensor.type} in the model's `dequantize`, which rounds its values anew",
                 )
-            yield tensor.name, CodeFormat(scheme.bits, own.group_size)
+            yield tensor.name, chosen
 
     def _tensor(self, tensor: GgufTensor) -> LazyWeight:
         """One tensor of the file, rows in the model's order."""
@@ -221,7 +224,7 @@ class GgufStore(Checkpoint):
         def codes() -> QuantizedTensor:
             found = carried_codes(tensor.type, file.blocks(tensor), shown(tensor.name), place)
             if order is not None:
-                found = QuantizedTensor(found.codes[order], found.scales[order], found.bits, found.group_size)
+                found = replace(found, codes=found.codes[order], scales=found.scales[order])
             return _shaped(found, shape)
 
         def values() -> Tensor:
@@ -235,7 +238,7 @@ class GgufStore(Checkpoint):
         chosen = self._formats.get(tensor.name)
         if chosen is None:
             return LazyWeight(shape, torch.float32, values)
-        load = codes if chosen == CARRIED[tensor.type] else lambda: widened(codes(), chosen.bits, chosen.group_size)
+        load = codes if chosen == CARRIED[tensor.type] else lambda: widened(codes(), chosen.grid, chosen.group_size)
         stored = StoredCodes(chosen, load, Provenance("carried", f"GGUF {tensor.type}"))
         return LazyWeight(shape, torch.float32, values, stored)
 
@@ -285,9 +288,7 @@ def _stacked(experts: list[LazyWeight]) -> Callable[[], Tensor]:
 def _shaped(codes: QuantizedTensor, shape: tuple[int, ...]) -> QuantizedTensor:
     """Codes [R, K] as those of a tensor of `shape`."""
     lead = shape[:-1]
-    return QuantizedTensor(
-        codes.codes.reshape(*lead, -1), codes.scales.reshape(*lead, -1), codes.bits, codes.group_size
-    )
+    return replace(codes, codes=codes.codes.reshape(*lead, -1), scales=codes.scales.reshape(*lead, -1))
 
 
 def open_gguf(file: Path, quantization: Quantization | None, dequantize: Iterable[str]) -> GgufStore:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GgufModel(Section):
-    """A GGUF file. Codes of Q4_0 and Q8_0 reach the artifact bit for bit, those of Q5_0 and IQ4_NL as INT8 codes of the
+    """A GGUF file. Codes of Q4_0, Q8_0 and IQ4_NL reach the artifact bit for bit, those of Q5_0 as INT8 codes of the
     same values.
 
     `context`: positions of the KV cache; default: as many as the model was trained for, which may be more than fit.

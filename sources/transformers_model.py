@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,9 +36,10 @@ from moec.compiler.errors import CheckpointError, CompileError
 from moec.compiler.export import EXAMPLE_TOKENS, MAX_TOKENS, assemble, export_module, unreadable, zeros
 from moec.compiler.program import LazyWeight, ModelInfo, Program, Role
 from moec.compiler.quant import QuantizedTensor
+from moec.compiler.quantizer import format_of
 from moec.compiler.source import Checkpoint, Weights
 from moec.compiler.spec.quantization import Quantization
-from moec.compiler.weights import CodeFormat, Provenance, StoredCodes
+from moec.compiler.weights import Provenance, StoredCodes
 from moec.sources.accounting import check_tensors
 from moec.sources.adapters import Merged
 from moec.sources.roles import roles_by_use
@@ -375,7 +377,9 @@ class TransformersStore(Checkpoint):
         if entry.format is None:
             return "read as floats"
         return (
-            "carried bit for bit" if entry.same_codes else f"carried as INT{entry.format.bits} codes of the same values"
+            "carried bit for bit"
+            if entry.same_codes
+            else f"carried as {str(entry.format.grid).upper()} codes of the same values"
         )
 
     def check_codes(self, quantization: Quantization | None) -> None:
@@ -390,13 +394,13 @@ class TransformersStore(Checkpoint):
         experts = next((entry for entry in carried if entry.dtype == MXFP4), None)
         if scheme is None or experts is None or experts.format is None:
             return
-        if (CodeFormat(scheme.bits, scheme.group_size), scheme.axis) == (experts.format, "in"):
+        if format_of(scheme).holds(experts.format) and scheme.axis == "in":
             return
         raise CheckpointError(
             f"tensor {experts.name} is {MXFP4}, {experts.format} along in; the spec stores experts as "
-            f"INT{scheme.bits} in groups of {scheme.group_size} along {scheme.axis}",
+            f"{format_of(scheme)} along {scheme.axis}",
             place=str(self.folder),
-            remedy="set `experts: {weights: int8, group_size: 32}` and `expert_group_axis: in`, which carries codes; "
+            remedy="set `experts: {weights: fp4, group_size: 32}` and `expert_group_axis: in`, which carries codes; "
             f"or `dequantize: [{MXFP4}]` in the model's section, which rounds their values anew",
         )
 
@@ -426,8 +430,7 @@ class TransformersStore(Checkpoint):
         if sources == (name,) or (self._conversions is not None and self._conversions.is_whole(name)):
             if first.shape != shape:
                 return None  # refused when its values are read
-            widens = not first.transposed
-            return StoredCodes(first.format, first.codes, origin, transposed=first.transposed, widens=widens)
+            return StoredCodes(first.format, first.codes, origin, transposed=first.transposed, widens=True)
         alike = [e for e in coded if (e.format, e.transposed) == (first.format, False)]
         if len(alike) < len(parts):
             other = next(e for e in parts if e not in alike)
@@ -456,7 +459,7 @@ class TransformersStore(Checkpoint):
             self._conversions.tensor(name, lambda stored, take=take: take(held[stored]))
             for take in (lambda tensor: tensor.codes, lambda tensor: tensor.scales)
         )
-        found = QuantizedTensor(codes, scales, first.bits, first.group_size)
+        found = replace(first, codes=codes, scales=scales)
         if found.shape != shape:
             raise self._of_another_shape(name, found.shape, shape)
         return found

@@ -91,8 +91,8 @@ def packing_faults(config: DecoderConfig, quantization: Quantization) -> list[st
             continue
         scheme = quantization.scheme(role)
         wanted = "out" if role is Role.EXPERT else "in"
-        if scheme is None or (scheme.bits, scheme.group_size, scheme.axis) != (4, GROUP_SIZE, wanted):
-            found = "fp32" if scheme is None else f"int{scheme.bits}, groups of {scheme.group_size} along {scheme.axis}"
+        if scheme is None or (scheme.weights, scheme.group_size, scheme.axis) != ("int4", GROUP_SIZE, wanted):
+            found = "fp32" if scheme is None else f"{scheme.weights}, groups of {scheme.group_size} along {scheme.axis}"
             faults.append(
                 f"{role.value} is {found}, the packed layout holds int4, groups of {GROUP_SIZE} along {wanted}"
             )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.program import Role
-from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, pack_int4
+from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, pack_int4, quantize_weight
 from moec.compiler.spec.quantization import Quantization
 
 _TYPES = {bits: getattr(torch, f"int{bits}") for bits in range(2, 9)}
@@ -84,6 +84,29 @@ class _Straight(torch.autograd.Function):
         return grads[0], None
 
 
+@dataclass(frozen=True)
+class LevelRounding:
+    """Rounds one weight of any shape to the levels of a table (`compiler/levels.py`), scales by the largest magnitude.
+
+    Gradients pass straight through. transposed: as of `WeightRounding`.
+    """
+
+    levels: str
+    group_size: int
+    transposed: bool = False
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """`w` as codes and scales hold it, float32."""
+        grouped = w.transpose(-1, -2) if self.transposed else w
+        rounded = _Straight.apply(grouped, lambda w: self.quantized(w).dequantize())
+        return rounded.transpose(-1, -2) if self.transposed else rounded
+
+    @torch.no_grad()
+    def quantized(self, w: Tensor) -> QuantizedTensor:
+        """The codes and scales of `w`, groups along its last dimension."""
+        return quantize_weight(w, bits=4, group_size=self.group_size, levels=self.levels)
+
+
 def round_activations(x: Tensor, block: int = 0) -> Tensor:
     """Symmetric INT8 of each row, or of each `block` values of it, as the kernels see their input (torchao has only the
     asymmetric form)."""
@@ -105,12 +128,14 @@ class Rounding:
     quantization: Quantization
     bits: int | None = None
 
-    def weight(self, role: Role) -> WeightRounding | None:
+    def weight(self, role: Role) -> WeightRounding | LevelRounding | None:
         """None for roles that stay float: the router and the norms always do."""
         scheme = self.quantization.scheme(role)
         if scheme is None:
             return None
         transposed = role is Role.EXPERT and scheme.axis == "in"
+        if scheme.levels and self.bits is None:
+            return LevelRounding(scheme.levels, scheme.group_size, transposed=transposed)
         return WeightRounding(self.bits or scheme.bits, scheme.group_size, transposed=transposed)
 
     def activations(self, role: Role) -> Callable[[Tensor], Tensor] | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moec.analysis.bits.parts import (
     Choice,
+    Format,
     Part,
     choices_of,
     formats_of,
@@ -42,10 +43,17 @@ from moec.compiler.source import Checkpoint
 from moec.compiler.spec import Spec
 from moec.compiler.spec.device import Device
 from moec.compiler.spec.methods import AUTO
-from moec.compiler.spec.quantization import Calibration, Quantization, RoleQuantization, WeightScheme
+from moec.compiler.spec.quantization import (
+    Calibration,
+    Quantization,
+    RoleQuantization,
+    WeightScheme,
+    WeightType,
+    scheme_of_type,
+)
 
-FORMAT = 2
-BASE = (4, 32)  # bits and group size in which every part is measured
+FORMAT = 3
+BASE: Format = ("int4", 32)  # in which every part is measured
 TOKENS = 512  # that parts are measured on, in sequences of LENGTH
 LENGTH = 256
 _MANIFEST = 32768  # bytes of an artifact beside the program and the files of its tokenizer
@@ -92,8 +100,8 @@ def check_open(spec: Spec) -> Quantization:
 
 def base_quantization(quantization: Quantization) -> Quantization:
     """Every part in BASE; what the spec keeps in fp32 stays so."""
-    bits, size = BASE
-    coded = RoleQuantization(weights="int4" if bits == 4 else "int8", group_size=size)  # type: ignore[arg-type]
+    kind, size = BASE
+    coded = RoleQuantization(weights=kind, group_size=size)  # type: ignore[arg-type]
     given: dict[str, Any] = {"weights": quantization.weights, "group_size": size}
     if quantization.weights != "fp32":
         given["weights"] = coded.weights
@@ -141,8 +149,8 @@ def measured(spec: Spec, store: Checkpoint, target: str, progress: Progress) -> 
     for part, kld in progress.each("compare formats", list(zip(parts, klds, strict=True))):
         errors = relative_errors(part, floats, formats_of(part, floats))
 
-        def bytes_of(bits: int, size: int, part: Part = part) -> int:
-            return sum(footprint.weight_bytes(w, s, options) for w, s in _stored(part, floats, bits, size))
+        def bytes_of(kind: WeightType, size: int, part: Part = part) -> int:
+            return sum(footprint.weight_bytes(w, s, options) for w, s in _stored(part, floats, kind, size))
 
         choices.append(choices_of(kld, errors, bytes_of, BASE))
     costs = Costs(tuple(tuple(r.name for r in p.weights) for p in parts), tuple(choices))
@@ -157,7 +165,7 @@ def build_footprint(spec: Spec, target: str) -> tuple[Any, Any]:
     return model.footprint, model.options
 
 
-def _stored(part: Part, program: Program, bits: int, size: int) -> list[tuple[Weight, WeightScheme]]:
+def _stored(part: Part, program: Program, kind: WeightType, size: int) -> list[tuple[Weight, WeightScheme]]:
     """The part's weights as the planner counts them."""
     found = []
     for read in part.weights:
@@ -165,7 +173,7 @@ def _stored(part: Part, program: Program, bits: int, size: int) -> list[tuple[We
         rows, columns = (a, b) if last_axis(read.orientation) == "in" else (b, a)
         role = program.roles[read.name].value
         weight = Weight(role, read.name, stack[0] if stack else 1, rows, columns)
-        found.append((weight, WeightScheme(bits, size, read.scheme.axis)))
+        found.append((weight, scheme_of_type(kind, size, read.scheme.axis)))
     return found
 
 
@@ -176,7 +184,7 @@ def sizes(
     base = spec.model_copy(update={"quantization": base_quantization(check_open(spec))})
     name, options = build.chosen_target(spec, target)
     model = model_of(base, name, options)
-    coded = sum(next(c.bytes for c in choices if (c.bits, c.group_size) == BASE) for choices in costs.choices)
+    coded = sum(next(c.bytes for c in choices if (c.weights, c.group_size) == BASE) for choices in costs.choices)
     fixed = file_bytes(model) - coded + build.companion_bytes(store) + _MANIFEST
     rooms = [] if most is None else [most]
     if device is not None:
@@ -224,8 +232,8 @@ def with_choices(quantization: Quantization, costs: Costs, choices: Sequence[Cho
     base = base_quantization(quantization)
     tensors: dict[str, RoleQuantization] = {}
     for pattern, choice in patterns(costs.names, choices):
-        if (choice.bits, choice.group_size) != BASE or "*" not in pattern:
-            given = {"weights": f"int{choice.bits}", "group_size": choice.group_size}
+        if (choice.weights, choice.group_size) != BASE or "*" not in pattern:
+            given = {"weights": choice.weights, "group_size": choice.group_size}
             tensors[pattern] = RoleQuantization.model_validate(given)
     return base.model_copy(update={"tensors": {**tensors, **base.tensors}})
 
@@ -238,12 +246,12 @@ def patterns(names: Sequence[Sequence[str]], choices: Sequence[Choice]) -> list[
             kinds.setdefault(_kind(name), []).append((name, choice))
     general, single = [], []
     for kind, members in kinds.items():
-        counted: dict[tuple[int, int], list[Choice]] = {}
+        counted: dict[Format, list[Choice]] = {}
         for _, choice in members:
-            counted.setdefault((choice.bits, choice.group_size), []).append(choice)
+            counted.setdefault((choice.weights, choice.group_size), []).append(choice)
         usual = max(counted.values(), key=len)[0]
         general.append((kind, usual))
-        single += [(n, c) for n, c in members if (c.bits, c.group_size) != (usual.bits, usual.group_size)]
+        single += [(n, c) for n, c in members if (c.weights, c.group_size) != (usual.weights, usual.group_size)]
     return [*general, *single]
 
 

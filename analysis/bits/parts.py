@@ -23,11 +23,12 @@ from moec.compiler.ops import fused_moe
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.quantizer import GROUP_SIZES, codes_of, last_axis
-from moec.compiler.spec.quantization import Quantization, WeightScheme
+from moec.compiler.spec.quantization import Quantization, WeightType, scheme_of_type
 from moec.compiler.weights import LazyWeight
 from moec.passes.quantize_weights import Read, reads
 
-BITS = (4, 8)
+TYPES: tuple[WeightType, ...] = ("int4", "iq4_nl", "int8")
+Format = tuple[WeightType, int]  # of codes: type and group size
 _SAMPLE = 1 << 16  # elements of a weight whose rounding error stands for all
 _LEAST = 1e-9  # nats: a part that does not show still costs more in a coarser format
 
@@ -43,15 +44,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Choice:
-    """A format of a part: its bits and group size, the divergence it is expected to cost in nats, its bytes."""
+    """A format of a part: its type and group size, the divergence it is expected to cost in nats, its bytes."""
 
-    bits: int
+    weights: WeightType
     group_size: int
     kld: float
     bytes: int
 
     def __str__(self) -> str:
-        return f"int{self.bits} g{self.group_size}"
+        return f"{self.weights} g{self.group_size}"
 
 
 def parts_of(program: Program, quantization: Quantization) -> list[Part]:
@@ -68,16 +69,16 @@ def parts_of(program: Program, quantization: Quantization) -> list[Part]:
     return found
 
 
-def formats_of(part: Part, program: Program) -> list[tuple[int, int]]:
-    """Bits and group sizes that the part's widths allow."""
+def formats_of(part: Part, program: Program) -> list[Format]:
+    """Types and group sizes that the part's widths allow."""
     widths = []
     for read in part.weights:
         shape = program.weights[read.name].shape
         widths.append(shape[-1] if last_axis(read.orientation) == read.scheme.axis else shape[-2])
-    return [(bits, size) for bits in BITS for size in GROUP_SIZES if all(w % size == 0 for w in widths)]
+    return [(kind, size) for kind in TYPES for size in GROUP_SIZES if all(w % size == 0 for w in widths)]
 
 
-def relative_errors(part: Part, program: Program, formats: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+def relative_errors(part: Part, program: Program, formats: Sequence[Format]) -> dict[Format, float]:
     """The squared rounding error of each format, summed over a sample of the part's weights."""
     total = dict.fromkeys(formats, 0.0)
     for read in part.weights:
@@ -88,9 +89,9 @@ def relative_errors(part: Part, program: Program, formats: Sequence[tuple[int, i
         share = max(1, rows.numel() // _SAMPLE)
         sample = rows[::share].to(torch.float32)
         weight = LazyWeight(tuple(sample.shape), torch.float32, lambda sample=sample: sample)  # type: ignore[misc]
-        for bits, size in formats:
-            coded = codes_of(weight, WeightScheme(bits, size, "in"), method="search").dequantize()
-            total[bits, size] += share * float((coded - sample).square().sum())
+        for kind, size in formats:
+            coded = codes_of(weight, scheme_of_type(kind, size, "in"), method="search").dequantize()
+            total[kind, size] += share * float((coded - sample).square().sum())
     return total
 
 
@@ -156,7 +157,7 @@ def _divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 def choices_of(
-    kld: float, errors: Mapping[tuple[int, int], float], bytes_of: Callable[[int, int], int], measured: tuple[int, int]
+    kld: float, errors: Mapping[Format, float], bytes_of: Callable[[WeightType, int], int], measured: Format
 ) -> tuple[Choice, ...]:
     """What each format of a part costs, the fewest bytes first; what costs more in both is left out.
 
@@ -164,8 +165,8 @@ def choices_of(
     """
     base = max(errors[measured], 1e-30)
     every = [
-        Choice(bits, size, max(kld, _LEAST) * error / base, bytes_of(bits, size))
-        for (bits, size), error in errors.items()
+        Choice(kind, size, max(kld, _LEAST) * error / base, bytes_of(kind, size))
+        for (kind, size), error in errors.items()
     ]
     kept: list[Choice] = []
     for choice in sorted(every, key=lambda c: (c.bytes, c.kld)):

@@ -224,12 +224,12 @@ def _sample(product: Product) -> Product:
 
 def _error(product: Product, factors: Tensor) -> float:
     """tr(dW H dW^T) of plain rounding with the whole range of codes, columns scaled by `factors`."""
-    scheme = product.scheme
+    scheme, grid = product.scheme, product.scheme.grid
     grouped = (product.w_NK * factors).unflatten(-1, (-1, scheme.group_size))
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    scale = torch.where(high > -low, high, low) / -(2 ** (scheme.bits - 1))
+    scale = torch.where(high > -low, high, low) / grid.low
     scale = torch.where(scale == 0, 1.0, scale)
-    rounded = (grouped / scale).round_().clamp_(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1).mul_(scale)
+    rounded = grid.nearest_(grouped / scale).mul_(scale)
     delta = rounded.flatten(-2).div_(factors).sub_(product.w_NK)
     return float(((delta @ product.inputs.moments_KK) * delta).sum()) / product.inputs.tokens
 

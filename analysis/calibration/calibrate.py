@@ -35,10 +35,10 @@ from moec.compiler.ops import fused_moe
 from moec.compiler.pipeline import Pass, PassResult
 from moec.compiler.program import Program, Role, Stage
 from moec.compiler.progress import Progress
-from moec.compiler.quantizer import find_quantizer, last_axis
+from moec.compiler.quantizer import find_quantizer, format_of, last_axis
 from moec.compiler.spec.methods import AUTO
 from moec.compiler.spec.quantization import Calibration, Quantization
-from moec.compiler.weights import CodeFormat, LazyWeight, Provenance, StoredCodes
+from moec.compiler.weights import LazyWeight, Provenance, StoredCodes
 from moec.passes.quantize_weights import Read, reads
 
 CANDIDATES = ("rtn", "weighted", "gptq", "awq", "awq_gptq")
@@ -146,7 +146,7 @@ class _Calibrated:
     def codes(self, read: Read) -> StoredCodes:
         """The codes of a weight, to be computed."""
         return StoredCodes(
-            CodeFormat(read.scheme.bits, read.scheme.group_size),
+            format_of(read.scheme),
             lambda: self._results.codes(read.name),
             Provenance("computed", self._quantization.method),
             transposed=last_axis(read.orientation) != read.scheme.axis,

@@ -12,7 +12,7 @@ Shape suffixes: T tokens, V vocabulary, N rows of codes, G groups, g elements of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any
 
@@ -27,7 +27,7 @@ from moec.analysis.calibration.streaming import Call, LayerStream, Stretch
 from moec.compiler.matching.read import aten, is_op
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
-from moec.compiler.quant import QuantizedTensor, stored_scales
+from moec.compiler.quant import stored_scales
 from moec.compiler.quantizer import last_axis
 from moec.passes.quantize_weights import Read
 
@@ -215,7 +215,7 @@ def distill(
         for name in student.changes:
             tensor = results.codes(name)
             scales = stored_scales(program.weights[name].load(), student.scales(name))
-            writer.codes(name, QuantizedTensor(tensor.codes, scales, tensor.bits, tensor.group_size))
+            writer.codes(name, replace(tensor, scales=scales))
     tokens = EPOCHS * sum(len(teacher[n].ids) for n in used)
     held_out = {"before": round(before, 5), "after": round(after, 5)}
     return {"tokens": tokens, "held_out": held_out, "taken": after < before}

@@ -67,7 +67,12 @@ class Writer:
         if tensor.zero_points is not None:
             parts["zero_points"] = tensor.zero_points.contiguous()
         save_file(parts, self.folder / file)
-        self.weights[name] = {"file": file, "bits": tensor.bits, "group_size": tensor.group_size}
+        self.weights[name] = {
+            "file": file,
+            "bits": tensor.bits,
+            "group_size": tensor.group_size,
+            "levels": tensor.levels,
+        }
 
     def scaled(self, name: str, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """The weight `name` is multiplied by factors: [N] of its rows, [K] of its columns, or [E, ...] by expert."""
@@ -104,7 +109,12 @@ class Results:
         entry = self.weights[name]
         parts = self._parts(entry["file"])
         return QuantizedTensor(
-            parts["codes"], parts["scales"], entry["bits"], entry["group_size"], parts.get("zero_points")
+            parts["codes"],
+            parts["scales"],
+            entry["bits"],
+            entry["group_size"],
+            parts.get("zero_points"),
+            entry.get("levels", ""),
         )
 
     def factors(self, name: str) -> tuple[Tensor | None, Tensor | None]:

@@ -118,7 +118,7 @@ def _formats(model: Model, weights: Sequence[Weight]) -> str:
 
 
 def _format(scheme: WeightScheme | None) -> str:
-    return "fp32" if scheme is None else f"int{scheme.bits}, groups of {scheme.group_size} along {scheme.axis}"
+    return "fp32" if scheme is None else f"{scheme.weights}, groups of {scheme.group_size} along {scheme.axis}"
 
 
 def weight_bytes(model: Model) -> int:

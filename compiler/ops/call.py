@@ -114,7 +114,9 @@ def find_call(node: Any) -> Call[Any] | None:
 
 
 def _default(field: dataclasses.Field[Any]) -> str | None:
-    return None if field.default is dataclasses.MISSING else str(field.default)
+    if field.default is dataclasses.MISSING:
+        return None
+    return f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
 
 
 def _parameter(name: str, hint: Any) -> Parameter:

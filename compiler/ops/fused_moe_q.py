@@ -8,6 +8,7 @@ Activation arithmetic with int8_activations (`quant.quantize_rows`; rows of x, a
 - groups along out: for each group G of outputs z[k] = x[k] * s_w[k, G] in fp32, (zq, s_z) = quantize_rows(z),
   y[n] = s_z * sum_k zq[k] * q[k, n].
 With `activation_block` x and z are rounded in blocks of so many inputs, and s_x or s_z stands inside the sum.
+levels: as of linear_q, of every weight.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class FusedMoeQ(RoutedMoe[V]):
     group_size: int
     int8_activations: bool
     activation_block: int = 0
+    levels: str = ""
 
     def weight(self, name: str) -> tuple[V, V] | None:
         """(codes, scales) of one of `WEIGHTS`; None if it is absent."""
@@ -73,14 +75,14 @@ class FusedMoeQ(RoutedMoe[V]):
     def product(self: FusedMoeQ[Tensor], name: str, expert: int, rows: Tensor) -> Tensor:
         weight = self.weight(name)
         assert weight is not None
-        one = QuantizedTensor(weight[0][expert], weight[1][expert], self.bits, self.group_size)
+        one = self._tensor(weight[0][expert], weight[1][expert])
         multiply = linear_in_groups if self.mlp.layout == "out_in" else linear_out_groups
         return multiply(rows, one, self.int8_activations, self.activation_block)
 
     def shared_product(self: FusedMoeQ[Tensor], name: str, rows: Tensor) -> Tensor:
         weight = self.weight(name)
         assert weight is not None
-        one = QuantizedTensor(*weight, self.bits, self.group_size)
+        one = self._tensor(*weight)
         return linear_in_groups(rows, one, self.int8_activations, self.activation_block)
 
     def fake(self: FusedMoeQ[Tensor]) -> Tensor:
@@ -101,8 +103,11 @@ class FusedMoeQ(RoutedMoe[V]):
             codes, scales = self._parts(name)
             assert codes is not None
             assert scales is not None
-            check_codes(op, name, codes, scales, shape, self.bits, self.group_size)
+            check_codes(op, name, codes, scales, shape, self.bits, self.group_size, self.levels)
         return result
+
+    def _tensor(self: FusedMoeQ[Tensor], codes: Tensor, scales: Tensor) -> QuantizedTensor:
+        return QuantizedTensor(codes, scales, self.bits, self.group_size, levels=self.levels)
 
     def _parts(self, name: str) -> tuple[V | None, V | None]:
         return getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales")

@@ -1,6 +1,7 @@
 """moec::linear_q: y = x W^T + bias with W held as codes and scales, groups along the input.
 
 x [..., K] float32; codes [N, K/2] uint8 (bits 4) or [N, K] int8 (bits 8); scales [N, K/group_size]; y [..., N] float32.
+levels: the table of `compiler/levels.py` whose values the codes number, "" for codes that are numbers.
 int8_activations: y = s_x * sum_g s_w[g] * (integer dot product of the group), x rounded per row by
 `quant.quantize_rows`; with `activation_block` there is a scale s_x for each so many inputs, inside the sum. Otherwise
 fp32 arithmetic on the dequantized weight.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moec.compiler.levels import LEVELS
 from moec.compiler.ops.call import Call, V, register, require
 from moec.compiler.quant import ACTIVATION_BLOCK, QuantizedTensor, fake_quantize_rows, quantize_rows
 
@@ -36,10 +38,11 @@ def check_block(op: str, int8_activations: bool, activation_block: int) -> None:
 
 
 def check_codes(
-    op: str, name: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, group_size: int
+    op: str, name: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, group_size: int, levels: str
 ) -> None:
     """Codes and scales of a weight of logical `shape`, grouped along its last dimension."""
     require(bits in (4, 8), op, f"bits must be 4 or 8, not {bits}")
+    require(not levels or (bits == 4 and levels in LEVELS), op, f"no levels {levels!r} for codes of {bits} bits")
     require(
         group_size > 0 and shape[-1] % group_size == 0,
         op,
@@ -63,9 +66,10 @@ class LinearQ(Call[V]):
     group_size: int
     int8_activations: bool
     activation_block: int = 0
+    levels: str = ""
 
     def eager(self: LinearQ[Tensor]) -> Tensor:
-        weight = QuantizedTensor(self.codes, self.scales, self.bits, self.group_size)
+        weight = QuantizedTensor(self.codes, self.scales, self.bits, self.group_size, levels=self.levels)
         y = linear_in_groups(self.x, weight, self.int8_activations, self.activation_block)
         return y if self.bias is None else y + self.bias.to(torch.float32)
 
@@ -73,7 +77,7 @@ class LinearQ(Call[V]):
         n = self.codes.shape[0]
         check_block("linear_q", self.int8_activations, self.activation_block)
         shape = (n, int(self.x.shape[-1]))
-        check_codes("linear_q", "weight", self.codes, self.scales, shape, self.bits, self.group_size)
+        check_codes("linear_q", "weight", self.codes, self.scales, shape, self.bits, self.group_size, self.levels)
         return self.x.new_empty((*self.x.shape[:-1], n), dtype=torch.float32)
 
 

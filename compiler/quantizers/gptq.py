@@ -23,10 +23,10 @@ class Gptq(Quantizer):
     by_row = True
 
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
-        along_in, size, bits = scheme.axis == "in", scheme.group_size, scheme.bits
-        scales = best_scales(w_RL, energies(inputs) if along_in else None, bits, size)
+        along_in, size, grid = scheme.axis == "in", scheme.group_size, scheme.grid
+        scales = best_scales(w_RL, energies(inputs) if along_in else None, grid, size)
         if not has_seen(inputs):
-            return rounded_to(w_RL, scales, bits=bits)
+            return rounded_to(w_RL, scales, grid=grid)
         assert isinstance(inputs, Moments)
         scales = stored_scales(w_RL, scales)
         w_NK = (w_RL if along_in else w_RL.t()).to(torch.float32)
@@ -39,12 +39,12 @@ class Gptq(Quantizer):
         def fitted(q_NK: Tensor) -> Tensor:
             return stored_scales(w_RL, refitted(w_NK, q_NK, scales, h_KK)) if along_in else scales
 
-        q_NK = with_feedback(w_NK, spread(), bits, inverse_factor(inputs))
+        q_NK = with_feedback(w_NK, spread(), grid, inverse_factor(inputs))
         scales = fitted(q_NK)
-        q_NK = descended(w_NK, q_NK, spread(), bits, h_KK)
+        q_NK = descended(w_NK, q_NK, spread(), grid, h_KK)
         scales = fitted(q_NK)
         q_RL = (q_NK if along_in else q_NK.t()).contiguous()
-        return QuantizedTensor(packed_codes(q_RL, bits), scales, bits, size)
+        return QuantizedTensor(packed_codes(q_RL, grid), scales, grid.bits, size, levels=grid.levels)
 
 
 QUANTIZER = Gptq()

@@ -13,7 +13,7 @@ class RoundToNearest(Quantizer):
     by_row = True
 
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
-        return quantize_weight(w_RL, bits=scheme.bits, group_size=scheme.group_size)
+        return quantize_weight(w_RL, bits=scheme.bits, group_size=scheme.group_size, levels=scheme.levels)
 
 
 QUANTIZER = RoundToNearest()

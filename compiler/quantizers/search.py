@@ -19,7 +19,7 @@ class Search(Quantizer):
     by_row = True
 
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
-        return rounded_to(w_RL, best_scales(w_RL, None, scheme.bits, scheme.group_size), bits=scheme.bits)
+        return rounded_to(w_RL, best_scales(w_RL, None, scheme.grid, scheme.group_size), grid=scheme.grid)
 
 
 QUANTIZER = Search()

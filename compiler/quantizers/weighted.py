@@ -20,7 +20,7 @@ class Weighted(Quantizer):
 
     def quantize(self, w_RL: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedTensor:
         e_L = energies(inputs) if scheme.axis == "in" else None
-        return rounded_to(w_RL, best_scales(w_RL, e_L, scheme.bits, scheme.group_size), bits=scheme.bits)
+        return rounded_to(w_RL, best_scales(w_RL, e_L, scheme.grid, scheme.group_size), grid=scheme.grid)
 
 
 QUANTIZER = Weighted()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
@@ -15,28 +15,55 @@ from moec.compiler.spec.strict import Fault, Section
 from moec.compiler.states import PER_TOKEN_AND_HEAD, Codes
 
 if TYPE_CHECKING:
+    from moec.compiler.levels import Grid
     from moec.compiler.roles import Role
 
-WeightType = Literal["int4", "int8", "fp32"]
+WeightType = Literal["int4", "iq4_nl", "fp4", "int8", "fp32"]
 Axis = Literal["in", "out"]
 LoosePath = Annotated[Path, Field(strict=False)]
-_BITS = {"int4": 4, "int8": 8}
+_CODES = {"int4": (4, ""), "iq4_nl": (4, "iq4_nl"), "fp4": (4, "fp4"), "int8": (8, "")}  # bits, and table of levels
 
 
 @dataclass(frozen=True)
 class WeightScheme:
     """How one weight is stored: symmetric codes of `bits`, one scale per `group_size` elements along `axis`.
 
-    axis `in` groups along the reduction dimension of the product, `out` along its output features.
+    axis `in` groups along the reduction dimension of the product, `out` along its output features. levels: the table
+    whose values the codes number (`compiler/levels.py`).
     """
 
     bits: int
     group_size: int
     axis: Axis = "in"
+    levels: str = ""
+
+    @property
+    def grid(self) -> Grid:
+        """What the codes stand for."""
+        from moec.compiler.levels import Grid  # which imports torch; specs are read without it
+
+        return Grid(self.bits, self.levels)
+
+    @property
+    def weights(self) -> str:
+        """The type as a spec names it."""
+        return self.levels or f"int{self.bits}"
+
+
+def scheme_of_type(weights: WeightType, group_size: int, axis: Axis) -> WeightScheme:
+    """The scheme of codes of a type that a spec names; ValueError for fp32, which has none."""
+    if weights == "fp32":
+        raise ValueError("fp32 weights are no codes")
+    bits, levels = _CODES[weights]
+    return WeightScheme(bits, group_size, axis, levels)
 
 
 class RoleQuantization(Section):
-    """An override for one role. `int8` alone is short for `{weights: int8}`."""
+    """An override for one role. `int8` alone is short for `{weights: int8}`.
+
+    int4 and int8 are whole numbers times a scale; iq4_nl are 16 levels of 4 bits, denser around zero, and fp4 those of
+    E2M1, as in MXFP4.
+    """
 
     weights: WeightType
     group_size: Literal[32, 64, 128, 256] | None = None
@@ -46,7 +73,7 @@ def _short(value: Any) -> Any:
     return {"weights": value} if isinstance(value, str) else value
 
 
-_TYPES = ["int4", "int8", "fp32"]
+_TYPES = list(get_args(WeightType))
 _OVERRIDE: list[dict[str, Any]] = [
     {"enum": _TYPES},
     {
@@ -145,7 +172,8 @@ class Calibration(Section):
 
 
 class Quantization(Section):
-    """Symmetric integer weights in groups (MobileMoE Eq. 6), dynamic INT8 activations, INT8 KV cache.
+    """Weights of 4 or 8 bits in groups (MobileMoE Eq. 6; `iq4_nl` and `fp4` by levels), dynamic INT8 activations, INT8
+    KV cache.
 
     The router and the norms are always fp32. `embedding` is the token table, which is also the output head when
     embeddings are tied; `head` is an output head of its own. `experts`, `shared`, `attention`, `ffn` override `weights`
@@ -233,4 +261,4 @@ class Quantization(Section):
         if kind == "fp32":
             return None
         group_size = (override.group_size if override else None) or self.group_size
-        return WeightScheme(_BITS[kind], group_size, self.expert_group_axis if role == "expert" else "in")
+        return scheme_of_type(kind, group_size, self.expert_group_axis if role == "expert" else "in")

@@ -16,7 +16,7 @@ experts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -87,7 +87,7 @@ class Matrix:
             w = weight if index is None else weight[index]
             return x @ w if self._in_out else F.linear(x, w)
         if index is not None:
-            weight = QuantizedTensor(weight.codes[index], weight.scales[index], weight.bits, weight.group_size)
+            weight = weight.part(index)
         if self._in_out:
             return self._along_out(x, weight)
         if self._asymmetric:
@@ -104,7 +104,7 @@ class Matrix:
         weight = self._weight
         if isinstance(weight, Tensor):
             return weight[ids]
-        return QuantizedTensor(weight.codes[ids], weight.scales[ids], weight.bits, weight.group_size).dequantize()
+        return replace(weight, codes=weight.codes[ids], scales=weight.scales[ids]).dequantize()
 
     def by_rows(self, x_TK: Tensor) -> Tensor:
         """x times the weight [N, K], dequantizing some of its rows at a time: an output head."""
@@ -114,11 +114,7 @@ class Matrix:
         y_TN = torch.empty(x_TK.shape[0], count)
         for first in range(0, count, step):
             part = slice(first, first + step)
-            piece = (
-                weight[part]
-                if isinstance(weight, Tensor)
-                else QuantizedTensor(weight.codes[part], weight.scales[part], weight.bits, weight.group_size)
-            )
+            piece = weight[part] if isinstance(weight, Tensor) else weight.part(part)
             matrix = Matrix(
                 piece,
                 in_out=False,
@@ -388,5 +384,4 @@ def _indices(indices: np.ndarray, experts: int) -> Tensor:
 
 
 def _bfloat16_scales(weight: QuantizedTensor) -> QuantizedTensor:
-    scales = weight.scales.to(torch.bfloat16).to(torch.float32)
-    return QuantizedTensor(weight.codes, scales, weight.bits, weight.group_size)
+    return replace(weight, scales=weight.scales.to(torch.bfloat16).to(torch.float32))

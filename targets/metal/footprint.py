@@ -35,7 +35,7 @@ class MetalFootprint(Footprint):
             return 4 * weight.numel
         if scheme is None or weight.columns == 1:
             return self._dtype(options) * weight.numel
-        return weight.numel * scheme.bits // 8 + self._scales(weight, scheme, options)
+        return weight.numel * (8 if scheme.levels else scheme.bits) // 8 + self._scales(weight, scheme, options)
 
     def _scales(self, weight: Weight, scheme: WeightScheme, options: Any) -> int:
         return weight.numel // min(scheme.group_size, _LARGEST_GROUP) * self._dtype(options)

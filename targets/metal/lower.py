@@ -25,6 +25,7 @@ from moec.compiler.program import Editor, Program, Role, module_path
 from moec.compiler.states import coded_type
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
+from moec.passes.levels_to_int8 import note
 from moec.targets.constant_methods import constant_methods
 from moec.targets.metal.delegate_package import activate
 from moec.targets.metal.encode import Encoding, weight_sqnr_db
@@ -300,7 +301,7 @@ def _facts(
 
 
 def _notes(program: Program, options: Options, rounded: Mapping[str, float]) -> tuple[str, ...]:
-    notes = ["not checked without Apple hardware: " + "; ".join(UNCHECKED)]
+    notes = ["not checked without Apple hardware: " + "; ".join(UNCHECKED), *note(program)]
     if any(n.target in QUANTIZED for n in program.graph.nodes):
         notes.append(f"activations are not rounded to INT8: products take {options.dtype}")
     if rounded:

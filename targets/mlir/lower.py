@@ -23,6 +23,7 @@ from moec.compiler.errors import CompileError
 from moec.compiler.extras import require
 from moec.compiler.program import Program, Role
 from moec.compiler.target import LoweredFiles
+from moec.passes.levels_to_int8 import note
 from moec.targets.mlir import toolchain
 from moec.targets.mlir.facts import Argument, MlirFacts
 from moec.targets.mlir.functional import TAPS, Signature, exported, operators_of, signature_of
@@ -84,7 +85,7 @@ def lower(program: Program, out: Path, options: Options, progress: Any) -> Lower
         tools=toolchain.versions(),
         not_checked=(UNCHECKED,),
     )
-    return LoweredFiles(tuple(files), dict(sizes), facts, notes=(f"not checked: {UNCHECKED}",))
+    return LoweredFiles(tuple(files), dict(sizes), facts, notes=(f"not checked: {UNCHECKED}", *note(program)))
 
 
 def _arguments(program: Program, signature: Signature) -> list[dict[str, Any]]:

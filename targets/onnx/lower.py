@@ -25,6 +25,7 @@ from moec.compiler.program import Program, module_path
 from moec.compiler.states import coded_type
 from moec.compiler.target import LoweredFiles
 from moec.passes.float_activations import QUANTIZED
+from moec.passes.levels_to_int8 import note
 from moec.targets.onnx import aten, handlers
 from moec.targets.onnx.attention import MASK, S, T, declare_cache, past_length
 from moec.targets.onnx.context import Context
@@ -167,7 +168,7 @@ def _facts(model: ModelProto, c: Context, options: Options) -> OnnxFacts:
 
 
 def _notes(program: Program, options: Options) -> tuple[str, ...]:
-    notes = []
+    notes = [*note(program)]
     if any(n.target in QUANTIZED for n in program.graph.nodes):
         notes.append("activations are float32: products do not round them to INT8, whatever the spec says")
     coded = coded_type(program.states.values())

@@ -41,7 +41,7 @@ def _run(program: Program) -> PassResult:
 
 def _rewrite(edit: Editor, node: Node) -> None:
     linear = LinearQ[Node].of(node)
-    if linear.bits != 4 or not linear.int8_activations:
+    if linear.bits != 4 or linear.levels or not linear.int8_activations:
         raise CompileError(
             "XNNPACK multiplies grouped INT4 weights with INT8 activations only",
             place=module_path(node) or node.name,

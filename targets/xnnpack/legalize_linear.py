@@ -112,6 +112,7 @@ def source_of(node: Node) -> Source:
         group_size=quantized.group_size,
         int8_activations=isinstance(quantized, LinearQ) and quantized.int8_activations,
         activation_block=quantized.activation_block if isinstance(quantized, LinearQ) else 0,
+        levels=quantized.levels,
     )
 
 

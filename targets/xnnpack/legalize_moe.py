@@ -97,6 +97,7 @@ def _source(moe: RoutedMoe[Node], name: str) -> Source | None:
             int8_activations=moe.int8_activations,
             activation_block=moe.activation_block,
             axis_out=moe.mlp.layout == "in_out" and not name.startswith("shared"),  # shared weights are [out, in]
+            levels=moe.levels,
         )
     assert isinstance(moe, FusedMoe)
     plain = moe.weight(name)

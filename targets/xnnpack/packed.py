@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.compiler.errors import CompileError
+from moec.compiler.levels import Grid
 from moec.compiler.program import Editor, LazyWeight
 from moec.compiler.quant import ACTIVATION_BLOCK
 from moec.runtime.moe_config import Kind, WeightFormat
@@ -42,13 +43,14 @@ def quantized_source(
     int8_activations: bool,
     activation_block: int = 0,
     axis_out: bool = False,
+    levels: str = "",
 ) -> Source:
     """Codes and scales of a weight [N, K] (`axis_out`: grouped along N), and the format they are packed in."""
     return Source(
         codes,
         scales,
         WeightFormat(
-            kind={4: Kind.INT4, 8: Kind.INT8}[bits],
+            kind=Kind[str(Grid(bits, levels)).upper()],
             group_size=group_size,
             axis_out=axis_out,
             int8_activations=int8_activations,

@@ -19,8 +19,8 @@ SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor? weight, float eps) -> Tensor",
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     "linear_q": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits, int group_size, "
-    "bool int8_activations, int activation_block=0) -> Tensor",
-    "embedding_q": "(Tensor ids, Tensor codes, Tensor scales, int bits, int group_size) -> Tensor",
+    'bool int8_activations, int activation_block=0, str levels="") -> Tensor',
+    "embedding_q": '(Tensor ids, Tensor codes, Tensor scales, int bits, int group_size, str levels="") -> Tensor',
     "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start_pos, "
     "float scale, int window, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, Tensor? sinks=None, "
     "float softcap=0.0) -> Tensor",
@@ -31,7 +31,7 @@ SCHEMAS = {
     "Tensor? selection_bias, Tensor w13_codes, Tensor w13_scales, Tensor? b13, Tensor w2_codes, Tensor w2_scales, "
     "Tensor? b2, Tensor? shared_w13_codes, Tensor? shared_w13_scales, Tensor? shared_w2_codes, "
     "Tensor? shared_w2_scales, Tensor? shared_gate, int top_k, str routing, str experts, int bits, int group_size, "
-    "bool int8_activations, int activation_block=0) -> Tensor",
+    'bool int8_activations, int activation_block=0, str levels="") -> Tensor',
     "short_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, Tensor start_pos, bool silu) -> Tensor",
     "gated_delta": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor(a!) state, Tensor start_pos, "
     "float scale, float eps) -> Tensor",

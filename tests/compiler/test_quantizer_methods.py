@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.compiler.error_feedback import damped, descended, inverse_factor, refitted, with_feedback
+from moec.compiler.levels import LEVELS, Grid
 from moec.compiler.quant import QuantizedTensor
 from moec.compiler.quantizer import Inputs, Moments, find_quantizer
 from moec.compiler.spec.methods import own_methods
@@ -19,6 +20,8 @@ from moec.compiler.spec.quantization import Axis, WeightScheme
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
 METHODS = own_methods()
+INT4 = Grid(4)
+GRIDS = [INT4, Grid(8), Grid(4, "iq4_nl"), Grid(4, "fp4")]
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -37,9 +40,15 @@ def moments(x_TK: Tensor) -> Moments:
     return seen
 
 
-def quantized(method: str, w_NK: Tensor, x_TK: Tensor | None, bits: int = 4, axis: Axis = "in") -> QuantizedTensor:
+def quantized(method: str, w_NK: Tensor, x_TK: Tensor | None, grid: Grid = INT4, axis: Axis = "in") -> QuantizedTensor:
     inputs = None if x_TK is None else moments(x_TK)
-    return find_quantizer(method).quantize(w_NK if axis == "in" else w_NK.t(), WeightScheme(bits, 32, axis), inputs)
+    scheme = WeightScheme(grid.bits, 32, axis, grid.levels)
+    return find_quantizer(method).quantize(w_NK if axis == "in" else w_NK.t(), scheme, inputs)
+
+
+def steps(grid: Grid) -> list[int]:
+    """The values of a grid in order."""
+    return sorted(set(LEVELS[grid.levels])) if grid.levels else list(range(grid.low, grid.high + 1))
 
 
 def value(tensor: QuantizedTensor, axis: Axis = "in") -> Tensor:
@@ -51,52 +60,56 @@ def product_error(w_NK: Tensor, tensor: QuantizedTensor, x_TK: Tensor, axis: Axi
 
 
 @quick
-@given(seeds, st.sampled_from(METHODS), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from(["in", "out"]))
-def test_every_method_gives_codes_of_the_format(seed: int, method: str, bits: int, axis: Axis) -> None:
+@given(
+    seeds, st.sampled_from(METHODS), st.sampled_from([*GRIDS, *map(Grid, (2, 3, 5, 6))]), st.sampled_from(["in", "out"])
+)
+def test_every_method_gives_codes_of_the_format(seed: int, method: str, grid: Grid, axis: Axis) -> None:
     """In range, of the shapes that `QuantizedTensor` says, and no further from the weight than a step of rtn."""
     w_NK, x_TK = random(seed, 64, 96), random(seed + 1, 200, 96)
     w_NK[:32, :32] = 0.0
-    tensor = quantized(method, w_NK, x_TK, bits, axis)
+    tensor = quantized(method, w_NK, x_TK, grid, axis)
     q = tensor.unpacked()
     assert tensor.shape == ((64, 96) if axis == "in" else (96, 64))
-    assert int(q.min()) >= -(2 ** (bits - 1))
-    assert int(q.max()) <= 2 ** (bits - 1) - 1
+    assert tensor.grid == grid
+    assert set(q.unique().tolist()) <= set(steps(grid))
     assert tensor.scales.dtype == torch.float16
     assert torch.isfinite(tensor.scales).all()
     assert not value(tensor, axis)[:32, :32].any(), "groups of zeros stay zero"
     # feedback moves a code by some steps where inputs go together; these inputs are independent
-    assert float((value(tensor, axis) - w_NK).abs().mean()) < float(w_NK.abs().max()) * 2.0 ** (1 - bits)
+    assert float((value(tensor, axis) - w_NK).abs().mean()) < float(w_NK.abs().max()) * 2.0 ** (1 - grid.bits)
 
 
 @quick
-@given(seeds, st.sampled_from([3, 4, 8]))
-def test_signed_uses_the_whole_range(seed: int, bits: int) -> None:
-    """The largest element of each group has the least code, and is off by the rounding of its scale (2^-11) only."""
+@given(seeds, st.sampled_from([*GRIDS, Grid(3)]))
+def test_signed_uses_the_whole_range(seed: int, grid: Grid) -> None:
+    """The largest element of each group has the least value, and is off by the rounding of its scale (2^-11) only."""
     w = random(seed, 5, 64)
-    tensor = quantized("signed", w, None, bits)
+    tensor = quantized("signed", w, None, grid)
     grouped, q = w.unflatten(-1, (-1, 32)), tensor.unpacked().unflatten(-1, (-1, 32))
     at = grouped.abs().argmax(-1, keepdim=True)
-    assert (q.gather(-1, at) == -(2 ** (bits - 1))).all()
+    assert (q.gather(-1, at) == grid.low).all()
     torch.testing.assert_close(
         value(tensor).unflatten(-1, (-1, 32)).gather(-1, at), grouped.gather(-1, at), rtol=2**-11, atol=0
     )
 
 
 @quick
-@given(seeds)
-def test_search_has_the_least_squared_error(seed: int) -> None:
+@given(seeds, st.sampled_from([g for g in GRIDS if g.bits == 4]))
+def test_search_has_the_least_squared_error(seed: int, grid: Grid) -> None:
     """No more than 2% above what a fine grid of scales finds: candidates are 4% apart, and refined once."""
     w = random(seed, 24, 32)
-    found = (value(quantized("search", w, None)) - w).square().sum(-1)
+    found = (value(quantized("search", w, None, grid)) - w).square().sum(-1)
+    values = torch.tensor(steps(grid), dtype=torch.float32)
     best = torch.full((24,), torch.inf)
     for s in torch.linspace(0.4, 1.4, 401):
         for sign in (1.0, -1.0):
-            scale = (sign * s * w.abs().amax(-1, keepdim=True) / 8).half().float()
-            best = torch.minimum(best, ((w / scale).round().clamp(-8, 7) * scale - w).square().sum(-1))
+            scale = (sign * s * w.abs().amax(-1, keepdim=True) / grid.low).half().float()
+            nearest = values[(w / scale).unsqueeze(-1).sub(values).abs().argmin(-1)]
+            best = torch.minimum(best, (nearest * scale - w).square().sum(-1))
     assert float(found.sum()) <= 1.02 * float(best.sum())
     for other in ("rtn", "signed"):
         # scales are rounded to float16 after the search: 2^-11 of the values
-        assert (found <= (value(quantized(other, w, None)) - w).square().sum(-1) * 1.01).all()
+        assert (found <= (value(quantized(other, w, None, grid)) - w).square().sum(-1) * 1.01).all()
 
 
 @quick
@@ -120,29 +133,31 @@ def test_weighted_without_inputs_is_search() -> None:
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gptq_against_its_plain_form(axis: Axis, bits: int) -> None:
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gptq_against_its_plain_form(axis: Axis, grid: Grid) -> None:
     """One column after the other, the inverse of what is left computed anew (float64): GPTQ without any algebra.
 
     Another order of sums may turn a code where a value lies between two: under 1 in 200 of them.
     """
     w, x = random(3, 32, 160), correlated(3, 500, 160)
-    first = quantized("search", w, None, bits, axis)
+    first = quantized("search", w, None, grid, axis)
     scales = first.scales.float().repeat_interleave(32, -1)
     s_NK = (scales if axis == "in" else scales.t()).double()
     h = (x.t() @ x).double() / len(x)
     h.diagonal().add_((0.01 + 0.1 * 160 / 500) * h.diagonal().mean())
     left, codes = w.double().clone(), torch.empty(w.shape)
+    values = torch.tensor(steps(grid), dtype=torch.float64)
     for k in range(160):
-        q = (left[:, k] / s_NK[:, k]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        q = values[(left[:, k] / s_NK[:, k]).unsqueeze(-1).sub(values).abs().argmin(-1)]
         codes[:, k] = q
         inverse = torch.linalg.inv(h[k:, k:])
         error = (left[:, k] - q * s_NK[:, k]) / inverse[0, 0]
         left[:, k:] -= error.unsqueeze(-1) * inverse[0]
-    ours = with_feedback(w, s_NK.float(), bits, inverse_factor(moments(x)))
+    ours = with_feedback(w, s_NK.float(), grid, inverse_factor(moments(x)))
     assert float((ours != codes).float().mean()) < 0.005
-    tensor = quantized("gptq", w, x, bits, axis)
-    assert product_error(w, tensor, x, axis) < 0.7 * product_error(w, quantized("search", w, None, bits, axis), x, axis)
+    tensor = quantized("gptq", w, x, grid, axis)
+    plain = quantized("search", w, None, grid, axis)
+    assert product_error(w, tensor, x, axis) < 0.7 * product_error(w, plain, x, axis)
 
 
 def h_error(w: Tensor, q: Tensor, s_NK: Tensor, h: Tensor) -> float:
@@ -150,27 +165,29 @@ def h_error(w: Tensor, q: Tensor, s_NK: Tensor, h: Tensor) -> float:
     return float(((delta @ h.double()) * delta).sum())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes_and_scales_are_the_best_beside_all_others(bits: int) -> None:
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_and_scales_are_the_best_beside_all_others(grid: Grid) -> None:
     """After enough descents no single code can be moved for less error, and no scale; each step is no worse.
 
     float32 decides between two values that are alike to 1e-5: so much may the error differ.
     """
     w, x = random(5, 24, 96), correlated(5, 700, 96)
     h = damped(moments(x))
-    scales = quantized("search", w, None, bits).scales.float()
+    scales = quantized("search", w, None, grid).scales.float()
+    values = torch.tensor(steps(grid), dtype=torch.int8)
     spread = scales.repeat_interleave(32, -1)
-    q = with_feedback(w, spread, bits, inverse_factor(moments(x)))
+    q = with_feedback(w, spread, grid, inverse_factor(moments(x)))
     errors = [h_error(w, q, spread, h)]
     for _ in range(20):
-        q = descended(w, q, spread, bits, h)
+        q = descended(w, q, spread, grid, h)
         errors.append(h_error(w, q, spread, h))
     assert all(b <= a * (1 + 1e-5) for a, b in pairwise(errors))
     assert errors[1] < 0.97 * errors[0]
     for k in range(96):
         for step in (-1, 1):
             moved = q.clone()
-            moved[:, k] = (moved[:, k] + step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            place = torch.searchsorted(values, moved[:, k].contiguous()) + step
+            moved[:, k] = values[place.clamp(0, len(values) - 1)]
             assert h_error(w, moved, spread, h) >= errors[-1] * (1 - 1e-5)
     fitted = refitted(w, q, scales, h)
     best = h_error(w, q, fitted.repeat_interleave(32, -1), h)

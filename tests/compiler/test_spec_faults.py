@@ -78,7 +78,11 @@ ONE_FAULT = {
         "activations: {bits: 32, group: 32}",
         "quantization.activations.group: fp32 activations have no scales: leave group out",
     ),
-    "scheme": ("weights: int4", "weights: int5", "quantization.weights: expected 'int4', 'int8' or 'fp32', got 'int5'"),
+    "scheme": (
+        "weights: int4",
+        "weights: int5",
+        "quantization.weights: expected 'int4', 'iq4_nl', 'fp4', 'int8' or 'fp32', got 'int5'",
+    ),
     "target": ("[xnnpack]", "[xnpack]", "targets.xnpack: unknown target; did you mean 'xnnpack'?"),
     "no target": ("[xnnpack]", "[]", "targets: name a target; known here:"),
     "target twice": ("[xnnpack]", "[xnnpack, xnnpack]", "targets[1]: target 'xnnpack' is listed twice"),

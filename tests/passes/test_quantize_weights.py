@@ -263,7 +263,7 @@ def test_other_stored_codes_are_never_rounded_again(
 
 def test_stored_experts_of_the_other_axis_are_refused(float_program: Program) -> None:
     change, _ = _stored({"w13"})
-    with pytest.raises(CompileError, match="along out, the spec asks for INT4 in groups of 32 along in"):
+    with pytest.raises(CompileError, match="along out, the spec asks for INT4 codes in groups of 32 along in"):
         quantized(with_weights(float_program, change), expert_group_axis="in")
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from moec.analysis.bits.choose import Costs, base_quantization, patterns, with_choices
-from moec.analysis.bits.parts import Choice, choices_of
+from moec.analysis.bits.parts import Choice, Format, choices_of
 from moec.analysis.bits.solve import UNITS, least_bytes, least_divergence
 from moec.compiler.spec.quantization import Quantization
 
@@ -20,7 +20,7 @@ def parts(seed: int, count: int) -> list[tuple[Choice, ...]]:
     for _ in range(count):
         sizes = sorted(generator.sample(range(10, 2000), generator.randint(1, 4)))
         klds = sorted((generator.random() for _ in sizes), reverse=True)
-        formats = [(4, 64), (4, 32), (8, 64), (8, 32)]
+        formats: list[Format] = [("int4", 64), ("iq4_nl", 32), ("int8", 64), ("int8", 32)]
         found.append(tuple(Choice(*formats[i], klds[i], sizes[i]) for i in range(len(sizes))))
     return found
 
@@ -43,7 +43,7 @@ def test_no_mixture_is_better(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_large_rooms_are_kept_within(seed: int) -> None:
-    given = [tuple(Choice(c.bits, c.group_size, c.kld, c.bytes * 9973) for c in own) for own in parts(seed, 40)]
+    given = [tuple(Choice(c.weights, c.group_size, c.kld, c.bytes * 9973) for c in own) for own in parts(seed, 40)]
     low, high = (sum(own[i].bytes for own in given) for i in (0, -1))
     last = float("inf")
     for room in range(low, high, (high - low) // 9):
@@ -71,7 +71,7 @@ def test_fewest_bytes_within_a_divergence(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_divergence_that_only_the_finest_reach(seed: int) -> None:
     """Many parts and units of many bytes: rounded up to units, the finest choices are more than their sum."""
-    given = [tuple(Choice(c.bits, c.group_size, c.kld, c.bytes * 9973) for c in own) for own in parts(seed, 60)]
+    given = [tuple(Choice(c.weights, c.group_size, c.kld, c.bytes * 9973) for c in own) for own in parts(seed, 60)]
     finest = sum(own[-1].kld for own in given)
     for most in (finest + 1e-9, finest * 1.001, finest * 1.1):
         found = least_bytes(given, most)
@@ -80,18 +80,20 @@ def test_a_divergence_that_only_the_finest_reach(seed: int) -> None:
 
 
 def test_formats_that_cost_more_in_both_are_left_out() -> None:
-    errors = {(4, 32): 1.0, (4, 64): 1.5, (8, 32): 0.01, (8, 64): 0.005}
-    sizes = {(4, 32): 18, (4, 64): 17, (8, 32): 34, (8, 64): 33}
-    found = choices_of(0.2, errors, lambda bits, size: sizes[bits, size], (4, 32))
-    assert [(c.bits, c.group_size) for c in found] == [(4, 64), (4, 32), (8, 64)]
-    assert [c.kld for c in found] == pytest.approx([0.3, 0.2, 0.001])
+    errors: dict[Format, float] = {("int4", 32): 1.0, ("int4", 64): 1.5, ("iq4_nl", 32): 0.75}
+    errors |= {("int8", 32): 0.01, ("int8", 64): 0.005}
+    sizes: dict[Format, int] = {("int4", 32): 18, ("int4", 64): 17, ("iq4_nl", 32): 18, ("int8", 32): 34}
+    sizes["int8", 64] = 33
+    found = choices_of(0.2, errors, lambda kind, size: sizes[kind, size], ("int4", 32))
+    assert [(c.weights, c.group_size) for c in found] == [("int4", 64), ("iq4_nl", 32), ("int8", 64)]
+    assert [c.kld for c in found] == pytest.approx([0.3, 0.15, 0.001])
 
 
 def test_patterns_say_every_choice() -> None:
     generator = random.Random(3)
     names = [(f"model.layers.{n}.{part}.weight",) for n in range(12) for part in ("v_proj", "down_proj")]
     names += [("model.embed_tokens.weight",), ("model.layers.1.w13", "model.layers.1.w2")]
-    formats = [(4, 32), (4, 64), (8, 32)]
+    formats: list[Format] = [("int4", 32), ("int4", 64), ("iq4_nl", 32), ("int8", 32)]
     for _ in range(20):
         choices = [Choice(*generator.choice(formats), 0.0, 1) for _ in names]
         quantization = Quantization.model_validate({"weights": "int4", "ffn": "int8", "tensors": {"x.*": "fp32"}})
@@ -100,7 +102,7 @@ def test_patterns_say_every_choice() -> None:
             for name in own:
                 scheme = done.scheme_of("ffn", name)
                 assert scheme is not None
-                assert (scheme.bits, scheme.group_size) == (choice.bits, choice.group_size)
+                assert (scheme.weights, scheme.group_size) == (choice.weights, choice.group_size)
         assert done.scheme_of("ffn", "x.weight") is None, "what was fp32 stays so"
         assert Quantization.model_validate(done.model_dump(mode="json")) == done
     assert all(fnmatchcase("model.layers.7.v_proj.weight", p) for p, _ in patterns(names[:2], choices[:2])[:1])

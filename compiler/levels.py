@@ -1,0 +1,88 @@
+"""Grids that codes are on: whole numbers of some bits, or sixteen levels of a table that codes of four bits number.
+
+A weight is scale * level. The levels of a table are INT8 values, so a weight in such a format has the same values as
+INT8 codes, and integer kernels multiply it as they multiply those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20
+
+LEVELS: dict[str, tuple[int, ...]] = {
+    # of GGUF's IQ4_NL: denser around zero, as weights are; a quarter less squared error than whole numbers
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    # twice the values of E2M1 in the order of its codes (OCP Microscaling Formats 1.0, section 5.3.3)
+    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What codes stand for: whole numbers of `bits` bits in two's complement, or the levels of the table `levels`.
+
+    ValueError for a table that is not known, or one whose codes are not of four bits.
+    """
+
+    bits: int
+    levels: str = ""
+
+    def __post_init__(self) -> None:
+        if self.levels and (self.levels not in LEVELS or self.bits != 4):
+            raise ValueError(f"no levels {self.levels!r} for codes of {self.bits} bits")
+
+    def __str__(self) -> str:
+        return self.levels or f"int{self.bits}"
+
+    @property
+    def low(self) -> int:
+        """The least value; none is larger in magnitude."""
+        return min(LEVELS[self.levels]) if self.levels else -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """The largest value."""
+        return max(LEVELS[self.levels]) if self.levels else 2 ** (self.bits - 1) - 1
+
+    def nearest_(self, x: Tensor) -> Tensor:
+        """`x`, floats, each changed to the nearest value in place; whole numbers take the even one of two."""
+        if not self.levels:
+            return x.round_().clamp_(self.low, self.high)
+        values, between, _ = _table(self.levels)
+        found = torch.bucketize(x.contiguous(), between, out_int32=True)
+        return x.copy_(values[found])
+
+    def index(self, q: Tensor) -> Tensor:
+        """The codes of values of the grid, int8 [...]; of two codes of one value the lower."""
+        if not self.levels:
+            return q
+        return _looked_up(_table(self.levels)[2], q, 128)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """int8 values of codes 0..15 of a table."""
+        return _looked_up(torch.tensor(LEVELS[self.levels], dtype=torch.int8), codes)
+
+
+def _looked_up(table: Tensor, index: Tensor, first: int = 0) -> Tensor:
+    """table[index + first]; indices must be int32, so some are widened at a time."""
+    result = torch.empty(index.shape, dtype=table.dtype)
+    for out, part in zip(result.view(-1).split(_CHUNK), index.reshape(-1).split(_CHUNK), strict=True):
+        torch.index_select(table, 0, part.int() + first, out=out)
+    return result
+
+
+@cache
+def _table(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The values in order [n], the middles between them [n - 1], and the code of each value from -128 on."""
+    levels = LEVELS[name]
+    ordered = sorted(set(levels))
+    values = torch.tensor(ordered, dtype=torch.float32)
+    codes = torch.zeros(256, dtype=torch.int8)
+    for value in ordered:
+        codes[value + 128] = levels.index(value)
+    return values, (values[1:] + values[:-1]) / 2, codes
