@@ -1,4 +1,4 @@
-"""gpt-oss as released: experts in MXFP4 are carried as INT8 codes of exactly the values that transformers reads."""
+"""gpt-oss as released: the codes of experts in MXFP4 are carried, with exactly the values that transformers reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program
 from moec.compiler.spec import load_spec
 from moec.compiler.spec.loader import parse_spec
-from moec.compiler.weights import StoredCodes
+from moec.compiler.weights import CodeFormat, StoredCodes
 from moec.passes.pipelines import pipeline
 from moec.sources.random_checkpoint import save_random
 from moec.sources.transformers_model import TransformersStore
@@ -90,13 +90,23 @@ def test_codes_have_the_values_that_transformers_reads(released: Path) -> None:
     assert len(experts) == 4
     for held in experts:
         assert str(held.provenance) == "carried: MXFP4"
-        assert (held.format.bits, held.format.group_size) == (8, 32)
+        assert held.format == CodeFormat(4, 32, levels="fp4")
+        blocks = load_file(released / "model.safetensors")[f"{held.name.removeprefix('model.')}_blocks"]
+        assert torch.equal(held.tensor(program.weights).codes, blocks.flatten(-2))
         assert torch.equal(held.dequantize(program.weights), wanted(released, held.name.removeprefix("model.")))
     assert {held.format.bits for held in program.quantized.values() if held.role == "attention"} == {4}
 
 
+def test_a_spec_may_ask_for_int8_codes_of_the_same_values(released: Path) -> None:
+    """As specs did before there was FP4."""
+    program = compiled(released, ("fp4", "int8"))
+    for held in (held for held in program.quantized.values() if held.role == "expert"):
+        assert (str(held.provenance), held.format.bits) == ("carried: MXFP4", 8)
+        assert torch.equal(held.dequantize(program.weights), wanted(released, held.name.removeprefix("model.")))
+
+
 def test_values_may_be_quantized_anew_by_name(released: Path) -> None:
-    program = compiled(released, ("model:\n", "model:\n  dequantize: [MXFP4]\n"), ("int8", "int4"))
+    program = compiled(released, ("model:\n", "model:\n  dequantize: [MXFP4]\n"), ("fp4", "int4"))
     experts = [held for held in program.quantized.values() if held.role == "expert"]
     assert {(str(held.provenance), held.format.bits) for held in experts} == {("computed: rtn", 4)}
     for held in experts:
@@ -106,8 +116,8 @@ def test_values_may_be_quantized_anew_by_name(released: Path) -> None:
 
 
 def test_codes_are_never_quantized_again_in_silence(released: Path) -> None:
-    with pytest.raises(CheckpointError, match="along in; the spec stores experts as INT4 in groups of 32") as caught:
-        compiled(released, ("int8", "int4"))
+    with pytest.raises(CheckpointError, match="along in; the spec stores experts as INT4 codes in groups of 32") as caught:
+        compiled(released, ("fp4", "int4"))
     assert "dequantize: [MXFP4]" in str(caught.value.remedy)
 
 
