@@ -116,7 +116,9 @@ def test_values_may_be_quantized_anew_by_name(released: Path) -> None:
 
 
 def test_codes_are_never_quantized_again_in_silence(released: Path) -> None:
-    with pytest.raises(CheckpointError, match="along in; the spec stores experts as INT4 codes in groups of 32") as caught:
+    with pytest.raises(
+        CheckpointError, match="along in; the spec stores experts as INT4 codes in groups of 32"
+    ) as caught:
         compiled(released, ("fp4", "int4"))
     assert "dequantize: [MXFP4]" in str(caught.value.remedy)
 

@@ -1,0 +1,33 @@
+"""Weights in iq4_nl and fp4 on every target: the artifact computes its codes, as they are or as INT8 codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moec.cli import main as cli
+from moec.compiler.artifact import Artifact
+from tests.tiny import TinyModels, tiny_text
+
+NEEDS = {"xnnpack": (), "onnx": ("onnx", "onnxruntime"), "metal": ("mlx.core",), "mlir": ("torch_mlir",)}
+TARGETS = [pytest.param(t, marks=() if t in ("xnnpack", "onnx") else pytest.mark.slow) for t in NEEDS]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["iq4_nl", "fp4"])
+def test_verify_passes(
+    tiny: TinyModels, kind: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in NEEDS[target]:
+        pytest.importorskip(module, reason=f"needs the {target} extra: pip install 'moec[{target}]'")
+    text = tiny_text(layers=1, weights=kind, expert_group_axis="in", embedding=kind, targets=f"[{target}]")
+    folder = tiny(text, qat=False)
+    report = tmp_path / "report.json"
+    status = cli.run(["verify", str(folder / "artifact"), "--tokens", "48", "--json", str(report), "--quiet"])
+    assert status == 0, capsys.readouterr().out
+    assert json.loads(report.read_text())["passed"]
+    manifest = Artifact.open(folder / "artifact").manifest
+    assert {entry.levels for entry in manifest.codes} == {kind}
+    assert any("INT8 codes of the same values" in note for note in manifest.notes) == (target != "xnnpack")
