@@ -54,6 +54,7 @@ from moec.compiler.tokenizer import load_tokenizer
 CALIBRATION_TOKENS = 32768
 DISTILLED_TOKENS = 65536  # of `distilled`, where the noise in the gradient of less text is the limit
 INT4: dict[str, Any] = {"weights": "int4", "expert_group_axis": "in"}
+IQ4_NL: dict[str, Any] = {**INT4, "weights": "iq4_nl"}
 OURS: dict[str, dict[str, Any]] = {
     "INT4": INT4,
     "INT4 gptq": {**INT4, "method": "gptq"},
@@ -64,6 +65,8 @@ OURS: dict[str, dict[str, Any]] = {
     "INT4, table INT8, awq_gptq": {**INT4, "embedding": "int8", "method": "awq_gptq"},
     "INT4, table INT8, distilled": {**INT4, "embedding": "int8", "method": "distilled"},
     "INT4 g64, table INT8, awq_gptq": {**INT4, "group_size": 64, "embedding": "int8", "method": "awq_gptq"},
+    "IQ4_NL, awq_gptq": {**IQ4_NL, "method": "awq_gptq"},
+    "IQ4_NL, distilled": {**IQ4_NL, "method": "distilled"},
     "INT8": {**INT4, "weights": "int8"},
 }
 MIXED = {"mixed, 92 MB": 92.0, "mixed, 87 MB": 87.0, "mixed, 84 MB": 84.0}  # whole artifacts of at most so many MB

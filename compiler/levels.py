@@ -53,15 +53,18 @@ class Grid:
         """`x`, floats, each changed to the nearest value in place; whole numbers take the even one of two."""
         if not self.levels:
             return x.round_().clamp_(self.low, self.high)
-        values, between, _ = _table(self.levels)
-        found = torch.bucketize(x.contiguous(), between, out_int32=True)
-        return x.copy_(values[found])
+        nearest, _ = _tables(self.levels)
+        # the middle between two levels is a multiple of a half, so that the half in which x lies decides; fmin and fmax
+        # take a NaN, too, into the range
+        half = torch.fmax(torch.fmin(x, torch.tensor(float(self.high)), out=x), torch.tensor(float(self.low)), out=x)
+        index = half.mul_(2).floor_().sub_(2 * self.low).to(torch.int32)
+        return x.copy_(torch.index_select(nearest, 0, index.reshape(-1)).view(x.shape))
 
     def index(self, q: Tensor) -> Tensor:
         """The codes of values of the grid, int8 [...]; of two codes of one value the lower."""
         if not self.levels:
             return q
-        return _looked_up(_table(self.levels)[2], q, 128)
+        return _looked_up(_tables(self.levels)[1], q, 128)
 
     def values(self, codes: Tensor) -> Tensor:
         """int8 values of codes 0..15 of a table."""
@@ -77,12 +80,12 @@ def _looked_up(table: Tensor, index: Tensor, first: int = 0) -> Tensor:
 
 
 @cache
-def _table(name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The values in order [n], the middles between them [n - 1], and the code of each value from -128 on."""
+def _tables(name: str) -> tuple[Tensor, Tensor]:
+    """The nearest value in every half from the least value to the largest, and the code of each value from -128 on."""
     levels = LEVELS[name]
-    ordered = sorted(set(levels))
-    values = torch.tensor(ordered, dtype=torch.float32)
+    values = torch.tensor(sorted(set(levels)), dtype=torch.float32)
+    within = torch.arange(2 * min(levels), 2 * max(levels) + 1) / 2 + 0.25
     codes = torch.zeros(256, dtype=torch.int8)
-    for value in ordered:
+    for value in set(levels):
         codes[value + 128] = levels.index(value)
-    return values, (values[1:] + values[:-1]) / 2, codes
+    return values[(within.unsqueeze(-1) - values).abs().argmin(-1)], codes
