@@ -31,7 +31,8 @@ def random(seed: int, *shape: int) -> Tensor:
 def correlated(seed: int, tokens: int, width: int) -> Tensor:
     """Inputs of few directions and of unequal size, as those of a trained model are."""
     mixed = random(seed, tokens, width // 4) @ random(seed + 1, width // 4, width)
-    return (mixed + 0.3 * random(seed + 2, tokens, width)) * torch.logspace(-1, 1, width)[torch.randperm(width)]
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed + 3))
+    return (mixed + 0.3 * random(seed + 2, tokens, width)) * torch.logspace(-1, 1, width)[order]
 
 
 def moments(x_TK: Tensor) -> Moments:

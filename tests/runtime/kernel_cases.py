@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moec.compiler import levels
 from moec.compiler.instruction_sets import compiled_here
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.ops.fused_moe_q import linear_out_groups
@@ -33,11 +34,8 @@ def instruction_sets() -> list[Any]:
     ]
 
 
-# What the codes of a kind stand for (kernels/core/levels.h)
-LEVELS = {
-    Kind.IQ4_NL: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-    Kind.FP4: (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
-}
+# What the codes of a kind stand for; the kernels have a table of their own (kernels/core/levels.h)
+LEVELS = {kind: levels.LEVELS[kind.name.lower()] for kind in (Kind.IQ4_NL, Kind.FP4)}
 
 
 @dataclass
