@@ -91,7 +91,7 @@ class Reference(Protocol):
         routing: Selections | None = None,
         relative: float = NOISE,
     ) -> Mapping[str, np.ndarray]:
-        """`run` with noise of `relative` its size in the input of every block, the same at every call: how far two
+        """`run` with noise of `relative` its size in what every norm puts out, the same at every call: how far two
         correct implementations drift apart."""
         ...
 

@@ -148,6 +148,11 @@ def beyond_drift(tolerance: Tolerance, drift: float, count: int | None = None) -
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)
 
 
+def least_share(share: float, count: int) -> float:
+    """Two standard deviations below a `share` of `count` cases; 0 at least."""
+    return max(share - _DEVIATIONS * math.sqrt(share * (1 - share) / max(count, 1)), 0.0)
+
+
 def or_drift(tolerance: Tolerance, drift: float) -> Tolerance:
     """`tolerance`, an upper limit on a distance, or four times the measured `drift` where that is more.
 
@@ -175,7 +180,6 @@ def of_sample(tolerance: Tolerance, count: int) -> Tolerance:
 
     A rate that meets the limit exactly would fail every other time; a rate that is worse fails on enough cases.
     """
-    share = tolerance.limit
-    limit = share - _DEVIATIONS * math.sqrt(share * (1 - share) / max(count, 1))
-    reason = f"{tolerance.reason}; {share:g} less two standard deviations of a share of {count}"
+    limit = least_share(tolerance.limit, count)
+    reason = f"{tolerance.reason}; {tolerance.limit:g} less two standard deviations of a share of {count}"
     return Tolerance(tolerance.relation, limit, tolerance.unit, reason)

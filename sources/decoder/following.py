@@ -3,8 +3,8 @@
     free       on its own, from token ids to logits
     following  re-synchronised with an artifact at the input and output of every MoE block: each part starts from what
                the artifact itself computed, so an error shows in the part that made it
-    perturbed  free, with the input of every feed-forward block multiplied by 1 + 5e-7 * noise: how far two *correct*
-               implementations drift apart
+    perturbed  free, with what every norm puts out multiplied by 1 + 5e-7 * noise: how far two *correct* implementations
+               drift apart
 
 Why not free alone: dynamic INT8 rounding amplifies. A relative error e of a row of spread s flips about 30 e of its
 elements to the next of 127 steps; the flips are an error of about 0.15 sqrt(e) for the next rounding. From fp32's 1e-7
@@ -78,21 +78,23 @@ class DecoderReference(Reference):
         routing: Selections | None = None,
         relative: float = NOISE,
     ) -> dict[str, np.ndarray]:
-        """`run` with noise of `relative` its size in every block's input; the same noise at every call."""
+        """`run` with noise of `relative` its size in every norm's output; the same noise at every call."""
         self._noise, self._relative = torch.Generator().manual_seed(0), relative
         try:
             return self.run(prompts, on_layer, routing=routing)
         finally:
             self._noise = None
 
+    def _normed(self, x_TD: Tensor, weight: Tensor) -> Tensor:
+        y_TD = super()._normed(x_TD, weight)
+        if self._noise is None:
+            return y_TD
+        return y_TD * (1 + self._relative * torch.randn(y_TD.shape, generator=self._noise))
+
     def _block_inputs(
         self, layer: int, streams: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         streams, inputs = super()._block_inputs(layer, streams)
-        noise = self._noise
-        if noise is not None:
-            perturbed = {n: x * (1 + self._relative * torch.randn(x.shape, generator=noise)) for n, x in inputs.items()}
-            return streams, perturbed
         if self._replays is None:
             return streams, inputs
         self._predicted = {name: x_TD.numpy() for name, x_TD in inputs.items()}

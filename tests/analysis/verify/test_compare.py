@@ -261,6 +261,14 @@ def test_a_twentieth_of_the_rows_cannot_hide_and_drift_excuses_what_it_is():
     assert [c.name for c in judge_steps("", a, one, 8, drift, "x") if not c.passed] == ["decode steps, worst cosine"]
 
 
+@pytest.mark.parametrize(("count", "counted"), [(10, False), (20, True), (30, True)])
+def test_chance_decides_on_which_side_of_a_twentieth_far_rows_are(count: int, counted: bool) -> None:
+    """Of 512 rows 26 are a twentieth, 10 a standard deviation twice."""
+    rows = np.full(512, 1e-4)
+    rows[:count] = 1e-2
+    assert (Drift(rows, np.zeros(512)).tail > 5e-3) == counted
+
+
 def test_a_second_run_that_differs_fails():
     assert "consistency: a second run is identical" in _failed(_compare(_Stale(decoder()), quantized=True))
 
