@@ -160,11 +160,13 @@ class ModelSource(ABC, Generic[M]):
         quantization: Quantization | None,
         *,
         asymmetric_roles: Collection[Role] = (),
+        integer_attention: bool = False,
     ) -> LayerReference | None:
         """The model in eager PyTorch, with the weights of `checkpoint` and rounding as `quantization` says, None for
         float. It should read and round them with code of its own: it cannot check code that it shares with the passes.
 
-        asymmetric_roles: as of `Facts`. None, as here, for the exported program as the reference.
+        asymmetric_roles: as of `Facts`; integer_attention: as of `Target`. None, as here, for the exported program as
+        the reference.
         """
         return None
 

@@ -98,6 +98,10 @@ class Target(ABC):
     facts_class: ClassVar[type[Facts]] = Facts
     #: Whether its sessions can be saved and restored.
     saves_sessions: ClassVar[bool] = False
+    #: Whether attention over INT8 caches multiplies codes, which rounds queries and weights to 16 bits
+    #: (compiler/ops/attention_codes.py); else in floats. Verification compares with the same. No entry of the manifest:
+    #: it is that of the engine here, which also runs what earlier versions compiled.
+    integer_attention: ClassVar[bool] = False
 
     @abstractmethod
     def legalize(self, options: TargetOptions) -> list[Pass]:

@@ -83,12 +83,19 @@ class DecoderSource(ModelSource[DecoderConfig]):
         quantization: Quantization | None,
         *,
         asymmetric_roles: Collection[Role] = (),
+        integer_attention: bool = False,
     ) -> LayerReference:
         from moec.checkpoints import WeightStore
         from moec.sources.decoder.following import DecoderReference
 
         assert isinstance(checkpoint, WeightStore), "`open` gives one"
-        return DecoderReference(self.model(spec), checkpoint, quantization, asymmetric_roles=asymmetric_roles)
+        return DecoderReference(
+            self.model(spec),
+            checkpoint,
+            quantization,
+            asymmetric_roles=asymmetric_roles,
+            integer_attention=integer_attention,
+        )
 
 
 register(DecoderSource())

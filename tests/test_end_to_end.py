@@ -13,6 +13,7 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.program import Role
 from moec.compiler.spec import Spec
+from moec.compiler.target import find_target
 from moec.sources.decoder.decoder import Decoder
 from moec.sources.decoder.simulate import Reference
 from tests.variants import quick
@@ -125,7 +126,8 @@ def test_the_quantized_artifact_computes_what_its_spec_says(
     roles = [Role(r) for r in artifact.manifest.details.get("asymmetric_roles", ())]
     assert bool(roles) == (kernels is THEIRS)
     store = open_store(checkpoint, wanted.model)
-    reference = Reference(wanted.model, store, wanted.quantization, asymmetric_roles=roles)
+    integers = find_target("xnnpack").integer_attention
+    reference = Reference(wanted.model, store, wanted.quantization, asymmetric_roles=roles, integer_attention=integers)
     prompt = ids(wanted)
     ours, theirs = logits_of(artifact, prompt), reference.forward(prompt).logits
     # the project's bound for quantized artifacts; single tokens may sit on a rounding edge of an activation

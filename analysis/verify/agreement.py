@@ -46,6 +46,7 @@ from moec.analysis.verify.interpret import WeightCache
 from moec.analysis.verify.prompts import prompt_ids
 from moec.analysis.verify.replay import bounds, joined_traces
 from moec.analysis.verify.report import Check
+from moec.analysis.verify.rounding import attention_of
 from moec.analysis.verify.tolerances import Tolerance, beyond_drift
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
@@ -54,7 +55,7 @@ from moec.compiler.progress import Progress
 from moec.compiler.reference import Reference
 from moec.compiler.spec.model import Spec
 from moec.compiler.spec.targets import target_packages
-from moec.compiler.target import Session
+from moec.compiler.target import Session, target_of
 from moec.compiler.trust import trusting
 
 EAGER = "eager"
@@ -260,7 +261,8 @@ def _add_run(
     scheme = computed_scheme(artifact.manifest, spec_of(artifact))
     rounds = scheme is not None and scheme.rounds
     roles = asymmetric_roles(artifact.manifest)
-    key = json.dumps([None if scheme is None else scheme.model_dump(mode="json"), sorted(roles)])
+    integers = target_of(artifact).integer_attention
+    key = json.dumps([None if scheme is None else scheme.model_dump(mode="json"), sorted(roles), integers])
     arithmetic = Arithmetic(key, rounds, scheme is not None, (artifact, scheme), run, {}, {})
     found.members.append(Member(name, run, arithmetic, str(artifact.folder)))
 
@@ -304,7 +306,8 @@ def _add_arithmetic(
         if key not in made:
             if reference is None:
                 program = build.program_and_passes(spec, store, artifact.manifest.target)
-                reference = GraphReference(before_target(*program), WeightCache())
+                attention = attention_of(target_of(artifact))
+                reference = GraphReference(before_target(*program), WeightCache(), attention)
             with progress.stage(f"run {EAGER} as {member.name} rounds"):
                 run, ties = _eager_run(reference, prompts)
             made[key] = Arithmetic(key, template.rounds, template.quantized, reference, run, ties, prompts)

@@ -30,7 +30,7 @@ from moec.compiler.source import Checkpoint
 from moec.compiler.spec.model import Quantization, Spec
 from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
 from moec.compiler.spec.sources import source_of
-from moec.compiler.target import Session, facts_of
+from moec.compiler.target import Session, facts_of, target_of
 
 DEFAULT_TOKENS = 512
 QUALITY_TOKENS = 1536  # a chunk of each domain of the held-out text
@@ -117,8 +117,13 @@ def layer_reference(
     """
     if needs_calibration(spec.quantization):
         return None
-    roles = asymmetric_roles(artifact.manifest)
-    return source_of(spec.model).reference(spec, store, scheme, asymmetric_roles=roles)
+    return source_of(spec.model).reference(
+        spec,
+        store,
+        scheme,
+        asymmetric_roles=asymmetric_roles(artifact.manifest),
+        integer_attention=target_of(artifact).integer_attention,
+    )
 
 
 def _compare_layers(
@@ -164,6 +169,7 @@ def _compare_foreign(
         exported,
         before_target(exported, passes),
         prompts,
+        target=target_of(artifact),
         quantized=scheme is not None,
         rounds_activations=scheme is not None and scheme.rounds,
         unrounded=unrounded,

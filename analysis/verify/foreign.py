@@ -27,6 +27,7 @@ from moec.analysis.verify.interpret import GraphRunner, Override, WeightCache
 from moec.analysis.verify.replay import replay_in_pieces, replay_prompt
 from moec.analysis.verify.report import Check
 from moec.analysis.verify.rounding import (
+    attention_of,
     float_products,
     perturbed_operators,
     routed_as,
@@ -40,7 +41,7 @@ from moec.compiler.pipeline import Pass, steps
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.reference import NOISE, OnLayer, Prompts, Replay, Routed, Selections
-from moec.compiler.target import Session
+from moec.compiler.target import Session, Target
 
 
 def before_target(program: Program, passes: Sequence[Pass]) -> Program:
@@ -143,16 +144,19 @@ def compare_foreign(
     last: Program,
     prompts: Prompts,
     *,
+    target: Target,
     quantized: bool,
     rounds_activations: bool,
     unrounded: Session | None,
     progress: Progress,
 ) -> compare.Comparison:
-    """`exported`: the program before any pass; `last`: before the target's passes (see `before_target`). `unrounded`:
-    the artifact run with float activations: of its rounding only that of the cache is left."""
+    """`exported`: the program before any pass; `last`: before the target's passes (see `before_target`), whose
+    attention is computed as `target` does. `unrounded`: the artifact run with float activations: of its rounding only
+    that of the cache and of attention over it is left."""
     found = compare.Comparison(quantized)
     cache = WeightCache()
-    reference = GraphReference(last, cache)
+    attention = attention_of(target)
+    reference = GraphReference(last, cache, attention)
     layers = fused_nodes(last)
     names = last.info.moe_layers or tuple(node.name for node in layers)
     if len(names) != len(layers):
@@ -182,7 +186,7 @@ def compare_foreign(
         value = compare.logits_figures("", replays, logits)["median cosine"]
         found.checks.append(Check("exported model: median cosine", value, tolerances.EXPORTED_COSINE))
     if unrounded is not None:
-        unrounding = GraphReference(last, cache, float_products())
+        unrounding = GraphReference(last, cache, {**float_products(), **attention})
         compare.without_rounding(found, unrounding, unrounded, replays, len(layers), progress, steps)
     return found
 

@@ -15,6 +15,7 @@ from moec.compiler import ops
 from moec.compiler.ops.moe_math import combine_weights
 from moec.compiler.program import LazyWeight, Program
 from moec.compiler.reference import NOISE
+from moec.compiler.target import Target
 from moec.compiler.weights import Origin, QuantizedWeight
 
 
@@ -109,6 +110,15 @@ def unrounded_operators() -> dict[Any, Override]:
         return replace(call, k_cache=keys, v_cache=values, k_scale=None, v_scale=None).eager()
 
     return {ops.cached_attention: attention, **float_products()}
+
+
+def attention_of(target: Target) -> dict[Any, Override]:
+    """Attention as `target` computes it; empty where that is what the operator says."""
+    return {ops.cached_attention: _integer_attention} if target.integer_attention else {}
+
+
+def _integer_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return ops.CachedAttention[torch.Tensor](*args, **kwargs).in_integers()
 
 
 def float_products() -> dict[Any, Override]:

@@ -10,7 +10,7 @@ softcap > 0: a score s becomes softcap * tanh(s / softcap) before the mask (Gemm
 
 A cache holds float32 or, with scales beside it, INT8 codes: k_scale and v_scale float32 [1, S, KV], one per position
 and head. k and v are then rounded by `quant.quantize_rows` over their head width; scores and sums are fp32 over
-dequantized values.
+dequantized values. An engine may multiply the codes instead (`Target.integer_attention`): `in_integers` computes that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moec.compiler.ops.attention_codes import attend_codes
 from moec.compiler.ops.call import Call, V, Written, register, require
 from moec.compiler.quant import quantize_rows
 
@@ -104,8 +105,21 @@ class CachedAttention(Call[V]):
         positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.k_cache.shape[1])
         # what lies behind the last written position is masked: leaving it out makes a short context cheap
         end = int(positions[-1]) + 1
-        keys, values = (_extended(*part, positions, end) for part in self.parts())
+        keys, values = (_dequantized(*_extended(*part, positions, end)) for part in self.parts())
         return attend(self.q, keys, values, positions, self.scale, self.window, self.sinks, self.softcap)
+
+    def in_integers(self: CachedAttention[Tensor]) -> Tensor:
+        """`eager` as engines compute it that multiply codes of caches as they are: queries and weights are rounded to
+        16 bits (`attention_codes.py`). The same as `eager` over float caches."""
+        if not self.coded:
+            return self.eager()
+        positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.k_cache.shape[1])
+        end = int(positions[-1]) + 1
+        (k, k_scale), (v, v_scale) = (_extended(*part, positions, end) for part in self.parts())
+        assert k_scale is not None
+        assert v_scale is not None
+        rest = positions, self.scale, self.window, self.sinks, self.softcap
+        return attend_codes(self.q, (k, k_scale), (v, v_scale), *rest)
 
     def fake(self: CachedAttention[Tensor]) -> Tensor:
         """[1, T, H*e] without values; ValueError for shapes that are not those of the module's docstring."""
@@ -134,15 +148,21 @@ class CachedAttention(Call[V]):
         return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
 
 
-def _extended(rows: Tensor, cache: Tensor, scales: Tensor | None, positions: Tensor, end: int) -> Tensor:
-    """Write `rows` [1, T, KV, d] at `positions`; the first `end` positions of the cache in fp32."""
+def _extended(
+    rows: Tensor, cache: Tensor, scales: Tensor | None, positions: Tensor, end: int
+) -> tuple[Tensor, Tensor | None]:
+    """Write `rows` [1, T, KV, d] at `positions`; the first `end` positions of the cache and of its scales."""
     if scales is None:
         cache.index_copy_(1, positions, rows)
-        return cache[:, :end]
+        return cache[:, :end], None
     codes, scale = quantize_rows(rows)
     cache.index_copy_(1, positions, codes.to(torch.int8))
     scales.index_copy_(1, positions, scale.squeeze(-1))
-    return cache[:, :end].to(torch.float32) * scales[:, :end, :, None]
+    return cache[:, :end], scales[:, :end]
+
+
+def _dequantized(cache: Tensor, scales: Tensor | None) -> Tensor:
+    return cache if scales is None else cache.to(torch.float32) * scales[..., None]
 
 
 cached_attention = register(_OP, CachedAttention)

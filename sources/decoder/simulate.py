@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moec.compiler.errors import RunError
+from moec.compiler.ops.attention_codes import attend_codes
 from moec.compiler.ops.fused_moe_q import linear_out_groups
 from moec.compiler.ops.linear_q import linear_in_groups
 from moec.compiler.program import LazyWeight, Role
-from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, fake_quantize_rows_asymmetric
+from moec.compiler.quant import QuantizedTensor, fake_quantize_rows, fake_quantize_rows_asymmetric, quantize_rows
 from moec.compiler.quantizer import codes_of
 from moec.compiler.reference import OnLayer, Prompts, Routed, Selections
 from moec.compiler.spec.model import Quantization
@@ -133,6 +134,7 @@ class Reference:
     activations: False computes in float on the same codes and with a float KV cache: what the weights alone cost.
     asymmetric_roles: roles whose INT4 linears another engine serves (`Facts.asymmetric_roles`). It rounds activations
     asymmetrically and holds scales as bfloat16.
+    integer_attention: attention over an INT8 cache multiplies its codes (`Target.integer_attention`).
     """
 
     def __init__(
@@ -143,10 +145,12 @@ class Reference:
         *,
         activations: bool = True,
         asymmetric_roles: Collection[Role] = (),
+        integer_attention: bool = False,
     ) -> None:
         self._config, self._weights, self._quantization = config, weights, quantization
         self._int8 = activations and quantization is not None and quantization.int8_activations
         self._int8_cache = activations and quantization is not None and quantization.cache_codes is not None
+        self._integer_attention = integer_attention
         self._asymmetric_roles = frozenset(asymmetric_roles)
         self._layout = weight_layout(config)
         self._names = moe_layers(config)
@@ -294,9 +298,13 @@ class AttentionReference:
         q_THd = self._rotated(self._q(x_TD).unflatten(-1, (config.heads, config.head_dim)))
         k_TGd = self._rotated(self._k(x_TD).unflatten(-1, (config.kv_heads, config.head_dim)))
         v_TGd = self._v(x_TD).unflatten(-1, (config.kv_heads, config.head_dim))
+        positions_T = torch.arange(tokens)
+        if reference._int8_cache and reference._integer_attention:
+            keys, values = _cache_of(k_TGd), _cache_of(v_TGd)
+            y_1TD = attend_codes(q_THd[None], keys, values, positions_T, config.head_dim**-0.5, self._window)
+            return self._o(y_1TD[0])
         if reference._int8_cache:
             k_TGd, v_TGd = fake_quantize_rows(k_TGd), fake_quantize_rows(v_TGd)
-        positions_T = torch.arange(tokens)
         mask_TT = positions_T <= positions_T.unsqueeze(1)
         if self._window:
             mask_TT &= positions_T > positions_T.unsqueeze(1) - self._window
@@ -311,6 +319,12 @@ class AttentionReference:
         cos_TP, sin_TP = (table[: x_THd.shape[0]] for table in (reference._cos_SP, reference._sin_SP))
         x_THd = apply_rope(x_THd, cos_TP, sin_TP, interleaved=config.rope.interleaved)
         return F.rms_norm(x_THd, (config.head_dim,), eps=config.norm_eps) if config.qk_norm else x_THd
+
+
+def _cache_of(rows_TGd: Tensor) -> tuple[Tensor, Tensor]:
+    """A cache of these rows: codes int8 [1, T, G, d] and scales [1, T, G]."""
+    codes, scale = quantize_rows(rows_TGd[None])
+    return codes.to(torch.int8), scale.squeeze(-1)
 
 
 class GatedReference:

@@ -36,6 +36,7 @@ class XnnpackTarget(Target):
     about = "phones' CPUs: a .pte with our kernels and the XNNPACK delegate; run here by the same runtime"
     facts_class = XnnpackFacts
     saves_sessions = True
+    integer_attention = True
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
         from moec.targets.xnnpack.legalize import legalize_passes

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.ops import (
+    CachedAttention,
     Experts,
     Routing,
     cached_attention,
@@ -289,6 +290,32 @@ def test_cached_attention_over_codes() -> None:
     wanted = cached_attention(q, k, v, torch.zeros(1, 9, 2, 6), torch.zeros(1, 9, 2, 6), torch.tensor([0]), 0.4, 0)
     torch.testing.assert_close(got, wanted, **CLOSE)
     same_as_fake(cached_attention, q, k, v, *caches, torch.tensor([0]), 0.4, 0, *scales)
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("sunk", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_attention_in_integers(window: int, sunk: bool, softcap: float) -> None:
+    """Over codes within the rounding of queries and weights to 2^-16 of the largest, chunks of 256 positions included;
+    the same writes; the same numbers over float caches."""
+    tokens, capacity = 300, 310
+    q, k, v = attention_operands(tokens)
+    sinks = rand(4) if sunk else None
+    floats = [torch.zeros(1, capacity, 2, 6) for _ in range(2)]
+    call = CachedAttention(q, k, v, *floats, torch.tensor([0]), 0.4, window, sinks=sinks, softcap=softcap)
+    assert torch.equal(call.in_integers(), call.eager())
+    written = []
+    for form in (CachedAttention.eager, CachedAttention.in_integers):
+        caches = [torch.zeros(1, capacity, 2, 6, dtype=torch.int8) for _ in range(2)]
+        scales = [torch.zeros(1, capacity, 2) for _ in range(2)]
+        operands = q, k, v, *caches, torch.tensor([0]), 0.4, window, *scales
+        written.append((form(CachedAttention(*operands, sinks, softcap)), *caches, *scales))
+    (y, *kept), (rounded, *as_well) = written
+    for a, b in zip(kept, as_well, strict=True):
+        assert torch.equal(a, b)
+    # 2^-16 of the largest element of a query, 4, times six of a key, 4 at most, times 0.4: a score, and so the relative
+    # error of a weight, is off by less than 6e-4, where all add up; values are below 4
+    assert 0 < float((rounded - y).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("start", [-1, 8, 100])

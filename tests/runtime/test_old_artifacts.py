@@ -23,11 +23,13 @@ ARTIFACTS = sorted(folder.name for folder in WRITTEN.iterdir() if folder.is_dir(
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_an_old_artifact_answers_as_it_did(name: str) -> None:
     """Integer products are exact and sums of fp32 here have at most 32 terms of order 10: another instruction set may
-    order them otherwise, a few units in the last place of 16, which is 1e-6 each."""
+    order them otherwise, a few units in the last place of 16, which is 1e-6 each. Over INT8 caches queries and weights
+    are rounded to 16 bits since, an error of at most 2^-16 of the largest element: 2.5e-4 of logits of 16 (5.4e-5 was
+    seen)."""
     with moec.load(WRITTEN / name) as session:
         rows = [session.prefill([5, 63, 17, 2, 40], "all"), session.decode(9)[None], session.decode(33)[None]]
     found = np.concatenate([row.reshape(-1, session.vocab_size) for row in rows])
-    np.testing.assert_allclose(found, np.load(WRITTEN / f"{name}.npy"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, np.load(WRITTEN / f"{name}.npy"), rtol=0, atol=1e-5 if name == "fp32" else 2.5e-4)
 
 
 def test_every_old_name_stands_in_an_artifact_that_is_opened() -> None:

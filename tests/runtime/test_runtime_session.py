@@ -18,14 +18,20 @@ from moec.targets.xnnpack.session import CpuSession
 from tests.runtime import runtime_model as m
 
 # The artifact and its eager twin run the same operators on fp32, the linears through other GEMMs (sums of at most 192
-# products), logits of order 10: 1e-4 is ten units in the last place of the largest sum.
-ATOL = 1e-4
+# products), logits of order 10: 1e-4 is ten units in the last place of the largest sum. Over an INT8 cache the kernels
+# round weights of attention to 1/32512 of the largest, the eager twin does not: a logit of 17, which is a sum of such
+# weights, moves by as much as 17 / 32512 = 5e-4.
+ATOL, ATOL_CODES = 1e-4, 5e-4
 
 
 @dataclass
 class Case:
     path: Path
     eager: m.OneLayer
+
+    @property
+    def atol(self) -> float:
+        return ATOL_CODES if self.eager.int8_cache else ATOL
 
     def expected(self, ids: list[int]) -> np.ndarray:
         """float32 [T, V] of one call of the eager model."""
@@ -61,7 +67,7 @@ def test_prefill_in_chunks_is_the_eager_model(case: Case, session: CpuSession) -
     logits = session.prefill(ids, "all")
     assert logits.shape == (75, m.V)
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, case.expected(ids), atol=ATOL, rtol=0)
+    np.testing.assert_allclose(logits, case.expected(ids), atol=case.atol, rtol=0)
     assert session.position == 75
 
 
@@ -70,12 +76,12 @@ def test_last_logits_then_all_then_steps_share_one_cache(case: Case, session: Cp
     expected = case.expected(ids)
     last = session.prefill(ids[:33])
     assert last.shape == (1, m.V)
-    np.testing.assert_allclose(last[0], expected[32], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(session.prefill(ids[33:40], "all"), expected[33:40], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(last[0], expected[32], atol=case.atol, rtol=0)
+    np.testing.assert_allclose(session.prefill(ids[33:40], "all"), expected[33:40], atol=case.atol, rtol=0)
     for i in range(40, 60):
         step = session.decode(ids[i])
         assert step.shape == (m.V,)
-        np.testing.assert_allclose(step, expected[i], atol=ATOL, rtol=0)
+        np.testing.assert_allclose(step, expected[i], atol=case.atol, rtol=0)
 
 
 def test_reset_forgets(case: Case, session: CpuSession) -> None:

@@ -181,13 +181,50 @@ def test_roles_that_xnnpack_serves(tmp_path: Path) -> None:
 def test_verification_gets_it_from_the_model_source(tmp_path: Path) -> None:
     spec = Spec.model_validate({"name": "t", "model": MODEL, "quantization": INT4})
     config, store = opened(tmp_path, qat=True)
-    given = source_of(spec.model).reference(spec, store, scheme(), asymmetric_roles=[Role.SHARED])
+    how: dict[str, Any] = {"asymmetric_roles": [Role.SHARED], "integer_attention": True}
+    given = source_of(spec.model).reference(spec, store, scheme(), **how)
     assert given is not None
     logits = given.run({"a": IDS})["a"]
-    assert np.array_equal(
-        logits, Reference(config, store, scheme(), asymmetric_roles=[Role.SHARED]).run({"a": IDS})["a"]
-    )
+    assert np.array_equal(logits, Reference(config, store, scheme(), **how).run({"a": IDS})["a"])
     assert not np.array_equal(logits, given.perturbed({"a": IDS})["a"])
+
+
+@pytest.mark.parametrize("model", [MODEL, DENSE], ids=["moe", "windows"])
+def test_attention_in_integers(tmp_path: Path, model: dict[str, Any]) -> None:
+    """Rounding of queries and weights to 16 bits, over INT8 caches and nowhere else."""
+    config, store = opened(tmp_path, model, qat=False)
+    floats = {"activations": "fp32", "kv_cache": "fp32"}
+    plain, integers = (
+        Reference(config, store, scheme(**floats), integer_attention=i).forward(IDS) for i in (False, True)
+    )
+    assert np.array_equal(plain.logits, integers.logits)
+    plain, integers = (
+        Reference(config, store, scheme(activations="fp32"), integer_attention=i).forward(IDS) for i in (False, True)
+    )
+    apart = np.abs(plain.logits - integers.logits).max(-1) / np.abs(plain.logits).max(-1)
+    # a key or value that this moves to its next code counts more, in single rows
+    assert 1e-7 < np.median(apart) < 1e-3
+
+
+def test_a_perturbed_run_differs_from_the_first_attention_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in feed-forward blocks alone leaves attention of the first layer as it was, where an artifact's sums are in
+    another order already."""
+    _, store = opened(tmp_path, qat=True)
+    spec = Spec.model_validate({"name": "t", "model": MODEL, "quantization": INT4})
+    reference = source_of(spec.model).reference(spec, store, scheme())
+    assert reference is not None
+    plain, seen = Matrix.__call__, []
+
+    def spied(self: Matrix, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(x)
+        return plain(self, x, *args)
+
+    monkeypatch.setattr(Matrix, "__call__", spied)
+    reference.run({"a": IDS})
+    queries, count = seen[0], len(seen)
+    reference.perturbed({"a": IDS})
+    moved = ((seen[count] - queries).abs() / queries.abs().clamp(min=1e-3)).max()
+    assert 1e-7 < float(moved) < 1e-5
 
 
 def test_routing_free_and_forced(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ int32_t decode_one(const AttentionKernels& isa, const AttentionCall& call) {
   const int64_t first = call.first_key(0) / kKeyChunk, chunks = call.start / kKeyChunk + 1 - first;
   const int64_t groups = std::clamp((kEnoughItems / 2 + chunks - 1) / chunks, int64_t{1}, kv);  // of heads, in a short context
   const int32_t threads = workers();
-  const int64_t part = Partial::floats(h, e), own = decode_scratch(isa.lanes, h, kKeyChunk);
+  const int64_t part = Partial::floats(h, e), own = decode_scratch(isa.lanes, h, call.head_dim, kKeyChunk);
   float* scratch = scratch_floats((chunks + 1) * part + threads * own);
   if (!scratch) return no_memory();
   for_each_unit(threads, chunks * groups, [&](int32_t worker, int64_t i) {
@@ -211,10 +211,11 @@ int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
   float* scratch = scratch_floats(waiting + threads * own);
   if (!scratch) return no_memory();
   float* const workers_own = scratch + waiting;
-  const auto run = [&](const Group& g, int64_t chunk, const Partial& to, float* space) {
+  const auto run = [&](const Group& g, int64_t chunk, const Partial& to, float* space, bool first) {
     AttentionItem item = chunk_item(call, g.begin, g.end, chunk, to);
     item.kv_begin = g.kv_head;
     item.kv_end = g.kv_head + 1;
+    if (first) isa.prepare(call, item, space);
     isa.tile(call, item, space);
   };
   if (!split) {
@@ -223,7 +224,7 @@ int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
       float* const space = workers_own + worker * own;
       const Partial all = Partial::at(space, rows, e), one = Partial::at(space + part, rows, e);
       for (int64_t chunk = g.first_chunk; chunk < g.first_chunk + g.chunks; ++chunk) {
-        run(g, chunk, one, space + 2 * part);
+        run(g, chunk, one, space + 2 * part, chunk == g.first_chunk);
         fold_rows(isa, call, g, chunk, all, one);
       }
       write_rows_of(isa, call, g, all);
@@ -237,7 +238,7 @@ int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
     for_each_unit(threads, groups * wave, [&](int32_t worker, int64_t i) {
       const Group g = group_of(call, tile, tiles, i / wave);
       const int64_t chunk = from + i % wave;
-      if (chunk < g.chunks) run(g, g.first_chunk + chunk, place(i / wave, 1 + i % wave), workers_own + worker * own);
+      if (chunk < g.chunks) run(g, g.first_chunk + chunk, place(i / wave, 1 + i % wave), workers_own + worker * own, true);
     });
     for_each_unit(threads, groups, [&](int32_t, int64_t i) {
       const Group g = group_of(call, tile, tiles, i);
@@ -285,7 +286,7 @@ int32_t moec_cached_attention(const moec_attention_args* args) {
   call.v_scale = static_cast<const float*>(a.v_scale.data);
   call.sinks = static_cast<const float*>(a.sinks.data);
   call.out = static_cast<float*>(a.out.data);
-  const bool whole = a.head_dim % chosen.lanes == 0 && a.value_dim % chosen.lanes == 0;
+  const bool whole = a.head_dim % (call.k_scale ? chosen.code_lanes : chosen.lanes) == 0 && a.value_dim % chosen.lanes == 0;
   return a.tokens == 1 && whole ? decode_one(chosen, call) : many_tokens(chosen, call);
 }
 

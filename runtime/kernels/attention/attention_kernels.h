@@ -48,11 +48,17 @@ struct AttentionItem {
 constexpr int64_t kKeyChunk = 256;
 // Keys scored at a time. Keys, values, scores and accumulators of one item then fit a 512 KB second-level cache.
 constexpr int64_t kKeyBlock = 64;
+// The largest code of a query or of a weight over an INT8 cache: two signed bytes of it are within [-127, 127] and [-128, 127].
+constexpr int32_t kMostCode = 127 * 256;
 
 struct AttentionKernels {
-  int64_t lanes;  // floats of one vector register
-  // One token: reads the caches once, in order. head_dim and value_dim must be multiples of `lanes`.
+  int64_t lanes;       // floats of one vector register
+  int64_t code_lanes;  // codes of a key in one
+  // One token: reads the caches once, in order. value_dim must be a multiple of `lanes`, head_dim too, or of `code_lanes` where
+  // the caches hold codes.
   void (*decode)(const AttentionCall&, const AttentionItem&, float* scratch);
+  // What all `tile`s of the same tokens and KV head find in their scratch: the queries, as they want them.
+  void (*prepare)(const AttentionCall&, const AttentionItem&, float* scratch);
   // Many tokens of one KV head. Any sizes.
   void (*tile)(const AttentionCall&, const AttentionItem&, float* scratch);
   // A row's next chunk into what it has: acc = e^(row_max - m) acc + e^(part_max - m) part with m the larger, sums likewise.
@@ -68,9 +74,11 @@ struct AttentionKernels {
 inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
 inline int64_t tile_scratch(int64_t lanes, int64_t rows, int64_t head_dim, int64_t value_dim) {
   const int64_t r = padded(rows, lanes), d = padded(head_dim, lanes), e = padded(value_dim, lanes);
-  return r * (d + kKeyChunk + e + 2) + kKeyBlock * (d + e) + 2 * kKeyChunk;
+  return r * (d + kKeyChunk + e + 3) + kKeyBlock * (d + e) + 2 * kKeyChunk;
 }
-inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t keys) { return (heads + 2) * padded(keys, lanes); }
+inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t head_dim, int64_t keys) {
+  return (heads + 2) * padded(keys, lanes) + heads + (heads + 1) * head_dim;
+}
 
 }  // namespace moec
 

@@ -6,14 +6,71 @@
 namespace moec {
 namespace {
 
-float at(const void* cache, const float* scales, int64_t row, int64_t width, int64_t i) {
-  if (!scales) return static_cast<const float*>(cache)[row * width + i];
-  return static_cast<float>(static_cast<const int8_t*>(cache)[row * width + i]) * scales[row];
+float at(const void* cache, int64_t row, int64_t width, int64_t i) { return static_cast<const float*>(cache)[row * width + i]; }
+
+// Over an INT8 cache a query is rounded to 16 bits, and the weights of a chunk to 15: see attention_codes.inl.
+float code_of(float x, float inverse, float most) {
+  const float v = nearbyintf(x * inverse);
+  return v > -most ? (v < most ? v : most) : -most;  // NaN: -most
+}
+
+float largest(const float* x, int64_t n, float* fault) {
+  float highest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    if (fabsf(x[i]) > highest) highest = fabsf(x[i]);
+    *fault += x[i] - x[i];  // 0, or NaN if the value is not finite
+  }
+  return highest;
+}
+
+void attend_codes(const AttentionCall& call, const AttentionItem& item, int64_t token, int64_t head, float* scratch, float* acc,
+                  float* row_max, float* row_sum) {
+  const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, g = head / (call.heads / kv);
+  const float* q = call.q + (token * call.heads + head) * d;
+  const int8_t* k_codes = static_cast<const int8_t*>(call.k_cache);
+  const int8_t* v_codes = static_cast<const int8_t*>(call.v_cache);
+  int64_t first = call.first_key(token), last = call.start + token + 1;
+  if (first < item.key_begin) first = item.key_begin;
+  if (last > item.key_end) last = item.key_end;
+  const int64_t limit = 0x7fffffff / (128 * d), top_code = limit < 1 ? 1 : limit;
+  const float most = static_cast<float>(top_code < kMostCode ? top_code : kMostCode);
+  float fault = 0.0f;
+  const float highest = largest(q, d, &fault), inverse = highest > 1e-30f ? most / highest : 0.0f;
+  const float step = (highest > 1e-30f ? highest / most : 1.0f) + fault;
+  float* codes = scratch + kKeyChunk;  // [d]
+  for (int64_t i = 0; i < d; ++i) codes[i] = code_of(q[i], inverse, most);
+  float top = -3.402823466e38f, sum = 0.0f, heaviest = 0.0f, wrong = 0.0f;
+  for (int64_t j = first; j < last; ++j) {
+    int64_t dot = 0;
+    for (int64_t i = 0; i < d; ++i) dot += static_cast<int64_t>(codes[i]) * k_codes[(j * kv + g) * d + i];
+    float score = static_cast<float>(dot) * (call.scale * call.k_scale[j * kv + g]) * step;
+    if (call.softcap > 0.0f) score = call.softcap * tanhf(score / call.softcap);
+    scratch[j - first] = score;
+    if (!(score <= top)) top = score;
+  }
+  for (int64_t j = first; j < last; ++j) {
+    const float p = expf(scratch[j - first] - top), scale = call.v_scale[j * kv + g];
+    const bool sound = scale >= 0.0f && scale <= 3.402823466e38f;
+    sum += p;
+    scratch[j - first] = sound ? p * scale : 0.0f;
+    if (!sound) wrong = NAN;
+    if (scratch[j - first] > heaviest) heaviest = scratch[j - first];
+  }
+  const float all = static_cast<float>(kMostCode), by = heaviest > 1e-30f ? all / heaviest : 0.0f;
+  for (int64_t j = first; j < last; ++j) scratch[j - first] = code_of(scratch[j - first], by, all);
+  for (int64_t i = 0; i < e; ++i) {
+    int64_t total = 0;
+    for (int64_t j = first; j < last; ++j) total += static_cast<int64_t>(scratch[j - first]) * v_codes[(j * kv + g) * e + i];
+    acc[i] = static_cast<float>(total) * (heaviest * (1.0f / all) + wrong);
+  }
+  *row_max = top;
+  *row_sum = sum;
 }
 
 // One query head over its keys; two passes over the scores, which `scratch` holds.
 void attend(const AttentionCall& call, const AttentionItem& item, int64_t token, int64_t head, float* scratch, float* acc,
             float* row_max, float* row_sum) {
+  if (call.k_scale) return attend_codes(call, item, token, head, scratch, acc, row_max, row_sum);
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, g = head / (call.heads / kv);
   const float* q = call.q + (token * call.heads + head) * d;
   int64_t first = call.first_key(token), last = call.start + token + 1;
@@ -23,7 +80,7 @@ void attend(const AttentionCall& call, const AttentionItem& item, int64_t token,
   float top = -3.402823466e38f, sum = 0.0f;
   for (int64_t j = first; j < last; ++j) {
     float dot = 0.0f;
-    for (int64_t i = 0; i < d; ++i) dot += q[i] * at(call.k_cache, call.k_scale, j * kv + g, d, i);
+    for (int64_t i = 0; i < d; ++i) dot += q[i] * at(call.k_cache, j * kv + g, d, i);
     scratch[j - first] = dot * call.scale;
     if (call.softcap > 0.0f) scratch[j - first] = call.softcap * tanhf(scratch[j - first] / call.softcap);
     if (!(scratch[j - first] <= top)) top = scratch[j - first];
@@ -31,11 +88,13 @@ void attend(const AttentionCall& call, const AttentionItem& item, int64_t token,
   for (int64_t j = first; j < last; ++j) {
     const float p = expf(scratch[j - first] - top);
     sum += p;
-    for (int64_t i = 0; i < e; ++i) acc[i] += p * at(call.v_cache, call.v_scale, j * kv + g, e, i);
+    for (int64_t i = 0; i < e; ++i) acc[i] += p * at(call.v_cache, j * kv + g, e, i);
   }
   *row_max = top;
   *row_sum = sum;
 }
+
+void prepare(const AttentionCall&, const AttentionItem&, float*) {}
 
 void tile(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
@@ -90,7 +149,7 @@ void rope_row(const float* x, const float* cos, const float* sin, int64_t n, boo
   }
 }
 
-const AttentionKernels kKernels = {1, decode, tile, fold_row, quantize_row, rms_norm_row, rope_row};
+const AttentionKernels kKernels = {1, 1, decode, prepare, tile, fold_row, quantize_row, rms_norm_row, rope_row};
 
 }  // namespace
 

@@ -3,8 +3,9 @@
 //   constexpr int64_t kLanes, kRows = 6 (rows of a register tile), kCols (vectors of a register tile), kDecodeRows (query
 //   heads whose sums over 4 vectors of values fit the registers), kKeysTogether (keys scored side by side),
 //   kScoreKeys x kScoreCols (keys and vectors of rows whose scores one step of a tile sums)
-//   load(const float*), load(const int8_t*) (widened), store, set1, zero, add, sub, mul, div, fma(a, b, c) = a*b + c, max
-//   exp2i(V) = 2^n of an integral-valued n in [-126, 127], round, hsum, hmax, less_equal_select(a, b, x, y) = a <= b ? x : y
+//   load(const float*), store, set1, zero, add, sub, mul, div, fma(a, b, c) = a*b + c, min, max (of a NaN
+//   the second operand)
+//   scale2(V p, V n) = p 2^n of an integral-valued n in [-126, 0], p in [0.7, 1.5]; round, hsum, hmax, less_equal_select(a, b, x, y) = a <= b ? x : y
 //   reduce(const V part[kLanes]) -> V whose lane i is the sum of part[i]: lanes kOrder[0] + kOrder[1], kOrder[2] + kOrder[3],
 //   ..., then sums of neighbours again. constexpr int kOrder[kLanes] says that order, in which a tile sums too
 //   absolute; store_int8(int8_t*, V): rounded half to even, clamped to [-127, 127] (NaN becomes any code)
@@ -14,29 +15,24 @@
 // this instruction set, for the whole program.
 
 constexpr float kLog2e = 1.44269504088896340736f;
-// ln 2 in two parts, the first exact in 15 bits: r = x - n ln2 loses nothing for |n| < 512
-constexpr float kLn2High = 0.693145751953125f;
-constexpr float kLn2Low = 1.42860682030941723212e-6f;
-constexpr float kNegative = -3.402823466e38f;  // stands for "no key": finite, so that differences stay numbers
+constexpr float kMostFloat = 3.402823466e38f;
+constexpr float kTiny = 1e-30f;  // queries and weights of no larger element are 0
+constexpr float kNegative = -kMostFloat;  // stands for "no key": finite, so that differences stay numbers
 
-// e^x for x <= 0 to 2 units in the last place; 0 below -87. NaN stays NaN.
-inline V exp_negative(V x) {
-  const V low = set1(-87.3365f);
-  const V n = round(mul(x, set1(kLog2e)));
-  V r = fma(n, set1(-kLn2High), x);
-  r = fma(n, set1(-kLn2Low), r);
-  V p = set1(1.0f / 5040.0f);
-  p = fma(p, r, set1(1.0f / 720.0f));
-  p = fma(p, r, set1(1.0f / 120.0f));
-  p = fma(p, r, set1(1.0f / 24.0f));
-  p = fma(p, r, set1(1.0f / 6.0f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  // n is meaningless below `low`: it is replaced before it becomes an exponent, and the product thrown away
-  const V exponent = less_equal_select(x, low, zero(), n);
-  return less_equal_select(x, low, zero(), mul(p, exp2i(exponent)));
+// 2^x for x <= 0, 2^-126 below -126: a polynomial in the fraction (least squares, relative error 1e-7). NaN stays NaN.
+inline V exp2_negative(V x) {
+  x = max(set1(-126.0f), x);
+  const V n = round(x), f = sub(x, n);
+  V p = set1(0.00132646591f);
+  p = fma(p, f, set1(0.00967151485f));
+  p = fma(p, f, set1(0.0555073374f));
+  p = fma(p, f, set1(0.240222417f));
+  p = fma(p, f, set1(0.693146977f));
+  p = fma(p, f, set1(1.0f));
+  return scale2(p, n);
 }
+
+inline V exp_negative(V x) { return exp2_negative(mul(x, set1(kLog2e))); }
 
 // tanh(x) to 3 units in the last place: near 0 an odd polynomial (least squares, relative error 1e-9 before rounding), beyond
 // it (1 - e^-2|x|) / (1 + e^-2|x|).
@@ -209,104 +205,147 @@ inline void gather_factors(const float* from, int64_t step, float scale, int64_t
 // Scores are kept transposed, [key][row]: the product K Q^T then reads keys as the broadcast operand, straight from the
 // cache, no key is ever transposed, and the softmax works on `kLanes` rows at a time without horizontal sums.
 
-template <typename C>
-inline void widen_rows(const C* cache, int64_t first, int64_t count, int64_t kv_heads, int64_t head, int64_t d, int64_t width,
+inline void copy_rows(const float* cache, int64_t first, int64_t count, int64_t kv_heads, int64_t head, int64_t d, int64_t width,
                        float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const C* x = cache + ((first + i) * kv_heads + head) * d;
+    const float* x = cache + ((first + i) * kv_heads + head) * d;
     float* y = out + i * width;
     int64_t j = 0;
     for (; j + kLanes <= d; j += kLanes) store(y + j, load(x + j));
-    for (; j < d; ++j) y[j] = static_cast<float>(x[j]);
+    for (; j < d; ++j) y[j] = x[j];
     for (; j < width; ++j) y[j] = 0.0f;
   }
 }
 
+// Where one `tile` keeps what; all in floats.
+struct TileScratch {
+  int64_t rows_padded, e_padded;
+  float* q_t;        // [d_padded][rows_padded], or words of codes; made by `prepare`, as is `step`
+  float* step;       // [rows_padded]: of the queries' codes
+  float* scores;     // [kKeyChunk][rows_padded]
+  float* acc;        // [rows_padded][e_padded]; before that the largest score and the sum of each row
+  float* first_key;  // [rows_padded]: relative to key_begin, exact as floats (< 2^24); then the steps of the weights
+  float* last_key;
+  float* block;      // [kKeyBlock][d_padded + e_padded]
+  float* k_factor;   // [kKeyChunk]
+  float* v_factor;
+};
+
+inline TileScratch tile_scratch_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
+  TileScratch s;
+  const int64_t rows = (item.token_end - item.token_begin) * (call.heads / call.kv_heads), d_padded = padded(call.head_dim, kLanes);
+  s.rows_padded = padded(rows, kLanes);
+  s.e_padded = padded(call.value_dim, kLanes);
+  s.q_t = scratch;
+  s.step = s.q_t + d_padded * s.rows_padded;
+  s.scores = s.step + s.rows_padded;
+  s.acc = s.scores + kKeyChunk * s.rows_padded;
+  s.first_key = s.acc + s.rows_padded * s.e_padded;
+  s.last_key = s.first_key + s.rows_padded;
+  s.block = s.last_key + s.rows_padded;
+  s.k_factor = s.block + kKeyBlock * (d_padded + s.e_padded);
+  s.v_factor = s.k_factor + kKeyChunk;
+  return s;
+}
+
+inline void see_keys(const AttentionCall& call, const AttentionItem& item, const TileScratch& s) {
+  const int64_t per = call.heads / call.kv_heads;
+  for (int64_t r = 0; r < s.rows_padded; ++r) {
+    const int64_t last = item.token_end - 1, token = item.token_begin + r / per < last ? item.token_begin + r / per : last;
+    s.last_key[r] = static_cast<float>(call.start + token - item.key_begin);
+    s.first_key[r] = static_cast<float>(call.first_key(token) - item.key_begin);
+  }
+}
+
+inline void take_sums(const AttentionItem& item, int64_t rows, const TileScratch& s) {
+  for (int64_t r = 0; r < rows; ++r) {
+    item.partial_max[r] = s.acc[r];
+    item.partial_sum[r] = s.acc[s.rows_padded + r];
+  }
+}
+
+inline void round_weights(float* column, int64_t count, int64_t rows, V top, float* row_step);
+
 // Scores [count][rows] become weights, kLanes rows at a time: e^(score - max) * v_factor[key], with 0 for keys that a row does
-// not see; sums are taken in the order of `weigh`.
-inline void weigh_rows(float* scores, int64_t count, int64_t rows, bool masked, const float* first_key, const float* last_key,
-                       const float* v_factor, float* row_max, float* row_sum) {
+// not see; sums are taken in the order of `weigh`. Coded: scores are in units of `step`, and weights become words.
+template <bool Coded>
+inline void weigh_rows(const AttentionCall& call, const AttentionItem& item, const TileScratch& s) {
+  const int64_t count = item.key_end - item.key_begin, rows = s.rows_padded;
+  // between these two every key is visible to every row: no masking
+  const int64_t all_from = call.first_key(item.token_end - 1), all_to = call.start + item.token_begin + 1;
+  const bool masked = item.key_begin < all_from || item.key_end > all_to;
   const V nothing = set1(kNegative);
   for (int64_t r = 0; r < rows; r += kLanes) {
-    float* column = scores + r;
-    const V last = load(last_key + r), first = load(first_key + r);
+    float* column = s.scores + r;
+    const V last = load(s.last_key + r), first = load(s.first_key + r);
     V top = nothing;
     for (int64_t i = 0; i < count; ++i) {
-      V s = load(column + i * rows);
+      V x = load(column + i * rows);
       if (masked) {
         const V position = set1(static_cast<float>(i));
-        s = less_equal_select(position, last, s, nothing);
-        s = less_equal_select(first, position, s, nothing);
-        store(column + i * rows, s);
+        x = less_equal_select(position, last, x, nothing);
+        x = less_equal_select(first, position, x, nothing);
+        store(column + i * rows, x);
       }
-      top = max(top, s);
+      top = max(top, x);
     }
-    V part[kLanes];
+    const V unit = Coded && !(call.softcap > 0.0f) ? load(s.step + r) : set1(1.0f), scale = mul(unit, set1(kLog2e));
+    V part[kLanes], heaviest = zero();
     for (int lane = 0; lane < kLanes; ++lane) part[lane] = zero();
     for (int64_t begin = 0; begin < count; begin += kLanes) {
       const int64_t n = count - begin < kLanes ? count - begin : kLanes;
       for (int64_t lane = 0; lane < n; ++lane) {
         float* at = column + (begin + lane) * rows;
-        const V s = load(at);
-        V p = exp_negative(sub(s, top));
+        const V x = load(at);
+        V p = exp2_negative(mul(sub(x, top), scale));
         // a row that sees none of these keys has top == kNegative, and every score would get weight e^0
-        if (masked) p = less_equal_select(s, nothing, zero(), p);
+        if (masked) p = less_equal_select(x, nothing, zero(), p);
         part[lane] = add(part[lane], p);
-        store(at, mul(p, set1(v_factor[begin + lane])));
+        const V weight = mul(p, set1(s.v_factor[begin + lane]));
+        store(at, weight);
+        if (Coded) heaviest = max(heaviest, weight);
       }
     }
-    store(row_max + r, top);
-    store(row_sum + r, ordered_sum(part));
+    store(s.acc + r, mul(top, unit));
+    store(s.acc + rows + r, ordered_sum(part));
+    if (Coded) round_weights(column, count, rows, heaviest, s.first_key + r);
   }
 }
 
-template <typename C>
-void tile_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
+inline void prepare_floats(const AttentionCall& call, const AttentionItem& item, const TileScratch& s) {
+  const int64_t d = call.head_dim, per = call.heads / call.kv_heads, rows = (item.token_end - item.token_begin) * per;
+  for (int64_t r = 0; r < s.rows_padded; ++r) {
+    const int64_t token = r < rows ? item.token_begin + r / per : item.token_begin;
+    const float* q = call.q + (token * call.heads + item.kv_begin * per + r % per) * d;
+    for (int64_t j = 0; j < padded(d, kLanes); ++j) s.q_t[j * s.rows_padded + r] = r < rows && j < d ? q[j] : 0.0f;
+  }
+}
+
+void tile_floats(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv, g = item.kv_begin;
   const int64_t rows = (item.token_end - item.token_begin) * per, count = item.key_end - item.key_begin;
-  const int64_t rows_padded = padded(rows, kLanes), d_padded = padded(d, kLanes), e_padded = padded(e, kLanes);
-  float* q_t = scratch;                              // [d_padded][rows_padded]
-  float* scores = q_t + d_padded * rows_padded;      // [kKeyChunk][rows_padded]
-  float* acc = scores + kKeyChunk * rows_padded;     // [rows_padded][e_padded]
-  float* first_key = acc + rows_padded * e_padded;   // [rows_padded]: relative to key_begin, exact as floats (< 2^24)
-  float* last_key = first_key + rows_padded;
-  float* block = last_key + rows_padded;             // [kKeyBlock][d_padded + e_padded]
-  float* k_factor = block + kKeyBlock * (d_padded + e_padded);  // [kKeyChunk]
-  float* v_factor = k_factor + kKeyChunk;
-
-  for (int64_t r = 0; r < rows_padded; ++r) {
-    const int64_t token = r < rows ? item.token_begin + r / per : item.token_end - 1;
-    last_key[r] = static_cast<float>(call.start + token - item.key_begin);
-    first_key[r] = static_cast<float>(call.first_key(token) - item.key_begin);
-    const float* q = call.q + (token * call.heads + g * per + r % per) * d;
-    for (int64_t j = 0; j < d_padded; ++j) q_t[j * rows_padded + r] = r < rows && j < d ? q[j] : 0.0f;
-  }
-  gather_factors(call.k_scale ? call.k_scale + item.key_begin * kv + g : nullptr, kv, call.scale, count, count, k_factor);
-  gather_factors(call.v_scale ? call.v_scale + item.key_begin * kv + g : nullptr, kv, 1.0f, count, count, v_factor);
-
-  const C* k_cache = static_cast<const C*>(call.k_cache);
-  const C* v_cache = static_cast<const C*>(call.v_cache);
+  const TileScratch s = tile_scratch_of(call, item, scratch);
+  const int64_t d_padded = padded(d, kLanes), width = s.rows_padded;
+  see_keys(call, item, s);
+  gather_factors(nullptr, kv, call.scale, count, count, s.k_factor);
+  gather_factors(nullptr, kv, 1.0f, count, count, s.v_factor);
+  const float* k_cache = static_cast<const float*>(call.k_cache);
+  const float* v_cache = static_cast<const float*>(call.v_cache);
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    widen_rows(k_cache, item.key_begin + begin, n, kv, g, d, d_padded, block);
-    score_all(n, d_padded, block, k_factor + begin, q_t, rows_padded, scores + begin * rows_padded);
-    if (call.softcap > 0.0f) cap_scores(scores + begin * rows_padded, n * rows_padded, call.softcap);
+    copy_rows(k_cache, item.key_begin + begin, n, kv, g, d, d_padded, s.block);
+    score_all(n, d_padded, s.block, s.k_factor + begin, s.q_t, width, s.scores + begin * width);
+    if (call.softcap > 0.0f) cap_scores(s.scores + begin * width, n * width, call.softcap);
   }
-  // between these two every key is visible to every row: no masking
-  const int64_t all_from = call.first_key(item.token_end - 1), all_to = call.start + item.token_begin + 1;
-  const bool masked = item.key_begin < all_from || item.key_end > all_to;
-  weigh_rows(scores, count, rows_padded, masked, first_key, last_key, v_factor, acc, acc + rows_padded);
-  for (int64_t r = 0; r < rows; ++r) {
-    item.partial_max[r] = acc[r];
-    item.partial_sum[r] = acc[rows_padded + r];
-  }
+  weigh_rows<false>(call, item, s);
+  take_sums(item, rows, s);
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    widen_rows(v_cache, item.key_begin + begin, n, kv, g, e, e_padded, block);
-    multiply_all(rows, e_padded, n, scores + begin * rows_padded, 1, rows_padded, block, e_padded, acc, e_padded, begin > 0);
+    copy_rows(v_cache, item.key_begin + begin, n, kv, g, e, s.e_padded, s.block);
+    multiply_all(rows, s.e_padded, n, s.scores + begin * width, 1, width, s.block, s.e_padded, s.acc, s.e_padded, begin > 0);
   }
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < e; ++j) item.partial_acc[r * e + j] = acc[r * e_padded + j];
+    for (int64_t j = 0; j < e; ++j) item.partial_acc[r * e + j] = s.acc[r * s.e_padded + j];
 }
 
 // -------------------------------------------------------------------------------------------------------------- one token
@@ -321,15 +360,15 @@ inline void prefetch(const void* p, int64_t bytes) {
 }
 
 // scores[j][i] = q_j . key_i of Queries query heads, i < count. kKeysTogether keys share one load of the queries.
-template <int Queries, typename C>
-inline void dot_keys(const float* q, int64_t d, const C* keys, int64_t key_stride, int64_t count, float* scores,
+template <int Queries>
+inline void dot_keys(const float* q, int64_t d, const float* keys, int64_t key_stride, int64_t count, float* scores,
                      int64_t score_stride) {
   static_assert(kLanes % kKeysTogether == 0, "whole steps");
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t lanes = count - i < kLanes ? count - i : kLanes;
     V part[Queries][kLanes];
     for (int64_t lane = 0; lane < kLanes; lane += kKeysTogether) {
-      const C* key[kKeysTogether];
+      const float* key[kKeysTogether];
       // past the end: the last key again, its scores are not stored
       for (int64_t m = 0; m < kKeysTogether; ++m)
         key[m] = keys + (lane + m < lanes ? i + lane + m : count - 1) * key_stride;
@@ -360,8 +399,7 @@ inline void dot_keys(const float* q, int64_t d, const C* keys, int64_t key_strid
   }
 }
 
-template <typename C>
-inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const C* keys, int64_t key_stride, int64_t count,
+inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const float* keys, int64_t key_stride, int64_t count,
                         float* scores, int64_t score_stride) {
   while (queries > 0) {
     const int64_t parts = (queries + 3) / 4, now = (queries + parts - 1) / parts;
@@ -377,33 +415,35 @@ inline void dot_keys_of(int64_t queries, const float* q, int64_t d, const C* key
   }
 }
 
-// Scores become weights: e^(s * k_factor, capped, - max) * v_factor of keys [skip, count), 0 before and behind them; max and the sum of
-// the e's.
-inline void weigh(float* s, int64_t skip, int64_t count, int64_t stride, const float* k_factor, const float* v_factor,
-                  float softcap, float* row_max, float* row_sum) {
-  for (int64_t i = 0; i < count; i += kLanes) store(s + i, mul(load(s + i), load(k_factor + i)));
-  if (softcap > 0.0f) cap_scores(s, padded(count, kLanes), softcap);
+// Scores in units of `unit` become weights: e^(s - max) * v_factor of keys [skip, count), 0 before and behind them; max and the
+// sum of the e's. The largest weight of each lane.
+inline V weigh(float* s, int64_t skip, int64_t count, int64_t stride, const float* v_factor, float unit, float* row_max,
+               float* row_sum) {
   for (int64_t i = 0; i < skip; ++i) s[i] = kNegative;
   for (int64_t i = count; i < stride; ++i) s[i] = kNegative;
-  V top = set1(kNegative);
+  const V nothing = set1(kNegative), scale = mul(set1(unit), set1(kLog2e));
+  V top = nothing, heaviest = zero();
   for (int64_t i = 0; i < stride; i += kLanes) top = max(top, load(s + i));
   const float highest = hmax(top);
   V sum[kLanes];  // one, and what `reduce` wants beside it
   for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] = zero();
   for (int64_t i = 0; i < stride; i += kLanes) {
-    const V p = exp_negative(sub(load(s + i), set1(highest)));
-    store(s + i, mul(p, load(v_factor + i)));
+    const V x = load(s + i), p = less_equal_select(x, nothing, zero(), exp2_negative(mul(sub(x, set1(highest)), scale)));
+    const V weight = mul(p, load(v_factor + i));
+    store(s + i, weight);
+    heaviest = max(heaviest, weight);
     sum[0] = add(sum[0], p);
   }
   float sums[kLanes];
   store(sums, reduce(sum));
-  *row_max = highest;
+  *row_max = highest * unit;
   *row_sum = sums[0];
+  return heaviest;
 }
 
 // acc[row][0 .. Cols) (+)= sum over n keys of weight[row][key] * value[key]. Each value is widened once for all rows.
-template <int Rows, int Cols, typename C>
-inline void add_values(int64_t n, const float* weights, int64_t stride, const C* values, int64_t value_stride, int64_t e,
+template <int Rows, int Cols>
+inline void add_values(int64_t n, const float* weights, int64_t stride, const float* values, int64_t value_stride, int64_t e,
                        float* acc, bool first) {
   V sum[Rows][Cols];
   for (int i = 0; i < Rows; ++i)
@@ -420,8 +460,8 @@ inline void add_values(int64_t n, const float* weights, int64_t stride, const C*
     for (int j = 0; j < Cols; ++j) store(acc + i * e + j * kLanes, sum[i][j]);
 }
 
-template <int Rows, typename C>
-inline void add_value_columns(int64_t n, const float* weights, int64_t stride, const C* values, int64_t value_stride,
+template <int Rows>
+inline void add_value_columns(int64_t n, const float* weights, int64_t stride, const float* values, int64_t value_stride,
                               int64_t e, float* acc, bool first) {
   int64_t j = 0;
   for (; j + 4 * kLanes <= e; j += 4 * kLanes)
@@ -429,8 +469,7 @@ inline void add_value_columns(int64_t n, const float* weights, int64_t stride, c
   for (; j < e; j += kLanes) add_values<Rows, 1>(n, weights, stride, values + j, value_stride, e, acc + j, first);
 }
 
-template <typename C>
-inline void add_values_of(int64_t queries, int64_t n, const float* weights, int64_t stride, const C* values,
+inline void add_values_of(int64_t queries, int64_t n, const float* weights, int64_t stride, const float* values,
                           int64_t value_stride, int64_t e, float* acc, bool first) {
   static_assert(kDecodeRows >= 3 && kDecodeRows <= 5, "the cases below");
   while (queries > 0) {
@@ -448,57 +487,62 @@ inline void add_values_of(int64_t queries, int64_t n, const float* weights, int6
   }
 }
 
-template <typename C>
-void decode_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
+void decode_floats(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv;
   const int64_t count = item.key_end - item.key_begin, stride = padded(count, kLanes);
   const int64_t hidden = call.first_key(0) - item.key_begin, skip = hidden > 0 ? hidden : 0;
-  const C* k_cache = static_cast<const C*>(call.k_cache) + item.key_begin * kv * d;
-  const C* v_cache = static_cast<const C*>(call.v_cache) + item.key_begin * kv * e;
+  const float* k_cache = static_cast<const float*>(call.k_cache) + item.key_begin * kv * d;
+  const float* v_cache = static_cast<const float*>(call.v_cache) + item.key_begin * kv * e;
   float* scores = scratch;  // [H][stride]
-  float* k_factor = scores + call.heads * stride;  // [stride], of one KV head
-  float* v_factor = k_factor + stride;
+  float* v_factor = scores + call.heads * stride;  // [stride]
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
     for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
       // heads visit the block one after the other, in strides: each prefetches its share of the next block, so that the
       // memory sees one steady stream. After the last block come the first values.
       if (begin + kKeyBlock < count)
-        prefetch(k_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * d, kKeyBlock * d * int64_t{sizeof(C)});
+        prefetch(k_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * d, kKeyBlock * d * int64_t{sizeof(float)});
       else
-        prefetch(v_cache + g * kKeyBlock * e, kKeyBlock * e * int64_t{sizeof(C)});
+        prefetch(v_cache + g * kKeyBlock * e, kKeyBlock * e * int64_t{sizeof(float)});
       dot_keys_of(per, call.q + g * per * d, d, k_cache + (begin * kv + g) * d, kv * d, n, scores + g * per * stride + begin,
                   stride);
     }
   }
-  for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
-    const float* k_scale = call.k_scale ? call.k_scale + item.key_begin * kv + g : nullptr;
-    const float* v_scale = call.v_scale ? call.v_scale + item.key_begin * kv + g : nullptr;
-    gather_factors(k_scale, kv, call.scale, count, stride, k_factor);
-    gather_factors(v_scale, kv, 1.0f, count, stride, v_factor);
-    for (int64_t h = g * per; h < (g + 1) * per; ++h)
-      weigh(scores + h * stride, skip, count, stride, k_factor, v_factor, call.softcap, item.partial_max + h,
-            item.partial_sum + h);
+  gather_factors(nullptr, kv, 1.0f, count, stride, v_factor);
+  const V scale = set1(call.scale);
+  for (int64_t h = item.kv_begin * per; h < item.kv_end * per; ++h) {
+    float* row = scores + h * stride;
+    for (int64_t i = 0; i < count; i += kLanes) store(row + i, mul(load(row + i), scale));
+    if (call.softcap > 0.0f) cap_scores(row, padded(count, kLanes), call.softcap);
+    weigh(row, skip, count, stride, v_factor, 1.0f, item.partial_max + h, item.partial_sum + h);
   }
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
     for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
       if (begin + kKeyBlock < count)
-        prefetch(v_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * e, kKeyBlock * e * int64_t{sizeof(C)});
+        prefetch(v_cache + ((begin + kKeyBlock) * kv + g * kKeyBlock) * e, kKeyBlock * e * int64_t{sizeof(float)});
       add_values_of(per, n, scores + g * per * stride + begin, stride, v_cache + (begin * kv + g) * e, kv * e, e,
                     item.partial_acc + g * per * e, begin == 0);
     }
   }
 }
 
+#include "attention_codes.inl"
+
+void prepare(const AttentionCall& call, const AttentionItem& item, float* scratch) {
+  const TileScratch s = tile_scratch_of(call, item, scratch);
+  if (call.k_scale) return prepare_codes(call, item, s);
+  prepare_floats(call, item, s);
+}
+
 void tile(const AttentionCall& call, const AttentionItem& item, float* scratch) {
-  if (call.k_scale) return tile_of<int8_t>(call, item, scratch);
-  tile_of<float>(call, item, scratch);
+  if (call.k_scale) return tile_codes(call, item, scratch);
+  tile_floats(call, item, scratch);
 }
 
 void decode(const AttentionCall& call, const AttentionItem& item, float* scratch) {
-  if (call.k_scale) return decode_of<int8_t>(call, item, scratch);
-  decode_of<float>(call, item, scratch);
+  if (call.k_scale) return decode_codes(call, item, scratch);
+  decode_floats(call, item, scratch);
 }
 
 void fold_row(const float* part, float part_max, float part_sum, int64_t n, float* acc, float* row_max, float* row_sum) {
@@ -514,72 +558,4 @@ void fold_row(const float* part, float part_max, float part_sum, int64_t n, floa
   for (; j < n; ++j) acc[j] = weights[0][0] * acc[j] + weights[1][0] * part[j];
 }
 
-void quantize_row(const float* x, int64_t n, int8_t* q, float* scale) {
-  V top = zero(), wrong = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const V v = load(x + i);
-    top = max(top, absolute(v));
-    wrong = add(wrong, sub(v, v));  // 0, or NaN if v is not finite
-  }
-  float highest = hmax(top), fault = hsum(wrong);
-  for (; i < n; ++i) {
-    const float a = x[i] < 0 ? -x[i] : x[i];
-    highest = a > highest ? a : highest;
-    fault += x[i] - x[i];
-  }
-  *scale = highest / 127.0f + fault;  // a row with a value that is not finite becomes NaN as a whole
-  const float inverse = highest > 0 ? 127.0f / highest : 0.0f;
-  i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_int8(q + i, mul(load(x + i), set1(inverse)));
-  if (i == n) return;
-  float tail[kLanes] = {};
-  int8_t codes[kLanes];
-  for (int64_t j = i; j < n; ++j) tail[j - i] = x[j];
-  store_int8(codes, mul(load(tail), set1(inverse)));
-  for (int64_t j = i; j < n; ++j) q[j] = codes[j - i];
-}
-
-void rms_norm_row(const float* x, const float* weight, int64_t n, float eps, float* y) {
-  V sum = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = fma(load(x + i), load(x + i), sum);
-  float total = hsum(sum);
-  for (; i < n; ++i) total += x[i] * x[i];
-  const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
-  i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    V v = mul(load(x + i), set1(factor));
-    if (weight) v = mul(v, load(weight + i));
-    store(y + i, v);
-  }
-  for (; i < n; ++i) y[i] = weight ? x[i] * factor * weight[i] : x[i] * factor;
-}
-
-void rope_row(const float* x, const float* cos, const float* sin, int64_t n, bool interleaved, float* y) {
-  const int64_t half = n / 2;
-  if (interleaved) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      const V v = load(x + i), c = duplicate_pairs(cos + i / 2), s = alternate_sign(duplicate_pairs(sin + i / 2));
-      store(y + i, fma(v, c, mul(swap_pairs(v), s)));
-    }
-    for (; i < n; i += 2) {
-      const float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
-      y[i] = a * c - b * s;
-      y[i + 1] = b * c + a * s;
-    }
-    return;
-  }
-  int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const V a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-    store(y + i, sub(mul(a, c), mul(b, s)));
-    store(y + half + i, fma(b, c, mul(a, s)));
-  }
-  for (; i < half; ++i) {
-    const float a = x[i], b = x[half + i], c = cos[i], s = sin[i];
-    y[i] = a * c - b * s;
-    y[half + i] = b * c + a * s;
-  }
-}
+#include "attention_rows.inl"
