@@ -34,7 +34,8 @@ constexpr float kBiasFloat = 12582912.0f;
 // Whether sums over `group` inputs stay below 2^22.
 template <int kKind>
 MOEC_INLINE bool sums_are_small(int64_t group) {
-  return group * (127 * largest_of(kKind)) < 1 << 22;
+  constexpr int64_t kMost = ((1 << 22) - 1) / (127 * largest_of(kKind));
+  return group <= kMost;
 }
 
 // float(sum) of a sum that began at kBias.

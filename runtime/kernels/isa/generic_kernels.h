@@ -311,43 +311,39 @@ inline void store_outputs(float* y, F32x16 v, const float* bias, int n) {
   }
 }
 
-// Inputs 4 * kHalf .. 4 * kHalf + 3 of a unit, for 16 rows: a lane holds those of a row, one in each byte. int4: the nibbles of
-// both halves.
-template <int kKind, int kHalf>
-inline I32x16 half_unit(const uint8_t* unit) {
-  if (!has_levels(kKind)) return load_int32(unit + (kKind == MOEC_INT8 ? 64 * kHalf : 0));
-  return lookup(kLevelTable<kKind>.bytes, iand(shift_right<4 * kHalf>(load_int32(unit)), iset1(0x0F0F0F0F)));
-}
-
-// What the codes of input kI (0..7) stand for, out of its half of a unit.
+// The codes of input kI (0..7) of a unit of int4 or int8, for 16 rows.
 template <int kKind, int kI>
-inline F32x16 code_lanes(I32x16 half) {
+inline F32x16 code_lanes(const uint8_t* unit) {
   if (kKind == MOEC_INT4) {
-    const I32x16 nibble = iand(shift_right<8 * (kI % 4) + (kI >= 4 ? 4 : 0)>(half), iset1(15));
+    const I32x16 nibble = iand(shift_right<8 * (kI % 4) + (kI >= 4 ? 4 : 0)>(load_int32(unit)), iset1(15));
     return to_float(iadd(nibble, iset1(-8)));
   }
-  return to_float(shift_right<24>(shift_left<24 - 8 * (kI % 4)>(half)));
+  return to_float(shift_right<24>(shift_left<24 - 8 * (kI % 4)>(load_int32(unit + (kI >= 4 ? 64 : 0)))));
 }
 
 template <int kKind, int kI, int kM>
-inline void multiply_code(I32x16 half, const float* x, int64_t stride, F32x16* sum) {
-  const F32x16 w = code_lanes<kKind, kI>(half);
+inline void multiply_code(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
+  const F32x16 w = code_lanes<kKind, kI>(unit);
   for (int t = 0; t < kM; ++t) sum[t] = fma(set1(x[t * stride + kI]), w, sum[t]);
-}
-
-template <int kKind, int kHalf, int kM>
-inline void multiply_half(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
-  const I32x16 half = half_unit<kKind, kHalf>(unit);
-  multiply_code<kKind, 4 * kHalf, kM>(half, x, stride, sum);
-  multiply_code<kKind, 4 * kHalf + 1, kM>(half, x, stride, sum);
-  multiply_code<kKind, 4 * kHalf + 2, kM>(half, x, stride, sum);
-  multiply_code<kKind, 4 * kHalf + 3, kM>(half, x, stride, sum);
 }
 
 template <int kKind, int kM>
 inline void multiply_unit(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
-  multiply_half<kKind, 0, kM>(unit, x, stride, sum);
-  multiply_half<kKind, 1, kM>(unit, x, stride, sum);
+  if (has_levels(kKind)) {  // the levels are a unit of int8
+    alignas(64) uint8_t wide[128];
+    const I32x16 nibbles = iset1(0x0F0F0F0F);
+    store_int32(wide, lookup(kLevelTable<kKind>.bytes, iand(load_int32(unit), nibbles)));
+    store_int32(wide + 64, lookup(kLevelTable<kKind>.bytes, iand(shift_right<4>(load_int32(unit)), nibbles)));
+    return multiply_unit<MOEC_INT8, kM>(wide, x, stride, sum);
+  }
+  multiply_code<kKind, 0, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 1, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 2, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 3, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 4, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 5, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 6, kM>(unit, x, stride, sum);
+  multiply_code<kKind, 7, kM>(unit, x, stride, sum);
 }
 
 // kM rows of float activations times one row block: sum over groups of s_w * (sum of x * q), or with groups along the

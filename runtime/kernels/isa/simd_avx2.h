@@ -91,6 +91,10 @@ inline void store_int8_64(int8_t* p, I32x16 x, I32x16 y, I32x16 z, I32x16 w) {
 inline I32x16 load_int32(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
+inline void store_int32(uint8_t* p, I32x16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
+}
 inline __m256i load_table(const uint8_t* table) {  // in both 128-bit halves, within which bytes are looked up
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }

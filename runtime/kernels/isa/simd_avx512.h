@@ -69,6 +69,7 @@ inline void store_int8_64(int8_t* p, I32x16 x, I32x16 y, I32x16 z, I32x16 w) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
 }
 inline I32x16 load_int32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_int32(uint8_t* p, I32x16 x) { _mm512_storeu_si512(p, x.a); }
 inline __m512i load_table(const uint8_t* table) {  // in all 128-bit quarters, within which bytes are looked up
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }

@@ -121,6 +121,9 @@ inline void store_int8_64(int8_t* p, const I32x16& a, const I32x16& b, const I32
 inline I32x16 load_int32(const uint8_t* p) {
   return quarters<I32x16>([&](int i) { return vreinterpretq_s32_u8(vld1q_u8(p + 16 * i)); });
 }
+inline void store_int32(uint8_t* p, const I32x16& x) {
+  for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, vreinterpretq_u8_s32(x.v[i]));
+}
 inline I32x16 lookup(const uint8_t* table, const I32x16& x) {
   const uint8x16_t t = vld1q_u8(table);
   return quarters<I32x16>([&](int i) { return vreinterpretq_s32_u8(vqtbl1q_u8(t, vreinterpretq_u8_s32(x.v[i]))); });

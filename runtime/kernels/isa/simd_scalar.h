@@ -132,6 +132,7 @@ inline I32x16 load_int32(const uint8_t* p) {
   return r;
 }
 
+inline void store_int32(uint8_t* p, const I32x16& x) { std::memcpy(p, x.v, 64); }
 // Every byte of x, 0..15 each, replaced by that byte of a table of 16.
 inline I32x16 lookup(const uint8_t* table, const I32x16& x) {
   uint8_t b[64];
