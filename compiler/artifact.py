@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.files import open_regular, read_bytes
@@ -67,6 +67,14 @@ class CodesEntry(_Record):
     zero_points: bool = False
     levels: str = ""
     origin: str
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `levels` where there are none: earlier versions read such manifests."""
+        written: dict[str, Any] = standard(self)
+        if not self.levels:
+            del written["levels"]
+        return written
 
 
 class StateEntry(_Record):

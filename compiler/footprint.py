@@ -27,6 +27,10 @@ class Footprint(ABC):
     def weight_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         """Stored bytes of all `weight.count` matrices; `scheme` None is a float weight."""
 
+    def holds(self, weight: Weight, scheme: WeightScheme, options: Any) -> bool:
+        """Whether the target's kernels for this weight read codes of the scheme."""
+        return True
+
     @abstractmethod
     def copied_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         """Bytes that the runtime keeps beside the stored weight, such as a repacked copy."""

@@ -126,16 +126,18 @@ def quantize_weight(
 ) -> QuantizedTensor:
     """Eq. 6, per group along the last dimension. The codes are rounded against the scale as it is stored.
 
-    levels: a table of `levels.py`, for codes of four bits; the largest magnitude then becomes its largest.
+    levels: a table of `levels.py`, for codes of four bits; the largest magnitude then becomes its largest, and
+    one of the other sign the nearest that there is.
 
-    A group whose scale is too small for `scale_dtype` gets scale 0 and codes 0 (float16: below 2e-7 in magnitude).
+    A group whose scale is too small for `scale_dtype` gets scale 0 and codes 0 (float16: INT4 below 2e-7 in
+    magnitude, levels of iq4_nl below 4e-6).
     Raises CompileError for values that are not finite, whose scale `scale_dtype` cannot hold, or where more than half
     of the groups that are not zero would become so.
     """
     if w.shape[-1] % group_size:
         raise ValueError(f"last dimension {w.shape[-1]} is not a multiple of the group size {group_size}")
     grid = Grid(bits, levels)
-    span = 2.0 * grid.high if levels else 2**bits - 1  # of values: either end of it is the largest magnitude
+    span = 2.0 * -grid.low if levels else 2**bits - 1  # of values: either end of it is the largest magnitude
     width = w.shape[-1]
     codes = torch.empty(
         (*w.shape[:-1], width // 2 if bits == 4 else width), dtype=torch.uint8 if bits == 4 else torch.int8
@@ -154,11 +156,7 @@ def quantize_weight(
         q = grid.nearest_(torch.where(divisor > 0, grouped / divisor, 0.0)).to(torch.int8).flatten(-2)
         rows_scales[piece] = scale
         rows_codes[piece] = packed_codes(q, grid)
-    if 2 * lost > present:
-        raise CompileError(
-            f"cannot quantize a weight most of which is too small: {lost} of {present} groups would become zero",
-            remedy="check the checkpoint's scale, or keep this role in fp32",
-        )
+    _check_lost(lost, present)
     return QuantizedTensor(codes, scales, bits, group_size, levels=levels)
 
 
@@ -180,9 +178,11 @@ def rounded_to(
 ) -> QuantizedTensor:
     """The nearest codes to `w` [..., L] under given scales [..., G] of either sign; a scale of 0 gives those of 0.
 
-    The codes are rounded against the scales as they are stored. CompileError as `stored_scales`.
+    The codes are rounded against the scales as they are stored. CompileError as `stored_scales`, and where more than
+    half of the scales that are not zero become so.
     """
     stored = stored_scales(w, scales, scale_dtype)
+    _check_lost(int(((scales != 0) & (stored == 0)).sum()), int((scales != 0).sum()))
     group_size = w.shape[-1] // scales.shape[-1]
     codes = torch.empty(w.shape, dtype=torch.int8)
     rows_NL, rows_codes, rows_scales = _rows(w), _rows(codes), _rows(stored)
@@ -192,6 +192,14 @@ def rounded_to(
         q = grid.nearest_(torch.where(divisor == 0, 0.0, grouped / divisor))
         rows_codes[piece] = q.to(torch.int8).flatten(-2)
     return QuantizedTensor(packed_codes(codes, grid), stored, grid.bits, group_size, levels=grid.levels)
+
+
+def _check_lost(lost: int, present: int) -> None:
+    if 2 * lost > present:
+        raise CompileError(
+            f"cannot quantize a weight most of which is too small: {lost} of {present} groups would become zero",
+            remedy="check the checkpoint's scale, or keep this role in fp32",
+        )
 
 
 def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:

@@ -394,11 +394,14 @@ class TransformersStore(Checkpoint):
         experts = next((entry for entry in carried if entry.dtype == MXFP4), None)
         if scheme is None or experts is None or experts.format is None:
             return
-        if format_of(scheme).holds(experts.format) and scheme.axis == "in":
+        chosen = format_of(scheme)
+        if chosen.holds(experts.format) and scheme.axis == "in":
+            if chosen.grid != experts.format.grid:
+                self.notes += (f"{MXFP4} experts become {str(chosen.grid).upper()} codes of the same values",)
             return
         raise CheckpointError(
             f"tensor {experts.name} is {MXFP4}, {experts.format} along in; the spec stores experts as "
-            f"{format_of(scheme)} along {scheme.axis}",
+            f"{chosen} along {scheme.axis}",
             place=str(self.folder),
             remedy="set `experts: {weights: fp4, group_size: 32}` and `expert_group_axis: in`, which carries codes; "
             f"or `dequantize: [{MXFP4}]` in the model's section, which rounds their values anew",

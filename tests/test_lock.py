@@ -94,12 +94,19 @@ def test_a_selection_is_no_more_than_that() -> None:
     assert "pytest" not in names["onnx"]
 
 
-def imported_first(path: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
-    """What a test file, or the helpers that it imports, imports from outside before it asks for any extra."""
+def asked_for(statement: ast.stmt) -> Iterator[str]:
+    """The modules without which a statement skips the file."""
+    for node in ast.walk(statement) if isinstance(statement, ast.Expr | ast.Assign | ast.For) else ():
+        match node:
+            case ast.Call(func=ast.Attribute(attr="importorskip"), args=[ast.Constant(value=str(name)), *_]):
+                yield name.partition(".")[0]
+
+
+def imported(path: Path, seen: set[Path], asked: set[str]) -> Iterator[tuple[Path, str]]:
+    """What a test file, and the helpers that it imports, import from outside; `asked` gets what it has skipped for."""
     seen.add(path)
     for statement in ast.parse(path.read_text("utf-8")).body:
-        if "importorskip" in ast.unparse(statement) and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            return
+        asked |= set(asked_for(statement))
         match statement:
             case ast.Import(names=aliases):
                 names = [alias.name for alias in aliases]
@@ -112,21 +119,27 @@ def imported_first(path: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
             if not name.startswith("tests"):
                 yield path, name.partition(".")[0]
             elif helper.is_file() and helper not in seen:
-                yield from imported_first(helper, seen)
+                yield from imported(helper, seen, asked)
 
 
 def test_tests_can_be_collected_with_the_extra_dev_alone() -> None:
     """As `make lint` does in a fresh environment: a test of more asks for its extra before it imports from it."""
     lock = locked.read(TEXT)
-    names = {p.name for p in locked.selected(lock, locked.required(PROJECT, ["dev"]))}
+    there = {p.name for p in locked.selected(lock, locked.required(PROJECT, ["dev"]))}
     providers = metadata.packages_distributions()
     ours = {"moec", "bench", "tests", *sys.stdlib_module_names}
-    found = {
-        (path.relative_to(ROOT).as_posix(), module)
-        for test in (ROOT / "tests").rglob("test_*.py")
-        for path, module in imported_first(test, set())
-        if module not in ours and not names & {locked.plain(name) for name in providers.get(module, ())}
-    }
+
+    def packages(module: str) -> set[str]:
+        return {locked.plain(name) for name in providers.get(module, ())}
+
+    found = set()
+    for test in (ROOT / "tests").rglob("test_*.py"):
+        asked: set[str] = set()
+        for path, module in imported(test, set(), asked):
+            extra = {p for name in asked for p in packages(name) & set(lock)}
+            names = there | {p.name for p in locked.selected(lock, extra)} if extra else there
+            if module not in ours and not names & packages(module):
+                found.add((path.relative_to(ROOT).as_posix(), module))
     assert found == set()
 
 

@@ -115,9 +115,10 @@ def write_checkpoint(
     others: `weights` has the routers alone, and all other tensors are copied from here, in their types and layout.
 
     BF16 with a float32 router matrix; with `rounding`, the packed INT4 layout with the codes that training computed
-    with; with a `rounding.bits` other than 4, which no packed layout holds, float32 values of those codes and scales.
+    with; with a `rounding.bits` other than 4 or with levels, which no packed layout holds, float32 values of those
+    codes and scales.
     """
-    packed = others.packed if others is not None else rounding is not None and rounding.bits in (None, 4)
+    packed = others.packed if others is not None else rounding is not None and rounding.is_int4
     layout = [part for info in weight_layout(config).values() for part in _parts(info, packed, rounding, others)]
     with replacing(out, kind="a checkpoint") as folder:
         (folder / CONFIG).write_text(json.dumps(config_to_json(config, packed=packed), indent=2) + "\n", "utf-8")

@@ -128,6 +128,12 @@ class Rounding:
     quantization: Quantization
     bits: int | None = None
 
+    @property
+    def is_int4(self) -> bool:
+        """Whether the codes are whole numbers of four bits, as the packed layout holds them."""
+        schemes = (self.quantization.scheme(role) for role in Role)
+        return self.bits in (None, 4) and not (self.bits is None and any(s is not None and s.levels for s in schemes))
+
     def weight(self, role: Role) -> WeightRounding | LevelRounding | None:
         """None for roles that stay float: the router and the norms always do."""
         scheme = self.quantization.scheme(role)

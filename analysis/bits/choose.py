@@ -70,10 +70,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each part may be stored as. `names`: of its weights."""
+    """What each part may be stored as. `names`: of its weights. `base`: its bytes in BASE, which may be no choice: a
+    format of as many bytes that diverges less takes its place."""
 
     names: tuple[tuple[str, ...], ...]
     choices: tuple[tuple[Choice, ...], ...]
+    base: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,21 @@ def measured(spec: Spec, store: Checkpoint, target: str, progress: Progress) -> 
         return value if held.unscaled is None else held.unscaled(value)
 
     klds = measure_parts(floats, parts, values, texts, progress)
-    choices = []
+    choices, in_base = [], []
     for part, kld in progress.each("compare formats", list(zip(parts, klds, strict=True))):
         errors = relative_errors(part, floats, formats_of(part, floats))
+        held = [
+            (kind, size)
+            for kind, size in errors
+            if all(footprint.holds(w, s, options) for w, s in _stored(part, floats, kind, size))
+        ]
 
         def bytes_of(kind: WeightType, size: int, part: Part = part) -> int:
             return sum(footprint.weight_bytes(w, s, options) for w, s in _stored(part, floats, kind, size))
 
-        choices.append(choices_of(kld, errors, bytes_of, BASE))
-    costs = Costs(tuple(tuple(r.name for r in p.weights) for p in parts), tuple(choices))
+        choices.append(choices_of(kld, errors, bytes_of, BASE, held))
+        in_base.append(bytes_of(*BASE))
+    costs = Costs(tuple(tuple(r.name for r in p.weights) for p in parts), tuple(choices), tuple(in_base))
     _write(file, costs)
     return costs
 
@@ -184,7 +192,7 @@ def sizes(
     base = spec.model_copy(update={"quantization": base_quantization(check_open(spec))})
     name, options = build.chosen_target(spec, target)
     model = model_of(base, name, options)
-    coded = sum(next(c.bytes for c in choices if (c.weights, c.group_size) == BASE) for choices in costs.choices)
+    coded = sum(costs.base)
     fixed = file_bytes(model) - coded + build.companion_bytes(store) + _MANIFEST
     rooms = [] if most is None else [most]
     if device is not None:
@@ -293,9 +301,10 @@ def _read(file: Path) -> Costs | None:
         raw = json.loads(file.read_text("utf-8"))
         names = tuple(tuple(map(str, n)) for n in raw["names"])
         choices = tuple(tuple(Choice(**c) for c in part) for part in raw["choices"])
+        base = tuple(map(int, raw["base"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Costs(names, choices)
+    return Costs(names, choices, base)
 
 
 def _write(file: Path, costs: Costs) -> None:

@@ -157,16 +157,21 @@ def _divergence(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 def choices_of(
-    kld: float, errors: Mapping[Format, float], bytes_of: Callable[[WeightType, int], int], measured: Format
+    kld: float,
+    errors: Mapping[Format, float],
+    bytes_of: Callable[[WeightType, int], int],
+    measured: Format,
+    held: Sequence[Format],
 ) -> tuple[Choice, ...]:
     """What each format of a part costs, the fewest bytes first; what costs more in both is left out.
 
-    kld: of the format `measured`.
+    kld: of the format `measured`. held: the formats that the target's kernels for the part read.
     """
     base = max(errors[measured], 1e-30)
     every = [
         Choice(kind, size, max(kld, _LEAST) * error / base, bytes_of(kind, size))
         for (kind, size), error in errors.items()
+        if (kind, size) in held
     ]
     kept: list[Choice] = []
     for choice in sorted(every, key=lambda c: (c.bytes, c.kld)):

@@ -62,7 +62,7 @@ def by_kind(chosen: Chosen) -> list[tuple[str, str, int, float]]:
 
 def divergence(spec: Spec, store: Checkpoint, target: str, tokens: int, progress: Progress) -> Divergence:
     """The chosen spec's graph, its rounding of activations and cache included, against the float model on held-out
-    text. Nothing is compiled; an artifact's kernels compute the same up to the order of sums."""
+    text. Nothing is compiled; an artifact's kernels compute the same up to rounding in the last place."""
     model = FloatModel(spec, store)
     program, passes = build.program_and_passes(spec, store, target, progress)
     end = [p.name for p in passes].index("quantize_weights") + 1

@@ -261,7 +261,8 @@ def _add_run(
     scheme = computed_scheme(artifact.manifest, spec_of(artifact))
     rounds = scheme is not None and scheme.rounds
     roles = asymmetric_roles(artifact.manifest)
-    integers = target_of(artifact).integer_attention
+    # attention over float caches is the same everywhere
+    integers = scheme is not None and scheme.cache_codes is not None and target_of(artifact).integer_attention
     key = json.dumps([None if scheme is None else scheme.model_dump(mode="json"), sorted(roles), integers])
     arithmetic = Arithmetic(key, rounds, scheme is not None, (artifact, scheme), run, {}, {})
     found.members.append(Member(name, run, arithmetic, str(artifact.folder)))

@@ -53,8 +53,9 @@ class Drift:
     @property
     def tail(self) -> float:
         """What all but the worst 5% stay below. A row whose experts change is a hundred times as far off as others, and
-        where about 5% are such rows, a few of them decide: so it is the least share that chance makes of these 5%."""
-        return float(np.quantile(self.rows, 1 - least_share(TAIL, len(self.rows))))
+        where about 5% are such rows, a few of them decide: so it is the least share that chance makes of these 5%, and
+        half of them where rows are few, so that a single one does not decide."""
+        return float(np.quantile(self.rows, 1 - max(least_share(TAIL, len(self.rows)), TAIL / 2)))
 
     @property
     def worst(self) -> float:

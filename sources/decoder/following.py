@@ -3,8 +3,8 @@
     free       on its own, from token ids to logits
     following  re-synchronised with an artifact at the input and output of every MoE block: each part starts from what
                the artifact itself computed, so an error shows in the part that made it
-    perturbed  free, with what every norm puts out multiplied by 1 + 5e-7 * noise: how far two *correct* implementations
-               drift apart
+    perturbed  free, with what every norm of the stream puts out multiplied by 1 + 5e-7 * noise: how far two *correct*
+               implementations drift apart
 
 Why not free alone: dynamic INT8 rounding amplifies. A relative error e of a row of spread s flips about 30 e of its
 elements to the next of 127 steps; the flips are an error of about 0.15 sqrt(e) for the next rounding. From fp32's 1e-7

@@ -36,7 +36,7 @@ def check(form: MoeForm, where: str) -> None:
     symmetric = what.up_min == -what.up_max and what.gate_min == -math.inf and what.gate_max == what.up_max
     faults = [
         (form.bits == 0, "its experts are not quantized, QMoE takes INT4", "set `experts: int4`"),
-        (form.bits == 8, "its experts are INT8, which QMoE multiplies with activations rounded to INT8",
+        (form.bits == 8, "its experts are INT8 codes here, which QMoE multiplies with activations rounded to INT8",
          "set `experts: int4`"),
         (what.layout == "in_out", "its experts are grouped along their output, QMoE takes groups along the input",
          "set `expert_group_axis: in` (a checkpoint's own INT4 codes cannot be regrouped)"),

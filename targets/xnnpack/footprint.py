@@ -47,6 +47,9 @@ class XnnpackFootprint(Footprint):
             scales = _up(weight.rows, _ROWS) * (weight.columns // scheme.group_size)
         return weight.count * (codes + 2 * scales)
 
+    def holds(self, weight: Weight, scheme: WeightScheme, options: Any) -> bool:
+        return not (scheme.levels and self._delegated(weight, scheme, options))
+
     def copied_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         return self.weight_bytes(weight, scheme, options) if self._delegated(weight, scheme, options) else 0
 

@@ -7,8 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moec.compiler.artifact import CodesEntry
+from moec.compiler.errors import CompileError
 from moec.compiler.levels import LEVELS, Grid
 from moec.compiler.quant import QuantizedTensor, packed_codes, quantize_weight, unpacked_codes, widened
+from moec.compiler.quantizer import find_quantizer
+from moec.compiler.spec.quantization import WeightScheme
 from moec.compiler.weights import CodeFormat
 
 GRIDS = [Grid(4, name) for name in LEVELS] + [Grid(bits) for bits in (4, 8)]
@@ -66,12 +70,13 @@ def test_a_code_numbers_its_level(name: str) -> None:
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_largest_magnitude_is_within_reach(name: str, sign: float) -> None:
-    """Scales by the largest magnitude: nothing is cut, whichever sign it has; float16 scales are 2^-11 off."""
+    """By the largest magnitude: it has the largest level, or the last of the other sign; scales are 2^-11 off."""
     w = 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
     w[:, 5] = w[:, 40] = sign
     error = (quantize_weight(w, bits=4, group_size=32, levels=name).dequantize() - w).abs()
-    widest = float((values_of(Grid(4, name)).diff()).max()) / Grid(4, name).high
-    assert float(error.max()) <= widest / 2 + 2**-10
+    grid = Grid(4, name)
+    widest = float((values_of(grid).diff()).max()) / -grid.low
+    assert float(error.max()) <= max(widest / 2, 1 + grid.high / grid.low) + 2**-10
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, "fp4"), (4, "nf4"), (3, "iq4_nl")])
@@ -97,3 +102,22 @@ def test_which_format_holds_which() -> None:
     assert CodeFormat(4, 32, levels="iq4_nl").holds(nl)
     assert not nl.holds(CodeFormat(4, 32, levels="iq4_nl"))
     assert str(nl) == "IQ4_NL codes in groups of 64"
+
+
+@pytest.mark.parametrize("method", ["rtn", "signed", "search"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_weights_whose_scales_vanish_are_refused(method: str, grid: Grid) -> None:
+    """float16 scales below 3e-8 are zero: most of the weight would be."""
+    w = 1e-7 / -grid.low * torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(CompileError, match="8 of 8 groups would become zero"):
+        find_quantizer(method).quantize(w, WeightScheme(grid.bits, 32, "in", grid.levels), None)
+
+
+def test_a_manifest_has_levels_only_where_there_are_some() -> None:
+    """Earlier versions read manifests without."""
+    given = {"role": "expert", "weights": 2, "bits": 4, "group_size": 32, "group_axis": "in", "origin": "computed: rtn"}
+    plain, nl = CodesEntry.model_validate(given), CodesEntry.model_validate({**given, "levels": "iq4_nl"})
+    assert "levels" not in plain.model_dump()
+    assert "levels" not in plain.model_dump_json()
+    assert CodesEntry.model_validate_json(nl.model_dump_json()) == nl
+    assert nl.model_dump()["levels"] == "iq4_nl"

@@ -98,8 +98,10 @@ def test_codes_have_the_values_that_transformers_reads(released: Path) -> None:
 
 
 def test_a_spec_may_ask_for_int8_codes_of_the_same_values(released: Path) -> None:
-    """As specs did before there was FP4."""
+    """As specs did before there was FP4; a note says so."""
     program = compiled(released, ("fp4", "int8"))
+    spec = parse_spec(spec_from_config(released).replace("fp4", "int8"), folder=released)
+    assert "MXFP4 experts become INT8 codes of the same values" in build.open_checkpoint(spec, None).notes
     for held in (held for held in program.quantized.values() if held.role == "expert"):
         assert (str(held.provenance), held.format.bits) == ("carried: MXFP4", 8)
         assert torch.equal(held.dequantize(program.weights), wanted(released, held.name.removeprefix("model.")))

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.checkpoints import open_store
+from moec.checkpoints.store import PACKED_ROLES
 from moec.compiler import build
 from moec.compiler.errors import CompileError
 from moec.compiler.program import Role
 from moec.compiler.quant import fake_quantize_rows, quantize_weight
 from moec.compiler.spec.quantization import Quantization
 from moec.sources.decoder.layout import weight_layout
-from moec.training.checkpoints import load_model, packing_faults, write_checkpoint
+from moec.training.checkpoints import load_model, packing_faults, stored_weights, write_checkpoint
 from moec.training.model import Forward
 from moec.training.rounding import Rounding, WeightRounding, round_activations
 from tests.training.small import INT4, MOE, config_of, model_of, random_weights, spec_of
@@ -86,6 +87,33 @@ def test_activations_round_as_the_kernels_do() -> None:
     assert not torch.equal(blocks, rounded)
     (grad,) = torch.autograd.grad((rounded * torch.arange(33.0)).sum(), x)
     assert torch.equal(grad, torch.arange(33.0).expand(7, 33))
+
+
+@pytest.mark.parametrize("kind", ["iq4_nl", "fp4"])
+def test_levels_are_rounded_to_and_stored_as_floats(kind: str, tmp_path: Path) -> None:
+    """No packed layout holds them: the checkpoint has the values that training computed with, whatever the axis."""
+    config, rounding = config_of(), Rounding(scheme(weights=kind, embedding=kind, expert_group_axis="in"))
+    weights = random_weights(config)
+    write_checkpoint(tmp_path / "c", config, weights, tokenizer=None, rounding=rounding)
+    stored = dict(stored_weights(tmp_path / "c", config))
+    checked = 0
+    for name, info in weight_layout(config).items():
+        rounds = rounding.weight(info.role)
+        if rounds is None or info.role not in PACKED_ROLES:
+            continue
+        w = weights[name].clone().requires_grad_()
+        rounded = rounds(w)
+        assert torch.equal(stored[name], rounded.detach())
+        along_in = info.role is Role.EXPERT
+        expected = quantize_weight(
+            w.detach().transpose(-1, -2) if along_in else w.detach(), bits=4, group_size=32, levels=kind
+        )
+        value = expected.dequantize()
+        assert torch.equal(rounded, value.transpose(-1, -2) if along_in else value)
+        (grad,) = torch.autograd.grad((rounded * 2).sum(), w)
+        assert torch.equal(grad, torch.full_like(w, 2.0)), "straight through"
+        checked += 1
+    assert checked > 5
 
 
 def test_what_is_rounded_and_what_is_not() -> None:

@@ -61,7 +61,7 @@ def test_what_was_measured_is_found_for_the_same_options_alone(
     from moec.analysis.bits import choose
 
     asked: list[str] = []
-    monkeypatch.setattr(choose, "_read", lambda file: asked.append(file.name) or choose.Costs((), ()))
+    monkeypatch.setattr(choose, "_read", lambda file: asked.append(file.name) or choose.Costs((), (), ()))
     for dtype in ("float16", "float32", "float16"):
         raw = yaml.safe_load(spec_file.read_text()) | {"targets": {"metal": {"dtype": dtype}}}
         spec = parse_spec(yaml.safe_dump(raw), folder=spec_file.parent)

@@ -84,9 +84,12 @@ def test_formats_that_cost_more_in_both_are_left_out() -> None:
     errors |= {("int8", 32): 0.01, ("int8", 64): 0.005}
     sizes: dict[Format, int] = {("int4", 32): 18, ("int4", 64): 17, ("iq4_nl", 32): 18, ("int8", 32): 34}
     sizes["int8", 64] = 33
-    found = choices_of(0.2, errors, lambda kind, size: sizes[kind, size], ("int4", 32))
+    found = choices_of(0.2, errors, lambda kind, size: sizes[kind, size], ("int4", 32), list(errors))
     assert [(c.weights, c.group_size) for c in found] == [("int4", 64), ("iq4_nl", 32), ("int8", 64)]
     assert [c.kld for c in found] == pytest.approx([0.3, 0.15, 0.001])
+    whole = [f for f in errors if f[0] != "iq4_nl"]  # kernels that know no levels
+    found = choices_of(0.2, errors, lambda kind, size: sizes[kind, size], ("int4", 32), whole)
+    assert [(c.weights, c.group_size) for c in found] == [("int4", 64), ("int4", 32), ("int8", 64)]
 
 
 def test_patterns_say_every_choice() -> None:
@@ -97,7 +100,7 @@ def test_patterns_say_every_choice() -> None:
     for _ in range(20):
         choices = [Choice(*generator.choice(formats), 0.0, 1) for _ in names]
         quantization = Quantization.model_validate({"weights": "int4", "ffn": "int8", "tensors": {"x.*": "fp32"}})
-        done = with_choices(quantization, Costs(tuple(names), ()), choices)
+        done = with_choices(quantization, Costs(tuple(names), (), ()), choices)
         for own, choice in zip(names, choices, strict=True):
             for name in own:
                 scheme = done.scheme_of("ffn", name)

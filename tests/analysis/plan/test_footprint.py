@@ -53,6 +53,16 @@ def test_packed_sizes_are_the_kernels(seed: int) -> None:
     assert found == 3 * kernel_api.packed_bytes(n, k, fmt)
 
 
+def test_the_delegate_reads_no_levels() -> None:
+    """XNNPACK's own linears know whole numbers only; every other kernel of the target reads levels."""
+    footprint = find_target("xnnpack").footprint()
+    options = parse_spec(DENSE + "targets: {xnnpack: {kernels: {attention: xnnpack}}}\n").targets["xnnpack"]
+    weight = {role: Weight(role, "w", 1, 64, 64) for role in ("attention", "ffn", "expert", "embedding")}
+    for role, one in weight.items():
+        assert footprint.holds(one, WeightScheme(4, 32), options)
+        assert footprint.holds(one, WeightScheme(4, 32, levels="iq4_nl"), options) == (role != "attention")
+
+
 @pytest.fixture(scope="module", params=["tiny", "dense", "tiny-metal"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
