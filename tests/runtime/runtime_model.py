@@ -16,6 +16,7 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
+from moec.compiler.ops import CachedAttention
 from moec.compiler.ops.attributes import Experts, Routing
 from moec.compiler.program import ModelInfo
 from moec.compiler.states import key_value_states
@@ -73,9 +74,11 @@ class OneLayer(nn.Module):
         q = torch.ops.moec.rope(q.contiguous(), cos, sin, True)
         k = torch.ops.moec.rms_norm(torch.ops.moec.rope(k.contiguous(), cos, sin, False), None, 1e-5)
         scales = [self.k_scale, self.v_scale] if self.int8_cache else []
-        y = torch.ops.moec.cached_attention(
-            q, k, v, self.k_cache, self.v_cache, start_pos, HEAD**-0.5, self.window, *scales
-        )
+        attention = q, k, v, self.k_cache, self.v_cache, start_pos, HEAD**-0.5, self.window, *scales
+        if torch.compiler.is_compiling():
+            y = torch.ops.moec.cached_attention(*attention)
+        else:  # as the kernels compute it
+            y = CachedAttention[Tensor](*attention).in_integers()
         x = (x + nn.functional.linear(y, self.out)).view(t, D)
         none = [None] * 2
         x = x + torch.ops.moec.fused_moe_packed(
