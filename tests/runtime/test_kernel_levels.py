@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 
 from moec.compiler.ops.attributes import Routing
 from moec.runtime import kernel_api
+from moec.runtime.kernel_api import library
 from moec.runtime.moe_config import Kind, WeightFormat
 from tests.runtime.kernel_cases import LEVELS, Block, Weight, instruction_sets, random_block, random_weight
 
@@ -127,10 +129,9 @@ def test_every_code_stands_for_its_level(kind: Kind, axis_out: bool) -> None:
 
 @pytest.mark.parametrize("kind", range(5, 16))
 def test_kinds_that_do_not_exist_are_refused(kind: int) -> None:
-    size = kernel_api.ctypes.c_uint64()
-    function = kernel_api.library().moec_packed_bytes
+    size, kernels = ctypes.c_uint64(), library()
     for rest in (0, 32 << 8, 32 << 8 | 0x20):
-        code = function(64, 64, rest | kind, kernel_api.ctypes.byref(size))
+        code = kernels.moec_packed_bytes(64, 64, rest | kind, ctypes.byref(size))
         with pytest.raises(kernel_api.KernelError, match="is not a weight format"):
             kernel_api._check(code)
 
