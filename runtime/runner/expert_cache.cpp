@@ -53,6 +53,7 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
       experts_.back().number = static_cast<int32_t>(e);
     }
   }
+  meters_.resize(blocks_.size() + 1);
   slot_bytes_ = room_[0] + room_[1];
   usable_ = std::min(slots, static_cast<int64_t>(experts_.size()));
   slots_.resize(static_cast<size_t>(usable_));
@@ -99,7 +100,40 @@ int64_t ExpertCache::slots() const {
 
 ExpertCounts ExpertCache::counts() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return counts_;
+  ExpertCounts all = meters_.back().counts;
+  for (size_t b = 0; b < blocks_.size(); ++b) {
+    const ExpertCounts& counts = meters_[b].counts;
+    all.hits += counts.hits;
+    all.misses += counts.misses;
+    all.bytes_read += counts.bytes_read;
+    all.stalled_ns += counts.stalled_ns;
+    all.reading_ns += counts.reading_ns;
+    all.calls += counts.calls;
+  }
+  return all;
+}
+
+std::vector<ExpertCounts> ExpertCache::counts_by_block() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<ExpertCounts> found;
+  for (size_t b = 0; b < blocks_.size(); ++b) found.push_back(meters_[b].counts);
+  return found;
+}
+
+void ExpertCache::Meter::change(int64_t now, int32_t more_reading, int32_t more_waiting) {
+  if (waiting > 0) counts.waiting_ns += now - since;
+  if (reading > 0) counts.active_ns += now - since;
+  if (waiting > 0 && reading > 0) counts.exposed_ns += now - since;
+  reading += more_reading;
+  waiting += more_waiting;
+  since = now;
+}
+
+// More, or fewer, that read experts of the block or wait for them.
+void ExpertCache::change(int64_t block, int32_t more_reading, int32_t more_waiting) {
+  const int64_t now = now_ns();
+  meters_[static_cast<size_t>(block)].change(now, more_reading, more_waiting);
+  meters_.back().change(now, more_reading, more_waiting);
 }
 
 std::string ExpertCache::fault() const {
@@ -233,13 +267,16 @@ void ExpertCache::read_on() {
     const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
     const uint64_t bytes = blocks_[static_cast<size_t>(expert.block)].bytes[job.half], begin = place_of(expert, job.half);
     const uint64_t head = begin % alignment_, needed = head + bytes;
+    const int32_t block = expert.block;
+    change(block, 1, 0);
     lock.unlock();
     const int64_t started = now_ns();
     const std::string fault = storage_->read(begin - head, rounded_up(needed, alignment_), needed, half_of(job.slot, job.half));
     const int64_t took = now_ns() - started;
     lock.lock();
-    counts_.reading_ns += took;
-    counts_.bytes_read += static_cast<int64_t>(bytes);
+    change(block, -1, 0);
+    counts_of(block).reading_ns += took;
+    counts_of(block).bytes_read += static_cast<int64_t>(bytes);
     if (!fault.empty()) fault_ = fault;
     slot.state[job.half] = fault.empty() ? State::kReady : State::kFailed;
     ready_.notify_all();
@@ -306,7 +343,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   }
   fault_.clear();
   block_ = block - blocks_.begin();
-  ++counts_.calls;
+  ++counts_of(block_).calls;
   if (alone) remember(experts, count);
   const auto of = [&](int32_t expert) -> Expert& {
     return experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + expert)];
@@ -324,7 +361,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   std::stable_partition(experts, experts + count, [&](int32_t expert) { return of(expert).slot >= 0; });
   for (int64_t i = 0; i < count; ++i) {
     Expert& expert = of(experts[i]);
-    expert.slot >= 0 ? ++counts_.hits : ++counts_.misses;
+    ++(expert.slot >= 0 ? counts_of(block_).hits : counts_of(block_).misses);
     if (expert.slot < 0) pending_.push_back(&expert - experts_.data());
   }
   const bool reads = !pending_.empty();
@@ -340,6 +377,7 @@ const void* ExpertCache::acquire(int32_t number, int which) {
   const auto settled = [&] { return expert.slot >= 0 && slot_of(expert)->state[which] != State::kLoading; };
   if (!settled()) {
     const int64_t started = now_ns();
+    change(block_, 0, 1);
     ++expert.waiting;
     while (!settled()) {
       if (expert.slot < 0) {  // it has no slot yet, or lost it to another worker that waited: it is next
@@ -351,7 +389,8 @@ const void* ExpertCache::acquire(int32_t number, int which) {
       ready_.wait(lock);
     }
     --expert.waiting;
-    counts_.stalled_ns += now_ns() - started;
+    change(block_, 0, -1);
+    counts_of(block_).stalled_ns += now_ns() - started;
   }
   Slot& slot = *slot_of(expert);
   if (slot.state[which] != State::kReady) return nullptr;

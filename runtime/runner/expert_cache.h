@@ -47,6 +47,10 @@ struct ExpertCounts {
   int64_t stalled_ns = 0;           // workers' time spent waiting for reads
   int64_t reading_ns = 0;           // readers' time spent reading
   int64_t calls = 0;                // of blocks
+  // time by the clock, however many did it at once
+  int64_t waiting_ns = 0;           // at least one worker waited
+  int64_t active_ns = 0;            // at least one reader read
+  int64_t exposed_ns = 0;           // both: reading that nothing hid from at least one worker
 };
 
 class ExpertCache {
@@ -79,7 +83,9 @@ class ExpertCache {
   uint64_t slot_bytes() const { return slot_bytes_; }
   static uint64_t slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment);
   int64_t experts() const { return static_cast<int64_t>(experts_.size()); }
+  // Of all blocks; the time by the clock is that of all together. And of each block, in their order.
   ExpertCounts counts() const;
+  std::vector<ExpertCounts> counts_by_block() const;
   // Why the last expert could not be given; "" if none failed since.
   std::string fault() const;
 
@@ -103,6 +109,13 @@ class ExpertCache {
     int64_t slot;
     int half;
   };
+  // Counts, and who reads and waits now.
+  struct Meter {
+    ExpertCounts counts;
+    int32_t reading = 0, waiting = 0;
+    int64_t since = 0;
+    void change(int64_t now, int32_t more_reading, int32_t more_waiting);
+  };
 
   float preferred(const void* w13, int64_t experts, const uint8_t** flags);
   void remember(const int32_t* experts, int64_t count);
@@ -110,6 +123,9 @@ class ExpertCache {
   const void* acquire(int32_t expert, int which);
   void release(int32_t expert);
   void end();
+
+  void change(int64_t block, int32_t more_reading, int32_t more_waiting);
+  ExpertCounts& counts_of(int64_t block) { return meters_[static_cast<size_t>(block)].counts; }
 
   void stop();
   void read_on();
@@ -145,7 +161,7 @@ class ExpertCache {
   uint64_t clock_ = 0;
   bool stop_ = false;
   std::string fault_;
-  ExpertCounts counts_;
+  std::vector<Meter> meters_;                          // of each block, and of all: this one for time by the clock alone
   float share_ = 0.0f;                                 // see prefer_resident
   int64_t remembered_ = 0;
   std::list<int64_t> recent_;                          // of experts_, at most `remembered_`, the one used last first

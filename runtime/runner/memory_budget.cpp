@@ -164,5 +164,25 @@ int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats) {
   stats->stalled_ns = counts.stalled_ns;
   stats->reading_ns = counts.reading_ns;
   stats->preferred = model->experts->preferred_slots();
+  stats->waiting_ns = counts.waiting_ns;
+  stats->active_ns = counts.active_ns;
+  stats->exposed_ns = counts.exposed_ns;
   return 0;
+}
+
+int64_t moec_model_expert_layer_stats(moec_model* model, moec_expert_layer_stats* layers, int64_t capacity) {
+  if (!model || capacity < 0 || (capacity > 0 && !layers)) return -1;
+  std::lock_guard<std::mutex> lock(model->busy);
+  if (!model->experts) return 0;
+  const auto copy = [&] {
+    const std::vector<ExpertCounts> counts = model->experts->counts_by_block();
+    for (size_t i = 0; i < counts.size() && static_cast<int64_t>(i) < capacity; ++i) {
+      const ExpertCounts& c = counts[i];
+      layers[i] = {c.hits,       c.misses,     c.bytes_read, c.stalled_ns,
+                   c.reading_ns, c.waiting_ns, c.active_ns,  c.exposed_ns};
+    }
+    capacity = static_cast<int64_t>(counts.size());
+    return true;
+  };
+  return guarded(model, copy) ? capacity : -1;
 }

@@ -116,7 +116,23 @@ typedef struct moec_expert_stats {
   int64_t stalled_ns;   // sum over threads that waited for a read
   int64_t reading_ns;   // sum over threads that read
   int64_t preferred;    // experts that cache-aware selection takes to be in memory, at most; 0: it is off
+  // time by the clock, however many did it at once
+  int64_t waiting_ns;   // at least one thread waited for a read
+  int64_t active_ns;    // at least one thread read; 1 - exposed_ns / active_ns is the share of it that computing hid
+  int64_t exposed_ns;   // both at once
 } moec_expert_stats;
+
+// The same of one layer with routed experts. The time by the clock of two layers may be the same time.
+typedef struct moec_expert_layer_stats {
+  int64_t hits;
+  int64_t misses;
+  int64_t bytes_read;
+  int64_t stalled_ns;
+  int64_t reading_ns;
+  int64_t waiting_ns;
+  int64_t active_ns;
+  int64_t exposed_ns;
+} moec_expert_layer_stats;
 
 enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };
 
@@ -132,6 +148,11 @@ MOEC_RUNTIME_API int32_t moec_model_limit_memory(moec_model* model, int64_t byte
 MOEC_RUNTIME_API int32_t moec_model_prefer_resident(moec_model* model, float share);
 MOEC_RUNTIME_API int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats);
 MOEC_RUNTIME_API int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats);  // of its model
+// Number of layers with routed experts, in the order in which the program runs them (layers whose experts are equal count as
+// one), or 0 without a budget; copies the counts of the first of them, at most `capacity`. -1 if `capacity` is negative, or above
+// 0 with no `layers`.
+MOEC_RUNTIME_API int64_t moec_model_expert_layer_stats(moec_model* model, moec_expert_layer_stats* layers, int64_t capacity);
+MOEC_RUNTIME_API int64_t moec_session_expert_layer_stats(moec_session* session, moec_expert_layer_stats* layers, int64_t capacity);
 
 // Largest resident set of the process so far, bytes; anonymous memory now, bytes (0 where the system does not tell).
 MOEC_RUNTIME_API int64_t moec_peak_rss(void);

@@ -189,3 +189,7 @@ int32_t moec_session_restore(moec_session* session, const char* path, const char
 int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats) {
   return session ? moec_model_expert_stats(session->model, stats) : -1;
 }
+
+int64_t moec_session_expert_layer_stats(moec_session* session, moec_expert_layer_stats* layers, int64_t capacity) {
+  return session ? moec_model_expert_layer_stats(session->model, layers, capacity) : -1;
+}

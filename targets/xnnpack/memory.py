@@ -40,7 +40,8 @@ class ExpertStats:
 
     hits and misses: experts that a layer found in memory, and that had to be read. stalled_ns: the sum over threads
     that waited for a read; reading_ns: the sum over threads that read. preferred: experts that cache-aware selection
-    takes to be in memory, at most; 0: it is off.
+    takes to be in memory, at most; 0: it is off. Time by the clock, however many threads did it at once: waiting_ns,
+    at least one thread waited for a read; active_ns, at least one thread read; exposed_ns, both.
     """
 
     budget: int
@@ -53,6 +54,44 @@ class ExpertStats:
     stalled_ns: int
     reading_ns: int
     preferred: int
+    waiting_ns: int
+    active_ns: int
+    exposed_ns: int
+
+    @property
+    def overlapped(self) -> float | None:
+        """`overlapped` of these counts."""
+        return overlapped(self.active_ns, self.exposed_ns)
+
+
+@dataclass(frozen=True)
+class LayerExpertStats:
+    """The counts of `ExpertStats` of one layer with routed experts. The time by the clock of two layers may be the
+    same time, where one is read while another is computed."""
+
+    hits: int
+    misses: int
+    bytes_read: int
+    stalled_ns: int
+    reading_ns: int
+    waiting_ns: int
+    active_ns: int
+    exposed_ns: int
+
+    @property
+    def overlapped(self) -> float | None:
+        """`overlapped` of these counts."""
+        return overlapped(self.active_ns, self.exposed_ns)
+
+
+def overlapped(active: float, exposed: float) -> float | None:
+    """The share (0 to 1) of reading that computing hid; None if nothing was read.
+
+    Of the time by the clock in which at least one thread read (`active`), that in which no thread waited for a read:
+    all others were computing, or had nothing to do. `exposed`: that in which at least one waited. With several threads
+    it is a cautious figure, since the others may have gone on while one waited.
+    """
+    return 1 - exposed / active if active > 0 else None
 
 
 def budget_arguments(options: Options | None, cache_aware: float = 0.0) -> list[str]:

@@ -23,7 +23,7 @@ from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.runtime.native import MAX_THREADS, runtime_library
-from moec.targets.xnnpack.memory import EVICTIONS, MAX_MEMORY_MB, ExpertCacheOptions, ExpertStats
+from moec.targets.xnnpack.memory import EVICTIONS, MAX_MEMORY_MB, ExpertCacheOptions, ExpertStats, LayerExpertStats
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _INT32S = ctypes.POINTER(ctypes.c_int32)
@@ -63,6 +63,12 @@ class _ExpertStats(ctypes.Structure):
     _fields_: ClassVar = [(f.name, ctypes.c_int64) for f in fields(ExpertStats)]
 
 
+class _LayerExpertStats(ctypes.Structure):
+    """moec_expert_layer_stats of moec_runtime.h."""
+
+    _fields_: ClassVar = [(f.name, ctypes.c_int64) for f in fields(LayerExpertStats)]
+
+
 @cache
 def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(runtime_library()))
@@ -75,6 +81,7 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_limit_memory": (i32, [handle, i64, i32, i32]),
         "moec_model_prefer_resident": (i32, [handle, ctypes.c_float]),
         "moec_session_expert_stats": (i32, [handle, ctypes.POINTER(_ExpertStats)]),
+        "moec_session_expert_layer_stats": (i64, [handle, ctypes.POINTER(_LayerExpertStats), i64]),
         "moec_model_eos_ids": (i64, [handle, _INT64S, i64]),
         "moec_model_forward": (i32, [handle, _INT64S, i64, i64, i32, _FLOATS, i64]),
         "moec_session_open": (handle, [handle]),
@@ -173,6 +180,17 @@ class CpuSession(SessionBase):
             stats = _ExpertStats()
             _runtime().moec_session_expert_stats(self._handle, ctypes.byref(stats))
         return ExpertStats(*(getattr(stats, f.name) for f in fields(ExpertStats))) if stats.budget else None
+
+    def layer_expert_stats(self) -> list[LayerExpertStats]:
+        """As `expert_stats`, of each layer with routed experts, in the order of the manifest's `model.moe_layers`
+        (layers whose experts are equal count as one); empty without a memory budget."""
+        with self._busy:
+            self._check_open()
+            count = _runtime().moec_session_expert_layer_stats(self._handle, None, 0)
+            layers = (_LayerExpertStats * max(count, 1))()
+            count = _runtime().moec_session_expert_layer_stats(self._handle, layers, count)
+        names = [f.name for f in fields(LayerExpertStats)]
+        return [LayerExpertStats(*(getattr(layer, name) for name in names)) for layer in layers[: max(count, 0)]]
 
     def _prepare_traces(self) -> None:
         self._callback = _TRACE(self._on_moe)

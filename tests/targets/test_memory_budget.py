@@ -119,6 +119,34 @@ def test_without_a_budget_there_is_no_cache(model: Path) -> None:
     session.close()
 
 
+def test_counts_by_layer(model: Path) -> None:
+    """They add up to those of all; hits and misses are what the router selected in each layer."""
+    ids = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
+    with CpuSession(model, threads=2, memory_mb=least_mb(model, 2) + 4) as session:
+        assert [layer.hits + layer.misses for layer in session.layer_expert_stats()] == [0] * LAYERS
+        assert session.layer_expert_stats()[0].overlapped is None
+        session.trace(True)
+        asked = [0] * LAYERS
+        for token in ids:
+            session.prefill([token])
+            for trace in session.take_traces():
+                asked[trace.layer] += trace.indices_TK.size
+        layers, total = session.layer_expert_stats(), session.expert_stats()
+    assert total is not None
+    assert [layer.hits + layer.misses for layer in layers] == asked
+    for name in ("hits", "misses", "bytes_read", "stalled_ns", "reading_ns"):
+        assert sum(getattr(layer, name) for layer in layers) == getattr(total, name)
+    expert = total.bytes_read / total.misses
+    for counts in (*layers, total):
+        assert counts.bytes_read == counts.misses * expert > 0
+        assert 0 < counts.active_ns <= counts.reading_ns * 1.5 + 10**7  # of several readers; counted around the reads
+        assert 0 <= counts.exposed_ns <= min(counts.active_ns, counts.waiting_ns)
+        assert counts.waiting_ns <= counts.stalled_ns
+        assert counts.overlapped == 1 - counts.exposed_ns / counts.active_ns
+    with CpuSession(model, threads=1) as session:
+        assert session.layer_expert_stats() == []
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.7])
 def test_the_peak_stays_within(artifact: Artifact, moec: Moec, fraction: float) -> None:
     """The runner's peak resident set: no Python in it. 2% more than the budget is allowed, pages being counted late."""

@@ -179,7 +179,39 @@ class Recent {
   std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
 };
 
+// The counts of blocks make up those of all, and no more time passed by the clock than `elapsed`.
+void counts_agree(const ExpertCache& cache, const std::vector<ExpertBlock>& blocks, bool steady, int64_t elapsed, const std::string& where) {
+  const ExpertCounts all = cache.counts();
+  const std::vector<ExpertCounts> each = cache.counts_by_block();
+  ExpertCounts sum;
+  expect(each.size() == blocks.size(), where + ": counts of other blocks");
+  for (size_t b = 0; b < each.size(); ++b) {
+    const ExpertCounts& c = each[b];
+    sum.hits += c.hits;
+    sum.misses += c.misses;
+    sum.bytes_read += c.bytes_read;
+    sum.stalled_ns += c.stalled_ns;
+    sum.reading_ns += c.reading_ns;
+    sum.calls += c.calls;
+    sum.waiting_ns += c.waiting_ns;
+    sum.active_ns += c.active_ns;
+    sum.exposed_ns += c.exposed_ns;
+    expect(c.exposed_ns <= c.waiting_ns && c.exposed_ns <= c.active_ns, where + ": more time exposed than waited or read");
+    expect(c.waiting_ns <= c.stalled_ns, where + ": workers waited longer by the clock than all of them together");
+    if (steady)
+      expect(c.bytes_read == c.misses * static_cast<int64_t>(blocks[b].bytes[0] + blocks[b].bytes[1]), where + ": bytes of other experts");
+  }
+  expect(sum.hits == all.hits && sum.misses == all.misses && sum.bytes_read == all.bytes_read && sum.calls == all.calls &&
+             sum.stalled_ns == all.stalled_ns && sum.reading_ns == all.reading_ns, where + ": blocks do not add up");
+  // of several blocks at once the clock shows less than their sum
+  expect(all.waiting_ns <= sum.waiting_ns && all.active_ns <= sum.active_ns && all.exposed_ns >= sum.exposed_ns &&
+             all.exposed_ns <= all.active_ns && all.exposed_ns <= all.waiting_ns, where + ": time by the clock does not add up");
+  expect(all.waiting_ns <= elapsed && all.active_ns <= elapsed, where + ": more time than passed");
+  expect((all.bytes_read > 0) == (all.active_ns > 0), where + ": bytes without time");
+}
+
 void round_of(uint32_t seed) {
+  const int64_t started = now_ns();
   std::mt19937 random(seed);
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
   const World world(random);
@@ -254,6 +286,8 @@ void round_of(uint32_t seed) {
   expect(counts.hits + counts.misses == asked, where + ": hits and misses are not what was asked for");
   const std::string misses = std::to_string(counts.misses) + " misses, the model has " + std::to_string(model.misses);
   if (steady) expect(counts.misses == model.misses, where + ": " + misses);
+  cache.hold(0);  // no read is under way after it
+  counts_agree(cache, world.blocks, steady, now_ns() - started, where);
   int32_t one = 0;
   const moec_expert_source* source = cache.source();
   expect(source->begin(source->user, &one, &one, &one, 1, 0) == 0, where + ": an unknown block is taken");
