@@ -46,6 +46,8 @@ def profile(
     """Measure time to first token, rates, memory by part, and the experts that each kind of text selects.
 
     Every run is a new process without Python; weights are mapped lazily and are not in the page cache when it starts.
+    Within a memory budget, also what the cache of experts did: hits, misses, bytes read a token, time stalled, and the
+    share of reading that computing hid, in all and by layer.
 
     Examples:
 
@@ -161,6 +163,9 @@ def _print(found: dict[str, Any]) -> None:
     print("\n" if found["ratios"] else "")
     if found["experts"]:
         _print_experts(found["experts"])
+    streamed = {run["stream"]: run["expert_cache"] for run in found["runs"] if "expert_cache" in run}
+    if streamed:
+        _print_cache(streamed)
     for note in found["notes"]:
         say(f"note: {note}")
 
@@ -183,6 +188,39 @@ def _print_experts(experts: dict[str, Any]) -> None:
     if apart:
         print(f"Jensen-Shannon divergence, bits (0 the same, 1 disjoint): {apart}")
     print()
+
+
+_CACHE_COLUMNS = ("tokens", "hits", "misses", "found", "read a token", "stalled a token, ms", "reading overlapped")
+
+
+def _print_cache(streamed: dict[str, dict[str, Any]]) -> None:
+    """Tables of what the cache of routed experts did: by prompt and phase, then by layer while decoding."""
+    from moec.analysis.profile.expert_cache import PHASES, together
+    from moec.cli.output import size, table
+
+    first = next(iter(streamed.values()))
+    rows = [
+        (name, "prompt" if phase == "prefill" else "decode", *_cache_cells(facts[phase], facts[phase]["tokens"]))
+        for name, facts in streamed.items()
+        for phase in PHASES
+    ]
+    title = f"Experts within {size(first['budget'])}: {first['slots']} of {first['experts']} in memory"
+    table(title, ("prompt", "", *_CACHE_COLUMNS), rows, right=range(2, 9))
+    decode = together(list(streamed.values()), "decode")
+    rows = [(layer["name"], *_cache_cells(layer, decode["tokens"])) for layer in decode["layers"]]
+    rows.append(("all", *_cache_cells(decode, decode["tokens"])))
+    table("\nDecoding by layer, all prompts", ("layer", *_CACHE_COLUMNS), rows, right=range(1, 8))
+    print()
+
+
+def _cache_cells(facts: dict[str, Any], tokens: int) -> tuple[Any, ...]:
+    from moec.cli.output import size
+
+    share = "" if facts["overlapped"] is None else f"{facts['overlapped']:.0%}"
+    found = "" if facts["hit_rate"] is None else f"{facts['hit_rate']:.1%}"
+    stalled = facts["waiting_s"] / max(tokens, 1) * 1e3
+    counts = (f"{tokens:,}", f"{facts['hits']:,}", f"{facts['misses']:,}")
+    return (*counts, found, size(facts["bytes_per_token"]), f"{stalled:.2f}", share)
 
 
 def _seconds(spread: dict[str, Any]) -> str:

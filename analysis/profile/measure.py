@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moec.analysis.profile.expert_cache import cache_facts
 from moec.analysis.profile.experts import counts_array, utilisation
 from moec.analysis.profile.prompts import DUMMY, REAL, Stream
 from moec.compiler.artifact import Manifest
@@ -77,7 +78,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything a profile has to say, as plain values for JSON."""
     first = measured[0].answers[0]
-    runs = [_run_facts(m) for m in measured]
+    runs = [_run_facts(m, manifest.model.moe_layers) for m in measured]
     experts = _experts(manifest, measured)
     size = _expert_bytes(manifest, experts)
     return {
@@ -101,8 +102,9 @@ def report(
     }
 
 
-def _run_facts(measured: Measured) -> dict[str, Any]:
+def _run_facts(measured: Measured, layers: Sequence[str]) -> dict[str, Any]:
     answers = measured.answers
+    streamed = cache_facts(answers, layers)
     points = [_point(answers, index) for index in range(len(measured.request.points))]
     return {
         "stream": measured.stream.name,
@@ -115,6 +117,7 @@ def _run_facts(measured: Measured) -> dict[str, Any]:
         "peak_bytes": spread([max(a["peak"], *(p["decoded"]["resident"] for p in a["points"])) for a in answers]),
         "cached_before": max(a["cached_before"] for a in answers),
         "points": points,
+        **({} if streamed is None else {"expert_cache": streamed}),
     }
 
 
@@ -199,6 +202,14 @@ def _notes(manifest: Manifest, runs: Sequence[dict[str, Any]], expert_bytes: flo
             f"{stuck / 1e6:.0f} MB of the file stayed in the page cache before a run (another process has it mapped): "
             "first-token times are not cold, and a few neighbouring pages more may count as touched"
         )
+    streamed = next((run["expert_cache"] for run in runs if "expert_cache" in run), None)
+    if streamed is not None:
+        most = streamed["slots"] * streamed["slot_bytes"]
+        notes.append(
+            f"activations hold the cache of routed experts, up to {most / 1e6:.0f} MB: experts are read into it past "
+            "the page cache, and are not pages of the file"
+        )
+        return notes
     dummy = next((run for run in runs if run["kind"] == DUMMY), None)
     real = [run for run in runs if run["kind"] == REAL]
     if dummy is None or not real:

@@ -59,6 +59,41 @@ int64_t touched(const Selections::Counts& a, const Selections::Counts& b) {
   return count;
 }
 
+moec_expert_layer_stats of_all(const moec_expert_stats& s) {
+  return {s.hits, s.misses, s.bytes_read, s.stalled_ns, s.reading_ns, s.waiting_ns, s.active_ns, s.exposed_ns};
+}
+
+// What the expert cache has counted so far; no layers without a budget.
+struct ExpertCountsNow {
+  moec_expert_layer_stats all = {};
+  std::vector<moec_expert_layer_stats> layers;
+
+  explicit ExpertCountsNow(moec_model* model) {
+    moec_expert_stats stats = {};
+    moec_model_expert_stats(model, &stats);
+    all = of_all(stats);
+    layers.resize(static_cast<size_t>(std::max<int64_t>(moec_model_expert_layer_stats(model, nullptr, 0), 0)));
+    moec_model_expert_layer_stats(model, layers.data(), static_cast<int64_t>(layers.size()));
+  }
+};
+
+void add_difference(const moec_expert_layer_stats& before, const moec_expert_layer_stats& now, moec_expert_layer_stats* sum) {
+  for (const auto field :
+       {&moec_expert_layer_stats::hits, &moec_expert_layer_stats::misses, &moec_expert_layer_stats::bytes_read,
+        &moec_expert_layer_stats::stalled_ns, &moec_expert_layer_stats::reading_ns, &moec_expert_layer_stats::waiting_ns,
+        &moec_expert_layer_stats::active_ns, &moec_expert_layer_stats::exposed_ns})
+    sum->*field += now.*field - before.*field;
+}
+
+// Adds what was counted since `before` to `use`, for so many tokens more.
+void count(const ExpertCountsNow& before, moec_model* model, int64_t tokens, ExpertUse* use) {
+  const ExpertCountsNow now(model);
+  use->tokens += tokens;
+  use->layers.resize(now.layers.size());
+  add_difference(before.all, now.all, &use->all);
+  for (size_t i = 0; i < now.layers.size(); ++i) add_difference(before.layers[i], now.layers[i], &use->layers[i]);
+}
+
 class Pass {
  public:
   Pass(moec_model* model, const ProfileOptions& options, bool cold, ProfileResult* result)
@@ -70,7 +105,10 @@ class Pass {
   bool run() {
     double prefill_s = 0.0;
     int64_t done = 0;
+    result_->prefill_use = result_->decode_use = {};
     for (ProfilePoint& point : result_->points) {
+      const ExpertCountsNow before(model_);
+      const int64_t ahead = point.tokens - done;
       const double begin = now();
       for (; done < point.tokens; done += std::min(info_.max_tokens, point.tokens - done))
         if (!forward(&options_.prompt[static_cast<size_t>(done)], std::min(info_.max_tokens, point.tokens - done), done,
@@ -79,8 +117,11 @@ class Pass {
       int64_t next = best();
       prefill_s += now() - begin;
       point.prefill_s.push_back(prefill_s);
+      count(before, model_, ahead, &result_->prefill_use);
       if (cold_) moec_model_memory(model_, &point.prefilled);
+      const ExpertCountsNow filled(model_);
       if (!decode(&point, next)) return false;
+      count(filled, model_, options_.decode, &result_->decode_use);
       if (cold_) moec_model_memory(model_, &point.decoded);
       if (cold_) point.experts_touched = touched(result_->prefill_counts, result_->decode_counts);
     }
@@ -144,5 +185,6 @@ std::string run_profile(moec_model* model, const ProfileOptions& options, Profil
     if (!Pass(model, options, pass == 0, result).run()) return moec_model_error(model);
     if (pass == 0) result->peak_bytes = moec_peak_rss();
   }
+  moec_model_expert_stats(model, &result->budget);
   return "";
 }

@@ -25,11 +25,20 @@ struct ProfilePoint {
   int64_t experts_touched = 0;     // (layer, expert) pairs selected so far
 };
 
+// What the cache of routed experts did, in all layers and in each; `tokens` were run.
+struct ExpertUse {
+  int64_t tokens = 0;
+  moec_expert_layer_stats all = {};
+  std::vector<moec_expert_layer_stats> layers;
+};
+
 struct ProfileResult {
   std::vector<ProfilePoint> points;
   std::vector<std::vector<int64_t>> prefill_counts, decode_counts;  // selections by [layer][expert], of the cold pass
   std::vector<int64_t> generated;                                   // at the first point
   int64_t peak_bytes = 0;                                           // of the cold pass
+  moec_expert_stats budget = {};                                    // at the end; its `budget` is 0 without one
+  ExpertUse prefill_use, decode_use;                                // of the last pass, with a budget
 };
 
 // How the model came into memory.

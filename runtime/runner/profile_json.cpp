@@ -27,6 +27,25 @@ std::string point_json(const ProfilePoint& p) {
          memory_json(p.decoded) + "}";
 }
 
+std::string counts_json(const moec_expert_layer_stats& c) {
+  return list(std::vector<int64_t>{c.hits, c.misses, c.bytes_read, c.stalled_ns, c.reading_ns, c.waiting_ns, c.active_ns, c.exposed_ns});
+}
+
+std::string use_json(const ExpertUse& use) {
+  std::string layers;
+  for (const moec_expert_layer_stats& layer : use.layers) layers += (layers.empty() ? "" : ", ") + counts_json(layer);
+  return "{\"tokens\": " + std::to_string(use.tokens) + ", \"all\": " + counts_json(use.all) + ", \"layers\": [" + layers + "]}";
+}
+
+// The counts are in the order of moec_expert_layer_stats.
+std::string budget_json(const ProfileResult& r) {
+  if (!r.budget.budget) return "";
+  return ", \"expert_cache\": {\"budget\": " + std::to_string(r.budget.budget) + ", \"experts\": " +
+         std::to_string(r.budget.experts) + ", \"slots\": " + std::to_string(r.budget.slots) + ", \"slot_bytes\": " +
+         std::to_string(r.budget.slot_bytes) + ", \"prefill\": " + use_json(r.prefill_use) + ", \"decode\": " +
+         use_json(r.decode_use) + "}";
+}
+
 }  // namespace
 
 std::string profile_json(const std::string& path, moec_model* model, const LoadReport& load, const ProfileOptions& options,
@@ -47,5 +66,5 @@ std::string profile_json(const std::string& path, moec_model* model, const LoadR
          "\"dropped\": " + (load.dropped ? "true" : "false") + ", \"load_s\": " + seconds +
          ", \"before\": " + memory_json(load.before) + ", \"loaded\": " + memory_json(load.loaded) + ", \"points\": [" +
          points + "], \"prefill_counts\": " + table(result.prefill_counts) + ", \"decode_counts\": " +
-         table(result.decode_counts) + ", \"generated\": " + list(result.generated) + "}";
+         table(result.decode_counts) + ", \"generated\": " + list(result.generated) + budget_json(result) + "}";
 }
