@@ -1,0 +1,205 @@
+"""What goes wrong while experts are read: an error of one line from every entry point, and the next call is as if
+nothing had been. Reads are made to fail, come late or short, or meet a file that is cut, by faulty_reads.c in processes
+of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moec.checkpoints import synthesize
+from moec.compiler import build
+from moec.compiler.artifact import Artifact
+from moec.runtime.native import find_compiler, runner_binary
+from tests.conftest import Moec, refused
+from tests.targets.memory_faults import CUT, FAILS, FAILS_ON, LATE
+from tests.targets.test_memory_budget import spec
+from tests.tiny import TinyModels, tiny_text
+
+HERE = Path(__file__).parent
+EIO = "an expert cannot be read: Input/output error"
+GONE = "truncated while it is in use"
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD, O_DIRECT and /proc of Linux")
+
+
+@pytest.fixture(scope="module")
+def preload(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("preload") / "faulty_reads.so"
+    source = str(HERE / "faulty_reads.c")
+    command = [find_compiler(), "-x", "c", "-std=gnu11", "-O1", "-shared", "-fPIC", source, "-o", str(out), "-ldl"]
+    subprocess.run(command, check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("many")
+    checkpoint = synthesize(spec(), folder / "c", seed=0, qat=True)
+    built = build.compile(spec(), checkpoint=checkpoint, out=folder / "a")
+    if not direct(built.path("model.pte")):
+        pytest.skip("this file system has no direct reads, which are told apart from others here")
+    return built
+
+
+@pytest.fixture
+def model(artifact: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copy(artifact.path("model.pte"), tmp_path / "model.pte"))
+
+
+def direct(file: Path) -> bool:
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def started(preload: Path, *command: object, reads: str = "") -> subprocess.Popen[str]:
+    environment = {**os.environ, "LD_PRELOAD": str(preload), **({"MOEC_READS": reads} if reads else {})}
+    return subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(preload: Path, *command: object, reads: str = "") -> tuple[int, str, str]:
+    process = started(preload, *command, reads=reads)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def scenario(preload: Path, name: str, file: Path, *arguments: object) -> dict[str, Any]:
+    status, out, err = ended(preload, sys.executable, "-m", "tests.targets.memory_faults", name, file, *arguments)
+    assert status == 0, f"status {status}: {err[-2000:]}"
+    return dict(json.loads(out))
+
+
+@pytest.mark.parametrize("decoding", [0, 1])
+@pytest.mark.parametrize("kind", [FAILS, FAILS_ON])
+def test_a_read_that_fails(preload: Path, model: Path, kind: int, decoding: int) -> None:
+    found = scenario(preload, "recovers", model, kind, decoding)
+    assert found["same"]
+    assert len(found["faults"]) >= 1
+    for fault in found["faults"]:
+        assert EIO in fault
+        assert str(model) in fault
+        assert "\n" not in fault
+
+
+def test_reads_that_come_short(preload: Path, model: Path) -> None:
+    found = scenario(preload, "short", model)
+    assert found["same"]
+    assert found["reads"] > 1000
+
+
+@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("left", ["half", "program", "nothing"])
+def test_a_file_that_is_cut_while_it_is_read(preload: Path, model: Path, after: int, left: str) -> None:
+    """In the middle of a call. What stays resident is mapped and goes too: that is no SIGBUS."""
+    data = model.read_bytes()
+    sizes = {"half": len(data) // 2, "program": int.from_bytes(data[16:24], "little"), "nothing": 0}
+    found = scenario(preload, "cut", model, after, sizes[left])
+    for fault in found["faults"]:
+        assert GONE in fault
+        assert "\n" not in fault
+
+
+@pytest.mark.parametrize("kind", [0, FAILS])
+def test_two_sessions_in_two_threads(preload: Path, model: Path, kind: int) -> None:
+    found = scenario(preload, "threads", model, kind)
+    assert found["wrong"] == []
+    assert bool(found["faults"]) == bool(kind)
+    assert all(EIO in fault for fault in found["faults"])
+    assert found["misses"] > 0
+
+
+def test_cancelled_in_the_middle_of_a_read(preload: Path, model: Path) -> None:
+    found = scenario(preload, "cancelled", model)["found"]
+    assert [same for _, same in found] == [True, True]
+    assert "cancelled" in [stopped for stopped, _ in found]
+
+
+def test_the_interface_of_applications(preload: Path, tiny: TinyModels, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny(tiny_text(layers=2, context=256)) / "artifact", tmp_path / "a")
+    if not direct(folder / "model.pte"):
+        pytest.skip("this file system has no direct reads")
+    found = scenario(preload, "application", folder)
+    assert "a memory budget of 1 MB is less than" in found["least"]
+    assert EIO in found["failed"]
+    assert GONE in found["cut"]
+    assert all("\n" not in found[name] for name in ("least", "failed", "cut"))
+    assert found["stopped"] == "cancelled"
+    assert (found["again"], found["after"]) == (True, True)
+
+
+def budget_of(preload: Path, *command: object) -> int:
+    status, _, err = ended(preload, *command, "--memory-mb", 1)
+    assert status == 2
+    return int(err.split("less than ")[1].split(" MB")[0]) + 3
+
+
+def test_the_runner(preload: Path, model: Path) -> None:
+    """A program in C++ over the C interface."""
+    command = (runner_binary(), model, "--prompt-length", 40, "--decode", 20)
+    budget = budget_of(preload, *command)
+    fault = ended(preload, *command, "--memory-mb", budget, reads=f"{FAILS} 9 0")
+    refused(fault, f"error: {EIO}")
+    for size in (0, model.stat().st_size // 2):
+        copy = Path(shutil.copy(model, model.with_name("copy.pte")))
+        cut = (command[0], copy, *command[2:])
+        refused(ended(preload, *cut, "--memory-mb", budget, reads=f"{CUT} 9 {size}"), f"error: {GONE}")
+    status, _, err = ended(preload, *command, "--memory-mb", budget)
+    assert status == 0, err
+
+
+# of one model with a tokenizer; a budget of 1 MB is refused before anything is asked of the model
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "run": ("--ids", "1,2,3,4,5", "--max-new-tokens", 5),
+    "chat": ("--chat-template", HERE.parent / "assistant" / "templates" / "chatml.jinja"),
+    "serve": ("--port", 0),
+    "bench": ("--prefill", 8, "--decode", 4, "--repeats", 1),
+    "profile": ("--prompts", "dummy", "--context", "16", "--decode", 4, "--repeat", 1, "--quiet"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_too_small_a_budget_is_refused_with_the_least(tiny: TinyModels, moec: Moec, command: str) -> None:
+    folder = tiny(tiny_text(layers=2, context=256)) / "artifact"
+    status, out, err = moec(command, folder, *COMMANDS[command], "--memory-mb", "1")
+    fault = (status, out, without_progress(err))
+    refused(fault, "a memory budget of 1 MB is less than", "experts of one token", "give another --memory-mb, or none")
+
+
+def without_progress(err: str) -> str:
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("bench: "))
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "profile"])
+def test_the_commands(preload: Path, artifact: Artifact, command: str) -> None:
+    moec = (sys.executable, "-m", "moec", command, artifact.folder, *COMMANDS[command])
+    budget = budget_of(preload, *moec)
+    status, out, err = ended(preload, *moec, "--memory-mb", budget, reads=f"{FAILS} 9 0")
+    refused((status, out, without_progress(err)), EIO)
+    status, _, err = ended(preload, *moec, "--memory-mb", budget)
+    assert status == 0, err
+
+
+def test_ctrl_c_in_the_middle_of_a_read(preload: Path, artifact: Artifact) -> None:
+    moec = (sys.executable, "-m", "moec", "run", artifact.folder, "--ids", "1,2,3,4,5", "--max-new-tokens", 100)
+    budget = budget_of(preload, *moec)
+    process = started(preload, *moec, "--memory-mb", budget, reads=f"{LATE} 0 30000")
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted\n"
