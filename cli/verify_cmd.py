@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.cli.memory import MemoryMb
 from moec.cli.status import CHECK_FAILED
 from moec.cli.trust import Trust
 
@@ -50,6 +51,7 @@ def verify(
     max_kld: Annotated[
         float | None, typer.Option(min=0, help="Fail if the mean KL divergence from the float model exceeds this.")
     ] = None,
+    memory_mb: MemoryMb = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -60,6 +62,9 @@ def verify(
 
     With --against, it compares artifacts of other targets for the same spec and weights (compiled here, or folders that
     exist) and the eager model pairwise: a target that is wrong disagrees with the others and is named.
+
+    With --memory-mb, the artifact runs within that budget, in a process of its own, and its logits must also be those
+    of the artifact in memory, bit for bit.
 
     Exit status 1 if a tolerance is missed; the report names the check, the place, and by how much.
 
@@ -72,7 +77,12 @@ def verify(
 
     check_writable(json_file, junit_file)
     check_apart(json_file, junit_file)
-    given = {"--reference": reference, "--quality-tokens": quality_tokens, "--max-kld": max_kld}
+    given = {
+        "--reference": reference,
+        "--quality-tokens": quality_tokens,
+        "--max-kld": max_kld,
+        "--memory-mb": memory_mb,
+    }
     measured = [name for name, value in given.items() if value is not None]
     if measured and (against is not None or path.is_file()):
         raise UserError(f"{measured[0]} is for one artifact", place=str(path), remedy="name a compiled folder alone")
@@ -123,6 +133,7 @@ def verify(
             reference=reference,
             quality_tokens=QUALITY_TOKENS if quality_tokens is None else quality_tokens,
             max_kld=max_kld,
+            memory_mb=memory_mb,
             progress=progress,
         )
     _show(report, json_file, junit_file)

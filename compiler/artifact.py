@@ -209,6 +209,16 @@ class Artifact:
             raise RunError(what, place=str(self.folder), remedy=remedy)
         return Artifact(self.folder, self.manifest, changed._overrides, cache_aware=cache_aware)
 
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Options of the target for this session, in place of those the artifact was compiled with."""
+        return dict(self._overrides)
+
+    def with_options(self, options: Mapping[str, Any]) -> Artifact:
+        """The same artifact with these options of its target, whatever `overrides` has; None takes one away that the
+        artifact brings. `options()` checks them."""
+        return Artifact(self.folder, self.manifest, {**self._overrides, **options}, cache_aware=self.cache_aware)
+
     def _changed(self, option: str, value: int | None, what: str, flag: str) -> Artifact:
         if value is None:
             return self

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moec.analysis.calibration.calibrate import needs_calibration
+from moec.analysis.verify.budget import compare_with_memory, sessions_of
 from moec.analysis.verify.compare import Comparison, compare
 from moec.analysis.verify.foreign import before_target, compare_foreign
 from moec.analysis.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
@@ -26,6 +27,7 @@ from moec.compiler.errors import ArtifactError, CheckpointError, UserError
 from moec.compiler.program import Role
 from moec.compiler.progress import Progress
 from moec.compiler.reference import LayerReference
+from moec.compiler.session_process import ProcessSession
 from moec.compiler.source import Checkpoint
 from moec.compiler.spec.model import Quantization, Spec
 from moec.compiler.spec.quantization import FLOAT_ACTIVATIONS
@@ -45,10 +47,15 @@ def verify_artifact(
     reference: str | Path | None = None,
     quality_tokens: int = QUALITY_TOKENS,
     max_kld: float | None = None,
+    memory_mb: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run real text through the artifact and through the eager reference, and compare them; and the artifact against
     the float model, which says what quantization cost.
+
+    memory_mb: run the artifact within this budget of memory, 10^6 bytes, in a process of its own, and compare its
+    logits with those in memory as well; None: the budget that the artifact brings, if any. RunError, with the least
+    that works, where one token needs more.
 
     checkpoint: the folder that the artifact was compiled from, if it has moved since. tokens: in total, shared between
     the four domains of the shipped prompts (or of `text` alone). reference: a checkpoint of the float model, if that
@@ -59,15 +66,12 @@ def verify_artifact(
     """
     started = time.perf_counter()
     progress = progress or Progress(quiet=True)
-    artifact = Artifact.open(path)
+    artifact = Artifact.open(path).within(memory_mb)
     with progress.stage("check digests", len(artifact.manifest.files)):
         artifact.check_contents()
     spec = spec_of(artifact, checkpoint)
     store = open_artifact_checkpoint(artifact, spec, checkpoint)
-    session = build.load_exact(artifact)
-    unrounded = None
-    if rounds_activations(artifact, spec):
-        unrounded = build.load_unrounded(artifact)
+    session, unrounded = sessions_of(artifact, rounds_activations(artifact, spec))
     threads = torch.get_num_threads()
     # the reference multiplies many small matrices: the barriers of a second thread cost more than it gives, and on a
     # busy machine many times as much
@@ -83,6 +87,8 @@ def verify_artifact(
         else:
             found = _compare_foreign(artifact, spec, store, session, unrounded, prompts, progress)
         found.figures.update(_rounding_figures(artifact, session, prompts))
+        if isinstance(session, ProcessSession):
+            compare_with_memory(found, artifact, session, prompts, progress)
     finally:
         torch.set_num_threads(threads)
         session.close()

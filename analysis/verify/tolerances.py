@@ -129,6 +129,10 @@ IDENTICAL = Tolerance(
     "<=", 0.0, "absolute difference",
     "the same program on the same tokens does the same operations in the same order, whatever the threads do",
 )  # fmt: skip
+SAME_IN_MEMORY = Tolerance(
+    "<=", 0.0, "absolute difference",
+    "where experts are read from, and when, changes no operation and not the order of any",
+)  # fmt: skip
 
 _DRIFT = 2.0
 _DEVIATIONS = 2.0

@@ -1,0 +1,148 @@
+"""`moec verify --memory-mb`: the same findings as in memory, bit for bit, and one line for what does not work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moec.analysis.verify.artifact import verify_artifact
+from moec.checkpoints import synthesize
+from moec.compiler import build
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import RunError
+from moec.compiler.session_process import ProcessSession
+from moec.compiler.target import MoeTrace
+from tests.conftest import Moec, refused
+from tests.targets.test_memory_budget import EXPERTS, LAYERS, spec
+
+IDS = np.random.default_rng(3).integers(0, 300, 150).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("budget")
+    checkpoint = synthesize(spec(), made / "c", seed=0, qat=True)
+    return build.compile(spec(), checkpoint=checkpoint, out=made / "a").folder
+
+
+@pytest.fixture(scope="module")
+def tight(folder: Path) -> int:
+    """A budget a little above the least of a process that runs the artifact."""
+    with pytest.raises(RunError, match="a memory budget of 1 MB is less than") as caught:
+        ProcessSession(Artifact.open(folder).within(1))
+    found = re.search(r"less than (\d+) MB", str(caught.value))
+    assert found
+    return int(found[1]) + 4
+
+
+def test_it_finds_what_it_finds_in_memory(folder: Path, tight: int) -> None:
+    """Every check and every row of every layer, to the last digit."""
+    plain = verify_artifact(folder, tokens=120, quality_tokens=0)
+    within = verify_artifact(folder, tokens=120, quality_tokens=0, memory_mb=tight)
+    assert plain.passed, [c.line() for c in plain.failures]
+    *checks, same = within.checks
+    assert checks == list(plain.checks)
+    assert within.layers == plain.layers
+    assert (same.name, same.passed) == (f"within {tight} MB: logits equal those in memory", True)
+    assert within.figures["budget MB"] == tight
+    assert f"of {LAYERS * EXPERTS} in memory" in within.figures["experts read"]
+    misses = int(within.figures["experts read"].split(" of ")[0])
+    assert misses > LAYERS * EXPERTS  # they did not all fit
+
+
+def test_other_logits_than_in_memory_are_found(folder: Path, tight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ProcessSession._forward
+
+    def wrong(
+        self: ProcessSession, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool
+    ) -> list[MoeTrace]:
+        found = usual(self, tokens, start, rows, every)
+        if rows is not None and start >= 20:
+            rows[-1, 7] = np.nextafter(rows[-1, 7], np.float32(np.inf))
+        return found
+
+    monkeypatch.setattr(ProcessSession, "_forward", wrong)
+    report = verify_artifact(folder, tokens=120, quality_tokens=0, memory_mb=tight)
+    assert [c.name for c in report.failures] == [f"within {tight} MB: logits equal those in memory"]
+
+
+def rows(session: Any, parts: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.concatenate([session.prefill(list(part), "all") for part in parts])
+
+
+@pytest.mark.parametrize("unrounded", [False, True])
+def test_a_process_gives_what_a_session_gives(folder: Path, tight: int, unrounded: bool) -> None:
+    artifact = Artifact.open(folder)
+    own = build.load_unrounded(artifact) if unrounded else build.load(artifact)
+    assert own is not None
+    parts = [IDS[:70], IDS[70:71], IDS[71:80]]
+    with ProcessSession(artifact.within(tight), unrounded=unrounded) as session:
+        for each in (own, session):
+            each.trace(True)
+        assert (session.vocab_size, session.context, session.exists) == (own.vocab_size, own.context, True)
+        np.testing.assert_array_equal(rows(session, parts), rows(own, parts))
+        for theirs, ours in zip(session.take_traces(), own.take_traces(), strict=True):
+            assert theirs.layer == ours.layer
+            np.testing.assert_array_equal(theirs.indices_TK, ours.indices_TK)
+            np.testing.assert_array_equal(theirs.y_TD, ours.y_TD)
+        for each in (own, session):
+            each.rewind(30)
+        np.testing.assert_array_equal(session.prefill(IDS[30:40]), own.prefill(IDS[30:40]))
+        for each in (own, session):
+            each.reset()
+        np.testing.assert_array_equal(session.decode(5), own.decode(5))
+        about = session.about_process()
+        assert about["experts"]["misses"] > 0
+        # rows and traces that were asked for come on top; less than without a budget
+        assert 20 < about["peak_rss_mb"] <= 1.02 * tight + 4
+        with pytest.raises(RunError, match="token"):
+            session.prefill([10**6])
+        np.testing.assert_array_equal(session.decode(6), own.decode(6))
+    own.close()
+    with pytest.raises(RunError, match="the session is closed"):
+        session.decode(1)
+    session.close()
+
+
+def test_a_process_that_ends(folder: Path) -> None:
+    session = ProcessSession(Artifact.open(folder))
+    assert session._process is not None
+    os.kill(session._process.pid, signal.SIGKILL)
+    with pytest.raises(RunError, match=r"the process that ran it ended \(signal 9\)") as caught:
+        session.decode(1)
+    assert str(folder) in str(caught.value)
+    assert session.closed
+
+
+def test_the_command(folder: Path, tight: int, moec: Moec) -> None:
+    more = ("--tokens", "40", "--quality-tokens", "0", "-q")
+    status, out, err = moec("verify", folder, *more, "--memory-mb", tight, "--json", "-")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["figures"]["budget MB"] == tight
+    assert report["checks"][-1]["name"] == f"within {tight} MB: logits equal those in memory"
+    refusal = moec("verify", folder, *more, "--memory-mb", "1")
+    refused(
+        refusal, "a memory budget of 1 MB is less than", "experts of one token", "give another --memory-mb, or none"
+    )
+    refusal = moec("verify", folder, "--against", "onnx", "--memory-mb", "4000")
+    refused(refusal, "--memory-mb is for one artifact", "name a compiled folder alone")
+
+
+def test_the_budget_that_an_artifact_brings(folder: Path, tight: int, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "a")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = tight
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    report = verify_artifact(copy, checkpoint=folder.parent / "c", tokens=40, quality_tokens=0)
+    assert report.passed, [c.line() for c in report.failures]
+    assert report.figures["budget MB"] == tight
