@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moec.compiler.errors import UserError
 from moec.runtime.moe_config import Kind, MoeConfig, WeightFormat
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 F32 = NDArray[np.float32]
 _TRANSPOSE = 1 << 4  # MOEC_AXIS_OUT on an f32 format, in moec_pack only
 
@@ -89,6 +89,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moec_gated_linear": (_i32, (_i64, _i64, _i64, _i32, _i32, _Buffer, _Buffer, _Buffer)),
     "moec_embedding": (_i32, (_i64, _i64, _i64, _i32, _Buffer, _Buffer, _Buffer)),
     "moec_moe": (_i32, (ctypes.POINTER(_MoeArgs),)),
+    "moec_select_experts": (_i32, (_i64, ctypes.c_void_p, ctypes.c_uint64, *(_Buffer,) * 5)),
     "moec_set_trace": (None, (_TRACE, ctypes.c_void_p)),
     "moec_set_isa": (_i32, (ctypes.c_char_p,)),
     "moec_get_isa": (ctypes.c_char_p, ()),
@@ -283,6 +284,16 @@ class PreparedMoe:
         indices, weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
         self.run(x, x if router_input is None else router_input, y, indices, weights)
         return y, indices, weights
+
+    def select(self, router_input: F32) -> NDArray[np.int32]:
+        """The experts that the router selects, int32 [T, top_k], best first; nothing else is computed."""
+        tensors, rows = self.tensors, len(router_input)
+        indices = np.empty((rows, self.config.top_k), np.int32)
+        given = [router_input, tensors.router_weight, tensors.router_bias, tensors.selection_bias]
+        parts = [None if part is None else _floats(part) for part in given]
+        buffers, config = [_buffer(part) for part in parts], self._config
+        _check(library().moec_select_experts(rows, config.ctypes.data, config.size, *buffers, _buffer(indices)))
+        return indices
 
     def bind(self, x: F32, y: F32) -> Callable[[], int]:
         """A function of no arguments that runs the block on these arrays: nothing but the foreign call, for timing. It

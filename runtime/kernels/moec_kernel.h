@@ -45,7 +45,7 @@ enum {
 MOEC_API const char* moec_last_error(void);
 
 // Changes when a signature, a packed layout or the MoE config table changes.
-#define MOEC_ABI_VERSION 4
+#define MOEC_ABI_VERSION 5
 MOEC_API int32_t moec_abi_version(void);
 
 typedef struct moec_in {
@@ -148,6 +148,11 @@ typedef struct moec_moe_args {
 
 MOEC_API int32_t moec_moe(const moec_moe_args* args);
 
+// The selection of such a block alone: indices as in moec_moe_args, of router_input f32 [T, D] and the router's parts there.
+// Of the config, which is checked whole, only what selects counts.
+MOEC_API int32_t moec_select_experts(int64_t tokens, const int64_t* config, uint64_t config_length, moec_in router_input,
+                                     moec_in router_weight, moec_in router_bias, moec_in selection_bias, moec_out indices);
+
 // ---------------------------------------------------------------------------------------------- experts outside of memory
 //
 // A source lends the packed matrices of routed experts to moec_moe while it runs. The memory that w13 and w2 of the call
@@ -169,6 +174,9 @@ typedef struct moec_expert_source {
   // to 1: to what a preferred expert is selected by, so many times the difference between the token's largest and its least
   // such value is added. The expert of the largest value is selected in any case. Weights are those of the router.
   float (*preferred)(void* user, const void* w13, int64_t experts, const uint8_t** flags);
+  // NULL, or called on the calling thread after a `begin` of few tokens that returned 1, before any expert is acquired: what
+  // the router was given, [tokens, d], valid until this returns. The source may read ahead of the layers that follow.
+  void (*routed)(void* user, int64_t tokens, int64_t d, const float* router_input);
 } moec_expert_source;
 
 // For operators that this thread calls from now on; NULL: none. The source must live as long.

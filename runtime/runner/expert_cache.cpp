@@ -12,6 +12,12 @@
 
 namespace {
 
+// Few tokens: calls of more have enough experts of their own to read.
+constexpr int64_t kMostAheadTokens = 4;
+// Below this share of right expectations nothing is read ahead. A right one saves its read, a wrong one costs as much at most.
+constexpr double kLeastWorth = 0.5;
+constexpr double kLately = 1.0 / 64;  // weight of the latest expectation in that share
+
 uint64_t rounded_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Bytes of a matrix that begins anywhere in an aligned unit, as whole units.
@@ -42,7 +48,8 @@ uint64_t ExpertCache::slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint
 
 ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<ExpertBlock> blocks, int64_t slots,
                          ExpertPolicy policy, int readers)
-    : storage_(std::move(storage)), blocks_(std::move(blocks)), policy_(policy), alignment_(storage_->alignment()) {
+    : storage_(std::move(storage)), blocks_(std::move(blocks)), policy_(policy), alignment_(storage_->alignment()),
+      most_ahead_(std::max(readers / 2, 1)) {
   for (size_t b = 0; b < blocks_.size(); ++b) {
     const ExpertBlock& block = blocks_[b];
     for (const int half : {0, 1}) room_[half] = std::max(room_[half], room_for(block.bytes[half], alignment_));
@@ -71,6 +78,9 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
   source_.release = [](void* user, int32_t expert) { static_cast<ExpertCache*>(user)->release(expert); };
   source_.preferred = [](void* user, const void* w13, int64_t experts, const uint8_t** flags) {
     return static_cast<ExpertCache*>(user)->preferred(w13, experts, flags);
+  };
+  source_.routed = [](void* user, int64_t tokens, int64_t d, const float* router_input) {
+    static_cast<ExpertCache*>(user)->routed(tokens, d, router_input);
   };
   source_.end = [](void* user) { static_cast<ExpertCache*>(user)->end(); };
   try {
@@ -104,6 +114,8 @@ ExpertCounts ExpertCache::counts() const {
   for (size_t b = 0; b < blocks_.size(); ++b) {
     const ExpertCounts& counts = meters_[b].counts;
     all.hits += counts.hits;
+    all.ahead += counts.ahead;
+    all.ahead_used += counts.ahead_used;
     all.misses += counts.misses;
     all.bytes_read += counts.bytes_read;
     all.stalled_ns += counts.stalled_ns;
@@ -210,78 +222,174 @@ void ExpertCache::resize(int64_t slots) {
   usable_ = slots;
 }
 
-// The slot to give up, or -1: an empty one, else one that the running call needs no more, else, for a worker that waits, another.
-int64_t ExpertCache::victim(bool waited_for) const {
+// The slot to give up, or -1: an empty one, else one of the experts that are held least, up to `most`.
+int64_t ExpertCache::victim(Hold most) const {
   int64_t best = -1;
+  Hold best_hold = kFree;
   for (int64_t i = 0; i < usable_; ++i) {
     const Slot& slot = slots_[static_cast<size_t>(i)];
     if (slot.expert < 0) return i;
     const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
     if (slot.pins > 0 || slot.is(State::kLoading) || expert.waiting > 0) continue;
-    const bool needed = expert.uses > 0;
-    if (needed && !waited_for) continue;
-    if (best < 0) {
-      best = i;
-      continue;
+    const Hold hold = expert.uses > 0 ? kNeeded : expert.expected ? kExpected : kFree;
+    if (hold > most) continue;
+    if (best >= 0) {
+      const Slot& other_slot = slots_[static_cast<size_t>(best)];
+      const Expert& other = experts_[static_cast<size_t>(other_slot.expert)];
+      const bool by_frequency = policy_ == ExpertPolicy::kLfu && expert.frequency != other.frequency;
+      const bool sooner = hold != best_hold ? hold < best_hold
+                          : by_frequency    ? expert.frequency < other.frequency
+                                            : slot.stamp < other_slot.stamp;
+      if (!sooner) continue;
     }
-    const Slot& other_slot = slots_[static_cast<size_t>(best)];
-    const Expert& other = experts_[static_cast<size_t>(other_slot.expert)];
-    if (needed != (other.uses > 0)) {
-      if (!needed) best = i;
-    } else if (policy_ == ExpertPolicy::kLfu && expert.frequency != other.frequency) {
-      if (expert.frequency < other.frequency) best = i;
-    } else if (slot.stamp < other_slot.stamp) {
-      best = i;
-    }
+    best = i;
+    best_hold = hold;
   }
   return best;
 }
 
-// Gives the first pending expert a slot; its two reads become jobs.
+// `slot` becomes that of the expert, whose two reads become jobs.
+void ExpertCache::give(int64_t index, int64_t slot, std::deque<Job>* jobs) {
+  Slot& given = slots_[static_cast<size_t>(slot)];
+  forget(given);
+  given.expert = index;
+  given.state[0] = given.state[1] = State::kLoading;
+  given.stamp = ++clock_;
+  experts_[static_cast<size_t>(index)].slot = slot;
+  jobs->push_back({slot, 0});
+  jobs->push_back({slot, 1});
+}
+
+// Gives the first pending expert a slot.
 bool ExpertCache::claim() {
   if (pending_.empty()) return false;
   const int64_t index = pending_.front();
-  const int64_t chosen = victim(experts_[static_cast<size_t>(index)].waiting > 0);
-  if (chosen < 0) return false;
+  const int64_t slot = victim(experts_[static_cast<size_t>(index)].waiting > 0 ? kNeeded : kExpected);
+  if (slot < 0) return false;
   pending_.pop_front();
-  Slot& slot = slots_[static_cast<size_t>(chosen)];
-  forget(slot);
-  slot.expert = index;
-  slot.state[0] = slot.state[1] = State::kLoading;
-  slot.stamp = ++clock_;
-  experts_[static_cast<size_t>(index)].slot = chosen;
-  jobs_.push_back({chosen, 0});
-  jobs_.push_back({chosen, 1});
+  give(index, slot, &jobs_);
   return true;
+}
+
+// Gives the first expert that is to be read ahead a slot.
+bool ExpertCache::claim_ahead() {
+  if (ahead_.empty()) return false;
+  const int64_t index = ahead_.front(), slot = victim(kFree);
+  if (slot < 0) return false;
+  ahead_.pop_front();
+  give(index, slot, &ahead_jobs_);
+  experts_[static_cast<size_t>(index)].ahead = true;
+  return true;
+}
+
+// The read to be made next, if there is one.
+bool ExpertCache::next(Job* job) {
+  if (!jobs_.empty() || claim()) {
+    *job = jobs_.front();
+    jobs_.pop_front();
+    return true;
+  }
+  // where no slot can be given up, one that is read ahead by halves may be next
+  if (ahead_running_ >= most_ahead_ || (ahead_jobs_.empty() && (!pending_.empty() || !claim_ahead()))) return false;
+  *job = ahead_jobs_.front();
+  ahead_jobs_.pop_front();
+  job->ahead = true;
+  if (job->half == 0) ++counts_of(experts_[static_cast<size_t>(slots_[static_cast<size_t>(job->slot)].expert)].block).ahead;
+  return true;
+}
+
+void ExpertCache::read(const Job& job, std::unique_lock<std::mutex>& lock) {
+  Slot& slot = slots_[static_cast<size_t>(job.slot)];
+  const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
+  const uint64_t bytes = blocks_[static_cast<size_t>(expert.block)].bytes[job.half], begin = place_of(expert, job.half);
+  const uint64_t head = begin % alignment_, needed = head + bytes;
+  const int32_t block = expert.block;
+  change(block, 1, 0);
+  lock.unlock();
+  const int64_t started = now_ns();
+  const std::string fault = storage_->read(begin - head, rounded_up(needed, alignment_), needed, half_of(job.slot, job.half));
+  const int64_t took = now_ns() - started;
+  lock.lock();
+  change(block, -1, 0);
+  counts_of(block).reading_ns += took;
+  counts_of(block).bytes_read += static_cast<int64_t>(bytes);
+  if (!fault.empty()) fault_ = fault;
+  slot.state[job.half] = fault.empty() ? State::kReady : State::kFailed;
 }
 
 void ExpertCache::read_on() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    work_.wait(lock, [&] { return stop_ || !jobs_.empty() || claim(); });
+    Job job;
+    work_.wait(lock, [&] { return stop_ || next(&job); });
     if (stop_) return;
-    const Job job = jobs_.front();
-    jobs_.pop_front();
-    if (!jobs_.empty() || !pending_.empty()) work_.notify_one();
-    Slot& slot = slots_[static_cast<size_t>(job.slot)];
-    const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
-    const uint64_t bytes = blocks_[static_cast<size_t>(expert.block)].bytes[job.half], begin = place_of(expert, job.half);
-    const uint64_t head = begin % alignment_, needed = head + bytes;
-    const int32_t block = expert.block;
-    change(block, 1, 0);
-    lock.unlock();
-    const int64_t started = now_ns();
-    const std::string fault = storage_->read(begin - head, rounded_up(needed, alignment_), needed, half_of(job.slot, job.half));
-    const int64_t took = now_ns() - started;
-    lock.lock();
-    change(block, -1, 0);
-    counts_of(block).reading_ns += took;
-    counts_of(block).bytes_read += static_cast<int64_t>(bytes);
-    if (!fault.empty()) fault_ = fault;
-    slot.state[job.half] = fault.empty() ? State::kReady : State::kFailed;
+    if (!jobs_.empty() || !pending_.empty() || !ahead_jobs_.empty() || !ahead_.empty()) work_.notify_one();
+    if (job.ahead) ++ahead_running_;
+    read(job, lock);
+    if (job.ahead) --ahead_running_;
     ready_.notify_all();
-    if (!pending_.empty()) work_.notify_one();  // the slot may be given up now
+    if (!pending_.empty() || !ahead_.empty() || !ahead_jobs_.empty()) work_.notify_one();  // the slot may be given up now
   }
+}
+
+void ExpertCache::read_ahead(Predictor predictor) {
+  std::lock_guard<std::mutex> call(call_);
+  int64_t most = 0;
+  for (const ExpertBlock& block : blocks_) most = std::max(most, block.top_k);
+  predicted_.resize(static_cast<size_t>(most * kMostAheadTokens));
+  predictor_ = std::move(predictor);
+}
+
+// The running call's routing is known: what does the next block need?
+void ExpertCache::routed(int64_t tokens, int64_t d, const float* router_input) {
+  const int64_t block = block_ + 1;
+  if (!predictor_ || tokens > kMostAheadTokens || block >= static_cast<int64_t>(blocks_.size())) return;
+  if (!predictor_(block, tokens, d, router_input, predicted_.data())) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  const int64_t count = tokens * blocks_[static_cast<size_t>(block)].top_k;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t index = first_[static_cast<size_t>(block)] + predicted_[static_cast<size_t>(i)];
+    Expert& expert = experts_[static_cast<size_t>(index)];
+    if (expert.expected) continue;
+    expert.expected = true;
+    expert.absent = expert.slot < 0;
+    expected_.push_back(index);
+    if (expert.absent && worth_ >= kLeastWorth) ahead_.push_back(index);
+  }
+  const bool reads = !ahead_.empty();
+  lock.unlock();
+  if (reads) work_.notify_all();
+}
+
+// A call of `block` begins, whose uses are set: what was expected of it is judged, and what was in vain is dropped.
+void ExpertCache::judge(int64_t block) {
+  ahead_.clear();
+  // An expert of which nothing was read yet gives its slot back: if it is needed it is asked for like any other. Of one
+  // half of which was, the other half follows: first of all if it is needed, else when nobody waits.
+  std::deque<Job> late;
+  for (size_t i = 0; i < ahead_jobs_.size(); ++i) {
+    const Job& job = ahead_jobs_[i];
+    Slot& slot = slots_[static_cast<size_t>(job.slot)];
+    Expert& expert = experts_[static_cast<size_t>(slot.expert)];
+    if (job.half == 0) {  // the other one is behind it
+      expert.ahead = false;
+      forget(slot);
+      ++i;
+    } else {
+      (expert.uses > 0 ? jobs_ : late).push_back(job);
+    }
+  }
+  ahead_jobs_.swap(late);
+  for (const int64_t index : expected_) {
+    Expert& expert = experts_[static_cast<size_t>(index)];
+    const bool right = expert.block == block && expert.uses > 0;
+    if (expert.absent && expert.block == block) worth_ += (right - worth_) * kLately;
+    const bool there = expert.ahead && expert.slot >= 0;
+    if (there && right) ++counts_of(block).ahead_used;
+    if (there && !right) slot_of(expert)->stamp = 0;  // the first to be given up
+    expert.expected = expert.absent = expert.ahead = false;
+  }
+  expected_.clear();
 }
 
 void ExpertCache::prefer_resident(float share) {
@@ -331,8 +439,8 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   call_.lock();
   const bool alone = alone_ == block - blocks_.begin();
   alone_ = -1;
-  const auto there = [&](int32_t expert) { return expert >= 0 && expert < block->experts; };
-  const bool known = std::all_of(experts, experts + count, there), room = known && raise(&scratch_, scratch_bytes);
+  const auto valid = [&](int32_t expert) { return expert >= 0 && expert < block->experts; };
+  const bool known = std::all_of(experts, experts + count, valid), room = known && raise(&scratch_, scratch_bytes);
   std::unique_lock<std::mutex> lock(mutex_);
   if (!room) {
     fault_ = known ? "the memory budget leaves no room for experts beside the working memory of so many tokens at once"
@@ -352,13 +460,20 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
     Expert& expert = of(experts[i]);
     expert.uses = uses[i];
     ++expert.frequency;
+  }
+  judge(block_);
+  for (int64_t i = 0; i < count; ++i) {
+    Expert& expert = of(experts[i]);
     Slot* const slot = slot_of(expert);
     if (!slot) continue;
     ready_.wait(lock, [&] { return !slot->is(State::kLoading) || !slot->is(State::kFailed); });
     if (slot->is(State::kFailed)) forget(*slot);  // it is read again
   }
-  // experts in memory come first: computing them hides the reads of the others
-  std::stable_partition(experts, experts + count, [&](int32_t expert) { return of(expert).slot >= 0; });
+  // experts in memory come first, then those that are being read: computing hides the reads of the others
+  const auto there = [&](int32_t expert) { return of(expert).slot >= 0; };
+  const auto whole = [&](int32_t expert) { return there(expert) && !slot_of(of(expert))->is(State::kLoading); };
+  std::stable_partition(experts, experts + count, there);
+  std::stable_partition(experts, experts + count, whole);
   for (int64_t i = 0; i < count; ++i) {
     Expert& expert = of(experts[i]);
     ++(expert.slot >= 0 ? counts_of(block_).hits : counts_of(block_).misses);

@@ -2,12 +2,17 @@
 //
 // A block is one mixture-of-experts layer. A slot holds one expert: its gate/up and its down matrix, which become ready one
 // after the other. The slot to be given up is chosen first among experts that the running call needs no more.
+//
+// Reading ahead: while a layer of few tokens is computed, and attention after it, the storage would stand still once the
+// layer's own experts are there. The experts that the next layer is expected to select are read then (`read_ahead`). Reads
+// that somebody waits for come first, and nothing is read ahead while expectations are mostly wrong.
 #ifndef MOEC_EXPERT_CACHE_H_
 #define MOEC_EXPERT_CACHE_H_
 
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -42,7 +47,8 @@ struct ExpertBlock {
 enum class ExpertPolicy : int32_t { kLru = 0, kLfu = 1 };
 
 struct ExpertCounts {
-  int64_t hits = 0, misses = 0;     // experts that a call found, and that it had to wait for or to read
+  int64_t hits = 0, misses = 0;     // experts that a call found, in memory or being read ahead, and that it had to ask for
+  int64_t ahead = 0, ahead_used = 0;  // experts read ahead, and those of them that the next call of their layer needed
   int64_t bytes_read = 0;
   int64_t stalled_ns = 0;           // workers' time spent waiting for reads
   int64_t reading_ns = 0;           // readers' time spent reading
@@ -69,6 +75,12 @@ class ExpertCache {
   // fall out or how prompts were cut. One thread at a time may compute. To be called before the first call.
   void prefer_resident(float share);
   int64_t preferred_slots() const { return remembered_; }
+
+  // The experts that `block` will select, as far as what the router of the block before it was given can tell: writes the
+  // top_k numbers of each of `tokens` rows of `router_input` [tokens, d]. False: cannot tell.
+  using Predictor = std::function<bool(int64_t block, int64_t tokens, int64_t d, const float* router_input, int32_t* experts)>;
+  // From here on the cache reads ahead. To be called before the first call.
+  void read_ahead(Predictor predictor);
 
   const moec_expert_source* source() const { return &source_; }
   int64_t slots() const;
@@ -104,10 +116,14 @@ class ExpertCache {
     int32_t uses = 0;     // acquires that the running call has left
     int32_t waiting = 0;  // workers that wait for it
     uint32_t frequency = 0;
+    bool expected = false;  // by the last prediction
+    bool absent = false;    // it was not in memory then
+    bool ahead = false;     // and its slot is from then
   };
   struct Job {
     int64_t slot;
     int half;
+    bool ahead = false;  // nobody waited for it when it began
   };
   // Counts, and who reads and waits now.
   struct Meter {
@@ -126,14 +142,22 @@ class ExpertCache {
 
   void change(int64_t block, int32_t more_reading, int32_t more_waiting);
   ExpertCounts& counts_of(int64_t block) { return meters_[static_cast<size_t>(block)].counts; }
+  void routed(int64_t tokens, int64_t d, const float* router_input);
 
   void stop();
   void read_on();
+  bool next(Job* job);
+  void read(const Job& job, std::unique_lock<std::mutex>& lock);
+  void judge(int64_t block);
   void settle();
   bool raise(uint64_t* part, uint64_t bytes);
   void resize(int64_t slots);
   bool claim();
-  int64_t victim(bool waited_for) const;
+  bool claim_ahead();
+  void give(int64_t index, int64_t slot, std::deque<Job>* jobs);
+  // What experts are given up last for: one that the running call needs, one that the next is expected to need.
+  enum Hold { kFree, kExpected, kNeeded };
+  int64_t victim(Hold most) const;
   void forget(Slot& slot);
   Slot* slot_of(const Expert& expert);
   uint8_t* half_of(int64_t slot, int half) const;
@@ -156,6 +180,13 @@ class ExpertCache {
   std::vector<int64_t> first_;                         // of each block, in experts_
   std::deque<int64_t> pending_;                        // experts of the running call that no slot was claimed for yet
   std::deque<Job> jobs_;
+  std::vector<int64_t> expected_;                      // by the last prediction, of experts_
+  std::deque<int64_t> ahead_;                          // of these, those that no slot was claimed for yet
+  std::deque<Job> ahead_jobs_;                         // nobody waits for them
+  int ahead_running_ = 0, most_ahead_ = 0;             // of ahead_jobs_, being read
+  Predictor predictor_;
+  std::vector<int32_t> predicted_;                     // its room
+  double worth_ = 1.0;                                 // share of absent experts that were needed as expected, of late
   int64_t block_ = -1;                                 // of the running call
   int64_t least_ = 0;                                  // slots without which a call is refused
   uint64_t clock_ = 0;

@@ -4,6 +4,7 @@
 #include <cinttypes>
 
 #include "memory.h"
+#include "moe_config.h"
 #include "model.h"
 
 using namespace moec_runtime;
@@ -18,12 +19,11 @@ constexpr char kNone[] = "a memory budget needs routed experts, and the model ha
 
 // The blocks of a program; "" or why there are none, or one of them is not as the kernels read it.
 std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks) {
-  enum { kExperts = 1, kTopK = 4 };  // of moe_config.h
   for (const MoeCall& call : file.facts().moe_calls) {
-    if (call.config.size() <= kTopK || call.config[kExperts] < 1) return kNone;
+    if (call.config.size() <= MOEC_CONFIG_TOP_K || call.config[MOEC_CONFIG_EXPERTS] < 1) return kNone;
     ExpertBlock block;
-    block.experts = call.config[kExperts];
-    block.top_k = call.config[kTopK];
+    block.experts = call.config[MOEC_CONFIG_EXPERTS];
+    block.top_k = call.config[MOEC_CONFIG_TOP_K];
     for (const int half : {0, 1}) {
       const auto experts = static_cast<uint64_t>(block.experts);
       if (call.bytes[half] == 0 || call.bytes[half] % experts != 0) return kNone;
@@ -46,6 +46,36 @@ std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks)
   return blocks->empty() ? kNone : "";
 }
 
+// The router of a block, as constants of the program.
+struct Router {
+  std::vector<int64_t> config;  // empty: it is none of constants
+  moec_in parts[MoeCall::kRouterParts] = {};
+
+  bool select(int64_t tokens, int64_t d, const float* router_input, int32_t* experts) const {
+    if (config.empty() || config[MOEC_CONFIG_D_MODEL] != d) return false;
+    const auto bytes = [&](int64_t columns) { return static_cast<uint64_t>(tokens * columns) * 4; };
+    return moec_select_experts(tokens, config.data(), config.size(), {router_input, bytes(d)}, parts[MoeCall::kWeight],
+                               parts[MoeCall::kBias], parts[MoeCall::kSelectionBias],
+                               {experts, bytes(config[MOEC_CONFIG_TOP_K])}) == MOEC_OK;
+  }
+};
+
+std::vector<Router> routers_of(const ProgramFile& file, const std::vector<ExpertBlock>& blocks) {
+  std::vector<Router> routers(blocks.size());
+  for (const MoeCall& call : file.facts().moe_calls) {
+    const void* address = file.mapped().data() + call.offset[0];
+    const auto same = [&](const ExpertBlock& block) { return block.address == address; };
+    const auto block = std::find_if(blocks.begin(), blocks.end(), same);
+    Router& router = routers[static_cast<size_t>(block - blocks.begin())];
+    // a block that is called with several values of top_k would need as many rooms for its predictions
+    if (!call.router_known || call.config[MOEC_CONFIG_TOP_K] != block->top_k) continue;
+    router.config = call.config;
+    for (int part = 0; part < MoeCall::kRouterParts; ++part)
+      if (call.router_bytes[part]) router.parts[part] = {file.mapped().data() + call.router_offset[part], call.router_bytes[part]};
+  }
+  return routers;
+}
+
 int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
 
 }  // namespace
@@ -53,12 +83,11 @@ int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
 // Tokens of a call whose activations and kernels' working memory take at most `bytes`, by an estimate that is on the safe side.
 // Few tokens may be taken anyway: as many as the kernels compute in one sweep over their experts, if `slots` hold these.
 int64_t moec_model::most_tokens(int64_t bytes, int64_t slots) {
-  enum { kDModel = 2, kTopK = 4 };  // of moe_config.h
   constexpr int64_t kTile = 5 << 20;  // of a worker (moe_run.cpp)
   int64_t row = 0, few = info.max_tokens;
   for (const MoeCall& call : file->facts().moe_calls) {
-    row = std::max(row, (call.config[kTopK] + 4) * call.config[kDModel] * static_cast<int64_t>(sizeof(float)));
-    few = std::min(few, std::max<int64_t>(std::min(8 * info.threads, slots) / std::max<int64_t>(call.config[kTopK], 1), 1));
+    row = std::max(row, (call.config[MOEC_CONFIG_TOP_K] + 4) * call.config[MOEC_CONFIG_D_MODEL] * static_cast<int64_t>(sizeof(float)));
+    few = std::min(few, std::max<int64_t>(std::min(8 * info.threads, slots) / std::max<int64_t>(call.config[MOEC_CONFIG_TOP_K], 1), 1));
   }
   row += static_cast<int64_t>(activation_bytes(planned_tokens, false)) / planned_tokens + 1;
   return std::clamp((bytes - kTile * info.threads) / row, few, info.max_tokens);
@@ -107,7 +136,11 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   const int64_t most = info.max_tokens;
   info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
+  std::vector<Router> routers = routers_of(*file, blocks);
   experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
+  experts->read_ahead([routers = std::move(routers)](int64_t block, int64_t tokens, int64_t d, const float* x, int32_t* out) {
+    return routers[static_cast<size_t>(block)].select(tokens, d, x, out);
+  });
   // where all experts fit, what is left is for calls and other sessions
   experts->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
   memory_budget = bytes;
@@ -148,6 +181,18 @@ int32_t moec_model_prefer_resident(moec_model* model, float share) {
   return ok ? 0 : -1;
 }
 
+int32_t moec_model_read_nothing_ahead(moec_model* model) {
+  if (!model) return -1;
+  std::lock_guard<std::mutex> lock(model->busy);
+  model->error.clear();
+  const bool ok = guarded(model, [&] {
+    if (!model->experts) return model->fail("there is no memory budget");
+    model->experts->read_ahead(nullptr);
+    return true;
+  });
+  return ok ? 0 : -1;
+}
+
 int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats) {
   if (!model || !stats) return -1;
   *stats = {};
@@ -167,6 +212,8 @@ int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats) {
   stats->waiting_ns = counts.waiting_ns;
   stats->active_ns = counts.active_ns;
   stats->exposed_ns = counts.exposed_ns;
+  stats->ahead = counts.ahead;
+  stats->ahead_used = counts.ahead_used;
   return 0;
 }
 

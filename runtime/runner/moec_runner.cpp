@@ -38,6 +38,7 @@ const char kUsage[] =
     "  --memory-mb N      read routed experts as they are needed, so that the process stays within N million bytes\n"
     "  --eviction NAME    which expert is given up then: lru (default) or lfu\n"
     "  --readers N        threads that read then (default 4)\n"
+    "  --no-read-ahead    read no experts then before their layer is routed\n"
     "  --cache-aware X    prefer experts in memory then, by X (0 .. 1) of the range of a token's selection values: results\n"
     "                     depend on what was decoded before\n"
     "  --drop-cache       first let the system forget the file, so that only what is used is read\n"
@@ -49,7 +50,7 @@ struct Options {
   int64_t prompt_length = 0, threads = 0, seed = 1, memory_mb = 0, readers = 4;
   int32_t eviction = MOEC_EVICT_LRU;
   double cache_aware = 0.0;
-  bool json = false, profile = false, drop_cache = false, help = false;
+  bool json = false, profile = false, drop_cache = false, no_read_ahead = false, help = false;
   BenchOptions bench;
   ProfileOptions points;
 };
@@ -116,6 +117,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->points.follow = true;
     } else if (name == "--drop-cache") {
       o->drop_cache = true;
+    } else if (name == "--no-read-ahead") {
+      o->no_read_ahead = true;
     } else if (name == "--points") {
       if (!numbers_of("--points", next, &o->points.points)) return false;
       ++i;
@@ -184,14 +187,16 @@ double seconds() {
 double rate(double tokens, double time) { return time > 0 ? tokens / time : 0.0; }
 
 std::string experts_json(const moec_expert_stats& e) {
-  char text[400];
+  char text[500];
   std::snprintf(text, sizeof text,
                 ", \"experts\": {\"budget_mb\": %.1f, \"experts\": %lld, \"slots\": %lld, \"slot_bytes\": %lld, \"hits\": %lld, "
-                "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f, \"preferred\": %lld}",
+                "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f, \"preferred\": %lld, "
+                "\"ahead\": %lld, \"ahead_used\": %lld}",
                 static_cast<double>(e.budget) / 1e6, static_cast<long long>(e.experts), static_cast<long long>(e.slots),
                 static_cast<long long>(e.slot_bytes), static_cast<long long>(e.hits), static_cast<long long>(e.misses),
                 static_cast<long long>(e.bytes_read), static_cast<double>(e.stalled_ns) / 1e9,
-                static_cast<double>(e.reading_ns) / 1e9, static_cast<long long>(e.preferred));
+                static_cast<double>(e.reading_ns) / 1e9, static_cast<long long>(e.preferred), static_cast<long long>(e.ahead),
+                static_cast<long long>(e.ahead_used));
   return e.budget ? text : "";
 }
 
@@ -286,6 +291,7 @@ int run(int argc, char** argv) {
     fail(o.model + ": " + moec_model_error(model.get()));
     return kUserError;
   }
+  if (o.memory_mb > 0 && o.no_read_ahead) moec_model_read_nothing_ahead(model.get());
   moec_model_info info = {};
   moec_model_get_info(model.get(), &info);
   if (o.prompt_length > info.context) {

@@ -110,7 +110,7 @@ typedef struct moec_expert_stats {
   int64_t experts;      // routed experts of all layers
   int64_t slots;        // of them that may be in memory
   int64_t slot_bytes;
-  int64_t hits;         // experts that a layer found in memory, and that had to be read
+  int64_t hits;         // experts that a layer found in memory or being read ahead, and that it had to ask for
   int64_t misses;
   int64_t bytes_read;
   int64_t stalled_ns;   // sum over threads that waited for a read
@@ -120,6 +120,8 @@ typedef struct moec_expert_stats {
   int64_t waiting_ns;   // at least one thread waited for a read
   int64_t active_ns;    // at least one thread read; 1 - exposed_ns / active_ns is the share of it that computing hid
   int64_t exposed_ns;   // both at once
+  int64_t ahead;        // experts that were read before their layer was routed, and those of them that it then selected
+  int64_t ahead_used;
 } moec_expert_stats;
 
 // The same of one layer with routed experts. The time by the clock of two layers may be the same time.
@@ -146,6 +148,10 @@ MOEC_RUNTIME_API int32_t moec_model_limit_memory(moec_model* model, int64_t byte
 // tokens select as ever. After moec_model_limit_memory with MOEC_EVICT_LRU, before the first forward; moec_model_info.exact
 // becomes 0. 0, or -1.
 MOEC_RUNTIME_API int32_t moec_model_prefer_resident(moec_model* model, float share);
+// While a layer of few tokens is computed, what the router of the layer behind it would select for the same input is read
+// ahead, as long as nobody waits for the storage and most of it is then needed. Results do not depend on it. After
+// moec_model_limit_memory, before the first forward, this switches it off. 0, or -1.
+MOEC_RUNTIME_API int32_t moec_model_read_nothing_ahead(moec_model* model);
 MOEC_RUNTIME_API int32_t moec_model_expert_stats(moec_model* model, moec_expert_stats* stats);
 MOEC_RUNTIME_API int32_t moec_session_expert_stats(moec_session* session, moec_expert_stats* stats);  // of its model
 // Number of layers with routed experts, in the order in which the program runs them (layers whose experts are equal count as

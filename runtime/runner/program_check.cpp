@@ -145,7 +145,7 @@ class Program {
 
   // Records a MoE block whose experts are constants of the file; no bytes for the half that is none.
   void note_moe(const std::vector<Value>& values, const Arguments& arguments) {
-    enum { kW13 = 5, kW2 = 7, kConfig = 12 };
+    enum { kRouter = 2, kW13 = 5, kW2 = 7, kConfig = 12 };
     MoeCall call = {};
     for (const int32_t item : arguments[kConfig]->items) {
       const Value& entry = values[static_cast<size_t>(item)];
@@ -158,6 +158,15 @@ class Program {
       if (weights.memory.where != Region::kConstant) continue;
       call.offset[half] = weights.memory.begin;
       call.bytes[half] = weights.bytes;
+    }
+    call.router_known = true;
+    for (int part = 0; part < MoeCall::kRouterParts; ++part) {
+      const Value& given = *arguments[static_cast<size_t>(kRouter + part)];
+      if (given.kind != Kind::kTensor) continue;  // an optional one that is absent
+      if (given.memory.where != Region::kConstant) call.router_known = false;
+      if (given.memory.where != Region::kConstant) continue;
+      call.router_offset[part] = given.memory.begin;
+      call.router_bytes[part] = given.bytes;
     }
     if (call.bytes[0] > 0) facts.moe_calls.push_back(std::move(call));
   }

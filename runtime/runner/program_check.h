@@ -15,10 +15,14 @@
 // Gives `length` bytes of the file at `offset`, which stay valid and the same while the model is open; nullptr: not there.
 using ReadSegment = std::function<const uint8_t*(uint64_t offset, uint64_t length)>;
 
-// The constants of a call of moec::fused_moe_packed: its config list, and where w13 and w2 of all experts lie in the file.
+// The constants of a call of moec::fused_moe_packed: its config list, and where w13 and w2 of all experts lie in the file,
+// and the router's weight, bias and selection bias (no bytes: absent, or not a constant).
 struct MoeCall {
+  enum { kWeight, kBias, kSelectionBias, kRouterParts };
   std::vector<int64_t> config;
   uint64_t offset[2], bytes[2];
+  uint64_t router_offset[kRouterParts], router_bytes[kRouterParts];
+  bool router_known;  // every part that is there is a constant
 };
 
 // Facts of the program that the check collects on the way.

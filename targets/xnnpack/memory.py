@@ -16,12 +16,14 @@ class ExpertCacheOptions:
     """eviction: which expert is given up, the one used longest ago ("lru") or least often ("lfu").
 
     readers: threads that read, 1 to 64. cache_aware: how much the router of a token that is run alone prefers experts
-    in memory, as a share (0 to 1) of the range of what it selects by; only with "lru". RunError for other values.
+    in memory, as a share (0 to 1) of the range of what it selects by; only with "lru". read_ahead: while a layer of a
+    few tokens is computed, experts are read that the next layer will probably select. RunError for other values.
     """
 
     eviction: str = "lru"
     readers: int = 4
     cache_aware: float = 0.0
+    read_ahead: bool = True
 
     def __post_init__(self) -> None:
         if self.eviction not in EVICTIONS:
@@ -38,10 +40,12 @@ class ExpertCacheOptions:
 class ExpertStats:
     """budget, slot_bytes, bytes_read: bytes. experts: of all layers; slots: of them that may be in memory.
 
-    hits and misses: experts that a layer found in memory, and that had to be read. stalled_ns: the sum over threads
-    that waited for a read; reading_ns: the sum over threads that read. preferred: experts that cache-aware selection
-    takes to be in memory, at most; 0: it is off. Time by the clock, however many threads did it at once: waiting_ns,
-    at least one thread waited for a read; active_ns, at least one thread read; exposed_ns, both.
+    hits and misses: experts that a layer found in memory or being read ahead, and that it had to ask for. ahead:
+    experts that were read before their layer was routed; ahead_used: those of them that it then selected. stalled_ns:
+    the sum over threads that waited for a read; reading_ns: the sum over threads that read. preferred: experts that
+    cache-aware selection takes to be in memory, at most; 0: it is off.
+    Time by the clock, however many threads did it at once: waiting_ns, at least one thread waited for a read;
+    active_ns, at least one thread read; exposed_ns, both.
     """
 
     budget: int
@@ -57,6 +61,8 @@ class ExpertStats:
     waiting_ns: int
     active_ns: int
     exposed_ns: int
+    ahead: int
+    ahead_used: int
 
     @property
     def overlapped(self) -> float | None:

@@ -79,6 +79,7 @@ def _runtime() -> ctypes.CDLL:
         "moec_model_error": (ctypes.c_char_p, [handle]),
         "moec_model_get_info": (i32, [handle, ctypes.POINTER(_Info)]),
         "moec_model_limit_memory": (i32, [handle, i64, i32, i32]),
+        "moec_model_read_nothing_ahead": (i32, [handle]),
         "moec_model_prefer_resident": (i32, [handle, ctypes.c_float]),
         "moec_session_expert_stats": (i32, [handle, ctypes.POINTER(_ExpertStats)]),
         "moec_session_expert_layer_stats": (i64, [handle, ctypes.POINTER(_LayerExpertStats), i64]),
@@ -170,6 +171,8 @@ class CpuSession(SessionBase):
         policy = EVICTIONS.index(options.eviction)
         if _runtime().moec_model_limit_memory(model, memory_mb * 1_000_000, policy, options.readers):
             self._check_model(_runtime().moec_model_error(model).decode(errors="replace"))
+        if not options.read_ahead:
+            _runtime().moec_model_read_nothing_ahead(model)
         if options.cache_aware and _runtime().moec_model_prefer_resident(model, options.cache_aware):
             self._check_model(_runtime().moec_model_error(model).decode(errors="replace"))
 

@@ -216,6 +216,8 @@ def test_routing_selects_and_weighs_as_defined(how: Routing, bias: bool) -> None
     )  # fmt: skip
     x = rng.standard_normal((300, 64), dtype=np.float32)
     _, indices, weights = block.prepared(x)
+    assert np.array_equal(block.prepared.select(x), indices)
+    assert np.array_equal(block.prepared.select(x[:1]), indices[:1])
     expected, expected_weights = block.route(x)
     order, expected_order = np.argsort(indices), np.argsort(expected.numpy())
     same = (np.take_along_axis(indices, order, 1) == np.take_along_axis(expected.numpy(), expected_order, 1)).all(1)
@@ -224,6 +226,16 @@ def test_routing_selects_and_weighs_as_defined(how: Routing, bias: bool) -> None
     got = np.take_along_axis(weights, order, 1)[same]
     wanted = np.take_along_axis(expected_weights.numpy(), expected_order, 1)[same]
     assert np.allclose(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_selection_alone_checks_what_it_is_given() -> None:
+    rng = np.random.default_rng(3)
+    block = random_block(rng, experts=24, d=64, width=8, top_k=5, routed=WeightFormat(), selection_bias=True)
+    with pytest.raises(kernel_api.KernelError, match="router_input: "):
+        block.prepared.select(rng.standard_normal((3, 63), dtype=np.float32))
+    block.prepared.tensors.router_weight = block.prepared.tensors.router_weight[:-1]
+    with pytest.raises(kernel_api.KernelError, match="router_weight: 5888 bytes given, 6144 needed"):
+        block.prepared.select(rng.standard_normal((3, 64), dtype=np.float32))
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

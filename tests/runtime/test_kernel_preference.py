@@ -33,6 +33,7 @@ class _Source(ctypes.Structure):
         ("release", ctypes.c_void_p),
         ("end", ctypes.c_void_p),
         ("preferred", _PREFERRED),
+        ("routed", ctypes.c_void_p),
     )
 
 
@@ -41,7 +42,7 @@ class Preferring:
 
     def __init__(self, flags: np.ndarray, share: float) -> None:
         self.flags, self.share, self.asked = np.ascontiguousarray(flags, np.uint8), share, 0
-        self._source = _Source(None, _BEGIN(lambda *_: 0), None, None, None, _PREFERRED(self._preferred))
+        self._source = _Source(None, _BEGIN(lambda *_: 0), None, None, None, _PREFERRED(self._preferred), None)
 
     def _preferred(self, _user: int, _w13: int, experts: int, flags: ctypes._Pointer[ctypes.c_void_p]) -> float:
         assert experts == len(self.flags)

@@ -33,6 +33,10 @@ class Experts {
     if (answer < 0) failed_ = true;
     return answer >= 0;
   }
+  // As moec_expert_source::routed.
+  void routed(int64_t tokens, const float* router_input) {
+    if (source_ && source_->routed) source_->routed(source_->user, tokens, moe_.d, router_input);
+  }
   void end() {
     if (source_) source_->end(source_->user);
     source_ = nullptr;

@@ -48,6 +48,7 @@ struct Selection {
   }
 };
 thread_local Selection selection;
+thread_local Selection foreseen;  // of select, which may run within an operator
 
 struct Range {
   int field;
@@ -147,6 +148,18 @@ int32_t optional_floats(const char* name, moec_in buffer, int64_t rows, int64_t 
   return MOEC_OK;
 }
 
+// f32 router_weight [E, D], router_bias [E] or absent, selection_bias [E] or absent.
+int32_t open_router(moec_in weight, moec_in bias, moec_in selection_bias, Moe* moe) {
+  MOEC_RETURN_IF_ERROR(check_buffer("router_weight", weight.data, weight.bytes, moe->experts, moe->d, 4));
+  moe->router_weight = static_cast<const float*>(weight.data);
+  MOEC_RETURN_IF_ERROR(optional_floats("router_bias", bias, 1, moe->experts, &moe->router_bias));
+  MOEC_RETURN_IF_ERROR(optional_floats("selection_bias", selection_bias, 1, moe->experts, &moe->selection_bias));
+  if (moe->selection_bias && moe->routing.score == Routing::kSparsemixer) {
+    return fail(MOEC_INVALID_ARGUMENT, "selection_bias: given, which sparsemixer has no use for");
+  }
+  return MOEC_OK;
+}
+
 int32_t open_weights(const moec_moe_args& a, Moe* moe) {
   const int64_t* const c = a.config;
   const int64_t per = moe->gated ? 2 : 1, e = moe->experts, d = moe->d, f = moe->width, s = moe->shared_width;
@@ -154,13 +167,7 @@ int32_t open_weights(const moec_moe_args& a, Moe* moe) {
   MOEC_RETURN_IF_ERROR(
       open_matrices("w13", e, per * f, d, format(MOEC_CONFIG_W13_FORMAT), a.w13, &moe->w13, &moe->w13_stride));
   MOEC_RETURN_IF_ERROR(open_matrices("w2", e, d, f, format(MOEC_CONFIG_W2_FORMAT), a.w2, &moe->w2, &moe->w2_stride));
-  MOEC_RETURN_IF_ERROR(check_buffer("router_weight", a.router_weight.data, a.router_weight.bytes, e, d, 4));
-  moe->router_weight = static_cast<const float*>(a.router_weight.data);
-  MOEC_RETURN_IF_ERROR(optional_floats("router_bias", a.router_bias, 1, e, &moe->router_bias));
-  MOEC_RETURN_IF_ERROR(optional_floats("selection_bias", a.selection_bias, 1, e, &moe->selection_bias));
-  if (moe->selection_bias && moe->routing.score == Routing::kSparsemixer) {
-    return fail(MOEC_INVALID_ARGUMENT, "selection_bias: given, which sparsemixer has no use for");
-  }
+  MOEC_RETURN_IF_ERROR(open_router(a.router_weight, a.router_bias, a.selection_bias, moe));
   MOEC_RETURN_IF_ERROR(optional_floats("b13", a.b13, e, per * f, &moe->b13));
   MOEC_RETURN_IF_ERROR(optional_floats("b2", a.b2, e, d, &moe->b2));
   MOEC_RETURN_IF_ERROR(optional_floats("shared_gate", a.shared_gate, 1, d, &moe->shared_gate));
@@ -218,14 +225,49 @@ int32_t run(const moec_moe_args& a) {
   return MOEC_OK;
 }
 
+int32_t select(int64_t tokens, const int64_t* config, uint64_t config_length, moec_in router_input, moec_in weight, moec_in bias,
+               moec_in selection_bias, moec_out indices) {
+  MOEC_RETURN_IF_ERROR(select_isa());
+  const double params[MOEC_MOE_PARAMS_LENGTH] = {};
+  moec_moe_args a = {};
+  a.config = config;
+  a.config_length = config_length;
+  a.params = params;
+  a.params_length = MOEC_MOE_PARAMS_LENGTH;
+  Moe moe;
+  MOEC_RETURN_IF_ERROR(decode(a, &moe));
+  MOEC_RETURN_IF_ERROR(open_router(weight, bias, selection_bias, &moe));
+  const int64_t e = moe.experts, d = moe.d, k = moe.top_k;
+  MOEC_RETURN_IF_ERROR(check_buffer("router_input", router_input.data, router_input.bytes, tokens, d, 4));
+  MOEC_RETURN_IF_ERROR(check_buffer("indices", indices.data, indices.bytes, tokens, k, 4));
+  const int64_t space = routing_scratch(e, moe.routing.groups, k);
+  if (!foreseen.reserve(e + space + k)) return fail(MOEC_OUT_OF_MEMORY, "moe: no memory for the routing of a token");
+  float* const logits = foreseen.weights;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* const x = static_cast<const float*>(router_input.data) + t * d;
+    kernels().gemm_f32({moe.router_weight, x, d, 1, e, d, moe.router_bias, logits, e});
+    route_token(kernels(), moe.routing, e, k, logits, moe.selection_bias, {}, logits + e,
+                static_cast<int32_t*>(indices.data) + t * k, logits + e + space);
+  }
+  return MOEC_OK;
+}
+
 }  // namespace
 
-void release_selection() { selection.release(); }
+void release_selection() {
+  selection.release();
+  foreseen.release();
+}
 
 }  // namespace moec
 
 int32_t moec_moe(const moec_moe_args* args) {
   return args ? moec::run(*args) : moec::fail(MOEC_INVALID_ARGUMENT, "args: the pointer is null");
+}
+
+int32_t moec_select_experts(int64_t tokens, const int64_t* config, uint64_t config_length, moec_in router_input,
+                            moec_in router_weight, moec_in router_bias, moec_in selection_bias, moec_out indices) {
+  return moec::select(tokens, config, config_length, router_input, router_weight, router_bias, selection_bias, indices);
 }
 
 void moec_set_trace(moec_trace_fn callback, void* user) {

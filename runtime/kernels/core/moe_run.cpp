@@ -1,7 +1,8 @@
 // The mixture-of-experts block, in two schedules that compute the same bits.
 //
 // Few (token, expert) pairs: `run_narrow`. Three parallel regions, each cut along weight rows, because a region must read its
-// weights with all threads: router + shared gate/up; routed gate/up + shared down; routed down + combine.
+// weights with all threads: router + shared gate/up; routed gate/up + shared down; routed down + combine. Where experts are
+// lent, the router is a region of its own, so that what it selects is read while the shared expert is computed.
 // Many pairs: `run_wide`. Three regions: router per token tile; whole experts (gate/up, activation, down) per tile of their
 // tokens, shared expert included; combine per token. An expert's weights are read once per tile.
 //
@@ -462,17 +463,19 @@ int32_t run_narrow(Run& run) {
   const int64_t router_units = divide_up(moe.experts, router_rows);
   const int64_t shared_steps = shared ? steps_per_unit(shared_up.count, 1, run.threads) : 1;
   const int64_t shared_units = shared ? divide_up(shared_up.count, shared_steps) : 0;
-  for_each_unit(run.threads, router_units + shared_units, [&](int32_t worker, int64_t unit) {
-    if (unit < router_units) {
-      const int64_t e = unit * router_rows, n = moe.experts - e < router_rows ? moe.experts - e : router_rows;
-      run.isa.gemm_f32({moe.router_weight + e * d, run.router_input, d, t, n, d, moe.router_bias ? moe.router_bias + e : nullptr,
-                        logits + e, moe.experts});
-      return;
-    }
-    const int64_t begin = (unit - router_units) * shared_steps * shared_up.step;
-    const int64_t end = begin + shared_steps * shared_up.step;
+  const auto router_unit = [&](int64_t unit) {
+    const int64_t e = unit * router_rows, n = moe.experts - e < router_rows ? moe.experts - e : router_rows;
+    run.isa.gemm_f32({moe.router_weight + e * d, run.router_input, d, t, n, d, moe.router_bias ? moe.router_bias + e : nullptr,
+                      logits + e, moe.experts});
+  };
+  const auto shared_up_unit = [&](int32_t worker, int64_t unit) {
+    const int64_t begin = unit * shared_steps * shared_up.step, end = begin + shared_steps * shared_up.step;
     narrow_up(run, shared_e, begin, end < s ? end : s, {t, run.x, d, shared_x}, matmul_scratch(worker), floats(worker, h13_at),
               shared_hidden);
+  };
+  const bool apart = expert_source() != nullptr;
+  for_each_unit(run.threads, router_units + (apart ? 0 : shared_units), [&](int32_t worker, int64_t unit) {
+    unit < router_units ? router_unit(unit) : shared_up_unit(worker, unit - router_units);
   });
 
   run.route(0, t, logits, reinterpret_cast<float*>(base + routing_at));
@@ -484,6 +487,8 @@ int32_t run_narrow(Run& run) {
   for (int64_t h = 0; h < run.hits; ++h) run.uses[h] = int32_t(up_units + out_units);
   Experts experts(moe);
   if (!experts.begin(run.hit, run.uses, run.hits, shared_bytes + worker_plan.total() * size_t(run.threads))) return unreadable();
+  experts.routed(t, run.router_input);
+  if (apart && shared) for_each_unit(run.threads, shared_units, shared_up_unit);
   QuantizedRows pair_q = round_in ? gather_plan.at(base) : QuantizedRows{};
   const bool gather_rounded = round_in && !moe.routing.apply_input;
   if (gather_rounded) {
@@ -502,8 +507,10 @@ int32_t run_narrow(Run& run) {
   const int64_t down_steps = shared ? steps_per_unit(divide_up(moe.shared_w2.blocks(), together), 1, run.threads) : 1;
   const int64_t down_blocks = down_steps * together;
   const int64_t down_units = shared ? divide_up(moe.shared_w2.blocks(), down_blocks) : 0;
-  for_each_unit(run.threads, run.hits * up_units + down_units, [&](int32_t worker, int64_t unit) {
+  const int64_t down_first = apart ? down_units : 0;  // the last experts of the list may still be read
+  for_each_unit(run.threads, run.hits * up_units + down_units, [&](int32_t worker, int64_t number) {
     const MatmulScratch scratch_w = matmul_scratch(worker);
+    const int64_t unit = number < down_first ? run.hits * up_units + number : number - down_first;
     if (unit < run.hits * up_units) {
       const int64_t e = run.hit[unit / up_units], begin = unit % up_units * up_steps * up.step;
       const int64_t end = begin + up_steps * up.step, at = run.first[e];

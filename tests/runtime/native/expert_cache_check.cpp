@@ -80,6 +80,8 @@ bool call(const ExpertCache& cache, const ExpertBlock& block, std::vector<int32_
   const std::vector<int32_t> uses(experts.size(), 2 * units), before = experts;
   if (source->begin(source->user, block.address, experts.data(), uses.data(), static_cast<int64_t>(experts.size()), scratch) != 1)
     return false;
+  const float input = 0.0f;
+  source->routed(source->user, 1, 1, &input);
   *right &= std::is_permutation(before.begin(), before.end(), experts.begin(), experts.end());
   std::atomic<size_t> next{0};
   std::atomic<bool> given{true}, same{true};
@@ -230,14 +232,31 @@ void round_of(uint32_t seed) {
   const bool aware = policy == ExpertPolicy::kLru && pick(0, 1);  // calls of one token say so first
   if (aware) cache.prefer_resident(0.25f);
   Recent recent(cache.preferred_slots());
+  // what the next block is expected to need: what it will, or anything
+  std::vector<std::vector<int32_t>> coming(world.blocks.size());
+  std::mt19937 guesses(seed);
+  const bool foresight = !steady && pick(0, 1);
+  const int misled = pick(0, 3);  // of three expectations
+  if (foresight) {
+    cache.read_ahead([&](int64_t b, int64_t tokens, int64_t d, const float*, int32_t* experts) {
+      const ExpertBlock& block = world.blocks[static_cast<size_t>(b)];
+      std::vector<int32_t> found = coming[static_cast<size_t>(b)];
+      if (static_cast<int64_t>(found.size()) != block.top_k || std::uniform_int_distribution<int>(1, 3)(guesses) <= misled)
+        found = chosen(guesses, block, block.top_k);
+      std::copy(found.begin(), found.end(), experts);
+      return tokens == 1 && d == 1;
+    });
+  }
   expect(cache.preferred_slots() % static_cast<int64_t>(world.blocks.size()) == 0, where + ": not whole layers");
   int64_t asked = 0;
   bool right = true;
   for (int token = 0; token < 12; ++token) {
     const bool prompt = !steady && pick(0, 5) == 0;  // many experts at once, more than there are slots perhaps
+    for (size_t b = 0; b < world.blocks.size(); ++b)
+      coming[b] = chosen(random, world.blocks[b], prompt ? pick(1, 24) : world.blocks[b].top_k);
     for (size_t b = 0; b < world.blocks.size(); ++b) {
       const ExpertBlock& block = world.blocks[b];
-      const std::vector<int32_t> experts = chosen(random, block, prompt ? pick(1, 24) : block.top_k);
+      const std::vector<int32_t>& experts = coming[b];
       asked += static_cast<int64_t>(experts.size());
       const int reads = storage->reads;
       if (aware && !prompt) {
@@ -246,7 +265,7 @@ void round_of(uint32_t seed) {
       }
       expect(call(cache, block, experts, workers, units, &right), where + ": an expert was not given");
       // an expert of several units may be given up between them only where there is hardly a slot for each worker
-      if (cache.slots() > workers)
+      if (cache.slots() > workers && !foresight)
         expect(storage->reads - reads <= 2 * static_cast<int>(experts.size()), where + ": an expert was read twice in a call");
       if (steady) model.call(b, experts);
     }
@@ -284,6 +303,7 @@ void round_of(uint32_t seed) {
   expect(right, where + ": other bytes than were stored");
   expect(storage->aligned && storage->inside, where + ": a read that is not aligned, or beyond the end");
   expect(counts.hits + counts.misses == asked, where + ": hits and misses are not what was asked for");
+  expect(counts.ahead_used <= counts.ahead && (foresight || counts.ahead == 0), where + ": reads ahead are not counted right");
   const std::string misses = std::to_string(counts.misses) + " misses, the model has " + std::to_string(model.misses);
   if (steady) expect(counts.misses == model.misses, where + ": " + misses);
   cache.hold(0);  // no read is under way after it
