@@ -226,7 +226,7 @@ int64_t moec_model_expert_layer_stats(moec_model* model, moec_expert_layer_stats
     for (size_t i = 0; i < counts.size() && static_cast<int64_t>(i) < capacity; ++i) {
       const ExpertCounts& c = counts[i];
       layers[i] = {c.hits,       c.misses,     c.bytes_read, c.stalled_ns,
-                   c.reading_ns, c.waiting_ns, c.active_ns,  c.exposed_ns};
+                   c.reading_ns, c.waiting_ns, c.active_ns,  c.exposed_ns, c.ahead, c.ahead_used};
     }
     capacity = static_cast<int64_t>(counts.size());
     return true;

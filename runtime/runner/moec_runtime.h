@@ -134,6 +134,8 @@ typedef struct moec_expert_layer_stats {
   int64_t waiting_ns;
   int64_t active_ns;
   int64_t exposed_ns;
+  int64_t ahead;
+  int64_t ahead_used;
 } moec_expert_layer_stats;
 
 enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };

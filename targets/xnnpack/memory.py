@@ -83,6 +83,8 @@ class LayerExpertStats:
     waiting_ns: int
     active_ns: int
     exposed_ns: int
+    ahead: int
+    ahead_used: int
 
     @property
     def overlapped(self) -> float | None:
