@@ -41,7 +41,7 @@ OpenArtifact::OpenArtifact(const std::string& folder, int32_t threads, int64_t m
   model_.reset(moec_model_open(program.c_str(), threads));
   const std::string error = moec_model_error(model_.get());
   if (!error.empty()) throw Fault(program + ": " + error);
-  if (memory_bytes > 0 && moec_model_limit_memory(model(), memory_bytes, MOEC_EVICT_LRU, kReaders) != 0)
+  if (memory_bytes > 0 && moec_model_limit_memory(model(), memory_bytes, MOEC_EVICT_LRFU, kReaders) != 0)
     throw Fault(program + ": " + moec_model_error(model()));
   moec_model_get_info(model(), &info_);
   eos_ids_.resize(static_cast<size_t>(moec_model_eos_ids(model(), nullptr, 0)));

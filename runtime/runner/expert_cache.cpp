@@ -7,10 +7,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <new>
 #include <stdexcept>
 
 namespace {
+
+constexpr double kHalfLife = 128.0;  // tokens after which a use counts half; from 64 to 256 hits change by 0.3%
+constexpr double kMostWeight = 0x1p512;
 
 // Few tokens: calls of more have enough experts of their own to read.
 constexpr int64_t kMostAheadTokens = 4;
@@ -22,6 +26,12 @@ uint64_t rounded_up(uint64_t value, uint64_t unit) { return (value + unit - 1) /
 
 // Bytes of a matrix that begins anywhere in an aligned unit, as whole units.
 uint64_t room_for(uint64_t bytes, uint64_t alignment) { return rounded_up(bytes, alignment) + alignment; }
+
+size_t count_of(const std::vector<ExpertBlock>& blocks) {
+  int64_t count = 0;
+  for (const ExpertBlock& block : blocks) count += block.experts;
+  return static_cast<size_t>(count);
+}
 
 int64_t now_ns() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
@@ -39,6 +49,18 @@ int64_t least_slots(const std::vector<ExpertBlock>& blocks, int32_t threads) {
   return std::min(std::max<int64_t>(of_a_token, threads), all);
 }
 
+ExpertUses::ExpertUses(ExpertPolicy policy, size_t experts, size_t blocks)
+    : by_count_(policy != ExpertPolicy::kLru),
+      growth_(policy == ExpertPolicy::kLrfu ? std::exp2(1.0 / (kHalfLife * static_cast<double>(blocks))) : 1.0),
+      score_(experts) {}
+
+void ExpertUses::step() {
+  weight_ *= growth_;
+  if (weight_ < kMostWeight) return;
+  weight_ /= kMostWeight;
+  for (double& score : score_) score /= kMostWeight;
+}
+
 uint64_t ExpertCache::slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment) {
   uint64_t most[2] = {0, 0};
   for (const ExpertBlock& block : blocks)
@@ -48,8 +70,9 @@ uint64_t ExpertCache::slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint
 
 ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<ExpertBlock> blocks, int64_t slots,
                          ExpertPolicy policy, int readers)
-    : storage_(std::move(storage)), blocks_(std::move(blocks)), policy_(policy), alignment_(storage_->alignment()),
-      most_ahead_(std::max(readers / 2, 1)) {
+    : storage_(std::move(storage)), blocks_(std::move(blocks)), alignment_(storage_->alignment()),
+      uses_(policy, count_of(blocks_), blocks_.size()), most_ahead_(std::max(readers / 2, 1)),
+      alone_uses_(policy, count_of(blocks_), blocks_.size()) {
   for (size_t b = 0; b < blocks_.size(); ++b) {
     const ExpertBlock& block = blocks_[b];
     for (const int half : {0, 1}) room_[half] = std::max(room_[half], room_for(block.bytes[half], alignment_));
@@ -169,6 +192,7 @@ uint64_t ExpertCache::place_of(const Expert& expert, int half) const {
 void ExpertCache::forget(Slot& slot) {
   if (slot.expert >= 0) experts_[static_cast<size_t>(slot.expert)].slot = -1;
   slot.expert = -1;
+  slot.vain = false;
   slot.state[0] = slot.state[1] = State::kEmpty;
 }
 
@@ -234,12 +258,11 @@ int64_t ExpertCache::victim(Hold most) const {
     const Hold hold = expert.uses > 0 ? kNeeded : expert.expected ? kExpected : kFree;
     if (hold > most) continue;
     if (best >= 0) {
-      const Slot& other_slot = slots_[static_cast<size_t>(best)];
-      const Expert& other = experts_[static_cast<size_t>(other_slot.expert)];
-      const bool by_frequency = policy_ == ExpertPolicy::kLfu && expert.frequency != other.frequency;
-      const bool sooner = hold != best_hold ? hold < best_hold
-                          : by_frequency    ? expert.frequency < other.frequency
-                                            : slot.stamp < other_slot.stamp;
+      const Slot& other = slots_[static_cast<size_t>(best)];
+      const double uses = slot.vain ? -1.0 : uses_.of(slot.expert), other_uses = other.vain ? -1.0 : uses_.of(other.expert);
+      const bool sooner = hold != best_hold    ? hold < best_hold
+                          : uses != other_uses ? uses < other_uses
+                                               : slot.stamp < other.stamp;
       if (!sooner) continue;
     }
     best = i;
@@ -386,7 +409,7 @@ void ExpertCache::judge(int64_t block) {
     if (expert.absent && expert.block == block) worth_ += (right - worth_) * kLately;
     const bool there = expert.ahead && expert.slot >= 0;
     if (there && right) ++counts_of(block).ahead_used;
-    if (there && !right) slot_of(expert)->stamp = 0;  // the first to be given up
+    if (there && !right) slot_of(expert)->vain = true;
     expert.expected = expert.absent = expert.ahead = false;
   }
   expected_.clear();
@@ -397,7 +420,6 @@ void ExpertCache::prefer_resident(float share) {
   const auto blocks = static_cast<int64_t>(blocks_.size());
   share_ = share;
   remembered_ = slots() / blocks * blocks;
-  place_.assign(experts_.size(), recent_.end());
   near_.assign(experts_.size(), 0);
 }
 
@@ -414,21 +436,19 @@ float ExpertCache::preferred(const void* w13, int64_t experts, const uint8_t** f
 }
 
 void ExpertCache::remember(const int32_t* experts, int64_t count) {
+  alone_uses_.step();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t index = first_[static_cast<size_t>(block_)] + experts[i];
-    auto& place = place_[static_cast<size_t>(index)];
-    if (place != recent_.end()) {
-      recent_.splice(recent_.begin(), recent_, place);
-      continue;
-    }
-    recent_.push_front(index);
-    place = recent_.begin();
+    alone_uses_.count(index);
+    if (near_[static_cast<size_t>(index)]) recent_.erase(std::find(recent_.begin(), recent_.end(), index));
+    recent_.push_back(index);
     near_[static_cast<size_t>(index)] = 1;
-    if (static_cast<int64_t>(recent_.size()) <= remembered_) continue;
-    const auto last = static_cast<size_t>(recent_.back());
-    recent_.pop_back();
-    place_[last] = recent_.end();
-    near_[last] = 0;
+  }
+  const auto fewer = [&](int64_t a, int64_t b) { return alone_uses_.of(a) < alone_uses_.of(b); };
+  while (static_cast<int64_t>(recent_.size()) > remembered_) {
+    const auto last = std::min_element(recent_.begin(), recent_.end() - count, fewer);  // the call's own stay
+    near_[static_cast<size_t>(*last)] = 0;
+    recent_.erase(last);
   }
 }
 
@@ -452,6 +472,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   fault_.clear();
   block_ = block - blocks_.begin();
   ++counts_of(block_).calls;
+  uses_.step();
   if (alone) remember(experts, count);
   const auto of = [&](int32_t expert) -> Expert& {
     return experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + expert)];
@@ -459,7 +480,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   for (int64_t i = 0; i < count; ++i) {
     Expert& expert = of(experts[i]);
     expert.uses = uses[i];
-    ++expert.frequency;
+    uses_.count(&expert - experts_.data());
   }
   judge(block_);
   for (int64_t i = 0; i < count; ++i) {
@@ -518,6 +539,7 @@ void ExpertCache::release(int32_t number) {
   Expert& expert = experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + number)];
   Slot& slot = *slot_of(expert);
   slot.stamp = ++clock_;
+  slot.vain = false;
   expert.uses = std::max(expert.uses - 1, 0);
   const bool free = --slot.pins == 0 && !pending_.empty();
   lock.unlock();

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -44,7 +43,24 @@ struct ExpertBlock {
   uint64_t bytes[2] = {0, 0};      // of one expert
 };
 
-enum class ExpertPolicy : int32_t { kLru = 0, kLfu = 1 };
+// Which expert is given up: the one used longest ago; least often; least often of late (LRFU, Lee et al. 2001), where a use counts
+// half after 128 tokens. Uses of experts that are not in memory count, too; of equal ones the one used longest ago is given up.
+enum class ExpertPolicy : int32_t { kLru = 0, kLfu = 1, kLrfu = 2 };
+
+// How often each expert was used, as a policy counts it.
+class ExpertUses {
+ public:
+  ExpertUses(ExpertPolicy policy, size_t experts, size_t blocks);
+  // A call of a block begins; every expert of it is then counted.
+  void step();
+  void count(int64_t expert) { score_[static_cast<size_t>(expert)] += weight_; }
+  double of(int64_t expert) const { return by_count_ ? score_[static_cast<size_t>(expert)] : 0.0; }
+
+ private:
+  bool by_count_;
+  double weight_ = 1.0, growth_;  // later uses weigh more instead of earlier ones less
+  std::vector<double> score_;
+};
 
 struct ExpertCounts {
   int64_t hits = 0, misses = 0;     // experts that a call found, in memory or being read ahead, and that it had to ask for
@@ -70,9 +86,9 @@ class ExpertCache {
 
   // Cache-aware selection (Skliar et al. 2024, arXiv 2412.00099): from here on the router of a call of one token prefers the
   // experts that are in memory by `share` of the range of its selection values (moec_kernel.h). In memory are, for this, those
-  // that a cache of as many slots as there are now, in whole layers, would hold had it seen nothing but calls of one token and
-  // given up the expert used longest ago: what is preferred then depends on these calls alone, not on how reads and threads
-  // fall out or how prompts were cut. One thread at a time may compute. To be called before the first call.
+  // that a cache of as many slots as there are now, in whole layers, and of the same policy would hold had it seen nothing but
+  // calls of one token: what is preferred then depends on these calls alone, not on how reads and threads fall out or how
+  // prompts were cut. One thread at a time may compute. To be called before the first call.
   void prefer_resident(float share);
   int64_t preferred_slots() const { return remembered_; }
 
@@ -108,6 +124,7 @@ class ExpertCache {
     State state[2] = {State::kEmpty, State::kEmpty};
     int32_t pins = 0;     // of workers
     uint64_t stamp = 0;   // of the last use
+    bool vain = false;    // read ahead for a call that did not need it: the first to be given up
     bool is(State wanted) const { return state[0] == wanted || state[1] == wanted; }
   };
   struct Expert {
@@ -115,7 +132,6 @@ class ExpertCache {
     int32_t block = 0, number = 0;
     int32_t uses = 0;     // acquires that the running call has left
     int32_t waiting = 0;  // workers that wait for it
-    uint32_t frequency = 0;
     bool expected = false;  // by the last prediction
     bool absent = false;    // it was not in memory then
     bool ahead = false;     // and its slot is from then
@@ -165,7 +181,6 @@ class ExpertCache {
 
   std::unique_ptr<ExpertStorage> storage_;
   std::vector<ExpertBlock> blocks_;
-  const ExpertPolicy policy_;
   uint64_t alignment_, room_[2] = {0, 0}, slot_bytes_ = 0;
   uint8_t* memory_ = nullptr;
   uint64_t mapped_ = 0;
@@ -177,6 +192,7 @@ class ExpertCache {
   std::vector<Slot> slots_;
   int64_t usable_ = 0;                                 // of slots_
   std::vector<Expert> experts_;                        // of all blocks
+  ExpertUses uses_;                                    // of experts_
   std::vector<int64_t> first_;                         // of each block, in experts_
   std::deque<int64_t> pending_;                        // experts of the running call that no slot was claimed for yet
   std::deque<Job> jobs_;
@@ -195,9 +211,9 @@ class ExpertCache {
   std::vector<Meter> meters_;                          // of each block, and of all: this one for time by the clock alone
   float share_ = 0.0f;                                 // see prefer_resident
   int64_t remembered_ = 0;
-  std::list<int64_t> recent_;                          // of experts_, at most `remembered_`, the one used last first
-  std::vector<std::list<int64_t>::iterator> place_;    // of each expert in recent_, else its end
+  std::vector<int64_t> recent_;                        // of experts_, at most `remembered_`, the one used last behind
   std::vector<uint8_t> near_;                          // of each expert: 1 if it is in recent_
+  ExpertUses alone_uses_;                              // in calls of one token
   int64_t alone_ = -1;                                 // the block whose call of one token is about to begin
   moec_expert_source source_ = {};
   std::vector<std::thread> readers_;

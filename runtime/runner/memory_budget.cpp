@@ -144,7 +144,6 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   // where all experts fit, what is left is for calls and other sessions
   experts->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
   memory_budget = bytes;
-  eviction = policy;
   if (count_session(0)) return true;  // those that are open already
   experts.reset();
   memory_budget = 0;
@@ -158,7 +157,7 @@ int32_t moec_model_limit_memory(moec_model* model, int64_t bytes, int32_t evicti
   model->error.clear();
   const bool ok = guarded(model, [&] {
     if (!model->module) return model->fail("not open");
-    if (eviction != MOEC_EVICT_LRU && eviction != MOEC_EVICT_LFU) return model->fail("there is no such eviction policy");
+    if (eviction < MOEC_EVICT_LRU || eviction > MOEC_EVICT_LRFU) return model->fail("there is no such eviction policy");
     if (readers < 1 || readers > kMostReaders) return model->fail(text("%d readers: 1 .. %d", readers, kMostReaders));
     return model->limit_memory(bytes, static_cast<ExpertPolicy>(eviction), readers);
   });
@@ -172,8 +171,7 @@ int32_t moec_model_prefer_resident(moec_model* model, float share) {
   const bool ok = guarded(model, [&] {
     if (!(share > 0.0f && share <= 1.0f))
       return model->fail(text("a share of %g: above 0, at most 1", static_cast<double>(share)));
-    if (!model->experts || model->eviction != ExpertPolicy::kLru)
-      return model->fail("cache-aware selection needs a memory budget with eviction lru");
+    if (!model->experts) return model->fail("cache-aware selection needs a memory budget");
     model->experts->prefer_resident(share);
     model->info.exact = 0;  // a token alone may select other experts than among others
     return true;

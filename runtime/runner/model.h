@@ -88,7 +88,6 @@ struct moec_model {
   bool float_activations = false;
   std::unique_ptr<ExpertCache> experts;  // where a memory budget was set
   int64_t memory_budget = 0;
-  ExpertPolicy eviction = ExpertPolicy::kLru;
   int64_t sessions = 0;                  // that are open
   bool rows_are_positions = false;  // axis 1 of every state counts positions
   Seats seats;

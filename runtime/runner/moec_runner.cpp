@@ -36,7 +36,7 @@ const char kUsage[] =
     "  --follow           decode the ids that follow in the prompt, not the model's own\n"
     "  --warm N           further passes with every page in memory, for rates alone (default 0)\n"
     "  --memory-mb N      read routed experts as they are needed, so that the process stays within N million bytes\n"
-    "  --eviction NAME    which expert is given up then: lru (default) or lfu\n"
+    "  --eviction NAME    which expert is given up then: lrfu (default), lfu or lru\n"
     "  --readers N        threads that read then (default 4)\n"
     "  --no-read-ahead    read no experts then before their layer is routed\n"
     "  --cache-aware X    prefer experts in memory then, by X (0 .. 1) of the range of a token's selection values: results\n"
@@ -48,7 +48,7 @@ const char kUsage[] =
 struct Options {
   std::string model, tokens;
   int64_t prompt_length = 0, threads = 0, seed = 1, memory_mb = 0, readers = 4;
-  int32_t eviction = MOEC_EVICT_LRU;
+  int32_t eviction = MOEC_EVICT_LRFU;
   double cache_aware = 0.0;
   bool json = false, profile = false, drop_cache = false, no_read_ahead = false, help = false;
   BenchOptions bench;
@@ -124,8 +124,8 @@ bool parse(int argc, char** argv, Options* o) {
       ++i;
     } else if (name == "--eviction") {
       const std::string policy = next ? next : "nothing";
-      if (policy != "lru" && policy != "lfu") return fail("--eviction: not lru or lfu: " + policy);
-      o->eviction = policy == "lfu" ? MOEC_EVICT_LFU : MOEC_EVICT_LRU;
+      if (policy != "lru" && policy != "lfu" && policy != "lrfu") return fail("--eviction: not lru, lfu or lrfu: " + policy);
+      o->eviction = policy == "lru" ? MOEC_EVICT_LRU : policy == "lfu" ? MOEC_EVICT_LFU : MOEC_EVICT_LRFU;
       ++i;
     } else if (name == "--cache-aware") {
       char* end = nullptr;

@@ -138,7 +138,9 @@ typedef struct moec_expert_layer_stats {
   int64_t ahead_used;
 } moec_expert_layer_stats;
 
-enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1 };
+// The expert is given up that was used longest ago; least often; least often of late (a use counts half after 128 tokens), which
+// finds most on the routing of trained models (docs/memory-budget.md).
+enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1, MOEC_EVICT_LRFU = 2 };
 
 // To be called before the first forward of a model. -1 if it has no routed experts, or if `bytes` is less than one token
 // needs; the reason gives the least. readers: threads that read, 1 .. 64.
@@ -147,7 +149,7 @@ MOEC_RUNTIME_API int32_t moec_model_limit_memory(moec_model* model, int64_t byte
 // selection values are at most `share` (above 0, at most 1) times the token's range of them larger. The best expert is selected
 // in any case, and weights stay those of the router. THE RESULTS OF SUCH CALLS THEN DEPEND ON THE CALLS BEFORE THEM, of all
 // sessions of the model; they are the same on any number of threads as long as moec_expert_stats.preferred is. Calls of several
-// tokens select as ever. After moec_model_limit_memory with MOEC_EVICT_LRU, before the first forward; moec_model_info.exact
+// tokens select as ever. After moec_model_limit_memory, before the first forward; moec_model_info.exact
 // becomes 0. 0, or -1.
 MOEC_RUNTIME_API int32_t moec_model_prefer_resident(moec_model* model, float share);
 // While a layer of few tokens is computed, what the router of the layer behind it would select for the same input is read

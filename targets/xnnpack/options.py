@@ -26,7 +26,7 @@ class Options(TargetOptions):
     the activations of one take memory (a tenth faster at 256 than at 128 for MobileMoE-S, and 5 MB more).
     `threads`: the session's default.
     `memory_mb`: the most memory of a process that runs the artifact, in 10^6 bytes, by default: routed experts are read
-    from the file as tokens choose them. `eviction`: which of them is given up, that used longest ago or least often.
+    from the file as tokens choose them. `eviction`: which of them is given up (moec.targets.xnnpack.memory).
     """
 
     default: ClassVar[bool] = True
@@ -34,5 +34,5 @@ class Options(TargetOptions):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
     memory_mb: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
-    eviction: Literal["lru", "lfu"] = "lru"
+    eviction: Literal["lru", "lfu", "lrfu"] = "lrfu"
     kernels: Kernels = Kernels()

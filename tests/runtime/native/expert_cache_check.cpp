@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstring>
 #include <list>
+#include <map>
 #include <random>
 #include <string>
 #include <thread>
@@ -152,17 +153,27 @@ class Model {
   std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
 };
 
-// The experts used last in calls of one token, at most as many as are remembered; each call's in ascending order.
+// The experts that calls of one token leave in a cache of the policy, at most as many as are remembered; each call's in ascending
+// order. What was used how often of late is computed from the times of all uses.
 class Recent {
  public:
-  explicit Recent(int64_t most) : most_(static_cast<size_t>(most)) {}
+  Recent(int64_t most, ExpertPolicy policy, double blocks) : most_(static_cast<size_t>(most)), policy_(policy), blocks_(blocks) {}
 
   void call(size_t block, const std::vector<int32_t>& experts) {
+    ++now_;
     for (const int32_t e : experts) {
       used_.remove({block, e});
       used_.push_back({block, e});
+      times_[{block, e}].push_back(now_);
     }
-    while (used_.size() > most_) used_.pop_front();
+    while (used_.size() > most_) {
+      auto least = used_.begin();
+      for (auto it = used_.begin(); it != used_.end(); ++it) {
+        const bool own = it->first == block && std::find(experts.begin(), experts.end(), it->second) != experts.end();
+        if (!own && worth(*it) < worth(*least) - 1e-9) least = it;
+      }
+      used_.erase(least);
+    }
   }
 
   // What the cache says of a block's experts, when a call of one token of it comes next.
@@ -177,8 +188,18 @@ class Recent {
   }
 
  private:
+  double worth(const std::pair<size_t, int32_t>& expert) {
+    if (policy_ == ExpertPolicy::kLru) return 0;
+    double sum = 0;
+    for (const double time : times_[expert]) sum += policy_ == ExpertPolicy::kLfu ? 1 : std::exp2((time - now_) / (128 * blocks_));
+    return sum;
+  }
+
   size_t most_;
+  ExpertPolicy policy_;
+  double blocks_, now_ = 0;
   std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
+  std::map<std::pair<size_t, int32_t>, std::vector<double>> times_;
 };
 
 // The counts of blocks make up those of all, and no more time passed by the clock than `elapsed`.
@@ -224,14 +245,14 @@ void round_of(uint32_t seed) {
   auto owned = std::make_unique<MadeUp>(world.bytes);
   MadeUp* storage = owned.get();
   storage->late = pick(0, 2) ? 0 : 300;
-  const auto policy = steady || pick(0, 1) ? ExpertPolicy::kLru : ExpertPolicy::kLfu;
+  const auto policy = steady ? ExpertPolicy::kLru : static_cast<ExpertPolicy>(pick(0, 2));
   ExpertCache cache(std::move(owned), world.blocks, slots, policy, pick(1, 4));
   cache.reserve(0, least);
   const std::string where = "seed " + std::to_string(seed);
   Model model(std::min(slots, cache.experts()));
-  const bool aware = policy == ExpertPolicy::kLru && pick(0, 1);  // calls of one token say so first
+  const bool aware = pick(0, 1) == 1;  // calls of one token say so first
   if (aware) cache.prefer_resident(0.25f);
-  Recent recent(cache.preferred_slots());
+  Recent recent(cache.preferred_slots(), policy, static_cast<double>(world.blocks.size()));
   // what the next block is expected to need: what it will, or anything
   std::vector<std::vector<int32_t>> coming(world.blocks.size());
   std::mt19937 guesses(seed);
