@@ -6,8 +6,8 @@
 #: PYTEST_ARGS   more arguments for test and test-slow: make test PYTEST_ARGS="-k spec -x"
 #: BENCH_ARGS    arguments for bench-*, gpu-check, paper-tables, train-report; PLAN_ARGS for plan-accuracy: BENCH_ARGS=--help
 #: BASE          the revision that replay and kernel-revisions compare with
-#: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all)
-#: SEED          of the mutants that make fuzz makes (default: the time)
+#: SECONDS, FUZZ how long make fuzz tries each reader, and which (default: 60, all); SECONDS of make soak, too
+#: SEED          of the mutants that make fuzz makes, and of make soak (default: the time)
 #: NAME          what new-rule makes: make new-rule NAME=fuse_norms
 
 SHELL := /bin/bash
@@ -50,7 +50,7 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize fuzz lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
+.PHONY: help setup demo test test-slow test-sanitize fuzz soak lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
   bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
@@ -112,6 +112,10 @@ test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, Un
 # a file in tests/fuzz/targets or tests/fuzz/native is a target; FUZZ="pte spec" chooses
 fuzz: setup ## every reader on damaged input, SECONDS each (default 60); FUZZ names targets
 	$(BIN)/python -W ignore -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(SECONDS) $(FUZZ)
+
+# exits with 1 at a logit that is not that of the model in memory, or memory that grows
+soak: setup ## a mixture within a tight budget of memory for SECONDS (default 60): bits and memory as they should be
+	$(BIN)/python -W ignore -m tests.targets.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lint: $(INSTALLED) ## ruff, mypy, and that every test can be imported
 	$(BIN)/ruff check .
