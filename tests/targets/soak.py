@@ -31,6 +31,7 @@ from moec.targets.xnnpack.session import CpuSession
 
 TEXTS, LENGTH = 12, 160  # token sequences whose logits are known
 MORE_MB = 4  # above the least budget
+DEFAULT = ExpertCacheOptions().eviction
 GROWTH, OVER = 1.01, 1.02  # of memory after the first part, and of the peak over the budget, at most
 WARM_SHARE = 0.25
 
@@ -140,7 +141,7 @@ def least_mb(model: Path) -> int:
     raise AssertionError("a budget of 1 MB was taken")
 
 
-def soak(model: Path, seconds: float, seed: int, eviction: str = "lru") -> dict[str, Any]:
+def soak(model: Path, seconds: float, seed: int, eviction: str = DEFAULT) -> dict[str, Any]:
     """What was done, and under "wrong" all that should not be. Memory is compared from a quarter of the time on."""
     known = Known(model, seed)
     gc.collect()
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--eviction", default="lru", choices=EVICTIONS)
+    parser.add_argument("--eviction", default=DEFAULT, choices=EVICTIONS)
     parser.add_argument("--model", type=Path, default=None, help="a model.pte; default: one that is compiled for it")
     given = parser.parse_args(arguments)
     seed = given.seed if given.seed is not None else time.time_ns() % 10**6
