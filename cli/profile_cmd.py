@@ -190,7 +190,10 @@ def _print_experts(experts: dict[str, Any]) -> None:
     print()
 
 
-_CACHE_COLUMNS = ("tokens", "hits", "misses", "found", "read a token", "stalled a token, ms", "reading overlapped")
+_CACHE_COLUMNS = (
+    *("tokens", "hits", "misses", "found", "read ahead", "used"),
+    *("read a token", "stalled a token, ms", "reading overlapped"),
+)
 
 
 def _print_cache(streamed: dict[str, dict[str, Any]]) -> None:
@@ -205,11 +208,11 @@ def _print_cache(streamed: dict[str, dict[str, Any]]) -> None:
         for phase in PHASES
     ]
     title = f"Experts within {size(first['budget'])}: {first['slots']} of {first['experts']} in memory"
-    table(title, ("prompt", "", *_CACHE_COLUMNS), rows, right=range(2, 9))
+    table(title, ("prompt", "", *_CACHE_COLUMNS), rows, right=range(2, 11))
     decode = together(list(streamed.values()), "decode")
     rows = [(layer["name"], *_cache_cells(layer, decode["tokens"])) for layer in decode["layers"]]
     rows.append(("all", *_cache_cells(decode, decode["tokens"])))
-    table("\nDecoding by layer, all prompts", ("layer", *_CACHE_COLUMNS), rows, right=range(1, 8))
+    table("\nDecoding by layer, all prompts", ("layer", *_CACHE_COLUMNS), rows, right=range(1, 10))
     print()
 
 
@@ -220,7 +223,8 @@ def _cache_cells(facts: dict[str, Any], tokens: int) -> tuple[Any, ...]:
     found = "" if facts["hit_rate"] is None else f"{facts['hit_rate']:.1%}"
     stalled = facts["waiting_s"] / max(tokens, 1) * 1e3
     counts = (f"{tokens:,}", f"{facts['hits']:,}", f"{facts['misses']:,}")
-    return (*counts, found, size(facts["bytes_per_token"]), f"{stalled:.2f}", share)
+    ahead = (f"{facts['ahead']:,}", f"{facts['ahead_used']:,}")
+    return (*counts, found, *ahead, size(facts["bytes_per_token"]), f"{stalled:.2f}", share)
 
 
 def _seconds(spread: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The order of moec_expert_layer_stats (runtime/runner/moec_runtime.h).
-_COUNTS = ("hits", "misses", "bytes_read", "stalled", "reading", "waiting", "active", "exposed")
+_TIMES = ("stalled", "reading", "waiting", "active", "exposed")
+_COUNTS = ("hits", "misses", "bytes_read", *_TIMES, "ahead", "ahead_used")
 PHASES = ("prefill", "decode")
 
 
@@ -33,10 +34,11 @@ def cache_facts(answers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> d
 def use_facts(uses: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Sums of the runner's counts over processes: in all, and in `layers` by name.
 
-    hit_rate: of the experts that layers asked for. stalled_s: sum over threads that waited for a read; waiting_s: time
-    by the clock in which at least one did. reading_s: sum over threads that read; active_s: time by the clock in which
-    at least one did. overlapped: the share of active_s in which no thread waited. hit_rate and overlapped are None
-    where nothing was asked for, or read.
+    ahead: experts that were read before their layer was routed, and ahead_used those of them that it then selected,
+    which are hits. hit_rate: of the experts that layers asked for. stalled_s: sum over threads that waited for a read;
+    waiting_s: time by the clock in which at least one did. reading_s: sum over threads that read; active_s: time by the
+    clock in which at least one did. overlapped: the share of active_s in which no thread waited. hit_rate and
+    overlapped are None where nothing was asked for, or read.
     """
     tokens = sum(use["tokens"] for use in uses)
     layers = zip(*(use["layers"] for use in uses), strict=True)
@@ -72,6 +74,8 @@ def _counts(rows: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
         "hit_rate": sums["hits"] / asked if asked else None,
         "bytes_read": sums["bytes_read"],
         "bytes_per_token": sums["bytes_read"] / tokens if tokens else 0.0,
-        **{f"{name}_s": sums[name] / 1e9 for name in _COUNTS[3:]},
+        **{f"{name}_s": sums[name] / 1e9 for name in _TIMES},
+        "ahead": sums["ahead"],
+        "ahead_used": sums["ahead_used"],
         "overlapped": 1 - sums["exposed"] / sums["active"] if sums["active"] else None,
     }

@@ -60,7 +60,8 @@ int64_t touched(const Selections::Counts& a, const Selections::Counts& b) {
 }
 
 moec_expert_layer_stats of_all(const moec_expert_stats& s) {
-  return {s.hits, s.misses, s.bytes_read, s.stalled_ns, s.reading_ns, s.waiting_ns, s.active_ns, s.exposed_ns};
+  return {s.hits,       s.misses,    s.bytes_read, s.stalled_ns, s.reading_ns,
+          s.waiting_ns, s.active_ns, s.exposed_ns, s.ahead,      s.ahead_used};
 }
 
 // What the expert cache has counted so far; no layers without a budget.
@@ -81,7 +82,8 @@ void add_difference(const moec_expert_layer_stats& before, const moec_expert_lay
   for (const auto field :
        {&moec_expert_layer_stats::hits, &moec_expert_layer_stats::misses, &moec_expert_layer_stats::bytes_read,
         &moec_expert_layer_stats::stalled_ns, &moec_expert_layer_stats::reading_ns, &moec_expert_layer_stats::waiting_ns,
-        &moec_expert_layer_stats::active_ns, &moec_expert_layer_stats::exposed_ns})
+        &moec_expert_layer_stats::active_ns, &moec_expert_layer_stats::exposed_ns, &moec_expert_layer_stats::ahead,
+        &moec_expert_layer_stats::ahead_used})
     sum->*field += now.*field - before.*field;
 }
 

@@ -28,7 +28,8 @@ std::string point_json(const ProfilePoint& p) {
 }
 
 std::string counts_json(const moec_expert_layer_stats& c) {
-  return list(std::vector<int64_t>{c.hits, c.misses, c.bytes_read, c.stalled_ns, c.reading_ns, c.waiting_ns, c.active_ns, c.exposed_ns});
+  return list(std::vector<int64_t>{c.hits, c.misses, c.bytes_read, c.stalled_ns, c.reading_ns, c.waiting_ns, c.active_ns, c.exposed_ns,
+                                   c.ahead, c.ahead_used});
 }
 
 std::string use_json(const ExpertUse& use) {
