@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr double kHalfLife = 128.0;  // tokens after which a use counts half; from 64 to 256 hits change by 0.3%
+constexpr double kHalfLife = 32.0;  // tokens after which a use counts half (docs/memory-budget.md has the choice)
 constexpr double kMostWeight = 0x1p512;
 
 // Few tokens: calls of more have enough experts of their own to read.

@@ -44,7 +44,7 @@ struct ExpertBlock {
 };
 
 // Which expert is given up: the one used longest ago; least often; least often of late (LRFU, Lee et al. 2001), where a use counts
-// half after 128 tokens. Uses of experts that are not in memory count, too; of equal ones the one used longest ago is given up.
+// half after 32 tokens. Uses of experts that are not in memory count, too; of equal ones the one used longest ago is given up.
 enum class ExpertPolicy : int32_t { kLru = 0, kLfu = 1, kLrfu = 2 };
 
 // How often each expert was used, as a policy counts it.

@@ -138,7 +138,7 @@ typedef struct moec_expert_layer_stats {
   int64_t ahead_used;
 } moec_expert_layer_stats;
 
-// The expert is given up that was used longest ago; least often; least often of late (a use counts half after 128 tokens), which
+// The expert is given up that was used longest ago; least often; least often of late (a use counts half after 32 tokens), which
 // finds most on the routing of trained models (docs/memory-budget.md).
 enum { MOEC_EVICT_LRU = 0, MOEC_EVICT_LFU = 1, MOEC_EVICT_LRFU = 2 };
 

@@ -14,7 +14,7 @@ EVICTIONS = ("lru", "lfu", "lrfu")  # as moec_runtime.h numbers them
 @dataclass(frozen=True)
 class ExpertCacheOptions:
     """eviction: which expert is given up, the one used longest ago ("lru"), least often ("lfu") or
-    least often of late ("lrfu": a use counts half after 128 tokens).
+    least often of late ("lrfu": a use counts half after 32 tokens).
 
     readers: threads that read, 1 to 64. cache_aware: how much the router of a token that is run alone prefers experts
     in memory, as a share (0 to 1) of the range of what it selects by. read_ahead: while a layer of a

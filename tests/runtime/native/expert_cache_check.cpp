@@ -191,7 +191,7 @@ class Recent {
   double worth(const std::pair<size_t, int32_t>& expert) {
     if (policy_ == ExpertPolicy::kLru) return 0;
     double sum = 0;
-    for (const double time : times_[expert]) sum += policy_ == ExpertPolicy::kLfu ? 1 : std::exp2((time - now_) / (128 * blocks_));
+    for (const double time : times_[expert]) sum += policy_ == ExpertPolicy::kLfu ? 1 : std::exp2((time - now_) / (32 * blocks_));
     return sum;
   }
 
