@@ -180,8 +180,8 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
         raw["last_cache_mb"] = known(machine.last_cache_bytes() / 1e6, "the system's description of CPU 0's caches")
     with progress.stage("measure storage", total=None):
         storage = _storage(rounds)
-    if storage:
-        raw["storage_gb_per_s"] = figure(storage, "direct reads of 1 MiB at random places, 4 at once", unit=1e9)
+    for key, (values, what) in storage.items():
+        raw[key] = figure(values, f"direct reads of {what}; best of {rounds} rounds", unit=1e9)
     instruction, runtime = _probe(kernels, threads, rounds, progress)
     kernels["instruction_us"] = figure(instruction, f"a model of small tensors, {how}", least=True, unit=1e-6)
     raw["runtime_mb"] = figure(runtime, "peak of a small model less its own memory", least=True, unit=1e6)
@@ -195,19 +195,28 @@ def measured_device(name: str, threads: int | None, rounds: int, progress: Progr
         ) from None
 
 
-def _storage(rounds: int) -> list[float]:
-    """Bytes a second in each round; none where files cannot be read past the page cache, as in memory."""
+def _storage(rounds: int) -> dict[str, tuple[list[float], str]]:
+    """Bytes a second in each round, and of what reads; nothing where files cannot be read past the page cache, as in
+    memory."""
     from moec.runtime import machine
 
+    at_random: list[float] = []
+    in_order: list[float] = []
     with tempfile.NamedTemporaryFile() as file:
         try:
             for _ in range(256):
                 file.write(os.urandom(1 << 20))
             file.flush()
             os.fsync(file.fileno())
-            return [machine.storage_rate(Path(file.name), 1 << 20, seconds=0.25) for _ in range(rounds)]
+            for _ in range(rounds):
+                at_random.append(machine.storage_rate(Path(file.name), 1 << 20, seconds=0.25))
+                in_order.append(machine.sequential_storage_rate(Path(file.name), seconds=0.25))
         except OSError:  # no O_DIRECT there, or no room
-            return []
+            return {}
+    return {
+        "storage_gb_per_s": (at_random, "1 MiB at random places, 4 at once"),
+        "storage_sequential_gb_per_s": (in_order, "8 MiB one after the other"),
+    }
 
 
 def _probe(kernels: dict[str, Any], threads: int, rounds: int, progress: Progress) -> tuple[list[float], list[float]]:

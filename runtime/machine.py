@@ -92,18 +92,35 @@ def storage_rate(file: Path, block: int, readers: int = 4, seconds: float = 1.0)
     until = time.monotonic() + seconds
 
     def read_on(seed: int) -> int:
-        chosen, done = random.Random(seed), 0
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        try:
-            with mmap.mmap(-1, block) as memory:
-                while time.monotonic() < until:
-                    done += os.preadv(handle, [memory], chosen.randrange(places) * block)
-        finally:
-            os.close(handle)
-        return done
+        chosen = random.Random(seed)
+        return _read_until(file, block, lambda: chosen.randrange(places), until)
 
     with ThreadPoolExecutor(readers) as pool:
         return sum(pool.map(read_on, range(readers))) / seconds
+
+
+def sequential_storage_rate(file: Path, block: int = 8 << 20, seconds: float = 1.0) -> float:
+    """Bytes a second of reads of `block` bytes one after the other, from the beginning again at the file's end.
+
+    Past the page cache; OSError as `storage_rate`.
+    """
+    order = cycle(range(file.stat().st_size // block))
+    started = time.monotonic()
+    done = _read_until(file, block, lambda: next(order), started + seconds)
+    return done / (time.monotonic() - started)
+
+
+def _read_until(file: Path, block: int, place: Callable[[], int], until: float) -> int:
+    """Bytes that were read, a block at each `place`, until time.monotonic() is `until`."""
+    done = 0
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    try:
+        with mmap.mmap(-1, block) as memory:
+            while time.monotonic() < until:
+                done += os.preadv(handle, [memory], place() * block)
+    finally:
+        os.close(handle)
+    return done
 
 
 def cores() -> tuple[int, int]:

@@ -118,7 +118,8 @@ NAME = r"^[a-z0-9][a-z0-9.-]{0,63}$"
 class Device(Section):
     """One device. `backend` is the target that a spec without `targets` would use there.
 
-    `storage_gb_per_s`: reads past the page cache of about a megabyte at random places, several at once.
+    `storage_gb_per_s`: reads past the page cache of about a megabyte at random places, several at once, as experts are
+    read; `storage_sequential_gb_per_s`: of large blocks one after the other.
     """
 
     name: Annotated[str, Field(pattern=NAME)]
@@ -132,6 +133,7 @@ class Device(Section):
     int8_gop_per_s: Figure
     last_cache_mb: Figure | None = None
     storage_gb_per_s: Figure | None = None
+    storage_sequential_gb_per_s: Figure | None = None
     gpu_fp16_gflop_per_s: Figure | None = None
     runtime_mb: Figure | None = None
     kernels: KernelRates | None = None

@@ -181,3 +181,7 @@ def test_measure_this_machine(moec: Moec, tmp_path: Path) -> None:
     # any machine that runs this: between a wearable and a large server
     assert 1 < device.dram_gb_per_s.number < 5000
     assert 1 < device.int8_gop_per_s.number < 20_000
+    both = (device.storage_gb_per_s, device.storage_sequential_gb_per_s)
+    assert (both[0] is None) == (both[1] is None)  # none where files are in memory alone
+    for rate in both:
+        assert rate is None or 0 < rate.number < 1000

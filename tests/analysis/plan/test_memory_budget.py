@@ -73,6 +73,7 @@ def test_the_command(moec: Moec) -> None:
     assert status == 0, err
     assert "60% found (measured)" in out
     assert "tokens/s with reading and computing at the same time" in out
+    assert " read a token\n" in out
     status, out, err = moec(*arguments, "--memory-mb", "1500", "--json")
     assert status == 0, err
     assert json.loads(out)["streamed"]["budget"] == 1_500_000_000
@@ -85,6 +86,8 @@ def test_a_rate_of_storage_is_measured(tmp_path: Path) -> None:
     file.write_bytes(bytes(8 << 20))
     try:
         rate = machine.storage_rate(file, 1 << 20, readers=2, seconds=0.05)
+        in_order = machine.sequential_storage_rate(file, 3 << 20, seconds=0.05)  # the end is no whole block
     except OSError:
         pytest.skip("this file system has no direct reads")
     assert rate > 1e6
+    assert in_order > 1e6
