@@ -51,7 +51,7 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz soak lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
-  bench-quality bench-questions bench-speculation bench-flash bench-roles bench-passes bench-training gpu-check \
+  bench-quality bench-questions bench-speculation bench-flash replayed-routing bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
 
@@ -187,6 +187,9 @@ bench-speculation: setup ## what prompt lookup gains on real text: BENCH_ARGS=AR
 
 bench-flash: setup ## an artifact under budgets of memory: BENCH_ARGS="ARTIFACT --ids FILE"
 	$(BIN)/python -W ignore bench/bench_flash.py $(BENCH_ARGS)
+
+replayed-routing: setup ## which experts an artifact's tokens select, for bench-flash
+	$(BIN)/python -W ignore bench/replayed_routing.py $(BENCH_ARGS)
 
 bench-roles: setup ## which kernel should serve which dense role
 	$(BIN)/python -W ignore bench/bench_roles.py --out $(BUILD)/bench $(BENCH_ARGS)

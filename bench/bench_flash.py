@@ -1,17 +1,20 @@
 """`make bench-flash`: an artifact whose experts do not all fit in memory, against the same with all of them there.
 
-Two tables. *Time*: budgets and "all in memory" in turns, medians over rounds; hits, bytes read for each token, the rate
-at which the storage gives blocks of an expert's size, the bound max(computing, reading) and how near to it decoding is;
-peak memory over budget. *Policies*: the same routing replayed against caches that give up the expert used longest ago,
-the one used least often, and the one whose next use is farthest (Belady's optimum, which knows the future); with
-`--save-trace FILE` that routing is kept. `--cache-aware X,...` adds rows to *Time* whose router prefers experts in
-memory, and a table of what that costs: perplexity, and divergence from the router's own selections, of the same tokens.
+    make bench-flash BENCH_ARGS="ARTIFACT --ids FILE"            routing of a text; its ids are run one by one
+    make bench-flash BENCH_ARGS="--model mobilemoe-l --peer ..." a shape, with the routing of a trained model (below)
+    make bench-flash BENCH_ARGS="--replay FILE,..."              recorded routing alone: hits by policy, no artifact
 
-Prompt and decoded tokens are those of the text, so that routing is that of text; with random weights a router has no
-preferences, and the hit rate only reflects the size of the cache.
+*Decoding*: budgets and "all in memory" in turns, medians over rounds; hits, bytes read for each token, the bound
+max(computing, reading), how near to it decoding is, what `moec plan` says with these hits, peak memory over budget.
+`--storage-gb` holds reads to a rate and memory to the budget + 2%, by control groups (limits.py). `--with
+"NAME=OPTIONS"` adds rows with further options of the runner, `--cache-aware X,...` rows whose router prefers experts in
+memory, and a table of what that costs. *Prompts*: the text in calls as long as the budget allows; each expert is read
+once a call at most.
+*Policies* (policies.py) and *Layout*: the same routing replayed.
 
-`--replay FILE,...` takes saved traces instead of an artifact: hits by policy, and the share of the speed in memory that
-reading the misses leaves at most on another shape (`--shape`), by arithmetic.
+`--model` runs OUT/MODEL: `--prepare` makes it from a spec and a recorded trace (replayed_routing.py). Ids behind the
+replayed ones are routed at random: with `--peer` they are run beside llama.cpp, whose random weights route at random
+too, its model mapped into the same memory behind the same throttle.
 """
 
 from __future__ import annotations
@@ -19,124 +22,373 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
-import subprocess
+import shlex
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import policies
+from flash_runs import SLACK, Machine, Sample, Setting, least_budget, middle
+from limits import forget_pages, limited
+from peers import llama_cpp
+from replayed_routing import Recorded, make, mapped
 
+from moec.analysis.plan.devices import load_device
+from moec.analysis.plan.planner import plan_spec
 from moec.assistant.load import load
 from moec.cli.output import table
 from moec.compiler.artifact import Artifact
 from moec.compiler.build import load_unrounded
-from moec.compiler.errors import RunError
+from moec.compiler.errors import RunError, UserError
 from moec.compiler.files import read_text
-from moec.runtime import machine
-from moec.runtime.native import runner_binary
+from moec.compiler.progress import Progress
+from moec.compiler.spec import Spec, load_spec
+from moec.compiler.spec.device import Device, Figure
+from moec.sources.decoder.config import decoder_of
 
 Use = tuple[int, int]  # layer, expert
+SPECS = Path(__file__).parent.parent / "specs" / "models"
+TRACE = Path(__file__).parent / "traces" / "nano60.json.gz"
+ALL = Setting("all in memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make bench-flash", description=__doc__)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.fractions = [float(f) for f in options.fractions.split(",") if f]
+    try:
+        if options.replay:
+            return replay([Path(file) for file in options.replay.split(",")], options)
+        if options.prepare:
+            return prepare(options)
+        return measure(parser, options)
+    except (UserError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="make bench-flash", description=__doc__, formatter_class=raw)
     parser.add_argument("artifact", type=Path, nargs="?")
     parser.add_argument("--ids", type=Path, help="token ids of a text, for prompt and decoding")
-    parser.add_argument("--fractions", default="0.5,0.26,0.1", help="of the routed experts that memory holds")
+    parser.add_argument("--model", help="a shipped spec whose artifact in OUT repeats a recorded trace")
+    parser.add_argument("--prepare", action="store_true", help="make that artifact and the peer's model and program")
+    parser.add_argument("--trace", type=Path, default=TRACE, help="of --prepare")
+    parser.add_argument("--tokens", type=int, default=512, help="of --model: how many tokens are replayed")
+    parser.add_argument("--ahead", type=float, default=0.85, help="of --prepare: how often a lookahead shall be right")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument(
+        "--fractions", default="0.5,0.26,0.1", help="of the routed experts, held beside the least budget"
+    )
+    parser.add_argument("--budgets", default="", help="in MB, beside the fractions")
+    parser.add_argument("--storage-gb", type=float, default=None, help="limits reads (GB/s) and memory")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--with", dest="more", action="append", default=[], help="NAME=OPTIONS of the runner")
     parser.add_argument("--cache-aware", default="", help="shares, such as 0.05,0.1")
+    parser.add_argument("--peer", action="store_true", help="llama.cpp beside it; needs --model")
+    parser.add_argument("--peer-decode", type=int, default=32)
+    parser.add_argument("--peer-fractions", default="0.5,0.25")
+    parser.add_argument("--device", default="reference-x86", help="of the plan")
     parser.add_argument("--save-trace", type=Path, default=None)
     parser.add_argument("--replay", default="", help="traces, instead of an artifact")
+    parser.add_argument(
+        "--layers", type=int, default=None, help="of --replay: mapped onto so many (replayed_routing.py)"
+    )
     parser.add_argument("--shape", default="177,13,2", help="of --replay: MB of experts a token, ms in memory, GB/s")
     parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args(arguments)
-    fractions = [float(f) for f in options.fractions.split(",")]
-    if options.replay:
-        return replay([Path(file) for file in options.replay.split(",")], fractions, options)
-    if options.artifact is None or options.ids is None:
-        parser.error("give an artifact and --ids, or --replay")
-    artifact = Artifact.open(options.artifact)
-    ids = [int(i) for i in re.findall(r"\d+", read_text(options.ids, limit=64 << 20))]
+    return parser
+
+
+def prepare(options: Any) -> int:
+    """OUT/MODEL/artifact, OUT/MODEL/llama.gguf and llama.cpp's program, each once."""
+    progress, folder = Progress(), options.out / options.model
+    spec = SPECS / f"{options.model}.yaml"
+    print(make(spec, options.trace, folder, options.tokens, options.ahead, progress))
+    if options.peer:
+        gguf = folder / "llama.gguf"
+        if not gguf.exists():
+            with progress.stage(f"write {gguf.name}"):
+                llama_cpp.write_gguf(decoder_of(load_spec(spec), "a peer's"), gguf.with_suffix(".part"))
+                gguf.with_suffix(".part").rename(gguf)
+        print(gguf, llama_cpp.build(options.out / "llama.cpp", progress))
+    return 0
+
+
+def measure(parser: argparse.ArgumentParser, options: Any) -> int:
+    about: dict[str, Any] = {}
+    if options.model:
+        folder = options.out / options.model
+        if not (folder / "routing.json").exists():
+            parser.error(f"{folder} is not prepared: add --prepare first")
+        about = json.loads(read_text(folder / "routing.json", limit=64 << 20))
+        artifact = Artifact.open(folder / "artifact")
+        ids = list(range(min(options.tokens, len(about["chosen"]))))
+        options.prompt, options.decode = 0, len(ids)
+    else:
+        if options.artifact is None or options.ids is None:
+            parser.error("give an artifact and --ids, or --model, or --replay")
+        artifact = Artifact.open(options.artifact)
+        ids = [int(i) for i in re.findall(r"\d+", read_text(options.ids, limit=64 << 20))]
     need = options.prompt + options.decode
     if len(ids) < need or need > artifact.manifest.model.context:
-        parser.error(
-            f"{need} tokens are needed, of a text of {len(ids)} in a context of {artifact.manifest.model.context}"
-        )
+        parser.error(f"{need} tokens are needed, of {len(ids)} in a context of {artifact.manifest.model.context}")
+    run = Bench(artifact, options)
+    print("; ".join(run.conditions(about)), file=sys.stderr)
     shares = [float(share) for share in options.cache_aware.split(",") if share]
-    rows = timed(artifact, ids[:need], fractions, shares, options)
-    columns = [
-        "experts",
-        "cache-aware",
-        "budget MB",
-        "hits",
-        "MB a token",
-        "GB/s read",
-        "tokens/s",
-        "of all",
-        "of bound",
-        "peak / budget",
-    ]
-    table("Decoding, medians", columns, [shown(row) for row in rows], right=range(1, len(columns)))
-    trace = routing(artifact, ids[:need], options.prompt)
+    found: dict[str, Any] = {"conditions": run.conditions(about)}
+    found["decode"] = run.decoding(ids[options.prompt : need], shares)
+    found["prompts"] = run.prompts(ids[:need])
+    if options.peer:
+        found["peer"] = run.beside_llama_cpp(len(about["chosen"]))
+    trace = uses_of(np.asarray(about["chosen"])) if about else routing(artifact, ids[:need], options.prompt)
     layers = len(artifact.manifest.model.moe_layers)
     experts = layers * int(artifact.manifest.section("model", "moe")["experts"])
-    policies = policy_rows(trace, experts, fractions)
-    table("\nHits of the same routing", ["experts", "LRU", "LFU", "Belady"], policies, right=range(1, 4))
-    costs = []
+    found["policies"] = policy_table("\nHits of the same routing", trace, layers, experts, options.fractions)
+    found["layout"] = run.layout(trace, layers, experts)
     if shares:
-        own, _ = decoded(artifact, ids[:need], options.prompt, None, None)
-        costs = [cost(artifact, ids[:need], own, f, share, options.prompt) for f in fractions for share in shares]
-        columns = ["experts", "cache-aware", "hits", "perplexity", "KLD", "same"]
-        shown_costs = [
-            (f"{c['fraction']:.0%}", f"{c['share']:g}", f"{c['hits']:.1%}", f"{c['perplexity']:.3f}", f"{c['kld']:.4f}",
-             f"{c['same']:.1%}") for c in costs
-        ]  # fmt: skip
-        plain = costs[0]["own_perplexity"]
-        title = f"\nCost of cache-aware selection; the router's own selections have perplexity {plain:.3f}"
-        table(title, columns, shown_costs, right=range(1, len(columns)))
+        found["cost"] = costs(artifact, ids[:need], options, shares)
     if options.save_trace is not None:
-        saved = {"artifact": artifact.manifest.name, "layers": layers, "experts": experts // layers, "trace": trace}
-        options.save_trace.write_text(json.dumps(saved) + "\n")
+        chosen = np.asarray([[e for _, e in uses] for uses in trace]).reshape(-1, layers, len(trace[0]))
+        Recorded(artifact.manifest.name, experts // layers, chosen).write(options.save_trace)
+    if run.machine.missing:
+        print("not limited: " + "; ".join(sorted(run.machine.missing)), file=sys.stderr)
     if options.json is not None:
-        options.json.write_text(json.dumps({"decode": rows, "policies": policies, "cost": costs}, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
-def replay(files: Sequence[Path], fractions: Sequence[float], options: Any) -> int:
-    """Tables of saved traces."""
+class Bench:
+    """One artifact on this machine."""
+
+    def __init__(self, artifact: Artifact, options: Any) -> None:
+        self.artifact, self.options = artifact, options
+        self.file = artifact.path("model.pte")
+        self.machine = Machine(options.threads, options.storage_gb, limit=options.storage_gb is not None)
+        self.least = least_budget(artifact, options.threads)
+        self.experts_mb = artifact.manifest.sizes_by_role["expert"] / 1e6
+        moe, layers = artifact.manifest.section("model", "moe"), len(artifact.manifest.model.moe_layers)
+        self.expert_bytes = artifact.manifest.sizes_by_role["expert"] // (layers * int(moe["experts"]))
+        self.budgets = [round(self.least + f * self.experts_mb) for f in options.fractions]
+        self.budgets += [int(mb) for mb in options.budgets.split(",") if mb]
+        self.whole = 0.0  # tokens a second with all experts in memory
+        self.device: Device | None = None
+
+    def conditions(self, about: dict[str, Any]) -> list[str]:
+        """What the figures hold for."""
+        storage = self.options.storage_gb
+        said = [f"{self.artifact.manifest.name}, {self.options.threads} threads, least budget {self.least} MB"]
+        said += [] if storage is None else [f"reads held to {storage:g} GB/s, memory to the budget + {SLACK - 1:.0%}"]
+        if about:
+            said += [f"routing of {about['trace']}: {about['repeated']:.2%} of uses repeated"]
+            said += (
+                [f"the next router on this layer's input is right for {about['ahead']:.0%}"] if "ahead" in about else []
+            )
+        return said
+
+    def decoding(self, ids: Sequence[int], shares: Sequence[float]) -> list[dict[str, Any]]:
+        settings = [ALL]
+        ways: list[tuple[str, tuple[str, ...]]] = [("", ())]
+        for given in self.options.more:
+            name, _, rest = given.partition("=")
+            ways.append((name, tuple(shlex.split(rest))))
+        ways += [(f"cache-aware {share:g}", ("--cache-aware", str(share))) for share in shares]
+        settings += [Setting(name, budget=budget, more=more) for budget in self.budgets for name, more in ways]
+        samples = self._rounds(ids, settings)
+        self.whole = len(ids) / samples[ALL].seconds
+        some = next((s for s in samples.values() if s.slot_bytes), None)
+        if some is None:
+            return []
+        (storage,) = self.machine.storage(self.file, [(some.slot_bytes, 4096)])
+        rows = [self._decoded(s, sample, len(ids), storage) for s, sample in samples.items()]
+        columns = ["experts held", "", "budget MB", "hits", "MB a token", "tokens/s", "of all", "of bound", "planned",
+                   "peak / budget"]  # fmt: skip
+        title = f"Decoding of {len(ids)} tokens, medians; the storage gives {storage / 1e9:.2f} GB/s"
+        table(title, columns, [shown(row) for row in rows], right=(0, *range(2, len(columns))))
+        return rows
+
+    def _rounds(self, ids: Sequence[int], settings: Sequence[Setting]) -> dict[Setting, Sample]:
+        taken: dict[Setting, list[Sample]] = {setting: [] for setting in settings}
+        for number in range(self.options.rounds):
+            for setting in settings:
+                taken[setting].append(self.machine.sample(self.artifact, ids, setting))
+            print(f"round {number + 1} of {self.options.rounds}", file=sys.stderr)
+        return {setting: middle(samples) for setting, samples in taken.items()}
+
+    def _decoded(self, setting: Setting, sample: Sample, tokens: int, storage: float) -> dict[str, Any]:
+        rate = tokens / sample.seconds
+        row = {"name": setting.name, "rate": rate, "of_all": rate / self.whole, "peak_mb": sample.peak_mb}
+        if setting.budget is None:
+            return row
+        read = sample.bytes / tokens
+        bound = 1 / max(1 / self.whole, read / storage)
+        row |= {"budget_mb": setting.budget, "held": sample.slots * self.expert_bytes / 1e6 / self.experts_mb}
+        row |= {"hits": sample.hits, "bytes": read, "storage": storage, "of_bound": rate / bound}
+        planned = self._planned(setting.budget, sample.hits, storage, tokens)
+        return row | ({"planned": planned} if planned is not None else {})
+
+    def _planned(self, budget: int, hits: float, storage: float, tokens: int) -> float | None:
+        """Tokens a second by `moec plan` for the device, its storage as fast as measured, positions as decoded here."""
+        if self.device is None:
+            figure = Figure(number=storage / 1e9, source="measured in this run")
+            self.device = load_device(self.options.device).model_copy(update={"storage_gb_per_s": figure})
+        spec = Spec.model_validate(self.artifact.manifest.spec)
+        try:
+            made = plan_spec(spec, self.device, target="xnnpack", context=tokens, memory_mb=budget, hits=hits)
+        except UserError as error:
+            print(f"no plan: {error}", file=sys.stderr)
+            return None
+        return made.streamed.tokens_per_s if made.streamed is not None else None
+
+    def prompts(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The text as a prompt. RuntimeError if an expert is read twice in one call."""
+        settings = [Setting(ALL.name, whole=True)]
+        settings += [Setting("", budget=budget, whole=True) for budget in self.budgets]
+        samples = self._rounds(ids, settings)
+        computing = samples[settings[0]].seconds
+        (storage,) = self.machine.storage(self.file, [(self.expert_bytes, 4096)])
+        rows, cells = [], []
+        for setting, sample in samples.items():
+            row: dict[str, Any] = {
+                "budget_mb": setting.budget,
+                "rate": len(ids) / sample.seconds,
+                "peak_mb": sample.peak_mb,
+            }
+            if setting.budget is not None:
+                reads = sample.bytes / self.expert_bytes
+                if round(reads) > sample.misses:
+                    raise RuntimeError(
+                        f"{reads:.0f} reads of experts for {sample.misses} misses: one was read twice in a call"
+                    )
+                bound = max(computing, sample.bytes / storage)
+                row |= {"bytes": sample.bytes, "misses": sample.misses, "of_bound": bound / sample.seconds}
+                peak = f"{sample.peak_mb / setting.budget:.3f}"
+                cells.append((str(setting.budget), f"{row['rate']:.0f}", f"{sample.bytes / 1e6:.0f}",
+                              f"{reads / max(sample.misses, 1):.3f}", f"{row['of_bound']:.2f}", peak))  # fmt: skip
+            else:
+                cells.append(("none", f"{row['rate']:.0f}", "", "", "", ""))
+            rows.append(row)
+        columns = ["budget MB", "tokens/s", "MB read", "reads a miss", "of bound", "peak / budget"]
+        table(f"\nA prompt of {len(ids)} tokens, medians", columns, cells, right=range(len(columns)))
+        return rows
+
+    def beside_llama_cpp(self, first: int) -> list[dict[str, Any]]:
+        """Both with random routing, in turn. first: the first id that is routed at random."""
+        folder, o = self.options.out / self.options.model, self.options
+        binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / "llama.gguf"
+        ids = [first + i * 7 for i in range(128)]
+        fractions = [float(f) for f in o.peer_fractions.split(",")]
+        fixed = self.least - self._token_mb()
+        budgets: list[int | None] = [None, *(round(fixed + f * self.experts_mb) for f in fractions)]
+        ours: dict[int | None, list[Sample]] = {budget: [] for budget in budgets}
+        theirs: dict[int | None, list[llama_cpp.Run]] = {budget: [] for budget in budgets}
+        for number in range(o.rounds):
+            for budget in budgets:
+                ours[budget].append(self.machine.sample(self.artifact, ids, Setting("random routing", budget=budget)))
+                theirs[budget].append(self._peer(binary, gguf, budget))
+            print(f"llama.cpp, round {number + 1} of {o.rounds}", file=sys.stderr)
+        rows, cells = [], []
+        for budget, fraction in zip(budgets, (1.0, *fractions), strict=True):
+            mine = middle(ours[budget])
+            peer = float(np.median([run.tokens_per_s for run in theirs[budget]]))
+            rate = len(ids) / mine.seconds
+            rows.append({"memory_mb": budget, "held": fraction, "ours": rate, "hits": mine.hits, "peer": peer,
+                         "peer_peak_mb": max(run.peak_rss_mb for run in theirs[budget])})  # fmt: skip
+            memory = "none" if budget is None else str(budget)
+            speeds = (f"{mine.hits:.1%}", f"{rate:.1f}", f"{peer:.2f}", f"{rate / peer:.1f}")
+            cells.append((f"{fraction:.0%}", memory, *speeds))
+        columns = ["experts held", "memory MB", "our hits", "ours, tokens/s", "llama.cpp, mmap", "ratio"]
+        table("\nRandom routing on both sides, medians", columns, cells, right=range(len(columns)))
+        return rows
+
+    def _token_mb(self) -> float:
+        """The experts of one token, which the least budget has room for."""
+        moe = self.artifact.manifest.section("model", "moe")
+        return len(self.artifact.manifest.model.moe_layers) * int(moe["top_k"]) * self.expert_bytes / 1e6
+
+    def _peer(self, binary: Path, gguf: Path, budget: int | None) -> llama_cpp.Run:
+        memory = budget * SLACK if budget is not None and self.machine.limit else None
+        if memory is not None:
+            forget_pages(gguf)
+        with limited(memory_mb=memory, read_gb_per_s=self.options.storage_gb, file=gguf) as group:
+            # its own repacking would copy all experts into memory that cannot be dropped
+            return llama_cpp.run(
+                binary, gguf, decode=self.options.peer_decode, threads=self.options.threads, repack=memory is None,
+                within=group.command,
+            )  # fmt: skip
+
+    def layout(self, trace: policies.Trace, layers: int, experts: int) -> dict[str, Any]:
+        """What another order of the experts in the file could gain."""
+        half = (self.expert_bytes // 3 * 2, self.expert_bytes // 3)
+        cases = [(size * count, alignment) for size in half for count in (1, 2) for alignment in (4096, 16384)]
+        rates = self.machine.storage(self.file, cases)
+        cells = [(f"{block / 1e6:.2f}", f"{alignment // 1024}", f"{rate / 1e9:.2f}")
+                 for (block, alignment), rate in zip(cases, rates, strict=True)]  # fmt: skip
+        table("\nReads at random places", ["MB", "aligned to KiB", "GB/s"], cells, right=range(3))
+        rows = []
+        for fraction in self.options.fractions:
+            at_a_time, share = policies.neighbours(trace, max(int(fraction * experts), 1), layers, experts)
+            rows.append((f"{fraction:.0%}", f"{at_a_time:.2f}", f"{share:.1%}"))
+        columns = ["experts", "misses at a time", "reads saved by the best order"]
+        table("\nExperts of a layer that are missed together", columns, rows, right=range(3))
+        return {"reads": cells, "neighbours": rows}
+
+
+def replay(files: Sequence[Path], options: Any) -> int:
+    """Tables of recorded routing."""
     megabytes, milliseconds, rate = (float(part) for part in options.shape.split(","))
-    rows = []
     for file in files:
-        saved = json.loads(read_text(file, limit=256 << 20))
-        trace = [[(int(layer), int(expert)) for layer, expert in uses] for uses in saved["trace"]]
-        slots = saved["layers"] * saved["experts"]
-        for fraction, *policies in policy_rows(trace, slots, fractions):
-            lru = float(policies[0].rstrip("%")) / 100
-            reading = (1 - lru) * megabytes / rate
-            share = milliseconds / max(milliseconds, reading)
-            rows.append((file.stem, f"{distinct(trace, saved['layers']):.2f}", fraction, *policies, f"{share:.0%}"))
-    shape = f"{megabytes:g} MB of experts and {milliseconds:g} ms a token, {rate:g} GB/s"
-    title = f"Saved routing, and the speed that LRU leaves at most with {shape}"
-    columns = ["trace", "distinct per 16", "experts", "LRU", "LFU", "Belady", "of all, at most"]
-    table(title, columns, rows, right=range(1, len(columns)))
+        found = Recorded.read(file)
+        chosen = found.chosen
+        if options.layers is not None:
+            chosen = mapped(chosen, options.layers, len(chosen) // -(-options.layers // chosen.shape[1]))
+        trace, layers = uses_of(chosen), chosen.shape[1]
+        told = f"{file.stem}, {len(chosen)} tokens, {layers} layers; "
+        told += f"{policies.distinct(trace, layers):.2f} different experts in 16 tokens"
+        rows = policy_table(told, trace, layers, layers * found.experts, options.fractions)
+        cells = []
+        for fraction, row in zip(options.fractions, rows, strict=True):
+            shares = (milliseconds / max(milliseconds, (1 - hits) * megabytes / rate) for hits in row.values())
+            cells.append((f"{fraction:.0%}", *(f"{share:.0%}" for share in shares)))
+        title = (
+            f"at most, of the speed in memory, with {megabytes:g} MB and {milliseconds:g} ms a token at {rate:g} GB/s"
+        )
+        table(title, ["experts", *rows[0]], cells, right=range(1, len(rows[0]) + 1))
+        print()
     return 0
 
 
-def distinct(trace: list[list[Use]], layers: int) -> float:
-    """Experts of a layer that 16 consecutive tokens use, in the mean over places and layers."""
-    tokens = [trace[at : at + layers] for at in range(0, len(trace), layers)]
-    counts = [
-        len({use for token in tokens[first : first + 16] for use in token[layer]})
-        for first in range(len(tokens) - 15)
-        for layer in range(layers)
-    ]
-    return statistics.mean(counts)
+def uses_of(chosen: np.ndarray) -> list[list[Use]]:
+    """A trace as policies take it, of int [tokens, layers, k]."""
+    return [[(layer, int(e)) for e in row] for token in chosen for layer, row in enumerate(token)]
+
+
+def policy_table(
+    title: str, trace: policies.Trace, layers: int, experts: int, fractions: Sequence[float]
+) -> list[dict[str, float]]:
+    rows = policies.table_of(trace, layers, experts, fractions)
+    cells = [(f"{f:.0%}", *(f"{share:.1%}" for share in row.values())) for f, row in zip(fractions, rows, strict=True)]
+    table(title, ["experts", *rows[0]], cells, right=range(1, len(rows[0]) + 1))
+    return rows
+
+
+def costs(artifact: Artifact, ids: Sequence[int], options: Any, shares: Sequence[float]) -> list[dict[str, Any]]:
+    own, _ = decoded(artifact, ids, options.prompt, None, None)
+    found = [cost(artifact, ids, own, f, share, options.prompt) for f in options.fractions for share in shares]
+    columns = ["experts", "cache-aware", "hits", "perplexity", "KLD", "same"]
+    cells = [
+        (f"{c['fraction']:.0%}", f"{c['share']:g}", f"{c['hits']:.1%}", f"{c['perplexity']:.3f}", f"{c['kld']:.4f}",
+         f"{c['same']:.1%}") for c in found
+    ]  # fmt: skip
+    plain = found[0]["own_perplexity"]
+    title = f"\nCost of cache-aware selection; the router's own selections have perplexity {plain:.3f}"
+    table(title, columns, cells, right=range(1, len(columns)))
+    return found
 
 
 def cost(
@@ -202,82 +454,20 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def timed(
-    artifact: Artifact, ids: Sequence[int], fractions: Sequence[float], shares: Sequence[float], options: Any
-) -> list[dict[str, Any]]:
-    least = int(_run(artifact, ids, 1, 0.0, options)["least_mb"])
-    experts_mb = artifact.manifest.sizes_by_role["expert"] / 1e6
-    settings: dict[tuple[float, float], int | None] = {(1.0, 0.0): None}
-    settings |= {(f, share): round(least + f * experts_mb) for f in fractions for share in (0.0, *shares)}
-    runs: dict[tuple[float, float], list[dict[str, Any]]] = {setting: [] for setting in settings}
-    for number in range(options.rounds):
-        for setting, budget in settings.items():
-            runs[setting].append(_run(artifact, ids, budget, setting[1], options))
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-    rows = []
-    whole = statistics.median(r["rate"] for r in runs[1.0, 0.0])
-    for (fraction, share), found in runs.items():
-        budget = settings[fraction, share]
-        rate = statistics.median(r["rate"] for r in found)
-        row: dict[str, Any] = {
-            "fraction": fraction,
-            "cache_aware": share,
-            "rate": rate,
-            "of_all": rate / whole,
-            "peak_mb": max(r["peak_mb"] for r in found),
-        }
-        if budget is not None:
-            read = statistics.median(r["bytes"] for r in found) / options.decode
-            speed = machine.storage_rate(artifact.path("model.pte"), found[0]["slot_bytes"])
-            bound = 1 / max(1 / whole, read / speed)
-            row |= {
-                "budget_mb": budget,
-                "hits": found[-1]["hits"],
-                "bytes": read,
-                "storage": speed,
-                "of_bound": rate / bound,
-            }
-        rows.append(row)
-    return rows
-
-
-def _run(artifact: Artifact, ids: Sequence[int], budget: int | None, share: float, options: Any) -> dict[str, Any]:
-    """One process: the prompt, then the text's own tokens one by one. For a budget that is refused, the least one."""
-    command = [str(runner_binary()), str(artifact.path("model.pte")), "--json", "--tokens", "-", "--decode", "0"]
-    command += ["--chunk", "1", "--threads", str(options.threads)] + (["--memory-mb", str(budget)] if budget else [])
-    command += ["--cache-aware", str(share)] if share else []
-    text = " ".join(map(str, ids[options.prompt :]))
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        refusal = re.search(r"is less than (\d+) MB", done.stderr)
-        if refusal is None:
-            raise SystemExit(done.stderr.strip())
-        return {"least_mb": refusal[1]}
-    report = json.loads(done.stdout)
-    experts = report.get("experts", {"hits": 0, "misses": 0, "bytes_read": 0, "reading_s": 0.0})
-    asked = experts["hits"] + experts["misses"]
-    return {
-        "rate": report["prefill_tokens_per_s"],
-        "peak_mb": report["peak_rss_mb"],
-        "hits": experts["hits"] / asked if asked else 1.0,
-        "bytes": experts["bytes_read"],
-        "slot_bytes": experts.get("slot_bytes", 0),
-    }
-
-
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
-    first = (f"{row['fraction']:.0%}", f"{row['cache_aware']:g}" if row["cache_aware"] else "")
     if "budget_mb" not in row:
-        return (*first, "none", "", "", "", f"{row['rate']:.1f}", "1.00", "", "")
+        return ("all", "", "none", "", "", f"{row['rate']:.1f}", "1.00", "", "", "")
+    planned = row.get("planned")
     return (
-        *first,
+        f"{row['held']:.0%}",
+        row["name"],
         str(row["budget_mb"]),
         f"{row['hits']:.1%}",
         f"{row['bytes'] / 1e6:.2f}",
-        f"{row['storage'] / 1e9:.2f}",
         f"{row['rate']:.1f}",
         f"{row['of_all']:.2f}",
         f"{row['of_bound']:.2f}",
+        "" if planned is None else f"{planned:.1f} ({planned / row['rate'] - 1:+.0%})",
         f"{row['peak_mb'] / row['budget_mb']:.3f}",
     )
 
@@ -294,70 +484,6 @@ def routing(artifact: Artifact, ids: Sequence[int], prompt: int) -> list[list[Us
         session.close()
     tokens = len(ids) - prompt
     return [[(layer.layer, int(e)) for e in layer.indices_TK[t]] for t in range(tokens) for layer in layers]
-
-
-def policy_rows(trace: list[list[Use]], experts: int, fractions: Sequence[float]) -> list[tuple[str, ...]]:
-    """experts: of all layers."""
-    rows = []
-    for fraction in fractions:
-        slots = max(int(fraction * experts), 1)
-        shares = [hits(trace, slots, policy) for policy in (oldest, rarest, farthest)]
-        rows.append((f"{fraction:.0%}", *(f"{share:.1%}" for share in shares)))
-    return rows
-
-
-class History:
-    """What a policy may know at a moment: when each expert was used last, how often, and when it is used next."""
-
-    def __init__(self, trace: list[list[Use]]) -> None:
-        self.last: dict[Use, int] = {}
-        self.count: Counter[Use] = Counter()
-        self._times: dict[Use, list[int]] = {}
-        for now in range(len(trace) - 1, -1, -1):
-            for use in trace[now]:
-                self._times.setdefault(use, []).append(now)
-
-    def used(self, use: Use, now: int) -> None:
-        self.last[use] = now
-        self.count[use] += 1
-        self._times[use].pop()
-
-    def next(self, use: Use) -> float:
-        return self._times[use][-1] if self._times[use] else float("inf")
-
-
-Policy = Callable[[History, Use], float]  # of those held, the one of the least value goes
-
-
-def oldest(history: History, use: Use) -> float:
-    return history.last[use]
-
-
-def rarest(history: History, use: Use) -> float:
-    return history.count[use] + history.last[use] * 1e-9
-
-
-def farthest(history: History, use: Use) -> float:
-    return -history.next(use)
-
-
-def hits(trace: list[list[Use]], slots: int, policy: Policy) -> float:
-    """The share of uses that a cache of `slots` experts holds; a layer's experts are not given up for each other."""
-    history, held = History(trace), set[Use]()
-    found = asked = 0
-    for now, uses in enumerate(trace):
-        asked += len(uses)
-        found += sum(use in held for use in uses)
-        for use in uses:
-            history.used(use, now)
-        for use in uses:
-            if use not in held and len(held) >= slots:
-                others = held - set(uses)
-                if not others:
-                    continue
-                held.remove(min(others, key=lambda other: policy(history, other)))
-            held.add(use)
-    return found / asked if asked else 1.0
 
 
 if __name__ == "__main__":

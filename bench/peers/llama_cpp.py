@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,13 @@ def run(
     threads: int = 2,
     warm_up: bool = True,
     repeats: int = 1,
+    repack: bool = True,
+    within: Callable[[list[str]], list[str]] | None = None,
 ) -> Run:
-    """`prefill` or `decode` tokens (not both) after `context` tokens in the cache: the median of the repeats."""
+    """`prefill` or `decode` tokens (not both) after `context` tokens in the cache: the median of the repeats.
+
+    repack: let it copy weights into an order of its own, out of the mapped file. within: makes another command of it.
+    """
     command = [
         str(binary),
         "-m",
@@ -222,10 +228,13 @@ def run(
         "-d",
         str(context),
     ]
-    command += ["-lm", "mmap", *([] if warm_up else ["--no-warmup"])]
+    command += ["-lm", "mmap", *([] if warm_up else ["--no-warmup"]), *([] if repack else ["--repack", "0"])]
+    command += ["-r", str(repeats), "-o", "json"]
+    if within is not None:
+        command = within(command)
     with tempfile.TemporaryFile() as out:
         began = time.perf_counter()
-        child = subprocess.Popen([*command, "-r", str(repeats), "-o", "json"], stdout=out, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(child.pid, 0)
         wall_s = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)

@@ -1,0 +1,126 @@
+"""Processes of `make bench-flash`: the runner within a budget, in a group with limits, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limits import Group, forget_pages, limited
+from storage_rates import rates_in
+
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import UserError
+from moec.runtime.native import runner_binary
+
+SLACK = 1.02  # of a budget: what the memory of a group may be
+_TOUCH = 8  # tokens that bring the weights that are always used into memory
+_PAGE = 4096
+_REFUSAL = re.compile(r"is less than (\d+) MB")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a text is run. held: of the routed experts, beside what the least budget holds. more: options of the runner.
+    whole: the text in calls as long as the budget allows, not token by token."""
+
+    name: str
+    held: float = 1.0
+    budget: int | None = None
+    more: tuple[str, ...] = ()
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One process. bytes: read for the whole text. misses: experts that calls of layers asked for and did not find."""
+
+    seconds: float
+    peak_mb: float
+    hits: float = 1.0
+    misses: int = 0
+    bytes: int = 0
+    slots: int = 0
+    slot_bytes: int = 0
+
+
+@dataclass
+class Machine:
+    """Where processes run: threads, the rate that reads are held to in GB/s, whether memory is limited too."""
+
+    threads: int
+    storage_gb: float | None = None
+    limit: bool = False
+    missing: set[str] = field(default_factory=set)
+
+    def sample(self, artifact: Artifact, ids: Sequence[int], setting: Setting) -> Sample:
+        """One run of a text. Without a budget the second of two runs, the first brings all experts into memory."""
+        file = artifact.path("model.pte")
+        if setting.budget is None:
+            with limited(read_gb_per_s=self.storage_gb, file=file) as group:
+                return self._run(file, ids, setting, group)
+        memory = setting.budget * SLACK if self.limit else None
+        if memory is not None:
+            forget_pages(file)
+        with limited(memory_mb=memory, read_gb_per_s=self.storage_gb, file=file) as group:
+            self._note(group)
+            self._run(file, ids[:_TOUCH], setting, group)
+            return self._run(file, ids, setting, group)
+
+    def _run(self, file: Path, ids: Sequence[int], setting: Setting, group: Group) -> Sample:
+        command = [str(runner_binary()), str(file), "--json", "--tokens", "-", "--decode", "0"]
+        command += ["--threads", str(self.threads), *([] if setting.whole else ["--chunk", "1"]), *setting.more]
+        command += ["--memory-mb", str(setting.budget)] if setting.budget else ["--repeats", "2"]
+        text = " ".join(map(str, ids))
+        done = subprocess.run(group.command(command), input=text, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = done.stderr.strip() or ("memory ran out" if group.killed() else f"status {done.returncode}")
+            raise UserError(f"{setting.name} at {setting.budget} MB: {reason}", place=str(file))
+        report = json.loads(done.stdout)
+        experts = report.get("experts", {"hits": 1, "misses": 0, "bytes_read": 0, "slots": 0, "slot_bytes": 0})
+        asked = experts["hits"] + experts["misses"]
+        return Sample(
+            report["prefill_s"][-1],
+            report["peak_rss_mb"],
+            experts["hits"] / asked if asked else 1.0,
+            experts["misses"],
+            experts["bytes_read"],
+            experts["slots"],
+            experts["slot_bytes"],
+        )
+
+    def storage(self, file: Path, cases: list[tuple[int, int]]) -> list[float]:
+        """Bytes a second of reads of (block, alignment) bytes from `file`, as fast as the machine's limit allows."""
+        pages = [(-(-block // _PAGE) * _PAGE, alignment) for block, alignment in cases]
+        with limited(read_gb_per_s=self.storage_gb, file=file) as group:
+            self._note(group)
+            return rates_in(group.command([]) if group.folders else [], file, pages)
+
+    def _note(self, group: Group) -> None:
+        if group.missing:
+            self.missing.add(group.missing)
+
+
+def least_budget(artifact: Artifact, threads: int) -> int:
+    """In MB, as the refusal of a smaller one says it."""
+    command = [str(runner_binary()), str(artifact.path("model.pte")), "--prompt-length", "1", "--memory-mb", "1"]
+    command += ["--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    refusal = _REFUSAL.search(done.stderr)
+    if refusal is None:
+        raise UserError(
+            done.stderr.strip() or "the runner accepts a budget of 1 MB", place=str(artifact.path("model.pte"))
+        )
+    return int(refusal[1])
+
+
+def middle(samples: Sequence[Sample]) -> Sample:
+    """Median time, highest peak; counts of the last, which do not depend on the machine but for the order of reads."""
+    last = samples[-1]
+    seconds = statistics.median(s.seconds for s in samples)
+    peak = max(s.peak_mb for s in samples)
+    return Sample(seconds, peak, last.hits, last.misses, last.bytes, last.slots, last.slot_bytes)
