@@ -206,8 +206,8 @@ class Bench:
             return []
         (storage,) = self.machine.storage(self.file, [(some.slot_bytes, 4096)])
         rows = [self._decoded(s, sample, len(ids), storage) for s, sample in samples.items()]
-        columns = ["experts held", "", "budget MB", "hits", "MB a token", "tokens/s", "of all", "of bound", "planned",
-                   "peak / budget"]  # fmt: skip
+        columns = ["experts held", "", "budget MB", "kept", "read ahead", "MB a token", "in vain", "tokens/s", "of all"]
+        columns += ["of bound", "planned", "peak / budget"]
         title = f"Decoding of {len(ids)} tokens, medians; the storage gives {storage / 1e9:.2f} GB/s"
         table(title, columns, [shown(row) for row in rows], right=(0, *range(2, len(columns))))
         return rows
@@ -225,10 +225,11 @@ class Bench:
         row = {"name": setting.name, "rate": rate, "of_all": rate / self.whole, "peak_mb": sample.peak_mb}
         if setting.budget is None:
             return row
-        read = sample.bytes / tokens
-        bound = 1 / max(1 / self.whole, read / storage)
+        needed = (sample.bytes - sample.wasted) / tokens
+        bound = 1 / max(1 / self.whole, needed / storage)
         row |= {"budget_mb": setting.budget, "held": sample.slots * self.expert_bytes / 1e6 / self.experts_mb}
-        row |= {"hits": sample.hits, "bytes": read, "storage": storage, "of_bound": rate / bound}
+        row |= {"hits": sample.hits, "ahead": sample.ahead, "bytes": sample.bytes / tokens, "of_bound": rate / bound}
+        row |= {"wasted": sample.wasted / tokens, "storage": storage}
         planned = self._planned(setting.budget, sample.hits, storage, tokens)
         return row | ({"planned": planned} if planned is not None else {})
 
@@ -456,14 +457,16 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
     if "budget_mb" not in row:
-        return ("all", "", "none", "", "", f"{row['rate']:.1f}", "1.00", "", "", "")
+        return ("all", "", "none", "", "", "", "", f"{row['rate']:.1f}", "1.00", "", "", "")
     planned = row.get("planned")
     return (
         f"{row['held']:.0%}",
         row["name"],
         str(row["budget_mb"]),
         f"{row['hits']:.1%}",
+        f"{row['ahead']:.1%}",
         f"{row['bytes'] / 1e6:.2f}",
+        f"{row['wasted'] / 1e6:.2f}",
         f"{row['rate']:.1f}",
         f"{row['of_all']:.2f}",
         f"{row['of_bound']:.2f}",

@@ -7,8 +7,9 @@ import re
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from limits import Group, forget_pages, limited
 from storage_rates import rates_in
@@ -37,13 +38,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sample:
-    """One process. bytes: read for the whole text. misses: experts that calls of layers asked for and did not find."""
+    """One process. hits, ahead: shares of the experts that calls of layers asked for, found because they were kept and
+    because they were read ahead; misses: how many were neither. bytes: read for the whole text; wasted: of those, for
+    experts read ahead in vain."""
 
     seconds: float
     peak_mb: float
     hits: float = 1.0
+    ahead: float = 0.0
     misses: int = 0
     bytes: int = 0
+    wasted: float = 0.0
     slots: int = 0
     slot_bytes: int = 0
 
@@ -80,18 +85,7 @@ class Machine:
         if done.returncode:
             reason = done.stderr.strip() or ("memory ran out" if group.killed() else f"status {done.returncode}")
             raise UserError(f"{setting.name} at {setting.budget} MB: {reason}", place=str(file))
-        report = json.loads(done.stdout)
-        experts = report.get("experts", {"hits": 1, "misses": 0, "bytes_read": 0, "slots": 0, "slot_bytes": 0})
-        asked = experts["hits"] + experts["misses"]
-        return Sample(
-            report["prefill_s"][-1],
-            report["peak_rss_mb"],
-            experts["hits"] / asked if asked else 1.0,
-            experts["misses"],
-            experts["bytes_read"],
-            experts["slots"],
-            experts["slot_bytes"],
-        )
+        return of_report(json.loads(done.stdout))
 
     def storage(self, file: Path, cases: list[tuple[int, int]]) -> list[float]:
         """Bytes a second of reads of (block, alignment) bytes from `file`, as fast as the machine's limit allows."""
@@ -118,9 +112,21 @@ def least_budget(artifact: Artifact, threads: int) -> int:
     return int(refusal[1])
 
 
+def of_report(report: dict[str, Any]) -> Sample:
+    """What the runner's JSON says; the last of its repeats."""
+    seconds, peak = report["prefill_s"][-1], report["peak_rss_mb"]
+    experts = report.get("experts")
+    if experts is None:
+        return Sample(seconds, peak)
+    asked, reads = experts["hits"] + experts["misses"], experts["misses"] + experts["ahead"]
+    kept, used = experts["hits"] - experts["ahead_used"], experts["ahead_used"]
+    return Sample(
+        seconds, peak, kept / max(asked, 1), used / max(asked, 1), experts["misses"], experts["bytes_read"],
+        experts["bytes_read"] * (experts["ahead"] - used) / max(reads, 1), experts["slots"], experts["slot_bytes"],
+    )  # fmt: skip
+
+
 def middle(samples: Sequence[Sample]) -> Sample:
     """Median time, highest peak; counts of the last, which do not depend on the machine but for the order of reads."""
-    last = samples[-1]
     seconds = statistics.median(s.seconds for s in samples)
-    peak = max(s.peak_mb for s in samples)
-    return Sample(seconds, peak, last.hits, last.misses, last.bytes, last.slots, last.slot_bytes)
+    return replace(samples[-1], seconds=seconds, peak_mb=max(s.peak_mb for s in samples))

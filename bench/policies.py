@@ -104,6 +104,7 @@ def policies(trace: Trace) -> dict[str, Policy]:
         "LRFU 16": Decayed(16),
         "LRFU 32": Decayed(32),
         "LRFU 64": Decayed(64),
+        "LRFU 128": Decayed(128),
         "LRFU 256": Decayed(256),
         "aged 32": Aged(32),
         "LRU-2": Second(2),
