@@ -258,3 +258,45 @@ def test_a_partition_is_limited_as_its_disk(tmp_path: Path) -> None:
     devices.mkdir()
     (devices / f"{os.major(number)}:{os.minor(number)}").symlink_to(part)
     assert limits.device_of(tmp_path / "x", devices) == "8:0"
+
+
+def test_what_a_run_reports() -> None:
+    runs = importlib.import_module("flash_runs")
+    experts = {
+        "hits": 70,
+        "misses": 30,
+        "bytes_read": 5000,
+        "slots": 9,
+        "slot_bytes": 104,
+        "ahead": 20,
+        "ahead_used": 15,
+    }
+    found = runs.of_report({"prefill_s": [3.0, 2.0], "peak_rss_mb": 7.0, "experts": experts})
+    assert (found.seconds, found.peak_mb, found.hits, found.ahead, found.misses) == (2.0, 7.0, 0.55, 0.15, 30)
+    assert (found.bytes, found.wasted) == (5000, 500.0)  # 5 of the 50 experts that were read
+    whole = runs.of_report({"prefill_s": [1.0], "peak_rss_mb": 7.0})
+    assert (whole.hits, whole.wasted, whole.bytes) == (1.0, 0.0, 0)
+    middle = runs.middle([found, whole, runs.Sample(9.0, 8.0, misses=5)])
+    assert (middle.seconds, middle.peak_mb, middle.misses) == (2.0, 8.0, 5)
+
+
+def test_budgets_of_the_small_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is limited to the budget + 2%, and a few tokens go before the text."""
+    runs = importlib.import_module("flash_runs")
+    seen: list[Any] = []
+
+    class Fake:
+        def path(self, name: str) -> Path:
+            return tmp_path / name
+
+    (tmp_path / "model.pte").write_bytes(b"x")
+    monkeypatch.setattr(runs.Machine, "_run", lambda self, file, ids, setting, group: seen.append(len(ids)))
+
+    def limited(**given: Any) -> Any:
+        seen.append(given["memory_mb"])
+        return importlib.import_module("limits").limited(root=tmp_path)
+
+    monkeypatch.setattr(runs, "limited", limited)
+    runs.Machine(2, 2.0, limit=True).sample(Fake(), list(range(50)), runs.Setting("", budget=100))
+    runs.Machine(2).sample(Fake(), list(range(50)), runs.Setting("", budget=100))
+    assert seen == [102.0, 8, 50, None, 8, 50]
