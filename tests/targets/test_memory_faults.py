@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +69,13 @@ def direct(file: Path) -> bool:
 
 def started(preload: Path, *command: object, reads: str = "") -> subprocess.Popen[str]:
     environment = {**os.environ, "LD_PRELOAD": str(preload), **({"MOEC_READS": reads} if reads else {})}
-    return subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*map(str, command)], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def ended(preload: Path, *command: object, reads: str = "") -> tuple[int, str, str]:
+def ended(preload: Path, *command: object, reads: str = "", given: str = "") -> tuple[int, str, str]:
     process = started(preload, *command, reads=reads)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(given, timeout=240)
     return process.returncode, out, err
 
 
@@ -192,6 +193,52 @@ def test_the_commands(preload: Path, artifact: Artifact, command: str) -> None:
     refused((status, out, without_progress(err)), EIO)
     status, _, err = ended(preload, *moec, "--memory-mb", budget)
     assert status == 0, err
+
+
+def test_a_server_says_what_is_wrong_and_goes_on(preload: Path, tiny: TinyModels) -> None:
+    folder = tiny(tiny_text(layers=2, context=256)) / "artifact"
+    moec = (sys.executable, "-m", "moec", "serve", folder, *COMMANDS["serve"], *COMMANDS["chat"])
+    budget = budget_of(preload, *moec)
+    answers = []
+    for reads in ("", f"{FAILS} 2 0"):
+        process = started(preload, *moec, "--memory-mb", budget, reads=reads)
+        try:
+            assert process.stderr is not None
+            line = next(line for line in process.stderr if "http://" in line)
+            address = line[line.index("http://") :].strip()
+            answers.append([completion(address) for _ in range(2)])
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+    (plain, again), (failed, after) = answers
+    assert plain[0] == again[0] == after[0] == 200
+    assert plain[1] == after[1]
+    assert failed[0] >= 400
+    assert EIO in failed[1]
+    assert "\n" not in failed[1]
+
+
+def test_a_conversation_says_what_is_wrong(preload: Path, tiny: TinyModels) -> None:
+    folder = tiny(tiny_text(layers=2, context=256)) / "artifact"
+    moec = (sys.executable, "-m", "moec", "chat", folder, *COMMANDS["chat"])
+    budget = budget_of(preload, *moec)
+    status, _, err = ended(preload, *moec, "--memory-mb", budget, reads=f"{FAILS_ON} 2 0", given="Hello\nAgain\n")
+    assert status in (0, 2)
+    assert EIO in err
+    assert "Traceback" not in err
+
+
+def completion(address: str) -> tuple[int, str]:
+    """Status, and the text or the error's message."""
+    asked = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, str(json.load(reply)["choices"][0]["text"])
+    except urllib.error.HTTPError as error:
+        return error.code, str(json.load(error)["error"]["message"])
 
 
 def test_ctrl_c_in_the_middle_of_a_read(preload: Path, artifact: Artifact) -> None:
