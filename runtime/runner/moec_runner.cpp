@@ -187,16 +187,18 @@ double seconds() {
 double rate(double tokens, double time) { return time > 0 ? tokens / time : 0.0; }
 
 std::string experts_json(const moec_expert_stats& e) {
-  char text[500];
+  char text[700];
   std::snprintf(text, sizeof text,
                 ", \"experts\": {\"budget_mb\": %.1f, \"experts\": %lld, \"slots\": %lld, \"slot_bytes\": %lld, \"hits\": %lld, "
                 "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f, \"preferred\": %lld, "
-                "\"ahead\": %lld, \"ahead_used\": %lld}",
+                "\"ahead\": %lld, \"ahead_used\": %lld, \"waiting_s\": %.6f, "
+                "\"active_s\": %.6f, \"exposed_s\": %.6f}",
                 static_cast<double>(e.budget) / 1e6, static_cast<long long>(e.experts), static_cast<long long>(e.slots),
                 static_cast<long long>(e.slot_bytes), static_cast<long long>(e.hits), static_cast<long long>(e.misses),
                 static_cast<long long>(e.bytes_read), static_cast<double>(e.stalled_ns) / 1e9,
                 static_cast<double>(e.reading_ns) / 1e9, static_cast<long long>(e.preferred), static_cast<long long>(e.ahead),
-                static_cast<long long>(e.ahead_used));
+                static_cast<long long>(e.ahead_used), static_cast<double>(e.waiting_ns) / 1e9,
+                static_cast<double>(e.active_ns) / 1e9, static_cast<double>(e.exposed_ns) / 1e9);
   return e.budget ? text : "";
 }
 

@@ -12,7 +12,7 @@ from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
 from moec.compiler.timing import BenchPlan
 from moec.runtime.native import runner_binary
-from moec.targets.xnnpack.memory import remedy_for
+from moec.targets.xnnpack.memory import overlapped, remedy_for
 
 
 def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str] = ()) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str
         "peak_rss_mb": max(r["peak_rss_mb"] for r in reports),
         "anonymous_mb": max(r["anonymous_mb"] for r in reports),
         "repeats": first["repeats"],
-        **({"experts": first["experts"]} if "experts" in first else {}),
+        **({"experts": _with_share(first["experts"])} if "experts" in first else {}),
         "contexts": [
             {
                 "context": r["decode_start"],
@@ -45,6 +45,11 @@ def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str
             for r in reports
         ],
     }
+
+
+def _with_share(experts: dict[str, Any]) -> dict[str, Any]:
+    """The runner's counts, with the share of reading that computing hid."""
+    return {**experts, "overlapped": overlapped(experts["active_s"], experts["exposed_s"])}
 
 
 def _run(model: Path, plan: BenchPlan, context: int | None, budget: Sequence[str]) -> dict[str, Any]:

@@ -183,6 +183,9 @@ def test_the_peak_stays_within(artifact: Artifact, moec: Moec, fraction: float) 
     assert report["peak_rss_mb"] <= 1.02 * budget
     assert report["experts"]["budget_mb"] == budget
     assert report["experts"]["misses"] > 0
+    experts = report["experts"]
+    assert 0 <= experts["exposed_s"] <= min(experts["active_s"], experts["waiting_s"]) + 1e-6
+    assert experts["overlapped"] == pytest.approx(1 - experts["exposed_s"] / experts["active_s"])
     assert 0 <= report["experts"]["slots"] - fraction * LAYERS * EXPERTS < 60
 
 
