@@ -41,6 +41,10 @@ class RunError(UserError):
     """A request that an artifact cannot serve: a token out of range, a prompt longer than the context."""
 
 
+class LostFileError(RunError):
+    """An artifact's file was cut, or cannot be read any more, while it is in use: no fault of the request."""
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed; the remedy names the extra."""
 

@@ -40,7 +40,7 @@ from moec.assistant.server.replies import (
     usage,
 )
 from moec.assistant.server.requests import BadRequest, ChatBody, CompletionBody, parsed, refused
-from moec.compiler.errors import RunError, UserError
+from moec.compiler.errors import LostFileError, RunError, UserError
 from moec.compiler.target import Session
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -440,6 +440,8 @@ class _TextStream(_Stream):
 
 
 def _fault(ended: Ended) -> BadRequest:
+    if isinstance(ended.error, LostFileError):
+        return BadRequest(ended.error.message, status=500, code="model_error")
     if isinstance(ended.error, RunError):
         return refused(ended.error)
     if ended.error is None:

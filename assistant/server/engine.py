@@ -22,7 +22,7 @@ from moec.assistant.assistant import Assistant, Prompt
 from moec.assistant.sampling import TokenScore, score
 from moec.assistant.server.conversations import Conversations
 from moec.assistant.structured import Format
-from moec.compiler.errors import RunError
+from moec.compiler.errors import LostFileError, RunError
 from moec.compiler.target import Session
 
 log = logging.getLogger("moec.server")
@@ -151,7 +151,9 @@ class Engine:
                 job.tell(step)
             return Ended(answer)
         except Exception as error:  # a request that fails must not end the thread, which answers the next
-            if not isinstance(error, RunError):
+            if isinstance(error, LostFileError):
+                log.error("a request failed: %s", error)
+            elif not isinstance(error, RunError):
                 log.exception("a request failed")
             return Ended(answer, error)
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moec.compiler.artifact import file_digest
-from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.errors import ArtifactError, LostFileError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.runtime.native import MAX_THREADS, runtime_library
@@ -268,7 +268,8 @@ class CpuSession(SessionBase):
             return
         error = _runtime().moec_session_error(self._handle).decode(errors="replace")
         if file is None:
-            raise RunError(error, place=self._place)
+            lost = "truncated while it is in use" in error or "an expert cannot be read" in error
+            raise (LostFileError if lost else RunError)(error, place=self._place)
         remedy = "name another file" if "exists and" in error or "written" in error else "prefill its tokens again"
         raise RunError(error, place=str(file), remedy=remedy)
 
