@@ -23,6 +23,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.fractions = [float(f) for f in options.fractions.split(",") if f]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # groups are removed then too
     try:
         if options.replay:
             return replay([Path(file) for file in options.replay.split(",")], options)
@@ -92,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--with", dest="more", action="append", default=[], help="NAME=OPTIONS of the runner")
     parser.add_argument("--cache-aware", default="", help="shares, such as 0.05,0.1")
     parser.add_argument("--peer", action="store_true", help="llama.cpp beside it; needs --model")
-    parser.add_argument("--peer-decode", type=int, default=32)
+    parser.add_argument("--peer-decode", type=int, default=16)
     parser.add_argument("--peer-fractions", default="0.5,0.25")
     parser.add_argument("--device", default="reference-x86", help="of the plan")
     parser.add_argument("--save-trace", type=Path, default=None)
