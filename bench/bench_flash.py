@@ -12,9 +12,9 @@ memory, and a table of what that costs. *Prompts*: the text in calls as long as 
 once a call at most.
 *Policies* (policies.py) and *Layout*: the same routing replayed.
 
-`--model` runs OUT/MODEL: `--prepare` makes it from a spec and a recorded trace (replayed_routing.py). Ids behind the
-replayed ones are routed at random: with `--peer` they are run beside llama.cpp, whose random weights route at random
-too, its model mapped into the same memory behind the same throttle.
+`--model` runs OUT/MODEL: `--prepare` makes it from a spec and a recorded trace (replayed_routing.py). The ids behind
+the replayed ones are routed at random: with `--peer` they are run beside llama.cpp, whose random weights do the same;
+its model mapped into the same memory behind the same throttle.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
     found["decode"] = run.decoding(ids[options.prompt : need], shares)
     found["prompts"] = run.prompts(ids[:need])
     if options.peer:
-        found["peer"] = run.beside_llama_cpp(len(about["chosen"]))
+        found["peer"] = run.beside_llama_cpp(len(about["chosen"]), about["random"])
     trace = uses_of(np.asarray(about["chosen"])) if about else routing(artifact, ids[:need], options.prompt)
     layers = len(artifact.manifest.model.moe_layers)
     experts = layers * int(artifact.manifest.section("model", "moe")["experts"])
@@ -280,11 +280,11 @@ class Bench:
         table(f"\nA prompt of {len(ids)} tokens, medians", columns, cells, right=range(len(columns)))
         return rows
 
-    def beside_llama_cpp(self, first: int) -> list[dict[str, Any]]:
-        """Both with random routing, in turn. first: the first id that is routed at random."""
+    def beside_llama_cpp(self, first: int, count: int) -> list[dict[str, Any]]:
+        """Both with random routing, in turn. The ids from `first` on, `count` of them, are routed at random."""
         folder, o = self.options.out / self.options.model, self.options
         binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / "llama.gguf"
-        ids = [first + i * 7 for i in range(128)]
+        ids = list(range(first, first + count))
         fractions = [float(f) for f in o.peer_fractions.split(",")]
         fixed = self.least - self._token_mb()
         budgets: list[int | None] = [None, *(round(fixed + f * self.experts_mb) for f in fractions)]
@@ -375,6 +375,8 @@ def policy_table(
     title: str, trace: policies.Trace, layers: int, experts: int, fractions: Sequence[float]
 ) -> list[dict[str, float]]:
     rows = policies.table_of(trace, layers, experts, fractions)
+    if not rows:
+        return []
     cells = [(f"{f:.0%}", *(f"{share:.1%}" for share in row.values())) for f, row in zip(fractions, rows, strict=True)]
     table(title, ["experts", *rows[0]], cells, right=range(1, len(rows[0]) + 1))
     return rows

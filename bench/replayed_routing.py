@@ -8,18 +8,19 @@ how often the next layer's router, applied to this layer's router input, selects
 does: what a cache could read ahead.
 
 The second synthesizes a packed checkpoint of the spec and changes a few of its tensors, so that the artifact, its
-kernels and its sizes are those of the spec. The text is the ids 0, 1, ... T - 1, each once:
+kernels and its sizes are those of the spec. The text is the ids 0 to T - 1, each once:
 
 - The outputs of attention, experts and shared experts are scaled by 1/50: the stream of a token stays its embedding
   within a few percent. T random embeddings in more than T dimensions are linearly independent.
-- Each router is the least-squares solution (of least norm, exact since T < D) of logits 2 for the experts that the
+- Each router is the least-squares solution (of least norm, exact since T + R < D) of logits 2 for the experts that the
   trace names and -2 for all others. Selection biases are 0.
 - The gains of the norm in front of the router differ at random between layers, by `exp(s * normal)`. The next router on
   this layer's input is then wrong by an amount that s decides; s is set so that it is right as often as `--ahead` says.
   (Who divides by one layer's gains and multiplies by the next one's sees the next layer's input as it will be, which no
   trained model grants: such a lookahead cannot be judged here.)
 
-Ids from T on select experts at random, independently of each other: the routing of a model that was not trained.
+The ids behind the trace, T to T + R - 1, select experts at random, all alike and independently: the routing of a model
+that was not trained. (Ids that no router was solved for prefer few experts: embeddings share directions.)
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from moec.sources.decoder.config import DecoderConfig, decoder_of
 
 LOGIT = 2.0  # of the experts that a trace names, and minus that of the others
 QUIET = 0.02  # of the blocks' outputs
+RANDOM = 256  # ids behind a trace whose experts are drawn
 _MAX_TRACE = 256 << 20  # bytes, unpacked
 
 
@@ -151,6 +153,12 @@ def mapped(chosen: np.ndarray, layers: int, tokens: int) -> np.ndarray:
     return np.stack(parts, 1)
 
 
+def drawn(tokens: int, layers: int, experts: int, k: int, seed: int = 0) -> np.ndarray:
+    """k different experts of every layer for each token, all sets as likely as any other, int [tokens, layers, k]."""
+    keys = np.random.default_rng(seed).random((tokens, layers, experts))
+    return np.argsort(keys, -1)[..., :k]
+
+
 def solved(x_TD: np.ndarray, chosen_TK: np.ndarray, experts: int) -> np.ndarray:
     """The router of least norm, [E, D], that gives x the logits LOGIT for the chosen experts and -LOGIT for others."""
     tokens = len(x_TD)
@@ -242,7 +250,9 @@ def _put(store: WeightStore, name: str, values: np.ndarray) -> None:
     view.flush()
 
 
-def make(spec: Path, trace: Path, out: Path, tokens: int, ahead: float, progress: Progress) -> Path:
+def make(
+    spec: Path, trace: Path, out: Path, tokens: int, ahead: float, progress: Progress, random: int = RANDOM
+) -> Path:
     """The artifact of a spec with replayed routing, OUT/artifact; made once, no checkpoint remains.
 
     OUT/routing.json has what it was made of, the trace of its layers and the share of uses that its runtime repeats.
@@ -255,6 +265,7 @@ def make(spec: Path, trace: Path, out: Path, tokens: int, ahead: float, progress
     if config.moe is None or (config.moe.experts, config.moe.top_k) != (found.experts, found.chosen.shape[2]):
         raise UserError("the trace is of another number of experts", place=str(trace), remedy="record one that fits")
     chosen = mapped(found.chosen, config.layers, tokens)
+    solutions = np.concatenate([chosen, drawn(random, config.layers, found.experts, chosen.shape[2])])
     checkpoint, notes = out / "checkpoint", out / "solved.json"
     out.mkdir(parents=True, exist_ok=True)
     if not artifact.exists():
@@ -263,11 +274,17 @@ def make(spec: Path, trace: Path, out: Path, tokens: int, ahead: float, progress
             synthesize(loaded, checkpoint, qat=True, progress=progress)
         if not notes.exists():  # a checkpoint is changed once
             with progress.stage("solve the routers"):
-                notes.write_text(json.dumps(write_routing(checkpoint, config, chosen, ahead)) + "\n")
+                notes.write_text(json.dumps(write_routing(checkpoint, config, solutions, ahead)) + "\n")
         build.compile(loaded, target="xnnpack", checkpoint=checkpoint, out=artifact, progress=progress)
     with progress.stage("compare the routing with the trace"):
-        same = repeated(Artifact.open(artifact), chosen)
-    fields = {"trace": found.name, "repeated": same, **json.loads(notes.read_text()), "chosen": chosen.tolist()}
+        same = repeated(Artifact.open(artifact), solutions)
+    fields = {
+        "trace": found.name,
+        "repeated": same,
+        **json.loads(notes.read_text()),
+        "chosen": chosen.tolist(),
+        "random": random,
+    }
     about.write_text(json.dumps(fields, separators=(",", ":")) + "\n")
     shutil.rmtree(checkpoint, ignore_errors=True)
     return artifact

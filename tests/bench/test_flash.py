@@ -147,6 +147,15 @@ def test_a_solved_router_selects_what_it_should() -> None:
     assert np.array_equal(np.sort(np.argsort(-logits)[:, :3]), np.sort(chosen))
 
 
+def test_drawn_experts_are_different_and_alike() -> None:
+    routing = importlib.import_module("replayed_routing")
+    found = routing.drawn(2000, 2, 10, 3)
+    assert found.shape == (2000, 2, 3)
+    assert all(len(set(row)) == 3 for row in found.reshape(-1, 3).tolist())
+    counts = np.bincount(found.ravel(), minlength=10)
+    assert np.abs(counts / counts.mean() - 1).max() < 0.1
+
+
 def test_lookahead_is_as_right_as_asked() -> None:
     routing = importlib.import_module("replayed_routing")
     drawn = np.random.default_rng(0)
@@ -171,14 +180,15 @@ def test_the_runtime_repeats_a_trace(tmp_path: Path) -> None:
     routing.Recorded("random", 16, chosen, 0.7).write(trace)
     spec.write_text(tiny_text(layers=3), "utf-8")
     out = tmp_path / "made"
-    artifact = routing.make(spec, trace, out, 60, 0.7, Progress(quiet=True))
+    artifact = routing.make(spec, trace, out, 60, 0.7, Progress(quiet=True), random=20)
     about = routing.json.loads((out / "routing.json").read_text())
     assert about["repeated"] == 1.0
     assert about["ahead"] == pytest.approx(0.7, abs=0.03)
     assert np.array_equal(about["chosen"], routing.mapped(chosen, 3, 60))
     # the cache of a budget is asked for the same experts
-    own = routing.recorded(routing.Artifact.open(artifact), list(range(60)), window=20, keep=20)
-    assert np.array_equal(own, np.sort(routing.mapped(chosen, 3, 60)))
+    own = routing.recorded(routing.Artifact.open(artifact), list(range(80)), window=20, keep=20)
+    assert np.array_equal(own[:60], np.sort(routing.mapped(chosen, 3, 60)))
+    assert np.array_equal(own[60:], np.sort(routing.drawn(20, 3, 16, 4)))
     assert not (out / "checkpoint").exists()
     routing.synthesize(routing.load_spec(spec), out / "checkpoint", qat=True)
     with pytest.raises(UserError, match="200 tokens in 128 dimensions"):
