@@ -131,12 +131,16 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
         about = json.loads(read_text(folder / "routing.json", limit=64 << 20))
         artifact = Artifact.open(folder / "artifact")
         ids = list(range(min(options.tokens, len(about["chosen"]))))
+        if options.cache_aware:
+            parser.error("--cache-aware needs a text of the model's own tokens: ARTIFACT --ids FILE")
         options.prompt, options.decode = 0, len(ids)
     else:
         if options.artifact is None or options.ids is None:
             parser.error("give an artifact and --ids, or --model, or --replay")
         artifact = Artifact.open(options.artifact)
         ids = [int(i) for i in re.findall(r"\d+", read_text(options.ids, limit=64 << 20))]
+    if options.peer and options.storage_gb is None:
+        parser.error("--peer needs --storage-gb, which limits the memory of both sides too")
     need = options.prompt + options.decode
     if len(ids) < need or need > artifact.manifest.model.context:
         parser.error(f"{need} tokens are needed, of {len(ids)} in a context of {artifact.manifest.model.context}")
@@ -158,8 +162,9 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
     if options.save_trace is not None:
         chosen = np.asarray([[e for _, e in uses] for uses in trace]).reshape(-1, layers, len(trace[0]))
         Recorded(artifact.manifest.name, experts // layers, chosen).write(options.save_trace)
+    found["not limited"] = sorted(run.machine.missing)
     if run.machine.missing:
-        print("not limited: " + "; ".join(sorted(run.machine.missing)), file=sys.stderr)
+        print("not limited: " + "; ".join(found["not limited"]), file=sys.stderr)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
@@ -264,19 +269,19 @@ class Bench:
             }
             if setting.budget is not None:
                 reads = sample.bytes / self.expert_bytes
-                if round(reads) > sample.misses:
+                if round(reads) > sample.reads:
                     raise RuntimeError(
-                        f"{reads:.0f} reads of experts for {sample.misses} misses: one was read twice in a call"
+                        f"{reads:.0f} experts read where {sample.reads} were asked for: one was read twice in a call"
                     )
                 bound = max(computing, sample.bytes / storage)
-                row |= {"bytes": sample.bytes, "misses": sample.misses, "of_bound": bound / sample.seconds}
+                row |= {"bytes": sample.bytes, "reads": sample.reads, "of_bound": bound / sample.seconds}
                 peak = f"{sample.peak_mb / setting.budget:.3f}"
                 cells.append((str(setting.budget), f"{row['rate']:.0f}", f"{sample.bytes / 1e6:.0f}",
-                              f"{reads / max(sample.misses, 1):.3f}", f"{row['of_bound']:.2f}", peak))  # fmt: skip
+                              f"{reads / max(sample.reads, 1):.3f}", f"{row['of_bound']:.2f}", peak))  # fmt: skip
             else:
                 cells.append(("none", f"{row['rate']:.0f}", "", "", "", ""))
             rows.append(row)
-        columns = ["budget MB", "tokens/s", "MB read", "reads a miss", "of bound", "peak / budget"]
+        columns = ["budget MB", "tokens/s", "MB read", "reads an expert", "of bound", "peak / budget"]
         table(f"\nA prompt of {len(ids)} tokens, medians", columns, cells, right=range(len(columns)))
         return rows
 
@@ -284,7 +289,7 @@ class Bench:
         """Both with random routing, in turn. The ids from `first` on, `count` of them, are routed at random."""
         folder, o = self.options.out / self.options.model, self.options
         binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / "llama.gguf"
-        ids = list(range(first, first + count))
+        ids = list(range(first, first + min(count, o.peer_decode)))  # both caches begin empty, and fill as long
         fractions = [float(f) for f in o.peer_fractions.split(",")]
         fixed = self.least - self._token_mb()
         budgets: list[int | None] = [None, *(round(fixed + f * self.experts_mb) for f in fractions)]
@@ -293,7 +298,7 @@ class Bench:
         for number in range(o.rounds):
             for budget in budgets:
                 ours[budget].append(self.machine.sample(self.artifact, ids, Setting("random routing", budget=budget)))
-                theirs[budget].append(self._peer(binary, gguf, budget))
+                theirs[budget].append(self._peer(binary, gguf, budget, len(ids)))
             print(f"llama.cpp, round {number + 1} of {o.rounds}", file=sys.stderr)
         rows, cells = [], []
         for budget, fraction in zip(budgets, (1.0, *fractions), strict=True):
@@ -314,14 +319,15 @@ class Bench:
         moe = self.artifact.manifest.section("model", "moe")
         return len(self.artifact.manifest.model.moe_layers) * int(moe["top_k"]) * self.expert_bytes / 1e6
 
-    def _peer(self, binary: Path, gguf: Path, budget: int | None) -> llama_cpp.Run:
+    def _peer(self, binary: Path, gguf: Path, budget: int | None, tokens: int) -> llama_cpp.Run:
         memory = budget * SLACK if budget is not None and self.machine.limit else None
         if memory is not None:
             forget_pages(gguf)
         with limited(memory_mb=memory, read_gb_per_s=self.options.storage_gb, file=gguf) as group:
+            self.machine.note(group)
             # its own repacking would copy all experts into memory that cannot be dropped
             return llama_cpp.run(
-                binary, gguf, decode=self.options.peer_decode, threads=self.options.threads, repack=memory is None,
+                binary, gguf, decode=tokens, threads=self.options.threads, repack=memory is None,
                 within=group.command,
             )  # fmt: skip
 
@@ -437,8 +443,9 @@ def decoded(
         session.close()
     if before is None or after is None:
         return rows, 1.0
-    found, read = after.hits - before.hits, after.misses - before.misses
-    return rows, found / (found + read)
+    kept = [stats.hits - stats.ahead_used for stats in (before, after)]
+    asked = [stats.hits + stats.misses for stats in (before, after)]
+    return rows, (kept[1] - kept[0]) / (asked[1] - asked[0])
 
 
 def _least(artifact: Artifact) -> int:

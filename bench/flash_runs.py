@@ -26,11 +26,10 @@ _REFUSAL = re.compile(r"is less than (\d+) MB")
 
 @dataclass(frozen=True)
 class Setting:
-    """How a text is run. held: of the routed experts, beside what the least budget holds. more: options of the runner.
-    whole: the text in calls as long as the budget allows, not token by token."""
+    """How a text is run. more: options of the runner. whole: the text in calls as long as the budget allows, not token
+    by token."""
 
     name: str
-    held: float = 1.0
     budget: int | None = None
     more: tuple[str, ...] = ()
     whole: bool = False
@@ -39,14 +38,14 @@ class Setting:
 @dataclass(frozen=True)
 class Sample:
     """One process. hits, ahead: shares of the experts that calls of layers asked for, found because they were kept and
-    because they were read ahead; misses: how many were neither. bytes: read for the whole text; wasted: of those, for
-    experts read ahead in vain."""
+    because they were read ahead; reads: experts that were read, ahead or not. bytes: read for the whole text;
+    wasted: of those, for experts read ahead in vain."""
 
     seconds: float
     peak_mb: float
     hits: float = 1.0
     ahead: float = 0.0
-    misses: int = 0
+    reads: int = 0
     bytes: int = 0
     wasted: float = 0.0
     slots: int = 0
@@ -67,12 +66,13 @@ class Machine:
         file = artifact.path("model.pte")
         if setting.budget is None:
             with limited(read_gb_per_s=self.storage_gb, file=file) as group:
+                self.note(group)
                 return self._run(file, ids, setting, group)
         memory = setting.budget * SLACK if self.limit else None
         if memory is not None:
             forget_pages(file)
         with limited(memory_mb=memory, read_gb_per_s=self.storage_gb, file=file) as group:
-            self._note(group)
+            self.note(group)
             self._run(file, ids[:_TOUCH], setting, group)
             return self._run(file, ids, setting, group)
 
@@ -91,10 +91,10 @@ class Machine:
         """Bytes a second of reads of (block, alignment) bytes from `file`, as fast as the machine's limit allows."""
         pages = [(-(-block // _PAGE) * _PAGE, alignment) for block, alignment in cases]
         with limited(read_gb_per_s=self.storage_gb, file=file) as group:
-            self._note(group)
+            self.note(group)
             return rates_in(group.command([]) if group.folders else [], file, pages)
 
-    def _note(self, group: Group) -> None:
+    def note(self, group: Group) -> None:
         if group.missing:
             self.missing.add(group.missing)
 
@@ -121,12 +121,13 @@ def of_report(report: dict[str, Any]) -> Sample:
     asked, reads = experts["hits"] + experts["misses"], experts["misses"] + experts["ahead"]
     kept, used = experts["hits"] - experts["ahead_used"], experts["ahead_used"]
     return Sample(
-        seconds, peak, kept / max(asked, 1), used / max(asked, 1), experts["misses"], experts["bytes_read"],
+        seconds, peak, kept / max(asked, 1), used / max(asked, 1), reads, experts["bytes_read"],
         experts["bytes_read"] * (experts["ahead"] - used) / max(reads, 1), experts["slots"], experts["slot_bytes"],
     )  # fmt: skip
 
 
 def middle(samples: Sequence[Sample]) -> Sample:
-    """Median time, highest peak; counts of the last, which do not depend on the machine but for the order of reads."""
-    seconds = statistics.median(s.seconds for s in samples)
-    return replace(samples[-1], seconds=seconds, peak_mb=max(s.peak_mb for s in samples))
+    """The sample of the median time (of two the shorter), with the highest peak of all."""
+    seconds = statistics.median_low([s.seconds for s in samples])
+    found = next(s for s in samples if s.seconds == seconds)
+    return replace(found, peak_mb=max(s.peak_mb for s in samples))

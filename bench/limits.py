@@ -80,11 +80,15 @@ def forget_pages(file: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+_WITH_SWAP_1 = "memory.memsw.limit_in_bytes"
+
+
 def _make_1(
     making: _Making, root: Path, name: str, memory_mb: float | None, rate: float | None, file: Path | None
 ) -> None:
     if memory_mb is not None:
-        _limit(making, root / "memory" / name, {"memory.limit_in_bytes": str(round(memory_mb * 1e6))}, "memory")
+        bytes_ = str(round(memory_mb * 1e6))
+        _limit(making, root / "memory" / name, {"memory.limit_in_bytes": bytes_, _WITH_SWAP_1: bytes_}, "memory")
     if rate is not None:
         device = device_of(file) if file is not None else None
         if device is None:
@@ -121,7 +125,7 @@ def _limit(making: _Making, folder: Path, settings: dict[str, str], what: str) -
         return
     try:
         for file, value in settings.items():
-            if file == "memory.swap.max" and not (folder / file).exists():
+            if file in ("memory.swap.max", _WITH_SWAP_1) and not (folder / file).exists():
                 continue  # a system without swap accounting
             (folder / file).write_text(value)
     except OSError as error:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -258,6 +259,13 @@ def make(
     OUT/routing.json has what it was made of, the trace of its layers and the share of uses that its runtime repeats.
     """
     artifact, about = out / "artifact", out / "routing.json"
+    asked = {"recorded": hashlib.sha256(trace.read_bytes()).hexdigest(), "tokens": tokens, "wanted_ahead": ahead}
+    for file in (about, out / "solved.json"):
+        before = json.loads(file.read_text()) if file.exists() else {}
+        if before and any(before.get(key) != value for key, value in asked.items()):
+            raise UserError(
+                "made of another trace, or with other options", place=str(out), remedy="choose another --out"
+            )
     if about.exists():
         return artifact
     loaded, found = load_spec(spec), Recorded.read(trace)
@@ -274,7 +282,8 @@ def make(
             synthesize(loaded, checkpoint, qat=True, progress=progress)
         if not notes.exists():  # a checkpoint is changed once
             with progress.stage("solve the routers"):
-                notes.write_text(json.dumps(write_routing(checkpoint, config, solutions, ahead)) + "\n")
+                solved = write_routing(checkpoint, config, solutions, ahead)
+                notes.write_text(json.dumps({**solved, **asked}) + "\n")
         build.compile(loaded, target="xnnpack", checkpoint=checkpoint, out=artifact, progress=progress)
     with progress.stage("compare the routing with the trace"):
         same = repeated(Artifact.open(artifact), solutions)

@@ -282,12 +282,12 @@ def test_what_a_run_reports() -> None:
         "ahead_used": 15,
     }
     found = runs.of_report({"prefill_s": [3.0, 2.0], "peak_rss_mb": 7.0, "experts": experts})
-    assert (found.seconds, found.peak_mb, found.hits, found.ahead, found.misses) == (2.0, 7.0, 0.55, 0.15, 30)
+    assert (found.seconds, found.peak_mb, found.hits, found.ahead, found.reads) == (2.0, 7.0, 0.55, 0.15, 50)
     assert (found.bytes, found.wasted) == (5000, 500.0)  # 5 of the 50 experts that were read
     whole = runs.of_report({"prefill_s": [1.0], "peak_rss_mb": 7.0})
     assert (whole.hits, whole.wasted, whole.bytes) == (1.0, 0.0, 0)
-    middle = runs.middle([found, whole, runs.Sample(9.0, 8.0, misses=5)])
-    assert (middle.seconds, middle.peak_mb, middle.misses) == (2.0, 8.0, 5)
+    middle = runs.middle([found, whole, runs.Sample(9.0, 8.0, reads=5)])
+    assert (middle.seconds, middle.peak_mb, middle.reads) == (2.0, 8.0, 50)
 
 
 def test_budgets_of_the_small_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
