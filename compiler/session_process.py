@@ -14,10 +14,11 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -38,10 +39,11 @@ class ProcessSession(SessionBase):
     def __init__(self, artifact: Artifact, *, unrounded: bool = False) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._place = str(artifact.folder)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (_end closes it)
         # -P: the current folder may be a downloaded model, whose files must not be importable
         command = [sys.executable, "-P", "-m", "moec.compiler.session_process"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -49,7 +51,7 @@ class ProcessSession(SessionBase):
         self._from = Connection(os.dup(self._process.stdout.fileno()), writable=False)
         self._process.stdin.close()
         self._process.stdout.close()
-        self._end = weakref.finalize(self, _end, self._process, self._to, self._from)
+        self._end = weakref.finalize(self, _end, self._process, self._to, self._from, self._said)
         try:
             about = self._ask("open", str(artifact.folder), artifact.overrides, unrounded)
         except BaseException:
@@ -95,15 +97,26 @@ class ProcessSession(SessionBase):
                     rows.reshape(-1)[:] = logits
         except (EOFError, OSError):
             status = process.wait()
+            last = self._last_line()
             self.close()
             how = f"signal {-status}" if status < 0 else f"status {status}"
-            raise RunError(f"the process that ran it ended ({how})", place=self._place) from None
+            raise RunError(
+                f"the process that ran it ended ({how}){': ' if last else ''}{last}",
+                place=self._place,
+                remedy="give it more memory, or report it with this line",
+            ) from None
         except BaseException:  # Ctrl-C before the answer: the next call would read this one's
             self.close()
             raise
         if fault is not None:
             raise _raised(*fault)
         return answer
+
+    def _last_line(self) -> str:
+        """Of what the process wrote on stderr, at most 300 characters; "" if nothing."""
+        self._said.seek(max(self._said.seek(0, os.SEEK_END) - 4096, 0))
+        lines = self._said.read().decode(errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
 
 def _raised(kind: str, message: str, place: str | None, remedy: str | None) -> Exception:
@@ -115,11 +128,11 @@ def _raised(kind: str, message: str, place: str | None, remedy: str | None) -> E
     return found(message, place=place, remedy=remedy)
 
 
-def _end(process: subprocess.Popen[bytes], *connections: Connection) -> None:
+def _end(process: subprocess.Popen[bytes], *open_files: Connection | IO[bytes]) -> None:
     process.kill()
-    for connection in connections:
+    for file in open_files:
         with contextlib.suppress(OSError):
-            connection.close()
+            file.close()
     process.wait()
 
 

@@ -20,6 +20,7 @@ constexpr double kMostWeight = 0x1p512;
 constexpr int64_t kMostAheadTokens = 4;
 // Below this share of right expectations nothing is read ahead. A right one saves its read, a wrong one costs as much at most.
 constexpr double kLeastWorth = 0.5;
+constexpr uint32_t kJudgeEvery = 8;
 constexpr double kLately = 1.0 / 64;  // weight of the latest expectation in that share
 
 uint64_t rounded_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -336,7 +337,7 @@ void ExpertCache::read(const Job& job, std::unique_lock<std::mutex>& lock) {
   change(block, -1, 0);
   counts_of(block).reading_ns += took;
   counts_of(block).bytes_read += static_cast<int64_t>(bytes);
-  if (!fault.empty()) fault_ = fault;
+  if (!fault.empty()) (job.ahead ? ahead_fault_ : fault_) = fault;
   slot.state[job.half] = fault.empty() ? State::kReady : State::kFailed;
 }
 
@@ -367,6 +368,14 @@ void ExpertCache::read_ahead(Predictor predictor) {
 void ExpertCache::routed(int64_t tokens, int64_t d, const float* router_input) {
   const int64_t block = block_ + 1;
   if (!predictor_ || tokens > kMostAheadTokens || block >= static_cast<int64_t>(blocks_.size())) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto first = experts_.begin() + first_[static_cast<size_t>(block)];
+    const auto absent = [](const Expert& expert) { return expert.slot < 0; };
+    if (std::none_of(first, first + blocks_[static_cast<size_t>(block)].experts, absent)) return;
+    // where nothing is read ahead, expectations are still judged now and then
+    if (worth_ < kLeastWorth && ++passed_ % kJudgeEvery != 0) return;
+  }
   if (!predictor_(block, tokens, d, router_input, predicted_.data())) return;
   std::unique_lock<std::mutex> lock(mutex_);
   const int64_t count = tokens * blocks_[static_cast<size_t>(block)].top_k;
@@ -500,7 +509,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
     ++(expert.slot >= 0 ? counts_of(block_).hits : counts_of(block_).misses);
     if (expert.slot < 0) pending_.push_back(&expert - experts_.data());
   }
-  const bool reads = !pending_.empty();
+  const bool reads = !pending_.empty() || !jobs_.empty();
   lock.unlock();
   if (reads) work_.notify_all();
   return 1;
@@ -529,7 +538,10 @@ const void* ExpertCache::acquire(int32_t number, int which) {
     counts_of(block_).stalled_ns += now_ns() - started;
   }
   Slot& slot = *slot_of(expert);
-  if (slot.state[which] != State::kReady) return nullptr;
+  if (slot.state[which] != State::kReady) {
+    if (fault_.empty()) fault_ = ahead_fault_;
+    return nullptr;
+  }
   ++slot.pins;
   return half_of(expert.slot, which) + place_of(expert, which) % alignment_;
 }
@@ -541,18 +553,21 @@ void ExpertCache::release(int32_t number) {
   slot.stamp = ++clock_;
   slot.vain = false;
   expert.uses = std::max(expert.uses - 1, 0);
-  const bool free = --slot.pins == 0 && !pending_.empty();
+  const bool free = --slot.pins == 0 && (!pending_.empty() || !ahead_.empty());
   lock.unlock();
   if (free) work_.notify_one();
 }
 
 void ExpertCache::end() {
+  bool more = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const ExpertBlock& block = blocks_[static_cast<size_t>(block_)];
     for (int64_t e = 0; e < block.experts; ++e) experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + e)].uses = 0;
     pending_.clear();
     block_ = -1;
+    more = !ahead_.empty();
   }
+  if (more) work_.notify_one();  // the call's own experts may be given up now
   call_.unlock();
 }

@@ -202,6 +202,8 @@ class ExpertCache {
   int ahead_running_ = 0, most_ahead_ = 0;             // of ahead_jobs_, being read
   Predictor predictor_;
   std::vector<int32_t> predicted_;                     // its room
+  uint32_t passed_ = 0;                                // calls that were not predicted, since that was of no use of late
+  std::string ahead_fault_;                            // of the last read that failed before anybody waited for it
   double worth_ = 1.0;                                 // share of absent experts that were needed as expected, of late
   int64_t block_ = -1;                                 // of the running call
   int64_t least_ = 0;                                  // slots without which a call is refused

@@ -21,6 +21,8 @@ constexpr char kNone[] = "a memory budget needs routed experts, and the model ha
 std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks) {
   for (const MoeCall& call : file.facts().moe_calls) {
     if (call.config.size() <= MOEC_CONFIG_TOP_K || call.config[MOEC_CONFIG_EXPERTS] < 1) return kNone;
+    if (call.config[MOEC_CONFIG_TOP_K] < 1 || call.config[MOEC_CONFIG_TOP_K] > call.config[MOEC_CONFIG_EXPERTS])
+      return "damaged: a layer selects more experts than it has, or none";
     ExpertBlock block;
     block.experts = call.config[MOEC_CONFIG_EXPERTS];
     block.top_k = call.config[MOEC_CONFIG_TOP_K];
@@ -69,6 +71,7 @@ std::vector<Router> routers_of(const ProgramFile& file, const std::vector<Expert
     Router& router = routers[static_cast<size_t>(block - blocks.begin())];
     // a block that is called with several values of top_k would need as many rooms for its predictions
     if (!call.router_known || call.config[MOEC_CONFIG_TOP_K] != block->top_k) continue;
+    router = {};
     router.config = call.config;
     for (int part = 0; part < MoeCall::kRouterParts; ++part)
       if (call.router_bytes[part]) router.parts[part] = {file.mapped().data() + call.router_offset[part], call.router_bytes[part]};
@@ -137,12 +140,13 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
   std::vector<Router> routers = routers_of(*file, blocks);
-  experts = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
-  experts->read_ahead([routers = std::move(routers)](int64_t block, int64_t tokens, int64_t d, const float* x, int32_t* out) {
+  auto cache = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
+  cache->read_ahead([routers = std::move(routers)](int64_t block, int64_t tokens, int64_t d, const float* x, int32_t* out) {
     return routers[static_cast<size_t>(block)].select(tokens, d, x, out);
   });
   // where all experts fit, what is left is for calls and other sessions
-  experts->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
+  cache->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
+  experts = std::move(cache);
   memory_budget = bytes;
   if (count_session(0)) return true;  // those that are open already
   experts.reset();

@@ -321,6 +321,23 @@ def test_layers_that_share_one_half_of_their_experts_are_refused(model: Path, tm
         CpuSession(copy, threads=1, memory_mb=4000)
 
 
+def test_a_layer_that_selects_more_experts_than_it_has_is_damaged(model: Path, tmp_path: Path) -> None:
+    """Every 8-byte number of the program that is top_k becomes 2^31 in turn: the room for what is read ahead is of its
+    size."""
+    program = model.read_bytes()
+    (length,) = struct.unpack_from("<Q", program, 16)
+    places = [at for at in range(0, length - 8, 4) if program[at : at + 8] == struct.pack("<Q", TOP_K)]
+    faults = []
+    copy = tmp_path / "model.pte"
+    for at in places:
+        copy.write_bytes(program[:at] + struct.pack("<Q", 2**31) + program[at + 8 :])
+        try:
+            CpuSession(copy, threads=1, memory_mb=4000).close()
+        except RunError as error:
+            faults.append(str(error))
+    assert any("a layer selects more experts than it has, or none" in fault for fault in faults), (places, faults)
+
+
 def test_a_file_that_is_cut_while_it_is_read(model: Path, tmp_path: Path) -> None:
     copy = shutil.copy(model, tmp_path / "model.pte")
     session = CpuSession(copy, threads=2, memory_mb=least_mb(copy, 2) + 2)
