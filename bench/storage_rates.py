@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-READERS = 4
+READERS = 2
 SECONDS = 1.0
 _SCRIPT = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import storage_rates; storage_rates.main()"
 

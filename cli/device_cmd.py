@@ -214,7 +214,7 @@ def _storage(rounds: int) -> dict[str, tuple[list[float], str]]:
         except OSError:  # no O_DIRECT there, or no room
             return {}
     return {
-        "storage_gb_per_s": (at_random, "1 MiB at random places, 4 at once"),
+        "storage_gb_per_s": (at_random, "1 MiB at random places, 2 at once"),
         "storage_sequential_gb_per_s": (in_order, "8 MiB one after the other"),
     }
 

@@ -83,7 +83,7 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def storage_rate(file: Path, block: int, readers: int = 4, seconds: float = 1.0) -> float:
+def storage_rate(file: Path, block: int, readers: int = 2, seconds: float = 1.0) -> float:
     """Bytes a second of reads of `block` bytes at random places of a file, by as many threads as the runtime has.
 
     They go past the page cache where the file system allows it (O_DIRECT); OSError where it does not.

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr uint64_t kLargestManifest = uint64_t{64} << 20;
-constexpr int32_t kReaders = 4;  // threads that read experts under a budget of memory
+constexpr int32_t kReaders = 2;  // threads that read experts under a budget of memory
 
 // Identifies an artifact in saved sessions: a digest of its manifest, which has the digest of every file.
 std::string identity_of(const std::string& manifest) {

@@ -37,7 +37,7 @@ const char kUsage[] =
     "  --warm N           further passes with every page in memory, for rates alone (default 0)\n"
     "  --memory-mb N      read routed experts as they are needed, so that the process stays within N million bytes\n"
     "  --eviction NAME    which expert is given up then: lrfu (default), lfu or lru\n"
-    "  --readers N        threads that read then (default 4)\n"
+    "  --readers N        threads that read then (default 2)\n"
     "  --no-read-ahead    read no experts then before their layer is routed\n"
     "  --cache-aware X    prefer experts in memory then, by X (0 .. 1) of the range of a token's selection values: results\n"
     "                     depend on what was decoded before\n"
@@ -47,7 +47,7 @@ const char kUsage[] =
 
 struct Options {
   std::string model, tokens;
-  int64_t prompt_length = 0, threads = 0, seed = 1, memory_mb = 0, readers = 4;
+  int64_t prompt_length = 0, threads = 0, seed = 1, memory_mb = 0, readers = 2;
   int32_t eviction = MOEC_EVICT_LRFU;
   double cache_aware = 0.0;
   bool json = false, profile = false, drop_cache = false, no_read_ahead = false, help = false;

@@ -22,7 +22,7 @@ class ExpertCacheOptions:
     """
 
     eviction: str = "lrfu"
-    readers: int = 4
+    readers: int = 2
     cache_aware: float = 0.0
     read_ahead: bool = True
 

@@ -21,7 +21,7 @@ from moec.assistant.load import load
 from moec.checkpoints import open_store, synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import RunError
+from moec.compiler.errors import RunError, UserError
 from moec.compiler.spec import Spec
 from moec.targets.xnnpack.memory import EVICTIONS, ExpertCacheOptions, ExpertStats
 from moec.targets.xnnpack.session import CpuSession
@@ -333,7 +333,7 @@ def test_a_layer_that_selects_more_experts_than_it_has_is_damaged(model: Path, t
         copy.write_bytes(program[:at] + struct.pack("<Q", 2**31) + program[at + 8 :])
         try:
             CpuSession(copy, threads=1, memory_mb=4000).close()
-        except RunError as error:
+        except UserError as error:
             faults.append(str(error))
     assert any("a layer selects more experts than it has, or none" in fault for fault in faults), (places, faults)
 
