@@ -152,7 +152,7 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
     found["prompts"] = run.prompts(ids[:need])
     if options.peer:
         found["peer"] = run.beside_llama_cpp(len(about["chosen"]), about["random"])
-    trace = uses_of(np.asarray(about["chosen"])) if about else routing(artifact, ids[:need], options.prompt)
+    trace = uses_of(np.asarray(about["chosen"][: len(ids)])) if about else routing(artifact, ids[:need], options.prompt)
     layers = len(artifact.manifest.model.moe_layers)
     experts = layers * int(artifact.manifest.section("model", "moe")["experts"])
     found["policies"] = policy_table("\nHits of the same routing", trace, layers, experts, options.fractions)

@@ -89,14 +89,16 @@ def storage_rate(file: Path, block: int, readers: int = 2, seconds: float = 1.0)
     They go past the page cache where the file system allows it (O_DIRECT); OSError where it does not.
     """
     places = file.stat().st_size // block
-    until = time.monotonic() + seconds
+    begin = time.monotonic()
+    until = begin + seconds
 
     def read_on(seed: int) -> int:
         chosen = random.Random(seed)
         return _read_until(file, block, lambda: chosen.randrange(places), until)
 
     with ThreadPoolExecutor(readers) as pool:
-        return sum(pool.map(read_on, range(readers))) / seconds
+        done = sum(pool.map(read_on, range(readers)))
+    return done / (time.monotonic() - begin)
 
 
 def sequential_storage_rate(file: Path, block: int = 8 << 20, seconds: float = 1.0) -> float:
