@@ -28,6 +28,7 @@ from moec.assistant.sampling import Sampling
 from moec.compiler.errors import RunError
 from moec.targets.xnnpack.memory import EVICTIONS, ExpertCacheOptions
 from moec.targets.xnnpack.session import CpuSession
+from tests.targets.memory_faults import least_mb
 
 TEXTS, LENGTH = 12, 160  # token sequences whose logits are known
 MORE_MB = 4  # above the least budget
@@ -131,14 +132,6 @@ def resident() -> int:
     """Resident bytes of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def least_mb(model: Path) -> int:
-    try:
-        CpuSession(model, threads=2, memory_mb=1)
-    except RunError as error:
-        return int(str(error).split("less than ")[1].split(" MB")[0])
-    raise AssertionError("a budget of 1 MB was taken")
 
 
 def soak(model: Path, seconds: float, seed: int, eviction: str = DEFAULT) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_cancelled_in_the_middle_of_a_read(preload: Path, model: Path) -> None:
 def test_the_interface_of_applications(preload: Path, tiny: TinyModels, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny(tiny_text(layers=2, context=256)) / "artifact", tmp_path / "a")
     if not direct(folder / "model.pte"):
-        pytest.skip("this file system has no direct reads")
+        pytest.skip("this file system has no direct reads, which are told apart from others here")
     found = scenario(preload, "application", folder)
     assert "a memory budget of 1 MB is less than" in found["least"]
     assert EIO in found["failed"]
