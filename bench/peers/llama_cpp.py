@@ -180,11 +180,16 @@ def write_gguf(config: DecoderConfig, path: Path, *, seed: int = 0) -> None:
 
 
 def _random_q4_0(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 [..., 18 * K / 32]: nibbles uniform, scales such that a row has variance 1 / K."""
+    """uint8 [..., 18 * K / 32]: nibbles uniform in [-7, 7], scales such that a row has variance 1 / K.
+
+    With -8 among them their mean would not be 0: each product would stretch the direction of equal numbers by a
+    multiple, all tokens would soon be that direction, and select the same few experts.
+    """
     blocks = int(np.prod(shape)) // BLOCK
-    data = rng.integers(0, 256, size=(blocks, 18), dtype=np.uint8)
-    # a uniform nibble in [-8, 7] has standard deviation 4.6
-    scale = np.float16(1.0 / (4.6 * np.sqrt(shape[-1])))
+    nibbles = rng.integers(1, 16, size=(2, blocks, 18), dtype=np.uint8)  # stored with 8 added
+    data = nibbles[0] | nibbles[1] << 4
+    # a uniform number of -7, ..., 7 has standard deviation 4.32
+    scale = np.float16(1.0 / (4.32 * np.sqrt(shape[-1])))
     data[:, :2] = np.frombuffer(scale.tobytes(), dtype=np.uint8)
     return data.reshape(*shape[:-1], -1)
 

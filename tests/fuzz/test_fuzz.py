@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import harness, native
+from tests.fuzz import __main__, harness, native
 
 # Each mutant of a tokenizer starts a Python process.
 SECONDS = {"tokenizer": 10}
@@ -123,3 +123,12 @@ def test_the_harness_sees_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(harness, "MEMORY_BYTES", harness._resident(os.getpid()) + (64 << 20))
     outcome = harness.run(Faulty(_fill), tmp_path, seconds=60, most=8)
     assert set(outcome.failures.values()) == {"memory"}
+
+
+def test_one_of_several_targets_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    more = ["--seed", "1", "--out", str(tmp_path)]
+    assert __main__.main(["0.1", "spec", "manifest", *more]) == 0
+    said = capfd.readouterr().out
+    assert "spec: " in said
+    assert "manifest: " in said
+    assert __main__.main(["0.1", "spec", "no_such_target", *more]) == 1
