@@ -52,7 +52,7 @@ from moec.sources.decoder.config import decoder_of
 Use = tuple[int, int]  # layer, expert
 SPECS = Path(__file__).parent.parent / "specs" / "models"
 TRACE = Path(__file__).parent / "traces" / "nano60.json.gz"
-ALL = Setting("all in memory")
+ALL = "all in memory"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +133,8 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
         ids = list(range(min(options.tokens, len(about["chosen"]))))
         if options.cache_aware:
             parser.error("--cache-aware needs a text of the model's own tokens: ARTIFACT --ids FILE")
-        options.prompt, options.decode = 0, len(ids)
+        options.prompt = min(options.prompt, len(ids) // 4)
+        options.decode = len(ids) - options.prompt
     else:
         if options.artifact is None or options.ids is None:
             parser.error("give an artifact and --ids, or --model, or --replay")
@@ -148,7 +149,7 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
     print("; ".join(run.conditions(about)), file=sys.stderr)
     shares = [float(share) for share in options.cache_aware.split(",") if share]
     found: dict[str, Any] = {"conditions": run.conditions(about)}
-    found["decode"] = run.decoding(ids[options.prompt : need], shares)
+    found["decode"] = run.decoding(ids[:need], shares)
     found["prompts"] = run.prompts(ids[:need])
     if options.peer:
         found["peer"] = run.beside_llama_cpp(len(about["chosen"]), about["random"])
@@ -199,23 +200,25 @@ class Bench:
         return said
 
     def decoding(self, ids: Sequence[int], shares: Sequence[float]) -> list[dict[str, Any]]:
-        settings = [ALL]
+        decode = self.options.decode
+        settings = [Setting(ALL, decode=decode)]
         ways: list[tuple[str, tuple[str, ...]]] = [("", ())]
         for given in self.options.more:
             name, _, rest = given.partition("=")
             ways.append((name, tuple(shlex.split(rest))))
         ways += [(f"cache-aware {share:g}", ("--cache-aware", str(share))) for share in shares]
-        settings += [Setting(name, budget=budget, more=more) for budget in self.budgets for name, more in ways]
+        settings += [Setting(name, budget, more, decode) for budget in self.budgets for name, more in ways]
         samples = self._rounds(ids, settings)
-        self.whole = len(ids) / samples[ALL].seconds
+        self.whole = decode / samples[settings[0]].seconds
         some = next((s for s in samples.values() if s.slot_bytes), None)
         if some is None:
             return []
         (storage,) = self.machine.storage(self.file, [(some.slot_bytes, 4096)])
-        rows = [self._decoded(s, sample, len(ids), storage) for s, sample in samples.items()]
+        rows = [self._decoded(s, sample, decode, storage) for s, sample in samples.items()]
         columns = ["experts held", "", "budget MB", "kept", "read ahead", "MB a token", "in vain", "tokens/s", "of all"]
-        columns += ["of bound", "planned", "peak / budget"]
-        title = f"Decoding of {len(ids)} tokens, medians; the storage gives {storage / 1e9:.2f} GB/s"
+        columns += ["of bound", "waiting ms", "planned", "peak / budget"]
+        title = f"Decoding of {decode} tokens behind {len(ids) - decode}, medians"
+        title += f"; the storage gives {storage / 1e9:.2f} GB/s"
         table(title, columns, [shown(row) for row in rows], right=(0, *range(2, len(columns))))
         return rows
 
@@ -236,7 +239,7 @@ class Bench:
         bound = 1 / max(1 / self.whole, needed / storage)
         row |= {"budget_mb": setting.budget, "held": sample.slots * self.expert_bytes / 1e6 / self.experts_mb}
         row |= {"hits": sample.hits, "ahead": sample.ahead, "bytes": sample.bytes / tokens, "of_bound": rate / bound}
-        row |= {"wasted": sample.wasted / tokens, "storage": storage}
+        row |= {"wasted": sample.wasted / tokens, "storage": storage, "waited": sample.waited / tokens}
         planned = self._planned(setting.budget, sample.hits, storage, tokens)
         return row | ({"planned": planned} if planned is not None else {})
 
@@ -255,8 +258,7 @@ class Bench:
 
     def prompts(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """The text as a prompt. RuntimeError if an expert is read twice in one call."""
-        settings = [Setting(ALL.name, whole=True)]
-        settings += [Setting("", budget=budget, whole=True) for budget in self.budgets]
+        settings = [Setting(ALL), *(Setting("", budget=budget) for budget in self.budgets)]
         samples = self._rounds(ids, settings)
         computing = samples[settings[0]].seconds
         (storage,) = self.machine.storage(self.file, [(self.expert_bytes, 4096)])
@@ -297,14 +299,15 @@ class Bench:
         theirs: dict[int | None, list[llama_cpp.Run]] = {budget: [] for budget in budgets}
         for number in range(o.rounds):
             for budget in budgets:
-                ours[budget].append(self.machine.sample(self.artifact, ids, Setting("random routing", budget=budget)))
+                setting = Setting("random routing", budget=budget, decode=len(ids) - 1)
+                ours[budget].append(self.machine.sample(self.artifact, ids, setting))
                 theirs[budget].append(self._peer(binary, gguf, budget, len(ids)))
             print(f"llama.cpp, round {number + 1} of {o.rounds}", file=sys.stderr)
         rows, cells = [], []
         for budget, fraction in zip(budgets, (1.0, *fractions), strict=True):
             mine = middle(ours[budget])
             peer = float(np.median([run.tokens_per_s for run in theirs[budget]]))
-            rate = len(ids) / mine.seconds
+            rate = (len(ids) - 1) / mine.seconds
             rows.append({"memory_mb": budget, "held": fraction, "ours": rate, "hits": mine.hits, "peer": peer,
                          "peer_peak_mb": max(run.peak_rss_mb for run in theirs[budget])})  # fmt: skip
             memory = "none" if budget is None else str(budget)
@@ -468,7 +471,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
     if "budget_mb" not in row:
-        return ("all", "", "none", "", "", "", "", f"{row['rate']:.1f}", "1.00", "", "", "")
+        return ("all", "", "none", "", "", "", "", f"{row['rate']:.1f}", "1.00", "", "", "", "")
     planned = row.get("planned")
     return (
         f"{row['held']:.0%}",
@@ -481,6 +484,7 @@ def shown(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['rate']:.1f}",
         f"{row['of_all']:.2f}",
         f"{row['of_bound']:.2f}",
+        f"{row['waited'] * 1e3:.1f}",
         "" if planned is None else f"{planned:.1f} ({planned / row['rate'] - 1:+.0%})",
         f"{row['peak_mb'] / row['budget_mb']:.3f}",
     )

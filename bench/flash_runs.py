@@ -26,20 +26,20 @@ _REFUSAL = re.compile(r"is less than (\d+) MB")
 
 @dataclass(frozen=True)
 class Setting:
-    """How a text is run. more: options of the runner. whole: the text in calls as long as the budget allows, not token
-    by token."""
+    """How a text is run. more: options of the runner. decode: so many ids at its end are decoded, and timed; 0: all of
+    it is a prompt, in calls as long as the budget allows, and that is timed."""
 
     name: str
     budget: int | None = None
     more: tuple[str, ...] = ()
-    whole: bool = False
+    decode: int = 0
 
 
 @dataclass(frozen=True)
 class Sample:
     """One process. hits, ahead: shares of the experts that calls of layers asked for, found because they were kept and
-    because they were read ahead; reads: experts that were read, ahead or not. bytes: read for the whole text;
-    wasted: of those, for experts read ahead in vain."""
+    because they were read ahead; reads: experts that were read, ahead or not. bytes: read in the time that counts;
+    wasted: of those, for experts read ahead in vain. waited: seconds of it in which a worker waited for reads."""
 
     seconds: float
     peak_mb: float
@@ -48,6 +48,7 @@ class Sample:
     reads: int = 0
     bytes: int = 0
     wasted: float = 0.0
+    waited: float = 0.0
     slots: int = 0
     slot_bytes: int = 0
 
@@ -73,12 +74,12 @@ class Machine:
             forget_pages(file)
         with limited(memory_mb=memory, read_gb_per_s=self.storage_gb, file=file) as group:
             self.note(group)
-            self._run(file, ids[:_TOUCH], setting, group)
+            self._run(file, ids[:_TOUCH], replace(setting, decode=0), group)
             return self._run(file, ids, setting, group)
 
     def _run(self, file: Path, ids: Sequence[int], setting: Setting, group: Group) -> Sample:
-        command = [str(runner_binary()), str(file), "--json", "--tokens", "-", "--decode", "0"]
-        command += ["--threads", str(self.threads), *([] if setting.whole else ["--chunk", "1"]), *setting.more]
+        command = [str(runner_binary()), str(file), "--json", "--tokens", "-", "--threads", str(self.threads)]
+        command += ["--decode", str(setting.decode), "--follow", *setting.more]
         command += ["--memory-mb", str(setting.budget)] if setting.budget else ["--repeats", "2"]
         text = " ".join(map(str, ids))
         done = subprocess.run(group.command(command), input=text, capture_output=True, text=True, check=False)
@@ -92,7 +93,7 @@ class Machine:
         pages = [(-(-block // _PAGE) * _PAGE, alignment) for block, alignment in cases]
         with limited(read_gb_per_s=self.storage_gb, file=file) as group:
             self.note(group)
-            return rates_in(group.command([]) if group.folders else [], file, pages)
+            return rates_in(group.command([]), file, pages)
 
     def note(self, group: Group) -> None:
         if group.missing:
@@ -113,16 +114,18 @@ def least_budget(artifact: Artifact, threads: int) -> int:
 
 
 def of_report(report: dict[str, Any]) -> Sample:
-    """What the runner's JSON says; the last of its repeats."""
-    seconds, peak = report["prefill_s"][-1], report["peak_rss_mb"]
-    experts = report.get("experts")
+    """What the runner's JSON says of decoding, or where nothing was decoded of the prompt; the last of its repeats."""
+    decoded = bool(report.get("decode_tokens"))
+    seconds, peak = report["decode_s" if decoded else "prefill_s"][-1], report["peak_rss_mb"]
+    experts = report.get("decode_experts" if decoded else "experts")
     if experts is None:
         return Sample(seconds, peak)
     asked, reads = experts["hits"] + experts["misses"], experts["misses"] + experts["ahead"]
     kept, used = experts["hits"] - experts["ahead_used"], experts["ahead_used"]
     return Sample(
         seconds, peak, kept / max(asked, 1), used / max(asked, 1), reads, experts["bytes_read"],
-        experts["bytes_read"] * (experts["ahead"] - used) / max(reads, 1), experts["slots"], experts["slot_bytes"],
+        experts["bytes_read"] * (experts["ahead"] - used) / max(reads, 1), experts["waiting_s"], experts["slots"],
+        experts["slot_bytes"],
     )  # fmt: skip
 
 

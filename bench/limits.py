@@ -2,16 +2,27 @@
 
 Both versions of cgroups are written: in version 1 the controllers `memory` and `blkio`, in version 2 `memory` and `io`.
 Making a group takes the administrator's right; without it `limited` yields a group that limits nothing and says why.
+A group limits what is read within tenths of a second, and a burst passes as fast as the device is. Direct reads are
+therefore also made to take their time one by one, by paced_reads.c in the processes.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+
+from moec.compiler.errors import UserError
+from moec.runtime.native import find_compiler
 
 ROOT = Path("/sys/fs/cgroup")
 _DEVICES = Path("/sys/dev/block")
@@ -21,13 +32,15 @@ _DEPARTURE_S = 5.0  # of processes that were killed, before their group can be r
 @dataclass(frozen=True)
 class Group:
     """What processes enter. folders: of the group, one for each controller or one for all; none if nothing is limited.
-    missing: what could not be limited, and why; "" if all was."""
+    missing: what could not be limited, and why; "" if all was. paced: environment that paces direct reads."""
 
     folders: tuple[Path, ...] = ()
     missing: str = ""
+    paced: tuple[str, ...] = ()
 
     def command(self, command: list[str]) -> list[str]:
         """The same command, run in the group."""
+        command = ["/usr/bin/env", *self.paced, *command] if self.paced else command
         if not self.folders:
             return command
         enter = "".join(f'echo $$ > "{folder}/cgroup.procs" && ' for folder in self.folders)
@@ -42,6 +55,7 @@ class Group:
 class _Making:
     folders: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    paced: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -56,10 +70,42 @@ def limited(
         if memory_mb is not None or read_gb_per_s is not None:
             version_2 = (root / "cgroup.controllers").exists()
             (_make_2 if version_2 else _make_1)(making, root, name, memory_mb, read_gb_per_s, file)
-        yield Group(tuple(making.folders), "; ".join(making.missing))
+        if read_gb_per_s is not None:
+            try:
+                making.paced = (f"LD_PRELOAD={_pacing()}", f"MOEC_STORAGE={read_gb_per_s * 1e9:.0f}")
+            except UserError as error:
+                making.missing.append(f"single direct reads: {error}")
+        yield Group(tuple(making.folders), "; ".join(making.missing), making.paced)
     finally:
         for folder in making.folders:
             _remove(folder)
+
+
+@cache
+def _pacing() -> Path:
+    """paced_reads.c, built for this process. UserError where that is not possible."""
+    if not sys.platform.startswith("linux"):
+        raise UserError("paced on Linux only")
+    folder = Path(tempfile.mkdtemp(prefix="moec-paced-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source, built = Path(__file__).with_name("paced_reads.c"), folder / "paced_reads.so"
+    command = [
+        find_compiler(),
+        "-x",
+        "c",
+        "-std=gnu11",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        str(source),
+        "-o",
+        str(built),
+        "-ldl",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{source.name} does not compile: {done.stderr.strip()[-300:]}")
+    return built
 
 
 def device_of(file: Path, devices: Path = _DEVICES) -> str | None:

@@ -13,6 +13,19 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+void add_difference(const moec_expert_stats& before, const moec_expert_stats& after, moec_expert_stats* sum) {
+  sum->budget = after.budget;
+  sum->experts = after.experts;
+  sum->slots = after.slots;
+  sum->slot_bytes = after.slot_bytes;
+  sum->preferred = after.preferred;
+  for (const auto field :
+       {&moec_expert_stats::hits, &moec_expert_stats::misses, &moec_expert_stats::bytes_read, &moec_expert_stats::stalled_ns,
+        &moec_expert_stats::reading_ns, &moec_expert_stats::ahead, &moec_expert_stats::ahead_used,
+        &moec_expert_stats::waiting_ns, &moec_expert_stats::active_ns, &moec_expert_stats::exposed_ns})
+    sum->*field += after.*field - before.*field;
+}
+
 class Run {
  public:
   Run(moec_model* model, const BenchOptions& options) : model_(model), options_(options) {
@@ -24,11 +37,10 @@ class Run {
   }
 
   // Ends with the logits of the last token.
-  bool prefill(const std::vector<int64_t>& ids, int64_t start) {
-    const int64_t count = static_cast<int64_t>(ids.size());
+  bool prefill(const int64_t* ids, int64_t count, int64_t start) {
     for (int64_t done = 0; done < count; done += chunk_) {
       const int64_t n = std::min(chunk_, count - done);
-      if (!forward(ids.data() + done, n, start + done)) return false;
+      if (!forward(ids + done, n, start + done)) return false;
     }
     return true;
   }
@@ -36,9 +48,11 @@ class Run {
   int64_t best() const { return best_token(logits_); }
 
   bool decode(int64_t start, bool first, BenchResult* result) {
+    moec_expert_stats before_all = {}, after = {};
+    moec_model_expert_stats(model_, &before_all);
     const double begin = now();
     for (int64_t i = 0; i < options_.decode; ++i) {
-      const int64_t id = best();
+      const int64_t id = options_.follow ? options_.prompt[static_cast<size_t>(start + i)] : best();
       if (id < 0) return false;
       if (first) result->generated.push_back(id);
       if (options_.stop && std::find(stops_.begin(), stops_.end(), id) != stops_.end()) break;
@@ -47,6 +61,8 @@ class Run {
       result->decode_token_s.push_back(now() - before);
     }
     result->decode_s.push_back(now() - begin);
+    moec_model_expert_stats(model_, &after);
+    add_difference(before_all, after, &result->experts);
     return true;
   }
 
@@ -69,19 +85,19 @@ class Run {
 
 std::string run_bench(moec_model* model, const BenchOptions& options, BenchResult* result) {
   Run run(model, options);
-  const int64_t prompt = static_cast<int64_t>(options.prompt.size());
+  const int64_t prompt = static_cast<int64_t>(options.prompt.size()) - (options.follow ? options.decode : 0);
   const int64_t start = std::max(prompt, options.context);
   result->decode_start = start;
-  if (prompt < 1) return "the prompt is empty";
+  if (prompt < 1) return options.follow ? "there are no ids before those to be decoded" : "the prompt is empty";
   if (start + options.decode > run.info().context)
     return "prompt, context and decoded tokens exceed the model's context of " + std::to_string(run.info().context);
   const std::vector<int64_t> filler = spread_tokens(start - prompt, run.info().vocab_size, 2);
   for (int64_t repeat = 0; repeat < options.repeats; ++repeat) {
     const double begin = now();
-    if (!run.prefill(options.prompt, 0)) return moec_model_error(model);
+    if (!run.prefill(options.prompt.data(), prompt, 0)) return moec_model_error(model);
     result->prefill_s.push_back(now() - begin);
     // what a repeat wrote after the prompt is overwritten, or lies later than every query of the next one, which does not see it
-    if (repeat == 0 && !filler.empty() && !run.prefill(filler, prompt)) return moec_model_error(model);
+    if (repeat == 0 && !filler.empty() && !run.prefill(filler.data(), start - prompt, prompt)) return moec_model_error(model);
     if (options.decode > 0 && !run.decode(start, repeat == 0, result)) {
       const std::string fault = moec_model_error(model);
       return fault.empty() ? kNoToken : fault;

@@ -14,7 +14,8 @@ struct BenchOptions {
   int64_t context = 0;          // decode starts at this position: the cache is filled up to it first, untimed
   int64_t chunk = 0;            // most tokens of one prefill call; 0: what the program takes
   int64_t repeats = 1;
-  bool stop = false;  // end at a stop token
+  bool stop = false;    // end at a stop token
+  bool follow = false;  // the last `decode` ids of the prompt are decoded instead of generated ones
 };
 
 struct BenchResult {
@@ -23,6 +24,7 @@ struct BenchResult {
   std::vector<double> decode_token_s;     // every token of every repeat
   std::vector<int64_t> generated;         // of the first repeat
   int64_t decode_start = 0;
+  moec_expert_stats experts = {};         // what decoding added, of all repeats
 };
 
 // Empty when all went well, else the reason.

@@ -92,6 +92,9 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
   void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<uint8_t*>(memory);
+#ifdef MADV_HUGEPAGE
+  madvise(memory_, mapped_, MADV_HUGEPAGE);  // shorter page walks for kernels and direct reads; a system may decline
+#endif
   source_.user = this;
   source_.begin = [](void* user, const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch) {
     return static_cast<ExpertCache*>(user)->begin(w13, experts, uses, count, scratch);

@@ -33,7 +33,7 @@ const char kUsage[] =
     "  --json             one JSON object instead of text\n"
     "  --profile          memory, rates and expert use along one pass over the prompt, as JSON\n"
     "  --points N,N,...   lengths of context to measure at (default: the whole prompt)\n"
-    "  --follow           decode the ids that follow in the prompt, not the model's own\n"
+    "  --follow           decode ids of --tokens, not the model's own: the last N; with --profile those behind each point\n"
     "  --warm N           further passes with every page in memory, for rates alone (default 0)\n"
     "  --memory-mb N      read routed experts as they are needed, so that the process stays within N million bytes\n"
     "  --eviction NAME    which expert is given up then: lrfu (default), lfu or lru\n"
@@ -114,7 +114,7 @@ bool parse(int argc, char** argv, Options* o) {
     } else if (name == "--profile") {
       o->profile = true;
     } else if (name == "--follow") {
-      o->points.follow = true;
+      o->points.follow = o->bench.follow = true;
     } else if (name == "--drop-cache") {
       o->drop_cache = true;
     } else if (name == "--no-read-ahead") {
@@ -144,6 +144,8 @@ bool parse(int argc, char** argv, Options* o) {
     }
   }
   if (o->model.empty()) return fail("no model given");
+  if (o->bench.follow && (o->tokens.empty() || (!o->profile && o->bench.context > 0)))
+    return fail("--follow needs --tokens, and no --context");
   if (o->cache_aware > 0.0 && o->memory_mb == 0) return fail("--cache-aware needs --memory-mb");
   if (o->tokens.empty() == (o->prompt_length == 0)) return fail("give one of --tokens and --prompt-length");
   return true;
@@ -186,14 +188,14 @@ double seconds() {
 
 double rate(double tokens, double time) { return time > 0 ? tokens / time : 0.0; }
 
-std::string experts_json(const moec_expert_stats& e) {
+std::string experts_json(const char* key, const moec_expert_stats& e) {
   char text[700];
   std::snprintf(text, sizeof text,
-                ", \"experts\": {\"budget_mb\": %.1f, \"experts\": %lld, \"slots\": %lld, \"slot_bytes\": %lld, \"hits\": %lld, "
+                ", \"%s\": {\"budget_mb\": %.1f, \"experts\": %lld, \"slots\": %lld, \"slot_bytes\": %lld, \"hits\": %lld, "
                 "\"misses\": %lld, \"bytes_read\": %lld, \"stalled_s\": %.6f, \"reading_s\": %.6f, \"preferred\": %lld, "
                 "\"ahead\": %lld, \"ahead_used\": %lld, \"waiting_s\": %.6f, "
                 "\"active_s\": %.6f, \"exposed_s\": %.6f}",
-                static_cast<double>(e.budget) / 1e6, static_cast<long long>(e.experts), static_cast<long long>(e.slots),
+                key, static_cast<double>(e.budget) / 1e6, static_cast<long long>(e.experts), static_cast<long long>(e.slots),
                 static_cast<long long>(e.slot_bytes), static_cast<long long>(e.hits), static_cast<long long>(e.misses),
                 static_cast<long long>(e.bytes_read), static_cast<double>(e.stalled_ns) / 1e9,
                 static_cast<double>(e.reading_ns) / 1e9, static_cast<long long>(e.preferred), static_cast<long long>(e.ahead),
@@ -205,7 +207,7 @@ std::string experts_json(const moec_expert_stats& e) {
 void report(const Options& o, const moec_model_info& info, double load_s, const BenchResult& r, const moec_expert_stats& experts) {
   const double prefill_s = median(r.prefill_s);
   const double token_s = median(r.decode_token_s);
-  const double prompt = static_cast<double>(o.bench.prompt.size());
+  const size_t prompt = o.bench.prompt.size() - static_cast<size_t>(o.bench.follow ? o.bench.decode : 0);
   const double decoded = r.decode_s.empty() ? 0.0 : static_cast<double>(r.decode_token_s.size()) / static_cast<double>(r.decode_s.size());
   const double decode_s = median(r.decode_s);
   const double mb = 1e6;
@@ -217,15 +219,15 @@ void report(const Options& o, const moec_model_info& info, double load_s, const 
         "\"decode_tokens_per_s\": %.3f, \"decode_median_token_s\": %.6g, \"repeats\": %lld, \"peak_rss_mb\": %.1f, "
         "\"anonymous_mb\": %.1f, \"generated\": %s%s}\n",
         quoted(o.model).c_str(), static_cast<long long>(info.file_bytes), moec_model_isa(),
-        static_cast<long long>(info.threads), load_s, o.bench.prompt.size(), list(r.prefill_s).c_str(), rate(prompt, prefill_s),
+        static_cast<long long>(info.threads), load_s, prompt, list(r.prefill_s).c_str(), rate(static_cast<double>(prompt), prefill_s),
         static_cast<long long>(r.decode_start), static_cast<long long>(decoded), list(r.decode_s).c_str(),
         rate(decoded, decode_s), token_s, static_cast<long long>(o.bench.repeats), peak, anonymous, list(r.generated).c_str(),
-        experts_json(experts).c_str());
+        (experts_json("experts", experts) + (decoded > 0 ? experts_json("decode_experts", r.experts) : "")).c_str());
     return;
   }
   for (const int64_t id : r.generated) std::printf("%lld ", static_cast<long long>(id));
   if (!r.generated.empty()) std::printf("\n");
-  std::printf("load %.3f s; prefill %zu tokens, %.1f tokens/s", load_s, o.bench.prompt.size(), rate(prompt, prefill_s));
+  std::printf("load %.3f s; prefill %zu tokens, %.1f tokens/s", load_s, prompt, rate(static_cast<double>(prompt), prefill_s));
   if (decoded > 0)
     std::printf("; decode %.0f tokens from position %lld, %.1f tokens/s", decoded, static_cast<long long>(r.decode_start),
                 rate(decoded, decode_s));

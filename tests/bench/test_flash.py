@@ -280,12 +280,17 @@ def test_what_a_run_reports() -> None:
         "slot_bytes": 104,
         "ahead": 20,
         "ahead_used": 15,
+        "waiting_s": 0.25,
     }
     found = runs.of_report({"prefill_s": [3.0, 2.0], "peak_rss_mb": 7.0, "experts": experts})
     assert (found.seconds, found.peak_mb, found.hits, found.ahead, found.reads) == (2.0, 7.0, 0.55, 0.15, 50)
     assert (found.bytes, found.wasted) == (5000, 500.0)  # 5 of the 50 experts that were read
     whole = runs.of_report({"prefill_s": [1.0], "peak_rss_mb": 7.0})
     assert (whole.hits, whole.wasted, whole.bytes) == (1.0, 0.0, 0)
+    fewer = experts | {"bytes_read": 500, "misses": 0}
+    decoded = {"decode_tokens": 4, "decode_s": [2.5, 1.5], "decode_experts": fewer, "experts": experts}
+    last = runs.of_report({"prefill_s": [9.0], "peak_rss_mb": 7.0, **decoded})
+    assert (last.seconds, last.bytes, last.reads, last.waited) == (1.5, 500, 20, 0.25)
     middle = runs.middle([found, whole, runs.Sample(9.0, 8.0, reads=5)])
     assert (middle.seconds, middle.peak_mb, middle.reads) == (2.0, 8.0, 50)
 
@@ -310,3 +315,19 @@ def test_budgets_of_the_small_machine(tmp_path: Path, monkeypatch: pytest.Monkey
     runs.Machine(2, 2.0, limit=True).sample(Fake(), list(range(50)), runs.Setting("", budget=100))
     runs.Machine(2).sample(Fake(), list(range(50)), runs.Setting("", budget=100))
     assert seen == [102.0, 8, 50, None, 8, 50]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD and O_DIRECT of Linux")
+def test_direct_reads_are_paced(tmp_path: Path) -> None:
+    """Two readers share one storage; a group that could not be made paces all the same."""
+    limits, storage = importlib.import_module("limits"), importlib.import_module("storage_rates")
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(4 << 20))
+    with limits.limited(read_gb_per_s=0.02, file=file, root=tmp_path) as group:
+        try:
+            rates = storage.rates_in(group.command([]), file, [(1 << 20, 4096), (65536, 4096)])
+        except RuntimeError:
+            pytest.skip("this file system has no direct reads")
+    for rate in rates:
+        # reads of a second that end later count whole; a busy machine is slower
+        assert 0.2 * 0.02e9 < rate <= 1.1 * 0.02e9

@@ -60,6 +60,20 @@ def test_report(model: Path) -> None:
     assert 0 < report["load_s"] < 60
 
 
+def test_it_decodes_the_ids_that_follow(model: Path) -> None:
+    ids = np.random.default_rng(1).integers(0, m.V, 21).tolist()
+    text = " ".join(map(str, ids))
+    done = _run(model, "--tokens", "-", "--decode", 6, "--follow", "--repeats", 2, "--json", stdin=text)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["generated"] == ids[15:]
+    assert (report["prefill_tokens"], report["decode_start"], report["decode_tokens"]) == (15, 15, 6)
+    for few in ("1 2 3", "1 2 3 4 5 6"):
+        refused = _run(model, "--tokens", "-", "--decode", 6, "--follow", stdin=few)
+        assert refused.returncode == 2
+        assert "no ids before those to be decoded" in refused.stderr
+
+
 def test_stop_tokens_end_generation(model: Path) -> None:
     """Runs until a stop token comes or 100 tokens are out; one that came is the last."""
     for seed in range(6):
@@ -84,6 +98,8 @@ def test_stop_tokens_end_generation(model: Path) -> None:
         (["MODEL", "--prompt-length", str(m.S + 1)], f"exceeds the model's context of {m.S}"),
         (["MODEL", "--prompt-length", "4", "--decode", str(m.S)], f"exceed the model's context of {m.S}"),
         (["MODEL", "--prompt-length", "2000000000"], f"exceeds the model's context of {m.S}"),
+        (["MODEL", "--prompt-length", "4", "--follow"], "--follow needs --tokens, and no --context"),
+        (["MODEL", "--tokens", "-", "--follow", "--context", "9"], "--follow needs --tokens, and no --context"),
         (["MODEL", "--tokens", "/nonexistent/ids"], "/nonexistent/ids: No such file"),
         (["MODEL", "--tokens", "/"], "/: Is a directory"),
         (["/nonexistent/model.pte", "--prompt-length", "4"], "/nonexistent/model.pte: No such file"),
