@@ -20,6 +20,7 @@ constexpr double kMostWeight = 0x1p512;
 constexpr int64_t kMostAheadTokens = 4;
 // Below this share of right expectations nothing is read ahead. A right one saves its read, a wrong one costs as much at most.
 constexpr double kLeastWorth = 0.5;
+constexpr double kVain = -1.0;  // below any number of uses
 constexpr uint32_t kJudgeEvery = 8;
 constexpr double kLately = 1.0 / 64;  // weight of the latest expectation in that share
 
@@ -55,11 +56,12 @@ ExpertUses::ExpertUses(ExpertPolicy policy, size_t experts, size_t blocks)
       growth_(policy == ExpertPolicy::kLrfu ? std::exp2(1.0 / (kHalfLife * static_cast<double>(blocks))) : 1.0),
       score_(experts) {}
 
-void ExpertUses::step() {
+bool ExpertUses::step() {
   weight_ *= growth_;
-  if (weight_ < kMostWeight) return;
+  if (weight_ < kMostWeight) return false;
   weight_ /= kMostWeight;
   for (double& score : score_) score /= kMostWeight;
+  return true;
 }
 
 uint64_t ExpertCache::slot_bytes_of(const std::vector<ExpertBlock>& blocks, uint64_t alignment) {
@@ -196,7 +198,6 @@ uint64_t ExpertCache::place_of(const Expert& expert, int half) const {
 void ExpertCache::forget(Slot& slot) {
   if (slot.expert >= 0) experts_[static_cast<size_t>(slot.expert)].slot = -1;
   slot.expert = -1;
-  slot.vain = false;
   slot.state[0] = slot.state[1] = State::kEmpty;
 }
 
@@ -253,22 +254,21 @@ void ExpertCache::resize(int64_t slots) {
 // The slot to give up, or -1: an empty one, else one of the experts that are held least, up to `most`.
 int64_t ExpertCache::victim(Hold most) const {
   int64_t best = -1;
-  Hold best_hold = kFree;
+  Hold best_hold = most;
   for (int64_t i = 0; i < usable_; ++i) {
     const Slot& slot = slots_[static_cast<size_t>(i)];
     if (slot.expert < 0) return i;
-    const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
-    if (slot.pins > 0 || slot.is(State::kLoading) || expert.waiting > 0) continue;
-    const Hold hold = expert.uses > 0 ? kNeeded : expert.expected ? kExpected : kFree;
-    if (hold > most) continue;
-    if (best >= 0) {
+    if (slot.pins > 0 || slot.is(State::kLoading)) continue;
+    bool sooner = best < 0;
+    if (!sooner) {
       const Slot& other = slots_[static_cast<size_t>(best)];
-      const double uses = slot.vain ? -1.0 : uses_.of(slot.expert), other_uses = other.vain ? -1.0 : uses_.of(other.expert);
-      const bool sooner = hold != best_hold    ? hold < best_hold
-                          : uses != other_uses ? uses < other_uses
-                                               : slot.stamp < other.stamp;
-      if (!sooner) continue;
+      sooner = slot.uses != other.uses ? slot.uses < other.uses : slot.stamp < other.stamp;
     }
+    // most slots are neither held nor the next to go: their experts need not be looked at
+    if (!sooner && best_hold == kFree) continue;
+    const Expert& expert = experts_[static_cast<size_t>(slot.expert)];
+    const Hold hold = expert.uses > 0 ? kNeeded : expert.expected ? kExpected : kFree;
+    if (expert.waiting > 0 || hold > best_hold || (hold == best_hold && !sooner)) continue;
     best = i;
     best_hold = hold;
   }
@@ -282,6 +282,7 @@ void ExpertCache::give(int64_t index, int64_t slot, std::deque<Job>* jobs) {
   given.expert = index;
   given.state[0] = given.state[1] = State::kLoading;
   given.stamp = ++clock_;
+  given.uses = uses_.of(index);
   experts_[static_cast<size_t>(index)].slot = slot;
   jobs->push_back({slot, 0});
   jobs->push_back({slot, 1});
@@ -421,7 +422,7 @@ void ExpertCache::judge(int64_t block) {
     if (expert.absent && expert.block == block) worth_ += (right - worth_) * kLately;
     const bool there = expert.ahead && expert.slot >= 0;
     if (there && right) ++counts_of(block).ahead_used;
-    if (there && !right) slot_of(expert)->vain = true;
+    if (there && !right) slot_of(expert)->uses = kVain;
     expert.expected = expert.absent = expert.ahead = false;
   }
   expected_.clear();
@@ -484,7 +485,10 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   fault_.clear();
   block_ = block - blocks_.begin();
   ++counts_of(block_).calls;
-  uses_.step();
+  if (uses_.step()) {
+    for (Slot& slot : slots_)
+      if (slot.expert >= 0 && slot.uses != kVain) slot.uses = uses_.of(slot.expert);
+  }
   if (alone) remember(experts, count);
   const auto of = [&](int32_t expert) -> Expert& {
     return experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + expert)];
@@ -492,7 +496,9 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   for (int64_t i = 0; i < count; ++i) {
     Expert& expert = of(experts[i]);
     expert.uses = uses[i];
-    uses_.count(&expert - experts_.data());
+    const int64_t index = &expert - experts_.data();
+    uses_.count(index);
+    if (Slot* const slot = slot_of(expert); slot && slot->uses != kVain) slot->uses = uses_.of(index);
   }
   judge(block_);
   for (int64_t i = 0; i < count; ++i) {
@@ -554,7 +560,7 @@ void ExpertCache::release(int32_t number) {
   Expert& expert = experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + number)];
   Slot& slot = *slot_of(expert);
   slot.stamp = ++clock_;
-  slot.vain = false;
+  if (slot.uses == kVain) slot.uses = uses_.of(&expert - experts_.data());
   expert.uses = std::max(expert.uses - 1, 0);
   const bool free = --slot.pins == 0 && (!pending_.empty() || !ahead_.empty());
   lock.unlock();
