@@ -78,7 +78,9 @@ def plan(
 def plan_facts(p: Plan) -> dict[str, Any]:
     """The plan for machines: bytes, seconds, tokens per second."""
     a = p.model.architecture
-    streamed = {} if p.streamed is None else {"streamed": {**vars(p.streamed), "tokens_per_s": p.streamed.tokens_per_s}}
+    s = p.streamed
+    rates = {} if s is None else {"tokens_per_s": s.tokens_per_s, "bound_per_s": s.bound_per_s}
+    streamed = {} if s is None else {"streamed": {**vars(s), **rates}}
     facts: dict[str, Any] = {
         **streamed,
         "name": a.name,
@@ -174,8 +176,8 @@ def _show_streamed(p: Plan) -> None:
         print("how fast: not known without a device whose file has storage_gb_per_s")
         return
     print(
-        f"at most {s.tokens_per_s:.1f} tokens/s with reading and computing at the same time: "
-        f"{s.reading_s * 1e3:.1f} ms of reading beside {s.computing_s * 1e3:.1f} ms of computing a token"
+        f"{s.tokens_per_s:.1f} tokens/s expected, with a core that is free for reading; {s.bound_per_s:.1f} if reading "
+        f"were hidden whole: {s.reading_s * 1e3:.1f} ms of it beside {s.computing_s * 1e3:.1f} ms of computing a token"
     )
 
 

@@ -1,9 +1,13 @@
-"""The plan of a MoE model within a memory budget: experts held, bytes read per token, and the speed bound.
+"""The plan of a MoE model within a memory budget: experts held, bytes read per token, and tokens per second.
 
 The runtime reads routed experts when tokens select them (docs/memory-budget.md). The hit rate depends on routing and
 cannot be told from a spec: without a measured one (`moec bench ARTIFACT --memory-mb N --json`) routing is taken to be
 uniform, so that a cache with a share s of the experts has a hit rate of s. Trained routers repeat themselves and hit
 more often.
+
+A token takes the longer of reading and computing, and a tenth of the shorter, which is not hidden: experts that the
+layer before did not foretell, and computing for which nothing is known to be read. Computing is slower by the time in
+which the bytes that are read go into memory. Reading has a core of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +20,15 @@ from moec.compiler.errors import UserError
 from moec.compiler.rates import Rates
 from moec.compiler.spec.device import Device
 
+#: Of the shorter of reading and computing, the share that the other does not hide (docs/memory-budget.md, How fast).
+EXPOSED = 0.1
+
 
 @dataclass(frozen=True)
 class Streamed:
     """Bytes and seconds. experts: of all layers; held: how many the budget has room for. hits: the share of asked
     experts that are there, uniform unless it was `measured`. read: bytes of a decoded token. reading_s: at the
-    device's storage rate, None without one; computing_s: with all in memory.
+    device's storage rate, None without one; computing_s: with all in memory; storing_s: of what is read, into memory.
     """
 
     budget: int
@@ -34,10 +41,19 @@ class Streamed:
     read: float
     reading_s: float | None
     computing_s: float | None
+    storing_s: float | None
 
     @property
     def tokens_per_s(self) -> float | None:
-        """The bound max(computing, reading), what full overlap reaches; None where one of them is not known."""
+        """Expected; None where reading or computing is not known."""
+        if self.reading_s is None or self.computing_s is None or self.storing_s is None:
+            return None
+        shorter, longer = sorted((self.reading_s, self.computing_s + self.storing_s))
+        return 1.0 / (longer + EXPOSED * shorter)
+
+    @property
+    def bound_per_s(self) -> float | None:
+        """What full overlap of reading and computing would reach."""
         if self.reading_s is None or self.computing_s is None:
             return None
         return 1.0 / max(self.reading_s, self.computing_s)
@@ -69,10 +85,11 @@ def streamed(
     held = min(count, (budget - fixed) // expert)
     share = held / count if hits is None else hits
     read = (1.0 - share) * moe.layers * moe.top_k * expert
-    reading = computing = None
+    reading = computing = storing = None
     if device is not None:
         step = decode(model, device, rates, context - 1)
         computing = step.expected_s or step.roofline_s
+        storing = read / (device.dram_gb_per_s.number * 1e9)
         if device.storage_gb_per_s is not None:
             reading = read / (device.storage_gb_per_s.number * 1e9)
-    return Streamed(budget, least, count, held, expert, share, hits is not None, read, reading, computing)
+    return Streamed(budget, least, count, held, expert, share, hits is not None, read, reading, computing, storing)
