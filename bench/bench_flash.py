@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--with", dest="more", action="append", default=[], help="NAME=OPTIONS of the runner")
     parser.add_argument("--cache-aware", default="", help="shares, such as 0.05,0.1")
     parser.add_argument("--peer", action="store_true", help="llama.cpp beside it; needs --model")
-    parser.add_argument("--peer-decode", type=int, default=16)
+    parser.add_argument("--peer-decode", type=int, default=64)
     parser.add_argument("--peer-fractions", default="0.5,0.25")
     parser.add_argument("--device", default="reference-x86", help="of the plan")
     parser.add_argument("--save-trace", type=Path, default=None)
@@ -291,7 +291,10 @@ class Bench:
         """Both with random routing, in turn. The ids from `first` on, `count` of them, are routed at random."""
         folder, o = self.options.out / self.options.model, self.options
         binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / "llama.gguf"
-        ids = list(range(first, first + min(count, o.peer_decode)))  # both caches begin empty, and fill as long
+        # llama.cpp has read as much of its file as the memory holds before it decodes: our cache is filled by a prompt
+        prompt = min(o.prompt, count // 4)
+        decode = min(count - prompt, o.peer_decode)
+        ids = list(range(first, first + prompt + decode))
         fractions = [float(f) for f in o.peer_fractions.split(",")]
         fixed = self.least - self._token_mb()
         budgets: list[int | None] = [None, *(round(fixed + f * self.experts_mb) for f in fractions)]
@@ -299,15 +302,15 @@ class Bench:
         theirs: dict[int | None, list[llama_cpp.Run]] = {budget: [] for budget in budgets}
         for number in range(o.rounds):
             for budget in budgets:
-                setting = Setting("random routing", budget=budget, decode=len(ids) - 1)
+                setting = Setting("random routing", budget=budget, decode=decode)
                 ours[budget].append(self.machine.sample(self.artifact, ids, setting))
-                theirs[budget].append(self._peer(binary, gguf, budget, len(ids)))
+                theirs[budget].append(self._peer(binary, gguf, budget, decode))
             print(f"llama.cpp, round {number + 1} of {o.rounds}", file=sys.stderr)
         rows, cells = [], []
         for budget, fraction in zip(budgets, (1.0, *fractions), strict=True):
             mine = middle(ours[budget])
             peer = float(np.median([run.tokens_per_s for run in theirs[budget]]))
-            rate = (len(ids) - 1) / mine.seconds
+            rate = decode / mine.seconds
             rows.append({"memory_mb": budget, "held": fraction, "ours": rate, "hits": mine.hits, "peer": peer,
                          "peer_peak_mb": max(run.peak_rss_mb for run in theirs[budget])})  # fmt: skip
             memory = "none" if budget is None else str(budget)
