@@ -1,6 +1,6 @@
 """`make bench-flash`: an artifact whose experts do not all fit in memory, against the same with all of them there.
 
-    make bench-flash BENCH_ARGS="ARTIFACT --ids FILE"            routing of a text; its ids are run one by one
+    make bench-flash BENCH_ARGS="ARTIFACT --ids FILE"            routing of a text: a prompt, and ids decoded behind it
     make bench-flash BENCH_ARGS="--model mobilemoe-l --peer ..." a shape, with the routing of a trained model (below)
     make bench-flash BENCH_ARGS="--replay FILE,..."              recorded routing alone: hits by policy, no artifact
 
@@ -108,12 +108,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def prepare(options: Any) -> int:
-    """OUT/MODEL/artifact, OUT/MODEL/llama.gguf and llama.cpp's program, each once."""
+    """OUT/MODEL/artifact, and the model and the program of llama.cpp, each once."""
     progress, folder = Progress(), options.out / options.model
     spec = SPECS / f"{options.model}.yaml"
     print(make(spec, options.trace, folder, options.tokens, options.ahead, progress))
     if options.peer:
-        gguf = folder / "llama.gguf"
+        gguf = folder / llama_cpp.GGUF
         if not gguf.exists():
             with progress.stage(f"write {gguf.name}"):
                 llama_cpp.write_gguf(decoder_of(load_spec(spec), "a peer's"), gguf.with_suffix(".part"))
@@ -142,6 +142,8 @@ def measure(parser: argparse.ArgumentParser, options: Any) -> int:
         ids = [int(i) for i in re.findall(r"\d+", read_text(options.ids, limit=64 << 20))]
     if options.peer and options.storage_gb is None:
         parser.error("--peer needs --storage-gb, which limits the memory of both sides too")
+    if options.prompt < 1 or options.decode < 1:
+        parser.error("decoding needs a prompt of at least one token and a token behind it")
     need = options.prompt + options.decode
     if len(ids) < need or need > artifact.manifest.model.context:
         parser.error(f"{need} tokens are needed, of {len(ids)} in a context of {artifact.manifest.model.context}")
@@ -214,7 +216,7 @@ class Bench:
         if some is None:
             return []
         (storage,) = self.machine.storage(self.file, [(some.slot_bytes, 4096)])
-        rows = [self._decoded(s, sample, decode, storage) for s, sample in samples.items()]
+        rows = [self._decoded(s, sample, len(ids), storage) for s, sample in samples.items()]
         columns = ["experts held", "", "budget MB", "kept", "read ahead", "MB a token", "in vain", "tokens/s", "of all"]
         columns += ["of bound", "waiting ms", "planned", "peak / budget"]
         title = f"Decoding of {decode} tokens behind {len(ids) - decode}, medians"
@@ -230,7 +232,8 @@ class Bench:
             print(f"round {number + 1} of {self.options.rounds}", file=sys.stderr)
         return {setting: middle(samples) for setting, samples in taken.items()}
 
-    def _decoded(self, setting: Setting, sample: Sample, tokens: int, storage: float) -> dict[str, Any]:
+    def _decoded(self, setting: Setting, sample: Sample, positions: int, storage: float) -> dict[str, Any]:
+        tokens = setting.decode
         rate = tokens / sample.seconds
         row = {"name": setting.name, "rate": rate, "of_all": rate / self.whole, "peak_mb": sample.peak_mb}
         if setting.budget is None:
@@ -240,17 +243,17 @@ class Bench:
         row |= {"budget_mb": setting.budget, "held": sample.slots * self.expert_bytes / 1e6 / self.experts_mb}
         row |= {"hits": sample.hits, "ahead": sample.ahead, "bytes": sample.bytes / tokens, "of_bound": rate / bound}
         row |= {"wasted": sample.wasted / tokens, "storage": storage, "waited": sample.waited / tokens}
-        planned = self._planned(setting.budget, sample.hits, storage, tokens)
+        planned = self._planned(setting.budget, sample.hits, storage, positions)
         return row | ({"planned": planned} if planned is not None else {})
 
-    def _planned(self, budget: int, hits: float, storage: float, tokens: int) -> float | None:
-        """Tokens a second by `moec plan` for the device, its storage as fast as measured, positions as decoded here."""
+    def _planned(self, budget: int, hits: float, storage: float, positions: int) -> float | None:
+        """Tokens a second by `moec plan` for the device, its storage as fast as measured, at the last position."""
         if self.device is None:
             figure = Figure(number=storage / 1e9, source="measured in this run")
             self.device = load_device(self.options.device).model_copy(update={"storage_gb_per_s": figure})
         spec = Spec.model_validate(self.artifact.manifest.spec)
         try:
-            made = plan_spec(spec, self.device, target="xnnpack", context=tokens, memory_mb=budget, hits=hits)
+            made = plan_spec(spec, self.device, target="xnnpack", context=positions, memory_mb=budget, hits=hits)
         except UserError as error:
             print(f"no plan: {error}", file=sys.stderr)
             return None
@@ -290,8 +293,8 @@ class Bench:
     def beside_llama_cpp(self, first: int, count: int) -> list[dict[str, Any]]:
         """Both with random routing, in turn. The ids from `first` on, `count` of them, are routed at random."""
         folder, o = self.options.out / self.options.model, self.options
-        binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / "llama.gguf"
-        # llama.cpp has read as much of its file as the memory holds before it decodes: our cache is filled by a prompt
+        binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / llama_cpp.GGUF
+        # both decode behind a prompt, with as many experts in memory as there is room for
         prompt = min(o.prompt, count // 4)
         decode = min(count - prompt, o.peer_decode)
         ids = list(range(first, first + prompt + decode))
@@ -304,7 +307,7 @@ class Bench:
             for budget in budgets:
                 setting = Setting("random routing", budget=budget, decode=decode)
                 ours[budget].append(self.machine.sample(self.artifact, ids, setting))
-                theirs[budget].append(self._peer(binary, gguf, budget, decode))
+                theirs[budget].append(self._peer(binary, gguf, budget, prompt, decode))
             print(f"llama.cpp, round {number + 1} of {o.rounds}", file=sys.stderr)
         rows, cells = [], []
         for budget, fraction in zip(budgets, (1.0, *fractions), strict=True):
@@ -325,7 +328,7 @@ class Bench:
         moe = self.artifact.manifest.section("model", "moe")
         return len(self.artifact.manifest.model.moe_layers) * int(moe["top_k"]) * self.expert_bytes / 1e6
 
-    def _peer(self, binary: Path, gguf: Path, budget: int | None, tokens: int) -> llama_cpp.Run:
+    def _peer(self, binary: Path, gguf: Path, budget: int | None, prompt: int, tokens: int) -> llama_cpp.Run:
         memory = budget * SLACK if budget is not None and self.machine.limit else None
         if memory is not None:
             forget_pages(gguf)
@@ -333,7 +336,7 @@ class Bench:
             self.machine.note(group)
             # its own repacking would copy all experts into memory that cannot be dropped
             return llama_cpp.run(
-                binary, gguf, decode=tokens, threads=self.options.threads, repack=memory is None,
+                binary, gguf, decode=tokens, context=prompt, threads=self.options.threads, repack=memory is None,
                 within=group.command,
             )  # fmt: skip
 

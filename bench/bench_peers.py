@@ -77,7 +77,8 @@ def prepare(name: str, folder: Path, progress: Progress) -> Pair:
     spec = load_spec(SPECS / f"{name}.yaml")
     if not isinstance(spec.model, DecoderConfig):
         raise UserError("only models of our own have a counterpart in llama.cpp", place=name)
-    checkpoint, artifact, gguf = folder / f"{name}-checkpoint", folder / f"{name}-artifact", folder / f"{name}.gguf"
+    checkpoint, artifact = folder / f"{name}-checkpoint", folder / f"{name}-artifact"
+    gguf = folder / f"{name}-{llama_cpp.GGUF}"
     if not artifact.exists():
         if not checkpoint.exists():
             synthesize(spec, checkpoint, seed=0, qat=True, progress=progress)

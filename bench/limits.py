@@ -71,10 +71,12 @@ def limited(
             version_2 = (root / "cgroup.controllers").exists()
             (_make_2 if version_2 else _make_1)(making, root, name, memory_mb, read_gb_per_s, file)
         if read_gb_per_s is not None:
-            try:
-                making.paced = (f"LD_PRELOAD={_pacing()}", f"MOEC_STORAGE={read_gb_per_s * 1e9:.0f}")
-            except UserError as error:
-                making.missing.append(f"single direct reads: {error}")
+            library = _pacing()
+            if isinstance(library, Path):
+                preload = ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD", ""))))
+                making.paced = (f"LD_PRELOAD={preload}", f"MOEC_STORAGE={read_gb_per_s * 1e9:.0f}")
+            else:
+                making.missing.append(f"single direct reads: {library}")
         yield Group(tuple(making.folders), "; ".join(making.missing), making.paced)
     finally:
         for folder in making.folders:
@@ -82,30 +84,20 @@ def limited(
 
 
 @cache
-def _pacing() -> Path:
-    """paced_reads.c, built for this process. UserError where that is not possible."""
+def _pacing() -> Path | str:
+    """paced_reads.c, built for this process, or why that is not possible."""
     if not sys.platform.startswith("linux"):
-        raise UserError("paced on Linux only")
+        return "paced on Linux only"
     folder = Path(tempfile.mkdtemp(prefix="moec-paced-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source, built = Path(__file__).with_name("paced_reads.c"), folder / "paced_reads.so"
-    command = [
-        find_compiler(),
-        "-x",
-        "c",
-        "-std=gnu11",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        str(source),
-        "-o",
-        str(built),
-        "-ldl",
-    ]
+    flags = ["-x", "c", "-std=gnu11", "-O1", "-shared", "-fPIC"]
+    try:
+        command = [find_compiler(), *flags, str(source), "-o", str(built), "-ldl"]
+    except UserError as error:
+        return str(error)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{source.name} does not compile: {done.stderr.strip()[-300:]}")
-    return built
+    return f"{source.name} does not compile: {done.stderr.strip()[-300:]}" if done.returncode else built
 
 
 def device_of(file: Path, devices: Path = _DEVICES) -> str | None:

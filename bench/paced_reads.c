@@ -1,7 +1,9 @@
 // To be preloaded (LD_PRELOAD): direct reads take as long as a storage of MOEC_STORAGE bytes a second would, one after the
 // other. Control groups limit the average over tenths of a second, and let what is read within one pass at the device's rate.
 #define _GNU_SOURCE
+#include <assert.h>
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -11,6 +13,13 @@
 #include <time.h>
 #include <unistd.h>
 
+static_assert(sizeof(off_t) == sizeof(off64_t), "off_t has 64 bits");
+
+typedef ssize_t (*Read)(int, void*, size_t, off_t);
+typedef ssize_t (*ReadParts)(int, const struct iovec*, int, off_t, int);
+
+static Read read_as_ever;
+static ReadParts read_parts_as_ever;
 static double ns_per_byte;
 static _Atomic int64_t storage_free_ns;  // when the storage has done all it was asked for
 
@@ -24,6 +33,8 @@ __attribute__((constructor)) static void begin(void) {
   const char* text = getenv("MOEC_STORAGE");
   const double rate = text ? atof(text) : 0.0;
   ns_per_byte = rate > 0.0 ? 1e9 / rate : 0.0;
+  read_as_ever = (Read)dlsym(RTLD_NEXT, "pread");
+  read_parts_as_ever = (ReadParts)dlsym(RTLD_NEXT, "preadv2");
 }
 
 // When a read of `bytes` that is asked for now will be done.
@@ -38,7 +49,7 @@ static int64_t promised(size_t bytes) {
 static void wait_until(int64_t done) {
   const struct timespec end = {done / 1000000000, done % 1000000000};
   prctl(PR_SET_TIMERSLACK, 1);  // else a sleep is 50 microseconds late
-  clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL);
+  while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL) == EINTR) continue;
 }
 
 static int paced(int descriptor) {
@@ -47,23 +58,19 @@ static int paced(int descriptor) {
 }
 
 ssize_t pread(int descriptor, void* out, size_t size, off_t offset) {
-  static ssize_t (*usual)(int, void*, size_t, off_t);
-  if (!usual) usual = (ssize_t(*)(int, void*, size_t, off_t))dlsym(RTLD_NEXT, "pread");
-  if (!paced(descriptor)) return usual(descriptor, out, size, offset);
+  if (!paced(descriptor)) return read_as_ever(descriptor, out, size, offset);
   const int64_t done = promised(size);
-  const ssize_t got = usual(descriptor, out, size, offset);
+  const ssize_t got = read_as_ever(descriptor, out, size, offset);
   wait_until(done);
   return got;
 }
 
 ssize_t preadv2(int descriptor, const struct iovec* parts, int count, off_t offset, int flags) {
-  static ssize_t (*usual)(int, const struct iovec*, int, off_t, int);
-  if (!usual) usual = (ssize_t(*)(int, const struct iovec*, int, off_t, int))dlsym(RTLD_NEXT, "preadv2");
-  if (!paced(descriptor)) return usual(descriptor, parts, count, offset, flags);
+  if (!paced(descriptor)) return read_parts_as_ever(descriptor, parts, count, offset, flags);
   size_t size = 0;
   for (int i = 0; i < count; ++i) size += parts[i].iov_len;
   const int64_t done = promised(size);
-  const ssize_t got = usual(descriptor, parts, count, offset, flags);
+  const ssize_t got = read_parts_as_ever(descriptor, parts, count, offset, flags);
   wait_until(done);
   return got;
 }

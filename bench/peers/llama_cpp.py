@@ -28,6 +28,7 @@ from moec.compiler.progress import Progress
 from moec.sources.decoder.config import DecoderConfig
 
 SOURCE = "llama-cpp-python==0.3.36"
+GGUF = "llama-2.gguf"  # the number changes with the weights that `write_gguf` draws: older files are not used
 BLOCK = 32  # Q4_0: one float16 scale and 32 nibbles
 
 

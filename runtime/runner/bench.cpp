@@ -13,17 +13,14 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-void add_difference(const moec_expert_stats& before, const moec_expert_stats& after, moec_expert_stats* sum) {
-  sum->budget = after.budget;
-  sum->experts = after.experts;
-  sum->slots = after.slots;
-  sum->slot_bytes = after.slot_bytes;
-  sum->preferred = after.preferred;
+moec_expert_stats difference(const moec_expert_stats& before, const moec_expert_stats& after) {
+  moec_expert_stats found = after;
   for (const auto field :
        {&moec_expert_stats::hits, &moec_expert_stats::misses, &moec_expert_stats::bytes_read, &moec_expert_stats::stalled_ns,
         &moec_expert_stats::reading_ns, &moec_expert_stats::ahead, &moec_expert_stats::ahead_used,
         &moec_expert_stats::waiting_ns, &moec_expert_stats::active_ns, &moec_expert_stats::exposed_ns})
-    sum->*field += after.*field - before.*field;
+    found.*field -= before.*field;
+  return found;
 }
 
 class Run {
@@ -48,21 +45,21 @@ class Run {
   int64_t best() const { return best_token(logits_); }
 
   bool decode(int64_t start, bool first, BenchResult* result) {
-    moec_expert_stats before_all = {}, after = {};
-    moec_model_expert_stats(model_, &before_all);
+    moec_expert_stats before = {}, after = {};
+    moec_model_expert_stats(model_, &before);
     const double begin = now();
     for (int64_t i = 0; i < options_.decode; ++i) {
       const int64_t id = options_.follow ? options_.prompt[static_cast<size_t>(start + i)] : best();
       if (id < 0) return false;
       if (first) result->generated.push_back(id);
       if (options_.stop && std::find(stops_.begin(), stops_.end(), id) != stops_.end()) break;
-      const double before = now();
+      const double began = now();
       if (!forward(&id, 1, start + i)) return false;
-      result->decode_token_s.push_back(now() - before);
+      result->decode_token_s.push_back(now() - began);
     }
     result->decode_s.push_back(now() - begin);
     moec_model_expert_stats(model_, &after);
-    add_difference(before_all, after, &result->experts);
+    result->experts = difference(before, after);
     return true;
   }
 

@@ -24,7 +24,7 @@ struct BenchResult {
   std::vector<double> decode_token_s;     // every token of every repeat
   std::vector<int64_t> generated;         // of the first repeat
   int64_t decode_start = 0;
-  moec_expert_stats experts = {};         // what decoding added, of all repeats
+  moec_expert_stats experts = {};         // what decoding added in the last repeat
 };
 
 // Empty when all went well, else the reason.

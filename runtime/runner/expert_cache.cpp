@@ -4,6 +4,7 @@
 #include "expert_cache.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -14,13 +15,16 @@
 namespace {
 
 constexpr double kHalfLife = 32.0;  // tokens after which a use counts half (docs/memory-budget.md has the choice)
-constexpr double kMostWeight = 0x1p512;
+#ifndef MOEC_MOST_WEIGHT  // the check of the cache makes it small
+#define MOEC_MOST_WEIGHT 0x1p512
+#endif
+constexpr double kMostWeight = MOEC_MOST_WEIGHT;
 
 // Few tokens: calls of more have enough experts of their own to read.
 constexpr int64_t kMostAheadTokens = 4;
 // Below this share of right expectations nothing is read ahead. A right one saves its read, a wrong one costs as much at most.
 constexpr double kLeastWorth = 0.5;
-constexpr double kVain = -1.0;  // below any number of uses
+constexpr double kVain = -1.0;  // below any score
 constexpr uint32_t kJudgeEvery = 8;
 constexpr double kLately = 1.0 / 64;  // weight of the latest expectation in that share
 
@@ -95,7 +99,8 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<uint8_t*>(memory);
 #ifdef MADV_HUGEPAGE
-  madvise(memory_, mapped_, MADV_HUGEPAGE);  // shorter page walks for kernels and direct reads; a system may decline
+  // Shorter page walks for kernels and direct reads. Of other page sizes huge ones are as large as many experts.
+  if (sysconf(_SC_PAGESIZE) == 4096) madvise(memory_, mapped_, MADV_HUGEPAGE);
 #endif
   source_.user = this;
   source_.begin = [](void* user, const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch) {
@@ -245,8 +250,10 @@ void ExpertCache::resize(int64_t slots) {
   ready_.wait(lock, [&] { return std::none_of(slots_.begin(), slots_.end(), loading); });
   if (slots < usable_) {
     for (int64_t i = slots; i < usable_; ++i) forget(slots_[static_cast<size_t>(i)]);
-    const uint64_t kept = static_cast<uint64_t>(slots) * slot_bytes_;
-    madvise(memory_ + kept, static_cast<uint64_t>(usable_) * slot_bytes_ - kept, MADV_DONTNEED);
+    // in whole pages, which may be larger than what slots are aligned to
+    const uint64_t kept = rounded_up(static_cast<uint64_t>(slots) * slot_bytes_, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
+    const uint64_t used = static_cast<uint64_t>(usable_) * slot_bytes_;
+    if (kept < used) madvise(memory_ + kept, used - kept, MADV_DONTNEED);
   }
   usable_ = slots;
 }
@@ -262,7 +269,7 @@ int64_t ExpertCache::victim(Hold most) const {
     bool sooner = best < 0;
     if (!sooner) {
       const Slot& other = slots_[static_cast<size_t>(best)];
-      sooner = slot.uses != other.uses ? slot.uses < other.uses : slot.stamp < other.stamp;
+      sooner = slot.score != other.score ? slot.score < other.score : slot.stamp < other.stamp;
     }
     // most slots are neither held nor the next to go: their experts need not be looked at
     if (!sooner && best_hold == kFree) continue;
@@ -282,7 +289,7 @@ void ExpertCache::give(int64_t index, int64_t slot, std::deque<Job>* jobs) {
   given.expert = index;
   given.state[0] = given.state[1] = State::kLoading;
   given.stamp = ++clock_;
-  given.uses = uses_.of(index);
+  given.score = uses_.of(index);
   experts_[static_cast<size_t>(index)].slot = slot;
   jobs->push_back({slot, 0});
   jobs->push_back({slot, 1});
@@ -422,7 +429,7 @@ void ExpertCache::judge(int64_t block) {
     if (expert.absent && expert.block == block) worth_ += (right - worth_) * kLately;
     const bool there = expert.ahead && expert.slot >= 0;
     if (there && right) ++counts_of(block).ahead_used;
-    if (there && !right) slot_of(expert)->uses = kVain;
+    if (there && !right) slot_of(expert)->score = kVain;
     expert.expected = expert.absent = expert.ahead = false;
   }
   expected_.clear();
@@ -487,7 +494,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   ++counts_of(block_).calls;
   if (uses_.step()) {
     for (Slot& slot : slots_)
-      if (slot.expert >= 0 && slot.uses != kVain) slot.uses = uses_.of(slot.expert);
+      if (slot.expert >= 0 && slot.score != kVain) slot.score = uses_.of(slot.expert);
   }
   if (alone) remember(experts, count);
   const auto of = [&](int32_t expert) -> Expert& {
@@ -498,7 +505,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
     expert.uses = uses[i];
     const int64_t index = &expert - experts_.data();
     uses_.count(index);
-    if (Slot* const slot = slot_of(expert); slot && slot->uses != kVain) slot->uses = uses_.of(index);
+    if (Slot* const slot = slot_of(expert); slot && slot->score != kVain) slot->score = uses_.of(index);
   }
   judge(block_);
   for (int64_t i = 0; i < count; ++i) {
@@ -560,7 +567,7 @@ void ExpertCache::release(int32_t number) {
   Expert& expert = experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + number)];
   Slot& slot = *slot_of(expert);
   slot.stamp = ++clock_;
-  if (slot.uses == kVain) slot.uses = uses_.of(&expert - experts_.data());
+  if (slot.score == kVain) slot.score = uses_.of(&expert - experts_.data());
   expert.uses = std::max(expert.uses - 1, 0);
   const bool free = --slot.pins == 0 && (!pending_.empty() || !ahead_.empty());
   lock.unlock();

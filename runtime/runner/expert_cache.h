@@ -51,7 +51,7 @@ enum class ExpertPolicy : int32_t { kLru = 0, kLfu = 1, kLrfu = 2 };
 class ExpertUses {
  public:
   ExpertUses(ExpertPolicy policy, size_t experts, size_t blocks);
-  // A call of a block begins; every expert of it is then counted. True: all numbers changed, in the same proportions.
+  // A call of a block begins; every expert of it is then counted. True if all scores were rescaled.
   bool step();
   void count(int64_t expert) { score_[static_cast<size_t>(expert)] += weight_; }
   double of(int64_t expert) const { return by_count_ ? score_[static_cast<size_t>(expert)] : 0.0; }
@@ -124,7 +124,7 @@ class ExpertCache {
     State state[2] = {State::kEmpty, State::kEmpty};
     int32_t pins = 0;     // of workers
     uint64_t stamp = 0;   // of the last use
-    double uses = 0.0;    // of its expert, as the policy counts them; below all others if it was read ahead in vain
+    double score = 0.0;   // of its expert, by the policy; below all others if it was read ahead in vain
     bool is(State wanted) const { return state[0] == wanted || state[1] == wanted; }
   };
   struct Expert {

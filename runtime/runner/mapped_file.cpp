@@ -105,15 +105,12 @@ MappedFile::~MappedFile() {
   close(descriptor_);
 }
 
-void MappedFile::huge_pages(uint64_t begin, uint64_t end, bool wanted) const {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t unit = wanted ? uintptr_t{2} << 20 : page_bytes;
-  uintptr_t from = reinterpret_cast<uintptr_t>(data_) + begin, to = reinterpret_cast<uintptr_t>(data_) + end;
-  from = (from + (wanted ? unit - 1 : 0)) / unit * unit;
-  to = (to + (wanted ? 0 : unit - 1)) / unit * unit;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, wanted ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+void MappedFile::forbid_huge_pages(uint64_t begin, uint64_t end) const {
+#ifdef MADV_NOHUGEPAGE
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(data_) + begin) / page_bytes * page_bytes;
+  madvise(reinterpret_cast<void*>(from), reinterpret_cast<uintptr_t>(data_) + end - from, MADV_NOHUGEPAGE);
 #else
-  (void)begin, (void)end, (void)wanted;
+  (void)begin, (void)end;
 #endif
 }
 

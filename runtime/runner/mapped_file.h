@@ -18,9 +18,8 @@ class MappedFile {
   const uint8_t* data() const { return data_; }
   uint64_t size() const { return size_; }
   int descriptor() const { return descriptor_; }
-  // Whether the system may map bytes [begin, end) by huge pages, and read them by as much at a time: page walks are shorter, but
-  // what is in memory counts in larger steps. Wanted, it is asked for whole huge pages within; systems without them ignore it.
-  void huge_pages(uint64_t begin, uint64_t end, bool wanted) const;
+  // Keeps the system from mapping a page of [begin, end) along with a neighbour, as a part of one huge page.
+  void forbid_huge_pages(uint64_t begin, uint64_t end) const;
   // Copies a part of the file with the system's read; false where it is not all there.
   bool read(uint64_t offset, uint64_t size, void* out) const;
   // Whether pages were missing, or the file is shorter now than it was.

@@ -2,7 +2,6 @@
 // is taken off first: it is counted as if it were all resident.
 #include <algorithm>
 #include <cinttypes>
-#include <utility>
 
 #include "memory.h"
 #include "moe_config.h"
@@ -110,22 +109,6 @@ bool moec_model::count_session(int64_t change) {
   return true;
 }
 
-void ask_for_huge_pages(const ProgramFile& file, bool experts_lent) {
-  std::vector<std::pair<uint64_t, uint64_t>> experts;
-  for (const MoeCall& call : file.facts().moe_calls)
-    for (const int half : {0, 1}) experts.emplace_back(call.offset[half], call.offset[half] + call.bytes[half]);
-  std::sort(experts.begin(), experts.end());
-  const MappedFile& mapped = file.mapped();
-  // the system may have the file in huge pages already, and then map it by them
-  if (experts_lent) mapped.huge_pages(0, mapped.size(), false);
-  uint64_t begin = 0;
-  for (const auto& [from, to] : experts) {
-    if (from > begin) mapped.huge_pages(begin, from, true);
-    begin = std::max(begin, to);
-  }
-  mapped.huge_pages(begin, mapped.size(), true);
-}
-
 bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   if (experts) return fail("the memory budget is already set");
   std::vector<ExpertBlock> blocks;
@@ -157,7 +140,6 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
   const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
   std::vector<Router> routers = routers_of(*file, blocks);
-  ask_for_huge_pages(*file, true);
   auto cache = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
   cache->read_ahead([routers = std::move(routers)](int64_t block, int64_t tokens, int64_t d, const float* x, int32_t* out) {
     return routers[static_cast<size_t>(block)].select(tokens, d, x, out);
@@ -166,7 +148,12 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   cache->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
   experts = std::move(cache);
   memory_budget = bytes;
-  if (count_session(0)) return true;  // those that are open already
+  if (count_session(0)) {  // those that are open already
+    // the system may have the file in huge pages, and would map experts with the weights beside them
+    for (const MoeCall& call : file->facts().moe_calls)
+      for (const int half : {0, 1}) file->mapped().forbid_huge_pages(call.offset[half], call.offset[half] + call.bytes[half]);
+    return true;
+  }
   experts.reset();
   memory_budget = 0;
   info.max_tokens = most;

@@ -72,10 +72,6 @@ extern std::shared_mutex pools;
 
 }  // namespace moec_runtime
 
-// For the weights that every token reads. A huge page that reached into routed experts would bring some that nobody selects;
-// `experts_lent`: they are read elsewhere, and must not come with others.
-void ask_for_huge_pages(const ProgramFile& file, bool experts_lent);
-
 struct moec_model {
   std::atomic<int> owners{1};  // the caller's handle, and every session
   std::mutex busy;

@@ -144,7 +144,7 @@ bool parse(int argc, char** argv, Options* o) {
     }
   }
   if (o->model.empty()) return fail("no model given");
-  if (o->bench.follow && (o->tokens.empty() || (!o->profile && o->bench.context > 0)))
+  if (o->bench.follow && !o->profile && (o->tokens.empty() || o->bench.context > 0))
     return fail("--follow needs --tokens, and no --context");
   if (o->cache_aware > 0.0 && o->memory_mb == 0) return fail("--cache-aware needs --memory-mb");
   if (o->tokens.empty() == (o->prompt_length == 0)) return fail("give one of --tokens and --prompt-length");

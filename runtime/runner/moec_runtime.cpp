@@ -243,7 +243,6 @@ bool moec_model::open(int32_t threads) {
   if (code != Error::Ok) return fail("damaged, or written by another version of ExecuTorch", code, watch);
   fault = file->check();
   if (!fault.empty()) return fail("damaged: " + fault);
-  ask_for_huge_pages(*file, false);
   const auto present = module->method_names();
   if (!present.ok()) return fail("no list of methods", present.error(), watch);
   if (!present->count("forward")) return fail("there is no method named forward");

@@ -34,7 +34,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str
         "peak_rss_mb": max(r["peak_rss_mb"] for r in reports),
         "anonymous_mb": max(r["anonymous_mb"] for r in reports),
         "repeats": first["repeats"],
-        **({"experts": _with_share(first["experts"])} if "experts" in first else {}),
+        **{key: _with_share(first[key]) for key in ("experts", "decode_experts") if key in first},
         "contexts": [
             {
                 "context": r["decode_start"],

@@ -33,11 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("seconds", type=float)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(names()))
     parser.add_argument("--seed", type=int, default=None, help="of the mutants (default: the time)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at a time (default: the cores)")
+    parser.add_argument("--jobs", type=int, default=cores(), help="targets at a time (default: the cores)")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "build" / "fuzz")
     options = parser.parse_args(arguments)
     seed = int(time.time()) if options.seed is None else options.seed
-    targets = options.targets or names()
+    targets = list(dict.fromkeys(options.targets)) or names()
     if len(targets) == 1:
         return 1 if fuzz(targets[0], options.seconds, seed, options.out) else 0
 
@@ -47,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
         return 1 if any(list(pool.map(in_a_process, targets))) else 0
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fuzz(name: str, seconds: float, seed: int, out: Path) -> int:

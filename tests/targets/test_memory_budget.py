@@ -186,7 +186,35 @@ def test_the_peak_stays_within(artifact: Artifact, moec: Moec, fraction: float) 
     experts = report["experts"]
     assert 0 <= experts["exposed_s"] <= min(experts["active_s"], experts["waiting_s"]) + 1e-6
     assert experts["overlapped"] == pytest.approx(1 - experts["exposed_s"] / experts["active_s"])
+    decoded = report["decode_experts"]  # of the last of two repeats
+    assert decoded["hits"] + decoded["misses"] == 40 * LAYERS * TOP_K
+    assert 0 < decoded["bytes_read"] < experts["bytes_read"] / 2
     assert 0 <= report["experts"]["slots"] - fraction * LAYERS * EXPERTS < 60
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc of Linux")
+def test_experts_in_the_file_are_not_mapped_by_huge_pages(model: Path) -> None:
+    """Where the file is in huge pages, one of them would bring experts into memory that the budget does not count."""
+
+    def forbidden() -> int:
+        """KiB of the mapped file that must not be in huge pages."""
+        found, size, ours = 0, 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                ours = line.endswith(str(model))
+            elif line.startswith("Size:"):
+                size = int(line.split()[1])
+            elif ours and line.startswith("VmFlags:") and " nh" in line:
+                found += size
+        return found
+
+    with CpuSession(model) as session:
+        session.prefill([1])
+        assert forbidden() == 0
+    with CpuSession(model, memory_mb=least_mb(model) + 4):
+        experts = LAYERS * EXPERTS * EXPERT_BYTES / 1024
+        # each of the two matrices of a layer begins and ends within a page
+        assert experts <= forbidden() <= experts + 2 * LAYERS * 8
 
 
 def test_sessions_share_one_cache(model: Path) -> None:

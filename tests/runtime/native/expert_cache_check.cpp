@@ -17,6 +17,7 @@
 
 #include "checking.h"
 //
+#define MOEC_MOST_WEIGHT 1.0625  // scores are rescaled every three tokens
 #include "../../../runtime/runner/expert_cache.cpp"  // of the runtime library, which needs ExecuTorch
 
 namespace {
@@ -121,13 +122,37 @@ std::vector<int32_t> chosen(std::mt19937& random, const ExpertBlock& block, int6
   return all;
 }
 
-// What a cache that gives up the expert used longest ago would have missed; a call's own experts stay.
+// What uses of an expert are worth to a policy, computed from the times of all of them.
+class Worth {
+ public:
+  Worth(ExpertPolicy policy, double blocks) : policy_(policy), blocks_(blocks) {}
+
+  void call(size_t block, const std::vector<int32_t>& experts) {
+    ++now_;
+    for (const int32_t e : experts) times_[{block, e}].push_back(now_);
+  }
+
+  double of(const std::pair<size_t, int32_t>& expert) {
+    if (policy_ == ExpertPolicy::kLru) return 0;
+    double sum = 0;
+    for (const double time : times_[expert]) sum += policy_ == ExpertPolicy::kLfu ? 1 : std::exp2((time - now_) / (32 * blocks_));
+    return sum;
+  }
+
+ private:
+  ExpertPolicy policy_;
+  double blocks_, now_ = 0;
+  std::map<std::pair<size_t, int32_t>, std::vector<double>> times_;
+};
+
+// What a cache of the policy would have missed; a call's own experts stay.
 class Model {
  public:
-  explicit Model(int64_t slots) : slots_(static_cast<size_t>(slots)) {}
+  Model(int64_t slots, ExpertPolicy policy, double blocks) : slots_(static_cast<size_t>(slots)), worth_(policy, blocks) {}
   int64_t misses = 0;
 
   void call(size_t block, const std::vector<int32_t>& experts) {
+    worth_.call(block, experts);
     std::vector<std::pair<size_t, int32_t>> own, absent;
     for (const int32_t e : experts) (held({block, e}) ? own : absent).push_back({block, e});
     misses += static_cast<int64_t>(absent.size());
@@ -136,8 +161,10 @@ class Model {
         const auto other = [&](const auto& old) {
           return std::find(own.begin(), own.end(), old) == own.end() && std::find(absent.begin(), absent.end(), old) == absent.end();
         };
-        const auto oldest = std::find_if(used_.begin(), used_.end(), other);
-        if (oldest != used_.end()) used_.erase(oldest);
+        auto least = used_.end();  // of equal ones the oldest
+        for (auto it = used_.begin(); it != used_.end(); ++it)
+          if (other(*it) && (least == used_.end() || worth_.of(*it) < worth_.of(*least) - 1e-9)) least = it;
+        if (least != used_.end()) used_.erase(least);
       }
       used_.push_back(expert);
     }
@@ -150,27 +177,27 @@ class Model {
 
  private:
   size_t slots_;
+  Worth worth_;
   std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
 };
 
 // The experts that calls of one token leave in a cache of the policy, at most as many as are remembered; each call's in ascending
-// order. What was used how often of late is computed from the times of all uses.
+// order.
 class Recent {
  public:
-  Recent(int64_t most, ExpertPolicy policy, double blocks) : most_(static_cast<size_t>(most)), policy_(policy), blocks_(blocks) {}
+  Recent(int64_t most, ExpertPolicy policy, double blocks) : most_(static_cast<size_t>(most)), worth_(policy, blocks) {}
 
   void call(size_t block, const std::vector<int32_t>& experts) {
-    ++now_;
+    worth_.call(block, experts);
     for (const int32_t e : experts) {
       used_.remove({block, e});
       used_.push_back({block, e});
-      times_[{block, e}].push_back(now_);
     }
     while (used_.size() > most_) {
       auto least = used_.begin();
       for (auto it = used_.begin(); it != used_.end(); ++it) {
         const bool own = it->first == block && std::find(experts.begin(), experts.end(), it->second) != experts.end();
-        if (!own && worth(*it) < worth(*least) - 1e-9) least = it;
+        if (!own && worth_.of(*it) < worth_.of(*least) - 1e-9) least = it;
       }
       used_.erase(least);
     }
@@ -188,18 +215,9 @@ class Recent {
   }
 
  private:
-  double worth(const std::pair<size_t, int32_t>& expert) {
-    if (policy_ == ExpertPolicy::kLru) return 0;
-    double sum = 0;
-    for (const double time : times_[expert]) sum += policy_ == ExpertPolicy::kLfu ? 1 : std::exp2((time - now_) / (32 * blocks_));
-    return sum;
-  }
-
   size_t most_;
-  ExpertPolicy policy_;
-  double blocks_, now_ = 0;
+  Worth worth_;
   std::list<std::pair<size_t, int32_t>> used_;  // the oldest first
-  std::map<std::pair<size_t, int32_t>, std::vector<double>> times_;
 };
 
 // The counts of blocks make up those of all, and no more time passed by the clock than `elapsed`.
@@ -233,6 +251,10 @@ void counts_agree(const ExpertCache& cache, const std::vector<ExpertBlock>& bloc
   expect((all.bytes_read > 0) == (all.active_ns > 0), where + ": bytes without time");
 }
 
+// By counts, an expert that the running call is done with may be the one to go for another of the same call, if its read was as
+// fast. The model keeps them all: a few misses may differ, and what is compared is their number over many rounds.
+int64_t compared = 0, strayed = 0;
+
 void round_of(uint32_t seed) {
   const int64_t started = now_ns();
   std::mt19937 random(seed);
@@ -245,11 +267,11 @@ void round_of(uint32_t seed) {
   auto owned = std::make_unique<MadeUp>(world.bytes);
   MadeUp* storage = owned.get();
   storage->late = pick(0, 2) ? 0 : 300;
-  const auto policy = steady ? ExpertPolicy::kLru : static_cast<ExpertPolicy>(pick(0, 2));
+  const auto policy = static_cast<ExpertPolicy>(pick(0, 2));
   ExpertCache cache(std::move(owned), world.blocks, slots, policy, pick(1, 4));
   cache.reserve(0, least);
   const std::string where = "seed " + std::to_string(seed);
-  Model model(std::min(slots, cache.experts()));
+  Model model(std::min(slots, cache.experts()), policy, static_cast<double>(world.blocks.size()));
   const bool aware = pick(0, 1) == 1;  // calls of one token say so first
   if (aware) cache.prefer_resident(0.25f);
   Recent recent(cache.preferred_slots(), policy, static_cast<double>(world.blocks.size()));
@@ -326,7 +348,11 @@ void round_of(uint32_t seed) {
   expect(counts.hits + counts.misses == asked, where + ": hits and misses are not what was asked for");
   expect(counts.ahead_used <= counts.ahead && (foresight || counts.ahead == 0), where + ": reads ahead are not counted right");
   const std::string misses = std::to_string(counts.misses) + " misses, the model has " + std::to_string(model.misses);
-  if (steady) expect(counts.misses == model.misses, where + ": " + misses);
+  if (steady && policy == ExpertPolicy::kLru) expect(counts.misses == model.misses, where + ": " + misses);
+  if (steady && policy != ExpertPolicy::kLru) {
+    ++compared;
+    strayed += std::abs(counts.misses - model.misses);
+  }
   cache.hold(0);  // no read is under way after it
   counts_agree(cache, world.blocks, steady, now_ns() - started, where);
   int32_t one = 0;
@@ -374,6 +400,9 @@ void threads_that_the_system_refuses() {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 20;
   for (int i = 0; i < rounds; ++i) round_of(static_cast<uint32_t>(i));
+  for (int i = 0; i < 2 * rounds; ++i) round_of(static_cast<uint32_t>(4 * i));  // steady ones
+  expect(compared < 8 || strayed * 4 <= compared, std::to_string(strayed) + " misses differ from the model's in " +
+                                                      std::to_string(compared) + " rounds of policies that count");
   threads_that_the_system_refuses();
   printf("expert cache: %d rounds, %d failures\n", rounds, failures);
   return failures == 0 ? 0 : 1;
