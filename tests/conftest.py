@@ -17,7 +17,11 @@ Moec = Callable[..., tuple[int, str, str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A name with an address in it is another in each worker, and then none of them runs anything."""
+    """What takes minutes begins first, so that no worker is alone with it at the end.
+
+    A name with an address in it is another in each worker, and then none of them runs anything.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if named:
         raise pytest.UsageError(f"the name of a test holds an address: {named[0]}; give its parameters ids")

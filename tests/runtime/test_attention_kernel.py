@@ -186,6 +186,7 @@ def test_native_checks_hold_here() -> None:
         assert done.returncode == 0, f"{program.name}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
 
 
+@pytest.mark.first
 def test_native_checks_hold_on_aarch64() -> None:
     """NEON, emulated: correctness only."""
     compiler = shutil.which("aarch64-linux-gnu-g++")
@@ -195,7 +196,7 @@ def test_native_checks_hold_on_aarch64() -> None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
     said = ""
     for program in native.build_checks(cross_compiler=compiler, processor="aarch64"):
-        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), "3"]
+        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), "2"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{program.name}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
         said += done.stdout

@@ -70,7 +70,11 @@ def direct(file: Path) -> bool:
 def started(preload: Path, *command: object, reads: str = "") -> subprocess.Popen[str]:
     environment = {**os.environ, "LD_PRELOAD": str(preload), **({"MOEC_READS": reads} if reads else {})}
     pipe = subprocess.PIPE
-    return subprocess.Popen([*map(str, command)], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
+    try:
+        return subprocess.Popen([*map(str, command)], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ended(preload: Path, *command: object, reads: str = "", given: str = "") -> tuple[int, str, str]:
