@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.tiny import TinyModels
+
+# how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("moec", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("moec")
 
 gc.set_threshold(50_000, 20, 20)  # as the command line does: a test that compiles makes millions of objects that stay
 
