@@ -306,6 +306,44 @@ def test_the_least_budget_is_enough_where_long_calls_take_much_memory(tmp_path: 
         assert session.expert_stats().slots == slots  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 4), (4, 1), (64, 64), (256, 1), (256, 32)])
+def test_few_experts_and_many_one_selected_and_all(tmp_path: Path, experts: int, top_k: int) -> None:
+    """Where every expert is selected, the least budget holds them all."""
+    moe = {"experts": experts, "top_k": top_k, "expert_width": 64}
+    other = changed({}, layers=2, moe=moe)
+    built = build.compile(other, checkpoint=synthesize(other, tmp_path / "c", qat=True), out=tmp_path / "a")
+    model = built.path("model.pte")
+    with CpuSession(model, threads=2) as session:
+        wanted = logits(session)
+    for more in (0, 2):
+        with CpuSession(model, threads=2, memory_mb=least_mb(model, 2) + more) as session:
+            np.testing.assert_array_equal(logits(session), wanted)
+            stats = session.expert_stats()
+        assert stats is not None
+        assert stats.slots >= 2 * top_k
+        assert stats.slots == stats.experts or stats.misses + stats.ahead > stats.slots
+
+
+@pytest.mark.slow
+def test_a_context_of_8192_to_its_end(tmp_path: Path) -> None:
+    """A prompt in one call, tokens alone until the context is full, and an error at the one that does not fit."""
+    long = changed({"max_tokens": 2048}, layers=2, context=8192)
+    built = build.compile(long, checkpoint=synthesize(long, tmp_path / "c", qat=True), out=tmp_path / "a")
+    model = built.path("model.pte")
+    ids = np.random.default_rng(3).integers(0, VOCAB, 8192).tolist()
+
+    def whole(**options: Any) -> np.ndarray:
+        with CpuSession(model, threads=2, **options) as session:
+            found = [session.prefill(ids[:8160]), *(session.prefill([token]) for token in ids[8160:])]
+            with pytest.raises(UserError, match="8192"):
+                session.prefill([1])
+        return np.concatenate(found)
+
+    wanted = whole()
+    for more in (2, 40):
+        np.testing.assert_array_equal(whole(memory_mb=least_mb(model, 2) + more), wanted)
+
+
 def test_what_a_large_budget_leaves_is_for_sessions_and_long_calls(model: Path) -> None:
     """All experts fit, with much to spare: nobody takes their memory, and no session is refused."""
     first = CpuSession(model, threads=1, memory_mb=least_mb(model) + 2000)
