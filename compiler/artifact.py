@@ -219,6 +219,12 @@ class Artifact:
         artifact brings. `options()` checks them."""
         return Artifact(self.folder, self.manifest, {**self._overrides, **options}, cache_aware=self.cache_aware)
 
+    def in_memory(self) -> Artifact:
+        """The same artifact without its budget of memory, for one who wants its logits in a process that holds more
+        than the artifact: they are the same. With cache-aware selection, which changes them, it is unchanged."""
+        without = "memory_mb" not in options_class(self.manifest.target).model_fields
+        return self if without or self.cache_aware else self.with_options({"memory_mb": None})
+
     def _changed(self, option: str, value: int | None, what: str, flag: str) -> Artifact:
         if value is None:
             return self

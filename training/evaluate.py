@@ -205,7 +205,7 @@ def _opened(folder: Path, simulate: bool, tokenizer: Path | None) -> Iterator[tu
         from moec.compiler.artifact import Artifact
 
         artifact = Artifact.open(folder)
-        session = build.load(artifact)
+        session = build.load(artifact.in_memory())
         try:
             yield SessionModel(session, artifact.manifest.model), words, "artifact"
         finally:

@@ -246,7 +246,7 @@ def _add_run(
 ) -> None:
     """Load and run one artifact, in float32 where its own arithmetic is narrower."""
     try:
-        session = build.load_exact(artifact)
+        session = build.load_exact(artifact.in_memory())
     except UserError as error:
         found.unavailable[name] = str(error)
         return

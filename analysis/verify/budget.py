@@ -53,7 +53,7 @@ def compare_with_memory(
 ) -> None:
     """Adds a check: every logit of every prompt, the last tokens of each run alone, is the same within the budget and
     in memory, in calls of the same lengths. And figures: the budget, the process's peak, what was read."""
-    whole = build.load_exact(artifact.with_options({"memory_mb": None}))
+    whole = build.load_exact(artifact.in_memory())
     errors: dict[str, float] = {}
     try:
         with progress.stage("compare with all in memory", len(prompts)) as step:

@@ -106,7 +106,7 @@ def _kind(path: Path) -> str:
 
 
 def _diff_artifacts(a: Artifact, b: Artifact, tokens: int) -> Difference:
-    first, second = build.load(a), build.load(b)
+    first, second = build.load(a.in_memory()), build.load(b.in_memory())
     try:
         prompts = prompt_ids(WordHashEncoder(first.vocab_size), tokens=tokens)
         return diff_artifacts(a, b, logits_figures(first, second, prompts))

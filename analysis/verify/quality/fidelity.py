@@ -41,14 +41,14 @@ class Model(Protocol):
 
 
 class ArtifactModel:
-    """An artifact as it runs."""
+    """An artifact as it runs, in memory: a budget changes no logit, and would count the float model in this process."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         self.name, self.bytes = str(artifact.folder), artifact.bytes
 
     def logits(self, chunks: Sequence[Chunk]) -> Iterator[np.ndarray]:
-        session = build.load(self._artifact)
+        session = build.load(self._artifact.in_memory())
         try:
             for chunk in chunks:
                 session.reset()

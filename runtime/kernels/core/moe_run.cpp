@@ -88,7 +88,7 @@ struct Run {
   int32_t* hit = nullptr;       // experts with tokens, in the order of the work on them
   int32_t* uses = nullptr;      // [experts]: how often the matrices of hit[i] are acquired
   int64_t hits = 0;
-  Preference preference;        // of a call of one token
+  Preference preference = {};   // of a call of one token
 
   int64_t count(int64_t e) const { return first[e + 1] - first[e]; }
 

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moec.analysis.verify.agreement import verify_agreement
 from moec.analysis.verify.artifact import verify_artifact
+from moec.analysis.verify.quality.fidelity import ArtifactModel
+from moec.analysis.verify.quality.texts import Chunk
 from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
@@ -30,7 +33,7 @@ IDS = np.random.default_rng(3).integers(0, 300, 150).tolist()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("budget")
-    checkpoint = synthesize(spec(), made / "c", seed=0, qat=True)
+    checkpoint = synthesize(spec(), made / "c", seed=0)
     return build.compile(spec(), checkpoint=checkpoint, out=made / "a").folder
 
 
@@ -46,12 +49,15 @@ def tight(folder: Path) -> int:
 
 def test_it_finds_what_it_finds_in_memory(folder: Path, tight: int) -> None:
     """Every check and every row of every layer, to the last digit."""
-    plain = verify_artifact(folder, tokens=120, quality_tokens=0)
-    within = verify_artifact(folder, tokens=120, quality_tokens=0, memory_mb=tight)
+    plain = verify_artifact(folder, tokens=120, quality_tokens=60)
+    within = verify_artifact(folder, tokens=120, quality_tokens=60, memory_mb=tight)
     assert plain.passed, [c.line() for c in plain.failures]
     *checks, same = within.checks
     assert checks == list(plain.checks)
     assert within.layers == plain.layers
+    assert plain.fidelity is not None
+    assert plain.fidelity.overall is not None
+    assert repr(within.fidelity) == repr(plain.fidelity)  # errors of one chunk are not a number
     assert (same.name, same.passed) == (f"within {tight} MB: logits equal those in memory", True)
     assert within.figures["budget MB"] == tight
     assert f"of {LAYERS * EXPERTS} in memory" in within.figures["experts read"]
@@ -73,6 +79,15 @@ def test_other_logits_than_in_memory_are_found(folder: Path, tight: int, monkeyp
     monkeypatch.setattr(ProcessSession, "_forward", wrong)
     report = verify_artifact(folder, tokens=120, quality_tokens=0, memory_mb=tight)
     assert [c.name for c in report.failures] == [f"within {tight} MB: logits equal those in memory"]
+
+
+def bringing(folder: Path, memory_mb: int, out: Path) -> Path:
+    """A copy of the artifact whose spec gives it a budget."""
+    copy = shutil.copytree(folder, out)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = memory_mb
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
 
 
 def rows(session: Any, parts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -139,10 +154,21 @@ def test_the_command(folder: Path, tight: int, moec: Moec) -> None:
 
 
 def test_the_budget_that_an_artifact_brings(folder: Path, tight: int, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "a")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = tight
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    copy = bringing(folder, tight, tmp_path / "a")
     report = verify_artifact(copy, checkpoint=folder.parent / "c", tokens=40, quality_tokens=0)
     assert report.passed, [c.line() for c in report.failures]
     assert report.figures["budget MB"] == tight
+
+
+def test_who_holds_more_than_the_artifact_runs_it_in_memory(folder: Path, tmp_path: Path, moec: Moec) -> None:
+    """A float model, other artifacts, a harness: none of it counts against the budget that an artifact brings."""
+    small = bringing(folder, 1, tmp_path / "a")
+    with pytest.raises(RunError, match="a memory budget of 1 MB is less than"):
+        build.load(Artifact.open(small))
+    chunk = Chunk("text", tuple(IDS))
+    found, wanted = (next(ArtifactModel(Artifact.open(f)).logits([chunk])) for f in (small, folder))
+    np.testing.assert_array_equal(found, wanted)
+    assert verify_agreement(small, [str(folder)], checkpoint=folder.parent / "c", tokens=16).passed
+    status, out, err = moec("diff", small, folder, "--json")
+    assert status == 1, err  # their manifests differ
+    assert json.loads(out)["figures"]["max abs error"] == 0
