@@ -55,6 +55,7 @@ CALIBRATION_TOKENS = 32768
 DISTILLED_TOKENS = 65536  # of `distilled`, where the noise in the gradient of less text is the limit
 INT4: dict[str, Any] = {"weights": "int4", "expert_group_axis": "in"}
 IQ4_NL: dict[str, Any] = {**INT4, "weights": "iq4_nl"}
+NL3: dict[str, Any] = {**INT4, "weights": "nl3"}
 OURS: dict[str, dict[str, Any]] = {
     "INT4": INT4,
     "INT4 gptq": {**INT4, "method": "gptq"},
@@ -67,9 +68,11 @@ OURS: dict[str, dict[str, Any]] = {
     "INT4 g64, table INT8, awq_gptq": {**INT4, "group_size": 64, "embedding": "int8", "method": "awq_gptq"},
     "IQ4_NL, awq_gptq": {**IQ4_NL, "method": "awq_gptq"},
     "IQ4_NL, distilled": {**IQ4_NL, "method": "distilled"},
+    "NL3, awq_gptq": {**NL3, "method": "awq_gptq"},
+    "NL3, distilled": {**NL3, "method": "distilled"},
     "INT8": {**INT4, "weights": "int8"},
 }
-MIXED = {"mixed, 92 MB": 92.0, "mixed, 87 MB": 87.0, "mixed, 84 MB": 84.0}  # whole artifacts of at most so many MB
+MIXED = {f"mixed, {size} MB": float(size) for size in (92, 87, 84, 72, 65)}  # whole artifacts of at most so many MB
 CHOSEN = Path(__file__).with_name("mixed")  # specs that `moec quantize` wrote
 PEERS = {  # name: format, with an importance matrix
     "Q4_0": ("Q4_0", False),

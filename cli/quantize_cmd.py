@@ -61,10 +61,10 @@ def quantize(
 ) -> None:
     """Choose bits and group size of every part of a model so that its artifact fits a size and diverges least.
 
-    Each part's own divergence is measured on calibration text, the best mixture of INT4, IQ4_NL and INT8 in groups
-    of 32 to 256 is computed from that, and the result is measured on held-out text. The output is a plain spec for
-    `moec compile`, with exceptions by name under `quantization: tensors:`. Measurements are cached: another size is
-    quick. Several sizes are chosen from one measurement, each with a spec of its own.
+    Each part's own divergence is measured on calibration text, the best mixture of NL3, INT4, IQ4_NL and INT8 in
+    groups of 32 to 256 is computed from that, and the result is measured on held-out text. The output is a plain spec
+    for `moec compile`, with exceptions by name under `quantization: tensors:`. Measurements are cached: another size
+    is quick. Several sizes are chosen from one measurement, each with a spec of its own.
 
     With --max-kld the exit status is 1, and nothing is written, if the result diverges more.
 

@@ -15,6 +15,7 @@ _FACTORS = tuple(1.0 - 0.04 * i for i in range(-2, 10))  # 1.08 .. 0.64 of the s
 # FP4's levels double towards the ends: the largest weight may well be the last but one, 8 of 12
 _FACTORS_OF = {
     "": _FACTORS,
+    "nl3": tuple(1.0 - 0.04 * i for i in range(-10, 14)),
     "iq4_nl": tuple(1.0 - 0.04 * i for i in range(-8, 10)),
     "fp4": tuple(1.0 - 0.04 * i for i in range(-15, 10)),
 }

@@ -203,7 +203,7 @@ def unpack(
     else:
         codes = (
             np.empty((count, rows, columns // 2), np.uint8)
-            if fmt.kind.bits == 4
+            if fmt.kind.nibbles
             else np.empty((count, rows, columns), np.int8)
         )
         scales = np.empty((count, rows, columns // fmt.group_size), np.float32 if fmt.f32_scales else np.float16)

@@ -15,7 +15,7 @@ VERSION = 1
 
 
 class Kind(IntEnum):
-    """How a packed weight stores a number: as a float, as an integer, or as the position of an integer in a table of 16
+    """How a packed weight stores a number: as a float, as an integer, or as the position of an integer in a table
     (kernels/core/levels.h)."""
 
     F32 = 0
@@ -23,11 +23,17 @@ class Kind(IntEnum):
     INT8 = 2
     IQ4_NL = 3
     FP4 = 4
+    NL3 = 5
 
     @property
     def bits(self) -> int:
-        """Bits of a number, without its part of a scale."""
-        return {Kind.F32: 32, Kind.INT8: 8}.get(self, 4)
+        """Bits of a number as it is packed, without its part of a scale."""
+        return {Kind.F32: 32, Kind.INT8: 8, Kind.NL3: 3}.get(self, 4)
+
+    @property
+    def nibbles(self) -> bool:
+        """Whether its codes are two in a byte before they are packed."""
+        return self.bits < 8
 
 
 _AXIS_OUT = 1 << 4

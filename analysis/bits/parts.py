@@ -27,7 +27,7 @@ from moec.compiler.spec.quantization import Quantization, WeightType, scheme_of_
 from moec.compiler.weights import LazyWeight
 from moec.passes.quantize_weights import Read, reads
 
-TYPES: tuple[WeightType, ...] = ("int4", "iq4_nl", "int8")
+TYPES: tuple[WeightType, ...] = ("nl3", "int4", "iq4_nl", "int8")
 Format = tuple[WeightType, int]  # of codes: type and group size
 _SAMPLE = 1 << 16  # elements of a weight whose rounding error stands for all
 _LEAST = 1e-9  # nats: a part that does not show still costs more in a coarser format

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from moec.compiler.levels import Grid
     from moec.compiler.roles import Role
 
-WeightType = Literal["int4", "iq4_nl", "fp4", "int8", "fp32"]
+WeightType = Literal["nl3", "int4", "iq4_nl", "fp4", "int8", "fp32"]
 Axis = Literal["in", "out"]
 LoosePath = Annotated[Path, Field(strict=False)]
-_CODES = {"int4": (4, ""), "iq4_nl": (4, "iq4_nl"), "fp4": (4, "fp4"), "int8": (8, "")}  # bits, and table of levels
+_CODES = {  # bits that tensors hold a code in, and the table of levels
+    "nl3": (4, "nl3"),
+    "int4": (4, ""),
+    "iq4_nl": (4, "iq4_nl"),
+    "fp4": (4, "fp4"),
+    "int8": (8, ""),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ def scheme_of_type(weights: WeightType, group_size: int, axis: Axis) -> WeightSc
 class RoleQuantization(Section):
     """An override for one role. `int8` alone is short for `{weights: int8}`.
 
-    int4 and int8 are whole numbers times a scale; iq4_nl are 16 levels of 4 bits, denser around zero, and fp4 those of
-    E2M1, as in MXFP4.
+    int4 and int8 are whole numbers times a scale; iq4_nl are 16 levels of 4 bits, denser around zero, fp4 those of
+    E2M1, as in MXFP4, and nl3 are 8 levels of 3 bits.
     """
 
     weights: WeightType

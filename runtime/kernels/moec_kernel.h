@@ -61,10 +61,11 @@ typedef struct moec_out {
 // --------------------------------------------------------------------------------------------------------------- formats
 //
 // int32 format = kind | axis << 4 | int8_activations << 5 | f32_scales << 6 | block_activations << 7 | group_size << 8
-//   kind              0 f32 (every other field 0), 1 int4, 2 int8, 3 iq4_nl, 4 fp4. A weight is its scale times: of int4 and
-//                     int8 the code; of iq4_nl and fp4, whose codes have 4 bits and no sign, level[code]:
+//   kind              0 f32 (every other field 0), 1 int4, 2 int8, 3 iq4_nl, 4 fp4, 5 nl3. A weight is its scale times: of
+//                     int4 and int8 the code; of the others, whose codes have 4 bits (nl3: 3) and no sign, level[code]:
 //                       iq4_nl  -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113   (as in GGUF)
 //                       fp4     0 1 2 3 4 6 8 12 0 -1 -2 -3 -4 -6 -8 -12                    (twice the values of E2M1)
+//                       nl3     -16 -10 -6 -2 1 4 8 13
 //   axis              0: groups along the input  (codes [N, K],   scales [N, K / group_size])
 //                     1: groups along the output (codes [K, N],   scales [K, N / group_size])
 //   int8_activations  0: fp32 arithmetic on dequantized weights; 1: activations rounded to INT8 (compiler/quant.py)
@@ -72,7 +73,7 @@ typedef struct moec_out {
 //   block_activations with int8_activations: a scale for each 32 inputs of a token; without it one for the whole token
 //   group_size        a positive multiple of 32; it must divide K (axis 0) or N (axis 1)
 
-enum { MOEC_F32 = 0, MOEC_INT4 = 1, MOEC_INT8 = 2, MOEC_IQ4_NL = 3, MOEC_FP4 = 4 };
+enum { MOEC_F32 = 0, MOEC_INT4 = 1, MOEC_INT8 = 2, MOEC_IQ4_NL = 3, MOEC_FP4 = 4, MOEC_NL3 = 5 };
 enum {
   MOEC_AXIS_OUT = 1 << 4,
   MOEC_INT8_ACTIVATIONS = 1 << 5,
@@ -87,6 +88,8 @@ enum {
 //   codes   ceil(N/16) blocks of 16 rows; a block holds, for each 8 inputs (K padded to a multiple of 8), 16 rows x 8 codes:
 //           int4: 64 bytes, byte 4*row + i = (q[row, 8j+i] + 8) | (q[row, 8j+4+i] + 8) << 4        (i in 0..3)
 //           iq4_nl, fp4: 64 bytes, byte 4*row + i = code[row, 8j+i] | code[row, 8j+4+i] << 4         (i in 0..3)
+//           nl3: 48 bytes. With b = 4*row + i and h = 0 for code[row, 8j+i], 1 for code[row, 8j+4+i]: the lower two bits of
+//                the code are bits 4h + 2*(b/32) and the next of byte b%32, the third is bit 4h + b/16 of byte 32 + b%16
 //           int8: 128 bytes, byte 64*h + 4*row + i = q[row, 8j + 4h + i]                             (h in 0..1)
 //   scales  axis 0: [ceil(N/16), K/group_size, 16];  axis 1: [N/group_size, K padded to a multiple of 8]
 //   f32     [N, K] row-major, no padding.
@@ -96,7 +99,8 @@ enum {
 MOEC_API int32_t moec_packed_bytes(int64_t n, int64_t k, int32_t format, uint64_t* bytes);
 
 // Pack `count` stacked matrices. codes: int4 uint8 [count, N, K/2] (axis 0) or [count, K, N/2] (axis 1), element 2i in the
-// low nibble, two's complement; iq4_nl and fp4 likewise, the nibble being the code; int8 int8 [count, N, K] or [count, K, N];
+// low nibble, two's complement; iq4_nl, fp4 and nl3 (0 to 7; a fourth bit is ignored) likewise, the nibble being the code;
+// int8 int8 [count, N, K] or [count, K, N];
 // f32 float [count, N, K] (axis 0) or, with MOEC_AXIS_OUT set *in this call only*, [count, K, N], which is transposed. scales:
 // f16 (f32 with MOEC_F32_SCALES) [count, N, K/g] or [count, K, N/g]; absent for f32. packed: exactly
 // count * moec_packed_bytes.

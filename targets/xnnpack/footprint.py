@@ -40,7 +40,7 @@ class XnnpackFootprint(Footprint):
     def weight_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         if scheme is None or weight.columns == 1:
             return 4 * weight.numel
-        codes = _up(weight.rows, _ROWS) * _up(weight.columns, _INPUTS) * scheme.bits // 8
+        codes = _up(weight.rows, _ROWS) * _up(weight.columns, _INPUTS) * scheme.grid.packed_bits // 8
         if scheme.axis == "out":
             scales = weight.rows // scheme.group_size * _up(weight.columns, _INPUTS)
         else:

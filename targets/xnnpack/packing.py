@@ -19,7 +19,7 @@ def packed_bytes(n: int, k: int, fmt: WeightFormat) -> int:
     if fmt.kind == Kind.F32:
         return 4 * n * k
     blocks, padded_k = -(-n // 16), -(-k // 8) * 8
-    codes = blocks * 16 * padded_k // (2 if fmt.kind.bits == 4 else 1)
+    codes = blocks * 16 * padded_k * fmt.kind.bits // 8
     scales = n // fmt.group_size * padded_k if fmt.axis_out else blocks * 16 * (k // fmt.group_size)
     return codes + scales * (4 if fmt.f32_scales else 2)
 
@@ -33,7 +33,7 @@ def pack(
     [..., N] with rows of inputs (`fmt.axis_out`), float32 [..., N, K] ([..., K, N] when `transposed`). scales: one per
     group, float16 or float32 as `fmt.f32_scales` says. KernelError when a size does not fit.
     """
-    wanted = {32: torch.float32, 8: torch.int8, 4: torch.uint8}[fmt.kind.bits]
+    wanted = torch.uint8 if fmt.kind.nibbles else torch.float32 if fmt.kind == Kind.F32 else torch.int8
     if codes.dtype != wanted:
         raise TypeError(f"{fmt.kind.name} weights are {wanted}, not {codes.dtype}")
     if scales is not None and scales.dtype != (torch.float32 if fmt.f32_scales else torch.float16):

@@ -59,7 +59,8 @@ def test_a_code_numbers_its_level(name: str) -> None:
     codes = torch.tensor([[low | high << 4 for low, high in zip(range(16), range(15, -1, -1), strict=True)]])
     tensor = QuantizedTensor(codes.to(torch.uint8), torch.ones(1, 1), 4, 32, levels=name)
     assert tensor.shape == (1, 32)
-    wanted = [LEVELS[name][n] for pair in zip(range(16), range(15, -1, -1), strict=True) for n in pair]
+    levels = LEVELS[name]  # those of 8 are numbered by three bits
+    wanted = [levels[n % len(levels)] for pair in zip(range(16), range(15, -1, -1), strict=True) for n in pair]
     assert tensor.unpacked().tolist() == [wanted]
     assert tensor.dequantize().tolist() == [[float(v) for v in wanted]]
     wide = widened(tensor, Grid(8), 32)
@@ -87,18 +88,19 @@ def test_what_is_no_grid(bits: int, levels: str) -> None:
 
 def test_which_format_holds_which() -> None:
     """INT8 has every level; whole numbers of four bits and the tables do not hold each other."""
-    int4, int8, nl, fp4 = (
+    int4, int8, nl, fp4, nl3 = (
         CodeFormat(4, 32),
         CodeFormat(8, 32),
         CodeFormat(4, 64, levels="iq4_nl"),
         CodeFormat(4, 32, levels="fp4"),
+        CodeFormat(4, 32, levels="nl3"),
     )
     assert int8.holds(int4)
     assert int8.holds(nl)
     assert int8.holds(fp4)
-    for one in (int4, nl, fp4):
+    for one in (int4, nl, fp4, nl3):
         assert one.holds(one)
-        assert not any(one.holds(other) for other in (int4, int8, nl, fp4) if other is not one)
+        assert not any(one.holds(other) for other in (int4, int8, nl, fp4, nl3) if other is not one)
     assert CodeFormat(4, 32, levels="iq4_nl").holds(nl)
     assert not nl.holds(CodeFormat(4, 32, levels="iq4_nl"))
     assert str(nl) == "IQ4_NL codes in groups of 64"

@@ -21,7 +21,7 @@ quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
 METHODS = own_methods()
 INT4 = Grid(4)
-GRIDS = [INT4, Grid(8), Grid(4, "iq4_nl"), Grid(4, "fp4")]
+GRIDS = [INT4, Grid(8), Grid(4, "iq4_nl"), Grid(4, "fp4"), Grid(4, "nl3")]
 
 
 def random(seed: int, *shape: int) -> Tensor:

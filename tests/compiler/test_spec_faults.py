@@ -81,7 +81,7 @@ ONE_FAULT = {
     "scheme": (
         "weights: int4",
         "weights: int5",
-        "quantization.weights: expected 'int4', 'iq4_nl', 'fp4', 'int8' or 'fp32', got 'int5'",
+        "quantization.weights: expected 'nl3', 'int4', 'iq4_nl', 'fp4', 'int8' or 'fp32', got 'int5'",
     ),
     "target": ("[xnnpack]", "[xnpack]", "targets.xnpack: unknown target; did you mean 'xnnpack'?"),
     "no target": ("[xnnpack]", "[]", "targets: name a target; known here:"),

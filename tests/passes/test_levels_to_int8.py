@@ -29,7 +29,7 @@ def formats(program: Program) -> set[tuple[str, int, str]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["iq4_nl", "fp4"])
+@pytest.mark.parametrize("kind", ["nl3", "iq4_nl", "fp4"])
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_the_same_values(fused: Program, kind: str, axis: str) -> None:
     given = scheme(weights=kind, expert_group_axis=axis, embedding="int4", activations="int8")

@@ -35,7 +35,7 @@ def instruction_sets() -> list[Any]:
 
 
 # What the codes of a kind stand for; the kernels have a table of their own (kernels/core/levels.h)
-LEVELS = {kind: levels.LEVELS[kind.name.lower()] for kind in (Kind.IQ4_NL, Kind.FP4)}
+LEVELS = {kind: levels.LEVELS[kind.name.lower()] for kind in (Kind.IQ4_NL, Kind.FP4, Kind.NL3)}
 
 
 @dataclass

@@ -72,8 +72,8 @@ def test_kinds_are_numbered_as_in_the_header() -> None:
 
 def test_levels_are_those_of_the_header() -> None:
     text = (KERNEL / "core/levels.h").read_text()
-    for name, kind in (("kIq4NlLevels", Kind.IQ4_NL), ("kFp4Levels", Kind.FP4)):
-        found = re.search(rf"int8_t {name}\[16\] = \{{([^}}]*)\}};", text)
+    for name, kind in (("kIq4NlLevels", Kind.IQ4_NL), ("kFp4Levels", Kind.FP4), ("kNl3Levels", Kind.NL3)):
+        found = re.search(rf"int8_t {name}\[{len(LEVELS[kind])}\] = \{{([^}}]*)\}};", text)
         assert found is not None
         assert tuple(map(int, found[1].split(","))) == LEVELS[kind]
         stated = " ".join(str(level) for level in LEVELS[kind])

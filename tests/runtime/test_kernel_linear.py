@@ -20,7 +20,7 @@ from tests.runtime.kernel_cases import LEVELS, Weight, random_weight
 
 FORMATS = [
     WeightFormat(kind, group, axis_out, int8, f32_scales)
-    for kind in (Kind.INT4, Kind.INT8, Kind.IQ4_NL, Kind.FP4)
+    for kind in (Kind.INT4, Kind.INT8, Kind.IQ4_NL, Kind.FP4, Kind.NL3)
     for group in (32, 64, 128)
     for axis_out in (False, True)
     for int8 in (True, False)
@@ -131,11 +131,12 @@ def test_float_weights_can_be_transposed_while_packing() -> None:
     assert np.array_equal(codes.numpy(), stored.transpose(0, 2, 1))
 
 
-@pytest.mark.parametrize("kind", [Kind.INT4, Kind.IQ4_NL, Kind.FP4])
-def test_codes_of_four_bits_take_four_and_a_half(kind: Kind) -> None:
-    fmt = WeightFormat(kind, 32)
-    assert packing.packed_bytes(768, 768, fmt) * 8 == 4.5 * 768 * 768
-    assert packing.packed_bytes(768, 384, WeightFormat(kind, 32, axis_out=True)) * 8 == 4.5 * 768 * 384
+@pytest.mark.parametrize("kind", [Kind.INT4, Kind.IQ4_NL, Kind.FP4, Kind.NL3])
+def test_a_scale_for_32_codes_is_half_a_bit(kind: Kind) -> None:
+    bits = 3.5 if kind == Kind.NL3 else 4.5
+    for n, k, fmt in ((768, 768, WeightFormat(kind, 32)), (768, 384, WeightFormat(kind, 32, axis_out=True))):
+        assert packing.packed_bytes(n, k, fmt) * 8 == bits * n * k
+        assert kernel_api.packed_bytes(n, k, fmt) * 8 == bits * n * k
 
 
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.group_size in (0, 32) and not f.f32_scales], ids=str)
@@ -324,7 +325,8 @@ def test_a_gated_linear_refuses_what_it_cannot_compute() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [(Kind.INT8, 1 << 17), (Kind.INT4, 1 << 20), (Kind.IQ4_NL, 1 << 17), (Kind.FP4, 1 << 20)]
+    ("kind", "most"),
+    [(Kind.INT8, 1 << 17), (Kind.INT4, 1 << 20), (Kind.IQ4_NL, 1 << 17), (Kind.FP4, 1 << 20), (Kind.NL3, 1 << 20)],
 )
 def test_sums_that_could_leave_32_bits_are_refused(kind: Kind, most: int) -> None:
     group = WeightFormat(kind, 2 * most, int8_activations=True)
@@ -333,8 +335,14 @@ def test_sums_that_could_leave_32_bits_are_refused(kind: Kind, most: int) -> Non
         with pytest.raises(kernel_api.KernelError, match=f"int8 activations the limit is {most}"):
             kernel_api.packed_bytes(n, k, fmt)
     # the longest sum of the largest products is exact
-    byte, worst = {Kind.INT8: (-128, -128), Kind.INT4: (0x88, -8), Kind.IQ4_NL: (0, -127), Kind.FP4: (0xFF, -12)}[kind]
-    codes = np.full((most, 32 * kind.bits // 8), byte, np.int8 if kind == Kind.INT8 else np.uint8)
+    byte, worst = {
+        Kind.INT8: (-128, -128),
+        Kind.INT4: (0x88, -8),
+        Kind.IQ4_NL: (0, -127),
+        Kind.FP4: (0xFF, -12),
+        Kind.NL3: (0, -16),
+    }[kind]
+    codes = np.full((most, 16 if kind.nibbles else 32), byte, np.uint8 if kind.nibbles else np.int8)
     packed = kernel_api.pack(codes, np.ones((most, 1), np.float16), 32, most, out)
     for isa in kernel_api.available_isas():
         kernel_api.set_isa(isa)

@@ -19,7 +19,7 @@ INT4_IN = WeightFormat(Kind.INT4, 32, int8_activations=True)
 INT4_OUT = WeightFormat(Kind.INT4, 32, axis_out=True, int8_activations=True)
 FORMATS = [
     WeightFormat(kind, group, axis_out, int8)
-    for kind in (Kind.INT4, Kind.INT8, Kind.IQ4_NL, Kind.FP4)
+    for kind in (Kind.INT4, Kind.INT8, Kind.IQ4_NL, Kind.FP4, Kind.NL3)
     for group in (32, 64)
     for axis_out in (False, True)
     for int8 in (True, False)

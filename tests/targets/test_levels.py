@@ -1,4 +1,4 @@
-"""Weights in iq4_nl and fp4 on every target: the artifact computes its codes, as they are or as INT8 codes."""
+"""Weights in nl3, iq4_nl and fp4 on every target: the artifact computes its codes, as they are or as INT8 codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = [pytest.param(t, marks=() if t in ("xnnpack", "onnx") else pytest.mark
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["iq4_nl", "fp4"])
+@pytest.mark.parametrize("kind", ["nl3", "iq4_nl", "fp4"])
 def test_verify_passes(
     tiny: TinyModels, kind: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,7 +89,7 @@ def test_activations_round_as_the_kernels_do() -> None:
     assert torch.equal(grad, torch.arange(33.0).expand(7, 33))
 
 
-@pytest.mark.parametrize("kind", ["iq4_nl", "fp4"])
+@pytest.mark.parametrize("kind", ["nl3", "iq4_nl", "fp4"])
 def test_levels_are_rounded_to_and_stored_as_floats(kind: str, tmp_path: Path) -> None:
     """No packed layout holds them: the checkpoint has the values that training computed with, whatever the axis."""
     config, rounding = config_of(), Rounding(scheme(weights=kind, embedding=kind, expert_group_axis="in"))

@@ -92,12 +92,10 @@ void read_row(const Matrix& w, int64_t n, float* y) {
     std::memcpy(y, w.data + n * w.k * 4, size_t(w.k) * 4);
     return;
   }
-  const uint8_t* const codes = w.codes(n / kBlockRows) + 4 * (n % kBlockRows);
+  const uint8_t* const codes = w.codes(n / kBlockRows);
   for (int64_t k = 0; k < w.k; ++k) {
-    const int64_t half = k % kUnit / 4, i = k % 4;
-    const uint8_t* const unit = codes + k / kUnit * f.unit_bytes();
-    const int32_t nibble = half ? unit[i] >> 4 : unit[i] & 15;
-    y[k] = float(f.kind == MOEC_INT8 ? int8_t(unit[64 * half + i]) : has_levels(f.kind) ? level_of(f.kind, nibble) : nibble - 8);
+    const int32_t code = code_in_unit(f.kind, codes + k / kUnit * f.unit_bytes(), n % kBlockRows, k % kUnit);
+    y[k] = float(f.kind == MOEC_INT8 ? int8_t(code) : has_levels(f.kind) ? level_of(f.kind, code) : code - 8);
   }
   if (f.axis_out) {
     const uint8_t* const scales = w.group_scales(n / f.group);

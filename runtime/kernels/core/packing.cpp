@@ -41,17 +41,19 @@ void put(uint8_t* block, const Format& format, int64_t row, int64_t column, int3
     unit[64 * half + 4 * row + i] = uint8_t(q);
     return;
   }
+  if (format.kind == MOEC_NL3) {
+    const int64_t b = 4 * row + i, low = 4 * half + 2 * (b / 32), third = 4 * half + b / 16;
+    unit[b % 32] = uint8_t((unit[b % 32] & ~(3 << low)) | (q & 3) << low);
+    unit[32 + b % 16] = uint8_t((unit[32 + b % 16] & ~(1 << third)) | (q >> 2 & 1) << third);
+    return;
+  }
   uint8_t& byte = unit[4 * row + i];
   q ^= flip_of(format);
   byte = half ? uint8_t((byte & 0x0F) | q << 4) : uint8_t((byte & 0xF0) | q);
 }
 
 int32_t get(const uint8_t* block, const Format& format, int64_t row, int64_t column) {
-  const uint8_t* const unit = block + column / kUnit * format.unit_bytes();
-  const int64_t half = column % kUnit / 4, i = column % 4;
-  if (format.kind == MOEC_INT8) return unit[64 * half + 4 * row + i];
-  const uint8_t byte = unit[4 * row + i];
-  return (half ? byte >> 4 : byte & 0xF) ^ flip_of(format);
+  return code_in_unit(format.kind, block + column / kUnit * format.unit_bytes(), row, column % kUnit) ^ flip_of(format);
 }
 
 // A whole unit of nibbles, 16 rows x 8 inputs, a byte of the source at a time.
@@ -81,16 +83,29 @@ void pack_unit(const Codes& source, uint8_t flip, bool axis_out, int64_t n, int6
   }
 }
 
+// A unit of nibbles as one of nl3.
+void squeeze_unit(const uint8_t* nibbles, uint8_t* unit) {
+  for (int64_t j = 0; j < 32; ++j) unit[j] = uint8_t((nibbles[j] & 0x33) | (nibbles[32 + j] & 0x33) << 2);
+  for (int64_t j = 0; j < 16; ++j) {
+    const auto third = [&](int64_t part) { return (nibbles[16 * part + j] >> 2 & 0x11) << part; };
+    unit[32 + j] = uint8_t(third(0) | third(1) | third(2) | third(3));
+  }
+}
+
 void pack_quantized(const Matrix& m, const uint8_t* codes, const uint8_t* scales, uint8_t* packed) {
   const Format& f = m.format;
   const Codes source{codes, f.axis_out ? m.n : m.k, is_nibble(f.kind)};
-  // in every place that no weight fills: a code of zero, or of IQ4_NL, which has none, of 1; no output depends on it
+  // in every place that no weight fills: a code of zero, or of IQ4_NL, which has none, of 1, of NL3 0; no output depends on it
   std::memset(packed, f.kind == MOEC_INT4 || f.kind == MOEC_IQ4_NL ? 0x88 : 0, size_t(m.blocks() * m.block_bytes()));
   for (int64_t block = 0; block < m.blocks(); ++block) {
     uint8_t* const out = packed + block * m.block_bytes();
     if (is_nibble(f.kind) && (block + 1) * kBlockRows <= m.n && m.k % kUnit == 0) {
       for (int64_t k = 0; k < m.k; k += kUnit) {
-        pack_unit(source, flip_of(f), f.axis_out, block * kBlockRows, k, out + k / kUnit * f.unit_bytes());
+        uint8_t* const unit = out + k / kUnit * f.unit_bytes();
+        uint8_t nibbles[64];
+        const bool squeezed = f.kind == MOEC_NL3;
+        pack_unit(source, flip_of(f), f.axis_out, block * kBlockRows, k, squeezed ? nibbles : unit);
+        if (squeezed) squeeze_unit(nibbles, unit);
       }
       continue;
     }
@@ -210,7 +225,7 @@ int32_t decode_format(const char* name, int32_t format, int64_t n, int64_t k, Fo
   f.f32_scales = format & MOEC_F32_SCALES;
   f.block_activations = format & MOEC_BLOCK_ACTIVATIONS && f.int8_activations;
   f.group = format >> MOEC_GROUP_SHIFT;
-  if (format < 0 || f.kind > MOEC_FP4 ||
+  if (format < 0 || f.kind > MOEC_NL3 ||
       (format & MOEC_BLOCK_ACTIVATIONS && !(format & MOEC_INT8_ACTIVATIONS)) || (f.kind == MOEC_F32 && format != MOEC_F32)) {
     return fail(MOEC_INVALID_ARGUMENT, "%s: %#x is not a weight format", name, unsigned(format));
   }

@@ -2,7 +2,7 @@
 // generic_kernels.h. A pass covers a block's 16 rows and kM tokens.
 //
 // AVX2: int4 codes are 0..15, so a pair product is at most 2 * 15 * 127 = 3810 and eight of them (32 inputs) fit int16. FP4
-// levels with their offset are 0..24: 6096, and four (16 inputs). int8 codes and IQ4_NL levels need |w| and the sign moved to
+// levels with their offset are 0..24, those of NL3 0..29: 7366 at most, and four (16 inputs). int8 codes and IQ4_NL levels need |w| and the sign moved to
 // the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
 // AVX-VNNI: int8 codes and IQ4_NL levels are offset by 128 to be unsigned, which the correction undoes.
 #ifndef MOEC_GEMM_AVX2_H_
@@ -45,8 +45,8 @@ inline __m256i dot_signed(__m256i sum, __m256i w, __m256i magnitude, __m256i q) 
 }
 
 // Whether products are of an unsigned weight, not of a magnitude and a sign.
-constexpr bool is_unsigned(int kind, bool vnni) { return vnni || kind == MOEC_INT4 || kind == MOEC_FP4; }
-constexpr int offset_of(int kind, bool vnni) { return kind == MOEC_FP4 ? kFp4Offset : vnni ? 128 : 0; }
+constexpr bool is_unsigned(int kind, bool vnni) { return vnni || kind == MOEC_INT4 || has_small_levels(kind); }
+constexpr int offset_of(int kind, bool vnni) { return has_small_levels(kind) ? small_offset(kind) : vnni ? 128 : 0; }
 
 // What nibbles stand for, with the offset.
 template <int kKind, bool kVnni>
@@ -55,14 +55,27 @@ inline __m256i expand(__m256i nibbles) {
   return _mm256_shuffle_epi8(load_table(kLevelTable<kKind, offset_of(kKind, kVnni)>.bytes), nibbles);
 }
 
-// The weights of inputs 4 * kPart .. of a unit, for 8 rows.
-template <int kKind, bool kVnni, int kPart>
+// Both codes of a byte, as nibbles, of 8 rows of a unit: the first 8 or the last.
+template <int kKind, int kHalf>
+inline __attribute__((always_inline)) __m256i load_nibbles(const uint8_t* unit) {
+  if (kKind != MOEC_NL3) return load256(unit + 32 * kHalf);
+  const __m256i low = load256(unit), third = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit + 32)));
+  // bits of quarters 0 and 1 of the nibbles move up by 2 and 1, those of 2 and 3 by 0 and down by 1
+  const __m256i by = kHalf ? _mm256_setr_epi64x(0, 0, 0x0000000100000001, 0x0000000100000001)
+                           : _mm256_setr_epi64x(0x0000000200000002, 0x0000000200000002, 0x0000000100000001, 0x0000000100000001);
+  const __m256i moved = kHalf ? _mm256_srlv_epi32(third, by) : _mm256_sllv_epi32(third, by);
+  return _mm256_or_si256(_mm256_and_si256(kHalf ? _mm256_srli_epi16(low, 2) : low, _mm256_set1_epi8(0x33)),
+                         _mm256_and_si256(moved, _mm256_set1_epi8(0x44)));
+}
+
+// The weights of inputs 4 * kPart .. of 8 rows of a unit.
+template <int kKind, bool kVnni, int kPart, int kHalf>
 inline __attribute__((always_inline)) __m256i load_rows(const uint8_t* codes) {
   if (is_nibble(kKind)) {
-    const __m256i both = load256(codes);
+    const __m256i both = load_nibbles<kKind, kHalf>(codes);
     return expand<kKind, kVnni>(_mm256_and_si256(kPart ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15)));
   }
-  const __m256i w = load256(codes + 64 * kPart);
+  const __m256i w = load256(codes + 64 * kPart + 32 * kHalf);
   return kVnni ? _mm256_xor_si256(w, _mm256_set1_epi8(-128)) : w;
 }
 
@@ -70,7 +83,7 @@ template <int kKind, bool kVnni, int kM, int kPart>
 inline __attribute__((always_inline)) void add_part(const uint8_t* codes, const int8_t* q, int64_t stride,
                                                     __m256i (&sum)[2][kM]) {
   constexpr bool kUnsigned = is_unsigned(kKind, kVnni);
-  const __m256i w0 = load_rows<kKind, kVnni, kPart>(codes), w1 = load_rows<kKind, kVnni, kPart>(codes + 32);
+  const __m256i w0 = load_rows<kKind, kVnni, kPart, 0>(codes), w1 = load_rows<kKind, kVnni, kPart, 1>(codes);
   const __m256i m0 = kUnsigned ? w0 : _mm256_abs_epi8(w0), m1 = kUnsigned ? w1 : _mm256_abs_epi8(w1);
   MOEC_UNROLL
   for (int t = 0; t < kM; ++t) {
@@ -118,7 +131,7 @@ inline __attribute__((always_inline)) void add_units(const uint8_t* codes, int u
     for (int j = 0; j < units; ++j) add_unit<kKind, kVnni, kM>(codes + kUnitBytes * j, block_bytes, q + 8 * j, stride, sum);
     return;
   }
-  constexpr int kMost = kKind == MOEC_FP4 ? 2 : 4;
+  constexpr int kMost = has_small_levels(kKind) ? 2 : 4;
   if (kMost == 4 || units <= kMost) return add_narrow<kKind, kM>(codes, units, block_bytes, q, stride, sum);
   add_narrow<kKind, kM>(codes, kMost, block_bytes, q, stride, sum);
   add_narrow<kKind, kM>(codes + kUnitBytes * kMost, units - kMost, block_bytes, q + 8 * kMost, stride, sum);
@@ -229,7 +242,9 @@ void gemm_int8(const GemmTask& a) {
 template <bool kVnni>
 inline Kernels table_256() {
   Kernels t = generic_table(kVnni ? 128 : 0);
-  t.code_offset[MOEC_FP4 - 1] = kFp4Offset;
+  for_each_kind([&](auto kind) {
+    if (has_small_levels(kind())) t.code_offset[kind() - 1] = small_offset(kind());
+  });
   set_gemm_int8(t, [](auto kind, auto axis_out, auto by_block) {
     return gemm_int8<kind(), axis_out(), by_block(), kVnni>;
   });

@@ -43,13 +43,15 @@ struct Space {
 };
 
 // The operands of 16 inputs (whole), or of the 8 that a row ends with, for 4 rows: w[half of each unit's inputs][pair of rows].
+// codes, quad: codes_of and quad_of of the rows.
 template <int kKind>
-MOEC_INLINE void load_chunk(const uint8_t* codes, bool whole, int8x16_t (&w)[2][2]) {
+MOEC_INLINE void load_chunk(const uint8_t* codes, int quad, bool whole, int8x16_t (&w)[2][2]) {
   constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   const uint8_t* const next = whole ? codes + kUnitBytes : codes;  // activations are zero there
   const auto words = [](const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); };
   if (is_nibble(kKind)) {
-    const uint32x4_t a = words(codes), b = words(next);
+    const uint32x4_t a = vreinterpretq_u32_u8(load_nibbles<kKind>(codes, quad));
+    const uint32x4_t b = vreinterpretq_u32_u8(load_nibbles<kKind>(next, quad));
     const uint8x16_t rows[2] = {vreinterpretq_u8_u32(vzip1q_u32(a, b)), vreinterpretq_u8_u32(vzip2q_u32(a, b))};
     repeat<2>([&](auto r) MOEC_ALWAYS {
       w[0][r] = expand<kKind>(vandq_u8(rows[r], vdupq_n_u8(15)));
@@ -87,7 +89,8 @@ MOEC_INLINE void load_two(const void* p, int8x16_t& a, int8x16_t& b) {
 
 // One strip of rows times the pairs of one tile.
 struct StripTask {
-  const uint8_t* codes;   // as packed, at the strip's rows; or operands in Space's order
+  const uint8_t* codes;   // as packed, codes_of the strip's rows; or operands in Space's order
+  int quad;               // quad_of them
   const uint8_t* scales;  // likewise; NULL with groups along the output
   const int8_t* q;
   const int32_t* begin;
@@ -104,6 +107,7 @@ MOEC_IN_ORDER __attribute__((noinline)) void gemm_strip(const GemmTask& a, const
   constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   constexpr bool kParts = kByBlock || !kAxisOut;
   const uint8_t *codes = s.codes, *scales = s.scales;
+  const int quad = kKind == MOEC_NL3 ? s.quad : 0;
   const int8_t* q = s.q;
   const int32_t* begin = s.begin;
   const float* part_scale = s.part_scale;
@@ -137,7 +141,7 @@ MOEC_IN_ORDER __attribute__((noinline)) void gemm_strip(const GemmTask& a, const
         load_two<64 * kChunk>(codes, w[0][0], w[0][1]);
         load_two<64 * kChunk + 32>(codes, w[1][0], w[1][1]);
       } else {
-        load_chunk<kKind>(codes + 2 * kUnitBytes * kChunk, whole, w);
+        load_chunk<kKind>(codes + 2 * kUnitBytes * kChunk, quad, whole, w);
       }
       // two pairs at a time, so that a sum waits for four other products; one where registers are short
       constexpr int kMost = kP == 6 || (kP == 5 && !kReady) ? 1 : 2;
@@ -284,10 +288,10 @@ void gemm_order_block(const GemmTask& a, const uint8_t* codes, const uint8_t* sc
   const int64_t padded_k = a.padded_k, chunks = space.chunks;
   for (int strip = 0; strip < 4; ++strip) {
     uint8_t* to = space.codes + strip * chunks * 64;
-    const uint8_t* from = codes + 16 * strip;
+    const uint8_t* from = codes_of<kKind>(codes, strip);
     const auto order = [&](bool whole) MOEC_ALWAYS {
       int8x16_t w[2][2];
-      load_chunk<kKind>(from, whole, w);
+      load_chunk<kKind>(from, quad_of<kKind>(strip), whole, w);
       repeat<4>([&](auto i) MOEC_ALWAYS { vst1q_u8(to + 16 * i, vreinterpretq_u8_s8(w[i / 2][i % 2])); });
       from += 2 * kUnitBytes;
       to += 64;
@@ -338,7 +342,8 @@ void gemm_by_matrices(const GemmTask& a) {
           const int64_t output = block * 16 + strip * 4;
           if (output >= a.outputs) break;
           StripTask s;
-          s.codes = ready ? space.codes + strip * space.chunks * 64 : codes + 16 * strip;
+          s.codes = ready ? space.codes + strip * space.chunks * 64 : codes_of<kKind>(codes, strip);
+          s.quad = quad_of<kKind>(strip);
           s.scales = kAxisOut ? nullptr
                      : ready  ? reinterpret_cast<const uint8_t*>(space.scales + strip * groups * 8)
                               : scales + strip * (a.f32_scales ? 16 : 8);

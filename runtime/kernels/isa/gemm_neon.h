@@ -87,22 +87,42 @@ MOEC_INLINE int8x16_t expand(uint8x16_t nibbles) {
   return vreinterpretq_s8_u8(vqtbl1q_u8(vld1q_u8(kLevelTable<kKind>.bytes), nibbles));
 }
 
-// The codes of 4 rows: w[half of a unit's inputs].
+// Both codes of a byte, as nibbles, of rows 4 * quad.. of a unit.
 template <int kKind>
-MOEC_INLINE void load_quad(const uint8_t* codes, int8x16_t (&w)[2]) {
+MOEC_INLINE uint8x16_t load_nibbles(const uint8_t* unit, int quad) {
+  if (kKind != MOEC_NL3) return vld1q_u8(unit + 16 * quad);
+  const uint8x16_t low = vshlq_u8(vld1q_u8(unit + 16 * (quad % 2)), vdupq_n_s8(int8_t(-2 * (quad / 2))));
+  const uint8x16_t third = vshlq_u8(vld1q_u8(unit + 32), vdupq_n_s8(int8_t(2 - quad)));
+  return vorrq_u8(vandq_u8(low, vdupq_n_u8(0x33)), vandq_u8(third, vdupq_n_u8(0x44)));
+}
+
+// The codes of rows 4 * quad..: w[half of a unit's inputs].
+template <int kKind>
+MOEC_INLINE void load_quad(const uint8_t* unit, int quad, int8x16_t (&w)[2]) {
   if (is_nibble(kKind)) {
-    const uint8x16_t v = vld1q_u8(codes);
+    const uint8x16_t v = load_nibbles<kKind>(unit, quad);
     w[0] = expand<kKind>(vandq_u8(v, vdupq_n_u8(15)));
     w[1] = expand<kKind>(vshrq_n_u8(v, 4));
   } else {
-    w[0] = vreinterpretq_s8_u8(vld1q_u8(codes));
-    w[1] = vreinterpretq_s8_u8(vld1q_u8(codes + 64));
+    w[0] = vreinterpretq_s8_u8(vld1q_u8(unit + 16 * quad));
+    w[1] = vreinterpretq_s8_u8(vld1q_u8(unit + 16 * quad + 64));
   }
 }
 
-// Adds the products of 8 inputs, or of 16, of kQ quads of rows and kM tokens.
+// Quads of nl3 share bytes: their codes are addressed from the unit. Those of other kinds are addressed by their own first byte,
+// so that addresses are one register and a constant.
+template <int kKind>
+MOEC_INLINE const uint8_t* codes_of(const uint8_t* unit, int quad) {
+  return kKind == MOEC_NL3 ? unit : unit + 16 * quad;
+}
+template <int kKind>
+MOEC_INLINE int quad_of(int quad) {
+  return kKind == MOEC_NL3 ? quad : 0;
+}
+
+// Adds the products of 8 inputs, or of 16, of kQ quads of rows, from `quad` on, and kM tokens.
 template <int kKind, int kQ, int kM, int kUnits>
-MOEC_INLINE void dot_units(const uint8_t* codes, const int8_t* q, int64_t stride, int32x4_t (&sum)[kQ][kM]) {
+MOEC_INLINE void dot_units(const uint8_t* codes, int quad, const int8_t* q, int64_t stride, int32x4_t (&sum)[kQ][kM]) {
   constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   int8x16_t a[kM];  // the 16 inputs of each token
   repeat<kM>([&](auto t) MOEC_ALWAYS {
@@ -110,24 +130,26 @@ MOEC_INLINE void dot_units(const uint8_t* codes, const int8_t* q, int64_t stride
   });
   repeat<kQ>([&](auto i) MOEC_ALWAYS {
     int8x16_t w[2];
-    load_quad<kKind>(codes + 16 * i, w);
+    load_quad<kKind>(codes, quad + i, w);
     repeat<kM>([&](auto t) MOEC_ALWAYS { sum[i][t] = multiply_lane<0>(sum[i][t], w[0], a[t]); });
     repeat<kM>([&](auto t) MOEC_ALWAYS { sum[i][t] = multiply_lane<1>(sum[i][t], w[1], a[t]); });
   });
   if (kUnits == 1) return;
   repeat<kQ>([&](auto i) MOEC_ALWAYS {
     int8x16_t w[2];
-    load_quad<kKind>(codes + kUnitBytes + 16 * i, w);
+    load_quad<kKind>(codes + kUnitBytes, quad + i, w);
     repeat<kM>([&](auto t) MOEC_ALWAYS { sum[i][t] = multiply_lane<2>(sum[i][t], w[0], a[t]); });
     repeat<kM>([&](auto t) MOEC_ALWAYS { sum[i][t] = multiply_lane<3>(sum[i][t], w[1], a[t]); });
   });
 }
 
-// kQ quads of a block's rows times kM tokens. codes and scales point at the first of these rows; outputs: how many exist.
+// kQ quads of a block's rows, from `first` on, times kM tokens. scales point at the first of these rows; outputs: how many exist.
 // k32: a part, whose sum becomes a float, is 32 inputs long.
 template <int kKind, bool kAxisOut, bool kByBlock, bool k32, int kQ, int kM>
-MOEC_INLINE void multiply_quads(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y,
-                                const float* bias, int outputs) {
+MOEC_INLINE void multiply_quads(const GemmTask& a, const uint8_t* codes, int first, const uint8_t* scales, int64_t row,
+                                float* y, const float* bias, int outputs) {
+  codes = codes_of<kKind>(codes, first);
+  const int quad = quad_of<kKind>(first);
   constexpr int64_t kUnitBytes = unit_bytes_of(kKind);
   constexpr bool kParts = kByBlock || !kAxisOut;
   const QuantizedRows rows = a.rows.from(row);
@@ -147,8 +169,8 @@ MOEC_INLINE void multiply_quads(const GemmTask& a, const uint8_t* codes, const u
       repeat<kQ>([&](auto i) MOEC_ALWAYS { sum[i][t] = c; });
     });
     const auto multiply32 = [&]() MOEC_ALWAYS {
-      dot_units<kKind, kQ, kM, 2>(codes, q, stride, sum);
-      dot_units<kKind, kQ, kM, 2>(codes + 2 * kUnitBytes, q + 16, stride, sum);
+      dot_units<kKind, kQ, kM, 2>(codes, quad, q, stride, sum);
+      dot_units<kKind, kQ, kM, 2>(codes + 2 * kUnitBytes, quad, q + 16, stride, sum);
       codes += 4 * kUnitBytes;
       q += 32;
     };
@@ -159,7 +181,7 @@ MOEC_INLINE void multiply_quads(const GemmTask& a, const uint8_t* codes, const u
     } else {  // a row may end anywhere
       int64_t rest = a.padded_k - k;
       for (; rest >= 32; rest -= 32) multiply32();
-      for (; rest > 0; rest -= 8, codes += kUnitBytes, q += 8) dot_units<kKind, kQ, kM, 1>(codes, q, stride, sum);
+      for (; rest > 0; rest -= 8, codes += kUnitBytes, q += 8) dot_units<kKind, kQ, kM, 1>(codes, quad, q, stride, sum);
     }
     repeat<kQ>([&](auto i) MOEC_ALWAYS {
       const float32x4_t s = kAxisOut ? vdupq_n_f32(0.0f) : load_scales4(scales + quad_scales * i, a.f32_scales);
@@ -188,15 +210,16 @@ MOEC_INLINE void multiply_quads(const GemmTask& a, const uint8_t* codes, const u
 }
 
 template <int kKind, bool kAxisOut, bool kByBlock, bool k32, int kQ, int kM>
-__attribute__((noinline)) void gemm_dots(const GemmTask& a, const uint8_t* codes, const uint8_t* scales, int64_t row, float* y,
-                                         const float* bias, int outputs) {
-  multiply_quads<kKind, kAxisOut, kByBlock, k32, kQ, kM>(a, codes, scales, row, y, bias, outputs);
+__attribute__((noinline)) void gemm_dots(const GemmTask& a, const uint8_t* codes, int first, const uint8_t* scales, int64_t row,
+                                         float* y, const float* bias, int outputs) {
+  multiply_quads<kKind, kAxisOut, kByBlock, k32, kQ, kM>(a, codes, first, scales, row, y, bias, outputs);
 }
 
 template <int kKind, bool kAxisOut, bool kByBlock, bool k32>
-MOEC_IN_ORDER __attribute__((noinline)) void gemm_four_dots(const GemmTask& a, const uint8_t* codes, const uint8_t* scales,
-                                                            int64_t row, float* y, const float* bias, int outputs) {
-  multiply_quads<kKind, kAxisOut, kByBlock, k32, 2, 4>(a, codes, scales, row, y, bias, outputs);
+MOEC_IN_ORDER __attribute__((noinline)) void gemm_four_dots(const GemmTask& a, const uint8_t* codes, int first,
+                                                            const uint8_t* scales, int64_t row, float* y, const float* bias,
+                                                            int outputs) {
+  multiply_quads<kKind, kAxisOut, kByBlock, k32, 2, 4>(a, codes, first, scales, row, y, bias, outputs);
 }
 
 // All blocks, the tokens in tiles of up to 4 and of nearly equal size. Sums and totals of 16 rows x 1 or 2 tokens, or of 8 rows
@@ -217,14 +240,14 @@ void gemm_all_dots(const GemmTask& a) {
       if (count <= 2) {
         const auto f = count == 1 ? gemm_dots<kKind, kAxisOut, kByBlock, k32, 4, 1>
                                   : gemm_dots<kKind, kAxisOut, kByBlock, k32, 4, 2>;
-        f(a, codes, scales, row, y, bias, outputs);
+        f(a, codes, 0, scales, row, y, bias, outputs);
         continue;
       }
       const auto f = count == 3 ? gemm_dots<kKind, kAxisOut, kByBlock, k32, 2, 3>
                                 : gemm_four_dots<kKind, kAxisOut, kByBlock, k32>;
-      f(a, codes, scales, row, y, bias, outputs < 8 ? outputs : 8);
+      f(a, codes, 0, scales, row, y, bias, outputs < 8 ? outputs : 8);
       if (outputs <= 8) continue;
-      f(a, codes + 32, kAxisOut ? nullptr : scales + side_scales, row, y + 8, bias ? bias + 8 : nullptr, outputs - 8);
+      f(a, codes, 2, kAxisOut ? nullptr : scales + side_scales, row, y + 8, bias ? bias + 8 : nullptr, outputs - 8);
     }
   }
 }

@@ -327,13 +327,28 @@ inline void multiply_code(const uint8_t* unit, const float* x, int64_t stride, F
   for (int t = 0; t < kM; ++t) sum[t] = fma(set1(x[t * stride + kI]), w, sum[t]);
 }
 
+// A unit of nl3 as one of nibbles, 64 bytes.
+inline void spread_unit(const uint8_t* unit, uint8_t* nibbles) {
+  for (int j = 0; j < 32; ++j) {
+    nibbles[j] = unit[j] & 0x33;
+    nibbles[32 + j] = unit[j] >> 2 & 0x33;
+  }
+  for (int part = 0; part < 4; ++part) {
+    for (int j = 0; j < 16; ++j) nibbles[16 * part + j] |= uint8_t((unit[32 + j] >> part & 0x11) << 2);
+  }
+}
+
 template <int kKind, int kM>
 inline void multiply_unit(const uint8_t* unit, const float* x, int64_t stride, F32x16* sum) {
   if (has_levels(kKind)) {  // the levels are a unit of int8
     alignas(64) uint8_t wide[128];
-    const I32x16 nibbles = iset1(0x0F0F0F0F);
-    store_int32(wide, lookup(kLevelTable<kKind>.bytes, iand(load_int32(unit), nibbles)));
-    store_int32(wide + 64, lookup(kLevelTable<kKind>.bytes, iand(shift_right<4>(load_int32(unit)), nibbles)));
+    if (kKind == MOEC_NL3) {
+      spread_unit(unit, wide);
+      unit = wide;
+    }
+    const I32x16 both = load_int32(unit), nibbles = iset1(0x0F0F0F0F);
+    store_int32(wide, lookup(kLevelTable<kKind>.bytes, iand(both, nibbles)));
+    store_int32(wide + 64, lookup(kLevelTable<kKind>.bytes, iand(shift_right<4>(both), nibbles)));
     return multiply_unit<MOEC_INT8, kM>(wide, x, stride, sum);
   }
   multiply_code<kKind, 0, kM>(unit, x, stride, sum);
@@ -439,6 +454,7 @@ inline void for_each_kind(F f) {
   f(std::integral_constant<int32_t, MOEC_INT8>());
   f(std::integral_constant<int32_t, MOEC_IQ4_NL>());
   f(std::integral_constant<int32_t, MOEC_FP4>());
+  f(std::integral_constant<int32_t, MOEC_NL3>());
 }
 
 // The integer kernels of a table: `of(kind, axis_out, by_block)` gives the function of three constants.
@@ -455,18 +471,19 @@ inline void set_gemm_int8(Kernels& t, Of of) {
   });
 }
 
-// Where integer kernels need one unsigned operand: the offset of FP4 levels, which makes them 0..24.
-constexpr int32_t kFp4Offset = 12;
+// Where integer kernels need one unsigned operand: what makes the small levels of FP4 0..24, those of NL3 0..29.
+constexpr bool has_small_levels(int32_t kind) { return kind == MOEC_FP4 || kind == MOEC_NL3; }
+constexpr int32_t small_offset(int32_t kind) { return kind == MOEC_FP4 ? 12 : 16; }
 
-// Everything but the integer kernels. offset: what those add to int8 codes and to levels of their range, 0 or 128; FP4 levels
-// have none with 0, else kFp4Offset.
+// Everything but the integer kernels. offset: what those add to int8 codes and to levels of their range, 0 or 128; small levels
+// have none with 0, else their small_offset.
 inline Kernels generic_table(int32_t offset) {
   Kernels t{};
   t.code_offset[MOEC_INT4 - 1] = 8;
   t.code_offset[MOEC_INT8 - 1] = t.code_offset[MOEC_IQ4_NL - 1] = offset;
-  t.code_offset[MOEC_FP4 - 1] = offset ? kFp4Offset : 0;
   t.quantize = quantize;
   for_each_kind([&](auto kind) {
+    if (has_small_levels(kind())) t.code_offset[kind() - 1] = offset ? small_offset(kind()) : 0;
     t.gemm_float[kind() - 1][0] = gemm_float<kind(), false>;
     t.gemm_float[kind() - 1][1] = gemm_float<kind(), true>;
   });

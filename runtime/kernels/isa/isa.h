@@ -88,18 +88,18 @@ struct DeltaTask;
 struct ScanTask;
 
 struct Kernels {
-  // [kind - 1]: what the integer kernels add to what a code stands for. int4: 8 everywhere; FP4: 16 at most, or the
-  // corrections of its longest sums would leave 32 bits
-  int32_t code_offset[4];
+  // [kind - 1]: what the integer kernels add to what a code stands for. int4: 8 everywhere; FP4 and NL3: 16 at most, or
+  // the corrections of their longest sums would leave 32 bits
+  int32_t code_offset[5];
 
   void (*quantize)(const QuantizeTask&);
   // bytes that gemm_int8 needs beside its operands, for any number of rows; NULL: none
   int64_t (*gemm_space)(int64_t padded_k);
   // [kind - 1][axis_out][by_block]: by block each 32 inputs add fma(float(sum) * activation scale, weight scale, total), or
   // with groups along the output fma(float(sum), activation scale, total)
-  void (*gemm_int8[4][2][2])(const GemmTask&);
+  void (*gemm_int8[5][2][2])(const GemmTask&);
   // [kind - 1][axis_out]
-  void (*gemm_float[4][2])(const GemmTask&);
+  void (*gemm_float[5][2])(const GemmTask&);
   void (*gemm_f32)(const FloatGemmTask&);
   void (*activate)(const ActivateTask&);
   void (*sigmoid)(const float* x, int64_t n, float* y);

@@ -28,7 +28,20 @@ inline __m512i broadcast4(const int8_t* p) {
 template <int kKind>
 inline __m512i expand(__m512i nibbles) {
   if (!has_levels(kKind)) return nibbles;
-  return _mm512_shuffle_epi8(load_table(kLevelTable<kKind, kKind == MOEC_FP4 ? kFp4Offset : 128>.bytes), nibbles);
+  return _mm512_shuffle_epi8(load_table(kLevelTable<kKind, has_small_levels(kKind) ? small_offset(kKind) : 128>.bytes), nibbles);
+}
+
+// Both codes of a byte, as nibbles, of the 16 rows of a unit.
+template <int kKind>
+inline __attribute__((always_inline)) __m512i load_nibbles(const uint8_t* unit) {
+  if (kKind != MOEC_NL3) return load512(unit);
+  const __m512i low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit)));
+  const __m512i third = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit + 32)));
+  // the second half's lower bits move down by 2; third bits of the quarters up by 2, 1, 0 and down by 1
+  const __m512i down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
+  const __m512i turn = _mm512_setr_epi32(2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 31, 31, 31, 31);
+  return _mm512_or_si512(_mm512_and_si512(_mm512_srlv_epi64(low, down), _mm512_set1_epi8(0x33)),
+                         _mm512_and_si512(_mm512_rolv_epi32(third, turn), _mm512_set1_epi8(0x44)));
 }
 
 // Adds one unit of 8 inputs to sum[kB][kM]. block_bytes: from a block's codes to the next one's.
@@ -44,9 +57,9 @@ inline __attribute__((always_inline)) void add_unit(const uint8_t* codes, int64_
     __builtin_prefetch(p + kB * block_bytes, 0, kLocality);
     if (!is_nibble(kKind)) __builtin_prefetch(p + kB * block_bytes + 64, 0, kLocality);
     if (is_nibble(kKind)) {
-      const __m512i low = _mm512_set1_epi8(15);
-      w[0][b] = expand<kKind>(_mm512_and_si512(load512(p), low));
-      w[1][b] = expand<kKind>(_mm512_and_si512(_mm512_srli_epi16(load512(p), 4), low));
+      const __m512i both = load_nibbles<kKind>(p), low = _mm512_set1_epi8(15);
+      w[0][b] = expand<kKind>(_mm512_and_si512(both, low));
+      w[1][b] = expand<kKind>(_mm512_and_si512(_mm512_srli_epi16(both, 4), low));
     } else {
       w[0][b] = _mm512_xor_si512(load512(p), _mm512_set1_epi8(-128));
       w[1][b] = _mm512_xor_si512(load512(p + 64), _mm512_set1_epi8(-128));

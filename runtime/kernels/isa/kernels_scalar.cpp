@@ -9,11 +9,8 @@ namespace {
 // What the code of an input of a row stands for, with the offset that packed int4 codes carry; other kinds have none here.
 template <int kKind>
 inline int32_t code(const uint8_t* block, int64_t row, int64_t k) {
-  const int64_t half = k % 8 / 4, i = k % 4;
-  if (kKind == MOEC_INT8) return int8_t(block[k / 8 * 128 + 64 * half + 4 * row + i]);
-  const uint8_t byte = block[k / 8 * 64 + 4 * row + i];
-  const int32_t nibble = half ? byte >> 4 : byte & 15;
-  return has_levels(kKind) ? int8_t(kLevelTable<kKind>.bytes[nibble]) : nibble;
+  const int32_t bits = code_in_unit(kKind, block + k / 8 * unit_bytes_of(kKind), row, k % 8);
+  return kKind == MOEC_INT8 ? int8_t(bits) : has_levels(kKind) ? int8_t(kLevelTable<kKind>.bytes[bits]) : bits;
 }
 
 inline float weight_scale(const uint8_t* scales, bool f32, int64_t i) {

@@ -40,7 +40,7 @@ int32_t format() {
   if (uniform(0, 9) == 0) return one_of(odd);
   if (uniform(0, 4) == 0) return MOEC_F32;
   static const int32_t groups[] = {32, 32, 64, 128};
-  return int32_t(uniform(MOEC_INT4, MOEC_FP4)) | int32_t(uniform(0, 15)) << 4 | one_of(groups) << MOEC_GROUP_SHIFT;
+  return int32_t(uniform(MOEC_INT4, MOEC_NL3)) | int32_t(uniform(0, 15)) << 4 | one_of(groups) << MOEC_GROUP_SHIFT;
 }
 
 // Buffers of one call. Each is a block of the heap of exactly its length, so that a sanitizer sees a step beyond it.

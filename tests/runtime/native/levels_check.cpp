@@ -86,7 +86,7 @@ int main(int argc, char** argv) {
   generator.seed(argc > 2 ? static_cast<uint32_t>(atoi(argv[2])) : 1);
   const int32_t activations[] = {0, MOEC_INT8_ACTIVATIONS, MOEC_INT8_ACTIVATIONS | MOEC_BLOCK_ACTIVATIONS};
   for (int i = 0; i < cases; ++i) {
-    for (const int32_t kind : {MOEC_IQ4_NL, MOEC_FP4}) {
+    for (const int32_t kind : {MOEC_IQ4_NL, MOEC_FP4, MOEC_NL3}) {
       for (const int32_t axis : {0, int(MOEC_AXIS_OUT)}) {
         for (const int32_t activation : activations) {
           for (const int32_t scale : {0, int(MOEC_F32_SCALES)}) {

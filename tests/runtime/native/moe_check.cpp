@@ -39,7 +39,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 int32_t random_format(bool axis_out) {
   const int32_t groups[] = {32, 64, 96, 128};
   const int32_t activations[] = {0, MOEC_INT8_ACTIVATIONS, MOEC_INT8_ACTIVATIONS | MOEC_BLOCK_ACTIVATIONS};
-  return int32_t(uniform(MOEC_INT4, MOEC_FP4)) | (axis_out ? MOEC_AXIS_OUT : 0) | activations[uniform(0, 2)] |
+  return int32_t(uniform(MOEC_INT4, MOEC_NL3)) | (axis_out ? MOEC_AXIS_OUT : 0) | activations[uniform(0, 2)] |
          (uniform(0, 3) ? 0 : MOEC_F32_SCALES) | groups[uniform(0, 3)] << MOEC_GROUP_SHIFT;
 }
 
