@@ -216,11 +216,16 @@ def _check_scales(magnitude: torch.Tensor, scale: torch.Tensor) -> None:
 ACTIVATION_BLOCK = 32  # the only block that kernels have (kernels/core/format.h: kActivationBlock)
 
 
+def quotient(number: float, x: torch.Tensor) -> torch.Tensor:
+    """number / x as kernels compute it, with one rounding: `number / x` of a tensor is number * (1 / x) in torch."""
+    return torch.full_like(x, number) / x
+
+
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric INT8 along the last dimension: (q as float32 integers [..., K], scale [..., 1])."""
     x = x.to(torch.float32)
     amax = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
+    inverse = torch.where(amax > 0, quotient(127.0, amax), 0.0)
     return (x * inverse).round().clamp(-127, 127), amax / 127.0
 
 
@@ -246,7 +251,7 @@ def asymmetric_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     """
     x = x.to(torch.float32)
     low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
-    inverse = torch.where(low == high, 1.0, 255.0 / (high - low))
+    inverse = torch.where(low == high, 1.0, quotient(255.0, high - low))
     low, high = low * inverse, high * inverse
     zero = torch.where((-128.0 + low) + (127.0 + high) > 0, -128.0 - low, 127.0 - high).clamp(-128, 127).round()
     return ((x * inverse).round() + zero).clamp(-128, 127), 1.0 / inverse, zero

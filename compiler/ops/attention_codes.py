@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moec.compiler.quant import quotient
+
 _CHUNK = 256
 _MOST = 127 * 256  # two signed bytes
 _TINY = 1e-30
@@ -75,7 +77,7 @@ def _rounded(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Codes in [-most, most] as float64 and the step [..., 1], by the largest of a row. NaN spoils the step."""
     highest = x.abs().amax(-1, keepdim=True)
     usable = highest > _TINY
-    codes = torch.round(x * torch.where(usable, most / highest, 0.0)).clamp(-most, most)
+    codes = torch.round(x * torch.where(usable, quotient(most, highest), 0.0)).clamp(-most, most)
     step = torch.where(usable | highest.isnan(), highest / most, 1.0)
     return codes.double(), torch.where(highest.isinf(), torch.nan, step)
 

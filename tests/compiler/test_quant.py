@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from moec.compiler.quant import (
     pack_int4,
     quantize_rows,
     quantize_weight,
+    quotient,
     unpack_int4,
 )
 from moec.compiler.quantizer import check_width, codes_of
@@ -240,3 +242,22 @@ def test_blocks_of_activations_are_rows_of_their_own(width: int) -> None:
     x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(width))
     parts = [fake_quantize_rows(part) for part in x.split(32, -1)]
     assert torch.equal(fake_quantize_rows(x, 32), torch.cat(parts, -1))
+
+
+@quick
+@given(seeds, st.sampled_from([1.0, 127.0, 255.0, 32512.0]), magnitudes)
+def test_a_quotient_is_rounded_once(seed: int, number: float, size: float) -> None:
+    """As in C; `number / tensor` would be number * (1 / tensor), an ulp off for one value in four."""
+    x = size * random(seed, 400).abs() + 1e-12
+    assert np.array_equal(quotient(number, x).numpy(), np.float32(number) / x.numpy())
+
+
+def test_a_value_in_the_middle_of_two_codes_is_rounded_as_kernels_round_it() -> None:
+    """A row of a test that failed by chance: 127 / max is an ulp larger than 127 * (1 / max), and 40.5 even then."""
+    largest = 0.006844958756119013
+    inverse = np.float32(127) / np.float32(largest)
+    assert inverse != np.float32(127) * (np.float32(1) / np.float32(largest))
+    x = np.random.default_rng(0).uniform(-largest, largest, 100_000).astype(np.float32)
+    x[0] = largest
+    q, _ = quantize_rows(torch.from_numpy(x))
+    assert np.array_equal(q.numpy(), np.rint(x * inverse))

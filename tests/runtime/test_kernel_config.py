@@ -88,7 +88,7 @@ def test_formats_survive_encoding() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [-1, 3, 4, 5, 32 << 8 | 5, 32 << 8 | 15, 0x80, 1, 33 << 8 | 1, 32 << 8, 32 << 8 | 0x81]
+    "value", [-1, 3, 4, 5, 32 << 8 | 6, 32 << 8 | 15, 0x80, 1, 33 << 8 | 1, 32 << 8, 32 << 8 | 0x81]
 )
 def test_what_is_not_a_format_is_refused(value: int) -> None:
     with pytest.raises(ValueError, match=r"format|group"):

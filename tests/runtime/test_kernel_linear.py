@@ -178,7 +178,7 @@ def test_a_block_that_is_large_or_not_finite_leaves_the_others_their_precision(a
 def test_extremes_of_codes_and_activations_do_not_overflow() -> None:
     """The worst case of the 16-bit sums of AVX2: every code at an end of its range, every activation at +-127."""
     ends = ((Kind.INT4, -8), (Kind.INT4, 7), (Kind.INT8, -128), (Kind.INT8, 127))
-    levels = tuple((kind, code) for kind in LEVELS for code in range(16))
+    levels = tuple((kind, code) for kind in LEVELS for code in range(len(LEVELS[kind])))
     for kind, q in ends + levels:
         for axis_out in (False, True):
             for by_block in (False, True):
