@@ -23,7 +23,8 @@ constexpr int32_t largest_of(int32_t kind) {
 }
 
 // The code of a row and an input (0..7) in a unit, as its bits: of int8 two's complement, of int4 the number and 8.
-static inline __attribute__((always_inline)) int32_t code_in_unit(int32_t kind, const uint8_t* unit, int64_t row, int64_t input) {
+static inline __attribute__((always_inline)) int32_t code_in_unit(int32_t kind, const uint8_t* unit, int64_t row,
+                                                                  int64_t input) {
   const int64_t b = 4 * row + input % 4, half = input / 4;
   if (kind == MOEC_INT8) return unit[64 * half + b];
   if (kind != MOEC_NL3) return half ? unit[b] >> 4 : unit[b] & 15;

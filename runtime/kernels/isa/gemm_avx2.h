@@ -2,8 +2,8 @@
 // generic_kernels.h. A pass covers a block's 16 rows and kM tokens.
 //
 // AVX2: int4 codes are 0..15, so a pair product is at most 2 * 15 * 127 = 3810 and eight of them (32 inputs) fit int16. FP4
-// levels with their offset are 0..24, those of NL3 0..29: 7366 at most, and four (16 inputs). int8 codes and IQ4_NL levels need |w| and the sign moved to
-// the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
+// levels with their offset are 0..24, those of NL3 0..29: 7366 at most, and four (16 inputs). int8 codes and IQ4_NL levels need
+// |w| and the sign moved to the activation; a pair is at most 2 * 128 * 127 = 32512 and is widened at once.
 // AVX-VNNI: int8 codes and IQ4_NL levels are offset by 128 to be unsigned, which the correction undoes.
 #ifndef MOEC_GEMM_AVX2_H_
 #define MOEC_GEMM_AVX2_H_
@@ -59,7 +59,8 @@ inline __m256i expand(__m256i nibbles) {
 template <int kKind, int kHalf>
 inline __attribute__((always_inline)) __m256i load_nibbles(const uint8_t* unit) {
   if (kKind != MOEC_NL3) return load256(unit + 32 * kHalf);
-  const __m256i low = load256(unit), third = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit + 32)));
+  const __m256i low = load256(unit);
+  const __m256i third = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit + 32)));
   // bits of quarters 0 and 1 of the nibbles move up by 2 and 1, those of 2 and 3 by 0 and down by 1
   const __m256i by = kHalf ? _mm256_setr_epi64x(0, 0, 0x0000000100000001, 0x0000000100000001)
                            : _mm256_setr_epi64x(0x0000000200000002, 0x0000000200000002, 0x0000000100000001, 0x0000000100000001);

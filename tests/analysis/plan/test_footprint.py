@@ -14,7 +14,7 @@ from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.architecture import Weight
 from moec.compiler.spec import Spec, load_spec, parse_spec
-from moec.compiler.spec.quantization import WeightScheme
+from moec.compiler.spec.quantization import WeightScheme, scheme_of_type
 from moec.compiler.spec.targets import target_packages
 from moec.compiler.target import find_target
 
@@ -43,12 +43,12 @@ def test_packed_sizes_are_the_kernels(seed: int) -> None:
     from moec.runtime.moe_config import Kind, WeightFormat
 
     rng = np.random.default_rng(seed)
-    bits, group = int(rng.choice([4, 8])), int(rng.choice([32, 64, 128]))
+    kind, group = rng.choice(["nl3", "int4", "iq4_nl", "fp4", "int8"]), int(rng.choice([32, 64, 128]))
     axis_out = bool(rng.integers(2))
     free, grouped = int(rng.integers(1, 300)), group * int(rng.integers(1, 6))
     n, k = (grouped, free) if axis_out else (free, grouped)
-    fmt = WeightFormat({4: Kind.INT4, 8: Kind.INT8}[bits], group, axis_out=axis_out)
-    scheme = WeightScheme(bits, group, "out" if axis_out else "in")
+    fmt = WeightFormat(Kind[kind.upper()], group, axis_out=axis_out)
+    scheme = scheme_of_type(kind, group, "out" if axis_out else "in")
     found = find_target("xnnpack").footprint().weight_bytes(Weight("expert", "w", 3, n, k), scheme, None)
     assert found == 3 * kernel_api.packed_bytes(n, k, fmt)
 
