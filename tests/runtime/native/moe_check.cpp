@@ -302,7 +302,7 @@ void hostile_case() {
 
 void refusals() {
   uint64_t size = 0;
-  for (const int32_t format : {-1, 5, 15, 0x2005, 0x200F, 0x80, 0x10, 0x01, 0x2101, 0x1001, 0x20, 0x7FFFFFFF}) {
+  for (const int32_t format : {-1, 6, 15, 0x2006, 0x200F, 0x80, 0x10, 0x01, 0x2101, 0x1001, 0x20, 0x7FFFFFFF}) {
     expect(moec_packed_bytes(64, 64, format, &size) != MOEC_OK, "accepted: a format that is none");
   }
   const int32_t format = MOEC_INT4 | 32 << MOEC_GROUP_SHIFT;
