@@ -36,7 +36,7 @@ int64_t size() {
 }
 
 int32_t format() {
-  static const int32_t odd[] = {-1, 3, 0x2005, 0x80, 0x10, 0x7fffffff, 0x1001, INT32_MIN, 0x2041};
+  static const int32_t odd[] = {-1, 3, 0x2006, 0x80, 0x10, 0x7fffffff, 0x1001, INT32_MIN, 0x2041};
   if (uniform(0, 9) == 0) return one_of(odd);
   if (uniform(0, 4) == 0) return MOEC_F32;
   static const int32_t groups[] = {32, 32, 64, 128};

@@ -62,7 +62,10 @@ class Packed {
       return;
     }
     const int64_t rows = format & MOEC_AXIS_OUT ? k : n, columns = format & MOEC_AXIS_OUT ? n : k;
-    const std::vector<uint8_t> codes = bytes(static_cast<uint64_t>(count * rows * columns / (kind == MOEC_INT8 ? 1 : 2)));
+    std::vector<uint8_t> codes = bytes(static_cast<uint64_t>(count * rows * columns / (kind == MOEC_INT8 ? 1 : 2)));
+    if (kind == MOEC_NL3) {
+      for (uint8_t& both : codes) both &= 0x77;  // of a nibble three bits are packed
+    }
     const int64_t scale_count = count * rows * (columns / group_of(format));
     const moec_out packed{data_.get() + shift_, size_};
     std::vector<float> wide(static_cast<size_t>(scale_count), 0.01f);
