@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def train_tokenizer(vocab_size: int, *, bos_id: int | None, eos_ids: Sequence[in
     room = min(vocab_size - len(specials), _TRAINED)
     if room < _BYTES:
         return None
-    raw = _with_specials(json.loads(_train(room)), specials)
+    raw = _with_specials(_first(room), specials)
     if bos_id is not None:
         raw["post_processor"] = _begins_with("<|begin_of_text|>", bos_id)
     return json.dumps(raw, ensure_ascii=False)
@@ -54,14 +55,25 @@ def _begins_with(token: str, id_: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b], "special_tokens": special}
 
 
-def _train(vocab_size: int) -> str:
+def _first(count: int) -> dict[str, Any]:
+    """A tokenizer of the first `count` tokens: what training to so few gives, since merges follow from those before."""
+    raw: dict[str, Any] = json.loads(_trained())
+    model = raw["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < count}
+    del model["merges"][count - _BYTES :]
+    return raw
+
+
+@cache
+def _trained() -> str:
+    """Of `_TRAINED` tokens; seconds, once a process."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=_TRAINED, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
     tokenizer.train_from_iterator(_texts(), trainer)
     return tokenizer.to_str()

@@ -18,6 +18,7 @@ import signal
 import sys
 import traceback
 import warnings
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -119,10 +120,15 @@ def run(arguments: list[str] | None = None) -> int:
         return stopped
 
 
+@cache
+def command() -> Any:
+    """The tree of commands and options; building it takes a fifth of a second, which one process spends once."""
+    return typer.main.get_command(app)
+
+
 def _invoke(arguments: list[str] | None) -> int:
-    command = typer.main.get_command(app)
     try:
-        result: Any = command.main(args=arguments, prog_name="moec", standalone_mode=False)
+        result: Any = command().main(args=arguments, prog_name="moec", standalone_mode=False)
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer turns it into the status of a failed check
             raise stop.__context__ from None

@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -459,14 +459,20 @@ def checks_folder() -> Path:
 
 
 def build_checks(
-    *, sanitize: str = "", cross_compiler: str | None = None, processor: str = "", progress: Progress | None = None
+    names: Sequence[str] = (),
+    *,
+    sanitize: str = "",
+    cross_compiler: str | None = None,
+    processor: str = "",
+    progress: Progress | None = None,
 ) -> list[Path]:
-    """Build every tests/runtime/native/*_check.cpp with the kernel core, for another `processor` with `cross_compiler`.
+    """Build tests/runtime/native/*_check.cpp with the kernel core, for another `processor` with `cross_compiler`.
 
-    Returns the programs.
+    `names`: which, as `attention` (default: all). Returns the programs.
     """
     progress = progress or Progress()
     sources = checks_folder()
+    programs = sorted(f"{name}_check" for name in names) or sorted(path.stem for path in sources.glob("*_check.cpp"))
     variant = re.sub(r"\W", "-", "-".join(filter(None, (processor, sanitize)))) or "plain"
     compiler = cross_compiler or find_compiler()
     cache = cache_folder()
@@ -482,8 +488,8 @@ def build_checks(
             configure += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}"]
         with progress.stage(f"build native checks ({variant})") as step:
             _run(configure, step)
-            _run([_tool("cmake"), "--build", str(work)], step)
-    return sorted(work / path.stem for path in sources.glob("*_check.cpp"))
+            _run([_tool("cmake"), "--build", str(work), "--target", *programs], step)
+    return [work / name for name in programs]
 
 
 def run_sanitized() -> int:

@@ -9,10 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
 from moec.cli import main as cli
 
@@ -46,7 +44,7 @@ def calls(line: str, program: str) -> Iterator[list[str]]:
 
 def fault(words: list[str]) -> str | None:
     """What of `moec WORDS` does not exist."""
-    command: Any = typer.main.get_command(cli.app)
+    command = cli.command()
     path = "moec"
     for word in words:
         below = getattr(command, "commands", {})

@@ -84,9 +84,7 @@ def eager_logits(wanted: Spec, checkpoint: Path, prompt: list[int]) -> np.ndarra
 FLOAT = [("moe auto", MOE, {}), ("moe ours", MOE, OURS), ("dense auto", DENSE, {}), ("dense ours", DENSE, OURS)]
 
 
-@pytest.mark.parametrize(
-    ("name", "model", "kernels"), quick(FLOAT, ("moe auto", "dense ours")), ids=[c[0] for c in FLOAT]
-)
+@pytest.mark.parametrize(("name", "model", "kernels"), quick(FLOAT, ("moe auto",)), ids=[c[0] for c in FLOAT])
 def test_the_float_artifact_is_the_eager_model(tmp_path: Path, name: str, model: dict, kernels: dict) -> None:
     wanted = spec(model, "none", kernels)
     artifact, checkpoint = compiled(tmp_path, wanted)
@@ -115,7 +113,7 @@ QUANTIZED = [
 
 @pytest.mark.parametrize(
     ("name", "model", "scheme", "kernels", "qat"),
-    quick(QUANTIZED, ("qat", "int4 along in", "float attention", "delegated", "dense")),
+    quick(QUANTIZED, ("int4 along in", "delegated", "dense")),
     ids=[c[0] for c in QUANTIZED],
 )
 def test_the_quantized_artifact_computes_what_its_spec_says(

@@ -446,6 +446,23 @@ def test_statistics_of_the_tiny_model(tmp_path: Path) -> None:
         assert store[f"model.layers.{record.layer}.feed_forward.expert_bias"].load().std() > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [300, 4095])
+def test_few_learned_tokens_are_the_first_of_many(count: int) -> None:
+    """Training takes seconds, so it is done once a process."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from moec.checkpoints import tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    few = Tokenizer(models.BPE())
+    few.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    few.train_from_iterator(
+        tokenizer._texts(), trainers.BpeTrainer(vocab_size=count, show_progress=False, initial_alphabet=alphabet)
+    )
+    assert json.loads(few.to_str())["model"] == tokenizer._first(count)["model"]
+
+
 @pytest.mark.parametrize(
     ("vocab", "bos", "eos"), [(4096, 0, (1,)), (128256, 128000, (128001, 128008, 128009)), (600, None, ())]
 )

@@ -19,6 +19,7 @@ from moec.passes.fuse_recurrence import fuse_recurrence
 from moec.passes.pipelines import fusion
 from tests.harness import check_refused, check_rule
 from tests.passes.state_zoo import D, Delta, E, G, H, Selective, Toy, zoo
+from tests.variants import quick
 
 Steps = dict[str, Callable[..., Any]]
 
@@ -61,7 +62,7 @@ FUSED: dict[str, tuple[type[Toy], Steps]] = {
 }
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", quick(FUSED, ("delta", "delta by matrices", "scan by einsum")))
 def test_fused(name: str) -> None:
     kind, steps = FUSED[name]
     after = check_rule(fuse_recurrence(), zoo(kind, **steps), count=1)
@@ -142,7 +143,10 @@ DELTAS = {
 }
 
 
-@pytest.mark.parametrize("line", DELTAS)
+@pytest.mark.parametrize(
+    "line",
+    quick(DELTAS, ("value clamped", "decay taken as a factor", "recalled before it fades", "read from the old state")),
+)
 def test_refused_delta(line: str) -> None:
     check_refused(fuse_recurrence(), zoo(Delta, step=_changed(line)), DELTAS[line])
 
@@ -179,7 +183,7 @@ SCANS = {
 }
 
 
-@pytest.mark.parametrize("line", SCANS)
+@pytest.mark.parametrize("line", quick(SCANS, ("input without its step", "step limited", "skip squared")))
 def test_refused_scan(line: str) -> None:
     check_refused(fuse_recurrence(), zoo(Selective, step=_other_scan(line)), SCANS[line])
 

@@ -15,6 +15,7 @@ from moec.compiler.states import Shifted
 from moec.passes.fuse_short_conv import fuse_short_conv
 from tests.harness import check_refused, check_rule
 from tests.passes.state_zoo import C, Conv, K, zoo
+from tests.variants import quick
 
 Steps = dict[str, Callable[..., Any]]
 
@@ -159,7 +160,20 @@ REFUSED: dict[str, tuple[Steps, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        REFUSED,
+        (
+            "goes on where a sequence begins",
+            "zero at position nine too",
+            "behind the call's inputs",
+            "all but the newest are kept",
+            "one tap early",
+            "across channels",
+        ),
+    ),
+)
 def test_refused(name: str) -> None:
     steps, reason = REFUSED[name]
     check_refused(fuse_short_conv(), zoo(Conv, **steps), reason)

@@ -100,7 +100,17 @@ def _quiet() -> Any:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize(("name", "where"), [*((n, "graph") for n in GRAPHS), ("Delta", "step"), ("Selective", "step")])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("Conv", "graph"),
+        ("Selective", "graph"),
+        ("Sinks", "graph"),
+        ("Delta", "step"),
+        pytest.param("Delta", "graph", marks=pytest.mark.slow),
+        pytest.param("Selective", "step", marks=pytest.mark.slow),
+    ],
+)
 def test_no_mutant_is_miscompiled(name: str, where: str) -> None:
     program, rule = GRAPHS[name](), RULES[name]()
     assert run(rule, program).changed == 1

@@ -187,16 +187,26 @@ def test_native_checks_hold_here() -> None:
 
 
 @pytest.mark.first
+def test_kernels_hold_on_aarch64() -> None:
+    """NEON and its matrix instructions, emulated: the kernels' own checks, over a few shapes."""
+    _hold_on_aarch64(["attention", "moe"], cases=1)
+
+
+@pytest.mark.slow
 def test_native_checks_hold_on_aarch64() -> None:
-    """NEON, emulated: correctness only."""
+    """Every check, over long contexts too."""
+    _hold_on_aarch64([], cases=2)
+
+
+def _hold_on_aarch64(names: list[str], cases: int) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     # Debian's qemu-user has the first name, qemu-user-static the second
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
     said = ""
-    for program in native.build_checks(cross_compiler=compiler, processor="aarch64"):
-        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), "2"]
+    for program in native.build_checks(names, cross_compiler=compiler, processor="aarch64"):
+        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), str(cases)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{program.name}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
         said += done.stdout

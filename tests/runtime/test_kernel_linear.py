@@ -17,6 +17,7 @@ from moec.runtime import kernel_api
 from moec.runtime.moe_config import ACTIVATION, Kind, WeightFormat
 from moec.targets.xnnpack import packing
 from tests.runtime.kernel_cases import LEVELS, Weight, random_weight
+from tests.variants import crossed
 
 FORMATS = [
     WeightFormat(kind, group, axis_out, int8, f32_scales)
@@ -259,8 +260,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("fmt", [f for f in FORMATS if not f.f32_scales], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATION)
+@pytest.mark.parametrize(("fmt", "activation"), crossed([f for f in FORMATS if not f.f32_scales], tuple(ACTIVATION)))
 def test_gated_linear_is_a_linear_and_an_activation(fmt: WeightFormat, activation: str) -> None:
     rng = np.random.default_rng(11 + fmt.encode())
     for tokens in (1, 3, 50, 101):

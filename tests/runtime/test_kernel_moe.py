@@ -14,6 +14,7 @@ from moec.compiler.ops.attributes import ACTIVATIONS, Experts, Routing
 from moec.runtime import kernel_api
 from moec.runtime.moe_config import Config, Kind, Params, WeightFormat
 from tests.runtime.kernel_cases import LEVELS, Block, instruction_sets, random_block
+from tests.variants import crossed, few
 
 INT4_IN = WeightFormat(Kind.INT4, 32, int8_activations=True)
 INT4_OUT = WeightFormat(Kind.INT4, 32, axis_out=True, int8_activations=True)
@@ -89,8 +90,7 @@ def _limit(fmt: WeightFormat) -> float:
     return LEVELS_ROUNDED if fmt.kind in LEVELS else ROUNDED
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(("fmt", "tokens"), crossed(FORMATS, (1, 3, 40)))
 def test_every_format_matches_the_definition(fmt: WeightFormat, tokens: int) -> None:
     rng = np.random.default_rng(fmt.encode() + tokens)
     shared = None if fmt.axis_out else fmt
@@ -111,7 +111,7 @@ def test_every_format_matches_the_definition(fmt: WeightFormat, tokens: int) -> 
     _check(block, rng.standard_normal((tokens, 192), dtype=np.float32), _limit(fmt))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", few(range(24), 12))
 def test_random_blocks(seed: int) -> None:
     """Odd sizes and any mix of attributes: what the format allows to be odd is."""
     rng = np.random.default_rng(seed)

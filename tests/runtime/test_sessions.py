@@ -17,11 +17,12 @@ import pytest
 from moec.compiler.errors import RunError
 from moec.targets.xnnpack.session import CpuSession
 from tests.runtime import runtime_model as m
+from tests.variants import quick
 
 HEADER, PIECE = 120, 1 << 16  # bytes, session_file.h
 
 
-@pytest.fixture(scope="module", params=["f32", "int8", "window", "int8-window"])
+@pytest.fixture(scope="module", params=quick(["f32", "int8", "window", "int8-window"], ("f32", "int8-window")))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sessions") / "model.pte"
     kind = str(request.param)

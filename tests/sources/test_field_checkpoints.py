@@ -354,7 +354,7 @@ def test_weights_that_are_not_finite(role: str, value: float, models: Models, tm
 
 @pytest.mark.parametrize(
     ("role", "quantization"),
-    [("norm", "none"), ("expert", INT4), ("embedding", INT4)],
+    [("norm", "none"), ("expert", INT4), pytest.param("embedding", INT4, marks=pytest.mark.slow)],
     ids=["norm", "expert", "embedding"],
 )
 def test_a_compile_refuses_what_is_not_finite(
@@ -437,7 +437,7 @@ def test_a_file_is_no_folder(name: str, says: str, models: Models, moec: Moec, t
 # --- shared experts of width 0 ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantization", ["none", INT4])
+@pytest.mark.parametrize("quantization", ["none", pytest.param(INT4, marks=pytest.mark.slow)])
 def test_a_shared_expert_of_width_0(quantization: str, moec: Moec, tmp_path: Path) -> None:
     """It compiles, and computes what transformers computes."""
     config = {

@@ -127,7 +127,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert sum(int(part.split()[0]) for note in carried.values() for part in note.split(", ")) == len(matrices)
 
 
-@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (64, 8)])
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), pytest.param(64, 8, marks=pytest.mark.slow)])
 def test_artifact(experts: int, chosen: int, tmp_path: Path, moec: Moec) -> None:
     """`moec compile FILE.gguf`: logits are transformers', a layer's experts are one node."""
     family = with_experts(FAMILIES["qwen3moe"], experts, chosen)

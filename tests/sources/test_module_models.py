@@ -84,6 +84,7 @@ def test_its_artifact_is_verified_against_it(kind: str, tmp_path: Path) -> None:
         verify_artifact(artifact, checkpoint=tmp_path / "nowhere", tokens=40)
 
 
+@pytest.mark.slow
 def test_int4(tmp_path: Path) -> None:
     scheme = {"weights": "int4", "group_size": 32, "expert_group_axis": "in"}
     found, wanted = logits(spec(sources(tmp_path)["python"], scheme), tmp_path / "a"), expected()
@@ -91,7 +92,9 @@ def test_int4(tmp_path: Path) -> None:
     assert np.median(cosine) > 0.9  # INT4 of random weights against float ones: this is what the codes cost
 
 
-@pytest.mark.parametrize("kind", ["python", "uncounted", "exported", "exported_stateless"])
+@pytest.mark.parametrize(
+    "kind", quick(["python", "uncounted", "exported", "exported_stateless"], ("python", "exported_stateless"))
+)
 def test_program(kind: str, tmp_path: Path) -> None:
     program, _ = build.program_and_passes(spec(sources(tmp_path)[kind]), None)
     assert program.info.vocab_size == own_models.V
@@ -156,8 +159,15 @@ def test_a_weight_that_nobody_reads_is_no_loss() -> None:
     assert structure_faults(program, result.program, result.changed) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", ["python", "exported"])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("python", float("nan")),
+        ("exported", float("inf")),
+        pytest.param("python", float("inf"), marks=pytest.mark.slow),
+        pytest.param("exported", float("nan"), marks=pytest.mark.slow),
+    ],
+)
 def test_values_that_are_not_finite(kind: str, value: float, tmp_path: Path) -> None:
     """A parameter of them is refused by name; a mask of -inf is not, and NaN is nothing anywhere."""
     module = own_models.cached()

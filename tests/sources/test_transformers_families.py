@@ -19,6 +19,7 @@ from moec.compiler.spec.quantization import Quantization
 from moec.passes.fuse_moe import fuse_moe
 from moec.passes.pipelines import fusion, pipeline
 from tests.interpreter import Interpreter
+from tests.variants import quick
 
 transformers = pytest.importorskip(
     "transformers", reason="needs the transformers extra: pip install 'moec[transformers]'"
@@ -187,9 +188,7 @@ def _chunked(program: Program, ids: torch.Tensor) -> torch.Tensor:
     ("name", "experts"),
     [(name, "batched_mm") for name in FAMILIES]
     # the other form of the experts' products does not depend on the family
-    + [
-        pytest.param(f, "grouped_mm", marks=() if f in ("qwen3_moe", "gpt_oss") else pytest.mark.slow) for f in FAMILIES
-    ],
+    + [pytest.param(f, "grouped_mm", marks=() if f == "gpt_oss" else pytest.mark.slow) for f in FAMILIES],
 )
 def test_family(folders: dict[str, Path], name: str, experts: str) -> None:
     _, layers, routing, attributes, shared = FAMILIES[name]
@@ -213,7 +212,7 @@ def test_family(folders: dict[str, Path], name: str, experts: str) -> None:
     torch.testing.assert_close(_chunked(program, ids), expected, atol=ATOL, rtol=RTOL)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES, ("mixtral", "deepseek_v3", "gpt_oss")))
 def test_int4(folders: dict[str, Path], name: str) -> None:
     """Every expert is quantized, none left in float (the dialect checks), and the program runs."""
     scheme = Quantization(weights="int4", group_size=32, activations="fp32", kv_cache="fp32", expert_group_axis="in")

@@ -12,11 +12,16 @@ from moec.compiler.artifact import Artifact
 from tests.tiny import TinyModels, tiny_text
 
 NEEDS = {"xnnpack": (), "onnx": ("onnx", "onnxruntime"), "metal": ("mlx.core",), "mlir": ("torch_mlir",)}
-TARGETS = [pytest.param(t, marks=() if t in ("xnnpack", "onnx") else pytest.mark.slow) for t in NEEDS]
+# each kind, and both ways: codes as they are, and INT8 codes of their values
+FAST = {("nl3", "xnnpack"), ("iq4_nl", "xnnpack"), ("fp4", "onnx")}
+CASES = [
+    pytest.param(kind, target, marks=() if (kind, target) in FAST else pytest.mark.slow)
+    for kind in ("nl3", "iq4_nl", "fp4")
+    for target in NEEDS
+]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["nl3", "iq4_nl", "fp4"])
+@pytest.mark.parametrize(("kind", "target"), CASES)
 def test_verify_passes(
     tiny: TinyModels, kind: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

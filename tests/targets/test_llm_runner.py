@@ -17,6 +17,7 @@ from moec.compiler.states import Appended, Positions, Replaced, State
 from moec.targets.constant_methods import constant_methods
 from moec.targets.xnnpack.session import CpuSession
 from tests.runtime import runtime_model as m
+from tests.variants import quick
 
 VOCABULARY = 300
 COUNT = 5
@@ -47,7 +48,7 @@ def _runner(folder: Path, prompt: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-@pytest.mark.parametrize("length", [1, m.MAX_TOKENS, m.MAX_TOKENS + 1, 40])
+@pytest.mark.parametrize("length", quick([1, m.MAX_TOKENS, m.MAX_TOKENS + 1, 40], ("1", str(m.MAX_TOKENS + 1))))
 def test_it_runs_our_program_in_chunks_and_says_what_a_session_says(model: Path, length: int) -> None:
     prompt = "the quick brown fox jumps over the lazy dog"[:length]
     result = _runner(model, prompt)

@@ -4,6 +4,7 @@ cache-aware selection may change.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from moec.compiler.spec import Spec
 from moec.targets.xnnpack.memory import EVICTIONS, ExpertCacheOptions, ExpertStats
 from moec.targets.xnnpack.session import CpuSession
 from tests.conftest import Moec, refused
+from tests.variants import crossed
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 64, 3, 300
 EXPERT_BYTES = 3 * 256 * 256 * (0.5 + 2 / 32)  # three matrices of INT4 codes with an FP16 scale for each 32
@@ -90,13 +92,12 @@ def expected(model: Path) -> np.ndarray:
         session.close()
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("more", [1, 4, 16, 200])
-@pytest.mark.parametrize("ahead", [False, True])
-def test_equal_bit_for_bit(
-    model: Path, expected: np.ndarray, eviction: str, threads: int, more: int, ahead: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("room", "how"),
+    crossed(itertools.product([1, 4, 16, 200], [False, True]), tuple(itertools.product([1, 3], EVICTIONS))),
+)
+def test_equal_bit_for_bit(model: Path, expected: np.ndarray, room: tuple[int, bool], how: tuple[int, str]) -> None:
+    (more, ahead), (threads, eviction) = room, how
     budget = least_mb(model, threads) + more
     options = ExpertCacheOptions(eviction, readers=3, read_ahead=ahead)
     session = CpuSession(model, threads=threads, memory_mb=budget, experts=options)

@@ -95,6 +95,7 @@ def test_without_quantization_equals_the_eager_model(make: Make) -> None:
     np.testing.assert_allclose(got, Reference(spec.model, store, None).forward(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_targets_answer_alike(make: Make) -> None:
     """The same spec for GPU and CPU, 512 positions of real text: top-1 equal for more than 99%, and the first layer,
     which both enter with the same values up to rounding, selects the same experts for more than 99% of the tokens.

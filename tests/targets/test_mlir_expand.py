@@ -18,6 +18,7 @@ from moec.compiler.ops.moe_math import choices
 from moec.compiler.quant import pack_int4, quantize_weight
 from moec.targets.mlir import expand
 from moec.targets.mlir.written_states import functional
+from tests.variants import crossed
 
 ATOL, RTOL = 1e-5, 1e-4
 
@@ -162,8 +163,7 @@ def random_block(seed: int) -> tuple[random.Random, torch.Generator, Routing, Ex
     return pick, g, routing, experts, sizes
 
 
-@pytest.mark.parametrize("seed", range(24))
-@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize(("seed", "bits"), crossed(range(24), (0, 4, 8)))
 def test_routed_blocks_of_every_kind(seed: int, bits: int) -> None:
     pick, g, routing, experts, n = random_block(seed)
     wide = n["f"] * (2 if experts.gated else 1)

@@ -202,7 +202,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 
 @settings(
-    max_examples=15, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+    max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
 )
 @given(how=routings(), what=expert_forms(), apply=st.sampled_from(["output", "input"]), layout=st.booleans(),
        bits=st.sampled_from([0, 4, 8]), biases=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
@@ -217,7 +217,7 @@ def test_any_routing_and_experts(how, what, apply, layout, bits, biases, seed, f
 
 
 @settings(
-    max_examples=7, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+    max_examples=5, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
 )
 @given(how=routings(), seed=st.integers(0, 99))
 def test_any_routing_by_qmoe(how, seed, fresh) -> None:  # type: ignore[no-untyped-def]

@@ -102,7 +102,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", quick(CASES, ("int4 in", "int4 out, codes of the checkpoint", "int8", "ort, other roles int8"))
+)
 def test_equals_the_eager_model_with_the_same_codes(make: Make, case: str) -> None:
     options, quantization, qat = CASES[case]
     got, wanted = logits_pair(make(options, quantization, qat=qat), 150)
@@ -112,7 +114,12 @@ def test_equals_the_eager_model_with_the_same_codes(make: Make, case: str) -> No
 
 @pytest.mark.parametrize(
     ("options", "weights", "tied"),
-    [("", "int4", True), ("", "int8", False), ("flavour: ort", "int4", False), ("flavour: ort", "int8", True)],
+    [
+        ("", "int4", True),
+        pytest.param("", "int8", False, marks=pytest.mark.slow),
+        pytest.param("flavour: ort", "int4", False, marks=pytest.mark.slow),
+        ("flavour: ort", "int8", True),
+    ],
 )
 def test_dense_with_a_sliding_window(make: Make, options: str, weights: str, tied: bool) -> None:
     quantization = f"{{weights: {weights}, kv_cache: fp32}}"

@@ -178,13 +178,12 @@ def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 def test_killed_at_any_moment(whole: RunResult, corpus: Corpus, tmp_path: Path) -> None:
-    """kill -9 again and again, whatever was being written; the end is that of the run without a stop."""
+    """kill -9, whatever was being written; the end is that of the run without a stop."""
     file, out = spec_file(tmp_path, spec_of(*ALL)), tmp_path / "run"
-    for lines in (1, 15):
-        process = started(file, corpus, out, *(["--resume"] if (out / "state/latest.json").exists() else []))
-        wait_for_lines(out, lines, process)
-        process.kill()
-        process.communicate()
+    process = started(file, corpus, out)
+    wait_for_lines(out, 8, process)
+    process.kill()
+    process.communicate()
     last = started(file, corpus, out, "--resume", "--json")
     stdout, stderr = last.communicate(timeout=120)
     assert last.returncode == 0, stderr

@@ -160,6 +160,7 @@ def test_the_plan(words: list[str], moec: Moec, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(words: list[str], whole: Path, tmp_path: Path) -> None:
     """kill -9 again and again; the end is that of the sweep without a stop, and no finished run is trained again."""
     out, moments, killed = tmp_path / "sweep", random.Random(7), 0

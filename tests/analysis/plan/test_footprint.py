@@ -63,7 +63,7 @@ def test_the_delegate_reads_no_levels() -> None:
         assert footprint.holds(one, WeightScheme(4, 32, levels="iq4_nl"), options) == (role != "attention")
 
 
-@pytest.fixture(scope="module", params=["tiny", "dense", "tiny-metal"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("dense", marks=pytest.mark.slow), "tiny-metal"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     target = "metal" if request.param.endswith("metal") else "xnnpack"

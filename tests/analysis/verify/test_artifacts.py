@@ -42,7 +42,7 @@ def test_passes(model, quantization, tmp_path):
     spec = Spec.model_validate({"name": "form", "model": model, "quantization": quantization})
     checkpoint = synthesize(spec, tmp_path / "checkpoint", seed=2)
     artifact = build.compile(spec, checkpoint=checkpoint, out=tmp_path / "artifact")
-    report = verify_artifact(artifact.folder, tokens=200)
+    report = verify_artifact(artifact.folder, tokens=200, quality_tokens=0)  # quality: test_fidelity.py
     assert report.exit_status == 0, [c.line() for c in report.failures]
     assert len(report.layers) == (2 if "moe" in model else 0)
     assert any(c.name.startswith("free run") for c in report.checks)

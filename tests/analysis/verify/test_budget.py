@@ -77,7 +77,7 @@ def test_other_logits_than_in_memory_are_found(folder: Path, tight: int, monkeyp
         return found
 
     monkeypatch.setattr(ProcessSession, "_forward", wrong)
-    report = verify_artifact(folder, tokens=120, quality_tokens=0, memory_mb=tight)
+    report = verify_artifact(folder, tokens=40, quality_tokens=0, memory_mb=tight)
     assert [c.name for c in report.failures] == [f"within {tight} MB: logits equal those in memory"]
 
 
@@ -153,6 +153,7 @@ def test_the_command(folder: Path, tight: int, moec: Moec) -> None:
     refused(refusal, "--memory-mb is for one artifact", "name a compiled folder alone")
 
 
+@pytest.mark.slow
 def test_the_budget_that_an_artifact_brings(folder: Path, tight: int, tmp_path: Path) -> None:
     copy = bringing(folder, tight, tmp_path / "a")
     report = verify_artifact(copy, checkpoint=folder.parent / "c", tokens=40, quality_tokens=0)

@@ -109,7 +109,7 @@ def _double_first_rows(scales: np.ndarray) -> None:
 slow = pytest.mark.slow
 MUTANTS = [
     pytest.param(EXPERTS.format(1, "gate_up_qweight"), _swap_gate_and_up, "block outputs", id="gate-and-up"),
-    pytest.param(EXPERTS.format(1, "gate_up_scale"), _double_one_scale, "block outputs", id="one-scale"),
+    pytest.param(EXPERTS.format(1, "gate_up_scale"), _double_one_scale, "block outputs", id="one-scale", marks=slow),
     pytest.param(f"{BLOCK.format(0)}.expert_bias", _zero, "router: expert sets equal, same input", id="no-bias"),
     pytest.param("model.layers.1.input_layernorm.weight", _ones, "block inputs", id="no-norm-weight"),
     pytest.param(EXPERTS.format(0, "down_qweight"), _swap_experts, "block outputs", id="two-experts", marks=slow),

@@ -305,10 +305,12 @@ int main(int argc, char** argv) {
   norms_and_rope();
   for (int i = 0; i < cases; ++i) compare(random_case());
   compare({3, 6, 2, 64, 64, 5000, 4900, 0, true});  // few tokens, long context: split keys
-  compare({1, 12, 4, 64, 64, 8192, 8191, 0, true});
   compare({20, 4, 1, 32, 32, 4500, 4450, 0, true});    // one group of heads: 18 chunks in parallel, in two waves or more
   compare({300, 16, 8, 16, 16, 700, 250, 70, true});   // enough groups: chunks one after another, across their borders
-  compare({1, 5, 1, 64, 64, 8192, 8191, 512, false});
+  if (cases > 1) {  // long: half a minute where an emulator computes them
+    compare({1, 12, 4, 64, 64, 8192, 8191, 0, true});
+    compare({1, 5, 1, 64, 64, 8192, 8191, 512, false});
+  }
   printf("%s: %d cases, %d failures\n", moec_available_isas(), cases, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -162,6 +162,7 @@ def dense_checkpoint(folder: Path, **changes: object) -> Path:
     return synthesize(Spec.model_validate({"name": "dense", "model": model, "quantization": "none"}), folder, seed=5)
 
 
+@pytest.mark.slow
 def test_another_model_of_the_same_tokens_may_be_the_reference(artifacts, checkpoint, tmp_path, capsys) -> None:
     dense, artifact = dense_checkpoint(tmp_path / "dense"), str(artifacts["none"].folder)
     assert run(["quality", artifact, "--reference", str(dense), "-q", "--tokens", "96", "--json"]) == 0
@@ -172,6 +173,10 @@ def test_another_model_of_the_same_tokens_may_be_the_reference(artifacts, checkp
     # the same two models the other way round: neither figure is that of the artifact's own checkpoint
     assert near["kld"] < 1e-6 < other["kld"]
     assert far["reference_perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+
+
+def test_a_reference_of_other_tokens_is_refused(artifacts, tmp_path, capsys) -> None:
+    artifact = str(artifacts["none"].folder)
     wider = dense_checkpoint(tmp_path / "wider", vocab_size=640)
     assert run(["quality", artifact, "--reference", str(wider), "-q", "--tokens", "96"]) == 2
     assert "it predicts 640 tokens" in capsys.readouterr().err
