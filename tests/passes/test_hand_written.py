@@ -17,6 +17,7 @@ from moec.passes.narrow_routing import narrow_routing
 from moec.passes.pipelines import fusion
 from tests.harness import check_equal, run
 from tests.passes import hand_zoo
+from tests.variants import quick
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,22 @@ def test_a_rewrite_is_equal_and_ends(before: Program, rule: object) -> None:
     assert again.program.text() == first.program.text()
 
 
-@pytest.mark.parametrize("name", hand_zoo.REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        hand_zoo.REFUSED,
+        (
+            "expert_choice",
+            "by_threshold",
+            "capacity",
+            "ranks_of_another_order",
+            "scale_before_the_sum",
+            "scale_before_the_experts",
+            "weights_of_the_others",
+            "cosine_router",
+        ),
+    ),
+)
 def test_refused(name: str) -> None:
     forward, reason = hand_zoo.REFUSED[name]
     program = hand_zoo.zoo({name: forward})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def _programs(spec: Spec) -> tuple[Program, Program]:
     return exported, before_target(exported, passes)
 
 
+Programs = Callable[[str], tuple[Program, Program]]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """As exported, and before the target: of each model once, for a Program is never changed."""
+    return cache(lambda name: _programs(_spec(name, tmp_path_factory.mktemp(name))))
+
+
 @pytest.fixture(scope="module", params=["solar_open", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
@@ -81,8 +91,8 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("name", quick(MODELS, ("solar_open", "jamba")))
-def test_the_exported_model_gets_every_code(name: str, tmp_path: Path) -> None:
-    exported, last = _programs(_spec(name, tmp_path))
+def test_the_exported_model_gets_every_code(name: str, programs: Programs) -> None:
+    exported, last = programs(name)
     assert untraced(exported, last) == []
     ids = list(range(1, 20))
     reference = run_chunks(GraphRunner(with_weights_of(exported, last)), ids, 512)
@@ -93,8 +103,8 @@ def test_the_exported_model_gets_every_code(name: str, tmp_path: Path) -> None:
     assert np.abs(plain - reference).max() > 1e-2
 
 
-def test_codes_that_nobody_can_trace_are_named(tmp_path: Path) -> None:
-    exported, last = _programs(_spec("solar_open", tmp_path))
+def test_codes_that_nobody_can_trace_are_named(programs: Programs) -> None:
+    exported, last = programs("solar_open")
     joined = [n for n, held in last.quantized.items() if held.origins]
     assert joined, "the shared experts' gate and up were joined"
     forgotten = {n: replace(held, origins=()) for n, held in last.quantized.items()}
