@@ -48,8 +48,12 @@ def load(
 def load_draft(draft: Artifact | str | Path, of: Artifact, session: Session, *, trust: bool = False) -> Session:
     """Open a small model that guesses for the artifact `of`, whose session is `session` (`assistant/speculate.py`).
 
-    RunError where the two have other tokenizers, and where a guess could change what the model says.
+    RunError where the two have other tokenizers, where a guess could change what the model says, and where `of` has a
+    memory budget, which would not count the small model.
     """
+    if getattr(of.options(), "memory_mb", None) is not None:
+        what = "a memory budget does not count the weights and caches of a draft"
+        raise RunError(what, place=str(of.folder), remedy="leave --draft out")
     opened = draft if isinstance(draft, Artifact) else Artifact.open(draft)
     files = [a.folder / TOKENIZER for a in (opened, of)]
     tokenizers = [file_digest(file) if file.is_file() else "" for file in files]

@@ -56,6 +56,7 @@ DISTILLED_TOKENS = 65536  # of `distilled`, where the noise in the gradient of l
 INT4: dict[str, Any] = {"weights": "int4", "expert_group_axis": "in"}
 IQ4_NL: dict[str, Any] = {**INT4, "weights": "iq4_nl"}
 NL3: dict[str, Any] = {**INT4, "weights": "nl3"}
+THREE_BITS = {f"*.{part}_proj.weight": {"weights": "nl3", "group_size": 32} for part in ("gate", "up", "q")}
 OURS: dict[str, dict[str, Any]] = {
     "INT4": INT4,
     "INT4 gptq": {**INT4, "method": "gptq"},
@@ -68,6 +69,7 @@ OURS: dict[str, dict[str, Any]] = {
     "INT4 g64, table INT8, awq_gptq": {**INT4, "group_size": 64, "embedding": "int8", "method": "awq_gptq"},
     "IQ4_NL, awq_gptq": {**IQ4_NL, "method": "awq_gptq"},
     "IQ4_NL, distilled": {**IQ4_NL, "method": "distilled"},
+    "NL3 for gate, up and q, else IQ4_NL, awq_gptq": {**IQ4_NL, "method": "awq_gptq", "tensors": THREE_BITS},
     "NL3, awq_gptq": {**NL3, "method": "awq_gptq"},
     "NL3, distilled": {**NL3, "method": "distilled"},
     "INT8": {**INT4, "weights": "int8"},

@@ -72,7 +72,7 @@ def serve(
     assistant.prefixes = prefixes_in(prefix_cache, opened)
     session = load(opened)
     created = int((opened.folder / "manifest.json").stat().st_mtime)
-    kept = conversations if conversations is not None else 4 if memory_mb is None else 1
+    kept = conversations if conversations is not None else 1 if getattr(opened.options(), "memory_mb", None) else 4
     settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept)
     server = Server(assistant, session, settings)
     config = uvicorn.Config(

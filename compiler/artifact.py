@@ -231,6 +231,11 @@ class Artifact:
         target = self.manifest.target
         if option not in options_class(target).model_fields:
             raise RunError(f"artifacts for {target} take {what}", place=str(self.folder), remedy=f"leave {flag} out")
+        try:
+            options_class(target).model_validate({option: value})
+        except ValidationError as error:
+            what = error.errors(include_url=False)[0]["msg"]
+            raise RunError(f"{flag} {value}: {what}", place=str(self.folder), remedy=f"give another {flag}") from None
         overrides = {**self._overrides, option: value}
         return Artifact(self.folder, self.manifest, overrides, cache_aware=self.cache_aware)
 

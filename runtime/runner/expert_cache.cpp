@@ -206,10 +206,11 @@ void ExpertCache::forget(Slot& slot) {
   slot.state[0] = slot.state[1] = State::kEmpty;
 }
 
-void ExpertCache::reserve(uint64_t reserved, int64_t least) {
+void ExpertCache::reserve(uint64_t reserved, int64_t least, uint64_t idle) {
   std::lock_guard<std::mutex> call(call_);
   reserved_ = reserved;
   least_ = least;
+  idle_ = idle;
 }
 
 bool ExpertCache::need(uint64_t bytes) {
@@ -219,30 +220,35 @@ bool ExpertCache::need(uint64_t bytes) {
 
 bool ExpertCache::hold(uint64_t bytes) {
   std::lock_guard<std::mutex> call(call_);
-  if (bytes > held_) return raise(&held_, bytes);
+  if (bytes > held_) return raise(&held_, bytes, idle_ - std::min(idle_, needed_ + scratch_));
   held_ = bytes;
   settle();
   return true;
 }
 
-// Raises one of the numbers of bytes in use. False, and all is as it was, if too few slots are left. No call may run.
-bool ExpertCache::raise(uint64_t* part, uint64_t bytes) {
+// Raises one of the numbers of bytes in use. False, and no expert is given up, if too few slots would be left. No call may run.
+// more: bytes that must find room besides.
+bool ExpertCache::raise(uint64_t* part, uint64_t bytes, uint64_t more) {
   if (bytes <= *part) return true;
   const uint64_t before = *part;
   *part = bytes;
+  if (allowed(more) < least_) {
+    *part = before;
+    return false;
+  }
   settle();
-  if (slots() >= least_) return true;
-  *part = before;
-  settle();
-  return false;
+  return true;
 }
 
-// Leaves as many slots as the memory in use allows. No call may run.
-void ExpertCache::settle() {
-  const uint64_t used = held_ + needed_ + scratch_, beyond = used > reserved_ ? used - reserved_ : 0;
+// Slots that the memory in use leaves, and so many bytes more.
+int64_t ExpertCache::allowed(uint64_t more) const {
+  const uint64_t used = held_ + needed_ + scratch_ + more, beyond = used > reserved_ ? used - reserved_ : 0;
   const int64_t all = static_cast<int64_t>(slots_.size());
-  resize(all - std::min(all, static_cast<int64_t>((beyond + slot_bytes_ - 1) / slot_bytes_)));
+  return all - std::min(all, static_cast<int64_t>((beyond + slot_bytes_ - 1) / slot_bytes_));
 }
+
+// Leaves as many slots as that. No call may run.
+void ExpertCache::settle() { resize(allowed(0)); }
 
 void ExpertCache::resize(int64_t slots) {
   std::unique_lock<std::mutex> lock(mutex_);

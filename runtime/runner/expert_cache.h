@@ -101,8 +101,8 @@ class ExpertCache {
   const moec_expert_source* source() const { return &source_; }
   int64_t slots() const;
   // `reserved` bytes besides the slots are part of the budget already. Memory in use beyond them takes slots away; with fewer
-  // than `least` slots left a call is refused.
-  void reserve(uint64_t reserved, int64_t least);
+  // than `least` slots left a call is refused. `hold` leaves `idle` bytes for a call, too.
+  void reserve(uint64_t reserved, int64_t least, uint64_t idle = 0);
   // Bytes that a call needs besides the kernels' scratch, which `begin` announces; the largest number so far counts. False, and
   // nothing changed, if it leaves less than `least` slots.
   bool need(uint64_t bytes);
@@ -165,8 +165,9 @@ class ExpertCache {
   bool next(Job* job);
   void read(const Job& job, std::unique_lock<std::mutex>& lock);
   void judge(int64_t block);
+  int64_t allowed(uint64_t more) const;
   void settle();
-  bool raise(uint64_t* part, uint64_t bytes);
+  bool raise(uint64_t* part, uint64_t bytes, uint64_t more = 0);
   void resize(int64_t slots);
   bool claim();
   bool claim_ahead();
@@ -184,7 +185,7 @@ class ExpertCache {
   uint64_t alignment_, room_[2] = {0, 0}, slot_bytes_ = 0;
   uint8_t* memory_ = nullptr;
   uint64_t mapped_ = 0;
-  uint64_t reserved_ = 0, held_ = 0, needed_ = 0, scratch_ = 0;  // bytes; see reserve, hold, need, begin
+  uint64_t reserved_ = 0, idle_ = 0, held_ = 0, needed_ = 0, scratch_ = 0;  // bytes; see reserve, hold, need, begin
 
   mutable std::mutex mutex_;
   std::condition_variable work_, ready_;

@@ -42,11 +42,13 @@ long long field(const char* line, const char* name) {
 
 }  // namespace
 
-bool read_process_memory(const std::string& file, ProcessMemory* memory) {
+bool read_process_memory(const std::string& file, ProcessMemory* memory, const void* mapping, uint64_t size) {
   const File maps(std::fopen("/proc/self/smaps", "r"));
   if (!maps) return false;
   struct stat status = {};
   const bool known = !file.empty() && stat(file.c_str(), &status) == 0;
+  const auto begin = reinterpret_cast<uintptr_t>(mapping);
+  bool within = false;
   enum { kNone, kModel, kOther } kind = kNone;
   long long rss = 0;
   char line[4608];
@@ -55,6 +57,7 @@ bool read_process_memory(const std::string& file, ProcessMemory* memory) {
     char permissions[8] = "", device[16] = "";
     if (std::sscanf(line, "%llx-%llx %7s %llx %15s %llu", &first, &last, permissions, &offset, device, &inode) == 6) {
       // a file system may report another device in stat than here: the inode decides
+      within = first >= begin && first - begin < size;
       kind = inode == 0 ? kNone : known && inode == static_cast<unsigned long long>(status.st_ino) ? kModel : kOther;
       continue;
     }
@@ -66,6 +69,7 @@ bool read_process_memory(const std::string& file, ProcessMemory* memory) {
       const long long anonymous = kb * 1024;
       memory->anonymous += anonymous;
       if (kind == kModel) memory->file_mapped += rss - anonymous;
+      if (kind == kModel && within) memory->of_mapping += rss - anonymous;
       if (kind == kOther) memory->other_files += rss - anonymous;
       // pages of no file that are not anonymous: shared memory and the kernel's own, counted with the libraries
       if (kind == kNone) memory->other_files += rss - anonymous;

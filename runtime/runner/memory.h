@@ -10,11 +10,12 @@ struct ProcessMemory {
   int64_t resident = 0;       // every page the process is charged with
   int64_t anonymous = 0;      // pages without a file: heap, stacks, arenas
   int64_t file_mapped = 0;    // pages of `file` that this process has mapped
+  int64_t of_mapping = 0;     // of these, those of one mapping
   int64_t other_files = 0;    // pages of other files: the program, its libraries
 };
 
-// Sums /proc/self/smaps; false where there is none. `file` may be empty.
-bool read_process_memory(const std::string& file, ProcessMemory* memory);
+// Sums /proc/self/smaps; false where there is none. `file` may be empty. mapping, size: one of the file's, if one is asked for.
+bool read_process_memory(const std::string& file, ProcessMemory* memory, const void* mapping = nullptr, uint64_t size = 0);
 
 // Pages of [data, data + length) that are in memory, in bytes; -1 if the system does not tell.
 int64_t resident_bytes(const void* data, size_t length);

@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kSlack = 4 << 20;         // heap of the runtime and stacks of the readers
 constexpr int64_t kLeastScratch = 2 << 20;  // working memory of one token's operators and activations
 constexpr int kMostReaders = 64;
+constexpr int64_t kMostWidth = int64_t{1} << 31;  // of a layer, and of experts and selections, so that products fit
+constexpr uint64_t kLeastExpert = 48;              // bytes of half an expert: one unit of the coarsest codes
 
 constexpr char kNone[] = "a memory budget needs routed experts, and the model has none that can be read one by one";
 
@@ -23,6 +25,9 @@ std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks)
     if (call.config.size() <= MOEC_CONFIG_TOP_K || call.config[MOEC_CONFIG_EXPERTS] < 1) return kNone;
     if (call.config[MOEC_CONFIG_TOP_K] < 1 || call.config[MOEC_CONFIG_TOP_K] > call.config[MOEC_CONFIG_EXPERTS])
       return "damaged: a layer selects more experts than it has, or none";
+    const int64_t width = call.config[MOEC_CONFIG_D_MODEL];
+    if (width < 1 || width >= kMostWidth || call.config[MOEC_CONFIG_TOP_K] >= kMostWidth / width)
+      return "damaged: a layer's width is out of range";
     ExpertBlock block;
     block.experts = call.config[MOEC_CONFIG_EXPERTS];
     block.top_k = call.config[MOEC_CONFIG_TOP_K];
@@ -31,6 +36,7 @@ std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks)
       if (call.bytes[half] == 0 || call.bytes[half] % experts != 0) return kNone;
       block.offset[half] = call.offset[half];
       block.bytes[half] = call.bytes[half] / experts;
+      if (block.bytes[half] < kLeastExpert) return "damaged: a layer has more experts than its weights hold";
     }
     block.address = file.mapped().data() + call.offset[0];
     const auto named = [&](const ExpertBlock& other) { return other.address == block.address; };
@@ -96,12 +102,22 @@ int64_t moec_model::most_tokens(int64_t bytes, int64_t slots) {
   return std::clamp((bytes - kTile * info.threads) / row, few, info.max_tokens);
 }
 
+int64_t moec_model::session_bytes() const {
+  int64_t caches = 0;
+  for (size_t i = 1; i < arenas.size(); ++i) caches += static_cast<int64_t>(arenas[i].size());
+  return caches;
+}
+
+// Room for this much beside the caches of all sessions, until count_session(0).
+bool moec_model::hold_beside(int64_t bytes) {
+  const int64_t held = std::max<int64_t>(sessions - 1, 0) * session_bytes() + bytes;
+  return !experts || bytes <= 0 || experts->hold(static_cast<uint64_t>(held));
+}
+
 // One more session, or one less. The caches of the first were subtracted when the budget was set; those of others take slots
 // from the expert cache.
 bool moec_model::count_session(int64_t change) {
-  int64_t caches = 0;
-  for (size_t i = 1; i < arenas.size(); ++i) caches += static_cast<int64_t>(arenas[i].size());
-  const int64_t now = sessions + change;
+  const int64_t caches = session_bytes(), now = sessions + change;
   if (experts && !experts->hold(static_cast<uint64_t>(std::max<int64_t>(now - 1, 0) * caches)))
     return fail(text("the memory budget of %" PRId64 " MB has no room for the caches of another session, %" PRId64 " MB",
                      memory_budget / 1'000'000, megabytes(caches)));
@@ -120,8 +136,9 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
     count += block.experts;
   }
   ProcessMemory process;
-  if (!read_process_memory(path, &process)) return fail("this system does not report how much memory a process uses");
-  int64_t fixed = process.resident - process.file_mapped + static_cast<int64_t>(file->facts().constant_bytes) - expert_bytes + kSlack;
+  // another model of the same file has a mapping of its own
+  if (!read_process_memory(path, &process, file->mapped().data(), file->mapped().size())) return fail("this system does not report how much memory a process uses");
+  int64_t fixed = process.resident - process.of_mapping + static_cast<int64_t>(file->facts().constant_bytes) - expert_bytes + kSlack;
   // of the first arena, which holds activations, a call uses what its tokens need: `forward` announces it
   for (size_t i = 1; i < arenas.size(); ++i)
     fixed += static_cast<int64_t>(arenas[i].size()) - std::max<int64_t>(resident_bytes(arenas[i].data(), arenas[i].size()), 0);
@@ -145,7 +162,7 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
     return routers[static_cast<size_t>(block)].select(tokens, d, x, out);
   });
   // where all experts fit, what is left is for calls and other sessions
-  cache->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least);
+  cache->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least, kLeastScratch);
   experts = std::move(cache);
   memory_budget = bytes;
   if (count_session(0)) {  // those that are open already

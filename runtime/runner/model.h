@@ -113,6 +113,8 @@ struct moec_model {
   bool load_method(const std::string& name);
   int64_t most_tokens(int64_t bytes, int64_t slots);
   uint64_t activation_bytes(int64_t n, bool all);
+  int64_t session_bytes() const;  // of the caches of one
+  bool hold_beside(int64_t bytes);
   bool count_session(int64_t change);
   bool limit_memory(int64_t bytes, ExpertPolicy policy, int readers);
   bool set_threads(int32_t threads);

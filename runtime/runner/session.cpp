@@ -72,7 +72,20 @@ bool restore(moec_session* session, const char* path, const char* artifact) {
   const int64_t position = static_cast<int64_t>(state.tokens.size());
   if (state.context != model->info.context || reader.state_bytes() != model->seats.bytes_at(position))
     return model->fail("damaged: its states are not those of this model");
+  if (session->tokens.empty()) {  // it may have held some before
+    model->seats.leave(&session->caches);
+    for (Arena& arena : session->caches.parked) arena.forget();
+    session->caches.reached = 0;
+  }
   std::shared_lock<std::shared_mutex> keep(pools);  // as in a forward: the file is read by the model's threads
+  struct Beside {  // the file's states, beside the session's own
+    moec_model* model;
+    ~Beside() { model->count_session(0); }
+  } const beside{model};
+  const auto both = static_cast<int64_t>(model->seats.bytes_at(session->caches.reached) + reader.state_bytes());
+  if (!model->hold_beside(both - model->session_bytes()))
+    return model->fail("the memory budget has no room for the file's caches beside those of the session, which are given up only "
+                       "when all of the file is read: restore into a new session or one that was reset");
   Caches fresh;  // the session stays as it was until all of it is there
   if (!model->seats.reserve(&fresh)) return model->fail("no address space for the caches");
   fault = reader.read(state, parts_of(*session, fresh, position));

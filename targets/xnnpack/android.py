@@ -34,8 +34,12 @@ class Device:
         runner: Path | None = None,
         dry_run: bool = False,
         say: Callable[[str], None] | None = None,
+        budget: Sequence[str] = (),
     ) -> None:
-        """UserError if adb is missing (a dry run needs none), or `runner` holds no `moec_runner`."""
+        """UserError if adb is missing (a dry run needs none), or `runner` holds no `moec_runner`.
+
+        budget: `budget_arguments`.
+        """
         self._adb = shutil.which("adb") or ("adb" if dry_run else None)
         if self._adb is None:
             raise UserError(
@@ -47,6 +51,7 @@ class Device:
             )
         self._select = ["-s", serial] if serial else []
         self._runner, self._dry_run, self._say = runner, dry_run, say or (lambda text: None)
+        self._budget = budget
 
     def push(self, model: Path, name: str) -> None:
         """Put the runner (if one was given) and the model in place."""
@@ -65,7 +70,9 @@ class Device:
             tokens, result = Path(folder) / "tokens.txt", Path(folder) / "result.json"
             tokens.write_text(" ".join(map(str, request.ids)))
             self._call("push", str(tokens), f"{FOLDER}/tokens.txt")
-            command = shlex.join([f"{FOLDER}/bin/moec_runner", *arguments(request, self._model(name), "tokens.txt")])
+            command = shlex.join(
+                [f"{FOLDER}/bin/moec_runner", *arguments(request, self._model(name), "tokens.txt"), *self._budget]
+            )
             self._call("shell", f"cd {FOLDER} && LD_LIBRARY_PATH={FOLDER}/bin {command} > result.json")
             self._call("pull", f"{FOLDER}/result.json", str(result))
             if self._dry_run:

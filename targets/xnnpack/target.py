@@ -84,8 +84,10 @@ class XnnpackTarget(Target):
 
     def device(self, artifact: Artifact, serial: str | None, runner: Path | None, say: Say, *, dry_run: bool) -> Any:
         from moec.targets.xnnpack.android import Device
+        from moec.targets.xnnpack.memory import budget_arguments
 
-        return Device(serial, runner=runner, dry_run=dry_run, say=say)
+        budget = budget_arguments(own_options(artifact.options(), Options), artifact.cache_aware)
+        return Device(serial, runner=runner, dry_run=dry_run, say=say, budget=budget)
 
     def describe(self, artifact: Artifact) -> list[Table]:
         return tables(own_facts(artifact, XnnpackFacts))

@@ -1,0 +1,108 @@
+"""What must find room within a budget of memory beside the experts: a refused session, a restored one, another model of
+the same file, a draft; and where a budget goes that an artifact brings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.assistant.load import load, load_draft
+from moec.checkpoints import synthesize
+from moec.compiler import build
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import RunError
+from moec.targets.xnnpack.memory import ExpertCacheOptions
+from moec.targets.xnnpack.session import CpuSession
+from tests.conftest import Moec, refused
+from tests.targets.test_memory_budget import VOCAB, changed, least_mb, spec
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("room")
+    return build.compile(spec(), checkpoint=synthesize(spec(), folder / "c", seed=0, qat=True), out=folder / "a")
+
+
+def misses(session: CpuSession) -> int:
+    stats = session.expert_stats()
+    assert stats is not None
+    return stats.misses
+
+
+def test_a_session_without_room_costs_no_expert(artifact: Artifact) -> None:
+    """What is in memory stays there when a fork is refused."""
+    model = artifact.path("model.pte")
+    experts = ExpertCacheOptions(read_ahead=False)
+    with CpuSession(model, threads=1, memory_mb=least_mb(model), experts=experts) as session:
+        forks = []
+        with pytest.raises(RunError, match="no room for the caches of another session"):
+            forks.extend(session.fork() for _ in range(100))
+        for _ in range(2):
+            session.reset()
+            session.prefill([7])
+        held = misses(session)
+        with pytest.raises(RunError, match="no room for the caches of another session"):
+            session.fork()
+        session.reset()
+        session.prefill([7])
+        assert misses(session) == held
+        for fork in forks:
+            fork.close()
+
+
+def test_a_restored_session_has_its_caches_once(tmp_path: Path) -> None:
+    """Those of the file and the session's own are both there for a while: refused where that has no room."""
+    long = changed({"max_tokens": 512}, layers=2, context=8192)
+    built = build.compile(long, checkpoint=synthesize(long, tmp_path / "c", qat=True), out=tmp_path / "a")
+    model, file = built.path("model.pte"), tmp_path / "session"
+    ids = np.random.default_rng(5).integers(0, VOCAB, 8000).tolist()
+    with CpuSession(model, threads=2, memory_mb=least_mb(model, 2) + 1) as session:
+        session.prefill(ids)
+        session.save(file)
+        wanted = session.prefill([3])
+        with pytest.raises(RunError, match="restore into a new session or one that was reset"):
+            session.restore(file)
+        assert session.position == 8001  # as it was
+        session.reset()
+        session.restore(file)
+        np.testing.assert_array_equal(session.prefill([3]), wanted)
+    with CpuSession(model, threads=2) as session:  # with room for both
+        session.prefill(ids[:10])
+        session.restore(file)
+        np.testing.assert_array_equal(session.prefill([3]), wanted)
+
+
+def test_another_model_of_the_same_file_counts(artifact: Artifact) -> None:
+    model = artifact.path("model.pte")
+    alone = least_mb(model)
+    with CpuSession(model, threads=1) as other:
+        other.prefill(list(range(100)))  # most experts of all layers
+        assert least_mb(model) >= alone + 0.5 * model.stat().st_size / 1e6
+
+
+def test_a_draft_is_refused(artifact: Artifact) -> None:
+    within = artifact.within(4000)
+    with load(within) as session, pytest.raises(RunError, match=r"not count .* of a draft; leave --draft out"):
+        load_draft(artifact, within, session)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 10**12])
+def test_a_number_that_is_no_budget(artifact: Artifact, budget: int, moec: Moec) -> None:
+    with pytest.raises(RunError, match=f"--memory-mb {budget}: .*; give another --memory-mb") as caught:
+        artifact.within(budget)
+    assert "damaged" not in str(caught.value)
+    refused(moec("run", artifact.folder, "--ids", "1", "--memory-mb", str(budget)), "--memory-mb")
+
+
+def test_a_device_gets_the_budget_that_an_artifact_brings(artifact: Artifact, moec: Moec, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact.folder, tmp_path / "a")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = 4000
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    status, out, err = moec("profile", copy, "--adb", "--dry-run", "--context", "16")
+    assert status == 0, err
+    assert "--memory-mb 4000 --eviction lrfu > result.json" in out + err
