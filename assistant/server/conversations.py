@@ -21,6 +21,7 @@ class Conversations:
 
     def __init__(self, session: Session, most: int) -> None:
         self._most = most
+        self._room = True  # for one more than are kept, while it takes the place of another
         self._sessions = [session]  # the most recently used one is last
 
     def __len__(self) -> int:
@@ -45,16 +46,28 @@ class Conversations:
     def _copy(self, best: Session, same: int) -> Session:
         """A fork of `best`, rewound to its first `same` tokens, or to 0 where sessions only rewind to the beginning.
 
-        `best` itself if no second session can be opened.
+        Where there is no room for one more, the least recently used goes first, and no more than now are kept from then
+        on: if that is `best`, it is given itself.
         """
-        try:
-            made = best.fork()
-        except RunError as error:
-            log.warning("one conversation is kept: %s", error.message)
-            self._most = 1
+        made = self._forked(best) if self._room or len(self._sessions) < self._most else None
+        if made is None and self._sessions[0] is not best:
+            self._sessions.pop(0).close()
+            made = self._forked(best)
+        if made is None:
+            self._sessions.remove(best)
+            self._sessions.append(best)
             return best
         made.rewind(same if getattr(made, "rewinds", False) else 0)
         self._sessions.append(made)
         while len(self._sessions) > self._most:
             self._sessions.pop(0).close()
         return made
+
+    def _forked(self, session: Session) -> Session | None:
+        try:
+            return session.fork()
+        except RunError as error:
+            self._room, self._most = False, len(self._sessions)
+            what = "one conversation is" if self._most == 1 else f"{self._most} conversations are"
+            log.warning("%s kept: %s", what, error.message)
+            return None

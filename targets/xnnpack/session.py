@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import fields
@@ -196,7 +197,15 @@ class CpuSession(SessionBase):
         return [LayerExpertStats(*(getattr(layer, name) for name in names)) for layer in layers[: max(count, 0)]]
 
     def _prepare_traces(self) -> None:
-        self._callback = _TRACE(self._on_moe)
+        # a session that nobody has any more is closed at once, which a reference to itself would delay: its caches may
+        # be room that another waits for
+        method = weakref.WeakMethod(self._on_moe)
+
+        def on_moe(*arguments: Any) -> None:
+            if (found := method()) is not None:
+                found(*arguments)
+
+        self._callback = _TRACE(on_moe)
         self._call: list[MoeTrace] = []  # the layers of the native call that is running
         self._trace_fault: BaseException | None = None
 

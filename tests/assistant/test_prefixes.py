@@ -14,8 +14,9 @@ from moec.assistant.generate import Generation
 from moec.assistant.prefixes import MOST_FILES, PrefixCache, shared_length
 from moec.assistant.server.conversations import Conversations
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import UserError
+from moec.compiler.errors import RunError, UserError
 from moec.compiler.target import Session
+from moec.targets.xnnpack.session import CpuSession
 from tests.assistant.speaking import Speaking, assistant
 from tests.conftest import Moec, refused
 from tests.tiny import TinyModels, tiny_text
@@ -156,6 +157,38 @@ def test_the_oldest_conversation_goes(artifact: Artifact) -> None:
         assert answer(kept.take(prompts[2]), prompts[2])[1] == 99
         assert answer(kept.take(prompts[1]), prompts[1])[1] == 99
         assert answer(kept.take(prompts[0]), prompts[0])[1] == 0
+        kept.close()
+
+
+def test_without_room_for_one_more_the_oldest_goes(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a memory budget that holds two sessions."""
+    fork, opened = CpuSession.fork, [1]
+
+    def limited(self: CpuSession) -> CpuSession:
+        if opened[0] == 2:
+            raise RunError("no room for the caches of another session")
+        opened[0] += 1
+        return fork(self)
+
+    def closed(self: CpuSession) -> None:
+        opened[0] -= self._handle is not None
+        close(self)
+
+    close = CpuSession.close
+    monkeypatch.setattr(CpuSession, "fork", limited)
+    monkeypatch.setattr(CpuSession, "close", closed)
+    with moec.load(artifact) as fresh:  # type: ignore[attr-defined]
+        kept = Conversations(fresh, 4)
+        prompts = [[1000 + i] * 100 for i in range(3)]
+        for prompt in prompts:
+            assert answer(kept.take(prompt), prompt)[1] == 0
+        assert len(kept) == 2
+        assert answer(kept.take(prompts[2]), prompts[2])[1] == 99
+        assert answer(kept.take(prompts[1]), prompts[1])[1] == 99
+        assert answer(kept.take(prompts[0]), prompts[0])[1] == 0
+        assert caplog.text.count("2 conversations are kept: no room") == 1
         kept.close()
 
 

@@ -3,6 +3,7 @@ the same file, a draft; and where a budget goes that an artifact brings."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -52,6 +53,21 @@ def test_a_session_without_room_costs_no_expert(artifact: Artifact) -> None:
         assert misses(session) == held
         for fork in forks:
             fork.close()
+
+
+def test_a_session_that_nobody_has_gives_its_room_back(artifact: Artifact) -> None:
+    """At once, without a collection of cycles."""
+    model = artifact.path("model.pte")
+    with CpuSession(model, threads=1, memory_mb=least_mb(model) + 3) as session:
+        slots = session.expert_stats().slots  # type: ignore[union-attr]
+        gc.disable()
+        try:
+            forks = [session.fork() for _ in range(15)]
+            assert session.expert_stats().slots < slots  # type: ignore[union-attr]
+            del forks
+            assert session.expert_stats().slots == slots  # type: ignore[union-attr]
+        finally:
+            gc.enable()
 
 
 def test_a_restored_session_has_its_caches_once(tmp_path: Path) -> None:
