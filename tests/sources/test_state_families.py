@@ -82,7 +82,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int], int]] = {
 }  # fmt: skip
 
 # the others hold the layers of these behind other projections
-FAST = ("nemotron_h", "qwen3_next")
+FAST = ("lfm2", "nemotron_h", "qwen3_next")
 
 
 def _saved(name: str, folder: Path, **changes: Any) -> Path:

@@ -67,9 +67,11 @@ FAST = (  # each option once; the others are between two of these
     "float, in_out",
     "int4 grouped along out",
     "int8 cache and window",
+    "rotary halves, no shared expert",
     "clamped, interleaved, biased",
     "best groups",
     "weights on the input, gated shared expert",
+    "sparsemixer",
 )
 
 

@@ -266,7 +266,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "quantization", "limit"), quick(FORMS, ("dense-float", "rounded-out")))
+@pytest.mark.parametrize(
+    ("model", "quantization", "limit"), quick(FORMS, ("int4-out", "int8", "dense-float", "rounded-out"))
+)
 def test_the_function_equals_the_program(model: Any, quantization: Any, limit: float, tmp_path: Path) -> None:
     """What is given to torch-mlir, run by torch with real weights: prefill and single steps over functional caches."""
     spec = Spec.model_validate(

@@ -40,7 +40,7 @@ def program_of(folder: Path) -> Program:
     return run_passes(exported, fusion())
 
 
-@pytest.mark.parametrize("name", quick(sorted(FAMILIES), ("gpt_oss", "qwen2_moe")))
+@pytest.mark.parametrize("name", quick(sorted(FAMILIES), ("deepseek_v3", "gpt_oss", "qwen2_moe", "phimoe")))
 def test_family(name: str, tmp_path: Path) -> None:
     model_folder = tmp_path / "model"
     model_folder.mkdir()
