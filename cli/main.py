@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from functools import cache
@@ -80,6 +81,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
     signal.signal(signal.SIGTERM, _terminated)
+    sys.unraisablehook = _send_again
     # Graphs are millions of objects that stay: at Python's threshold of 700 a tenth of a compile looks through them.
     gc.set_threshold(50_000, 20, 20)
     sys.exit(run(arguments))
@@ -168,6 +170,21 @@ class _Terminated(SystemExit):
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
     raise _Terminated(TERMINATED)
+
+
+def _send_again(lost: Any) -> None:
+    """A signal's exception that arose in a destructor or a weak reference's callback, where Python drops it.
+
+    The signal is sent once more after a moment: now it would be dropped again.
+    """
+    status = _status_of_signal(lost.exc_value) if lost.exc_value is not None else None
+    if status is None:
+        sys.__unraisablehook__(lost)
+        return
+    # a status is 128 + the signal's number, as shells say; sent to the main thread, it ends a wait there, too
+    again = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, status - 128))
+    again.daemon = True
+    again.start()
 
 
 def _status_of_signal(error: BaseException) -> int | None:

@@ -58,6 +58,11 @@ class Grid:
         """The largest value."""
         return max(LEVELS[self.levels]) if self.levels else 2 ** (self.bits - 1) - 1
 
+    @property
+    def span(self) -> float:
+        """Scales of the range that `rtn` gives to twice the largest magnitude of a group."""
+        return 2.0 * -self.low if self.levels else 2.0**self.bits - 1
+
     def nearest_(self, x: Tensor) -> Tensor:
         """`x`, floats, each changed to the nearest value in place; whole numbers take the even one of two."""
         if not self.levels:

@@ -137,7 +137,6 @@ def quantize_weight(
     if w.shape[-1] % group_size:
         raise ValueError(f"last dimension {w.shape[-1]} is not a multiple of the group size {group_size}")
     grid = Grid(bits, levels)
-    span = 2.0 * -grid.low if levels else 2**bits - 1  # of values: either end of it is the largest magnitude
     width = w.shape[-1]
     codes = torch.empty(
         (*w.shape[:-1], width // 2 if bits == 4 else width), dtype=torch.uint8 if bits == 4 else torch.int8
@@ -148,7 +147,7 @@ def quantize_weight(
     for piece in _pieces(rows_NL):
         grouped = rows_NL[piece].to(torch.float32).unflatten(-1, (-1, group_size))
         magnitude = grouped.abs().amax(-1)
-        scale = (2.0 * magnitude / span).to(scale_dtype)
+        scale = (2.0 * magnitude / grid.span).to(scale_dtype)
         _check_scales(magnitude, scale)
         present += int((magnitude > 0).sum())
         lost += int(((magnitude > 0) & (scale == 0)).sum())

@@ -49,8 +49,10 @@ def _search(w_RGg: Tensor, e_Gg: Tensor | None, grid: Grid) -> Tensor:
     # a factor f of the signed scale, and the opposite sign, whose range ends at the largest value
     factors = _FACTORS_OF[grid.levels]
     opposite = () if low == -high else tuple(f * low / high for f in factors)
-    for factor in (*factors, *opposite):
-        scale = safe * factor
+    # rtn's scale is a candidate too: its error can have a minimum between two of the others
+    spanning = 2.0 * base.abs() * -low / grid.span
+    candidates = (*(safe * factor for factor in (*factors, *opposite)), torch.where(base == 0, 1.0, spanning))
+    for scale in candidates:
         q = grid.nearest_(w_RGg / scale)
         error = q.mul_(scale).sub_(w_RGg).square_()
         total = (error if e_Gg is None else error.mul_(e_Gg)).sum(-1, keepdim=True)

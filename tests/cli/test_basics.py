@@ -161,6 +161,32 @@ def test_exit_status(
     assert ("Traceback" in err) == (status == 70)
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_while_an_object_dies(sent: signal.Signals, status: int) -> None:
+    """Python drops what is raised then; the command ends all the same."""
+    dying = """
+import signal, sys, time
+import moec.compiler.spec
+from moec.cli import main as cli
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+        time.sleep(0)
+
+def load(*_, **__):
+    Dying()
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
+moec.compiler.spec.load_spec = load
+cli.main(["compile", "any.yaml"])
+"""
+    command = [sys.executable, "-c", dying, str(int(sent))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (status, "interrupted\n" if status == 130 else "")
+
+
 def test_output_that_nobody_reads(tmp_path: Path) -> None:
     """`moec schema | head -c 1` ends without a traceback."""
     command = f"{sys.executable} -m moec schema | head -c 1"

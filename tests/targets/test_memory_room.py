@@ -62,8 +62,9 @@ def test_a_session_that_nobody_has_gives_its_room_back(artifact: Artifact) -> No
         slots = session.expert_stats().slots  # type: ignore[union-attr]
         gc.disable()
         try:
-            forks = [session.fork() for _ in range(15)]
-            assert session.expert_stats().slots < slots  # type: ignore[union-attr]
+            forks = []
+            while session.expert_stats().slots == slots:  # type: ignore[union-attr]
+                forks.append(session.fork())
             del forks
             assert session.expert_stats().slots == slots  # type: ignore[union-attr]
         finally:
