@@ -11,13 +11,20 @@ from torch import Tensor
 from moec.compiler.levels import Grid
 from moec.compiler.quantizer import Inputs
 
-_FACTORS = tuple(1.0 - 0.04 * i for i in range(-2, 10))  # 1.08 .. 0.64 of the scale that spans the group
-# FP4's levels double towards the ends: the largest weight may well be the last but one, 8 of 12
+
+
+def _factors(most: float, least: float, step: float) -> tuple[float, ...]:
+    return tuple(most - step * i for i in range(round((most - least) / step) + 1))
+
+
+# Of the scale that spans the group. Candidates this far apart, each with the least scale of its codes, come within 0.2% of
+# the error that 600 candidates find in the mean; a wide range is for groups whose largest weight has inputs of little energy.
+# Levels of tables double towards the ends: the largest weight may well be the last but one, 8 of 12 in FP4.
 _FACTORS_OF = {
-    "": _FACTORS,
-    "nl3": tuple(1.0 - 0.04 * i for i in range(-10, 14)),
-    "iq4_nl": tuple(1.0 - 0.04 * i for i in range(-8, 10)),
-    "fp4": tuple(1.0 - 0.04 * i for i in range(-15, 10)),
+    "": _factors(1.08, 0.48, 0.05),
+    "nl3": _factors(1.4, 0.44, 0.08),
+    "iq4_nl": _factors(1.32, 0.6, 0.06),
+    "fp4": _factors(1.6, 0.64, 0.06),
 }
 _CHUNK = 1 << 17  # elements searched at a time: a dozen temporaries of that size, which stay in the cache
 
@@ -40,30 +47,27 @@ def best_scales(w_RL: Tensor, e_L: Tensor | None, grid: Grid, group_size: int) -
 
 
 def _search(w_RGg: Tensor, e_Gg: Tensor | None, grid: Grid) -> Tensor:
+    """Of the codes q that a candidate gives, the scale of least error is <w, q> / <q, q>, and that error is
+    <w, w> - <w, q>^2 / <q, q>: the largest of the latter wins. Products are weighted by e."""
     low, high = grid.low, grid.high
     largest = w_RGg.gather(-1, w_RGg.abs().argmax(-1, keepdim=True))
     base = largest / low
     safe = torch.where(base == 0, 1.0, base)
-    best_error = torch.full(base.shape, torch.inf)
-    best = torch.zeros_like(base)
     # a factor f of the signed scale, and the opposite sign, whose range ends at the largest value
     factors = _FACTORS_OF[grid.levels]
     opposite = () if low == -high else tuple(f * low / high for f in factors)
-    # rtn's scale is a candidate too: its error can have a minimum between two of the others
-    spanning = 2.0 * base.abs() * -low / grid.span
-    candidates = (*(safe * factor for factor in (*factors, *opposite)), torch.where(base == 0, 1.0, spanning))
-    for scale in candidates:
+    # and the scales of `signed` and `rtn`, so that it is never worse than these
+    spanning = 2.0 * safe.abs() * -low / grid.span
+    ew_RGg = w_RGg if e_Gg is None else w_RGg * e_Gg
+    best_gain, best = torch.zeros_like(base), torch.zeros_like(base)
+    for scale in (*(safe * factor for factor in (*factors, *opposite)), safe, spanning):
         q = grid.nearest_(w_RGg / scale)
-        error = q.mul_(scale).sub_(w_RGg).square_()
-        total = (error if e_Gg is None else error.mul_(e_Gg)).sum(-1, keepdim=True)
-        better = total < best_error
-        best_error = torch.where(better, total, best_error)
-        best = torch.where(better, scale, best)
-    q = grid.nearest_(w_RGg / best)
-    qe = q if e_Gg is None else q * e_Gg
-    refined = (qe * w_RGg).sum(-1, keepdim=True) / (qe * q).sum(-1, keepdim=True).clamp(min=1e-30)
-    again = grid.nearest_(w_RGg / torch.where(refined == 0, 1.0, refined))
-    error = again.mul_(refined).sub_(w_RGg).square_()
-    total = (error if e_Gg is None else error.mul_(e_Gg)).sum(-1, keepdim=True)
-    best = torch.where(total < best_error, refined, best)
+        wq = (q * ew_RGg).sum(-1, keepdim=True)
+        q.square_()
+        qq = (q if e_Gg is None else q.mul_(e_Gg)).sum(-1, keepdim=True)
+        least = wq / qq.clamp(min=1e-30)
+        gain = least * wq
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best = torch.where(better, least, best)
     return torch.where(base == 0, 0.0, best).squeeze(-1)
