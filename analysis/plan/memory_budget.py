@@ -66,11 +66,13 @@ def streamed(
 
     UserError: the model has no routed experts, the target reads them all, or the budget is less than one token needs.
     """
-    moe = model.architecture.experts
+    moe, name = model.architecture.experts, model.architecture.name
     if moe is None:
-        raise UserError("a memory budget needs routed experts, and the model has none", remedy="leave --memory-mb out")
+        what, remedy = "a memory budget needs routed experts, and the model has none", "leave --memory-mb out"
+        raise UserError(what, place=name, remedy=remedy)
     if "memory_mb" not in type(model.options).model_fields:
-        raise UserError("the target has no memory budget", remedy="leave --memory-mb out, or choose --target xnnpack")
+        what, remedy = "the target has no memory budget", "leave --memory-mb out, or choose --target xnnpack"
+        raise UserError(what, place=name, remedy=remedy)
     stored = sum(model.stored(w) for w in model.architecture.weights if w.role == "expert")
     count = moe.layers * moe.experts
     expert = stored // count
@@ -80,6 +82,7 @@ def streamed(
         raise UserError(
             f"--memory-mb {budget // 1_000_000} is less than {-(-least // 1_000_000)}: {-(-fixed // 1_000_000)} MB for "
             f"all but the routed experts, and the {moe.layers * moe.top_k} experts of one token",
+            place=name,
             remedy="give a larger one, or a shorter --context",
         )
     held = min(count, (budget - fixed) // expert)

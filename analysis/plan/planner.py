@@ -77,7 +77,7 @@ def plan_spec(
     memory_mb: int | None = None,
     hits: float | None = None,
 ) -> Plan:
-    """Plan a spec. `context`: positions in use, default all of the model's. `memory_mb`, `hits`: see streaming.py.
+    """Plan a spec. `context`: positions in use, default all of the model's. `memory_mb`, `hits`: see memory_budget.py.
 
     Errors: UserError for an unknown target or one that cannot be planned, a context outside 1..the model's, a model
     whose shapes are not known, a budget that cannot be kept.
@@ -87,7 +87,9 @@ def plan_spec(
     a = model.architecture
     if context is not None and not 1 <= context <= a.context:
         raise UserError(
-            f"--context {context} is outside the model's 1 to {a.context}", remedy="change `context:` in the spec"
+            f"--context {context} is outside the model's 1 to {a.context}",
+            place=a.name,
+            remedy="change `context:` in the spec",
         )
     used = context or a.context
     contexts = sorted({c for c in CONTEXTS if c < used} | {used})

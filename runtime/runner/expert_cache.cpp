@@ -482,21 +482,33 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   const auto same = [&](const ExpertBlock& block) { return block.address == w13; };
   const auto block = std::find_if(blocks_.begin(), blocks_.end(), same);
   if (block == blocks_.end()) return 0;
-  call_.lock();
-  const bool alone = alone_ == block - blocks_.begin();
+  std::unique_lock<std::mutex> call(call_);
+  try {
+    if (!start(block - blocks_.begin(), experts, uses, count, scratch_bytes)) return -1;
+  } catch (const std::bad_alloc&) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    drop_call();
+    fault_ = "out of memory";
+    return -1;
+  }
+  call.release();  // until `end`
+  return 1;
+}
+
+// What `begin` does for a block that the cache has. False: `fault_` says why.
+bool ExpertCache::start(int64_t block, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
+  const bool alone = alone_ == block;
   alone_ = -1;
-  const auto valid = [&](int32_t expert) { return expert >= 0 && expert < block->experts; };
+  const auto valid = [&](int32_t expert) { return expert >= 0 && expert < blocks_[static_cast<size_t>(block)].experts; };
   const bool known = std::all_of(experts, experts + count, valid), room = known && raise(&scratch_, scratch_bytes);
   std::unique_lock<std::mutex> lock(mutex_);
   if (!room) {
     fault_ = known ? "the memory budget leaves no room for experts beside the working memory of so many tokens at once"
                    : "damaged: a layer has other experts than when the model was opened";
-    lock.unlock();
-    call_.unlock();
-    return -1;
+    return false;
   }
   fault_.clear();
-  block_ = block - blocks_.begin();
+  block_ = block;
   ++counts_of(block_).calls;
   if (uses_.step()) {
     for (Slot& slot : slots_)
@@ -534,7 +546,7 @@ int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* use
   const bool reads = !pending_.empty() || !jobs_.empty();
   lock.unlock();
   if (reads) work_.notify_all();
-  return 1;
+  return true;
 }
 
 const void* ExpertCache::acquire(int32_t number, int which) {
@@ -580,14 +592,19 @@ void ExpertCache::release(int32_t number) {
   if (free) work_.notify_one();
 }
 
+void ExpertCache::drop_call() {
+  if (block_ < 0) return;
+  const ExpertBlock& block = blocks_[static_cast<size_t>(block_)];
+  for (int64_t e = 0; e < block.experts; ++e) experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + e)].uses = 0;
+  pending_.clear();
+  block_ = -1;
+}
+
 void ExpertCache::end() {
   bool more = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const ExpertBlock& block = blocks_[static_cast<size_t>(block_)];
-    for (int64_t e = 0; e < block.experts; ++e) experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + e)].uses = 0;
-    pending_.clear();
-    block_ = -1;
+    drop_call();
     more = !ahead_.empty();
   }
   if (more) work_.notify_one();  // the call's own experts may be given up now

@@ -165,6 +165,8 @@ class ExpertCache {
   bool next(Job* job);
   void read(const Job& job, std::unique_lock<std::mutex>& lock);
   void judge(int64_t block);
+  bool start(int64_t block, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
+  void drop_call();  // its experts are wanted no longer
   int64_t allowed(uint64_t more) const;
   void settle();
   bool raise(uint64_t* part, uint64_t bytes, uint64_t more = 0);

@@ -24,7 +24,14 @@ from moec.compiler.errors import ArtifactError, LostFileError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.runtime.native import MAX_THREADS, runtime_library
-from moec.targets.xnnpack.memory import EVICTIONS, MAX_MEMORY_MB, ExpertCacheOptions, ExpertStats, LayerExpertStats
+from moec.targets.xnnpack.memory import (
+    EVICTIONS,
+    MAX_MEMORY_MB,
+    ExpertCacheOptions,
+    ExpertStats,
+    LayerExpertStats,
+    remedy_for,
+)
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _INT32S = ctypes.POINTER(ctypes.c_int32)
@@ -222,8 +229,8 @@ class CpuSession(SessionBase):
             return
         if any(words in error for words in ("no address space", "out of memory", "Cannot allocate memory")):
             raise MemoryError(f"{self._model}: {error}")
-        if "memory budget" in error:
-            raise RunError(error, place=str(self._model), remedy="give another --memory-mb, or none")
+        if "memory budget" in error or "does not allow" in error:
+            raise RunError(error, place=str(self._model), remedy=remedy_for(error))
         raise ArtifactError(error, place=str(self._model), remedy="compile the artifact again")
 
     def fork(self) -> CpuSession:

@@ -161,7 +161,7 @@ def test_counts_by_layer(model: Path, ahead: bool) -> None:
 def test_the_peak_stays_within(artifact: Artifact, moec: Moec, fraction: float) -> None:
     """The runner's peak resident set: no Python in it. 2% more than the budget is allowed, pages being counted late."""
     status, out, err = moec("bench", artifact.folder, "--memory-mb", "1")
-    found = re.search(r"a memory budget of 1 MB is less than (\d+) MB: .*give another --memory-mb, or none\n", err)
+    found = re.search(r"a memory budget of 1 MB is less than (\d+) MB: .*give a larger --memory-mb\n", err)
     assert (status, out, bool(found)) == (2, "", True), err
     assert found is not None
     experts_mb = artifact.manifest.sizes_by_role["expert"] / 1e6
@@ -430,10 +430,10 @@ def test_the_command_line(artifact: Artifact, moec: Moec) -> None:
     assert plain[0] == 0, plain[2]
     status, out, err = moec("run", artifact.folder, *ids, "--memory-mb", "4000")
     assert (status, out) == (0, plain[1]), err
-    refused(moec("run", artifact.folder, *ids, "--memory-mb", "20"), "less than", "give another --memory-mb, or none")
+    refused(moec("run", artifact.folder, *ids, "--memory-mb", "20"), "less than", "give a larger --memory-mb")
     assert moec("run", artifact.folder, *ids, "--memory-mb", "0")[0] == 2
     serve = moec("serve", artifact.folder, "--port", "0", "--memory-mb", "20")  # takes the budget: refuses this one
-    refused(serve, "less than", "give another --memory-mb, or none")
+    refused(serve, "less than", "give a larger --memory-mb")
 
 
 def test_an_artifact_can_bring_its_own(checkpoint: Path, tmp_path: Path) -> None:

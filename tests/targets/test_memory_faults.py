@@ -182,7 +182,7 @@ def test_too_small_a_budget_is_refused_with_the_least(tiny: TinyModels, moec: Mo
     folder = tiny(tiny_text(layers=2, context=256)) / "artifact"
     status, out, err = moec(command, folder, *COMMANDS[command], "--memory-mb", "1")
     fault = (status, out, without_progress(err))
-    refused(fault, "a memory budget of 1 MB is less than", "experts of one token", "give another --memory-mb, or none")
+    refused(fault, "a memory budget of 1 MB is less than", "experts of one token", "give a larger --memory-mb")
 
 
 def without_progress(err: str) -> str:

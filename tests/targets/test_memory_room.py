@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError
+from moec.compiler.spec import Spec
 from moec.targets.xnnpack.memory import ExpertCacheOptions
 from moec.targets.xnnpack.session import CpuSession
 from tests.conftest import Moec, refused
-from tests.targets.test_memory_budget import VOCAB, changed, least_mb, spec
+from tests.targets.test_memory_budget import EXPERTS, LAYERS, MODEL, VOCAB, changed, least_mb, spec
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,25 @@ def test_a_number_that_is_no_budget(artifact: Artifact, budget: int, moec: Moec)
         artifact.within(budget)
     assert "damaged" not in str(caught.value)
     refused(moec("run", artifact.folder, "--ids", "1", "--memory-mb", str(budget)), "--memory-mb")
+
+
+def test_bench_says_what_it_was_within(artifact: Artifact, moec: Moec) -> None:
+    status, out, err = moec("bench", artifact.folder, "--memory-mb", "4000", "--prefill", "8", "--repeats", "1")
+    assert status == 0, err
+    of_all = rf"within 4000 MB: {LAYERS * EXPERTS} of {LAYERS * EXPERTS} experts in memory"
+    assert re.search(of_all + r"; decoding found \d+% of those it needed there and read \d", out), out
+
+
+def test_a_model_without_experts_is_not_told_to_give_more(tmp_path: Path, moec: Moec) -> None:
+    facts = {k: v for k, v in MODEL.items() if k != "moe"} | {"architecture": "mobilellm", "ffn_width": 96, "layers": 1}
+    dense = Spec.model_validate(
+        {"name": "dense", "model": facts, "quantization": {"weights": "int4", "group_size": 32}}
+    )
+    built = build.compile(dense, checkpoint=synthesize(dense, tmp_path / "c", qat=True), out=tmp_path / "a")
+    fault = moec("run", built.folder, "--ids", "1", "--memory-mb", "4000")
+    refused(
+        fault, "a memory budget needs routed experts", "run it without --memory-mb, and compile it without memory_mb"
+    )
 
 
 def test_a_device_gets_the_budget_that_an_artifact_brings(artifact: Artifact, moec: Moec, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_more_memory_is_never_slower_and_all_of_it_reads_nothing() -> None:
 
 
 def test_a_budget_below_one_token_is_refused_with_the_least() -> None:
-    with pytest.raises(UserError, match=r"--memory-mb 100 is less than (\d+)") as caught:
+    with pytest.raises(UserError, match=r"mobilemoe-l: --memory-mb 100 is less than (\d+)") as caught:
         planned(100)
     least = int(str(caught.value).split("less than ")[1].split(":")[0])
     assert planned(least).held >= 32 * 4
@@ -90,7 +90,7 @@ def test_the_command(moec: Moec) -> None:
     assert status == 0, err
     assert json.loads(out)["streamed"]["budget"] == 1_500_000_000
     refused(moec(*arguments, "--hits", "0.6"), "--hits needs a memory budget")
-    refused(moec("plan", DENSE, "--memory-mb", "4000"), "the model has none")
+    refused(moec("plan", DENSE, "--memory-mb", "4000"), f"{load_spec(DENSE).name}: ", "the model has none")
 
 
 def test_a_rate_of_storage_is_measured(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PHASES = ("prefill", "decode")
 
 def least_mb(moec: Moec, artifact: Path) -> int:
     refusal = moec("profile", artifact, *MORE, "--memory-mb", "1")
-    refused(refusal, "a memory budget of 1 MB is less than", "give another --memory-mb, or none")
+    refused(refusal, "a memory budget of 1 MB is less than", "give a larger --memory-mb")
     found = re.search(r"less than (\d+) MB", refusal[2])
     assert found
     return int(found[1])
