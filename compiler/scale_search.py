@@ -12,7 +12,6 @@ from moec.compiler.levels import Grid
 from moec.compiler.quantizer import Inputs
 
 
-
 def _factors(most: float, least: float, step: float) -> tuple[float, ...]:
     return tuple(most - step * i for i in range(round((most - least) / step) + 1))
 
