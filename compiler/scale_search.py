@@ -16,9 +16,9 @@ def _factors(most: float, least: float, step: float) -> tuple[float, ...]:
     return tuple(most - step * i for i in range(round((most - least) / step) + 1))
 
 
-# Of the scale that spans the group. Candidates this far apart, each with the least scale of its codes, come within 0.2% of
-# the error that 600 candidates find in the mean; a wide range is for groups whose largest weight has inputs of little energy.
-# Levels of tables double towards the ends: the largest weight may well be the last but one, 8 of 12 in FP4.
+# Of the scale that spans the group. Candidates this far apart, each with the least scale of its codes, come within 0.2%
+# of the error that 600 candidates find in the mean; the range is wide for groups whose largest weight has inputs of
+# little energy. Levels of tables double towards the ends: the largest weight may be the last but one, 8 of 12 in FP4.
 _FACTORS_OF = {
     "": _factors(1.08, 0.48, 0.05),
     "nl3": _factors(1.4, 0.44, 0.08),

@@ -18,7 +18,8 @@ void Arena::forget() {
 #ifdef __linux__
   madvise(data_, size_, MADV_DONTNEED);
 #else
-  std::memset(data_, 0, size_);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(data_, size_, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) std::memset(data_, 0, size_);
 #endif
 }
 
@@ -64,6 +65,7 @@ void Seats::move(Arena& from, Arena& to, size_t arena, int64_t position) const {
   if (move_pages(from.data(), to.data(), from.size())) return;
   for (const StatePart& part : parts_)
     if (part.arena == arena) std::memcpy(to.data() + part.offset, from.data() + part.offset, part.bytes_at(position));
+  from.forget();
 }
 
 bool Seats::seat(Caches* caches) {

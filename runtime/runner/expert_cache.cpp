@@ -84,6 +84,7 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
     const ExpertBlock& block = blocks_[b];
     for (const int half : {0, 1}) room_[half] = std::max(room_[half], room_for(block.bytes[half], alignment_));
     first_.push_back(static_cast<int64_t>(experts_.size()));
+    most_experts_ = std::max(most_experts_, block.experts);
     for (int64_t e = 0; e < block.experts; ++e) {
       experts_.emplace_back();
       experts_.back().block = static_cast<int32_t>(b);
@@ -94,6 +95,9 @@ ExpertCache::ExpertCache(std::unique_ptr<ExpertStorage> storage, std::vector<Exp
   slot_bytes_ = room_[0] + room_[1];
   usable_ = std::min(slots, static_cast<int64_t>(experts_.size()));
   slots_.resize(static_cast<size_t>(usable_));
+  jobs_.reserve(2 * slots_.size());
+  ahead_jobs_.reserve(2);
+  for (std::vector<int64_t>* queue : {&pending_, &ahead_, &expected_}) queue->reserve(static_cast<size_t>(most_experts_));
   mapped_ = slot_bytes_ * static_cast<uint64_t>(usable_);
   void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -289,7 +293,7 @@ int64_t ExpertCache::victim(Hold most) const {
 }
 
 // `slot` becomes that of the expert, whose two reads become jobs.
-void ExpertCache::give(int64_t index, int64_t slot, std::deque<Job>* jobs) {
+void ExpertCache::give(int64_t index, int64_t slot, std::vector<Job>* jobs) {
   Slot& given = slots_[static_cast<size_t>(slot)];
   forget(given);
   given.expert = index;
@@ -307,7 +311,7 @@ bool ExpertCache::claim() {
   const int64_t index = pending_.front();
   const int64_t slot = victim(experts_[static_cast<size_t>(index)].waiting > 0 ? kNeeded : kExpected);
   if (slot < 0) return false;
-  pending_.pop_front();
+  pending_.erase(pending_.begin());
   give(index, slot, &jobs_);
   return true;
 }
@@ -317,7 +321,7 @@ bool ExpertCache::claim_ahead() {
   if (ahead_.empty()) return false;
   const int64_t index = ahead_.front(), slot = victim(kFree);
   if (slot < 0) return false;
-  ahead_.pop_front();
+  ahead_.erase(ahead_.begin());
   give(index, slot, &ahead_jobs_);
   experts_[static_cast<size_t>(index)].ahead = true;
   return true;
@@ -327,13 +331,13 @@ bool ExpertCache::claim_ahead() {
 bool ExpertCache::next(Job* job) {
   if (!jobs_.empty() || claim()) {
     *job = jobs_.front();
-    jobs_.pop_front();
+    jobs_.erase(jobs_.begin());
     return true;
   }
   // where no slot can be given up, one that is read ahead by halves may be next
   if (ahead_running_ >= most_ahead_ || (ahead_jobs_.empty() && (!pending_.empty() || !claim_ahead()))) return false;
   *job = ahead_jobs_.front();
-  ahead_jobs_.pop_front();
+  ahead_jobs_.erase(ahead_jobs_.begin());
   job->ahead = true;
   if (job->half == 0) ++counts_of(experts_[static_cast<size_t>(slots_[static_cast<size_t>(job->slot)].expert)].block).ahead;
   return true;
@@ -348,14 +352,14 @@ void ExpertCache::read(const Job& job, std::unique_lock<std::mutex>& lock) {
   change(block, 1, 0);
   lock.unlock();
   const int64_t started = now_ns();
-  const std::string fault = storage_->read(begin - head, rounded_up(needed, alignment_), needed, half_of(job.slot, job.half));
+  std::string fault = storage_->read(begin - head, rounded_up(needed, alignment_), needed, half_of(job.slot, job.half));
   const int64_t took = now_ns() - started;
   lock.lock();
   change(block, -1, 0);
   counts_of(block).reading_ns += took;
   counts_of(block).bytes_read += static_cast<int64_t>(bytes);
-  if (!fault.empty()) (job.ahead ? ahead_fault_ : fault_) = fault;
   slot.state[job.half] = fault.empty() ? State::kReady : State::kFailed;
+  if (!fault.empty()) (job.ahead ? ahead_fault_ : fault_) = std::move(fault);
 }
 
 void ExpertCache::read_on() {
@@ -413,22 +417,14 @@ void ExpertCache::routed(int64_t tokens, int64_t d, const float* router_input) {
 // A call of `block` begins, whose uses are set: what was expected of it is judged, and what was in vain is dropped.
 void ExpertCache::judge(int64_t block) {
   ahead_.clear();
-  // An expert of which nothing was read yet gives its slot back: if it is needed it is asked for like any other. Of one
-  // half of which was, the other half follows: first of all if it is needed, else when nobody waits.
-  std::deque<Job> late;
-  for (size_t i = 0; i < ahead_jobs_.size(); ++i) {
-    const Job& job = ahead_jobs_[i];
-    Slot& slot = slots_[static_cast<size_t>(job.slot)];
-    Expert& expert = experts_[static_cast<size_t>(slot.expert)];
-    if (job.half == 0) {  // the other one is behind it
-      expert.ahead = false;
-      forget(slot);
-      ++i;
-    } else {
-      (expert.uses > 0 ? jobs_ : late).push_back(job);
+  // The half that follows one which was read ahead, or is being read: first of all if it is needed, else when nobody waits.
+  if (!ahead_jobs_.empty()) {
+    const Slot& slot = slots_[static_cast<size_t>(ahead_jobs_.front().slot)];
+    if (experts_[static_cast<size_t>(slot.expert)].uses > 0) {
+      jobs_.push_back(ahead_jobs_.front());
+      ahead_jobs_.clear();
     }
   }
-  ahead_jobs_.swap(late);
   for (const int64_t index : expected_) {
     Expert& expert = experts_[static_cast<size_t>(index)];
     const bool right = expert.block == block && expert.uses > 0;
@@ -446,6 +442,7 @@ void ExpertCache::prefer_resident(float share) {
   const auto blocks = static_cast<int64_t>(blocks_.size());
   share_ = share;
   remembered_ = slots() / blocks * blocks;
+  recent_.reserve(static_cast<size_t>(remembered_ + most_experts_));
   near_.assign(experts_.size(), 0);
 }
 
@@ -480,32 +477,19 @@ void ExpertCache::remember(const int32_t* experts, int64_t count) {
 
 int32_t ExpertCache::begin(const void* w13, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
   const auto same = [&](const ExpertBlock& block) { return block.address == w13; };
-  const auto block = std::find_if(blocks_.begin(), blocks_.end(), same);
-  if (block == blocks_.end()) return 0;
+  const auto found = std::find_if(blocks_.begin(), blocks_.end(), same);
+  if (found == blocks_.end()) return 0;
+  const int64_t block = found - blocks_.begin();
   std::unique_lock<std::mutex> call(call_);
-  try {
-    if (!start(block - blocks_.begin(), experts, uses, count, scratch_bytes)) return -1;
-  } catch (const std::bad_alloc&) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    drop_call();
-    fault_ = "out of memory";
-    return -1;
-  }
-  call.release();  // until `end`
-  return 1;
-}
-
-// What `begin` does for a block that the cache has. False: `fault_` says why.
-bool ExpertCache::start(int64_t block, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes) {
   const bool alone = alone_ == block;
   alone_ = -1;
-  const auto valid = [&](int32_t expert) { return expert >= 0 && expert < blocks_[static_cast<size_t>(block)].experts; };
+  const auto valid = [&](int32_t expert) { return expert >= 0 && expert < found->experts; };
   const bool known = std::all_of(experts, experts + count, valid), room = known && raise(&scratch_, scratch_bytes);
   std::unique_lock<std::mutex> lock(mutex_);
   if (!room) {
     fault_ = known ? "the memory budget leaves no room for experts beside the working memory of so many tokens at once"
                    : "damaged: a layer has other experts than when the model was opened";
-    return false;
+    return -1;
   }
   fault_.clear();
   block_ = block;
@@ -546,7 +530,8 @@ bool ExpertCache::start(int64_t block, int32_t* experts, const int32_t* uses, in
   const bool reads = !pending_.empty() || !jobs_.empty();
   lock.unlock();
   if (reads) work_.notify_all();
-  return true;
+  call.release();  // until `end`
+  return 1;
 }
 
 const void* ExpertCache::acquire(int32_t number, int which) {
@@ -562,7 +547,7 @@ const void* ExpertCache::acquire(int32_t number, int which) {
       if (expert.slot < 0) {  // it has no slot yet, or lost it to another worker that waited: it is next
         const auto queued = std::find(pending_.begin(), pending_.end(), index);
         if (queued != pending_.end()) pending_.erase(queued);
-        pending_.push_front(index);
+        pending_.insert(pending_.begin(), index);
       }
       work_.notify_all();
       ready_.wait(lock);
@@ -592,19 +577,14 @@ void ExpertCache::release(int32_t number) {
   if (free) work_.notify_one();
 }
 
-void ExpertCache::drop_call() {
-  if (block_ < 0) return;
-  const ExpertBlock& block = blocks_[static_cast<size_t>(block_)];
-  for (int64_t e = 0; e < block.experts; ++e) experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + e)].uses = 0;
-  pending_.clear();
-  block_ = -1;
-}
-
 void ExpertCache::end() {
   bool more = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    drop_call();
+    const ExpertBlock& block = blocks_[static_cast<size_t>(block_)];
+    for (int64_t e = 0; e < block.experts; ++e) experts_[static_cast<size_t>(first_[static_cast<size_t>(block_)] + e)].uses = 0;
+    pending_.clear();
+    block_ = -1;
     more = !ahead_.empty();
   }
   if (more) work_.notify_one();  // the call's own experts may be given up now

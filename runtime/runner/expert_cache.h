@@ -11,7 +11,6 @@
 
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -165,15 +164,13 @@ class ExpertCache {
   bool next(Job* job);
   void read(const Job& job, std::unique_lock<std::mutex>& lock);
   void judge(int64_t block);
-  bool start(int64_t block, int32_t* experts, const int32_t* uses, int64_t count, uint64_t scratch_bytes);
-  void drop_call();  // its experts are wanted no longer
   int64_t allowed(uint64_t more) const;
   void settle();
   bool raise(uint64_t* part, uint64_t bytes, uint64_t more = 0);
   void resize(int64_t slots);
   bool claim();
   bool claim_ahead();
-  void give(int64_t index, int64_t slot, std::deque<Job>* jobs);
+  void give(int64_t index, int64_t slot, std::vector<Job>* jobs);
   // What experts are given up last for: one that the running call needs, one that the next is expected to need.
   enum Hold { kFree, kExpected, kNeeded };
   int64_t victim(Hold most) const;
@@ -197,11 +194,13 @@ class ExpertCache {
   std::vector<Expert> experts_;                        // of all blocks
   ExpertUses uses_;                                    // of experts_
   std::vector<int64_t> first_;                         // of each block, in experts_
-  std::deque<int64_t> pending_;                        // experts of the running call that no slot was claimed for yet
-  std::deque<Job> jobs_;
+  int64_t most_experts_ = 0;                           // of a block
+  // Queues that allocate nothing once the cache is made: readers and workers could not say that memory has run out.
+  std::vector<int64_t> pending_;                       // experts of the running call that no slot was claimed for yet
+  std::vector<Job> jobs_;
   std::vector<int64_t> expected_;                      // by the last prediction, of experts_
-  std::deque<int64_t> ahead_;                          // of these, those that no slot was claimed for yet
-  std::deque<Job> ahead_jobs_;                         // nobody waits for them
+  std::vector<int64_t> ahead_;                         // of these, those that no slot was claimed for yet
+  std::vector<Job> ahead_jobs_;                        // the halves of one expert at most; nobody waits for them
   int ahead_running_ = 0, most_ahead_ = 0;             // of ahead_jobs_, being read
   Predictor predictor_;
   std::vector<int32_t> predicted_;                     // its room

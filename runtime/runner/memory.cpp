@@ -5,6 +5,9 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#if defined(__APPLE__)
+#include <mach/mach.h>
+#endif
 
 #include <cstdio>
 #include <cstring>
@@ -69,13 +72,26 @@ bool read_process_memory(const std::string& file, ProcessMemory* memory, const v
       const long long anonymous = kb * 1024;
       memory->anonymous += anonymous;
       if (kind == kModel) memory->file_mapped += rss - anonymous;
-      if (kind == kModel && within) memory->of_mapping += rss - anonymous;
+      if (within) memory->of_mapping += rss - anonymous;
       if (kind == kOther) memory->other_files += rss - anonymous;
       // pages of no file that are not anonymous: shared memory and the kernel's own, counted with the libraries
       if (kind == kNone) memory->other_files += rss - anonymous;
     }
   }
   return true;
+}
+
+int64_t resident_besides(const std::string& file, const void* mapping, uint64_t size) {
+#if defined(__APPLE__)
+  // what the system limits an app by; clean pages of files are no part of it
+  task_vm_info_data_t info = {};
+  mach_msg_type_number_t count = TASK_VM_INFO_COUNT;
+  if (task_info(mach_task_self(), TASK_VM_INFO, reinterpret_cast<task_info_t>(&info), &count) != KERN_SUCCESS) return -1;
+  return static_cast<int64_t>(info.phys_footprint);
+#else
+  ProcessMemory process;
+  return read_process_memory(file, &process, mapping, size) ? process.resident - process.of_mapping : -1;
+#endif
 }
 
 int64_t resident_bytes(const void* data, size_t length) {

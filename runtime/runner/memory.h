@@ -17,6 +17,10 @@ struct ProcessMemory {
 // Sums /proc/self/smaps; false where there is none. `file` may be empty. mapping, size: one of the file's, if one is asked for.
 bool read_process_memory(const std::string& file, ProcessMemory* memory, const void* mapping = nullptr, uint64_t size = 0);
 
+// What counts of this process towards a budget of memory, in bytes, but for the resident pages of one mapping of `file`; -1 if
+// the system does not tell.
+int64_t resident_besides(const std::string& file, const void* mapping, uint64_t size);
+
 // Pages of [data, data + length) that are in memory, in bytes; -1 if the system does not tell.
 int64_t resident_bytes(const void* data, size_t length);
 

@@ -12,12 +12,15 @@ using namespace moec_runtime;
 namespace {
 
 constexpr int64_t kSlack = 4 << 20;         // heap of the runtime and stacks of the readers
-constexpr int64_t kLeastScratch = 2 << 20;  // working memory of one token's operators and activations
+constexpr int64_t kLeastScratch = 2 << 20;  // working memory of one token's operators and activations, at least
 constexpr int kMostReaders = 64;
 constexpr int64_t kMostWidth = int64_t{1} << 31;  // of a layer, and of experts and selections, so that products fit
 constexpr uint64_t kLeastExpert = 48;              // bytes of half an expert: one unit of the coarsest codes
 
 constexpr char kNone[] = "a memory budget needs routed experts, and the model has none that can be read one by one";
+
+constexpr char kShared[] =
+    "a memory budget needs experts of its own in every layer, and two layers of the model share one half of theirs";
 
 // The blocks of a program; "" or why there are none, or one of them is not as the kernels read it.
 std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks) {
@@ -41,14 +44,14 @@ std::string blocks_of(const ProgramFile& file, std::vector<ExpertBlock>* blocks)
     block.address = file.mapped().data() + call.offset[0];
     const auto named = [&](const ExpertBlock& other) { return other.address == block.address; };
     const auto same = std::find_if(blocks->begin(), blocks->end(), named);
+    // equal constants are stored once: layers may share one half of their experts, and a block is named by the first
+    const auto second = [&](const ExpertBlock& other) { return other.offset[1] == block.offset[1]; };
+    if (std::find_if(blocks->begin(), blocks->end(), second) != same) return kShared;
     if (same == blocks->end()) {
       blocks->push_back(block);
       continue;
     }
-    // equal constants are stored once: layers may share one half of their experts, and a block is named by the first
-    if (same->experts != block.experts || same->offset[1] != block.offset[1] || same->bytes[0] != block.bytes[0] ||
-        same->bytes[1] != block.bytes[1])
-      return "a memory budget needs experts of its own in every layer, and two layers of the model share one half of theirs";
+    if (same->experts != block.experts || same->bytes[0] != block.bytes[0] || same->bytes[1] != block.bytes[1]) return kShared;
     same->top_k = std::max(same->top_k, block.top_k);
   }
   return blocks->empty() ? kNone : "";
@@ -85,6 +88,16 @@ std::vector<Router> routers_of(const ProgramFile& file, const std::vector<Expert
   return routers;
 }
 
+// Working memory of a block for one token, by an estimate that is on the safe side: activations of all its experts as they are
+// and rounded, and of every worker a unit's outputs and 16 rounded rows (run_narrow and run_wide of moe_run.cpp).
+int64_t token_scratch(const MoeCall& call, int64_t threads) {
+  const auto of = [&](size_t field) { return std::clamp<int64_t>(call.config[field], 0, kMostWidth / 64); };
+  const int64_t d = of(MOEC_CONFIG_D_MODEL), k = of(MOEC_CONFIG_TOP_K), width = of(MOEC_CONFIG_EXPERT_WIDTH);
+  const int64_t shared = of(MOEC_CONFIG_SHARED_WIDTH), widest = std::max({d, width, shared});
+  const int64_t together = 8 * (k * (d + width) + shared + 2 * d) + 128 * of(MOEC_CONFIG_EXPERTS);
+  return together + threads * (4 * k * (d + 16) + 128 * widest + 64 * of(MOEC_CONFIG_EXPERTS) + 4096);
+}
+
 int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
 
 }  // namespace
@@ -108,19 +121,43 @@ int64_t moec_model::session_bytes() const {
   return caches;
 }
 
+// Bytes of so many open sessions and of moec_model_forward's, beyond the caches that the budget subtracted, and of what was
+// loaded since.
+int64_t moec_model::held_bytes(int64_t open) const {
+  return std::max<int64_t>(open + (own_used ? 1 : 0) - 1, 0) * session_bytes() + late_bytes;
+}
+
 // Room for this much beside the caches of all sessions, until count_session(0).
 bool moec_model::hold_beside(int64_t bytes) {
-  const int64_t held = std::max<int64_t>(sessions - 1, 0) * session_bytes() + bytes;
-  return !experts || bytes <= 0 || experts->hold(static_cast<uint64_t>(held));
+  return !experts || bytes <= 0 || experts->hold(static_cast<uint64_t>(held_bytes(sessions) + bytes));
+}
+
+// moec_model_forward has caches of its own, from its first call on.
+bool moec_model::use_own() {
+  if (own_used) return true;
+  own_used = true;
+  if (count_session(0)) return true;
+  own_used = false;
+  return false;
+}
+
+// XNNPACK packs the weights of each method anew: the second takes as much as the first.
+bool moec_model::count_method() {
+  if (!experts || delegate_bytes == 0) return true;
+  late_bytes += delegate_bytes;
+  if (experts->hold(static_cast<uint64_t>(held_bytes(sessions)))) return true;
+  late_bytes -= delegate_bytes;
+  return fail(text("the memory budget of %" PRId64 " MB has no room for the weights that XNNPACK packs for the logits of all tokens, "
+                   "%" PRId64 " MB", memory_budget / 1'000'000, megabytes(delegate_bytes)));
 }
 
 // One more session, or one less. The caches of the first were subtracted when the budget was set; those of others take slots
 // from the expert cache.
 bool moec_model::count_session(int64_t change) {
-  const int64_t caches = session_bytes(), now = sessions + change;
-  if (experts && !experts->hold(static_cast<uint64_t>(std::max<int64_t>(now - 1, 0) * caches)))
+  const int64_t now = sessions + change;
+  if (experts && !experts->hold(static_cast<uint64_t>(held_bytes(now))))
     return fail(text("the memory budget of %" PRId64 " MB has no room for the caches of another session, %" PRId64 " MB",
-                     memory_budget / 1'000'000, megabytes(caches)));
+                     memory_budget / 1'000'000, megabytes(session_bytes())));
   sessions = now;
   return true;
 }
@@ -135,10 +172,10 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
     expert_bytes += static_cast<int64_t>(block.bytes[0] + block.bytes[1]) * block.experts;
     count += block.experts;
   }
-  ProcessMemory process;
   // another model of the same file has a mapping of its own
-  if (!read_process_memory(path, &process, file->mapped().data(), file->mapped().size())) return fail("this system does not report how much memory a process uses");
-  int64_t fixed = process.resident - process.of_mapping + static_cast<int64_t>(file->facts().constant_bytes) - expert_bytes + kSlack;
+  const int64_t besides = resident_besides(path, file->mapped().data(), file->mapped().size());
+  if (besides < 0) return fail("this system does not report how much memory a process uses");
+  int64_t fixed = besides + static_cast<int64_t>(file->facts().constant_bytes) - expert_bytes + kSlack;
   // of the first arena, which holds activations, a call uses what its tokens need: `forward` announces it
   for (size_t i = 1; i < arenas.size(); ++i)
     fixed += static_cast<int64_t>(arenas[i].size()) - std::max<int64_t>(resident_bytes(arenas[i].data(), arenas[i].size()), 0);
@@ -147,24 +184,28 @@ bool moec_model::limit_memory(int64_t bytes, ExpertPolicy policy, int readers) {
   if (!storage) return fail(fault);
   const auto slot_bytes = static_cast<int64_t>(ExpertCache::slot_bytes_of(blocks, storage->alignment()));
   const int64_t least = least_slots(blocks, static_cast<int32_t>(info.threads));
-  const int64_t least_budget = fixed + kLeastScratch + least * slot_bytes;
+  int64_t scratch = 0;
+  for (const MoeCall& call : file->facts().moe_calls) scratch = std::max(scratch, token_scratch(call, info.threads));
+  scratch = std::max(scratch + static_cast<int64_t>(activation_bytes(1, false)), kLeastScratch);
+  const int64_t least_budget = fixed + scratch + least * slot_bytes;
   if (bytes < least_budget)
     return fail(text("a memory budget of %" PRId64 " MB is less than %" PRId64 " MB: %" PRId64
-                     " for all but the routed experts, and the %" PRId64 " experts of one token",
-                     bytes / 1'000'000, megabytes(least_budget), megabytes(fixed + kLeastScratch), least));
-  // a call of many tokens takes its memory from the experts when it runs, at most half of what is spare
-  const int64_t most = info.max_tokens;
-  info.max_tokens = most_tokens((bytes - fixed - kLeastScratch - least * slot_bytes) / 2, least);
-  const int64_t slots = std::min((bytes - fixed - kLeastScratch) / slot_bytes, count);
+                     " for all but the routed experts, and the %" PRId64 " experts of one token%s",
+                     bytes / 1'000'000, megabytes(least_budget), megabytes(fixed + scratch), least,
+                     least == info.threads ? ", or one for each thread" : ""));
+  const int64_t slots = std::min((bytes - fixed - scratch) / slot_bytes, count);
   std::vector<Router> routers = routers_of(*file, blocks);
   auto cache = std::make_unique<ExpertCache>(std::move(storage), std::move(blocks), slots, policy, readers);
   cache->read_ahead([routers = std::move(routers)](int64_t block, int64_t tokens, int64_t d, const float* x, int32_t* out) {
     return routers[static_cast<size_t>(block)].select(tokens, d, x, out);
   });
   // where all experts fit, what is left is for calls and other sessions
-  cache->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least, kLeastScratch);
+  cache->reserve(static_cast<uint64_t>(bytes - fixed - slots * slot_bytes), least, static_cast<uint64_t>(scratch));
   experts = std::move(cache);
   memory_budget = bytes;
+  // a call of many tokens takes its memory from the experts when it runs, at most half of what is spare
+  const int64_t most = info.max_tokens;
+  info.max_tokens = most_tokens((bytes - least_budget) / 2, least);
   if (count_session(0)) {  // those that are open already
     // the system may have the file in huge pages, and would map experts with the weights beside them
     for (const MoeCall& call : file->facts().moe_calls)

@@ -89,6 +89,9 @@ struct moec_model {
   std::unique_ptr<ExpertCache> experts;  // where a memory budget was set
   int64_t memory_budget = 0;
   int64_t sessions = 0;                  // that are open
+  bool own_used = false;                 // moec_model_forward was called
+  int64_t delegate_bytes = 0;            // that XNNPACK packed for one method
+  int64_t late_bytes = 0;                // of methods that were loaded when the budget was set already
   bool rows_are_positions = false;  // axis 1 of every state counts positions
   Seats seats;
   Caches own;              // of moec_model_forward
@@ -114,7 +117,10 @@ struct moec_model {
   int64_t most_tokens(int64_t bytes, int64_t slots);
   uint64_t activation_bytes(int64_t n, bool all);
   int64_t session_bytes() const;  // of the caches of one
+  int64_t held_bytes(int64_t open) const;
   bool hold_beside(int64_t bytes);
+  bool use_own();
+  bool count_method();
   bool count_session(int64_t change);
   bool limit_memory(int64_t bytes, ExpertPolicy policy, int readers);
   bool set_threads(int32_t threads);

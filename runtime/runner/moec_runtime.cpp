@@ -173,7 +173,12 @@ bool moec_model::reserve_arenas(const std::vector<std::string>& names) {
 bool moec_model::load_method(const std::string& name) {
   if (module->is_method_loaded(name)) return true;
   Watch watch;
+  ProcessMemory before, after;
+  const bool first = delegated && delegate_bytes == 0;
+  if (first) read_process_memory("", &before);
+  else if (!count_method()) return false;
   const Error code = module->load_method(name, methods.at(name).memory.get());
+  if (first && read_process_memory("", &after)) delegate_bytes = std::max<int64_t>(after.anonymous - before.anonymous, 0);
   if (code == Error::Ok) return true;
   if (code == Error::OperatorMissing) return fail(name + ": the program uses an operator that this build does not have; rebuild it");
   return fail(name.c_str(), code, watch);
@@ -311,7 +316,8 @@ bool moec_model::ready(const int64_t* ids, int64_t n, int64_t start, bool all, i
   if (all && !info.has_all) return fail("the program has no method forward_all");
   if (file->truncated()) return fail("truncated while it is in use");
   if (!load_method(all ? "forward_all" : "forward")) return false;
-  if (!experts || experts->need(activation_bytes(n, all))) return true;
+  // the logits of all tokens come on top of the budget where it has no room for them
+  if (!experts || experts->need(activation_bytes(n, all)) || (all && experts->need(activation_bytes(n, false)))) return true;
   return fail("the memory budget leaves no room for experts beside the activations of so many tokens at once");
 }
 
@@ -397,7 +403,8 @@ int32_t moec_model_forward(moec_model* model, const int64_t* ids, int64_t n, int
   const bool ok = guarded(model, [&] {
     if (!model->module || !ids || (capacity != 0 && !logits)) return model->fail("not open, or no buffer");
     Watch watch;
-    return model->ready(ids, n, start, all != 0, capacity) && model->forward(&model->own, ids, n, start, all != 0, logits, capacity);
+    return model->use_own() && model->ready(ids, n, start, all != 0, capacity) &&
+           model->forward(&model->own, ids, n, start, all != 0, logits, capacity);
   });
   return ok ? 0 : -1;
 }

@@ -356,8 +356,8 @@ def test_what_a_large_budget_leaves_is_for_sessions_and_long_calls(model: Path) 
         session.close()
 
 
-def merged(program: bytes) -> bytes:
-    """A program whose layers have one gate/up matrix: the place of the first is written over those of all."""
+def merged(program: bytes, half: int) -> bytes:
+    """A program whose layers have one gate/up matrix (half 0) or one down: the place of the first is that of all."""
 
     def number(at: int, form: str) -> int:
         return int(struct.unpack_from("<" + form, program, at)[0])
@@ -373,18 +373,21 @@ def merged(program: bytes) -> bytes:
     places = [number(offsets + 4 + 8 * i, "Q") for i in range(count)]
     ends = dict(zip(sorted(places), [*sorted(places)[1:], 0], strict=True))
     sizes = [ends[place] - place for place in places]
-    gate_up = [i for i in range(count) if sizes[i] == max(sizes)]  # twice as large as down
-    assert len(gate_up) == LAYERS
+    wanted = sorted(set(sizes))[-1 - half]  # gate/up is twice as large as down, and no other constant is as large
+    same = [i for i in range(count) if sizes[i] == wanted]
+    assert len(same) == LAYERS
     changed = bytearray(program)
-    for i in gate_up:
-        struct.pack_into("<Q", changed, offsets + 4 + 8 * i, places[gate_up[0]])
+    for i in same:
+        struct.pack_into("<Q", changed, offsets + 4 + 8 * i, places[same[0]])
     return bytes(changed)
 
 
-def test_layers_that_share_one_half_of_their_experts_are_refused(model: Path, tmp_path: Path) -> None:
-    """The address of gate/up names a layer to the cache, and would give all of them the down matrices of one."""
+@pytest.mark.parametrize("half", [0, 1])
+def test_layers_that_share_one_half_of_their_experts_are_refused(model: Path, tmp_path: Path, half: int) -> None:
+    """The address of gate/up names a layer to the cache, and would give all of them the down matrices of one; a down
+    matrix of two layers would be counted twice."""
     copy = tmp_path / "model.pte"
-    copy.write_bytes(merged(model.read_bytes()))
+    copy.write_bytes(merged(model.read_bytes(), half))
     with CpuSession(copy, threads=1) as session:
         session.prefill([1, 2, 3])
     with pytest.raises(RunError, match="two layers of the model share one half of theirs"):

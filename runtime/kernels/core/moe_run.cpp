@@ -259,7 +259,8 @@ void run_expert(const Run& run, Expert& expert, HeldExpert* held, const Rows& in
 
 int32_t run_wide(Run& run) {
   const Moe& moe = run.moe;
-  const int64_t tile = tile_rows(moe), d = moe.d, k = moe.top_k;
+  const int64_t d = moe.d, k = moe.top_k, rows = tile_rows(moe);
+  const int64_t tile = rows < run.tokens ? rows : run.tokens;  // no expert gets more
   const int64_t shared_tiles = moe.shared_width ? divide_up(run.tokens, tile) : 0;
   const bool rounded_once = needs_quantized(moe.w13.format) && !moe.routing.apply_input;
 
@@ -297,6 +298,7 @@ int32_t run_wide(Run& run) {
   for (int64_t h = 0; h < run.hits; ++h) run.uses[h] = int32_t(2 * divide_up(run.count(run.hit[h]), tile));
   Experts experts(moe);
   if (!experts.begin(run.hit, run.uses, run.hits, shared_bytes + worker_plan.total() * size_t(run.threads))) return unreadable();
+  experts.routed(run.tokens, run.router_input);
   int64_t n_tiles = 0;
   for (int64_t i = 0; i < shared_tiles; ++i) {  // first: they are the longest
     const int64_t begin = run.tokens * i / shared_tiles, end = run.tokens * (i + 1) / shared_tiles;
