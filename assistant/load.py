@@ -5,11 +5,12 @@ Nothing here needs torch, unless the target does.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from moec.compiler.artifact import Artifact, file_digest
-from moec.compiler.errors import RunError
+from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase, Writer
 from moec.compiler.source import TOKENIZER
 from moec.compiler.target import Session, target_of
@@ -28,28 +29,37 @@ def load(
     memory_mb: the most memory of this process, in 10^6 bytes: routed experts are read as tokens choose them (xnnpack).
     cache_aware: with such a budget, how much the router of a token that is run alone prefers experts in memory, as a
     share (0 to 1) of the range of what it selects by: results then depend on what was decoded before.
-    An MLIR artifact is code: TrustError unless `trust`. RunError for a budget that is too small, with the least.
+    With a budget the tokenizer and chat template are read first, so that it counts them, else when text is first asked
+    for. An MLIR artifact is code: TrustError unless `trust`. RunError for a budget that is too small, with the least.
     """
     opened = (artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)).within(memory_mb, cache_aware)
-    with trusting(trust):
-        session = target_of(opened).load(opened)
+
+    @cache
+    def writer() -> Writer:
+        from moec.assistant.assistant import Assistant
+
+        return Assistant.of(opened)
+
+    if getattr(opened.options(), "memory_mb", None) is not None:
+        with suppress(ArtifactError):  # ids need none; asking for text raises it again
+            writer()
+    session = load_session(opened, trust=trust)
     if isinstance(session, SessionBase):
-
-        @cache
-        def writer() -> Writer:
-            from moec.assistant.assistant import Assistant
-
-            return Assistant.of(opened)
-
         session.writer = writer
     return session
+
+
+def load_session(artifact: Artifact, *, trust: bool = False) -> Session:
+    """As `load`, for one who has a tokenizer or needs none: the session generates no text by itself."""
+    with trusting(trust):
+        return target_of(artifact).load(artifact)
 
 
 def load_draft(draft: Artifact | str | Path, of: Artifact, session: Session, *, trust: bool = False) -> Session:
     """Open a small model that guesses for the artifact `of`, whose session is `session` (`assistant/speculate.py`).
 
-    RunError where the two have other tokenizers, where a guess could change what the model says, and where `of` has a
-    memory budget, which would not count the small model.
+    All of it is in memory, whatever budget it brings. RunError where the two have other tokenizers, where a guess could
+    change what the model says, and where `of` has a memory budget, which would not count the small model.
     """
     if getattr(of.options(), "memory_mb", None) is not None:
         what = "a memory budget does not count the weights and caches of a draft"
@@ -63,4 +73,4 @@ def load_draft(draft: Artifact | str | Path, of: Artifact, session: Session, *, 
     if not getattr(session, "exact_calls", False):
         what = "a draft could change its text: a token's last bits depend on the others of a call"
         raise RunError(what, place=str(of.folder), remedy="leave --draft out")
-    return load(opened, trust=trust)
+    return load_session(opened.in_memory(), trust=trust)

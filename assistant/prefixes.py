@@ -2,7 +2,7 @@
 
 A file's name has its artifact, the number of its tokens and their digest, so that a search reads no file. A restored
 session equals the saved one bit for bit. A damaged file, or one that does not hold what its name says, is removed with
-a warning, and its prefix is computed again.
+a warning, and its prefix is computed again; one that cannot be used for another reason stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moec.compiler.errors import RunError, UserError
+from moec.compiler.errors import NoRoomError, RunError, SessionFileError, UserError
 from moec.compiler.target import Session
 
 log = logging.getLogger("moec.prefixes")
@@ -58,9 +58,14 @@ class PrefixCache:
             if not held < count < len(ids) or file.name != self._name(ids[:count]):
                 continue
             try:
-                session.restore(file)
-            except RunError as error:
+                self._restore(session, file)
+            except SessionFileError as error:
                 self._remove(file, str(error))
+                held = min(held, session.position)
+                continue
+            except RunError as error:
+                log.warning("a prefix is not used: %s", error)
+                held = min(held, session.position)
                 continue
             if session.tokens != list(ids[:count]):
                 self._remove(file, f"{file}: holds other tokens than its name says")
@@ -70,6 +75,14 @@ class PrefixCache:
                 os.utime(file)
             return count
         return held
+
+    def _restore(self, session: Session, file: Path) -> None:
+        """Restore a file, where a memory budget has no room for two sessions' caches in place of the session's own."""
+        try:
+            session.restore(file)
+        except NoRoomError:
+            session.reset()
+            session.restore(file)
 
     def keep(self, session: Session) -> None:
         """Save a session, unless its prefix is saved already. A failure is a warning and has no other effect."""

@@ -101,7 +101,7 @@ def chat(
     from moec.assistant.answer import Limits
     from moec.assistant.assistant import Assistant
     from moec.assistant.conversation import Conversation
-    from moec.assistant.load import load, load_draft
+    from moec.assistant.load import load_draft, load_session
     from moec.compiler.artifact import Artifact
 
     sampling = sampling_of(
@@ -123,7 +123,7 @@ def chat(
     # a template that is missing or faulty fails now, not at the first question
     assistant.chat_prompt([{"role": "user", "content": "?"}])
     assistant.prefixes = prefixes_in(prefix_cache, opened)
-    session = load(opened)
+    session = load_session(opened)
     helper = None
     try:
         if draft is not None:

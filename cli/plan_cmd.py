@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.compiler.errors import UserError
-
 if TYPE_CHECKING:
     from moec.analysis.plan.memory import Memory
     from moec.analysis.plan.planner import Plan
@@ -31,13 +29,16 @@ def plan(
     memory_mb: Annotated[
         int | None,
         typer.Option(
-            "--memory-mb", min=1, metavar="N", help="Plan for N million bytes, experts read when tokens select them."
+            "--memory-mb",
+            min=1,
+            metavar="N",
+            help="Plan for N million bytes, experts read when tokens select them; default: what the spec says.",
         ),
     ] = None,
     hits: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="With --memory-mb: the cache's hit rate; default: that of uniform routing."
+            min=0.0, max=1.0, help="Within a memory budget: the cache's hit rate; default: that of uniform routing."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -59,8 +60,6 @@ def plan(
 
     loaded = load_spec(spec)
     named = device if device is not None else loaded.device
-    if hits is not None and memory_mb is None:
-        raise UserError("--hits needs a memory budget", remedy="add --memory-mb")
     made = plan_spec(
         loaded,
         None if named is None else load_device(named),
@@ -106,6 +105,7 @@ def plan_facts(p: Plan) -> dict[str, Any]:
         **facts,
         "device": p.device.name,
         "budget_bytes": p.device.budget,
+        "needs_bytes": p.needs,
         "fits": p.fits,
         "longest_context": p.longest,
         "rates": None if p.rates is None else p.rates.basis,
@@ -211,16 +211,17 @@ def _show_verdict(p: Plan) -> None:
     assert p.device is not None
     budget = size(p.device.budget)
     mapped = p.mapped
-    if mapped:
+    if mapped and p.needs == p.peak.peak:
         print(
             f"\nof {size(p.peak.peak)}, {size(mapped)} are pages of the file, which the system can drop and read again "
             f"when memory is short; {size(p.peak.peak - mapped)} are not"
         )
+    needs = size(p.needs) if p.needs == p.peak.peak else f"the memory budget of {size(p.needs)},"
     if p.fits:
-        print(f"\nfits: {size(p.peak.peak)} of the {budget} that {p.device.name} gives an app")
+        print(f"\nfits: {needs} of the {budget} that {p.device.name} gives an app")
         return
     longest = f"the longest context that fits is {p.longest}" if p.longest else "no context fits"
-    print(f"\ndoes not fit: {size(p.peak.peak)}, {p.device.name} gives an app {budget}; {longest}")
+    print(f"\ndoes not fit: {needs.rstrip(',')}, {p.device.name} gives an app {budget}; {longest}")
     rows = [(a.change, size(a.saves), size(a.peak), "yes" if a.fits else "no", a.weights) for a in p.advice]
     table("\nWhat to change", ["change", "saves", "peak", "fits", "weights"], rows, right=[1, 2])
     if not any(a.fits for a in p.advice):

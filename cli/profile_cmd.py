@@ -67,12 +67,6 @@ def profile(
     on_device = adb or serial is not None
     if (dry_run or runner is not None) and not on_device:
         raise UserError(f"{'--dry-run' if dry_run else '--runner'} is for devices", remedy="add --adb")
-    if on_device and memory_mb is not None:
-        raise UserError(
-            "--memory-mb works on this machine only", remedy="compile with targets: {xnnpack: {memory_mb: N}}"
-        )
-    if on_device and cache_aware is not None:
-        raise UserError("--cache-aware works on this machine only", remedy="leave it out")
     check_writable(json_file)
     settings = Settings(prompts, parse_contexts(context), decode, repeat, threads, warm, mixed)
     opened = Artifact.open(artifact).within(memory_mb, cache_aware)

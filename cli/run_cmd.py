@@ -136,7 +136,7 @@ def run_artifact(
         return _run_ids(opened, prompt_ids, limits, as_json=as_json)
 
     from moec.assistant.assistant import Assistant
-    from moec.assistant.load import load, load_draft
+    from moec.assistant.load import load_draft, load_session
 
     text = _piped() if prompt == "-" else prompt
     assert text is not None
@@ -148,7 +148,7 @@ def run_artifact(
         given_prompt = assistant.chat_prompt(messages, tools=None if tools is None else _tools(tools))
     else:
         given_prompt = assistant.text_prompt(text)
-    session = load(opened)
+    session = load_session(opened)
     helper = None
     try:
         if draft is not None:
@@ -189,9 +189,9 @@ def _print_answer(answer: Answer, *, show_text: bool) -> None:
 
 def _run_ids(opened: Artifact, prompt_ids: list[int], limits: Limits, *, as_json: bool) -> None:
     from moec.assistant.generate import Generation
-    from moec.assistant.load import load
+    from moec.assistant.load import load_session
 
-    session = load(opened)
+    session = load_session(opened)
     new: list[int] = []
     try:
         assert limits.max_new_tokens is not None

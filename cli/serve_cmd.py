@@ -62,7 +62,7 @@ def serve(
     import uvicorn
 
     from moec.assistant.assistant import Assistant
-    from moec.assistant.load import load
+    from moec.assistant.load import load_session
     from moec.assistant.server.app import Server, Settings
     from moec.compiler.artifact import Artifact
 
@@ -70,7 +70,7 @@ def serve(
     warn_of_preference(opened)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     assistant.prefixes = prefixes_in(prefix_cache, opened)
-    session = load(opened)
+    session = load_session(opened)
     created = int((opened.folder / "manifest.json").stat().st_mtime)
     kept = conversations if conversations is not None else 1 if getattr(opened.options(), "memory_mb", None) else 4
     settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept)

@@ -45,6 +45,14 @@ class LostFileError(RunError):
     """An artifact's file was cut, or cannot be read any more, while it is in use: no fault of the request."""
 
 
+class NoRoomError(RunError):
+    """A memory budget has no room for what was asked: no fault of a file or of the request."""
+
+
+class SessionFileError(RunError):
+    """A file is no saved session that can be restored: damaged, of another artifact or version, or something else."""
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed; the remedy names the extra."""
 

@@ -142,8 +142,9 @@ class SessionBase(ABC):
     def restore(self, path: str | Path) -> None:
         """Replace tokens and caches by those that `save` wrote; what follows gives the same logits, bit for bit.
 
-        RunError, and the session is as it was: the file is missing, damaged or of another artifact, the session is
-        closed, or the target saves none.
+        RunError, and the session is as it was: SessionFileError for a file that is missing, damaged or of another
+        artifact, NoRoomError where a memory budget has no room for the file's caches beside the session's (one that was
+        reset has none), or the session is closed, or the target saves none.
         """
         raise self._not_here("be restored")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.analysis.plan.memory import Model, longest_context, memory
+from moec.analysis.plan.memory_budget import apart, has_budget
 from moec.compiler.spec import Quantization, Spec
 from moec.compiler.spec.sources import source_of
 
@@ -36,20 +37,33 @@ class Advice:
         return "quantized anew, from a checkpoint in floating point" if self.requantize else "the same"
 
 
-def advise(spec: Spec, model: Model, budget: int, context: int) -> list[Advice]:
-    """Changes that save memory: first those that keep the trained weights, each group by what it saves."""
-    now = memory(model, context).peak
+def advise(spec: Spec, model: Model, budget: int, context: int, now: int) -> list[Advice]:
+    """Changes that save memory: first those that keep the trained weights, each group by what it saves.
+
+    now: the bytes that are needed without a change.
+    """
+    found = _within(model, budget, context, now)
 
     def judged(change: str, other: Model, positions: int, retrain: bool) -> Advice:
         peak = memory(other, positions).peak
         requantize = not retrain and _stored(other.quantization) != _stored(model.quantization)
         return Advice(change, peak, now - peak, peak <= budget, requantize, retrain)
 
-    found = [judged(*proposal) for proposal in _proposals(spec, model, budget, context)]
+    found += [judged(*proposal) for proposal in _proposals(spec, model, budget, context)]
     # a change that another one contains is named once: the first of equal peaks
     useful = [a for i, a in enumerate(found) if a.saves > 0 and all(a.peak != b.peak for b in found[:i])]
     kept = sorted((a for a in useful if not a.retrain), key=lambda a: -a.saves)
     return kept + sorted((a for a in useful if a.retrain), key=lambda a: -a.saves)
+
+
+def _within(model: Model, budget: int, context: int, now: int) -> list[Advice]:
+    """A memory budget of all that the device gives, if one token needs no more."""
+    least = memory(model, context).peak - apart(model)
+    if not has_budget(model) or least > budget:
+        return []
+    megabytes = budget // 1_000_000
+    peak = megabytes * 1_000_000
+    return [Advice(f"memory_mb: {megabytes} in the target's options", peak, now - peak, True, False, False)]
 
 
 def _proposals(spec: Spec, model: Model, budget: int, context: int) -> Iterator[tuple[str, Model, int, bool]]:

@@ -156,10 +156,13 @@ def expert_bytes_touched(model: Model, tokens: int) -> float:
     return stored * moe.touched(tokens) / moe.experts
 
 
-def longest_context(model: Model, budget: int) -> int:
-    """The most positions, up to the model's own context, whose peak is within `budget` bytes; 0 if none is."""
+def longest_context(model: Model, budget: int, apart: int = 0) -> int:
+    """The most positions, up to the model's own context, whose peak less `apart` is within `budget` bytes; 0 if none.
+
+    apart: bytes of the peak that need not be in memory.
+    """
     low, high = 0, model.architecture.context
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if memory(model, middle).peak <= budget else (low, middle - 1)
+        low, high = (middle, high) if memory(model, middle).peak - apart <= budget else (low, middle - 1)
     return low

@@ -59,31 +59,50 @@ class Streamed:
         return 1.0 / max(self.reading_s, self.computing_s)
 
 
+class BudgetTooSmall(UserError):
+    """A memory budget within which not even one token can be computed."""
+
+
+def has_budget(model: Model) -> bool:
+    """Whether the model has routed experts, and its target reads them as tokens select them."""
+    return model.architecture.experts is not None and "memory_mb" in type(model.options).model_fields
+
+
+def apart(model: Model) -> int:
+    """Bytes of routed experts that need not be in memory: all but those of one token."""
+    moe = model.architecture.experts
+    if moe is None:
+        return 0
+    stored = sum(model.stored(w) for w in model.architecture.weights if w.role == "expert")
+    return stored - moe.layers * moe.top_k * (stored // (moe.layers * moe.experts))
+
+
 def streamed(
     model: Model, budget: int, context: int, *, device: Device | None, rates: Rates | None, hits: float | None = None
 ) -> Streamed:
     """A plan for `budget` bytes. `hits`: the measured share.
 
-    UserError: the model has no routed experts, the target reads them all, or the budget is less than one token needs.
+    UserError: the model has no routed experts, or its target no budget. BudgetTooSmall: less than one token needs.
     """
     moe, name = model.architecture.experts, model.architecture.name
     if moe is None:
-        what, remedy = "a memory budget needs routed experts, and the model has none", "leave --memory-mb out"
+        what, remedy = "a memory budget needs routed experts, and the model has none", "leave the budget out"
         raise UserError(what, place=name, remedy=remedy)
-    if "memory_mb" not in type(model.options).model_fields:
-        what, remedy = "the target has no memory budget", "leave --memory-mb out, or choose --target xnnpack"
-        raise UserError(what, place=name, remedy=remedy)
+    if not has_budget(model):
+        what = f"the target {model.footprint.target} has no memory budget"
+        raise UserError(what, place=name, remedy="leave --memory-mb out, or choose --target xnnpack")
     stored = sum(model.stored(w) for w in model.architecture.weights if w.role == "expert")
     count = moe.layers * moe.experts
     expert = stored // count
-    fixed = memory(model, context).peak - stored
-    least = fixed + moe.layers * moe.top_k * expert
+    peak = memory(model, context).peak
+    fixed, least = peak - stored, peak - apart(model)
     if budget < least:
-        raise UserError(
-            f"--memory-mb {budget // 1_000_000} is less than {-(-least // 1_000_000)}: {-(-fixed // 1_000_000)} MB for "
-            f"all but the routed experts, and the {moe.layers * moe.top_k} experts of one token",
+        raise BudgetTooSmall(
+            f"a memory budget of {budget // 1_000_000} MB is less than {-(-least // 1_000_000)} MB: "
+            f"{-(-fixed // 1_000_000)} for all but the routed experts, and the {moe.layers * moe.top_k} experts of one "
+            "token",
             place=name,
-            remedy="give a larger one, or a shorter --context",
+            remedy="give a larger one, or a shorter context",
         )
     held = min(count, (budget - fixed) // expert)
     share = held / count if hits is None else hits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.analysis.plan.advice import Advice, advise
@@ -18,7 +18,7 @@ from moec.analysis.plan.memory import (
     roles,
     weight_bytes,
 )
-from moec.analysis.plan.memory_budget import Streamed, streamed
+from moec.analysis.plan.memory_budget import BudgetTooSmall, Streamed, apart, streamed
 from moec.analysis.plan.roofline import Step, decode, prefill
 from moec.compiler.architecture import Architecture
 from moec.compiler.errors import CompileError, UserError
@@ -38,7 +38,10 @@ PROMPT = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer to `moec plan`. Bytes and seconds. `longest` is 0 when not even one position fits."""
+    """The answer to `moec plan`. Bytes and seconds. `longest` is 0 when not even one position fits.
+
+    peak: with all of the model in memory. streamed: within a memory budget, where there is one.
+    """
 
     model: Model
     target: str
@@ -59,8 +62,13 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the device's budget; None without a device."""
-        return None if self.device is None else self.peak.peak <= self.device.budget
+        """Whether what it needs is within the device's budget; None without a device."""
+        return None if self.device is None else self.needs <= self.device.budget
+
+    @property
+    def needs(self) -> int:
+        """The most memory: the peak, or the memory budget where that is less."""
+        return self.peak.peak if self.streamed is None else min(self.peak.peak, self.streamed.budget)
 
     @property
     def mapped(self) -> int:
@@ -79,11 +87,15 @@ def plan_spec(
 ) -> Plan:
     """Plan a spec. `context`: positions in use, default all of the model's. `memory_mb`, `hits`: see memory_budget.py.
 
-    Errors: UserError for an unknown target or one that cannot be planned, a context outside 1..the model's, a model
-    whose shapes are not known, a budget that cannot be kept.
+    memory_mb None: what the spec's target says, else no budget. Errors: UserError for an unknown target or one that
+    cannot be planned, a context outside 1..the model's, a model whose shapes are not known, a budget that cannot be
+    kept, and hits without a budget.
     """
     target, options = _target(spec, device, target)
     model = model_of(spec, target, options)
+    memory_mb = memory_mb if memory_mb is not None else getattr(options, "memory_mb", None)
+    if hits is not None and memory_mb is None:
+        raise UserError("--hits needs a memory budget", place=spec.name, remedy="add --memory-mb")
     a = model.architecture
     if context is not None and not 1 <= context <= a.context:
         raise UserError(
@@ -95,8 +107,10 @@ def plan_spec(
     contexts = sorted({c for c in CONTEXTS if c < used} | {used})
     rates = None if device is None else model.footprint.rates(device, reference())
     peak = memory(model, used)
-    fits = device is None or peak.peak <= device.budget
-    return Plan(
+    within = None
+    if memory_mb is not None:
+        within = streamed(model, memory_mb * 1_000_000, used, device=device, rates=rates, hits=hits)
+    made = Plan(
         model=model,
         target=target,
         device=device,
@@ -110,12 +124,20 @@ def plan_spec(
         rates=rates,
         decode=() if device is None else tuple(decode(model, device, rates, c - 1) for c in contexts),
         prefill=None if device is None else prefill(model, device, rates, min(PROMPT, used)),
-        longest=None if device is None else longest_context(model, device.budget),
-        advice=() if fits or device is None else tuple(advise(spec, model, device.budget, used)),
-        streamed=None
-        if memory_mb is None
-        else streamed(model, memory_mb * 1_000_000, used, device=device, rates=rates, hits=hits),
+        longest=None if device is None else _longest(model, device, within),
+        advice=(),
+        streamed=within,
     )
+    if made.fits is not False or device is None:
+        return made
+    return replace(made, advice=tuple(advise(spec, model, device.budget, used, made.needs)))
+
+
+def _longest(model: Model, device: Device, within: Streamed | None) -> int:
+    """The most positions that fit the device, experts read from the file where a budget fits it."""
+    if within is None or within.budget > device.budget:
+        return longest_context(model, device.budget)
+    return longest_context(model, within.budget, apart(model))
 
 
 def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str, Any]:
@@ -127,7 +149,8 @@ def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str,
             raise UserError(f"names several targets: {listed}", place=spec.name, remedy="choose one with --target")
         target = next(iter(spec.targets))
     if target not in target_packages():
-        raise UserError(f"unknown target {target!r}", remedy=f"known here: {', '.join(target_packages())}")
+        known = ", ".join(target_packages())
+        raise UserError(f"unknown target {target!r}", place=spec.name, remedy=f"known here: {known}")
     if device is not None:
         check_runs(device, target)
     return target, spec.targets[target] if target in spec.targets else options_class(target)()
@@ -135,16 +158,16 @@ def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str,
 
 def model_of(spec: Spec, target: str, options: Any) -> Model:
     """What the planner counts. UserError for a target without sizes or a model without shapes."""
-    return Model(architecture_of_spec(spec), spec.quantization, footprint_of(target), options)
+    return Model(architecture_of_spec(spec), spec.quantization, footprint_of(target, spec.name), options)
 
 
-def footprint_of(target: str) -> Footprint:
-    """Sizes and rates of a target. UserError for one that has none."""
+def footprint_of(target: str, place: str | None = None) -> Footprint:
+    """Sizes and rates of a target. UserError for one that has none; place: the spec that was to be planned."""
     found = find_target(target).footprint()
     if found is not None:
         return found
     planned = ", ".join(name for name in target_packages() if find_target(name).footprint() is not None)
-    raise UserError(f"target {target} has no sizes to plan with", remedy=f"plan for one of: {planned}")
+    raise UserError(f"target {target} has no sizes to plan with", place=place, remedy=f"plan for one of: {planned}")
 
 
 class ShapesUnknown(UserError):
@@ -166,14 +189,18 @@ def architecture_of_spec(spec: Spec) -> Architecture:
 def check_fits(spec: Spec, device: Device, target: str) -> None:
     """CompileError, with the change that helps, when a spec's whole context does not fit the device.
 
-    Targets without sizes, and models whose shapes only their code tells, are not checked.
+    With a memory budget in its target's options the budget is what must fit. Targets without sizes, and models whose
+    shapes only their code tells, are not checked.
     """
+    forced = "--force compiles it all the same"
     if find_target(target).footprint() is None:
         return
     try:
         plan = plan_spec(spec, device, target=target)
     except ShapesUnknown:
         return
+    except BudgetTooSmall as error:
+        raise CompileError(error.message, place=error.place, remedy=f"{error.remedy}; {forced}") from None
     if plan.fits:
         return
     kept = next((a for a in plan.advice if a.fits and not a.retrain), None)
@@ -183,8 +210,8 @@ def check_fits(spec: Spec, device: Device, target: str) -> None:
     else:
         tip = f"{(kept or new).change} fits" if kept or new else "choose a smaller model"  # type: ignore[union-attr]
     raise CompileError(
-        f"needs {plan.peak.peak / 1e6:,.0f} MB at its context of {plan.context}, {device.name} gives an app "
+        f"needs {plan.needs / 1e6:,.0f} MB at its context of {plan.context}, {device.name} gives an app "
         f"{device.budget / 1e6:,.0f} MB",
         place=spec.name,
-        remedy=f"{tip} (`moec plan` has more); --force compiles it all the same",
+        remedy=f"{tip} (`moec plan` has more); {forced}",
     )

@@ -172,6 +172,8 @@ def budget(plan: Plan, measured: Mapping[int, float]) -> str:
         axes.bar(range(len(contexts)), heights, bottom=bottom, label=name, color=colour, width=0.6)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.axhline(plan.device.budget / 1e6, color="#c1121f", linewidth=1.4, label="budget of an app")
+    if plan.needs < plan.peak.peak:
+        axes.axhline(plan.needs / 1e6, color="black", linewidth=1.0, linestyle="--", label="memory budget")
     known = [(i, measured[c] / 1e6) for i, c in enumerate(contexts) if c in measured]
     if known:
         axes.plot(*zip(*known, strict=True), "D", color="black", markersize=5, label="measured")

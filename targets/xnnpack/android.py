@@ -19,6 +19,7 @@ from typing import Any
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.profile_request import Request
 from moec.targets.xnnpack.profiling import arguments
+from moec.targets.xnnpack.refusals import reason_in, remedy_for
 
 # Where an app-less process may execute files.
 FOLDER = "/data/local/tmp/moec"
@@ -97,11 +98,9 @@ class Device:
             return
         done = self._process(*parts)
         if done.returncode:
-            lines = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
-            reason = lines[-1].removeprefix("error: ")
-            raise RunError(
-                f"adb {parts[0]}: {reason}", remedy="see `adb devices`, and what docs/profiling.md needs there"
-            )
+            reason = reason_in(done.stderr) or reason_in(done.stdout) or f"status {done.returncode}"
+            other = "see `adb devices`, and what docs/profiling.md needs there"
+            raise RunError(f"adb {parts[0]}: {reason}", remedy=remedy_for(reason) or other)
 
     def _process(self, *parts: str) -> subprocess.CompletedProcess[str]:
         assert self._adb is not None

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import RunError
 from moec.compiler.progress import Progress
 from moec.compiler.timing import BenchPlan
 from moec.runtime.native import runner_binary
-from moec.targets.xnnpack.memory import overlapped, remedy_for
+from moec.targets.xnnpack.memory import overlapped
+from moec.targets.xnnpack.refusals import runner_error
 
 
 def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,6 +66,4 @@ def _run(model: Path, plan: BenchPlan, context: int | None, budget: Sequence[str
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
     if done.returncode == 0:
         return dict(json.loads(done.stdout))
-    lines = done.stderr.strip().splitlines()
-    reason = lines[0].removeprefix("error: ") if lines else f"the runner ended with status {done.returncode}"
-    raise RunError(reason, remedy=remedy_for(reason))
+    raise runner_error(done.returncode, done.stderr)

@@ -107,16 +107,3 @@ def budget_arguments(options: Options | None, cache_aware: float = 0.0) -> list[
         return []
     chosen = ["--memory-mb", str(options.memory_mb), "--eviction", options.eviction]
     return [*chosen, "--cache-aware", repr(float(cache_aware))] if cache_aware else chosen
-
-
-def remedy_for(reason: str) -> str:
-    """What a user can do about a refusal of the runner, or of the runtime within a budget of memory."""
-    if "memory budget needs" in reason:
-        return "run it without --memory-mb, and compile it without memory_mb"
-    if "needs a memory budget" in reason:
-        return "add --memory-mb N"
-    if "memory budget" in reason:
-        return "give a larger --memory-mb"
-    if "does not allow" in reason:
-        return "allow the process more threads, or run it without a memory budget"
-    return "ask for fewer tokens, or compile the artifact again if its file is damaged"

@@ -16,7 +16,7 @@ from typing import Any
 from moec.compiler.errors import RunError
 from moec.compiler.profile_request import Request
 from moec.runtime.native import runner_binary
-from moec.targets.xnnpack.memory import remedy_for
+from moec.targets.xnnpack.refusals import runner_error
 
 
 def arguments(request: Request, model: str, tokens: str) -> list[str]:
@@ -49,6 +49,4 @@ def parsed(status: int, out: str, err: str) -> dict[str, Any]:
             raise RunError(
                 "the runner's output is not the JSON it writes", remedy="is it the runner of this version?"
             ) from None
-    lines = err.strip().splitlines()
-    reason = lines[-1].removeprefix("error: ") if lines else f"the runner ended with status {status}"
-    raise RunError(reason, remedy=remedy_for(reason))
+    raise runner_error(status, err)

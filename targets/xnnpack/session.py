@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moec.compiler.artifact import file_digest
-from moec.compiler.errors import ArtifactError, LostFileError, RunError
+from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.session import SessionBase
 from moec.compiler.target import MoeTrace
 from moec.runtime.native import MAX_THREADS, runtime_library
@@ -30,8 +30,8 @@ from moec.targets.xnnpack.memory import (
     ExpertCacheOptions,
     ExpertStats,
     LayerExpertStats,
-    remedy_for,
 )
+from moec.targets.xnnpack.refusals import call_error, opening_error, session_file_error
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _INT32S = ctypes.POINTER(ctypes.c_int32)
@@ -225,13 +225,8 @@ class CpuSession(SessionBase):
             self._check_model(error)
 
     def _check_model(self, error: str) -> None:
-        if not error:
-            return
-        if any(words in error for words in ("no address space", "out of memory", "Cannot allocate memory")):
-            raise MemoryError(f"{self._model}: {error}")
-        if "memory budget" in error or "does not allow" in error:
-            raise RunError(error, place=str(self._model), remedy=remedy_for(error))
-        raise ArtifactError(error, place=str(self._model), remedy="compile the artifact again")
+        if error:
+            raise opening_error(error, self._model)
 
     def fork(self) -> CpuSession:
         """Another session with the same tokens over the same weights and a copy of the caches; RunError when closed."""
@@ -283,11 +278,7 @@ class CpuSession(SessionBase):
         if not status:
             return
         error = _runtime().moec_session_error(self._handle).decode(errors="replace")
-        if file is None:
-            lost = "truncated while it is in use" in error or "an expert cannot be read" in error
-            raise (LostFileError if lost else RunError)(error, place=self._place)
-        remedy = "name another file" if "exists and" in error or "written" in error else "prefill its tokens again"
-        raise RunError(error, place=str(file), remedy=remedy)
+        raise call_error(error, self._place) if file is None else session_file_error(error, file)
 
     @property
     def closed(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from moec.assistant.generate import Generation
 from moec.assistant.prefixes import MOST_FILES, PrefixCache, shared_length
 from moec.assistant.server.conversations import Conversations
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import RunError, UserError
+from moec.compiler.errors import NoRoomError, RunError, UserError
 from moec.compiler.target import Session
 from moec.targets.xnnpack.session import CpuSession
 from tests.assistant.speaking import Speaking, assistant
@@ -97,6 +98,56 @@ def test_a_damaged_prefix_is_said_and_computed_again(
         assert "removed and computed again" in caplog.text
         assert not file.exists()
         caplog.clear()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_prefix_that_has_no_room_stays(
+    artifact: Artifact,
+    session: Session,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    times: int,
+) -> None:
+    """Beside the session's own caches; where there is none in their place either, the tokens are computed."""
+    prefixes = PrefixCache(tmp_path, artifact.manifest.contents)
+    wanted = answer(session, [*SYSTEM, 5], prefixes, len(SYSTEM))[0]
+    (file,) = tmp_path.iterdir()
+    session.rewind(3)
+    restore, refusals = CpuSession.restore, []
+
+    def refusing(self: CpuSession, path: Path) -> None:
+        if len(refusals) == times:
+            return restore(self, path)
+        refusals.append(self.position)
+        raise NoRoomError("no room", place=str(path))
+
+    monkeypatch.setattr(CpuSession, "restore", refusing)
+    with caplog.at_level(logging.WARNING):
+        assert answer(session, [*SYSTEM, 5], prefixes) == (wanted, len(SYSTEM) if times == 1 else 0)
+    assert refusals == [3, 0][:times]
+    assert file.exists()
+    assert ("a prefix is not used" in caplog.text) == (times == 2)
+
+
+def test_a_file_that_cannot_be_read_is_no_damaged_prefix(artifact: Artifact, session: Session, tmp_path: Path) -> None:
+    prefixes = PrefixCache(tmp_path, artifact.manifest.contents)
+    wanted = answer(session, [*SYSTEM, 5], prefixes, len(SYSTEM))[0]
+    (file,) = tmp_path.iterdir()
+    session.reset()
+    session.prefill([1])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with file.open("rb") as opened:
+        least = opened.fileno()
+    files = [(len(SYSTEM), file)]
+    prefixes._files = lambda: files  # type: ignore[method-assign]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least, before[1]))
+    try:
+        assert prefixes.restore(session, [*SYSTEM, 5], 1) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert file.exists()
+    assert answer(session, [*SYSTEM, 5], prefixes) == (wanted, len(SYSTEM))
 
 
 def test_old_prefixes_go(artifact: Artifact, session: Session, tmp_path: Path) -> None:

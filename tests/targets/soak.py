@@ -205,7 +205,7 @@ def compiled(folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; "
         "from moec.checkpoints import synthesize; from moec.compiler import build; "
-        "from tests.targets.test_memory_budget import spec; f = Path(sys.argv[1]); "
+        "from tests.targets.budgets import spec; f = Path(sys.argv[1]); "
         "build.compile(spec(), checkpoint=synthesize(spec(), f / 'c', seed=0, qat=True), out=f / 'a')"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True)

@@ -27,21 +27,20 @@ from moec.compiler.spec import Spec
 from moec.targets.xnnpack.memory import EVICTIONS, ExpertCacheOptions, ExpertStats
 from moec.targets.xnnpack.session import CpuSession
 from tests.conftest import Moec, refused
+from tests.targets.budgets import (
+    AMPLE_MB,
+    EXPERT_BYTES,
+    EXPERTS,
+    LAYERS,
+    MODEL,
+    TOP_K,
+    VOCAB,
+    changed,
+    least_mb,
+    opened_within,
+    spec,
+)
 from tests.variants import crossed
-
-LAYERS, EXPERTS, TOP_K, VOCAB = 4, 64, 3, 300
-EXPERT_BYTES = 3 * 256 * 256 * (0.5 + 2 / 32)  # three matrices of INT4 codes with an FP16 scale for each 32
-MODEL: dict[str, Any] = {
-    "architecture": "mobilemoe", "layers": LAYERS, "d_model": 256, "heads": 4, "kv_heads": 2, "head_dim": 64,
-    "vocab_size": VOCAB, "context": 192, "rope": {"theta": 10000.0, "interleaved": True},
-    "moe": {"experts": EXPERTS, "top_k": TOP_K, "expert_width": 256, "shared_width": 64},
-}  # fmt: skip
-
-
-def spec(**options: Any) -> Spec:
-    quantization = {"weights": "int4", "group_size": 32}
-    targets = {"xnnpack": {"max_tokens": 128, **options}}
-    return Spec.model_validate({"name": "many", "model": MODEL, "quantization": quantization, "targets": targets})
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +56,6 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Arti
 @pytest.fixture(scope="module")
 def model(artifact: Artifact) -> Path:
     return artifact.path("model.pte")
-
-
-def least_mb(model: Path, threads: int = 1) -> int:
-    """The least budget of this process now, as the refusal of a smaller one says it."""
-    with pytest.raises(RunError) as caught:
-        CpuSession(model, threads=threads, memory_mb=1)
-    found = re.search(
-        r"a memory budget of 1 MB is less than (\d+) MB: \d+ for all but .* experts of one token", str(caught.value)
-    )
-    assert found, caught.value
-    return int(found[1])
 
 
 def logits(session: CpuSession) -> np.ndarray:
@@ -98,9 +86,8 @@ def expected(model: Path) -> np.ndarray:
 )
 def test_equal_bit_for_bit(model: Path, expected: np.ndarray, room: tuple[int, bool], how: tuple[int, str]) -> None:
     (more, ahead), (threads, eviction) = room, how
-    budget = least_mb(model, threads) + more
     options = ExpertCacheOptions(eviction, readers=3, read_ahead=ahead)
-    session = CpuSession(model, threads=threads, memory_mb=budget, experts=options)
+    session = opened_within(model, more, threads=threads, experts=options)
     try:
         np.testing.assert_array_equal(logits(session), expected)
         stats = session.expert_stats()
@@ -109,7 +96,6 @@ def test_equal_bit_for_bit(model: Path, expected: np.ndarray, room: tuple[int, b
     assert stats is not None
     assert stats.experts == LAYERS * EXPERTS
     assert LAYERS * TOP_K <= stats.slots <= stats.experts
-    assert stats.budget == budget * 1_000_000
     assert 0 <= stats.ahead_used <= stats.ahead
     # at most one expert for each reader is half read when the numbers are taken
     assert 0 <= (stats.misses + stats.ahead) - stats.bytes_read / EXPERT_BYTES <= (3 if ahead else 0)
@@ -132,7 +118,7 @@ def test_counts_by_layer(model: Path, ahead: bool) -> None:
     """They add up to those of all; hits and misses are what the router selected in each layer."""
     ids = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
     options = ExpertCacheOptions(read_ahead=ahead)
-    with CpuSession(model, threads=2, memory_mb=least_mb(model, 2) + 4, experts=options) as session:
+    with opened_within(model, 4, threads=2, experts=options) as session:
         assert [layer.hits + layer.misses for layer in session.layer_expert_stats()] == [0] * LAYERS
         assert session.layer_expert_stats()[0].overlapped is None
         session.trace(True)
@@ -215,7 +201,7 @@ def test_experts_in_the_file_are_not_mapped_by_huge_pages(model: Path) -> None:
     with CpuSession(model) as session:
         session.prefill([1])
         assert forbidden() == 0
-    with CpuSession(model, memory_mb=least_mb(model) + 4):
+    with opened_within(model, 4):
         experts = LAYERS * EXPERTS * EXPERT_BYTES / 1024
         # each of the two matrices of a layer begins and ends within a page
         assert experts <= forbidden() <= experts + 2 * LAYERS * 8
@@ -223,7 +209,7 @@ def test_experts_in_the_file_are_not_mapped_by_huge_pages(model: Path) -> None:
 
 def test_sessions_share_one_cache(model: Path) -> None:
     """A second session's caches are taken from the experts, and given back; one too many is refused."""
-    first = CpuSession(model, threads=1, memory_mb=least_mb(model) + 4)
+    first = opened_within(model, 4, threads=1)
     ids = list(range(40))
     first.prefill(ids)
     before = first.expert_stats()
@@ -288,12 +274,6 @@ def test_sessions_that_are_open_before_the_budget_count(model: Path) -> None:
     assert "has no room for the caches of another session" in error
 
 
-def changed(options: dict[str, Any], **model: Any) -> Spec:
-    """The spec with other options of the target and other sizes."""
-    given = spec(**options).model_dump(mode="json", exclude_none=True)
-    return Spec.model_validate({**given, "model": {**MODEL, **model}})
-
-
 def test_the_least_budget_is_enough_where_long_calls_take_much_memory(tmp_path: Path) -> None:
     """Activations are planned for 2,048 tokens; a token alone needs few of them."""
     long = changed({"max_tokens": 2048}, layers=2, context=2048)
@@ -301,7 +281,7 @@ def test_the_least_budget_is_enough_where_long_calls_take_much_memory(tmp_path: 
     model = built.path("model.pte")
     with CpuSession(model, threads=1) as session:
         wanted = session.prefill([1, 2, 3])
-    with CpuSession(model, threads=1, memory_mb=least_mb(model) + 2) as session:
+    with opened_within(model, 2, threads=1) as session:
         slots = session.expert_stats().slots  # type: ignore[union-attr]
         np.testing.assert_array_equal(session.prefill([1, 2, 3]), wanted)
         assert session.expert_stats().slots == slots  # type: ignore[union-attr]
@@ -317,7 +297,7 @@ def test_few_experts_and_many_one_selected_and_all(tmp_path: Path, experts: int,
     with CpuSession(model, threads=2) as session:
         wanted = logits(session)
     for more in (0, 2):
-        with CpuSession(model, threads=2, memory_mb=least_mb(model, 2) + more) as session:
+        with opened_within(model, more, threads=2) as session:
             np.testing.assert_array_equal(logits(session), wanted)
             stats = session.expert_stats()
         assert stats is not None
@@ -333,21 +313,21 @@ def test_a_context_of_8192_to_its_end(tmp_path: Path) -> None:
     model = built.path("model.pte")
     ids = np.random.default_rng(3).integers(0, VOCAB, 8192).tolist()
 
-    def whole(**options: Any) -> np.ndarray:
-        with CpuSession(model, threads=2, **options) as session:
+    def whole(opened: CpuSession) -> np.ndarray:
+        with opened as session:
             found = [session.prefill(ids[:8160]), *(session.prefill([token]) for token in ids[8160:])]
             with pytest.raises(UserError, match="8192"):
                 session.prefill([1])
         return np.concatenate(found)
 
-    wanted = whole()
+    wanted = whole(CpuSession(model, threads=2))
     for more in (2, 40):
-        np.testing.assert_array_equal(whole(memory_mb=least_mb(model, 2) + more), wanted)
+        np.testing.assert_array_equal(whole(opened_within(model, more, threads=2)), wanted)
 
 
 def test_what_a_large_budget_leaves_is_for_sessions_and_long_calls(model: Path) -> None:
     """All experts fit, with much to spare: nobody takes their memory, and no session is refused."""
-    first = CpuSession(model, threads=1, memory_mb=least_mb(model) + 2000)
+    first = opened_within(model, 2000, threads=1)
     assert first.expert_stats().slots == LAYERS * EXPERTS  # type: ignore[union-attr]
     first.prefill(list(range(120)))
     others = [first.fork() for _ in range(60)]
@@ -391,7 +371,7 @@ def test_layers_that_share_one_half_of_their_experts_are_refused(model: Path, tm
     with CpuSession(copy, threads=1) as session:
         session.prefill([1, 2, 3])
     with pytest.raises(RunError, match="two layers of the model share one half of theirs"):
-        CpuSession(copy, threads=1, memory_mb=4000)
+        CpuSession(copy, threads=1, memory_mb=AMPLE_MB)
 
 
 def test_a_layer_that_selects_more_experts_than_it_has_is_damaged(model: Path, tmp_path: Path) -> None:
@@ -405,7 +385,7 @@ def test_a_layer_that_selects_more_experts_than_it_has_is_damaged(model: Path, t
     for at in places:
         copy.write_bytes(program[:at] + struct.pack("<Q", 2**31) + program[at + 8 :])
         try:
-            CpuSession(copy, threads=1, memory_mb=4000).close()
+            CpuSession(copy, threads=1, memory_mb=AMPLE_MB).close()
         except UserError as error:
             faults.append(str(error))
     assert any("a layer selects more experts than it has, or none" in fault for fault in faults), (places, faults)
@@ -413,7 +393,7 @@ def test_a_layer_that_selects_more_experts_than_it_has_is_damaged(model: Path, t
 
 def test_a_file_that_is_cut_while_it_is_read(model: Path, tmp_path: Path) -> None:
     copy = shutil.copy(model, tmp_path / "model.pte")
-    session = CpuSession(copy, threads=2, memory_mb=least_mb(copy, 2) + 2)
+    session = opened_within(copy, 2, threads=2)
     session.prefill([1, 2, 3])
     os.truncate(copy, copy.stat().st_size // 2)
 
@@ -431,7 +411,7 @@ def test_the_command_line(artifact: Artifact, moec: Moec) -> None:
     ids = ("--ids", "1,2,3", "--max-new-tokens", "5")
     plain = moec("run", artifact.folder, *ids)
     assert plain[0] == 0, plain[2]
-    status, out, err = moec("run", artifact.folder, *ids, "--memory-mb", "4000")
+    status, out, err = moec("run", artifact.folder, *ids, "--memory-mb", AMPLE_MB)
     assert (status, out) == (0, plain[1]), err
     refused(moec("run", artifact.folder, *ids, "--memory-mb", "20"), "less than", "give a larger --memory-mb")
     assert moec("run", artifact.folder, *ids, "--memory-mb", "0")[0] == 2
@@ -441,8 +421,8 @@ def test_the_command_line(artifact: Artifact, moec: Moec) -> None:
 
 def test_an_artifact_can_bring_its_own(checkpoint: Path, tmp_path: Path) -> None:
     """`targets: {xnnpack: {memory_mb: N}}`; `moec.load(..., memory_mb=N)` wins."""
-    built = build.compile(spec(memory_mb=4000, eviction="lfu"), checkpoint=checkpoint, out=tmp_path / "a")
-    for given, wanted in ((None, 4000), (5000, 5000)):
+    built = build.compile(spec(memory_mb=AMPLE_MB, eviction="lfu"), checkpoint=checkpoint, out=tmp_path / "a")
+    for given, wanted in ((None, AMPLE_MB), (2 * AMPLE_MB, 2 * AMPLE_MB)):
         session = load(built, memory_mb=given)
         assert isinstance(session, CpuSession)
         stats = session.expert_stats()
@@ -458,7 +438,7 @@ def test_what_has_no_experts_takes_no_budget(tmp_path: Path) -> None:
     checkpoint = synthesize(dense, tmp_path / "c", seed=0, qat=True)
     built = build.compile(dense, checkpoint=checkpoint, out=tmp_path / "a")
     with pytest.raises(RunError, match="needs routed experts"):
-        load(built, memory_mb=4000)
+        load(built, memory_mb=AMPLE_MB)
 
 
 @pytest.mark.parametrize("options", [("mru", 4), ("lru", 0), ("lru", 65)])
@@ -493,7 +473,7 @@ def test_cache_aware_selection_changes_only_what_is_run_alone_and_as_the_rule_sa
 ) -> None:
     """Every selection of every layer, against a cache and a router in numpy."""
     model = artifact.path("model.pte")
-    budget = least_mb(model) + 8
+    budget = least_mb(model) + 8  # few megabytes more or less are as good
     plain = decoded(model, budget, 0.0)
     aware = decoded(model, budget, SHARE)
     np.testing.assert_array_equal(plain[0], aware[0])
@@ -564,8 +544,8 @@ def test_what_cache_aware_selection_is_refused_with(artifact: Artifact) -> None:
     with pytest.raises(RunError, match="cache-aware selection needs a memory budget; add --memory-mb N"):
         load(artifact, cache_aware=0.1)
     with pytest.raises(RunError, match=r"cache-aware selection by 1.5; give a number from 0 to 1"):
-        load(artifact, memory_mb=4000, cache_aware=1.5)
-    session = load(artifact, memory_mb=4000, cache_aware=0.0)
+        load(artifact, memory_mb=AMPLE_MB, cache_aware=1.5)
+    session = load(artifact, memory_mb=AMPLE_MB, cache_aware=0.0)
     assert isinstance(session, CpuSession)
     assert session.expert_stats().preferred == 0  # type: ignore[union-attr]
     session.close()
@@ -575,12 +555,12 @@ def test_what_cache_aware_selection_is_refused_with(artifact: Artifact) -> None:
 def test_cache_aware_on_the_command_line(artifact: Artifact, moec: Moec) -> None:
     ids = ("--ids", "1,2,3", "--max-new-tokens", "5")
     refused(moec("run", artifact.folder, *ids, "--cache-aware", "0.1"), "needs a memory budget", "add --memory-mb N")
-    assert moec("run", artifact.folder, *ids, "--memory-mb", "4000", "--cache-aware", "2")[0] == 2
-    status, _, err = moec("run", artifact.folder, *ids, "--memory-mb", "4000", "--cache-aware", "0.1")
+    assert moec("run", artifact.folder, *ids, "--memory-mb", AMPLE_MB, "--cache-aware", "2")[0] == 2
+    status, _, err = moec("run", artifact.folder, *ids, "--memory-mb", AMPLE_MB, "--cache-aware", "0.1")
     assert status == 0
     assert "cache-aware selection by 0.1: outputs depend on which experts are in memory" in err
     status, out, err = moec(
-        "bench", artifact.folder, "--memory-mb", "4000", "--cache-aware", "0.1", "--prefill", "8", "--decode", "4",
+        "bench", artifact.folder, "--memory-mb", AMPLE_MB, "--cache-aware", "0.1", "--prefill", "8", "--decode", "4",
         "--repeats", "1", "--json",
     )  # fmt: skip
     assert status == 0, err

@@ -24,8 +24,8 @@ from moec.compiler import build
 from moec.compiler.artifact import Artifact
 from moec.runtime.native import find_compiler, runner_binary
 from tests.conftest import Moec, refused
+from tests.targets.budgets import spec
 from tests.targets.memory_faults import CUT, FAILS, FAILS_ON, LATE
-from tests.targets.test_memory_budget import spec
 from tests.tiny import TinyModels, tiny_text
 
 HERE = Path(__file__).parent

@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moec.assistant.assistant import Assistant
 from moec.assistant.load import load, load_draft
+from moec.assistant.prefixes import PrefixCache
 from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import RunError
+from moec.compiler.errors import NoRoomError, RunError
 from moec.compiler.spec import Spec
+from moec.compiler.target import Session, Target, target_of
 from moec.targets.xnnpack.memory import ExpertCacheOptions
 from moec.targets.xnnpack.session import CpuSession
 from tests.conftest import Moec, refused
-from tests.targets.test_memory_budget import EXPERTS, LAYERS, MODEL, VOCAB, changed, least_mb, spec
+from tests.targets.budgets import AMPLE_MB, EXPERTS, LAYERS, MODEL, VOCAB, changed, least_mb, opened_within, spec
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_a_session_without_room_costs_no_expert(artifact: Artifact) -> None:
     """What is in memory stays there when a fork is refused."""
     model = artifact.path("model.pte")
     experts = ExpertCacheOptions(read_ahead=False)
-    with CpuSession(model, threads=1, memory_mb=least_mb(model), experts=experts) as session:
+    with opened_within(model, 0, threads=1, experts=experts) as session:
         forks = []
         with pytest.raises(RunError, match="no room for the caches of another session"):
             forks.extend(session.fork() for _ in range(100))
@@ -60,7 +63,7 @@ def test_a_session_without_room_costs_no_expert(artifact: Artifact) -> None:
 def test_a_session_that_nobody_has_gives_its_room_back(artifact: Artifact) -> None:
     """At once, without a collection of cycles."""
     model = artifact.path("model.pte")
-    with CpuSession(model, threads=1, memory_mb=least_mb(model) + 3) as session:
+    with opened_within(model, 3, threads=1) as session:
         slots = session.expert_stats().slots  # type: ignore[union-attr]
         gc.disable()
         try:
@@ -75,17 +78,23 @@ def test_a_session_that_nobody_has_gives_its_room_back(artifact: Artifact) -> No
 
 def test_a_restored_session_has_its_caches_once(tmp_path: Path) -> None:
     """Those of the file and the session's own are both there for a while: refused where that has no room."""
-    long = changed({"max_tokens": 512}, layers=2, context=8192)
+    long = changed({"max_tokens": 512}, layers=2, context=4096)
     built = build.compile(long, checkpoint=synthesize(long, tmp_path / "c", qat=True), out=tmp_path / "a")
     model, file = built.path("model.pte"), tmp_path / "session"
-    ids = np.random.default_rng(5).integers(0, VOCAB, 8000).tolist()
-    with CpuSession(model, threads=2, memory_mb=least_mb(model, 2) + 1) as session:
+    ids = np.random.default_rng(5).integers(0, VOCAB, 4000).tolist()
+    with opened_within(model, 1, threads=2) as session:
         session.prefill(ids)
         session.save(file)
         wanted = session.prefill([3])
-        with pytest.raises(RunError, match="restore into a new session or one that was reset"):
+        with pytest.raises(NoRoomError, match="restore into a new session or one that was reset"):
             session.restore(file)
-        assert session.position == 8001  # as it was
+        assert session.position == 4001  # as it was
+        prefixes = PrefixCache(tmp_path / "prefixes", built.manifest.contents)
+        prefixes.keep(session)
+        kept = list((tmp_path / "prefixes").iterdir())
+        session.rewind(1)  # the caches of 4,001 tokens are still there
+        assert prefixes.restore(session, [*ids, 3, 4], 1) == 4001
+        assert list((tmp_path / "prefixes").iterdir()) == kept
         session.reset()
         session.restore(file)
         np.testing.assert_array_equal(session.prefill([3]), wanted)
@@ -103,8 +112,52 @@ def test_another_model_of_the_same_file_counts(artifact: Artifact) -> None:
         assert least_mb(model) >= alone + 0.5 * model.stat().st_size / 1e6
 
 
+def bringing(artifact: Artifact, folder: Path, memory_mb: int) -> Artifact:
+    """A copy that brings a budget."""
+    copy = shutil.copytree(artifact.folder, folder)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = memory_mb
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return Artifact.open(copy)
+
+
+def test_a_draft_is_in_memory_whatever_budget_it_brings(artifact: Artifact, tmp_path: Path) -> None:
+    draft = bringing(artifact, tmp_path / "a", 1)
+    with pytest.raises(RunError, match="a memory budget of 1 MB is less than"):
+        load(draft)
+    with load(artifact) as session, load_draft(draft, artifact, session) as helper:
+        assert isinstance(helper, CpuSession)
+        assert helper.expert_stats() is None
+
+
+def test_a_budget_counts_what_makes_text(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer is read before the budget is counted; without a budget, when text is first asked for."""
+    done = []
+    target = type(target_of(artifact))
+    opening = target.load
+
+    def opened(self: Target, of: Artifact) -> Session:
+        done.append("model")
+        return opening(self, of)
+
+    def made(of: Artifact) -> str:
+        done.append("text")
+        return "the assistant"
+
+    monkeypatch.setattr(target, "load", opened)
+    monkeypatch.setattr(Assistant, "of", made)
+    for within in (artifact.within(AMPLE_MB), bringing(artifact, tmp_path / "a", AMPLE_MB)):
+        with load(within) as session:
+            assert done == ["text", "model"]
+            assert session.writer() == "the assistant"  # type: ignore[attr-defined]
+            assert done == ["text", "model"]  # once
+        done.clear()
+    with load(artifact):
+        assert done == ["model"]
+
+
 def test_a_draft_is_refused(artifact: Artifact) -> None:
-    within = artifact.within(4000)
+    within = artifact.within(AMPLE_MB)
     with load(within) as session, pytest.raises(RunError, match=r"not count .* of a draft; leave --draft out"):
         load_draft(artifact, within, session)
 
@@ -131,16 +184,11 @@ def test_a_model_without_experts_is_not_told_to_give_more(tmp_path: Path, moec: 
     )
     built = build.compile(dense, checkpoint=synthesize(dense, tmp_path / "c", qat=True), out=tmp_path / "a")
     fault = moec("run", built.folder, "--ids", "1", "--memory-mb", "4000")
-    refused(
-        fault, "a memory budget needs routed experts", "run it without --memory-mb, and compile it without memory_mb"
-    )
+    refused(fault, "a memory budget needs routed experts", "run it without --memory-mb, or compile it without")
 
 
 def test_a_device_gets_the_budget_that_an_artifact_brings(artifact: Artifact, moec: Moec, tmp_path: Path) -> None:
-    copy = shutil.copytree(artifact.folder, tmp_path / "a")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = 4000
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    status, out, err = moec("profile", copy, "--adb", "--dry-run", "--context", "16")
+    copy = bringing(artifact, tmp_path / "a", 4000)
+    status, out, err = moec("profile", copy.folder, "--adb", "--dry-run", "--context", "16")
     assert status == 0, err
     assert "--memory-mb 4000 --eviction lrfu > result.json" in out + err

@@ -10,9 +10,10 @@ import pytest
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.memory import memory
 from moec.analysis.plan.memory_budget import Streamed
-from moec.analysis.plan.planner import plan_spec
-from moec.compiler.errors import UserError
-from moec.compiler.spec import load_spec
+from moec.analysis.plan.planner import check_fits, plan_spec
+from moec.compiler.errors import CompileError, UserError
+from moec.compiler.spec import Spec, load_spec, parse_spec
+from moec.compiler.spec.device import Device
 from moec.runtime import machine
 from tests.conftest import Moec, refused
 
@@ -66,9 +67,9 @@ def test_more_memory_is_never_slower_and_all_of_it_reads_nothing() -> None:
 
 
 def test_a_budget_below_one_token_is_refused_with_the_least() -> None:
-    with pytest.raises(UserError, match=r"mobilemoe-l: --memory-mb 100 is less than (\d+)") as caught:
+    with pytest.raises(UserError, match=r"mobilemoe-l: a memory budget of 100 MB is less than (\d+)") as caught:
         planned(100)
-    least = int(str(caught.value).split("less than ")[1].split(":")[0])
+    least = int(str(caught.value).split("less than ")[1].split(" MB:")[0])
     assert planned(least).held >= 32 * 4
     with pytest.raises(UserError, match="is less than"):
         planned(least - 1)
@@ -77,6 +78,52 @@ def test_a_budget_below_one_token_is_refused_with_the_least() -> None:
 def test_without_a_device_nothing_is_said_of_speed() -> None:
     s = planned(1500, device=None)
     assert (s.reading_s, s.computing_s, s.tokens_per_s, s.bound_per_s) == (None, None, None, None)
+
+
+def within(memory_mb: int | None, gives: float) -> tuple[Spec, Device]:
+    """L with a budget in its options, and a phone whose apps get so many megabytes."""
+    text = L.read_text().replace("targets: [xnnpack]", f"targets: {{xnnpack: {{memory_mb: {memory_mb}}}}}")
+    phone = load_device("galaxy-s25")
+    number = phone.memory_budget_mb.model_copy(update={"number": gives})
+    return parse_spec(text if memory_mb else L.read_text()), phone.model_copy(update={"memory_budget_mb": number})
+
+
+def test_a_budget_is_what_must_fit() -> None:
+    spec, phone = within(1200, gives=1300)
+    plan = plan_spec(spec, phone)
+    assert plan.peak.peak > phone.budget
+    assert plan.streamed is not None
+    assert (plan.needs, plan.fits, plan.longest, plan.advice) == (1_200_000_000, True, 8192, ())
+    check_fits(spec, phone, "xnnpack")
+    assert plan_spec(spec, phone, memory_mb=1000).needs == 1_000_000_000
+    more = plan_spec(spec, phone, memory_mb=1400)
+    assert (more.needs, more.fits) == (1_400_000_000, False)
+    with pytest.raises(CompileError, match="needs 1,400 MB at its context of 8192, galaxy-s25 gives an app 1,300 MB"):
+        check_fits(within(1400, gives=1300)[0], phone, "xnnpack")
+    with pytest.raises(CompileError, match=r"a memory budget of 300 MB is less than \d+ MB: .*; --force compiles it"):
+        check_fits(within(300, gives=1300)[0], phone, "xnnpack")
+
+
+def test_the_longest_context_within_a_budget_is_the_longest_that_one_token_has_room_for() -> None:
+    spec, phone = within(None, gives=5000)
+    least = planned(2000).least // 10**6 + 1  # of a context of 4096
+    longest = plan_spec(spec, phone, context=4096, memory_mb=least).longest
+    assert longest is not None
+    assert 4096 <= longest < 8192
+    plan_spec(spec, phone, context=longest, memory_mb=least)
+    with pytest.raises(UserError, match="is less than"):
+        plan_spec(spec, phone, context=longest + 1, memory_mb=least)
+
+
+def test_what_does_not_fit_is_told_of_a_budget() -> None:
+    spec, phone = within(None, gives=1300)
+    plan = plan_spec(spec, phone)
+    assert plan.fits is False
+    (found,) = [a for a in plan.advice if "memory_mb" in a.change]
+    assert (found.change, found.weights) == ("memory_mb: 1300 in the target's options", "the same")
+    assert plan_spec(spec, phone, memory_mb=1300).fits
+    spec, phone = within(None, gives=300)  # less than one token needs
+    assert not [a for a in plan_spec(spec, phone).advice if "memory_mb" in a.change]
 
 
 def test_the_command(moec: Moec) -> None:
@@ -89,7 +136,14 @@ def test_the_command(moec: Moec) -> None:
     status, out, err = moec(*arguments, "--memory-mb", "1500", "--json")
     assert status == 0, err
     assert json.loads(out)["streamed"]["budget"] == 1_500_000_000
-    refused(moec(*arguments, "--hits", "0.6"), "--hits needs a memory budget")
+    assert (
+        "\nfits: the memory budget of 1.50 GB, of the 5.00 GB that galaxy-s25 gives an app"
+        in moec(*arguments, "--memory-mb", "1500")[1]
+    )
+    refused(moec(*arguments, "--hits", "0.6"), "mobilemoe-l: --hits needs a memory budget")
+    refused(moec("plan", L, "--target", "metal", "--memory-mb", "900"), "the target metal has no memory budget")
+    refused(moec(*arguments, "--target", "none"), "mobilemoe-l: unknown target 'none'")
+    refused(moec("plan", L, "--target", "onnx"), "mobilemoe-l: target onnx has no sizes to plan with")
     refused(moec("plan", DENSE, "--memory-mb", "4000"), f"{load_spec(DENSE).name}: ", "the model has none")
 
 

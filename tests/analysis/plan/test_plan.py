@@ -287,8 +287,10 @@ def test_compile_says_what_would_fit() -> None:
     tight = phone.model_copy(update={"memory_budget_mb": phone.memory_budget_mb.model_copy(update={"number": 780.0})})
     with pytest.raises(CompileError, match=r"needs 828 MB at its context of 8192.*`context: \d+` in the spec fits"):
         check_fits(spec, tight, "xnnpack")
-    with pytest.raises(CompileError, match="10 layers instead of 20 fits"):
+    with pytest.raises(CompileError, match="memory_mb: 500 in the target's options fits"):
         check_fits(spec, load_device("wearable"), "xnnpack")
+    with pytest.raises(CompileError, match="15 layers instead of 30 fits"):  # no experts that could be left out
+        check_fits(load_spec(PRO), load_device("wearable"), "xnnpack")
 
 
 def test_compile_asks_nothing_of_targets_without_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

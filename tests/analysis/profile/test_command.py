@@ -172,6 +172,9 @@ def test_dry_run_prints_the_commands(moec: Moec, line: Path, monkeypatch: pytest
     assert verbs[5:] == ["push", "shell", "pull"] * 4  # three domains and the dummy
     assert "--drop-cache" in commands[6]
     assert "--points 64" in commands[6]
+    status, out, _ = moec("profile", line / "artifact", *arguments, "--memory-mb", 4000, "--cache-aware", 0.1)
+    assert status == 0
+    assert "--memory-mb 4000 --eviction lrfu --cache-aware 0.1 > result.json" in out.splitlines()[6]
 
 
 # Runs what adb would run, with the device's folder moved to one of this machine.
@@ -214,6 +217,12 @@ def test_over_adb(moec: Moec, line: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     pushed = log.read_text().split().count("push")
     assert moec("profile", line / "artifact", *arguments)[0] == 0
     assert log.read_text().split().count("push") == 2 * pushed - 1
+    refusal = moec("profile", line / "artifact", *arguments, "--memory-mb", 1)  # the runner's words
+    assert refusal[0] == 2
+    said = refusal[2].splitlines()[-1]
+    assert said.startswith("adb shell: ")
+    assert "a memory budget of 1 MB is less than" in said
+    assert said.endswith("; give a larger --memory-mb")
 
 
 def test_adb_reports_what_the_device_says(

@@ -25,7 +25,7 @@ from moec.compiler.errors import RunError
 from moec.compiler.session_process import ProcessSession
 from moec.compiler.target import MoeTrace
 from tests.conftest import Moec, refused
-from tests.targets.test_memory_budget import EXPERTS, LAYERS, spec
+from tests.targets.budgets import EXPERTS, LAYERS, spec
 
 IDS = np.random.default_rng(3).integers(0, 300, 150).tolist()
 
