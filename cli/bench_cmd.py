@@ -108,12 +108,16 @@ def _print(report: dict[str, Any]) -> None:
             )
         )
     table(title, ("", "tokens", "from position", "tokens/s", "peak RSS, MB"), rows, right=(1, 2, 3, 4))
-    # of decoding where there is some: a prompt reads most experts, which says nothing of the tokens behind it
-    experts = report.get("decode_experts") or report.get("experts")
-    if experts is not None:
+    for at in report["contexts"]:
+        # of decoding where there is some: a prompt reads most experts, which says nothing of the tokens behind it
+        decoded = "decode_experts" in at
+        experts = at["decode_experts"] if decoded else at.get("experts")
+        if experts is None:
+            continue
         asked = experts["hits"] + experts["misses"]
         print(
-            f"within {experts['budget_mb']:.0f} MB: {experts['slots']} of {experts['experts']} experts in memory; "
-            f"{'decoding' if 'decode_experts' in report else 'the prompt'} found "
-            f"{experts['hits'] / max(asked, 1):.0%} of those it needed there and read {size(experts['bytes_read'])}"
+            f"within {experts['budget_mb']:.0f} MB: {experts['slots']} of {experts['experts']} experts fit; "
+            f"{'decoding' if decoded else 'prompt'} from position {at['context'] if decoded else 0}: "
+            f"{experts['hits'] / max(asked, 1):.0%} of the selected experts were in memory, "
+            f"{size(experts['bytes_read'])} read"
         )

@@ -177,7 +177,7 @@ def _send_again(lost: Any) -> None:
 
     The signal is sent once more after a moment: now it would be dropped again.
     """
-    status = _status_of_signal(lost.exc_value) if lost.exc_value is not None else None
+    status = _status_of(lost.exc_value)  # not of what was being handled meanwhile: that is on its way
     if status is None:
         sys.__unraisablehook__(lost)
         return
@@ -187,14 +187,19 @@ def _send_again(lost: Any) -> None:
     again.start()
 
 
+def _status_of(error: BaseException | None) -> int | None:
+    """The exit status of a signal's exception; None for any other."""
+    if isinstance(error, _Terminated):
+        return TERMINATED
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else None
+
+
 def _status_of_signal(error: BaseException) -> int | None:
     """The exit status if a library caught the exception of a signal and raised its own, as torch.export does."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, _Terminated):
-            return TERMINATED
-        if isinstance(seen, KeyboardInterrupt):
-            return INTERRUPTED
+        if (status := _status_of(seen)) is not None:
+            return status
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -35,7 +35,9 @@ def serve(
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Longer bodies are refused unread.")] = 8,
     conversations: Annotated[
         int | None,
-        typer.Option(min=1, max=64, help="Conversations whose caches are kept; default: 4, with --memory-mb 1."),
+        typer.Option(
+            min=1, max=64, help="Conversations whose caches are kept; default: 4, or 1 within a memory budget."
+        ),
     ] = None,
     prefix_cache: PrefixFolder = None,
     threads: Threads = None,

@@ -233,9 +233,11 @@ class Artifact:
             raise RunError(f"artifacts for {target} take {what}", place=str(self.folder), remedy=f"leave {flag} out")
         try:
             options_class(target).model_validate({option: value})
-        except ValidationError as error:
-            what = error.errors(include_url=False)[0]["msg"]
-            raise RunError(f"{flag} {value}: {what}", place=str(self.folder), remedy=f"give another {flag}") from None
+        except ValidationError as error:  # others may be required, which the artifact has
+            faults = [fault["msg"] for fault in error.errors(include_url=False) if fault["loc"][:1] == (option,)]
+            if faults:
+                what, remedy = f"{flag} {value}: {faults[0]}", f"give another {flag}"
+                raise RunError(what, place=str(self.folder), remedy=remedy) from None
         overrides = {**self._overrides, option: value}
         return Artifact(self.folder, self.manifest, overrides, cache_aware=self.cache_aware)
 

@@ -34,6 +34,8 @@ class SessionBase(ABC):
     rewinds = False
     #: Whether a token gives the same logits, bit for bit, alone and among others, however a text is cut into calls.
     exact_calls = False
+    #: The budget of memory that the session stays within, in 10^6 bytes; None: it has none.
+    memory_mb: int | None = None
     #: Made when text is first asked for; None for a program without its artifact.
     writer: Callable[[], Writer] | None = None
 

@@ -27,6 +27,7 @@ from moec.compiler.target import Session
 
 log = logging.getLogger("moec.server")
 _SCORED = 64  # tokens whose logits are held at once while a prompt is scored
+_SCORED_BYTES = 1_000_000  # of them within a memory budget, which does not count them; one at least is held
 
 
 class QueueFull(Exception):
@@ -165,6 +166,8 @@ class Engine:
         session.reset()
         found: list[TokenScore] = []
         size = _SCORED
+        if getattr(session, "memory_mb", None) is not None:
+            size = min(max(_SCORED_BYTES // (4 * session.vocab_size), 1), _SCORED)
         begin = 0
         while begin < len(ids) and not job.cancelled.is_set():
             chunk = ids[begin : begin + size]

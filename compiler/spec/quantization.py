@@ -178,8 +178,8 @@ class Calibration(Section):
 
 
 class Quantization(Section):
-    """Weights of 4 or 8 bits in groups (MobileMoE Eq. 6; `iq4_nl` and `fp4` by levels), dynamic INT8 activations, INT8
-    KV cache.
+    """Weights of 3, 4 or 8 bits in groups (MobileMoE Eq. 6; `nl3`, `iq4_nl` and `fp4` by levels), dynamic INT8
+    activations, INT8 KV cache.
 
     The router and the norms are always fp32. `embedding` is the token table, which is also the output head when
     embeddings are tied; `head` is an output head of its own. `experts`, `shared`, `attention`, `ffn` override `weights`

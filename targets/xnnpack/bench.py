@@ -41,6 +41,7 @@ def bench(model: Path, plan: BenchPlan, progress: Progress, budget: Sequence[str
                 "decode_tokens_per_s": r["decode_tokens_per_s"],
                 "decode_s": r["decode_s"],
                 "peak_rss_mb": r["peak_rss_mb"],
+                **{key: _with_share(r[key]) for key in ("experts", "decode_experts") if key in r},
             }
             for r in reports
         ],

@@ -77,6 +77,17 @@ class _LayerExpertStats(ctypes.Structure):
     _fields_: ClassVar = [(f.name, ctypes.c_int64) for f in fields(LayerExpertStats)]
 
 
+class _Calls(threading.local):
+    """Of one thread: how many native calls run, and native sessions that are to be closed when they have ended."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.closing: list[int] = []
+
+
+_calls = _Calls()
+
+
 @cache
 def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(runtime_library()))
@@ -168,6 +179,7 @@ class CpuSession(SessionBase):
         self.bos_id = None if info.bos_id < 0 else int(info.bos_id)
         self.eos_ids = eos_ids
         self.rewinds = bool(info.rewinds)
+        self.memory_mb = memory_mb
         self._has_all = bool(info.has_all)
         cache_aware = memory_mb is not None and experts is not None and experts.cache_aware > 0
         self.exact_calls = exact_calls and self._has_all and not cache_aware
@@ -303,7 +315,7 @@ class CpuSession(SessionBase):
         with self._busy:  # a call on another thread ends first
             handle, self._handle = self._handle, None
             if handle is not None:
-                _runtime().moec_session_close(handle)
+                _close(handle)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -321,6 +333,7 @@ class CpuSession(SessionBase):
         self._call = []
         if self._tracing:
             runtime.moec_model_trace(self._callback, None)
+        _calls.running += 1
         try:
             status = runtime.moec_session_forward(
                 self._handle,
@@ -332,6 +345,9 @@ class CpuSession(SessionBase):
                 out.size if out is not None else 0,
             )
         finally:
+            _calls.running -= 1
+            while _calls.closing and not _calls.running:
+                runtime.moec_session_close(_calls.closing.pop())
             if self._tracing:
                 runtime.moec_model_trace(_TRACE(), None)
         fault, self._trace_fault = self._trace_fault, None
@@ -356,6 +372,14 @@ class CpuSession(SessionBase):
             )
         except BaseException as error:  # ctypes would print it and go on
             self._trace_fault = error
+
+
+def _close(session: int) -> None:
+    """Close a native session. A trace's callback may come to collect one while its model is locked by the call."""
+    if _calls.running:
+        _calls.closing.append(session)
+    else:
+        _runtime().moec_session_close(session)
 
 
 def _eos_ids(model: int) -> tuple[int, ...]:

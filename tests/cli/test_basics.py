@@ -187,6 +187,26 @@ cli.main(["compile", "any.yaml"])
     assert (done.returncode, done.stderr) == (status, "interrupted\n" if status == 130 else "")
 
 
+def test_an_object_that_fails_while_an_interrupt_is_handled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its fault is said, and no signal is sent again: the one that is being handled is on its way."""
+
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("harmless")
+
+    sent: list[object] = []
+    monkeypatch.setattr(cli.threading, "Timer", lambda *arguments: sent.append(arguments))
+    monkeypatch.setattr(sys, "unraisablehook", cli._send_again)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        Failing()
+    assert sent == []
+    assert "ValueError: harmless" in capsys.readouterr().err
+
+
 def test_output_that_nobody_reads(tmp_path: Path) -> None:
     """`moec schema | head -c 1` ends without a traceback."""
     command = f"{sys.executable} -m moec schema | head -c 1"

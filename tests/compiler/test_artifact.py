@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from moec.compiler import replacing
 from moec.compiler.artifact import (
@@ -22,8 +24,8 @@ from moec.compiler.artifact import (
     record_file,
     write_manifest,
 )
-from moec.compiler.errors import ArtifactError, UserError
-from moec.compiler.spec.targets import options_class
+from moec.compiler.errors import ArtifactError, RunError, UserError
+from moec.compiler.spec.targets import TargetOptions, options_class
 
 
 def write(folder: Path, content: bytes = b"program" * 20_000) -> None:
@@ -305,3 +307,18 @@ def test_a_section_of_the_spec_is_a_mapping_whatever_is_there(good: Path) -> Non
     for spec, found in (({"model": {"moe": {"experts": 3}}}, {"experts": 3}), ({"model": "x"}, {}), ({}, {})):
         edit(lambda m, spec=spec: m.update(spec=spec))(good)
         assert Artifact.open(good).manifest.section("model", "moe") == found
+
+
+def test_an_option_is_checked_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may be required, which the artifact has."""
+
+    class Options(TargetOptions):
+        device: str
+        threads: Annotated[int, Field(ge=1)] | None = None
+
+    write(tmp_path)
+    opened = Artifact.open(tmp_path)
+    monkeypatch.setattr("moec.compiler.artifact.options_class", lambda target: Options)
+    assert opened.with_threads(2).overrides == {"threads": 2}
+    with pytest.raises(RunError, match=r"--threads 0: .*; give another --threads"):
+        opened.with_threads(0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +196,38 @@ def test_traces_are_one_per_layer_and_call(case: Case, session: CpuSession) -> N
     session.trace(False)
     session.decode(1)
     assert session.take_traces() == []
+
+
+def test_a_session_that_is_collected_while_another_is_traced(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback runs under the lock of their model, which closing takes."""
+    recorded, closed = CpuSession._on_moe, []
+
+    def collecting(self: CpuSession, *arguments: Any) -> None:
+        gc.collect()
+        recorded(self, *arguments)
+
+    monkeypatch.setattr(CpuSession, "_on_moe", collecting)
+    session = CpuSession(case.path, threads=1)
+    session.trace(True)
+    handle = session.fork()
+    weakref.finalize(handle, closed.append, True)
+    handle.itself = handle  # type: ignore[attr-defined]  # so that only the collector finds it
+    del handle
+
+    def run() -> None:
+        session.prefill(_ids(3))
+
+    call = threading.Thread(target=run, daemon=True)
+    gc.disable()
+    try:
+        call.start()
+        call.join(60)
+        assert not call.is_alive()
+    finally:
+        gc.enable()
+    assert closed == [True]
+    assert len(session.take_traces()) == 1
+    session.close()
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,13 @@ def test_a_number_that_is_no_budget(artifact: Artifact, budget: int, moec: Moec)
 def test_bench_says_what_it_was_within(artifact: Artifact, moec: Moec) -> None:
     status, out, err = moec("bench", artifact.folder, "--memory-mb", "4000", "--prefill", "8", "--repeats", "1")
     assert status == 0, err
-    of_all = rf"within 4000 MB: {LAYERS * EXPERTS} of {LAYERS * EXPERTS} experts in memory"
-    assert re.search(of_all + r"; decoding found \d+% of those it needed there and read \d", out), out
+    all_fit = rf"within 4000 MB: {LAYERS * EXPERTS} of {LAYERS * EXPERTS} experts fit"
+    share = r"\d+% of the selected experts were in memory, \d.* read"
+    assert re.search(rf"{all_fit}; decoding from position 8: {share}\n", out), out
+    contexts = ("--context", "16,32", "--decode", "4", "--repeats", "1")
+    status, out, err = moec("bench", artifact.folder, "--memory-mb", "4000", "--prefill", "8", *contexts)
+    assert status == 0, err
+    assert re.findall(rf"{all_fit}; decoding from position (\d+): {share}\n", out) == ["16", "32"], out
 
 
 def test_a_model_without_experts_is_not_told_to_give_more(tmp_path: Path, moec: Moec) -> None:

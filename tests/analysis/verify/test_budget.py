@@ -25,7 +25,8 @@ from moec.compiler.errors import RunError
 from moec.compiler.session_process import ProcessSession
 from moec.compiler.target import MoeTrace
 from tests.conftest import Moec, refused
-from tests.targets.budgets import EXPERTS, LAYERS, spec
+from tests.targets.budgets import AMPLE_MB, EXPERTS, LAYERS, spec
+from tests.tiny import TinyModels, tiny_text
 
 IDS = np.random.default_rng(3).integers(0, 300, 150).tolist()
 
@@ -157,6 +158,16 @@ def test_the_budget_that_an_artifact_brings(folder: Path, tight: int, tmp_path: 
     report = verify_artifact(copy, checkpoint=folder.parent / "c", tokens=40, quality_tokens=0)
     assert report.passed, [c.line() for c in report.failures]
     assert report.figures["budget MB"] == tight
+
+
+def test_a_small_artifact_brings_its_budget(tiny: TinyModels, tmp_path: Path) -> None:
+    """As the slow one above, where all experts fit."""
+    made = tiny(tiny_text(layers=2, context=256))
+    copy = bringing(made / "artifact", AMPLE_MB, tmp_path / "a")
+    report = verify_artifact(copy, checkpoint=made / "checkpoint", tokens=8, quality_tokens=0)
+    assert report.passed, [c.line() for c in report.failures]
+    assert report.figures["budget MB"] == AMPLE_MB
+    assert report.checks[-1].name == f"within {AMPLE_MB} MB: logits equal those in memory"
 
 
 def test_who_holds_more_than_the_artifact_runs_it_in_memory(folder: Path, tmp_path: Path, moec: Moec) -> None:

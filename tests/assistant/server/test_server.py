@@ -110,14 +110,21 @@ def test_completions(tmp_path: Path) -> None:
         assert "".join(c.choices[0].text for c in chunks) == "three"
 
 
-def test_a_prompt_is_scored(tmp_path: Path) -> None:
-    """What an evaluation asks for: echo with log-probabilities of every token of the prompt."""
+@pytest.mark.parametrize(("memory_mb", "rows", "size"), [(None, 1, 64), (500, 10, 10), (500, 0.5, 1)])
+def test_a_prompt_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_mb: int | None, rows: float, size: int
+) -> None:
+    """What an evaluation asks for: echo with log-probabilities of every token of the prompt, in pieces that a memory
+    budget can bear."""
+    monkeypatch.setattr("moec.assistant.server.engine._SCORED_BYTES", int(rows * 4 * VOCABULARY))
 
     def likes(position: int) -> np.ndarray:
         return np.linspace(0, 1, VOCABULARY, dtype=np.float32) * position
 
     ids = list(range(20, 170))  # more than the server scores at once
-    with running(tmp_path, Speaking(likes=likes)) as at:
+    session = Speaking(likes=likes)
+    session.memory_mb = memory_mb
+    with running(tmp_path, session) as at:
         found = client(at).completions.create(
             model="small", prompt=ids, max_tokens=1, logprobs=1, echo=True, temperature=0
         )
@@ -126,7 +133,7 @@ def test_a_prompt_is_scored(tmp_path: Path) -> None:
         assert told.token_logprobs[0] is None
         # a chunk's rows are alike in this model: those of the position behind its last token
         for index in (1, 63, 64, 65, 149):
-            chunk_end = min((index - 1) // 64 * 64 + 64, 150)
+            chunk_end = min((index - 1) // size * size + size, 150)
             row = likes(chunk_end).astype(np.float64)
             wanted = row[ids[index]] - np.log(np.exp(row).sum())
             assert told.token_logprobs[index] == pytest.approx(wanted, abs=1e-6)
