@@ -13,7 +13,8 @@ import numpy as np
 from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.targets.xnnpack.session import CpuSession
-from tests.targets.test_memory_budget import changed, least_mb, limited
+from tests.targets.budgets import changed, opened_within
+from tests.targets.test_memory_budget import limited
 
 LONG_ROWS = 64_000  # tokens of a vocabulary: logits of 256 kB each
 
@@ -33,13 +34,13 @@ def test_a_token_of_wide_layers_has_room_within_the_least_budget(tmp_path: Path)
     moe = {"experts": 16, "top_k": 12, "expert_width": 32, "shared_width": 32}
     model = compiled(changed({"max_tokens": 16}, layers=1, d_model=7168, moe=moe), tmp_path)
     for threads in (1, 16):
-        with CpuSession(model, threads=threads, memory_mb=least_mb(model, threads) + 1) as session:
+        with opened_within(model, 1, threads=threads) as session:
             assert np.isfinite(session.prefill([7])).all()
 
 
 def test_logits_of_all_tokens_come_on_top_where_there_is_no_room(tmp_path: Path) -> None:
     model = compiled(changed({"max_tokens": 512}, layers=2, context=512, vocab_size=LONG_ROWS), tmp_path)
-    with CpuSession(model, threads=1, memory_mb=least_mb(model) + 20) as session, CpuSession(model, threads=1) as whole:
+    with opened_within(model, 20, threads=1) as session, CpuSession(model, threads=1) as whole:
         ids = np.random.default_rng(1).integers(0, LONG_ROWS, session.max_tokens).tolist()
         assert len(ids) * LONG_ROWS * 4 > 20e6
         np.testing.assert_array_equal(session.prefill(ids, logits="all"), whole.prefill(ids, logits="all"))
