@@ -34,7 +34,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "chat_template.jinja").write_text((FOLDER / "chatml.jinja").read_text())
     opened = Artifact(folder, manifest())
     monkeypatch.setattr(module.Artifact, "open", staticmethod(lambda _: opened))
-    monkeypatch.setattr(load, "load", lambda *_: Speaking(["Hello.", "Again.", "Third."], context=400))
+    monkeypatch.setattr(load, "load_session", lambda *_: Speaking(["Hello.", "Again.", "Third."], context=400))
     return folder
 
 
@@ -168,7 +168,7 @@ from tests.assistant.speaking import Speaking
 
 opened = artifact.Artifact(Path(sys.argv[1]), manifest())
 artifact.Artifact.open = staticmethod(lambda _: opened)
-load.load = lambda *_: Speaking(["a" * 300, "Second."], context=600, slow=lambda: time.sleep(0.05))
+load.load_session = lambda *_: Speaking(["a" * 300, "Second."], context=600, slow=lambda: time.sleep(0.05))
 sys.exit(main.run(["chat", sys.argv[1]]))
 """
 
