@@ -105,22 +105,25 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def products(tokens: Sequence[int]) -> Iterator[tuple[Case, int, int]]:
-    """Linears of WIDTH x WIDTH with multiply-accumulates and bytes of codes: INT4 and INT8, groups along the input or
-    the output, activations with a scale for each 32 inputs."""
+    """Linears of WIDTH x WIDTH with multiply-accumulates and bytes of codes: INT4, INT8 and levels of tables, groups
+    along the input or the output, activations with a scale for each 32 inputs."""
     rng = np.random.default_rng(0)
     forms = {
         "INT4": WeightFormat(Kind.INT4, GROUP, int8_activations=True),
         "INT4, blocks": WeightFormat(Kind.INT4, GROUP, int8_activations=True, block_activations=True),
         "INT4, out": WeightFormat(Kind.INT4, GROUP, axis_out=True, int8_activations=True),
+        "IQ4_NL": WeightFormat(Kind.IQ4_NL, GROUP, int8_activations=True),
+        "NL3": WeightFormat(Kind.NL3, GROUP, int8_activations=True),
         "INT8": WeightFormat(Kind.INT8, GROUP, int8_activations=True),
     }
+    bits = {Kind.NL3: 3, Kind.INT8: 8}
     for name, form in forms.items():
         w = kernel_revisions.packed(rng, 1, WIDTH, WIDTH, form)
         for count in tokens if name == "INT4" else [t for t in tokens if t in (1, 8, 48)]:
             x = rng.standard_normal((count, WIDTH), dtype=np.float32)
             call = kernel_revisions.linear(x, w, form, np.empty((count, WIDTH), np.float32))
             arrays = [np.array([count, WIDTH, WIDTH, form.encode()]), x, w]
-            coded = WIDTH * WIDTH // (2 if form.kind is Kind.INT4 else 1)
+            coded = WIDTH * WIDTH * bits.get(form.kind, 4) // 8
             yield Case(f"{name}, {count} tokens", call, arrays), count * WIDTH * WIDTH, coded
 
 

@@ -192,10 +192,12 @@ def moe(rng: np.random.Generator, *, axis_out: bool) -> kernel_api.PreparedMoe:
 
 def packed(rng: np.random.Generator, count: int, n: int, k: int, fmt: WeightFormat) -> np.ndarray:
     rows, columns = (k, n) if fmt.axis_out else (n, k)
-    bits = 4 if fmt.kind is Kind.INT4 else 8
+    bits = 8 if fmt.kind is Kind.INT8 else 4
     width, dtype = (columns // 2, np.uint8) if bits == 4 else (columns, np.int8)
     info = np.iinfo(dtype)
     codes = rng.integers(info.min, info.max, (count, rows, width), dtype=dtype, endpoint=True)
+    if fmt.kind is Kind.NL3:
+        codes &= 0x77  # two codes of three bits
     scales = rng.uniform(0.01, 0.03, (count, rows, columns // GROUP)).astype(np.float16)
     return kernel_api.pack(codes, scales, n, k, fmt, count=count)
 

@@ -379,7 +379,10 @@ int32_t moec_app_run(int64_t generation, moec_app_piece each, void* user) {
     if (!each) throw Fault("each: NULL");
     while (found->next()) {
       const std::string piece = found->piece();  // a copy: the callback may use the generation
-      if (each(user, piece.c_str(), static_cast<int64_t>(piece.size())) != 0) found->cancel();
+      if (each(user, piece.c_str(), static_cast<int64_t>(piece.size())) == 0) continue;
+      found->cancel();
+      while (found->next()) {  // to its end, which computes nothing; the callback is called no more
+      }
     }
     return 0;
   });

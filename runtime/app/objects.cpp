@@ -1,8 +1,12 @@
 #include "objects.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cinttypes>
 #include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
 
 #include "../runner/session_file.h"
 #include "file_bytes.h"
@@ -12,13 +16,37 @@ namespace {
 constexpr uint64_t kLargestManifest = uint64_t{64} << 20;
 constexpr int32_t kReaders = 2;  // threads that read experts under a budget of memory
 
-// Identifies an artifact in saved sessions: a digest of its manifest, which has the digest of every file.
-std::string identity_of(const std::string& manifest) {
+constexpr uint64_t kSamples = 64, kSampleBytes = 4096;
+
+// The length of a program and parts of it from its beginning to its end: other weights differ there, too.
+std::string add_samples(const std::string& program, Xxh64* digest) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(program.c_str(), "rb"), std::fclose);
+  if (!file || fseeko(file.get(), 0, SEEK_END) != 0) return std::strerror(errno);
+  const auto length = static_cast<uint64_t>(ftello(file.get()));
+  digest->add(&length, sizeof length);
+  std::vector<uint8_t> sample(kSampleBytes);
+  for (uint64_t i = 0; i < kSamples; ++i) {
+    const uint64_t at = length > kSampleBytes ? (length - kSampleBytes) / (kSamples - 1) * i : 0;
+    if (fseeko(file.get(), static_cast<off_t>(at), SEEK_SET) != 0) return std::strerror(errno);
+    digest->add(sample.data(), std::fread(sample.data(), 1, sample.size(), file.get()));
+  }
+  return "";
+}
+
+Xxh64 digest_of(const std::string& manifest) {
   std::string fault;
   std::vector<uint8_t> bytes;
   if (!read_file(manifest, kLargestManifest, &bytes, &fault)) throw Fault(manifest + ": " + fault);
   Xxh64 digest;
   digest.add(bytes.data(), bytes.size());
+  return digest;
+}
+
+// Identifies an artifact in saved sessions: a digest of its manifest, which has the digest of every file, and of parts of its
+// program, since an application may have replaced one of the two files alone.
+std::string identity_of(Xxh64 digest, const std::string& program) {
+  const std::string fault = add_samples(program, &digest);
+  if (!fault.empty()) throw Fault(program + ": " + fault);
   char text[32];
   std::snprintf(text, sizeof text, "app-%016" PRIx64, digest.digest());
   return text;
@@ -29,7 +57,7 @@ std::string identity_of(const std::string& manifest) {
 // ------------------------------------------------------------------------------------------------------------- artifact
 
 OpenArtifact::OpenArtifact(const std::string& folder, int32_t threads, int64_t memory_bytes) {
-  identity_ = identity_of(folder + "/manifest.json");
+  const Xxh64 manifest = digest_of(folder + "/manifest.json");
   const std::string program = folder + "/model.pte", words = folder + "/text.moec";
   std::string fault;
   std::unique_ptr<TextTables> tables = TextTables::read(words, &fault);
@@ -43,6 +71,7 @@ OpenArtifact::OpenArtifact(const std::string& folder, int32_t threads, int64_t m
   if (!error.empty()) throw Fault(program + ": " + error);
   if (memory_bytes > 0 && moec_model_limit_memory(model(), memory_bytes, MOEC_EVICT_LRFU, kReaders) != 0)
     throw Fault(program + ": " + moec_model_error(model()));
+  identity_ = identity_of(manifest, program);  // a program that is a regular file and was checked
   moec_model_get_info(model(), &info_);
   eos_ids_.resize(static_cast<size_t>(moec_model_eos_ids(model(), nullptr, 0)));
   moec_model_eos_ids(model(), eos_ids_.data(), static_cast<int64_t>(eos_ids_.size()));

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr double kNone = -std::numeric_limits<double>::infinity();
+constexpr double kMostBias = 1e6;  // scores stay finite, however many biases a token has
 
 unsigned __int128 wide(uint64_t high, uint64_t low) { return static_cast<unsigned __int128>(high) << 64 | low; }
 
@@ -67,12 +68,12 @@ std::string Sampling::check(int64_t vocabulary) const {
   if (!(top_p > 0 && top_p <= 1)) return "top_p: above 0 and at most 1";
   if (top_k < 0) return "top_k: 0 (all tokens) or above";
   if (!within(min_p, 0, 1)) return "min_p: 0 to 1";
-  if (!(repeat_penalty > 0 && repeat_penalty <= 100)) return "repeat_penalty: above 0 and at most 100";
+  if (!within(repeat_penalty, 0.001, 100)) return "repeat_penalty: 0.001 to 100";
   if (!within(presence_penalty, -100, 100)) return "presence_penalty: -100 to 100";
   if (!within(frequency_penalty, -100, 100)) return "frequency_penalty: -100 to 100";
   for (const auto& [token, bias] : biases)
-    if (token < 0 || token >= vocabulary || std::isnan(bias) || bias == -kNone)
-      return "a bias for token " + std::to_string(token) + ": the id must be in the vocabulary, the bias a number";
+    if (token < 0 || token >= vocabulary || !(bias == kNone || within(bias, -kMostBias, kMostBias)))
+      return "a bias for token " + std::to_string(token) + ": the id must be in the vocabulary, the bias at most 1e6, or -infinity";
   return "";
 }
 

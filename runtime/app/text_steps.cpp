@@ -11,6 +11,7 @@ namespace {
 constexpr int kMostNested = 16;  // lookaheads inside each other
 // Most steps of an expression on a text; those of known families take about ten per character.
 constexpr uint64_t kSteps = 10'000, kStepsPerCharacter = 512;
+constexpr size_t kOpen = 10'000, kOpenPerCharacter = 16;  // alternatives that wait to be tried; loops of known families have one
 constexpr size_t kLargest = size_t{256} << 20;  // code points of a text after a step
 constexpr char kTooLarge[] = "the tokenizer makes a text of more than 256 million characters of this one";
 
@@ -51,6 +52,7 @@ int64_t TextSteps::match(Matching* state, int32_t begin, size_t at, int depth) c
         break;
       case kSplit:
         open.emplace_back(now.b, at);
+        state->endless = open.size() > kOpen + kOpenPerCharacter * state->codes.size();
         pc = now.a;
         break;
       case kJump:

@@ -5,6 +5,9 @@
 
 namespace {
 
+// Most bytes compared to find added tokens in a text; those of known families take fewer than ten for each of its bytes.
+constexpr uint64_t kAddedSteps = 100'000, kAddedStepsPerByte = 64;
+
 // How many bytes of white space a text begins with.
 size_t white_at_begin(std::string_view text) {
   size_t end = 0;
@@ -54,9 +57,9 @@ Tokenizer::Tokenizer(std::unique_ptr<TextTables> tables) : tables_(std::move(tab
     }
     added_[token.flags & kNormalized ? 1 : 0][static_cast<uint8_t>(token.text[0])].push_back(&token);
   }
-  const auto longer = [](const AddedToken* a, const AddedToken* b) { return a->text.size() > b->text.size(); };
+  const auto before = [](const AddedToken* a, const AddedToken* b) { return a->text < b->text; };
   for (auto& stage : added_)
-    for (auto& tokens : stage) std::stable_sort(tokens.begin(), tokens.end(), longer);
+    for (auto& tokens : stage) std::stable_sort(tokens.begin(), tokens.end(), before);
   special_.erase(std::remove(special_.begin(), special_.end(), ""), special_.end());
   std::stable_sort(special_.begin(), special_.end(), [](const auto& a, const auto& b) { return a.size() > b.size(); });
 }
@@ -93,18 +96,35 @@ bool Tokenizer::within_word(std::string_view text, size_t from, size_t to) const
   return to < text.size() && steps_.in_set(tables_->word_set, next_code(text, &to));
 }
 
+// The longest added token that a text goes on with at `at`, of equal ones the first; nullptr: none. The tokens that fit so far are
+// neighbours in the order of texts. `steps`: what is left of the bytes that may be compared for this text.
+const AddedToken* Tokenizer::added_at(std::string_view text, size_t at, bool normalized, uint64_t* steps) const {
+  const std::vector<const AddedToken*>& tokens = added_[normalized][static_cast<uint8_t>(text[at])];
+  const AddedToken* found = nullptr;
+  auto first = tokens.begin(), last = tokens.end();
+  for (size_t length = 1; first != last; ++length) {
+    if ((*first)->text.size() == length) found = *first;  // the shortest of them, and so the first
+    if (at + length >= text.size() || *steps == 0) break;
+    --*steps;
+    const auto byte = static_cast<uint8_t>(text[at + length]);
+    const auto at_least = [&](const AddedToken* token, int wanted) {
+      return token->text.size() > length ? static_cast<uint8_t>(token->text[length]) < wanted : true;
+    };
+    first = std::lower_bound(first, last, int{byte}, at_least);
+    last = std::lower_bound(first, last, byte + 1, at_least);
+  }
+  return found;
+}
+
 // Added tokens are found before a text is changed and cut, at each place the longest: first those that match the text as it is,
 // then, in the text between them, those that match it normalized. One may take in the white space around it.
 std::string Tokenizer::encode_added(const Part& part, bool normalized, std::vector<int32_t>* ids) const {
   const std::string_view text = part.text;
   size_t begin = 0;
+  uint64_t steps = kAddedSteps + kAddedStepsPerByte * text.size();
   for (size_t at = 0; at < text.size();) {
-    const AddedToken* found = nullptr;
-    for (const AddedToken* token : added_[normalized][static_cast<uint8_t>(text[at])])
-      if (text.compare(at, token->text.size(), token->text) == 0) {
-        found = token;
-        break;
-      }
+    const AddedToken* found = added_at(text, at, normalized, &steps);
+    if (steps == 0) return "the tokenizer's added tokens take too long to find in this text";
     if (!found) {
       ++at;
       continue;

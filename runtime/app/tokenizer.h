@@ -37,13 +37,14 @@ class Tokenizer {
     bool as_text, at_start;
   };
   bool within_word(std::string_view text, size_t from, size_t to) const;
+  const AddedToken* added_at(std::string_view text, size_t at, bool normalized, uint64_t* steps) const;
   std::string encode_added(const Part& part, bool normalized, std::vector<int32_t>* ids) const;
   std::string encode_rest(const Part& part, bool normalized, std::vector<int32_t>* ids) const;
 
   std::unique_ptr<TextTables> tables_;
   TextSteps steps_;
   PieceModel model_;
-  std::array<std::array<std::vector<const AddedToken*>, 256>, 2> added_;  // not normalized, normalized; by first byte, longest first
+  std::array<std::array<std::vector<const AddedToken*>, 256>, 2> added_;  // not normalized, normalized; by first byte, in order
   std::vector<uint8_t> is_special_;
   std::vector<std::string> special_;
 };

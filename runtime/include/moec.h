@@ -4,7 +4,9 @@
 // Artifacts, sessions and generations are ids: numbers, none of which is used twice. A closed id, or a number that is no id,
 // is an error and not a crash. Functions return -1 where they fail; moec_app_error() then says why, in one line.
 // Any function may be called from any thread: calls on one session run one after another, and those of all sessions of an
-// artifact share its weights and take turns. No C++ exception leaves the library; no file and no text makes it abort.
+// artifact share its weights and take turns. A text that is returned by pointer belongs to its generation or splitter until the
+// next call for that, so one thread at a time reads an answer. No C++ exception leaves the library; no file and no text makes it
+// abort.
 #ifndef MOEC_H_
 #define MOEC_H_
 
@@ -117,7 +119,7 @@ MOEC_APP_API int32_t moec_app_restore(int64_t session, const char* path);
 typedef struct moec_app_bias {
   int32_t token;
   int32_t reserved;
-  double bias;  // added to the token's logit; -INFINITY rules it out
+  double bias;  // added to the token's logit, -1e6 to 1e6; -INFINITY rules it out
 } moec_app_bias;
 
 // The tokens that may come next: structured output, by a library that computes masks (moec_llguidance.h does with llguidance) or
@@ -168,7 +170,8 @@ MOEC_APP_API int32_t moec_app_next(int64_t generation, const char** piece, int64
 // Ends a generation, before the next token or the next part of its prompt. From any thread, also during moec_app_next.
 MOEC_APP_API int32_t moec_app_cancel(int64_t generation);
 
-// Runs a generation to its end: `each` gets every piece, and ends the generation by a value other than 0. Returns 0 or -1.
+// Runs a generation to its end: `each` gets every piece, and ends the generation by a value other than 0, after which it is not
+// called again. Returns 0 or -1.
 typedef int32_t (*moec_app_piece)(void* user, const char* piece, int64_t bytes);
 MOEC_APP_API int32_t moec_app_run(int64_t generation, moec_app_piece each, void* user);
 

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -80,11 +81,11 @@ class FloatActivations {
   bool on_;
 };
 
-// Whether none of `count` values is NaN. -infinity is a logit: of a token that is never chosen.
+// Whether none of `count` values is NaN or infinity. -infinity is a logit: of a token that is never chosen.
 bool all_numbers(const float* values, int64_t count) {
-  bool nan = false;
-  for (int64_t i = 0; i < count; ++i) nan |= values[i] != values[i];
-  return !nan;
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good &= values[i] <= std::numeric_limits<float>::max();
+  return good;
 }
 
 }  // namespace

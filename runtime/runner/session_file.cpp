@@ -1,5 +1,6 @@
 #include "session_file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -9,6 +10,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <ctime>
+#include <memory>
 #include <random>
 
 #include "core/parallel.h"
@@ -154,9 +157,28 @@ std::string foreign(const std::string& path) {
   return ours ? "" : "exists and is not a session that moec saved";
 }
 
-void flush_folder(const std::string& path) {
+std::string folder_of(const std::string& path) {
   const size_t slash = path.rfind('/');
-  const std::string folder = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+  return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+}
+
+constexpr char kUnfinished[] = ".moec-part-";
+constexpr time_t kAbandoned = 3600;  // seconds without a write, after which nobody is writing a file any more
+
+// Removes what earlier saves to `path` left where their process was killed.
+void remove_abandoned(const std::string& path) {
+  const std::string folder = folder_of(path), begin = path.substr(path.rfind('/') + 1) + kUnfinished;
+  const std::unique_ptr<DIR, int (*)(DIR*)> entries(opendir(folder.c_str()), closedir);
+  while (const dirent* entry = entries ? readdir(entries.get()) : nullptr) {
+    struct stat status;
+    if (std::strncmp(entry->d_name, begin.c_str(), begin.size()) != 0) continue;
+    const std::string left = folder + "/" + entry->d_name;
+    if (lstat(left.c_str(), &status) == 0 && S_ISREG(status.st_mode) && time(nullptr) - status.st_mtime > kAbandoned) unlink(left.c_str());
+  }
+}
+
+void flush_folder(const std::string& path) {
+  const std::string folder = folder_of(path);
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) return;
   fsync(descriptor);  // some file systems have no fsync of folders
@@ -226,10 +248,11 @@ std::string write_session(const std::string& path, const SessionState& state, co
   header.state_bytes = pieces.bytes();
   header.digest = digest_of(state.tokens, digests);
   header.header_digest = header_digest(header);
-  char suffix[32];
+  remove_abandoned(path);
+  char suffix[16];
   std::random_device random;
-  std::snprintf(suffix, sizeof suffix, ".moec-part-%08x", static_cast<unsigned>(random()));
-  const std::string fresh = path + suffix;
+  std::snprintf(suffix, sizeof suffix, "%08x", static_cast<unsigned>(random()));
+  const std::string fresh = path + kUnfinished + suffix;
   const int descriptor = ::open(fresh.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (descriptor < 0) return system_fault("cannot be written");
   bool ok = write_all(descriptor, &header, sizeof header) && write_all(descriptor, state.tokens.data(), token_bytes);

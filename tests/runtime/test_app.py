@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import shutil
 import subprocess
@@ -268,10 +269,18 @@ def test_a_session_computes_what_is_new(opened: int, session: int, tmp_path: Pat
         app.call("close", of)
 
 
-def test_a_file_of_another_artifact_is_refused(folder: Path, opened: int, session: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", ["manifest", "weights"])
+def test_a_file_of_another_artifact_is_refused(
+    changed: str, folder: Path, opened: int, session: int, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    (other / "manifest.json").write_text((other / "manifest.json").read_text() + "\n")
+    raw = bytearray((other / "model.pte").read_bytes())
+    if changed == "manifest":
+        (other / "manifest.json").write_text((other / "manifest.json").read_text() + "\n")
+    else:  # other weights behind the same manifest, as where one file of an update is missing
+        raw[len(raw) // 2 :] = bytes(byte ^ 1 for byte in raw[len(raw) // 2 :])
+        (other / "model.pte").write_bytes(raw)
     artifact = app.open_artifact(other)
     foreign = app.call("session", artifact)
     app.call("save", foreign, str(tmp_path / "s").encode())
@@ -300,6 +309,27 @@ def test_it_is_cancelled(opened: int, session: int) -> None:
         begun.set()
         thread.join()
         assert app.STOPPED[app.stats(generation).stopped] in ("cancelled", *(() if before else ("context",)))
+
+
+def test_a_callback_that_ends_is_not_called_again(opened: int, session: int) -> None:
+    """Not with bytes of a character either that were held back."""
+    prompt = app.tokenize(opened, PROMPT)
+    for seed in range(20):
+        generation = app.begin(session, prompt, app.options(opened, temperature=1.0, seed=seed))
+        assert len(app.pieces(generation, lambda _: False)) == 1
+        assert app.STOPPED[app.stats(generation).stopped] == "cancelled"
+        app.call("close", generation)
+
+
+def test_saves_remove_what_killed_ones_left(session: int, tmp_path: Path) -> None:
+    file, alike = tmp_path / "s", tmp_path / "s2.moec-part-00000000"
+    old, new = tmp_path / "s.moec-part-0a0b0c0d", tmp_path / "s.moec-part-00000001"
+    for left in (old, new, alike):
+        left.write_bytes(b"x")
+    for left in (old, alike):
+        os.utime(left, (1e9, 1e9))
+    app.call("save", session, str(file).encode())
+    assert sorted(tmp_path.iterdir()) == sorted([file, new, alike])  # somebody may be writing the new one
 
 
 def test_sessions_in_threads_say_what_they_say_alone(opened: int) -> None:
@@ -366,6 +396,7 @@ def test_what_is_misused_is_told(folder: Path, opened: int, session: int, tmp_pa
         ("generate", (session, ids, 1, changed(temperature=float("nan"))), "temperature"),
         ("generate", (session, ids, 1, changed(top_p=0.0)), "top_p"),
         ("generate", (session, ids, 1, changed(top_k=-1)), "top_k"),
+        ("generate", (session, ids, 1, changed(repeat_penalty=1e-310, min_p=0.5)), "repeat_penalty"),
         ("generate", (session, ids, 1, changed(max_new_tokens=-2)), "max_new_tokens"),
         ("generate", (session, ids, 1, changed(stop_count=2, stops=None)), "stops: NULL"),
         ("generate", (session, ids, 1, ctypes.byref(many)), "not 0 to 1000"),
@@ -373,6 +404,7 @@ def test_what_is_misused_is_told(folder: Path, opened: int, session: int, tmp_pa
         ("generate", (session, ids, 1, ctypes.byref(app.options(opened, stops=["a", "x" * 5000]))), "stops[1]"),
         ("generate", (session, ids, 1, changed(stop_count=1, stops=bad)), "not UTF-8"),
         ("generate", (session, ids, 1, ctypes.byref(app.options(opened, biases=[(1 << 20, 1.0)]))), "bias for token"),
+        ("generate", (session, ids, 1, ctypes.byref(app.options(opened, biases=[(1, 1.7e308)]))), "at most 1e6"),
         ("run", (generation, app.PIECE(), None), "each: NULL"),
         ("next", (opened, None, None), "no open generation"),
         ("rewind", (session, 9), "position 9"),

@@ -201,6 +201,29 @@ def test_tokens_that_are_single_words(folder: Path, tmp_path: Path) -> None:
         assert app.tokenize(artifact, "<x>", app.PLAIN | app.AS_TEXT) == made_as_text(made, "<x>")
 
 
+def test_tokens_that_begin_each_other(folder: Path, tmp_path: Path) -> None:
+    """The longest is found, of each stage."""
+    made = of_bytes(normalizers.Prepend("_"))
+    texts = ["<", "<a", "<a>", "<a><b>", "<ab", "<b>", "é", "éé", "ééé<", "\n\n", "\n\n\n\n"]
+    made.add_tokens([AddedToken(text, normalized=False) for text in texts[::2]])
+    made.add_tokens([AddedToken(text, normalized=True) for text in texts[1::2]])
+    drawn = random.Random(3)
+    more = ["".join(drawn.choices("<ab>é\n", k=drawn.randrange(1, 30))) for _ in range(300)]
+    compare_with(made, folder, tmp_path / "copy", more)
+
+
+def test_added_tokens_that_take_too_long_are_an_error(folder: Path, tmp_path: Path) -> None:
+    """One that is begun at every character and never found, and many that begin alike."""
+    made = of_bytes(normalizers.Prepend("_"))
+    made.add_tokens([AddedToken("a" * 400 + "b", normalized=False)])
+    made.add_tokens([AddedToken(f"<unused {i}>", normalized=False) for i in range(6000)])
+    with opened_with(made, folder, tmp_path / "copy") as artifact:
+        assert len(app.tokenize(artifact, "a" * 200, app.PLAIN)) == 201
+        assert len(app.tokenize(artifact, "<unused 7" * 1000, app.PLAIN)) == 9001
+        with pytest.raises(app.AppError, match="take too long"):
+            app.tokenize(artifact, "a" * 19_000)
+
+
 def made_as_text(made: Tokenizer, text: str) -> list[int]:
     made.encode_special_tokens = True
     return list(made.encode(text).ids)

@@ -118,10 +118,14 @@ class MoecModel(artifact: File, memoryBytes: Long = 0) : Closeable {
         val texts = stops.map { it.toByteArray() }.toTypedArray()
         val running = generate(model, session, prompt, limit ?: -1, temperature ?: -1.0, seed, texts, segments)
         answer = running
+        var wanted = true
         try {
             while (true) {
                 val piece = next(running) ?: break
-                if (!each(String(piece))) cancel(running)
+                if (wanted && !each(String(piece))) {
+                    wanted = false
+                    cancel(running)
+                }
             }
         } finally {
             answer = 0

@@ -212,8 +212,10 @@ public final class MoecModel: @unchecked Sendable {
     return try withExtendedLifetime(settings.constraint) {
       var piece: UnsafePointer<CChar>?
       var bytes: Int64 = 0
+      var wanted = true
       while try checked(moec_app_next(generation, &piece, &bytes)) == 1 {
-        let wanted = try each(text(piece, bytes))
+        guard wanted else { continue }
+        wanted = try each(text(piece, bytes))
         if !wanted { _ = try checked(moec_app_cancel(generation)) }
       }
       return try stats(of: generation)
