@@ -210,6 +210,8 @@ def bring(
 class Generation:
     """Iterate to get token ids, stop tokens left out; `stats` is complete once the iteration ended.
 
+    RunError where another answer was begun on the session, or it was changed, before this one has ended.
+
     drafter: guesses tokens where that changes no bit (`assistant/speculate.py`); None: nobody does.
     top_scores: None, or how many of the likeliest tokens are told beside each taken one, in `scores`. cancelled: set it
     from another thread, and the iteration ends before the next token.
@@ -236,6 +238,7 @@ class Generation:
         if self.max_new_tokens < 0:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
         sampler = Sampler(self.sampling, self.place, self.prompt)
+        self.session.turn += 1  # an earlier answer that is not at its end cannot go on
         started = time.perf_counter()
         logits, self.stats.reused_tokens = bring(
             self.session, self.prompt, self.cancelled, self.place, self.prefixes, self.shared

@@ -20,6 +20,7 @@ from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.files import read_bytes
 
 MAX_BIASED = 100_000  # tokens with a bias of their own
+LEAST_REPEAT_PENALTY, MAX_BIAS = 1e-3, 1e6  # beyond these, scores would leave the range of numbers
 MAX_TOP = 100  # likeliest tokens whose log-probabilities are reported
 _MAX_CONFIG = 1 << 20  # bytes of a generation_config.json; usual ones have 300
 _FIRST_SORTED = 1024  # tokens that top-p sorts before it looks at more; more than it keeps of most distributions
@@ -32,7 +33,8 @@ class Sampling:
 
     repeat_penalty: logits of tokens that occurred, in the prompt or since, are divided by it (multiplied where they are
     negative). presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated, once or per
-    occurrence. logit_bias: added to the logits of token ids; -inf rules one out. RunError for values out of range.
+    occurrence. logit_bias: added to the logits of token ids, within +-1e6; -inf rules one out. RunError for values out
+    of range.
     """
 
     temperature: float = 0.0
@@ -51,16 +53,16 @@ class Sampling:
             raise RunError(f"top-p {self.top_p}", remedy="use above 0 and at most 1 (1 keeps all tokens)")
         _within("top-k", self.top_k, 0, 1 << 31, "0 (all tokens) or above")
         _within("min-p", self.min_p, 0.0, 1.0, "0 (all tokens) to 1")
-        if not 0.0 < self.repeat_penalty <= 100.0:
-            raise RunError(f"repeat penalty {self.repeat_penalty}", remedy="use above 0 and at most 100 (1: none)")
+        _within("repeat penalty", self.repeat_penalty, LEAST_REPEAT_PENALTY, 100.0, "0.001 to 100 (1: none)")
         _within("presence penalty", self.presence_penalty, -100.0, 100.0, "-100 to 100 (0: none)")
         _within("frequency penalty", self.frequency_penalty, -100.0, 100.0, "-100 to 100 (0: none)")
         _within("seed", self.seed, 0, (1 << 64) - 1, "0 or above")
         if len(self.logit_bias) > MAX_BIASED:
             raise RunError(f"a logit bias for {len(self.logit_bias)} tokens", remedy=f"give at most {MAX_BIASED}")
         for token, bias in self.logit_bias.items():
-            if token < 0 or math.isnan(bias) or bias == math.inf:
-                raise RunError(f"logit bias {bias} for token {token}", remedy="ids are 0 or above, biases are numbers")
+            if token < 0 or not (abs(bias) <= MAX_BIAS or bias == -math.inf):  # NaN is in no range
+                remedy = f"ids are 0 or above, biases -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}, or -inf"
+                raise RunError(f"logit bias {bias} for token {token}", remedy=remedy)
 
     def words(self) -> str:
         """What differs from greedy, for people: `temperature 0.7, top-p 0.9, seed 3`."""
@@ -174,6 +176,8 @@ class Sampler:
             raise RunError(
                 "no token is left to take", place=self._place, remedy="ask for less in logit bias and format"
             )
+        if not np.isfinite(top):
+            raise RunError("penalties and biases leave no finite scores", place=self._place, remedy="ask for less")
         given = self._sampling
         if given.temperature == 0.0:
             return np.array([scores_V.argmax()]), np.ones(1)

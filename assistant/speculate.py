@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from moec.compiler.errors import RunError
+from moec.compiler.errors import LostFileError, RunError
 
 if TYPE_CHECKING:
     from moec.compiler.target import Session
@@ -197,7 +197,7 @@ class Steps:
         """`session` holds the prompt. The drafter is not used on sessions where drafts could change a bit."""
         able = getattr(session, "exact_calls", False) and getattr(session, "rewinds", False)
         self._session, self._drafter, self._clock = session, drafter if able else None, clock
-        self._tokens = session.tokens
+        self._tokens, self._turn = session.tokens, session.turn
         self._ahead: list[
             tuple[int, np.ndarray]
         ] = []  # drafted tokens that the session holds, and the logits after each
@@ -212,7 +212,11 @@ class Steps:
         return len(self._tokens)
 
     def next(self, token: int) -> np.ndarray:
-        """Append a token; the logits after it, float32 [V]. RunError as `Session.decode`."""
+        """Append a token; the logits after it, float32 [V]. RunError as `Session.decode`, and where the session holds
+        something else than these steps have appended."""
+        if not self._ours():
+            what = "another answer has begun on this session, or it was changed, since the last token"
+            raise RunError(what, remedy="end an answer before the next, or give each a session with fork()")
         if self._ahead and self._ahead[0][0] == token:
             self._tokens.append(token)
             self.speculation.kept += 1
@@ -220,25 +224,46 @@ class Steps:
             self._checked = self._checked[0] + 1, *self._checked[1:]
             return self._ahead.pop(0)[1]
         self._settle()
-        started = self._clock()
-        guesses = self._guesses(token)
-        if not guesses:
+        logits = self._with_guesses(token)
+        if logits is None:
             started = self._clock()
             logits = self._session.decode(token)
             self._pays.stepped(self._clock() - started)
-        else:
-            rows = self._session.prefill([token, *guesses], "all")
-            self._checked = 1, len(guesses), self._clock() - started
-            self._ahead = list(zip(guesses, rows[1:], strict=True))
-            self.speculation.tried += len(guesses)
-            self.speculation.calls += 1
-            logits = rows[0]
         self._tokens.append(token)
         return np.asarray(logits)
 
+    def _with_guesses(self, token: int) -> np.ndarray | None:
+        """The logits after a token by a call that checks guesses, too; None without any.
+
+        A guess may be a token that the model fails on, or the drafter itself may fail: then there are no more guesses.
+        """
+        started = self._clock()
+        try:
+            guesses = self._guesses(token)
+            if not guesses:
+                return None
+            rows = self._session.prefill([token, *guesses], "all")
+        except LostFileError:
+            raise
+        except RunError:
+            if not self._ours():
+                raise
+            self._drafter = None
+            return None
+        self._checked = 1, len(guesses), self._clock() - started
+        self._ahead = list(zip(guesses, rows[1:], strict=True))
+        self.speculation.tried += len(guesses)
+        self.speculation.calls += 1
+        return np.asarray(rows[0])
+
+    def _ours(self) -> bool:
+        """Whether the session holds the tokens that were taken and those ahead, and no other answer has begun."""
+        held = len(self._tokens) + len(self._ahead)
+        return self._session.turn == self._turn and self._session.position == held
+
     def close(self) -> None:
-        """Leave the session with the tokens that were taken."""
-        if self._session.position > len(self._tokens):
+        """Leave the session with the tokens that were taken; one that went on with something else, as it is."""
+        if self._ours() and self._ahead:
             self._session.rewind(len(self._tokens))
         self._ahead, self._checked = [], None
 

@@ -36,6 +36,8 @@ class SessionBase(ABC):
     exact_calls = False
     #: The budget of memory that the session stays within, in 10^6 bytes; None: it has none.
     memory_mb: int | None = None
+    #: How many answers were begun on it. One that another has followed cannot go on.
+    turn = 0
     #: Made when text is first asked for; None for a program without its artifact.
     writer: Callable[[], Writer] | None = None
 
@@ -163,7 +165,8 @@ class SessionBase(ABC):
 
         The session then holds exactly this prompt: tokens that it already holds are not computed again, tokens that
         differ are forgotten. Options: those of `moec.assistant.assistant.Assistant.generate`. RunError: no
-        tokenizer or chat template, a prompt that does not fit, options out of range.
+        tokenizer or chat template, a prompt that does not fit, options out of range. A session has one answer at a
+        time: going on with one behind which another was begun is a RunError (`fork` gives each a session).
         """
         if self.writer is None:
             what = "a program that was opened without its artifact has no tokenizer"

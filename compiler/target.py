@@ -43,6 +43,7 @@ class Session(Protocol):
     vocab_size: int
     context: int
     position: int  # tokens in the session
+    turn: int  # answers that were begun
 
     @property
     def tokens(self) -> list[int]: ...

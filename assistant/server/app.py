@@ -237,9 +237,9 @@ class Server:
             top = body.logprobs if body.echo and body.logprobs is not None else None
             jobs = []
             for given in body.prompts:
-                text = isinstance(given, str)
-                prompt = self.assistant.text_prompt(given, "prompt") if text else Prompt(list(given))  # type: ignore[arg-type]
-                jobs.append(self._job(prompt, limits, format, top))
+                # nothing of a text is shared: a prefix cache keeps system prompts, and would give them up for texts
+                ids = self.assistant.text_prompt(given, "prompt").ids if isinstance(given, str) else list(given)
+                jobs.append(self._job(Prompt(ids), limits, format, top))
             return body, jobs
 
         body, jobs = await self._prepared(prepared)

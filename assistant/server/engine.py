@@ -102,7 +102,8 @@ class Engine:
         """Queue a job; its events go to the event loop in which this is called. QueueFull."""
         job._loop = asyncio.get_running_loop()
         with self._changed:
-            if self._stopping or len(self._waiting) >= self.most_waiting:
+            # the next job of an idle worker does not wait, also before the worker has taken it
+            if self._stopping or len(self._waiting) >= self.most_waiting + (self._running is None):
                 raise QueueFull
             self._waiting.append(job)
             self._changed.notify()
@@ -135,9 +136,11 @@ class Engine:
                     return
                 job = self._running = self._waiting.popleft()
             try:
-                job.tell(self._answer(job))
+                ended = self._answer(job)
             finally:
-                self._running = None
+                with self._changed:
+                    self._running = None
+            job.tell(ended)  # behind the above: a client that asks again at once finds the worker free
 
     def _answer(self, job: Job) -> Ended:
         if job.cancelled.is_set():

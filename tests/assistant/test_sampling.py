@@ -66,6 +66,14 @@ def test_extreme_logits_do_not_overflow() -> None:
             Sampler(Sampling(), "build/a")(np.array(bad))
 
 
+def test_the_extremes_of_penalty_and_bias_leave_a_token() -> None:
+    top = float(np.finfo(np.float32).max)
+    logits = np.array([top, top, -top], np.float32)
+    for penalty in (1e-3, 100.0):
+        given = Sampling(temperature=1e-3, top_p=0.5, min_p=1.0, repeat_penalty=penalty, logit_bias={1: 1e6, 2: -1e6})
+        assert Sampler(given, prompt=[0, 1, 2])(logits) in (0, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -78,6 +86,7 @@ def test_extreme_logits_do_not_overflow() -> None:
         ("min_p", 1.01),
         ("min_p", -0.1),
         ("repeat_penalty", 0.0),
+        ("repeat_penalty", 1e-310),  # a score divided by it is infinite
         ("presence_penalty", float("inf")),
         ("frequency_penalty", 101.0),
         ("seed", -1),
@@ -85,6 +94,7 @@ def test_extreme_logits_do_not_overflow() -> None:
         ("logit_bias", {-1: 0.0}),
         ("logit_bias", {1: float("nan")}),
         ("logit_bias", {1: float("inf")}),
+        ("logit_bias", {1: 1.7e308}),
         ("logit_bias", dict.fromkeys(range(100_001), 0.0)),
     ],
 )

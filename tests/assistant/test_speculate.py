@@ -123,6 +123,57 @@ def test_no_guess_where_it_could_change_a_bit() -> None:
     assert wrong.asked == 0
 
 
+class Failing(Cyclic):
+    """Fails on a token that only guesses hold, as a model does whose logits are NaN behind it."""
+
+    def _forward(self, tokens: np.ndarray, start: int, rows: np.ndarray | None, every: bool) -> list[MoeTrace]:
+        if V - 1 in tokens:
+            self.calls.append(0)
+            raise RunError("the logits are not numbers")
+        return super()._forward(tokens, start, rows, every)
+
+
+def test_a_guess_that_the_model_fails_on_ends_guessing_and_not_the_answer() -> None:
+    session, wrong = Failing(), Wrong()
+    alone = run(session, 60, None)
+    assert run(session, 60, wrong) == alone
+    assert (wrong.asked, session.calls.count(0)) == (1, 1)
+    assert session.tokens == [1, 2, 3, *alone[:-1]]
+
+    class Broken(Wrong):
+        def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+            super().draft(tokens, most)
+            raise RunError("the drafter's logits are not numbers")
+
+    broken = Broken()
+    assert run(session, 60, broken) == alone
+    assert broken.asked == 1
+
+
+def test_an_answer_behind_which_another_was_begun_does_not_go_on() -> None:
+    session = Cyclic()
+    alone = run(session, 40, None)
+    session.reset()
+    first, second = (iter(Generation(session, [1, 2, 3], 40)) for _ in range(2))
+    said = [next(first) for _ in range(25)]
+    assert said == alone[:25]
+    found = [next(second) for _ in range(25)]
+    with pytest.raises(RunError, match="another answer has begun on this session"):
+        next(first)
+    third = iter(Generation(session, [1, 2, 3], 40))
+    held = [next(third) for _ in range(30)]
+    second.close()  # type: ignore[attr-defined]  # its guesses are gone; those of the third stay
+    assert held + list(third) == alone
+    assert found == alone[:25]
+    # and one whose session was changed by hand
+    last = iter(Generation(session, [1, 2, 3], 40))
+    next(last), next(last)
+    session.reset()
+    with pytest.raises(RunError, match="or it was changed"):
+        list(last)
+    assert session.tokens == []
+
+
 def test_guesses_stay_within_the_context() -> None:
     session = Cyclic(context=60)
     ids = run(session, 500, PromptLookup())

@@ -433,6 +433,45 @@ def test_the_queue_has_a_limit(tmp_path: Path) -> None:
         assert [reply.status_code for reply in replies] == [200, 200]
 
 
+def test_a_queue_of_none_still_answers(tmp_path: Path) -> None:
+    import threading
+
+    go = threading.Event()
+    with running(tmp_path, Speaking(["a", "b", "c", "d"], slow=lambda: go.wait(30) and None), most_waiting=0) as at:
+        replies: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: replies.append(post(at, {"messages": ASK})))
+        thread.start()
+        end = time.monotonic() + 20
+        while not at.server.engine.running:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert post(at, {"messages": ASK}).status_code == 503
+        go.set()
+        thread.join(30)
+        statuses = [reply.status_code for reply in (*replies, *(post(at, {"messages": ASK}) for _ in range(3)))]
+        assert statuses == [200] * 4  # whoever has an answer finds the worker free
+
+
+def test_texts_take_no_place_in_the_prefix_cache(tmp_path: Path) -> None:
+    kept: list[int] = []
+
+    class Prefixes:
+        def restore(self, session: Speaking, ids: list[int], same: int) -> int:
+            return same
+
+        def keep(self, session: Speaking) -> None:
+            kept.append(session.position)
+
+    speaks = assistant(tmp_path)
+    speaks.prefixes = Prefixes()  # type: ignore[assignment]
+    with running(tmp_path, Speaking(["a", "b"]), speaks=speaks) as at:
+        assert post(at, {"prompt": "A text of more than sixteen tokens."}, "/v1/completions").status_code == 200
+        assert kept == []
+        system = {"role": "system", "content": "Answer briefly."}
+        assert post(at, {"messages": [system, *ASK]}).status_code == 200
+        assert len(kept) == 1
+
+
 def test_what_fails_inside_is_a_500_and_the_next_is_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = iter([True])
 
