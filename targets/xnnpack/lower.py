@@ -76,6 +76,12 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
             emitted = emit(execution.methods, constant_methods(program.info, program.states.values()))
     del exported
     _check_operators(emitted, program)
+    if options.memory_mb is not None and not any(name.startswith("moec::fused_moe") for name in _operators(emitted)):
+        raise CompileError(
+            "memory_mb needs routed experts, and the program has no fused MoE node",
+            place=program.info.name,
+            remedy="leave memory_mb out; `moec explain` says why blocks are not fused",
+        )
     with progress.stage("write weights", total=len(emitted.weights)) as step:
         written = write_pte(out / MODEL, emitted, program.weights, execution.named_data, after=step)
     if fault := program_fault(out / MODEL):
@@ -92,14 +98,17 @@ def lower(program: Program, out: Path, options: Options, progress: Progress) -> 
     )
 
 
-def _check_operators(emitted: Emitted, program: Program) -> None:
-    """CompileError for a program that could not be loaded: before its weights are packed."""
-    operators = {
+def _operators(emitted: Emitted) -> set[str]:
+    return {
         f"{op.name}.{op.overload}" if op.overload else op.name
         for plan in emitted.program.execution_plan
         for op in plan.operators
     }
-    missing = missing_operators(sorted(operators))
+
+
+def _check_operators(emitted: Emitted, program: Program) -> None:
+    """CompileError for a program that could not be loaded: before its weights are packed."""
+    missing = missing_operators(sorted(_operators(emitted)))
     if not missing:
         return
     first = missing[0].partition(".")[0].removesuffix("_copy")

@@ -18,7 +18,7 @@ from moec.assistant.prefixes import PrefixCache
 from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import NoRoomError, RunError
+from moec.compiler.errors import CompileError, NoRoomError, RunError
 from moec.compiler.spec import Spec
 from moec.compiler.target import Session, Target, target_of
 from moec.targets.xnnpack.memory import ExpertCacheOptions
@@ -119,6 +119,16 @@ def bringing(artifact: Artifact, folder: Path, memory_mb: int) -> Artifact:
     manifest["spec"]["targets"]["xnnpack"]["memory_mb"] = memory_mb
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return Artifact.open(copy)
+
+
+def test_a_model_without_experts_is_not_compiled_with_a_budget(tmp_path: Path) -> None:
+    facts = {k: v for k, v in MODEL.items() if k != "moe"} | {"architecture": "mobilellm", "ffn_width": 96, "layers": 1}
+    raw = {"name": "dense", "model": facts, "targets": {"xnnpack": {"memory_mb": 4000}}}
+    dense = Spec.model_validate({**raw, "quantization": {"weights": "int4", "group_size": 32}})
+    checkpoint = synthesize(dense, tmp_path / "c", qat=True)
+    with pytest.raises(CompileError, match=r"memory_mb needs routed experts.*leave memory_mb out"):
+        build.compile(dense, checkpoint=checkpoint, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_draft_is_in_memory_whatever_budget_it_brings(artifact: Artifact, tmp_path: Path) -> None:
