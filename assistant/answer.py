@@ -58,12 +58,13 @@ class Splitter(Protocol):
 class Answer(Iterator[str]):
     """Iterate over it for the pieces of its text, or over `steps()` for everything; once.
 
-    text, thinking, calls, scores, stats: the state so far. RunError at the end if a format was requested and the answer
-    ended before it was complete; `text` then holds what was generated.
+    text, thinking, calls, scores, stats: the state so far. one_call: it ends behind its first call of a tool. RunError
+    at the end if a format was requested and the answer ended before it was complete; `text` then holds what was
+    generated.
     """
 
-    def __init__(self, source: Text, splitter: Splitter) -> None:
-        self._source, self._splitter = source, splitter
+    def __init__(self, source: Text, splitter: Splitter, *, one_call: bool = False) -> None:
+        self._source, self._splitter, self._one_call = source, splitter, one_call
         self.text = ""
         self.thinking = ""
         self.calls: list[ToolCall] = []
@@ -119,15 +120,27 @@ class Answer(Iterator[str]):
             pieces = self._taken(self._splitter.push(text))
             yield Step(pieces, self.scores[told:])
             told = len(self.scores)
+            if self._called:
+                self.stats.stopped = "complete"
+                return
         if pieces := self._taken(self._splitter.finish()):
             yield Step(pieces)
 
+    @property
+    def _called(self) -> bool:
+        """Whether the only call was made."""
+        return self._one_call and bool(self.calls)
+
     def _taken(self, pieces: list[Piece]) -> list[Piece]:
+        taken: list[Piece] = []
         for piece in pieces:
+            if self._called:
+                break
+            taken.append(piece)
             if piece.kind == "text":
                 self.text += piece.text
             elif piece.kind == "thinking":
                 self.thinking += piece.text
             elif piece.call is not None:
                 self.calls.append(piece.call)
-        return pieces
+        return taken

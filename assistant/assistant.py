@@ -48,6 +48,7 @@ class Prompt:
     thinking: bool = False  # whether the answer begins inside a thinking segment
     tools: list[dict[str, Any]] | None = None  # that may be called
     shared: int = 0  # ids that other prompts are likely to begin with: what a `PrefixCache` keeps
+    one_call: bool = False  # whether the answer ends behind its first call of a tool
 
 
 @dataclass
@@ -101,7 +102,11 @@ class Assistant:
             raise RunError("the chat template reads no tools", place=template.place, remedy="leave them out")
         text, ids = self._encoded(template, messages, tools, variables)
         shared = self._shared(ids, template, messages, tools, variables) if self.prefixes is not None else 0
-        return Prompt(ids, messages, opens_thinking(text), tools, shared)
+        return Prompt(ids, messages, opens_thinking(text), tools, shared=shared)
+
+    def reads(self, variable: str) -> bool:
+        """Whether the chat template reads a variable, such as `reasoning_effort`. RunError without a template."""
+        return variable in self._template().variables
 
     def _shared(self, ids: list[int], template: ChatTemplate, messages: Any, tools: Any, variables: Any) -> int:
         """How many ids every conversation begins with that has the same system prompt and tools."""
@@ -182,7 +187,15 @@ class Assistant:
         format: Format | None = None,
         cancelled: threading.Event | None = None,
     ) -> Answer:
-        """The answer to a prompt, which is computed as it is iterated. RunError for a format that cannot be met."""
+        """The answer to a prompt, which is computed as it is iterated.
+
+        RunError for a format that cannot be met, and for tools where it is not known how the model writes calls.
+        """
+        if prompt.tools and self.template is not None:
+            text = self.template.text
+            if tool_format(text) is None and not has_channels(text):
+                what = "moec does not know how a model of this chat template writes calls of tools"
+                raise RunError(what, place=self.template.place, remedy="leave the tools out")
         constraint = None if format is None else self._constraint(session, prompt, format)
         generation = Generation(
             session,
@@ -203,10 +216,11 @@ class Assistant:
         text = self.template.text
         tools = tool_format(text) if prompt.tools else None
         if has_channels(text):
-            return Answer(Text(generation, self._decode_with(CHANNEL_MARKERS), limits.stop), Channels())
+            source = Text(generation, self._decode_with(CHANNEL_MARKERS), limits.stop)
+            return Answer(source, Channels(), one_call=prompt.one_call)
         kept = (*THINK_MARKERS, *call_markers(tools))
         segments = Segments(tools, thinks=has_thinking(text), thinking=prompt.thinking)
-        return Answer(Text(generation, self._decode_with(kept), limits.stop), segments)
+        return Answer(Text(generation, self._decode_with(kept), limits.stop), segments, one_call=prompt.one_call)
 
     def _constraint(self, session: Session, prompt: Prompt, format: Format) -> Constraint:
         if self._formats is None:

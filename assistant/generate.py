@@ -137,8 +137,9 @@ class Stats:
     """Counts in tokens, times in seconds.
 
     stopped: "stop token", "stop string", "length", "context", "cancelled", or "complete" where a constraint lets
-    nothing follow. reused_tokens: those of the prompt that the session already held. drafted_tokens: guesses that were
-    checked (`assistant/speculate.py`), accepted_tokens: those of them that the model said itself.
+    nothing follow, or the only call of a tool was made. reused_tokens: those of the prompt that the session already
+    held. drafted_tokens: guesses that were checked (`assistant/speculate.py`), accepted_tokens: those of them that the
+    model said itself.
     """
 
     prompt_tokens: int = 0

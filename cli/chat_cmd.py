@@ -165,7 +165,10 @@ class _Talk:
         }
 
     def take(self, line: str) -> bool:
-        """Answer a question or execute a command; False ends the conversation. A UserError is printed, no more."""
+        """Answer a question or execute a command; False ends the conversation. A UserError is printed, no more.
+
+        Ctrl-C ends what is done, and the conversation is as it was, or holds what was said until then.
+        """
         try:
             if not line.startswith("/"):
                 self._ask(line)
@@ -178,22 +181,26 @@ class _Talk:
             self._commands[name](rest.strip())
         except UserError as error:
             _say(str(error))
+        except KeyboardInterrupt:
+            _say("\nstopped; /quit or Ctrl-D leaves")
         return True
 
     def _ask(self, text: str) -> None:
         if not text.strip():
             return
         before = list(self._conversation.messages)
-        answer = self._conversation.ask(text, self._limits, self._format)
-        if self._conversation.dropped:
-            _say(f"the context is full: the oldest {self._conversation.dropped} messages were dropped")
         try:
-            _print_stoppable(answer)
+            with _Stoppable() as stoppable:
+                # Ctrl-C while a template is rendered, a text encoded or a format compiled leaves no answer to end
+                stoppable.answer = answer = self._conversation.ask(text, self._limits, self._format)
+                if self._conversation.dropped:
+                    _say(f"the context is full: the oldest {self._conversation.dropped} messages were dropped")
+                _print(answer)
+                self._conversation.keep(answer)
         except BaseException:
             self._conversation.messages = before
             raise
         self._last = answer
-        self._conversation.keep(answer)
         if answer.stats.stopped not in ("stop token", "stop string", "complete"):
             _say(f"stopped by {answer.stats.stopped}")
         answer.check_finished()
@@ -241,14 +248,28 @@ class _Talk:
         )
 
 
-def _print_stoppable(answer: Answer) -> None:
-    """Print an answer as it comes; Ctrl-C ends the answer and nothing else."""
+class _Stoppable:
+    """While it is entered Ctrl-C ends `answer` and nothing else; before there is one it is a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.answer: Answer | None = None
+
+    def __enter__(self) -> _Stoppable:
+        self._before = signal.signal(signal.SIGINT, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.answer is None:
+            raise KeyboardInterrupt
+        self.answer.cancel()
+
+
+def _print(answer: Answer) -> None:
+    """Print an answer as it comes."""
     thinking = False
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        answer.cancel()
-
-    before = signal.signal(signal.SIGINT, stop)
     try:
         for step in answer.steps():
             for piece in step.pieces:
@@ -261,7 +282,6 @@ def _print_stoppable(answer: Answer) -> None:
                     thinking = False
                     show(piece.text)
     finally:
-        signal.signal(signal.SIGINT, before)
         print(flush=True)
 
 

@@ -116,6 +116,8 @@ def run_artifact(
     for name, value in (("--system", system), ("--tools", tools), ("--chat-template", chat_template)):
         if value is not None and not chat:
             raise UserError(f"{name} is for conversations", remedy="add --chat")
+    if logprobs is not None and not as_json:
+        raise UserError("--logprobs are told in JSON", remedy="add --json")
     prompt_ids = [] if ids is None else _parse_ids(ids)
     sampling = sampling_of(
         artifact,

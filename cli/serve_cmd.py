@@ -56,8 +56,8 @@ def serve(
     for module in ("starlette", "uvicorn"):
         require(module, "serve", "moec serve")
     token = token if token is not None else os.environ.get("MOEC_TOKEN")
-    if token is not None and (not token.isascii() or not token.isprintable() or not token.strip()):
-        raise UserError("a token is of visible ASCII characters", place="--token")
+    if token is not None and (not token.isascii() or not token.isprintable() or token != token.strip() or not token):
+        raise UserError("a token is of visible ASCII characters, with no space at its ends", place="--token")
     if token is None and not _is_loopback(host):
         raise UserError(f"{host} can be reached from other machines", place="--host", remedy="set a --token")
 
@@ -66,6 +66,7 @@ def serve(
     from moec.assistant.assistant import Assistant
     from moec.assistant.load import load_session
     from moec.assistant.server.app import Server, Settings
+    from moec.assistant.server.connections import Connection
     from moec.compiler.artifact import Artifact
 
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
@@ -75,19 +76,19 @@ def serve(
     session = load_session(opened)
     created = int((opened.folder / "manifest.json").stat().st_mtime)
     kept = conversations if conversations is not None else 1 if getattr(opened.options(), "memory_mb", None) else 4
-    settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept)
+    settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept, host)
     server = Server(assistant, session, settings)
     config = uvicorn.Config(
         server.app,
         host=host,
         port=port,
+        http=Connection,
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 << 10,
-        limit_concurrency=queue + 256,
     )
     listening = uvicorn.Server(config)
     try:

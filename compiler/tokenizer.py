@@ -9,6 +9,7 @@ exception handler could contain it. A call costs some tens of microseconds for t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ _REMEDY = "take the model's tokenizer.json"
 
 
 class TextTokenizer:
-    """The tokenizer of a file's content, loaded at once; ArtifactError naming `place`, if damaged."""
+    """The tokenizer of a file's content, loaded at once; ArtifactError naming `place`, if damaged.
+
+    A process that has ended, because a text was too much for it or the system ended it, is started anew by the next
+    call.
+    """
 
     def __init__(self, content: bytes, place: str) -> None:
-        self._place = place
-        self._worker = Worker("moec.compiler.tokenizer_worker", "the tokenizer", place, _REMEDY)
-        self.vocab_size = int(self._ask({"load": True}, content))
+        self._content, self._place = content, place
+        self._starting, self._closed = threading.Lock(), False
+        self._worker, self.vocab_size = self._started()
 
     def encode(self, text: str, *, special_tokens: bool = True, markers_as_text: bool = False) -> list[int]:
         """Ids of `text`, with the special tokens that the tokenizer itself adds, or without any.
@@ -70,17 +75,32 @@ class TextTokenizer:
 
     def close(self) -> None:
         """End the process. Calls after this raise ArtifactError."""
+        self._closed = True
         self._worker.close()
 
-    def _ask(self, message: dict[str, Any], data: bytes = b"") -> Any:
+    def ready(self) -> Worker:
+        """The process, started anew if it has ended; ArtifactError where that fails, or after `close`."""
+        with self._starting:
+            if not self._worker.alive and not self._closed:
+                self._worker.close()
+                self._worker, _ = self._started()
+            return self._worker
+
+    def _started(self) -> tuple[Worker, int]:
+        """A process that has loaded the file, and the size of the vocabulary."""
+        worker = Worker("moec.compiler.tokenizer_worker", "the tokenizer", self._place, _REMEDY)
+        try:
+            return worker, int(worker.ask({"load": True}, self._content, seconds=SECONDS, memory=MEMORY))
+        except Fault as fault:
+            worker.close()
+            raise ArtifactError(f"not a tokenizer: {fault}", place=self._place, remedy=_REMEDY) from None
+
+    def _ask(self, message: dict[str, Any]) -> Any:
         size = len(message.get("encode", "")) + sum(map(len, message.get("normalize", ())))
         seconds, memory = SECONDS + size * _SECONDS_PER_CHARACTER, MEMORY + size * _MEMORY_PER_CHARACTER
         try:
-            return self._worker.ask(message, data, seconds=seconds, memory=memory)
+            return self.ready().ask(message, seconds=seconds, memory=memory)
         except Fault as fault:
-            if "load" in message:
-                self._worker.close()
-                raise ArtifactError(f"not a tokenizer: {fault}", place=self._place, remedy=_REMEDY) from None
             raise ArtifactError(f"the tokenizer fails: {fault}", place=self._place, remedy=_REMEDY) from None
 
 

@@ -34,21 +34,29 @@ class Fault(Exception):
 
 
 class Worker:
-    """The process of `module`. what: its name in messages ("the tokenizer"); place, remedy: of its errors."""
+    """The process of `module`. what: its name in messages ("the tokenizer"); place, remedy: of its errors.
+
+    ArtifactError if the system starts none.
+    """
 
     def __init__(self, module: str, what: str, place: str, remedy: str) -> None:
         self._what, self._place, self._remedy = what, place, remedy
         # -P: the current folder may be a downloaded model, whose files must not be importable
         command = [sys.executable, "-P", "-m", module]
         self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+            )
+        except OSError as error:  # no memory, processes or files are left
+            what = f"{what} cannot be started: {error.strerror}"
+            raise ArtifactError(what, place=place, remedy="close other programs") from None
         self._end = weakref.finalize(self, _end, self._process)
 
     @property
     def alive(self) -> bool:
-        return self._end.alive
+        """Whether it can answer: it was not closed and has not ended."""
+        return self._end.alive and self._process.poll() is None
 
     def ask(self, message: dict[str, Any], data: bytes = b"", *, seconds: float, memory: int) -> Any:
         """The value that the worker answers. seconds: of processor time; memory: bytes of address space.

@@ -13,7 +13,7 @@ import hmac
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -27,6 +27,7 @@ from starlette.routing import Route
 from moec.assistant.answer import Answer, Step
 from moec.assistant.assistant import Assistant, Prompt
 from moec.assistant.sampling import TokenScore
+from moec.assistant.server.connections import AtMost
 from moec.assistant.server.engine import Ended, Engine, Job, QueueFull, Scores
 from moec.assistant.server.metrics import CONTENT_TYPE, Metrics, resident_bytes
 from moec.assistant.server.replies import (
@@ -50,12 +51,15 @@ form-action 'none'; frame-ancestors 'none'"
 )
 _MOST_PROMPTS = 64  # in one completion request
 _LENGTH_DIGITS = 20  # of a Content-Length that is converted to a number
+_MORE_REQUESTS = 256  # at once, besides those that wait for an answer: their bodies are in memory
+_BODY_SECONDS = 120.0  # for a body to arrive
 
 
 @dataclass(frozen=True)
 class Settings:
     """token: what clients must send; None only on a loopback address. most_bytes: of a body. created: Unix time of the
-    model's entry. conversations: how many keep their caches."""
+    model's entry. conversations: how many keep their caches. host: the address that the server listens at, which the
+    Host header may name."""
 
     model: str
     token: str | None = None
@@ -63,6 +67,7 @@ class Settings:
     most_bytes: int = 8 << 20
     created: int = 0
     conversations: int = 1
+    host: str = "127.0.0.1"
 
 
 class Server:
@@ -93,7 +98,8 @@ class Server:
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
         ]
         handlers: Any = {HTTPException: self._http_error}
-        self.app = Starlette(routes=routes, exception_handlers=handlers)
+        self._hosts = {*_LOOPBACK, settings.host.lower(), f"[{settings.host.lower().strip('[]')}]"}
+        self.app = AtMost(Starlette(routes=routes, exception_handlers=handlers), settings.most_waiting + _MORE_REQUESTS)
 
     # --- around every route ------------------------------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class Server:
         if self.settings.token is None:
             host = request.headers.get("host", "")
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-            if name.lower() not in _LOOPBACK:
+            if name.lower() not in self._hosts:
                 raise BadRequest("this server answers only requests to localhost", status=403, code="host")
         elif not open_to_all:
             scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -134,7 +140,7 @@ class Server:
     def _refusal(self, error: BadRequest) -> JSONResponse:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        if error.status == 413:
+        if error.status in (408, 413):
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(error_body(error.message, kind, error.param, error.code), error.status, headers=headers)
 
@@ -156,16 +162,32 @@ class Server:
         if length is not None and (not length.isdecimal() or len(length) > _LENGTH_DIGITS or int(length) > most):
             raise BadRequest(f"a body of {length[:20]} bytes; at most {most} are read", status=413)
         found = bytearray()
-        async for chunk in request.stream():
-            found += chunk
-            if len(found) > most:
-                raise BadRequest(f"a body of more than {most} bytes", status=413)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for chunk in request.stream():
+                    found += chunk
+                    if len(found) > most:
+                        raise BadRequest(f"a body of more than {most} bytes", status=413)
+        except TimeoutError:
+            raise BadRequest(f"no whole body within {_BODY_SECONDS:.0f} seconds", status=408) from None
         return bytes(found)
 
     # --- health, metrics, models, page --------------------------------------------------------------------------------
 
     async def _health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": self.settings.model})
+        told = {"status": "ok", "model": self.settings.model}
+        fault = await run_in_threadpool(self._fault_of_workers)
+        return JSONResponse(told) if fault is None else JSONResponse({**told, "status": "failed", "reason": fault}, 503)
+
+    def _fault_of_workers(self) -> str | None:
+        """Why nothing can be answered, if so. A tokenizer's process that has ended is started anew."""
+        if not self.engine.alive:
+            return "the thread that answers has ended"
+        try:
+            self.assistant.tokenizer.ready()
+        except UserError as error:
+            return error.message
+        return None
 
     async def _metrics(self, _: Request) -> Response:
         return PlainTextResponse(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -198,9 +220,12 @@ class Server:
             limits = body.limits(self.assistant.sampling, body.most, body.top_scores)
             format = body.format()
             must_call, only = body.must_call()
+            if body.reasoning_effort is not None and not self.assistant.reads("reasoning_effort"):
+                raise BadRequest("the model's chat template reads no reasoning_effort", param="reasoning_effort")
             prompt = self.assistant.chat_prompt(body.messages, tools=body.offered_tools(), variables=body.variables())
+            prompt = replace(prompt, one_call=body.parallel_tool_calls is False)
             if must_call:
-                format = self.assistant.must_call(prompt, only, several=body.parallel_tool_calls is not False)
+                format = self.assistant.must_call(prompt, only, several=not prompt.one_call)
             return body, self._job(prompt, limits, format)
 
         body, job = await self._prepared(prepared)

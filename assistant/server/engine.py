@@ -98,6 +98,11 @@ class Engine:
     def running(self) -> int:
         return int(self._running is not None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether somebody answers."""
+        return self._thread.is_alive()
+
     def submit(self, job: Job) -> None:
         """Queue a job; its events go to the event loop in which this is called. QueueFull."""
         job._loop = asyncio.get_running_loop()

@@ -31,6 +31,13 @@ class BadRequest(Exception):
         self.message, self.param, self.status, self.code = message, param, status, code
 
 
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # nothing is added to hide lengths
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -46,7 +53,7 @@ class _Body(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: _StreamOptions | None = None
     n: int | None = None
     max_tokens: _Tokens | None = None
     regex: str | None = None
@@ -66,6 +73,8 @@ class _Body(BaseModel):
         """
         if self.n not in (None, 1):
             raise BadRequest(f"n {self.n}: only one answer per request", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options: only with stream: true", param="stream_options")
         biases = None
         if self.logit_bias is not None:
             if not all(key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS for key in self.logit_bias):
@@ -87,7 +96,7 @@ class _Body(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        return bool((self.stream_options or {}).get("include_usage"))
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ChatBody(_Body):

@@ -115,6 +115,13 @@ def test_tools_that_the_template_does_not_read_are_refused(tmp_path: Path) -> No
         assistant(tmp_path, "hermes").generate(Speaking(), "Hi", tools=[TOOL])
 
 
+def test_tools_whose_calls_are_not_known_are_refused(tmp_path: Path) -> None:
+    """LFM2's template tells of tools; its calls, in the form of Python's, would never be found in an answer."""
+    with pytest.raises(RunError, match=r"lfm2\.jinja: moec does not know how a model of this .* writes calls"):
+        assistant(tmp_path, "lfm2").generate(Speaking(), ASK, tools=[TOOL])
+    assert "".join(assistant(tmp_path, "lfm2").generate(Speaking(["Hello."]), ASK)) == "Hello."
+
+
 def test_thinking_is_apart(tmp_path: Path) -> None:
     answer = assistant(tmp_path, "hermes").generate(Speaking(["<think>\nHm.\n</think>\n\nFour."]), ASK)
     assert ("".join(answer), answer.thinking) == ("Four.", "Hm.\n")

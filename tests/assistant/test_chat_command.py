@@ -154,6 +154,33 @@ def test_what_does_not_go_together_is_one_line(arguments: list[str], what: str, 
     refused(moec("run", artifact, *arguments), what)
 
 
+def test_logprobs_without_json_are_refused(artifact: Path, moec: Moec) -> None:
+    refused(moec("run", artifact, "--prompt", "Hi", "--logprobs", 2), "--logprobs are told in JSON; add --json")
+    refused(moec("run", artifact, "--ids", "20", "--logprobs", 2), "add --json")
+
+
+def test_ctrl_c_before_an_answer_begins_keeps_the_conversation(
+    artifact: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a question is rendered and encoded, or a command is executed."""
+    from moec.assistant.assistant import Assistant
+
+    before = signal.getsignal(signal.SIGINT)
+    real, count = Assistant.chat_prompt, iter(range(9))
+
+    def interrupted(*given: object, **named: object) -> object:
+        if next(count) == 2:  # the one at the start, the first question, this
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Assistant, "chat_prompt", interrupted)
+    typed(monkeypatch, "Hi", "lost", "/history", "next")
+    status, out, err = moec("chat", artifact)
+    assert (status, out) == (0, "Hello.\nuser: Hi\nassistant: Hello.\nAgain.\n")
+    assert "stopped; /quit or Ctrl-D leaves" in err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 # workers of the test runner ignore SIGINT, and their children would, too
 CHAT = """
 import signal, sys, time

@@ -194,6 +194,28 @@ def test_a_closed_one_says_so(tmp_path: Path) -> None:
         opened.encode("x")
 
 
+def test_one_that_has_ended_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = load_tokenizer(saved(tmp_path, base()))
+    wanted = opened.encode("a word")
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")  # another file meanwhile: ids stay those of the first
+    for _ in range(2):
+        opened._worker._process.kill()
+        opened._worker._process.wait()
+        assert opened.encode("a word") == wanted
+
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.subprocess, "Popen", none)
+        opened._worker.close()
+        for call in (lambda: opened.encode("a word"), opened.ready):
+            with pytest.raises(ArtifactError, match="the tokenizer cannot be started: Cannot allocate memory; close"):
+                call()
+    assert opened.encode("a word") == wanted
+    opened.close()
+
+
 def test_half_a_character_is_refused(tmp_path: Path) -> None:
     opened = load_tokenizer(saved(tmp_path, base()))
     with pytest.raises(RunError, match="half a character"):

@@ -13,6 +13,7 @@ import uvicorn
 
 from moec.assistant.assistant import Assistant
 from moec.assistant.server.app import Server, Settings
+from moec.assistant.server.connections import Connection
 from moec.compiler.session import SessionBase
 from tests.assistant.speaking import assistant
 
@@ -36,7 +37,9 @@ def running(
     folder: Path, session: SessionBase, name: str = "chatml", *, speaks: Assistant | None = None, **settings: Any
 ) -> Iterator[Running]:
     server = Server(speaks or assistant(folder, name), session, Settings("small", **settings))
-    config = uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        server.app, host="127.0.0.1", port=0, http=Connection, log_level="warning", timeout_graceful_shutdown=2
+    )
     listening = uvicorn.Server(config)
     thread = threading.Thread(target=listening.run, daemon=True)
     thread.start()

@@ -25,6 +25,44 @@ BROWSER = next(
 )
 
 
+#: The page's script with the least of a browser around it: New is clicked while an answer comes, and a question asked.
+SCRIPT = """
+const fs = require("fs"), vm = require("vm");
+const page = fs.readFileSync(process.argv[1], "utf-8");
+const made = {}, listeners = {};
+function element(id) {
+  return made[id] ??= {value: "", hidden: false, textContent: "", append() {}, replaceChildren() {}, focus() {},
+    scrollIntoView() {}, addEventListener: (kind, act) => { listeners[id + " " + kind] = act; }};
+}
+const replies = [];
+function fetch(address, options) {
+  if (address === "health") return Promise.resolve({json: async () => ({model: "small"})});
+  return new Promise((resolve, reject) => {
+    const gone = () => reject(Object.assign(new Error("gone"), {name: "AbortError"}));
+    options.signal.addEventListener("abort", gone);
+    replies.push({body: JSON.parse(options.body), say(text) {
+      const line = "data: " + JSON.stringify({choices: [{delta: {content: text}}]}) + "\\n";
+      const parts = [{value: line, done: false}, {value: undefined, done: true}];
+      const reader = {read: async () => parts.shift()};
+      resolve({ok: true, body: {pipeThrough: () => ({getReader: () => reader})}});
+    }});
+  });
+}
+const document = {getElementById: element, createElement: () => element(Symbol())};
+const context = vm.createContext({document, fetch, AbortController, TextDecoderStream: class {}, console});
+vm.runInContext(/<script[^>]*>([^]*?)<\\/script>/.exec(page)[1], context);
+const tick = () => new Promise(resolve => setTimeout(resolve, 5));
+const ask = text => { element("text").value = text; listeners["form submit"]({preventDefault() {}}); };
+(async () => {
+  ask("old"); await tick();
+  listeners["clear click"](); ask("new"); await tick();
+  replies[1].say("New."); await tick();
+  console.log(vm.runInContext("JSON.stringify([messages.map(m => m.content), running])", context), replies.length,
+              JSON.stringify(replies[1].body.messages), element("send").hidden);
+})();
+"""
+
+
 class Tab:
     """One page of the browser, over its debugging protocol. `complaints`: errors and warnings of console and policy."""
 
@@ -83,6 +121,14 @@ async def talk(debugging: str, url: str) -> list[str]:
             await tab.until("document.getElementById('send').hidden", False)
             await tab.value("document.getElementById('clear').click()")
             assert await tab.value(said) == []
+            # New while an answer comes: nothing of it comes back
+            await ask("another long one")
+            await tab.until(f"({said}).length", 1)
+            await tab.value("document.getElementById('clear').click()")
+            await ask("new")
+            await tab.until(said, ["New."])
+            await tab.until("document.getElementById('send').hidden", False)
+            assert await tab.value("messages.map(m => m.content)") == ["new", "New."]
             # the policy holds: a script that somebody adds does not run
             await tab.value(
                 "document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))"
@@ -91,11 +137,20 @@ async def talk(debugging: str, url: str) -> list[str]:
             return tab.complaints
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's script: install node")
+def test_new_forgets_an_answer_that_still_comes() -> None:
+    page = Path(__file__).parents[3] / "assistant" / "server" / "page.html"
+    found = subprocess.run(["node", "-e", SCRIPT, str(page)], capture_output=True, text=True, timeout=60, check=True)
+    asked = json.dumps([{"role": "user", "content": "new"}], separators=(",", ":"))
+    assert found.stdout == f'[["new","New."],null] 2 {asked} false\n'
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: install chromium")
 def test_a_conversation_in_a_browser(tmp_path: Path) -> None:
     slow = iter([0.0] * 60)
     session = Speaking(
-        ["<img src=x onerror=alert(1)> & more", "Second.", "x" * 300], slow=lambda: time.sleep(next(slow, 0.05))
+        ["<img src=x onerror=alert(1)> & more", "Second.", "x" * 300, "y" * 300, "New."],
+        slow=lambda: time.sleep(next(slow, 0.05)),
     )
     options = [
         "--headless",

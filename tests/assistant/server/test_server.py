@@ -161,6 +161,31 @@ def test_tools(tmp_path: Path) -> None:
         assert last.choices[0].message.content == "It is 3."
 
 
+def test_tools_whose_calls_are_not_known_are_refused(tmp_path: Path) -> None:
+    with running(tmp_path, Speaking(["a"]), "lfm2") as at:
+        for stream in (False, True):
+            reply = post(at, {"messages": ASK, "tools": [TOOL], "stream": stream})
+            assert (reply.status_code, "does not know how a model" in reply.text) == (400, True)
+        assert post(at, {"messages": ASK, "tools": [TOOL], "tool_choice": "none"}).status_code == 200
+
+
+def test_one_call_where_several_are_not_wanted(tmp_path: Path) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    # one behind the other, and a form in which they come together at the end
+    said = f"Two:\n{call}\n{call}\nand more", '<|tool_call|>[{"name": "add", "arguments": {}}, {"name": "add"}]'
+    for name, text in zip(("hermes", "granite"), said, strict=True):
+        with running(tmp_path, Speaking([text] * 3), name) as at:
+            asked = {"messages": ASK, "tools": [TOOL]}
+            both = post(at, asked).json()["choices"][0]
+            one = post(at, {**asked, "parallel_tool_calls": False}).json()
+            assert (len(both["message"]["tool_calls"]), len(one["choices"][0]["message"]["tool_calls"])) == (2, 1)
+            assert one["choices"][0]["finish_reason"] == "tool_calls"
+            if name == "hermes":
+                assert one["usage"]["completion_tokens"] == len(f"Two:\n{call}")  # nothing is computed behind it
+            lines = post(at, {**asked, "parallel_tool_calls": False, "stream": True}).text.splitlines()
+            assert sum('"tool_calls": [' in line for line in lines) == 1
+
+
 def test_thinking_is_told_apart(tmp_path: Path) -> None:
     with running(tmp_path, Speaking(["<think>\nHm.\n</think>\n\nFour."] * 2), "hermes") as at:
         found = client(at).chat.completions.create(model="small", messages=ASK).choices[0].message
@@ -249,6 +274,13 @@ MALFORMED: dict[str, tuple[Any, int, str]] = {
     "response_format": ({"messages": ASK, "response_format": {"type": "xml"}}, 400, "unknown type 'xml'"),
     "no schema": ({"messages": ASK, "response_format": {"type": "json_schema"}}, 400, "no schema"),
     "regex": ({"messages": ASK, "regex": "("}, 400, "regex"),
+    "an unknown stream option": ({"messages": ASK, "stream": True, "stream_options": {"usage": True}}, 400, "usage"),
+    "obfuscation": (
+        {"messages": ASK, "stream": True, "stream_options": {"include_obfuscation": True}}, 400, "include_obfuscation"),
+    "stream_options without a stream": (
+        {"messages": ASK, "stream": False, "stream_options": {"include_usage": True}}, 400, "only with stream: true"),
+    "an effort that the template does not read": (
+        {"messages": ASK, "reasoning_effort": "low"}, 400, "reads no reasoning_effort"),
     "two formats": ({"messages": ASK, "regex": "a", "grammar": "b"}, 400, "at once"),
     "a long prompt": ({"messages": [{"role": "user", "content": "x" * 4000}]}, 400, "the context holds 512"),
 }  # fmt: skip
@@ -335,6 +367,13 @@ def test_a_template_may_be_told_a_variable_of_any_name(small: Running) -> None:
     for name in ("self", "context", "message", "args"):  # names of Python's own parameters on the way
         reply = post(small, {"messages": ASK, "chat_template_kwargs": {name: 1}})
         assert reply.status_code == 200, reply.text
+
+
+def test_the_address_that_is_listened_at_is_a_name_of_this_machine(tmp_path: Path) -> None:
+    for host, given in (("127.0.0.2", "127.0.0.2:80"), ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]:80")):
+        with running(tmp_path, Speaking([]), host=host) as at:
+            for name, status in ((given, 200), ("localhost", 200), ("127.0.0.3", 403)):
+                assert httpx.get(f"{at.url}/health", headers={"Host": name}).status_code == status, name
 
 
 def test_another_host_is_refused_without_a_token(small: Running) -> None:
@@ -431,25 +470,6 @@ def test_the_queue_has_a_limit(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(30)
         assert [reply.status_code for reply in replies] == [200, 200]
-
-
-def test_a_queue_of_none_still_answers(tmp_path: Path) -> None:
-    import threading
-
-    go = threading.Event()
-    with running(tmp_path, Speaking(["a", "b", "c", "d"], slow=lambda: go.wait(30) and None), most_waiting=0) as at:
-        replies: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: replies.append(post(at, {"messages": ASK})))
-        thread.start()
-        end = time.monotonic() + 20
-        while not at.server.engine.running:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        assert post(at, {"messages": ASK}).status_code == 503
-        go.set()
-        thread.join(30)
-        statuses = [reply.status_code for reply in (*replies, *(post(at, {"messages": ASK}) for _ in range(3)))]
-        assert statuses == [200] * 4  # whoever has an answer finds the worker free
 
 
 def test_texts_take_no_place_in_the_prefix_cache(tmp_path: Path) -> None:
