@@ -181,6 +181,7 @@ bool moec_model::load_method(const std::string& name) {
   const Error code = module->load_method(name, methods.at(name).memory.get());
   if (first && read_process_memory("", &after)) delegate_bytes = std::max<int64_t>(after.anonymous - before.anonymous, 0);
   if (code == Error::Ok) return true;
+  if (!first) late_bytes = 0;  // there is one such method, and it was not loaded: the next call counts it again
   if (code == Error::OperatorMissing) return fail(name + ": the program uses an operator that this build does not have; rebuild it");
   return fail(name.c_str(), code, watch);
 }
