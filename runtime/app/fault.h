@@ -1,4 +1,4 @@
-// What is wrong with what an application gave, in one line; moec_app.cpp turns it into a return value.
+// What is wrong with what an application gave, in one line; api.h turns it into a return value.
 #ifndef MOEC_FAULT_H_
 #define MOEC_FAULT_H_
 

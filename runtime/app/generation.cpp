@@ -4,6 +4,8 @@
 #include <chrono>
 #include <utility>
 
+#include "scores.h"
+
 namespace {
 
 double seconds() {
@@ -15,7 +17,7 @@ double seconds() {
 Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options)
     : session_(std::move(session)), tokens_(std::move(prompt)), sampler_(std::move(options.sampling), tokens_),
       decoder_(session_->artifact().tokenizer(), false, std::move(options.kept)), stops_(std::move(options.stops)),
-      most_(options.max_new_tokens),
+      most_(options.max_new_tokens), top_scores_(options.top_scores),
       constraint_(options.constraint), speculate_(options.speculate && session_->artifact().speculates()) {
   const moec_model_info& info = session_->artifact().info();
   if (tokens_.empty()) throw Fault("the prompt has no tokens");
@@ -33,8 +35,18 @@ moec_app_stats Generation::stats() {
   return stats_;
 }
 
+std::vector<moec_app_score> Generation::scores(int64_t first) {
+  const std::lock_guard<std::mutex> lock(session_->busy);
+  if (top_scores_ < 0) throw Fault("the generation was begun without top_scores");
+  if (first < 0 || first > stats_.new_tokens) throw Fault("token " + std::to_string(first) + " of an answer of " + std::to_string(stats_.new_tokens));
+  const int64_t each = 1 + std::min<int64_t>(top_scores_, session_->artifact().info().vocab_size);
+  const int64_t begin = std::min(first * each, static_cast<int64_t>(scores_.size()));
+  return std::vector<moec_app_score>(scores_.begin() + begin, scores_.end());
+}
+
 bool Generation::next() {
   const std::lock_guard<std::mutex> lock(session_->busy);
+  text_bytes_ += static_cast<int64_t>(piece_.size());
   piece_.clear();
   if (!fault_.empty()) throw Fault(fault_);
   if (stats_.stopped != MOEC_APP_RUNNING) return false;
@@ -171,6 +183,7 @@ void Generation::step() {
   const int32_t complete = constraint_ ? constraint_->take(constraint_->user, token) : 0;
   if (complete != 0 && complete != 1) constraint_failed();
   piece_ = stops_.push(decoder_.push(token));
+  if (top_scores_ >= 0) append_scores(logits_, token, top_scores_, text_bytes_ + static_cast<int64_t>(piece_.size()), &scores_);
   if (stops_.found()) {
     stats_.stopped = MOEC_APP_STOP_STRING;
   } else if (complete == 1) {

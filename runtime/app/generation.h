@@ -20,6 +20,7 @@ struct GenerationOptions {
   std::vector<std::string> stops;
   int64_t max_new_tokens = -1;
   bool speculate = false;
+  int32_t top_scores = -1;  // -1: no log-probabilities
   std::optional<moec_app_constraint> constraint;
   std::vector<int32_t> kept;  // special tokens that are written out
 };
@@ -31,6 +32,8 @@ class Generation : public Object {
   const std::string& piece() const { return piece_; }
   void cancel() { cancelled_ = true; }
   moec_app_stats stats();
+  // Log-probabilities of the tokens from number `first` on: one for the token, those of the likeliest behind it.
+  std::vector<moec_app_score> scores(int64_t first);
 
  private:
   bool prefill();
@@ -51,6 +54,9 @@ class Generation : public Object {
   std::vector<float> logits_;  // of the last token
   std::string piece_, fault_;
   int64_t most_;
+  int64_t text_bytes_ = 0;  // of the pieces before this one
+  int32_t top_scores_;
+  std::vector<moec_app_score> scores_;
   int32_t pending_ = -1;  // a token that was chosen and is not computed yet
   bool begun_ = false;
   uint64_t turn_ = 0;

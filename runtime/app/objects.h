@@ -1,4 +1,4 @@
-// The objects that the ids of moec.h name. Faults are exceptions here; moec_app.cpp turns them into return values.
+// The objects that the ids of moec.h name. Faults are exceptions here; api.h turns them into return values.
 #ifndef MOEC_OBJECTS_H_
 #define MOEC_OBJECTS_H_
 

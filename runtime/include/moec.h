@@ -153,9 +153,11 @@ typedef struct moec_app_options {
                       // speculates and while that saves time; the text is the same. 0: a call for each token
   int32_t segments;  // MOEC_APP_SEGMENTS, MOEC_APP_TOOLS: special tokens that mark segments are written out, for moec_app_splitter
   const moec_app_constraint* constraint;  // copied; NULL: every token may come
+  int32_t top_scores;  // for moec_app_scores: -1: nothing; 0 to 100: each token's log-probability and those of so many likeliest ones
+  int32_t reserved;    // 0
 } moec_app_options;
 
-// What the model recommends (its generation_config.json), else greedy; with speculation. Set `size` first.
+// What the model recommends (its generation_config.json), else greedy; with speculation, without scores. Set `size` first.
 MOEC_APP_API int32_t moec_app_defaults(int64_t artifact, moec_app_options* options);
 
 // Begins the answer to a prompt. The session will hold exactly the prompt and the answer, whose last token is not computed when the
@@ -194,6 +196,20 @@ typedef struct moec_app_stats {
   int64_t drafted_tokens, accepted_tokens;  // tokens that were checked as drafts, and those of them that the model took itself
 } moec_app_stats;
 MOEC_APP_API int32_t moec_app_stats_of(int64_t generation, moec_app_stats* stats);
+
+// How likely the model took a token to be: by its logits, before options and constraint change them.
+typedef struct moec_app_score {
+  int32_t token;
+  int32_t rank;  // 0: the token that was taken; 1, 2, ...: the likeliest ones at its place, best first
+  double log_probability;  // natural logarithm
+  int64_t text_bytes;      // of a token that was taken: bytes of the answer's text that were certain with it; the text behind those of
+                           // the token before is what it brought, which may be nothing. 0 for the others
+} moec_app_score;
+
+// Scores of the tokens that were taken so far, from number `first` on: for each of them one of rank 0, then those of the likeliest
+// (moec_app_options.top_scores, or the whole vocabulary if that is smaller). A token that ended the answer has none. Writes at most
+// `capacity`. Returns how many there are.
+MOEC_APP_API int64_t moec_app_scores(int64_t generation, int64_t first, moec_app_score* scores, int64_t capacity);
 
 // ------------------------------------------------------------------------------------------------------------ segments
 

@@ -62,8 +62,12 @@ class Options(ctypes.Structure):
         *[("repeat_penalty", F64), ("presence_penalty", F64), ("frequency_penalty", F64), ("seed", ctypes.c_uint64)],
         *[("max_new_tokens", I64), ("stops", ctypes.POINTER(TEXT)), ("stop_count", I64)],
         *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("segments", I32)],
-        ("constraint", ctypes.c_void_p),
+        *[("constraint", ctypes.c_void_p), ("top_scores", I32), ("reserved", I32)],
     ]
+
+
+class Score(ctypes.Structure):
+    _fields_ = [("token", I32), ("rank", I32), ("log_probability", F64), ("text_bytes", I64)]
 
 
 class Constraint(ctypes.Structure):
@@ -116,6 +120,7 @@ def library() -> ctypes.CDLL:
         "split": (I32, [I64, TEXT, I64]),
         "next_segment": (I32, [I64, ctypes.c_void_p]),
         "stats_of": (I32, [I64, ctypes.c_void_p]),
+        "scores": (I64, [I64, I64, ctypes.POINTER(Score), I64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(found, f"moec_app_{name}")
@@ -209,3 +214,10 @@ def stats(generation: int) -> Stats:
     found = Stats(size=ctypes.sizeof(Stats))
     call("stats_of", generation, ctypes.byref(found))
     return found
+
+
+def scores(generation: int, first: int = 0) -> list[Score]:
+    count = call("scores", generation, first, None, 0)
+    found = (Score * max(count, 1))()
+    assert call("scores", generation, first, found, count) == count
+    return list(found[:count])

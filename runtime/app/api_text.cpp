@@ -1,0 +1,111 @@
+// The C API of moec.h: text and ids, conversations, and answers that are taken apart.
+#include <deque>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "api.h"
+
+int64_t moec_app_tokenize(int64_t artifact, const char* text, int64_t bytes, int32_t flags, int32_t* ids, int64_t capacity) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (flags & ~(MOEC_APP_PLAIN | MOEC_APP_AS_TEXT)) throw Fault("flags: unknown ones");
+    return written(found->tokenize(text_of(text, bytes, "text"), flags), ids, capacity);
+  });
+}
+
+int64_t moec_app_detokenize(int64_t artifact, const int32_t* ids, int64_t count, int32_t flags, char* text, int64_t capacity) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (flags & ~MOEC_APP_SPECIAL) throw Fault("flags: unknown ones");
+    return written(found->detokenize(ids_of(ids, count), flags & MOEC_APP_SPECIAL), text, capacity);
+  });
+}
+
+int64_t moec_app_chat(int64_t artifact, const moec_app_message* messages, int64_t count, int32_t* ids, int64_t capacity) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (count < 1 || count > kMostMessages || !messages) throw Fault("messages: NULL, or not 1 to 10000 of them");
+    std::vector<std::string> texts;
+    for (int64_t i = 0; i < count; ++i) {
+      const std::string name = "messages[" + std::to_string(i) + "]";
+      texts.push_back(text_of(messages[i].role, -1, (name + ".role").c_str()));
+      texts.push_back(text_of(messages[i].content, -1, (name + ".content").c_str()));
+      if (valid_utf8(texts.back()) != texts.back().size()) throw Fault(name + ".content: is not UTF-8");
+    }
+    std::vector<ChatMessage> given;
+    for (size_t i = 0; i < texts.size(); i += 2) given.push_back({texts[i], texts[i + 1]});
+    return written(found->chat(given), ids, capacity);
+  });
+}
+
+int64_t moec_app_chat_with_tools(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count, int32_t* ids,
+                                 int64_t capacity) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (count < 1 || count > kMostMessages || !turns) throw Fault("turns: NULL, or not 1 to 10000 of them");
+    const std::string definitions = tools ? text_of(tools, -1, "tools") : "";
+    if (tools && definitions.empty()) throw Fault("tools: is not JSON, at byte 0");
+    std::deque<std::string> texts;  // where they lie does not change
+    const auto kept = [&](const char* text, const std::string& name) -> std::string_view {
+      texts.push_back(text_of(text, -1, name.c_str()));
+      if (valid_utf8(texts.back()) != texts.back().size()) throw Fault(name + ": is not UTF-8");
+      return texts.back();
+    };
+    std::vector<ChatTurn> given;
+    for (int64_t i = 0; i < count; ++i) {
+      const moec_app_turn& turn = turns[i];
+      const std::string name = "turns[" + std::to_string(i) + "]";
+      check_size(&turn, name.c_str());
+      if (turn.call_count < 0 || turn.call_count > kMostCalls || (turn.call_count > 0 && !turn.calls))
+        throw Fault(name + ".calls: NULL, or not 0 to 1000 of them");
+      given.push_back({kept(turn.role, name + ".role"), "", {}});
+      if (turn.content || turn.call_count == 0) given.back().content = kept(turn.content, name + ".content");
+      for (int64_t j = 0; j < turn.call_count; ++j) {
+        const std::string call = name + ".calls[" + std::to_string(j) + "]";
+        const char* arguments = turn.calls[j].arguments;
+        given.back().calls.push_back({kept(turn.calls[j].name, call + ".name"), kept(arguments ? arguments : "", call + ".arguments")});
+      }
+    }
+    return written(found->chat(definitions, given), ids, capacity);
+  });
+}
+
+int64_t moec_app_splitter(int64_t artifact, const int32_t* prompt, int64_t count, int32_t flags) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    if (flags & ~(MOEC_APP_SEGMENTS | MOEC_APP_TOOLS)) throw Fault("flags: unknown ones");
+    return register_object(std::make_shared<OpenSplitter>(*found, ids_of(prompt, count), flags));
+  });
+}
+
+int32_t moec_app_split(int64_t splitter, const char* piece, int64_t bytes) {
+  return guarded<int32_t>([&] {
+    const auto found = splitter_of(splitter);
+    if (!piece) {
+      found->finish();
+      return 0;
+    }
+    const std::string text = text_of(piece, bytes, "piece");
+    if (valid_utf8(text) != text.size()) throw Fault("piece: is not UTF-8");
+    found->push(text);
+    return 0;
+  });
+}
+
+int32_t moec_app_next_segment(int64_t splitter, moec_app_segment* segment) {
+  return guarded<int32_t>([&] {
+    const auto found = splitter_of(splitter);
+    check_size(segment, "segment");
+    const Segment* next = found->next();
+    *segment = {};
+    segment->size = sizeof *segment;
+    if (!next) return 0;
+    segment->kind = next->kind;
+    segment->text = next->text.c_str();
+    segment->bytes = static_cast<int64_t>(next->text.size());
+    segment->name = next->call.name.c_str();
+    segment->arguments = next->call.arguments.c_str();
+    return 1;
+  });
+}
