@@ -1,10 +1,60 @@
 // The C API of moec.h: text and ids, conversations, and answers that are taken apart.
+#include <algorithm>
 #include <deque>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "api.h"
+
+namespace {
+
+// Turns of a conversation as an application gave them, checked.
+class GivenTurns {
+ public:
+  std::string tools;
+  std::vector<ChatTurn> turns;  // of texts that are kept here
+
+  GivenTurns(const char* definitions, const moec_app_turn* given, int64_t count) {
+    if (count < 1 || count > kMostMessages || !given) throw Fault("turns: NULL, or not 1 to 10000 of them");
+    if (definitions) tools = text_of(definitions, -1, "tools");
+    if (definitions && tools.empty()) throw Fault("tools: is not JSON, at byte 0");
+    for (int64_t i = 0; i < count; ++i) add(given[i], "turns[" + std::to_string(i) + "]");
+  }
+
+  // Without the oldest question and all that answers it; false where only the last question is left.
+  bool drop_oldest() {
+    const auto asks = [](const ChatTurn& turn) { return turn.role == "user"; };
+    const auto first = std::find_if(turns.begin(), turns.end(), asks);
+    const auto second = first == turns.end() ? first : std::find_if(first + 1, turns.end(), asks);
+    if (second == turns.end()) return false;
+    turns.erase(first, second);
+    return true;
+  }
+
+ private:
+  void add(const moec_app_turn& turn, const std::string& name) {
+    check_size(&turn, name.c_str());
+    if (turn.call_count < 0 || turn.call_count > kMostCalls || (turn.call_count > 0 && !turn.calls))
+      throw Fault(name + ".calls: NULL, or not 0 to 1000 of them");
+    turns.push_back({kept(turn.role, name + ".role"), "", {}});
+    if (turn.content || turn.call_count == 0) turns.back().content = kept(turn.content, name + ".content");
+    for (int64_t i = 0; i < turn.call_count; ++i) {
+      const std::string call = name + ".calls[" + std::to_string(i) + "]";
+      const char* arguments = turn.calls[i].arguments;
+      turns.back().calls.push_back({kept(turn.calls[i].name, call + ".name"), kept(arguments ? arguments : "", call + ".arguments")});
+    }
+  }
+  std::string_view kept(const char* text, const std::string& name) {
+    texts_.push_back(text_of(text, -1, name.c_str()));
+    if (valid_utf8(texts_.back()) != texts_.back().size()) throw Fault(name + ": is not UTF-8");
+    return texts_.back();
+  }
+
+  std::deque<std::string> texts_;  // where they lie does not change
+};
+
+}  // namespace
 
 int64_t moec_app_tokenize(int64_t artifact, const char* text, int64_t bytes, int32_t flags, int32_t* ids, int64_t capacity) {
   return guarded<int64_t>([&] {
@@ -43,31 +93,30 @@ int64_t moec_app_chat_with_tools(int64_t artifact, const char* tools, const moec
                                  int64_t capacity) {
   return guarded<int64_t>([&] {
     const auto found = artifact_of(artifact);
-    if (count < 1 || count > kMostMessages || !turns) throw Fault("turns: NULL, or not 1 to 10000 of them");
-    const std::string definitions = tools ? text_of(tools, -1, "tools") : "";
-    if (tools && definitions.empty()) throw Fault("tools: is not JSON, at byte 0");
-    std::deque<std::string> texts;  // where they lie does not change
-    const auto kept = [&](const char* text, const std::string& name) -> std::string_view {
-      texts.push_back(text_of(text, -1, name.c_str()));
-      if (valid_utf8(texts.back()) != texts.back().size()) throw Fault(name + ": is not UTF-8");
-      return texts.back();
-    };
-    std::vector<ChatTurn> given;
-    for (int64_t i = 0; i < count; ++i) {
-      const moec_app_turn& turn = turns[i];
-      const std::string name = "turns[" + std::to_string(i) + "]";
-      check_size(&turn, name.c_str());
-      if (turn.call_count < 0 || turn.call_count > kMostCalls || (turn.call_count > 0 && !turn.calls))
-        throw Fault(name + ".calls: NULL, or not 0 to 1000 of them");
-      given.push_back({kept(turn.role, name + ".role"), "", {}});
-      if (turn.content || turn.call_count == 0) given.back().content = kept(turn.content, name + ".content");
-      for (int64_t j = 0; j < turn.call_count; ++j) {
-        const std::string call = name + ".calls[" + std::to_string(j) + "]";
-        const char* arguments = turn.calls[j].arguments;
-        given.back().calls.push_back({kept(turn.calls[j].name, call + ".name"), kept(arguments ? arguments : "", call + ".arguments")});
-      }
+    const GivenTurns given(tools, turns, count);
+    return written(found->chat(given.tools, given.turns), ids, capacity);
+  });
+}
+
+int64_t moec_app_fitting_chat(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count, int64_t room, int32_t* ids,
+                              int64_t capacity, int64_t* dropped) {
+  return guarded<int64_t>([&] {
+    const auto found = artifact_of(artifact);
+    const int64_t context = found->info().context, wanted = room < 0 ? std::min<int64_t>(64, context / 4) : room;
+    if (room < -1 || room >= context)
+      throw Fault("room: -1, or 0 to " + std::to_string(context - 1) + ": the context holds " + std::to_string(context));
+    GivenTurns given(tools, turns, count);
+    for (;;) {
+      const std::vector<int32_t> prompt = found->chat(given.tools, given.turns);
+      const int64_t left = context - static_cast<int64_t>(prompt.size());
+      const bool fits = left >= std::max<int64_t>(wanted, 1);
+      if (!fits && given.drop_oldest()) continue;
+      if (left <= 0)
+        throw Fault("no room for an answer: the last question and the system prompt have " + std::to_string(prompt.size()) +
+                    " tokens, the context " + std::to_string(context));
+      if (dropped) *dropped = count - static_cast<int64_t>(given.turns.size());
+      return written(prompt, ids, capacity);
     }
-    return written(found->chat(definitions, given), ids, capacity);
   });
 }
 

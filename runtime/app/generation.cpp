@@ -17,17 +17,21 @@ double seconds() {
 Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t> prompt, GenerationOptions options)
     : session_(std::move(session)), tokens_(std::move(prompt)), sampler_(std::move(options.sampling), tokens_),
       decoder_(session_->artifact().tokenizer(), false, std::move(options.kept)), stops_(std::move(options.stops)),
-      most_(options.max_new_tokens), top_scores_(options.top_scores),
+      most_(options.max_new_tokens), drop_oldest_(options.drop_oldest), keep_first_(options.keep_first),
+      top_scores_(options.top_scores),
       constraint_(options.constraint), speculate_(options.speculate && session_->artifact().speculates()) {
   const moec_model_info& info = session_->artifact().info();
   if (tokens_.empty()) throw Fault("the prompt has no tokens");
-  if (static_cast<int64_t>(tokens_.size()) > info.context)
+  if (drop_oldest_ && keep_first_ >= info.context)
+    throw Fault("keep_first: " + std::to_string(keep_first_) + " tokens leave nothing to drop: the context holds " + std::to_string(info.context));
+  if (static_cast<int64_t>(tokens_.size()) > info.context && !drop_oldest_)
     throw Fault(std::to_string(tokens_.size()) + " tokens do not fit: the context holds " + std::to_string(info.context));
   for (const int32_t id : tokens_)
     if (id < 0 || id >= info.vocab_size) throw Fault("token " + std::to_string(id) + " is not in the vocabulary");
   const std::lock_guard<std::mutex> lock(session_->busy);
   turn_ = ++session_->turn;
   stats_.prompt_tokens = static_cast<int64_t>(tokens_.size());
+  while (static_cast<int64_t>(tokens_.size()) > info.context) forget_oldest();
 }
 
 moec_app_stats Generation::stats() {
@@ -73,14 +77,40 @@ bool Generation::prefill() {
     turn_ = session_->turn;
   }
   stats_.reused_tokens = static_cast<int64_t>(same);
-  const auto most = static_cast<size_t>(info.max_tokens);
-  for (size_t begin = same; begin < tokens_.size(); begin += most) {
+  return compute(same);
+}
+
+// Appends the tokens behind those that the session holds; false if it was cancelled.
+bool Generation::compute(size_t held) {
+  const auto most = static_cast<size_t>(session_->artifact().info().max_tokens);
+  for (size_t begin = held; begin < tokens_.size(); begin += most) {
     if (cancelled_) return false;
     const size_t count = std::min(most, tokens_.size() - begin);
     const bool last = begin + count == tokens_.size();
     session_->forward(tokens_.data() + begin, count, last ? OpenSession::Rows::kLast : OpenSession::Rows::kNone, &logits_);
   }
   return true;
+}
+
+// Drops the older half of the tokens that a full context has behind the first ones.
+void Generation::forget_oldest() {
+  const int64_t left = session_->artifact().info().context - keep_first_, dropped = left - left / 2;
+  const auto begin = tokens_.begin() + keep_first_;
+  tokens_.erase(begin, begin + dropped);
+  stats_.dropped_tokens += dropped;
+}
+
+// Of a full context: the tokens that stay are computed anew, so that they have the bits of a session that held nothing else. The
+// first ones have them already where a token's do not depend on the others of its call. False if it was cancelled.
+bool Generation::make_room() {
+  const moec_model_info& info = session_->artifact().info();
+  settle();
+  forget_oldest();
+  lookup_ = PromptLookup();
+  const int64_t held = info.exact && info.rewinds ? keep_first_ : 0;
+  session_->rewind(held);
+  turn_ = session_->turn;
+  return compute(static_cast<size_t>(held));
 }
 
 // Appends a token: the logits after it are in `logits_`.
@@ -171,6 +201,7 @@ void Generation::step() {
     if (!whole) return end(MOEC_APP_CANCELLED);
   } else if (pending_ >= 0) {
     if (cancelled_) return end(MOEC_APP_CANCELLED);
+    if (static_cast<int64_t>(tokens_.size()) >= session_->artifact().info().context && !make_room()) return end(MOEC_APP_CANCELLED);
     advance(pending_);
     stats_.decode_seconds += seconds() - began;
   }
@@ -190,7 +221,7 @@ void Generation::step() {
     end(MOEC_APP_COMPLETE);
   } else if (stats_.new_tokens == most_) {
     end(MOEC_APP_LENGTH);
-  } else if (static_cast<int64_t>(tokens_.size()) >= session_->artifact().info().context) {
+  } else if (static_cast<int64_t>(tokens_.size()) >= session_->artifact().info().context && !drop_oldest_) {
     end(MOEC_APP_CONTEXT);
   }
 }

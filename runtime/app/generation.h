@@ -21,6 +21,8 @@ struct GenerationOptions {
   int64_t max_new_tokens = -1;
   bool speculate = false;
   int32_t top_scores = -1;  // -1: no log-probabilities
+  bool drop_oldest = false;  // where the context is full
+  int64_t keep_first = 0;    // of the tokens, which are never dropped
   std::optional<moec_app_constraint> constraint;
   std::vector<int32_t> kept;  // special tokens that are written out
 };
@@ -37,6 +39,9 @@ class Generation : public Object {
 
  private:
   bool prefill();
+  bool compute(size_t held);
+  void forget_oldest();
+  bool make_room();
   void advance(int32_t token);
   bool check_guesses();
   void take_row(size_t row);
@@ -47,7 +52,7 @@ class Generation : public Object {
   void end(int32_t why);
 
   std::shared_ptr<OpenSession> session_;
-  std::vector<int32_t> tokens_;  // the prompt and what was appended to it
+  std::vector<int32_t> tokens_;  // the prompt and what was appended to it, without what was dropped
   Sampler sampler_;
   TextDecoder decoder_;
   StopStrings stops_;
@@ -55,6 +60,8 @@ class Generation : public Object {
   std::string piece_, fault_;
   int64_t most_;
   int64_t text_bytes_ = 0;  // of the pieces before this one
+  bool drop_oldest_;
+  int64_t keep_first_;
   int32_t top_scores_;
   std::vector<moec_app_score> scores_;
   int32_t pending_ = -1;  // a token that was chosen and is not computed yet

@@ -172,6 +172,11 @@ int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count,
     wanted.speculate = given.speculate == 1;
     if (given.top_scores < -1 || given.top_scores > kMostTopScores) throw Fault("top_scores: -1 (none) to 100");
     wanted.top_scores = given.top_scores;
+    if (given.on_full != MOEC_APP_STOP && given.on_full != MOEC_APP_DROP_OLDEST)
+      throw Fault("on_full: MOEC_APP_STOP or MOEC_APP_DROP_OLDEST");
+    if (given.keep_first < 0) throw Fault("keep_first: 0 or above");
+    wanted.drop_oldest = given.on_full == MOEC_APP_DROP_OLDEST;
+    wanted.keep_first = given.keep_first;
     if (given.segments & ~(MOEC_APP_SEGMENTS | MOEC_APP_TOOLS)) throw Fault("segments: unknown flags");
     wanted.kept = found->artifact().markers(given.segments);
     if (given.constraint) {

@@ -100,6 +100,14 @@ typedef struct moec_app_turn {
 MOEC_APP_API int64_t moec_app_chat_with_tools(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count,
                                               int32_t* ids, int64_t capacity);
 
+// As moec_app_chat_with_tools, for a conversation that may be longer than the context: until the ids and `room` tokens of an answer
+// fit (-1: 64, or a quarter of a context that is shorter than 256), the oldest question is left out with everything up to the next
+// one: its answer, calls and what tools said. The system prompt stays, as do the last question and what follows it: if they leave less
+// than `room` but something, that is what the answer gets; if nothing, it is an error. `dropped`, which may be NULL, becomes the number
+// of turns that were left out, all of them the first ones behind the system prompt.
+MOEC_APP_API int64_t moec_app_fitting_chat(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count,
+                                           int64_t room, int32_t* ids, int64_t capacity, int64_t* dropped);
+
 // ------------------------------------------------------------------------------------------------------------ sessions
 
 // A session: tokens with their caches, over the weights of an artifact. Returns as moec_app_open.
@@ -137,6 +145,15 @@ typedef struct moec_app_constraint {
   const char* (*error)(void* user);  // why the last call of one of them failed; may be NULL
 } moec_app_constraint;
 
+enum {
+  MOEC_APP_STOP = 0,  // a prompt that is longer than the context is an error; an answer ends with MOEC_APP_CONTEXT
+  // The first `keep_first` tokens stay, and of the other context - keep_first tokens that fit, the oldest half (rounded up) is dropped.
+  // Those that stay are computed anew, with the bits that they have in a new session, and the answer goes on. A prompt that is
+  // longer than the context is shortened in the same way, as often as needed. Penalties count dropped tokens, too. Only
+  // max_new_tokens, a stop, a constraint or moec_app_cancel ends such an answer.
+  MOEC_APP_DROP_OLDEST = 1,
+};
+
 // As docs/assistant.md says; the same seed gives the same text as in Python.
 typedef struct moec_app_options {
   uint32_t size;  // sizeof(moec_app_options)
@@ -154,14 +171,15 @@ typedef struct moec_app_options {
   int32_t segments;  // MOEC_APP_SEGMENTS, MOEC_APP_TOOLS: special tokens that mark segments are written out, for moec_app_splitter
   const moec_app_constraint* constraint;  // copied; NULL: every token may come
   int32_t top_scores;  // for moec_app_scores: -1: nothing; 0 to 100: each token's log-probability and those of so many likeliest ones
-  int32_t reserved;    // 0
+  int32_t on_full;     // what happens when the context is full: MOEC_APP_STOP, or MOEC_APP_DROP_OLDEST
+  int64_t keep_first;  // tokens at the beginning that are never dropped, below the context's length: a system prompt
 } moec_app_options;
 
 // What the model recommends (its generation_config.json), else greedy; with speculation, without scores. Set `size` first.
 MOEC_APP_API int32_t moec_app_defaults(int64_t artifact, moec_app_options* options);
 
-// Begins the answer to a prompt. The session will hold exactly the prompt and the answer, whose last token is not computed when the
-// answer ends with it; the beginning of the prompt that it holds already is not computed again. options NULL: the model's defaults. A
+// Begins the answer to a prompt. The session will hold exactly the prompt and the answer (but what was dropped), whose last token is not
+// computed when the answer ends with it; the beginning of the prompt that it holds already is not computed again. options NULL: the model's defaults. A
 // session has one generation at a time.
 MOEC_APP_API int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count, const moec_app_options* options);
 
@@ -182,7 +200,7 @@ enum {
   MOEC_APP_STOP_TOKEN = 1,
   MOEC_APP_STOP_STRING = 2,
   MOEC_APP_LENGTH = 3,     // max_new_tokens
-  MOEC_APP_CONTEXT = 4,    // the context is full
+  MOEC_APP_CONTEXT = 4,    // the context is full (MOEC_APP_STOP)
   MOEC_APP_CANCELLED = 5,
   MOEC_APP_FAILED = 6,
   MOEC_APP_COMPLETE = 7,   // its constraint lets nothing follow
@@ -194,6 +212,7 @@ typedef struct moec_app_stats {
   int64_t prompt_tokens, reused_tokens, new_tokens;
   double prefill_seconds, decode_seconds;
   int64_t drafted_tokens, accepted_tokens;  // tokens that were checked as drafts, and those of them that the model took itself
+  int64_t dropped_tokens;  // of prompt and answer, by MOEC_APP_DROP_OLDEST; prompt_tokens counts the whole prompt
 } moec_app_stats;
 MOEC_APP_API int32_t moec_app_stats_of(int64_t generation, moec_app_stats* stats);
 

@@ -62,7 +62,7 @@ class Options(ctypes.Structure):
         *[("repeat_penalty", F64), ("presence_penalty", F64), ("frequency_penalty", F64), ("seed", ctypes.c_uint64)],
         *[("max_new_tokens", I64), ("stops", ctypes.POINTER(TEXT)), ("stop_count", I64)],
         *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("segments", I32)],
-        *[("constraint", ctypes.c_void_p), ("top_scores", I32), ("reserved", I32)],
+        *[("constraint", ctypes.c_void_p), ("top_scores", I32), ("on_full", I32), ("keep_first", I64)],
     ]
 
 
@@ -87,7 +87,7 @@ class Stats(ctypes.Structure):
     _fields_ = [
         *[("size", ctypes.c_uint32), ("stopped", I32), ("prompt_tokens", I64), ("reused_tokens", I64)],
         *[("new_tokens", I64), ("prefill_seconds", F64), ("decode_seconds", F64)],
-        *[("drafted_tokens", I64), ("accepted_tokens", I64)],
+        *[("drafted_tokens", I64), ("accepted_tokens", I64), ("dropped_tokens", I64)],
     ]
 
 
@@ -105,6 +105,7 @@ def library() -> ctypes.CDLL:
         "detokenize": (I64, [I64, ids, I64, I32, ctypes.c_char_p, I64]),
         "chat": (I64, [I64, ctypes.POINTER(Message), I64, ids, I64]),
         "chat_with_tools": (I64, [I64, TEXT, ctypes.POINTER(Turn), I64, ids, I64]),
+        "fitting_chat": (I64, [I64, TEXT, ctypes.POINTER(Turn), I64, I64, ids, I64, ctypes.POINTER(I64)]),
         "session": (I64, [I64]),
         "fork": (I64, [I64]),
         "tokens": (I64, [I64, ids, I64]),
@@ -176,6 +177,16 @@ def turn(role: str, content: str | None, calls: Sequence[tuple[str, str | None]]
 def chat_with_tools(artifact: int, tools: str | bytes | None, turns: Sequence[Turn]) -> list[int]:
     given = tools.encode() if isinstance(tools, str) else tools
     return many("chat_with_tools", artifact, given, (Turn * max(len(turns), 1))(*turns), len(turns))
+
+
+def fitting_chat(artifact: int, tools: str | None, turns: Sequence[Turn], room: int) -> tuple[list[int], int]:
+    """Ids, and how many turns were left out."""
+    given, dropped = (Turn * max(len(turns), 1))(*turns), I64(-1)
+    asked = artifact, None if tools is None else tools.encode(), given, len(turns), room
+    count = call("fitting_chat", *asked, None, 0, None)
+    ids = (I32 * max(count, 1))()
+    assert call("fitting_chat", *asked, ids, count, ctypes.byref(dropped)) == count
+    return ids[:count], dropped.value
 
 
 def options(

@@ -1,75 +1,27 @@
-"""Calls that fail while they compute, and calls of what did not open: never other numbers afterwards, never a crash.
-
-T tokens, C channels, K taps, V vocabulary.
-"""
+"""Calls that fail while they compute, and calls of what did not open: never other numbers afterwards, never a crash."""
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir.passes import MemoryPlanningPass
-from torch import Tensor, nn
 
 from moec.compiler.errors import RunError
-from moec.compiler.program import ModelInfo
-from moec.targets.constant_methods import constant_methods
-from moec.targets.xnnpack import cpu_ops  # noqa: F401  (registers moec::*)
 from moec.targets.xnnpack.session import CpuSession
 from tests.runtime import runtime_model as m
+from tests.runtime.carried_model import carried_program
 
-V, C, K, CONTEXT, MAX_TOKENS = 32, 16, 4, 64, 8
-
-
-class Carried(nn.Module):
-    """A convolution that carries its last inputs on; then a table that half the ids fail at."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        for name, shape in (("first", (V, C)), ("taps", (K, C)), ("second", (V // 2, C)), ("head", (C, V))):
-            self.register_parameter(name, nn.Parameter(torch.randn(*shape, generator=generator)))
-        self.register_buffer("state", torch.zeros(1, K - 1, C))
-
-    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        x = nn.functional.embedding(tokens, self.first)
-        y = torch.ops.moec.short_conv(x, self.taps, None, self.state, start_pos, False)
-        y = y + nn.functional.embedding(tokens, self.second)
-        return (y @ self.head)[:, -1]
+V, CONTEXT = 32, 64
 
 
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program whose state cannot go back, and whose ids from V / 2 on fail behind it."""
-    tokens = ({1: torch.export.Dim("T", min=1, max=MAX_TOKENS)}, {})
-    example = (torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(Carried(), example, dynamic_shapes=tokens, strict=False)
-            edge = to_edge_transform_and_lower(
-                {"forward": exported.run_decompositions({})},
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-                constant_methods={
-                    **constant_methods(ModelInfo("carried", V, CONTEXT, MAX_TOKENS, 1, (2,)), []),
-                    "get_states_appended": 0,
-                },
-            )
-            planning = MemoryPlanningPass(share_mutable_buffers=True)
-            config = ExecutorchBackendConfig(memory_planning_pass=planning, emit_mutable_buffer_names=True)
-            program = bytes(edge.to_executorch(config).buffer)
-    finally:
-        logging.disable(logging.NOTSET)
     path = tmp_path_factory.mktemp("carried") / "model.pte"
-    path.write_bytes(program)
+    path.write_bytes(carried_program(V, CONTEXT, known=V // 2))
     return path
 
 
