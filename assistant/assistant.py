@@ -12,7 +12,7 @@ from typing import Any
 
 from moec.assistant.answer import Answer, Limits
 from moec.assistant.generate import AfterThinking, Constraint, Generation, Text
-from moec.assistant.messages import checked_messages, checked_tools, first_rendered
+from moec.assistant.messages import calls_as_content, checked_messages, checked_tools, first_rendered
 from moec.assistant.prefixes import PrefixCache, shared_length
 from moec.assistant.sampling import Sampling, recommended
 from moec.assistant.segments import (
@@ -135,7 +135,12 @@ class Assistant:
         tools: list[dict[str, Any]] | None,
         variables: Mapping[str, Any] | None,
     ) -> tuple[str, list[int]]:
+        form = tool_format(template.text)
+        silent = form is not None and form.name == "lfm2" and "tool_calls" not in template.text
+
         def rendered(messages: Any, tools: Any) -> str:
+            if silent and form is not None and form.end is not None:
+                messages = calls_as_content(messages, form.begin, form.end)
             return template.render(messages, tools=tools, generation_prompt=True, variables=variables)
 
         text, messages = first_rendered(lambda given: rendered(given, tools), messages)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moec.assistant.python_calls import written_calls
 from moec.assistant.template import THINKING_KEYS
 from moec.compiler.errors import ArtifactError, RunError
 
@@ -169,6 +170,24 @@ def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
                 }
             found.append(message)
         yield found
+
+
+def calls_as_content(messages: list[dict[str, Any]], begin: str, end: str) -> list[dict[str, Any]]:
+    """Messages whose calls stand in front of their contents, in Python's syntax between two markers: LFM2's templates
+    write contents alone, and their models saw calls there."""
+    found = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            written = written_calls([_name_and_arguments(call["function"]) for call in calls])
+            message = {key: value for key, value in message.items() if key != "tool_calls"}
+            message["content"] = f"{begin}{written}{end}{message['content'] or ''}"
+        found.append(message)
+    return found
+
+
+def _name_and_arguments(function: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    given = function["arguments"]
+    return function["name"], json.loads(given) if isinstance(given, str) else given
 
 
 def _arguments_as_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moec.assistant.python_calls import KEY
 from moec.assistant.structured import JSON_SPACING, Format
 from moec.assistant.tool_formats import ToolFormat
 from moec.compiler.errors import RunError
@@ -23,7 +24,15 @@ _CALLS: dict[str, tuple[tuple[str, str, str], str, str, str]] = {
     "llama3": (('{"name": ', ', "parameters": ', "}"), "", "", ""),
 }
 #: the texts before and after all calls
-_AROUND = {"granite": ("<|tool_call|>[", "]"), "mistral": ("[TOOL_CALLS][", "]")}
+_AROUND = {
+    "granite": ("<|tool_call|>[", "]"),
+    "mistral": ("[TOOL_CALLS][", "]"),
+    "lfm2": ("<|tool_call_start|>[", "]<|tool_call_end|>"),
+}
+#: Keys of a tool's schema that its arguments satisfy if each of them satisfies its own schema, and those that are there
+#: must be. What others say of the arguments together cannot be told of one behind the other.
+_SINGLY = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "title",
+           "description"}  # fmt: skip
 
 
 def call_format(
@@ -41,7 +50,7 @@ def call_format(
     special: texts of the special tokens by id. RunError if there is no grammar for the calls of this template, or no
     tool is named `only`.
     """
-    if form is None or form.name not in _CALLS or (form.name == "hermes" and "<function=" in template):
+    if form is None or form.name not in (*_CALLS, "lfm2") or (form.name == "hermes" and "<function=" in template):
         what = f"the calls of this model's chat template ({'unknown' if form is None else form.name}) cannot be forced"
         raise RunError(what, place=PLACE, remedy="use auto or none")
     functions = [tool["function"] for tool in tools]
@@ -49,9 +58,12 @@ def call_format(
     if not chosen:
         raise RunError(f"no tool named {only}", place=PLACE, remedy=f"one of {', '.join(f['name'] for f in functions)}")
     ids = {text: id_ for id_, text in special.items() if text}
-    (begin, middle, end), before, behind, between = _CALLS[form.name]
+    (begin, middle, end), before, behind, between = _CALLS.get(form.name, (("", "", ""), "", "", ", "))
     rules = []
     for index, function in enumerate(chosen):
+        if form.name == "lfm2":
+            rules += _keyword_rules(index, function, ids)
+            continue
         name = json.dumps(function["name"])
         rules.append(f"c{index}: {_terms(before + begin + name + middle, ids)} a{index} {_terms(end + behind, ids)}")
         schema = {**(function.get("parameters") or {}), "type": "object"}
@@ -61,6 +73,36 @@ def call_format(
     start = " ".join(part for part in (_terms(opening, ids), calls, _terms(closing, ids)) if part)
     rules = [f"start: {start}", f"call: {' | '.join(f'c{i}' for i in range(len(chosen)))}", *rules]
     return replace(Format("grammar", "\n".join(rules)), place=PLACE)
+
+
+def _keyword_rules(index: int, function: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
+    """Rules of a call in Python's syntax: keywords in the order of the schema's properties, their values as JSON.
+
+    `f{i}` are the keywords from the i-th on where none was written yet, `r{i}` those behind a written one.
+    """
+    schema = function.get("parameters") or {}
+    properties, needed = schema.get("properties") or {}, schema.get("required") or []
+    lists = isinstance(properties, Mapping) and isinstance(needed, list)
+    wrong = sorted(schema.keys() - _SINGLY) + [key for key in properties if lists and not KEY.fullmatch(str(key))]
+    if wrong or not lists or not all(key in properties for key in needed):
+        what = f"the arguments of {function['name']} cannot be forced in this model's form of calls"
+        raise RunError(f"{what}{f': {wrong[0]}' if wrong else ''}", place=PLACE, remedy="use auto or none")
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    last, name = len(properties), function["name"]
+    rules = [f"c{index}: {_terms(name + '(', ids)} f{index}x0 {_terms(')', ids)}"]
+    for at, (key, of) in enumerate(properties.items()):
+        value = {**shared, **of} if isinstance(of, Mapping) else of
+        if isinstance(value, dict):
+            value["x-guidance"] = JSON_SPACING
+        one = f"k{index}x{at} r{index}x{at + 1}"
+        behind = f"{_terms(', ', ids)} {one}"
+        rules += [
+            f"k{index}x{at}: {_terms(key + '=', ids)} v{index}x{at}",
+            f"v{index}x{at}: %json {json.dumps(value)}",
+            f"f{index}x{at}: {one}" + ("" if key in needed else f" | f{index}x{at + 1}"),
+            f"r{index}x{at}: {behind}" + ("" if key in needed else f" | r{index}x{at + 1}"),
+        ]
+    return [*rules, f'f{index}x{last}: ""', f'r{index}x{last}: ""']
 
 
 def _terms(text: str, ids: Mapping[str, int]) -> str:

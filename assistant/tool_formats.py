@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moec.assistant.python_calls import python_calls
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -25,12 +27,12 @@ class ToolCall:
 class ToolFormat:
     """begin, end: what stands around calls; no end: all that follows. parse: calls, None where it is none.
 
-    opens: other texts at which calls begin, if they are the first of the answer. mark: a text of the template that
-    tells the format; markers that are special tokens are kept when ids are decoded.
+    opens: other texts at which calls begin, if they are the first of the answer. marks: texts of the template, each of
+    which tells the format; markers that are special tokens are kept when ids are decoded.
     """
 
     name: str
-    mark: str
+    marks: tuple[str, ...]
     begin: str
     end: str | None
     parse: Callable[[str], list[ToolCall] | None]
@@ -134,19 +136,30 @@ def _deepseek(text: str) -> list[ToolCall] | None:
     return found or None
 
 
-#: The first whose mark the template has.
+def _lfm2(text: str) -> list[ToolCall] | None:
+    """Calls in Python's syntax (`assistant/python_calls.py`); else as JSON, which a system prompt may ask for."""
+    calls = python_calls(text)
+    if calls is None:
+        return _json_calls(text)
+    return [ToolCall(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
+
+
+#: LFM2's templates write the list of tools between markers, LFM2.5's behind the last of these alone.
+_LFM2_MARKS = ("<|tool_call_start|>", "<|tool_list_start|>", "List of tools: ")
+#: The first of which the template has a mark. Artifacts store indexes: a new one comes last.
 FORMATS = (
-    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _deepseek),
-    ToolFormat("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", None, _mistral),
-    ToolFormat("granite", "<|tool_call|>", "<|tool_call|>", None, _json_calls),
-    ToolFormat("hermes", "<tool_call>", "<tool_call>", "</tool_call>", _hermes),
-    ToolFormat("llama3", "ipython", "<|python_tag|>", None, _json_calls, opens="{"),
+    ToolFormat("deepseek", ("<｜tool▁calls▁begin｜>",), "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _deepseek),
+    ToolFormat("mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]", None, _mistral),
+    ToolFormat("granite", ("<|tool_call|>",), "<|tool_call|>", None, _json_calls),
+    ToolFormat("hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", _hermes),
+    ToolFormat("llama3", ("ipython",), "<|python_tag|>", None, _json_calls, opens="{"),
+    ToolFormat("lfm2", _LFM2_MARKS, "<|tool_call_start|>", "<|tool_call_end|>", _lfm2),
 )
 
 
 def tool_format(template: str) -> ToolFormat | None:
     """The format of a chat template's text; None where it writes no calls (or GPT-OSS's channels, see `segments`)."""
-    return next((found for found in FORMATS if found.mark in template), None)
+    return next((found for found in FORMATS if any(mark in template for mark in found.marks)), None)
 
 
 def call_markers(form: ToolFormat | None) -> tuple[str, ...]:

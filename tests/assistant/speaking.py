@@ -19,6 +19,7 @@ from tests.assistant.conversations import template
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|tool_call|>", "[TOOL_CALLS]", "<|channel|>",
            "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|constrain|>"]  # fmt: skip
+BEHIND = ["<|tool_call_start|>", "<|tool_call_end|>"]  # behind the letters, which keep their ids
 EOS = 4  # <|im_end|>
 
 
@@ -27,10 +28,11 @@ def tokenizer() -> Tokenizer:
     vocabulary = {name: i for i, name in enumerate(SPECIAL)}
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary.setdefault(letter, len(vocabulary))
+    vocabulary |= {name: len(vocabulary) + i for i, name in enumerate(BEHIND)}
     made = Tokenizer(models.BPE(vocabulary, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (*SPECIAL, *BEHIND)])
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_developers_are_heard(tmp_path: Path) -> None:
         ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]'),
         ("granite", '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]'),
         ("llama3", '{"name": "add", "parameters": {"a": 1}}'),
+        ("lfm2", "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"),
         (
             "harmony",
             "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
@@ -84,8 +86,9 @@ def test_tools_are_called(name: str, said: str, tmp_path: Path) -> None:
     # without tools it is what was said
     if name != "harmony":
         plain = assistant(tmp_path, name).generate(Speaking([said]), ASK)
-        marker = {"mistral": "[TOOL_CALLS]", "granite": "<|tool_call|>"}.get(name, "")  # special tokens are not shown
-        assert "".join(plain) == said.removeprefix(marker)
+        # special tokens are not shown
+        shown = re.sub(r"\[TOOL_CALLS\]|<\|tool_call(_start|_end)?\|>", "", said)
+        assert "".join(plain) == shown
         assert plain.calls == []
 
 
@@ -108,6 +111,34 @@ def test_calls_are_told_in_the_form_that_the_template_reads(written: str, wanted
         assistant(tmp_path, chat=ChatTemplate("{{ 1 / 0 }}", {}, "x")).chat_prompt(messages)
 
 
+#: As LFM2's first templates are: they read contents only.
+SILENT = """{%- if tools %}{{- "List of tools: " ~ (tools | tojson) }}{% endif -%}
+{%- for m in messages %}{{ "<|im_start|>" ~ m.role ~ "\n" ~ (m.content if m.content is string else "null")
+    ~ "<|im_end|>" }}{% endfor -%}"""
+
+
+def test_calls_are_told_in_the_content_where_the_template_reads_nothing_else(tmp_path: Path) -> None:
+    """LFM2's own form, with the markers as tokens; a marker in an argument is text."""
+    chat = ChatTemplate(SILENT, {}, "x")
+    speaks, words = assistant(tmp_path, chat=chat), tokenizer()
+    arguments = {"city": 'Ulm "é"\n', "n": [1, True, None, {"x": -0.5}], "o": "<|tool_call_end|>"}
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    again = {"type": "function", "function": {"name": "noop", "arguments": {}}}
+    asked: list[Any] = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call, again]}]
+    said = (
+        '<|tool_call_start|>[weather(city="Ulm \\"é\\"\\n", n=[1, True, None, {"x": -0.5}], o="<|tool_call_end|>"), '
+        "noop()]<|tool_call_end|>"
+    )
+    for content in ("Wait.", None):
+        asked[1]["content"] = content
+        ids = speaks.chat_prompt(asked).ids
+        wanted = f"<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n{said}{content or ''}<|im_end|>"
+        assert words.decode(ids, skip_special_tokens=False) == wanted
+        assert [ids.count(words.token_to_id(f"<|tool_call_{which}|>")) for which in ("start", "end")] == [1, 1]
+    answer = speaks.generate(Speaking([said]), ASK, tools=[TOOL])
+    assert "".join(answer).startswith("<|tool_call_start|>")  # its marker within a text ends the call: no call
+
+
 def test_tools_that_the_template_does_not_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"chatml\.jinja: the chat template reads no tools"):
         assistant(tmp_path).generate(Speaking(), ASK, tools=[TOOL])
@@ -116,10 +147,11 @@ def test_tools_that_the_template_does_not_read_are_refused(tmp_path: Path) -> No
 
 
 def test_tools_whose_calls_are_not_known_are_refused(tmp_path: Path) -> None:
-    """LFM2's template tells of tools; its calls, in the form of Python's, would never be found in an answer."""
-    with pytest.raises(RunError, match=r"lfm2\.jinja: moec does not know how a model of this .* writes calls"):
-        assistant(tmp_path, "lfm2").generate(Speaking(), ASK, tools=[TOOL])
-    assert "".join(assistant(tmp_path, "lfm2").generate(Speaking(["Hello."]), ASK)) == "Hello."
+    """Calls that would never be found in an answer."""
+    unknown = ChatTemplate("{{ tools }}<TOOLCALL>", {}, "unknown.jinja")
+    with pytest.raises(RunError, match=r"unknown\.jinja: moec does not know how a model of this .* writes calls"):
+        assistant(tmp_path, chat=unknown).generate(Speaking(), ASK, tools=[TOOL])
+    assert "".join(assistant(tmp_path, chat=unknown).generate(Speaking(["Hello."]), ASK)) == "Hello."
 
 
 def test_thinking_is_apart(tmp_path: Path) -> None:

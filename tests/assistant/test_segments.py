@@ -13,8 +13,8 @@ from moec.assistant.segments import Channels, Piece, Segments, has_channels, has
 from moec.assistant.tool_formats import FORMATS, ToolCall, tool_format
 from tests.assistant.conversations import CALLS, template
 
-HERMES, MISTRAL, DEEPSEEK, GRANITE, LLAMA3 = (
-    tool_format(template(name).text) for name in ("hermes", "mistral", "deepseek", "granite", "llama3")
+HERMES, MISTRAL, DEEPSEEK, GRANITE, LLAMA3, LFM2 = (
+    tool_format(template(name).text) for name in ("hermes", "mistral", "deepseek", "granite", "llama3", "lfm2")
 )
 
 
@@ -36,7 +36,7 @@ def split(splitter: Segments | Channels, *pieces: str) -> list[tuple[str, Any]]:
 
 
 def test_the_template_tells_the_format() -> None:
-    names = ("hermes", "mistral", "deepseek", "granite", "llama3", "chatml", "plain", "harmony")
+    names = ("hermes", "mistral", "deepseek", "granite", "llama3", "lfm2", "chatml", "plain", "harmony")
     found = [tool_format(template(name).text) for name in names]
     assert [f.name if f else None for f in found] == [
         "hermes",
@@ -44,6 +44,7 @@ def test_the_template_tells_the_format() -> None:
         "deepseek",
         "granite",
         "llama3",
+        "lfm2",
         None,
         None,
         None,
@@ -92,6 +93,12 @@ TEXT = '{"name": "add", "arguments": {"a": 1, "b": "x"}}'
             "<｜tool▁calls▁end｜>",
             [CALL],
         ),
+        (
+            LFM2,
+            "<|tool_call_start|>[add(a=1, b='x'), add(a=1, b=\"x\")]<|tool_call_end|>Adding.",
+            [CALL, CALL, ("text", "Adding.")],
+        ),
+        (LFM2, f"<|tool_call_start|>[{TEXT}]<|tool_call_end|>", [CALL]),
     ],
 )
 def test_calls_are_found(form: Any, said: str, wanted: list[tuple[str, Any]]) -> None:
@@ -113,6 +120,8 @@ def test_calls_are_found(form: Any, said: str, wanted: list[tuple[str, Any]]) ->
         (LLAMA3, '{"answer": 42}'),
         (LLAMA3, 'See: {"name": "add", "parameters": {}}'),
         (DEEPSEEK, "<｜tool▁calls▁begin｜>x<｜tool▁calls▁end｜>"),
+        (LFM2, "<|tool_call_start|>[add(1, b='x')]<|tool_call_end|>"),
+        (LFM2, "<|tool_call_start|>[]<|tool_call_end|> none"),
     ],
 )
 def test_what_is_no_call_stays_text(form: Any, said: str) -> None:
@@ -168,6 +177,9 @@ WORDS = st.sampled_from(
         TEXT,
         "[TOOL_CALLS]",
         "<|python_tag|>",
+        "<|tool_call_start|>",
+        "<|tool_call_end|>",
+        "[add(a=1)]",
     ]
 )
 
@@ -184,7 +196,7 @@ def test_the_pieces_do_not_matter(words: list[str], form: Any, thinks: bool, dat
         assert "".join(text for _, text in whole) == said
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral", "deepseek", "granite", "llama3"])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "deepseek", "granite", "llama3", "lfm2"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(call=CALLS)
 def test_what_a_template_writes_is_read_back(name: str, call: dict[str, Any]) -> None:

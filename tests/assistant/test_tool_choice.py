@@ -27,7 +27,7 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "weather", "parameters": CITY}},
     {"type": "function", "function": {"name": "noop", "parameters": {"type": "object", "properties": {}}}},
 ]
-FAMILIES = ("hermes", "granite", "mistral", "llama3")
+FAMILIES = ("hermes", "granite", "mistral", "llama3", "lfm2")
 
 
 def babbling(seed: int) -> Speaking:
@@ -58,6 +58,50 @@ def test_it_calls(tmp_path: Path, family: str) -> None:
 def test_what_cannot_be_forced_is_refused(tmp_path: Path, family: str) -> None:
     with pytest.raises(RunError, match="cannot be forced"):
         assistant(tmp_path, family).generate(babbling(0), ASK, tools=TOOLS, tool_choice="required")
+
+
+OPTIONAL = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}, "é": {"$ref": "#/$defs/n"}, "d": {"const": {}}},
+    "required": ["é"],
+    "$defs": {"n": {"enum": [None, [1, {"z": "\n"}]]}},
+}
+
+
+def test_keywords_that_may_be_left_out(tmp_path: Path) -> None:
+    """Each keyword that is not required comes in some calls and not in others, and what is written is a call."""
+    speaks = assistant(tmp_path, "lfm2")
+    tools = [{"type": "function", "function": {"name": "f.g-h", "parameters": OPTIONAL}}]
+    seen, written = set(), set()
+    for seed in range(24):
+        answer = speaks.generate(babbling(seed), ASK, tools=tools, tool_choice="required", max_new_tokens=1500)
+        assert "".join(answer) == ""
+        for call in answer.calls:
+            found = json.loads(call.arguments)
+            assert call.name == "f.g-h"
+            assert "é" in found
+            assert found["é"] in (None, [1, {"z": "\n"}])
+            seen |= found.keys()
+            written.add(tuple(found))
+    assert seen == {"a", "b", "é", "d"}
+    assert {("é",), ("a", "b", "é", "d")} <= written
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"minProperties": 1},
+        {"properties": {"a b": {}}},
+        {"properties": []},
+        {"required": ["absent"]},
+        {"required": "é"},
+        {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+    ],
+)
+def test_arguments_that_no_keywords_express_are_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {**OPTIONAL, **more}}}]
+    with pytest.raises(RunError, match="arguments of f cannot be forced"):
+        assistant(tmp_path, "lfm2").generate(babbling(0), ASK, tools=tools, tool_choice="required")
 
 
 def test_faults_of_a_choice(tmp_path: Path) -> None:

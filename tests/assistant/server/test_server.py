@@ -162,7 +162,8 @@ def test_tools(tmp_path: Path) -> None:
 
 
 def test_tools_whose_calls_are_not_known_are_refused(tmp_path: Path) -> None:
-    with running(tmp_path, Speaking(["a"]), "lfm2") as at:
+    unknown = assistant(tmp_path, chat=ChatTemplate("{{ tools }}<TOOLCALL>", {}, "unknown.jinja"))
+    with running(tmp_path, Speaking(["a"]), speaks=unknown) as at:
         for stream in (False, True):
             reply = post(at, {"messages": ASK, "tools": [TOOL], "stream": stream})
             assert (reply.status_code, "does not know how a model" in reply.text) == (400, True)
