@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "json_scan.h"
+#include "python_calls.h"
 #include "utf8.h"
 
 namespace {
@@ -166,12 +167,19 @@ Calls deepseek(std::string_view text) {
   return found.empty() ? std::nullopt : Calls(std::move(found));
 }
 
-constexpr std::array<ToolFormat, 5> kFormats = {{
+// As Python writes them, or as JSON, which a system prompt may ask for.
+Calls lfm2(std::string_view text) {
+  auto found = python_calls(text);
+  return found ? found : json_calls(text);
+}
+
+constexpr std::array<ToolFormat, 6> kFormats = {{
     {"<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "", deepseek},
     {"[TOOL_CALLS]", "", "", mistral},
     {"<|tool_call|>", "", "", json_calls},
     {"<tool_call>", "</tool_call>", "", hermes},
     {"<|python_tag|>", "", "{", json_calls},
+    {"<|tool_call_start|>", "<|tool_call_end|>", "", lfm2},
 }};
 
 }  // namespace
