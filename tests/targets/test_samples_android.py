@@ -1,165 +1,300 @@
-"""The native side of the Android sample, compiled against the built runtime and called from a Java virtual machine.
-
-There is no Android toolchain and no Kotlin here: a class of the same name, in Java, declares the functions that
-MoecModel.kt declares and calls them as it does.
-"""
+"""The Android module: what its Kotlin declares is what its native side defines, and both are compiled and run on a Java
+virtual machine where a JDK and a Kotlin compiler are installed, linked with this machine's runtime."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 import moec
-from moec.compiler.artifact import Artifact
+from moec.assistant.native_text import FILE as TEXT
+from moec.assistant.native_text import tables
+from moec.assistant.role_form import FILE as ROLES
+from moec.assistant.role_form import role_form
+from moec.compiler.tokenizer import load_tokenizer
 from moec.runtime.native import runtime_library
+from tests.assistant.conversations import template
+from tests.runtime import app
 from tests.tiny import TinyModels, tiny_text
 
-SAMPLE = Path(__file__).parents[2] / "samples" / "android"
-INCLUDE = Path(__file__).parents[2] / "runtime" / "include"
-JAVA = """
-package dev.moec;
-import java.nio.charset.StandardCharsets;
-public class MoecModel {
-  private static native long open(byte[] folder, long memory);
-  private static native void close(long id);
-  private static native long session(long artifact);
-  private static native int[] tokenize(long artifact, byte[] text);
-  private static native int[] chat(long artifact, byte[] tools, byte[][] texts, int[] calls);
-  private static native long generate(
-      long artifact, long session, int[] prompt, long limit, double temperature, long seed, byte[][] stops,
-      int segments);
-  private static native long splitter(long artifact, int[] prompt, int segments);
-  private static native void split(long splitter, byte[] piece);
-  private static native byte[][] segment(long splitter);
-  private static native byte[] next(long generation);
-  private static native void cancel(long generation);
-  private static native void save(long session, byte[] path);
-  private static native void restore(long session, byte[] path);
-
-  private static byte[] bytes(String text) { return text.getBytes(StandardCharsets.UTF_8); }
-
-  private static String all(long generation) {
-    StringBuilder text = new StringBuilder();
-    for (byte[] piece; (piece = next(generation)) != null;) text.append(new String(piece, StandardCharsets.UTF_8));
-    close(generation);
-    return text.toString();
-  }
-
-  private static void refused(Runnable call) {
-    try {
-      call.run();
-    } catch (IllegalStateException e) {
-      System.err.println(e.getMessage());
-    }
-  }
-
-  // Thinking begins within the prompt and ends within the answer, whose pieces are these.
-  private static String parts(long model, String... pieces) {
-    long splitter = splitter(model, tokenize(model, bytes("x <think>")), 8);
-    StringBuilder found = new StringBuilder();
-    for (int i = 0; i <= pieces.length; ++i) {
-      split(splitter, i == pieces.length ? null : bytes(pieces[i]));
-      for (byte[][] part; (part = segment(splitter)) != null;)
-        found.append(part[0][0]).append(new String(part[1], StandardCharsets.UTF_8)).append(part.length);
-    }
-    close(splitter);
-    return found.toString();
-  }
-
-  public static void main(String[] args) {
-    System.load(args[0]);
-    long model = open(bytes(args[1]), 0), session = session(model), other = session(model);
-    int[] prompt = tokenize(model, bytes(args[3]));
-    byte[] path = bytes(args[2]);
-    String first = all(generate(model, session, prompt, 40, 0.9, 7, new byte[0][], 0));
-    save(session, path);
-    restore(other, path);
-    String again = all(generate(model, other, prompt, 40, 0.9, 7, new byte[0][], 0));
-    String stop = first.substring(15, 18);
-    String cut = all(generate(model, session, prompt, 40, 0.9, 7, new byte[][] {bytes(stop)}, 0));
-    long cancelled = generate(model, session, prompt, -1, -1, 0, new byte[0][], 0);
-    cancel(cancelled);
-    String none = all(cancelled);
-    boolean stopped = cut.equals(first.substring(0, first.indexOf(stop)));
-    byte[] out = bytes(first + "|" + again.equals(first) + "|" + stopped + "|" + none.isEmpty()
-        + "|" + parts(model, "a \U0001f642 </th", "ink>\\n b"));
-    System.out.write(out, 0, out.length);
-    System.out.flush();
-    refused(() -> chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {0}));
-    byte[][] called = {bytes("user"), bytes("Hi"), bytes("assistant"), bytes(""), bytes("f"), bytes("{}"),
-        bytes("tool"), bytes("y")};
-    refused(() -> chat(model, null, called, new int[] {0, 1, 0}));
-    refused(() -> chat(model, bytes("[] x"), called, new int[] {0, 1, 0}));
-    refused(() -> generate(model, session, new int[0], 1, 0, 0, new byte[0][], 0));
-    close(other);
-    close(session);
-    close(model);
-    refused(() -> session(model));
-    refused(() -> split(77, null));
-    refused(() -> open(bytes("not \U0001f642 here"), 0));
-    open(bytes("nothing"), 0);
-  }
+ROOT = Path(__file__).parents[2]
+MODULE = ROOT / "samples" / "android"
+KOTLIN = MODULE / "src" / "main" / "kotlin" / "dev" / "moec"
+NATIVE = MODULE / "src" / "main" / "cpp"
+CHECKS = Path(__file__).parent / "samples"
+SPEC = tiny_text(context=512)
+PROMPT = "Once upon a 🙂 time"
+# of a type of Kotlin: Java's and JNI's
+TYPES = {
+    "Int": ("int", "jint"),
+    "Long": ("long", "jlong"),
+    "Double": ("double", "jdouble"),
+    "Unit": ("void", "void"),
+    "Boolean": ("boolean", "jboolean"),
+    "ByteArray": ("byte[]", "jbyteArray"),
+    "IntArray": ("int[]", "jintArray"),
+    "LongArray": ("long[]", "jlongArray"),
+    "DoubleArray": ("double[]", "jdoubleArray"),
+    "Array<ByteArray>": ("byte[][]", "jobjectArray"),
+    "Constraint": ("Constraint", "jobject"),
 }
-"""
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("javac") is None, reason="needs a JDK: javac, java and jni.h"),
-]
+needs_jdk = pytest.mark.skipif(shutil.which("javac") is None, reason="needs a JDK: javac, java and jni.h")
 
 
-def test_both_sides_declare_the_same_functions() -> None:
-    kotlin = re.findall(r"external fun (\w+)\(", (SAMPLE / "kotlin" / "MoecModel.kt").read_text("utf-8"))
-    native = re.findall(r"Java_dev_moec_MoecModel_(\w+)\(", (SAMPLE / "cpp" / "moec_jni.cpp").read_text("utf-8"))
-    assert sorted(kotlin) == sorted(native) == sorted(re.findall(r"native .*? (\w+)\(", JAVA))
+def declared() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """Of each external function of Native.kt its result, and its parameters with their types."""
+    found = {}
+    for name, given, result in re.findall(
+        r"external fun (\w+)\(([^)]*)\)(?:: ([\w<>]+))?", (KOTLIN / "Native.kt").read_text("utf-8")
+    ):
+        parameters = [one.split(":") for one in given.split(",") if one.strip()]
+        found[name] = (result or "Unit", [(left.strip(), right.strip().rstrip("?")) for left, right in parameters])
+    return found
 
 
-def test_a_java_machine_says_what_python_says(tiny: TinyModels, tmp_path: Path) -> None:
+def test_the_native_side_has_the_functions_that_kotlin_declares() -> None:
+    source = (NATIVE / "moec_jni.cpp").read_text("utf-8")
+    defined = {}
+    for given in re.findall(r"^MOEC_NATIVE\(([^)]*)\)", source, re.MULTILINE):
+        result, name, *parameters = [" ".join(one.split()) for one in given.split(",")]
+        defined[name] = (result, [one.split()[0] for one in parameters])
+    wanted = {
+        name: (TYPES[result][1], [TYPES[kind][1] for _, kind in parameters])
+        for name, (result, parameters) in declared().items()
+    }
+    assert len(wanted) > 15
+    assert defined == wanted
+
+
+def test_what_the_native_side_looks_up_is_kept() -> None:
+    """R8 renames what only native code names, unless the rules of the module say otherwise."""
+    source = (NATIVE / "moec_jni.cpp").read_text("utf-8")
+    rules = (MODULE / "consumer-rules.pro").read_text("utf-8")
+    for name in re.findall(r'FindClass\("(dev/moec/\w+)"\)', source):
+        assert f"class {name.replace('/', '.')} {{ <init>(byte[]); }}" in rules
+    for method in re.findall(r'GetMethodID\(type, "(\w+)", "\(', source):
+        assert re.search(rf" {method}\(", rules), method
+    assert "class dev.moec.Native { native <methods>; }" in rules
+
+
+def test_flags_and_ends_are_those_of_the_header() -> None:
+    header = (ROOT / "runtime" / "include" / "moec.h").read_text("utf-8")
+    for name, value in re.findall(r"const val (\w+) = (\d+)", (KOTLIN / "Native.kt").read_text("utf-8")):
+        assert re.search(rf"\bMOEC_APP_{name} = {value},", header), name
+    ends = re.search(r"enum class End \{([^}]*)\}", (KOTLIN / "Conversation.kt").read_text("utf-8"))
+    assert ends
+    for value, name in enumerate(ends[1].replace(" ", "").split(",")):
+        assert re.search(rf"\bMOEC_APP_{name} = {value},", header), name
+
+
+def test_every_option_can_be_set() -> None:
+    """Every member of moec_app_options is set by the native side, and every function of the header is called by it."""
+    header = (ROOT / "runtime" / "include" / "moec.h").read_text("utf-8")
+    source = (NATIVE / "moec_jni.cpp").read_text("utf-8")
+    body = re.search(r"typedef struct moec_app_options \{(.*?)\} moec_app_options;", header, re.DOTALL)
+    assert body
+    lines = re.sub(r"//[^\n]*", "", body[1])
+    members = {name for line in lines.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())}
+    assert {"top_k", "temperature", "min_p", "stops", "constraint", "speculate"} <= members
+    assert [name for name in sorted(members) if f"options.{name} = " not in source] == []
+    functions = set(re.findall(r"MOEC_APP_API [\w ]+\*? ?(moec_app_\w+)\(", header))
+    # of the list: what Kotlin has in another form (run: a loop around next; chat: with no tools)
+    assert functions - set(re.findall(r"moec_app_\w+", source)) == {
+        "moec_app_run",
+        "moec_app_chat",
+        "moec_app_stop_tokens",
+    }
+
+
+def test_the_module_is_whole() -> None:
+    ElementTree.parse(MODULE / "src" / "main" / "AndroidManifest.xml")
+    build = (MODULE / "build.gradle.kts").read_text("utf-8")
+    for path in re.findall(r'(?:file|consumerProguardFiles)\("((?!\.\.)[^"]*)"\)', build):
+        assert (MODULE / path).is_file(), path
+    assert re.search(r'namespace = "([^"]*)"', build)[1] == "dev.moec"  # type: ignore[index]
+    guide = (ROOT / "docs" / "android.md").read_text("utf-8")
+    for line in (
+        'include(":moec")',
+        'project(":moec").projectDir = ',
+        'implementation(project(":moec"))',
+        "moec.executorch=",
+    ):
+        assert line in guide
+        assert line in build
+    source = (NATIVE / "CMakeLists.txt").read_text("utf-8")
+    checkout = re.search(r"\$\{CMAKE_CURRENT_SOURCE_DIR\}/([./]*) ABSOLUTE", source)
+    assert checkout
+    assert (NATIVE / checkout[1]).resolve() == ROOT
+
+
+# the grammar comes with no extra: only these tests use it, and a compiler finds more where one is installed
+@pytest.mark.parametrize(
+    "file", [*sorted(KOTLIN.glob("*.kt")), MODULE / "build.gradle.kts"], ids=lambda file: file.name
+)
+def test_its_syntax_is_kotlins(file: Path) -> None:
+    tree_sitter = pytest.importorskip(
+        "tree_sitter", reason="needs tree-sitter's grammar of Kotlin: pip install tree-sitter"
+    )
+    grammar = pytest.importorskip(
+        "tree_sitter_kotlin", reason="needs tree-sitter's grammar: pip install tree-sitter-kotlin"
+    )
+    parser = tree_sitter.Parser(tree_sitter.Language(grammar.language()))
+    assert not parser.parse(file.read_bytes()).root_node.has_error
+    assert parser.parse(file.read_bytes() + b"(").root_node.has_error
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """libmoec_jni.so for this machine, in a folder of its own."""
     jdk = Path(shutil.which("javac") or "").resolve().parents[1]
-    runtime, library = Path(runtime_library()), tmp_path / "libmoec_jni.so"
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-fPIC", "-shared", f"-I{INCLUDE}"]
+    runtime, made = Path(runtime_library()), tmp_path_factory.mktemp("jni") / "libmoec_jni.so"
+    command = [
+        "g++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Wshadow",
+        "-fPIC",
+        "-shared",
+        f"-I{ROOT / 'runtime' / 'include'}",
+    ]
     command += [f"-isystem{folder}" for folder in (jdk / "include", jdk / "include" / "linux")]
-    command += [str(SAMPLE / "cpp" / "moec_jni.cpp"), "-o", str(library), "-Wl,--no-undefined", str(runtime)]
+    command += [str(NATIVE / "moec_jni.cpp"), "-o", str(made), "-Wl,--no-undefined", str(runtime)]
     done = subprocess.run(
         [*command, f"-Wl,-rpath,{runtime.parent}"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "warning:" not in done.stderr
+    return made
 
-    source = tmp_path / "dev" / "moec" / "MoecModel.java"
-    source.parent.mkdir(parents=True)
-    source.write_text(JAVA, "utf-8")
-    subprocess.run(["javac", "-d", str(tmp_path), str(source)], check=True, timeout=120)
-    artifact = Artifact.open(tiny(tiny_text(context=512)) / "artifact")
-    prompt = "Once upon a 🙂 time"
-    arguments = [str(library), str(artifact.folder), str(tmp_path / "kept"), prompt]
-    command = [
-        "java",
-        "-Dfile.encoding=UTF-8",
-        "-Dsun.jnu.encoding=UTF-8",
-        "-cp",
-        str(tmp_path),
-        "dev.moec.MoecModel",
-        *arguments,
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The module's Kotlin and Check.kt, compiled, with Kotlin's library in the same jar."""
+    if (compiler := shutil.which("kotlinc")) is None:
+        pytest.skip("needs a Kotlin compiler: kotlinc")
+    version = subprocess.run([compiler, "-version"], capture_output=True, text=True, timeout=120, check=False)
+    number = re.search(r"kotlinc-jvm (\d+)\.(\d+)", version.stderr)
+    if number is None or (int(number[1]), int(number[2])) < (1, 9):
+        pytest.skip(f"needs kotlinc 1.9 or newer: {(version.stderr or version.stdout).strip()[-100:]}")
+    made = tmp_path_factory.mktemp("kotlin") / "check.jar"
+    command = [compiler, "-Werror", "-include-runtime", "-d", str(made), str(KOTLIN), str(CHECKS / "Check.kt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made
+
+
+@pytest.fixture(scope="module")
+def talking(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with a chat template that knows tools."""
+    folder = tmp_path_factory.mktemp("talking") / "artifact"
+    shutil.copytree(tiny(SPEC) / "artifact", folder)
+    hermes = template("hermes")
+    (folder / "chat_template.jinja").write_text(hermes.text, "utf-8")
+    (folder / ROLES).write_text(role_form(hermes).json(), "utf-8")
+    (folder / TEXT).write_bytes(tables(folder, load_tokenizer(folder / "tokenizer.json")))
+    return folder
+
+
+def java(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """With JNI's own checks, which find calls with an exception pending, say, and write to standard output."""
+    command = ["java", "-Xcheck:jni", "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"}
+    )
+
+
+@needs_jdk
+@pytest.mark.slow
+def test_native_functions_refuse_what_no_kotlin_passes(library: Path, talking: Path, tmp_path: Path) -> None:
+    lines = ["package dev.moec;", "class Native {"]
+    for name, (result, parameters) in declared().items():
+        given = ", ".join(f"{TYPES[kind][0]} {parameter}" for parameter, kind in parameters)
+        lines.append(f"  static native {TYPES[result][0]} {name}({given});")
+    (tmp_path / "Native.java").write_text("\n".join([*lines, "}"]), "utf-8")
+    (tmp_path / "MoecException.java").write_text(
+        "package dev.moec;\nclass MoecException extends RuntimeException {\n"
+        "  MoecException(byte[] utf8) { super(new String(utf8, java.nio.charset.StandardCharsets.UTF_8)); }\n}",
+        "utf-8",
+    )
+    (tmp_path / "Constraint.java").write_text(
+        "package dev.moec;\ninterface Constraint { void allowed(int[] mask); boolean take(int token); }", "utf-8"
+    )
+    sources = [*tmp_path.glob("*.java"), CHECKS / "Check.java"]
+    subprocess.run(["javac", "-encoding", "UTF-8", "-d", str(tmp_path), *map(str, sources)], check=True, timeout=120)
+    done = java("-cp", tmp_path, "dev.moec.Check", library, talking, PROMPT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING in native" not in done.stdout
+    assert "not refused" not in done.stderr
+    found = done.stderr.splitlines()
+    null, misfit = "NullPointerException: an argument is null", "IllegalArgumentException: texts and calls do not fit"
+    wanted = [
+        *("true", "1a 🙂 20 b2", null, "MoecException: options", "IllegalArgumentException: a text holds a zero", null),
+        *("MoecException: the text is not UTF-8", null, null, misfit, misfit, misfit, null, "MoecException: the p"),
+        *(null, "IllegalArgumentException: numbers", null, "IllegalArgumentException: as many", "MoecException: 99 is"),
+        *("MoecException: position -1", "MoecException: 77 is no", "MoecException: ", "MoecException: -5 is"),
+        *("MoecException: ", "MoecException: not 🙂 here/manifest.json: No such file"),
     ]
-    java = subprocess.run(command, capture_output=True, timeout=120, env={**os.environ, "LC_ALL": "C.UTF-8"})
-    with moec.load(artifact) as session:  # type: ignore[attr-defined]
-        wanted = "".join(session.generate(prompt, max_new_tokens=40, temperature=0.9, seed=7))
-    assert java.stdout.decode() == f"{wanted}|true|true|true|1a 🙂 20 b2", java.stderr[-3000:]
-    told = java.stderr.decode()
-    for words in (
-        "no chat template",
-        "turns[1]: calls and what tools answer need the tools",
-        "tools: is not JSON, at byte 3",
-        "no tokens",
-        "is no open artifact",
-        "77 is no open splitter",
-        "not ? here/",
-        "nothing/manifest.json: No such file",
+    assert len(found) == len(wanted), done.stderr
+    for line, words in zip(found, wanted, strict=True):
+        assert line.startswith(words), f"{line!r} begins with {words!r}"
+
+
+@needs_jdk
+@pytest.mark.slow
+def test_kotlin_says_what_python_says(
+    classes: Path, library: Path, tiny: TinyModels, talking: Path, tmp_path: Path
+) -> None:
+    done = java(
+        f"-Djava.library.path={library.parent}", "-cp", classes, "check.CheckKt", talking, tmp_path / "kept", PROMPT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "WARNING in native" not in done.stdout
+    found = dict(line.split("\t", 1) for line in done.stderr.splitlines())
+    every = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "repeat_penalty": 1.1}
+    every |= {"presence_penalty": 0.2, "frequency_penalty": 0.1, "seed": 2**64 - 3}
+    opened = app.open_artifact(talking)
+    tools = [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"n": 1.5}}}]
+    turns = [app.turn("user", "Hi"), app.turn("assistant", "", [("f", '{"n": 2}')]), app.turn("tool", "two")]
+    called = app.chat_with_tools(opened, json.dumps(tools), turns)
+    asked = app.chat(opened, [("system", "Be brief."), ("user", "Name a 🙂 city.")])
+    app.call("close", opened)
+    with moec.load(tiny(SPEC) / "artifact") as session:  # type: ignore[attr-defined]
+        runs: dict[str, tuple[Any, dict[str, Any]]] = {
+            "all": (PROMPT, {"max_new_tokens": 40, "logit_bias": {5: 2.0, 7: -float("inf")}, **every}),
+            "sampled": (PROMPT, {"max_new_tokens": 40, "temperature": 0.9, "seed": 7}),
+            "answer": (asked, {"max_new_tokens": 30, "temperature": 0.9, "seed": 5}),
+            "tools": (called, {"max_new_tokens": 8}),
+        }
+        wanted = {name: "".join(session.generate(prompt, **given)) for name, (prompt, given) in runs.items()}
+    wanted = {name: text.replace("\n", "\\n") for name, text in wanted.items()}
+    same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts"), "true")
+    same |= {"given up": "CANCELLED1", "stopped": "CANCELLED", "told": "1", "stats": "[LENGTH, 3, true, false]"}
+    same |= {"thrown": "IllegalStateException: mine", "constrained": "[COMPLETE, true, true]"}
+    same |= {"constraint": "UnsupportedOperationException: mine too"}
+    same |= {
+        "recommended": "[0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0]",
+        "zero": "IllegalArgumentException: a text holds a zero byte; leave it out",
+    }
+    assert {name: found.get(name) for name in [*wanted, *same]} == {**wanted, **same}
+    for name, words in (
+        *(
+            ("nothing allowed", "exclude all"),
+            ("role", "must alternate"),
+            ("top p", "top_p"),
+            ("not a number", "temperature"),
+        ),
+        *(("bias", "100000000"), ("definitions", "tools: is not JSON, at byte 3"), ("closed", "is no open session")),
+        *(("folder", "not 🙂 here/manifest.json: No such file"), ("closed model", "is no open artifact")),
     ):
-        assert words in told
+        assert found[name].startswith("MoecException: "), found[name]
+        assert words in found[name]
+    assert found["info"].endswith("512, 1, true, true]")

@@ -1,0 +1,183 @@
+package dev.moec
+
+import java.io.Closeable
+import java.io.File
+
+/**
+ * A turn of a conversation; `role` is "system" (the first one only), "user", "assistant", or "tool" for what a tool answered,
+ * after the assistant's turn with its `calls`.
+ */
+data class Message(val role: String, val content: String, val calls: List<Part.Call> = emptyList())
+
+/** A part of an answer: what is said, what is thought, or a call of a tool with its arguments as JSON. */
+sealed interface Part {
+    data class Text(val text: String) : Part
+    data class Thinking(val text: String) : Part
+    data class Call(val name: String, val arguments: String) : Part
+}
+
+/** How an answer is generated; null: what the model recommends. docs/assistant.md says what each does. */
+data class Settings(
+    val limit: Long? = null, // tokens; null: to the end of the context
+    val temperature: Double? = null, // 0: the likeliest token
+    val topK: Int? = null, // 0: all
+    val topP: Double? = null,
+    val minP: Double? = null,
+    val repeatPenalty: Double? = null,
+    val presencePenalty: Double? = null,
+    val frequencyPenalty: Double? = null,
+    val biases: Map<Int, Double> = emptyMap(), // added to the logits of these tokens; negative infinity rules one out
+    val seed: Long = 0,
+    val stops: List<String> = emptyList(), // texts that end the answer, which are not shown
+    val speculate: Boolean? = null, // whether drafts of several tokens are checked at once; the text is the same
+    val constraint: Constraint? = null, // for one answer
+)
+
+/**
+ * What an answer may be, token by token. It is called by the thread that asked for the answer, between two tokens, and must not use
+ * the conversation. An exception ends the answer and comes out of it.
+ */
+interface Constraint {
+    /** Sets bit `t % 32` of `mask[t / 32]` for every token t that may come next, a stop token where the text may end. */
+    fun allowed(mask: IntArray)
+
+    /** `token` was taken, one of those allowed. True: the text is complete, and nothing can follow. */
+    fun take(token: Int): Boolean
+}
+
+/** Why an answer ended. */
+enum class End { RUNNING, STOP_TOKEN, STOP_STRING, LENGTH, CONTEXT, CANCELLED, FAILED, COMPLETE }
+
+data class Stats(
+    val end: End,
+    val promptTokens: Long,
+    val reusedTokens: Long, // of the prompt, which the conversation held already
+    val newTokens: Long,
+    val prefillSeconds: Double,
+    val decodeSeconds: Double,
+    val draftedTokens: Long,
+    val acceptedTokens: Long,
+) {
+    /** The model ended its answer itself, or the constraint lets nothing follow. */
+    val isWhole get() = end == End.STOP_TOKEN || end == End.STOP_STRING || end == End.COMPLETE
+}
+
+/**
+ * Tokens with their caches: text in, text out. A conversation has one answer at a time. `stop` may be called from any thread.
+ */
+class Conversation internal constructor(private val model: MoecModel, private val session: Long) : Closeable {
+    @Volatile private var running = 0L
+
+    /**
+     * Answer a conversation; `each` gets every piece of the answer and ends it by returning false. Only what is new in the
+     * conversation is computed.
+     */
+    fun answer(messages: List<Message>, settings: Settings = Settings(), each: (String) -> Boolean): Stats =
+        generate(promptOf(messages, null), settings, 0, each)
+
+    /**
+     * As `answer`, with thinking told from text and calls in the model's own form. tools: definitions in OpenAI's form as JSON, the
+     * same with every turn; null for none.
+     */
+    fun answerInParts(
+        messages: List<Message>, tools: String? = null, settings: Settings = Settings(), each: (Part) -> Boolean,
+    ): Stats {
+        val prompt = promptOf(messages, tools)
+        val flags = if (tools != null) Native.SEGMENTS or Native.TOOLS else Native.SEGMENTS
+        val splitter = Native.splitter(model.id, prompt, flags)
+        var wanted = true
+        fun tell(): Boolean {
+            while (wanted) wanted = each(partOf(Native.segment(splitter) ?: return true))
+            return false
+        }
+        try {
+            val stats = generate(prompt, settings, flags) { piece ->
+                Native.split(splitter, piece.toByteArray())
+                tell()
+            }
+            Native.split(splitter, null)
+            tell()
+            return stats
+        } finally {
+            Native.close(splitter)
+        }
+    }
+
+    /** Continue a text instead. */
+    fun continueText(text: String, settings: Settings = Settings(), each: (String) -> Boolean): Stats =
+        generate(model.tokenize(text), settings, 0, each)
+
+    /** End the answer that runs, from any thread. */
+    fun stop() = Native.cancel(running)
+
+    /** Another conversation that goes on from here by itself. Close it, too. */
+    fun fork(): Conversation = Conversation(model, Native.fork(session))
+
+    /** The tokens that it holds. */
+    val tokens: IntArray get() = Native.tokens(session)
+
+    /** Forget the tokens from `position` on; 0 for all. */
+    fun rewind(position: Long) = Native.rewind(session, position)
+
+    /** Keep the conversation in a file, for a process that the system may end. */
+    fun save(file: File) = Native.save(session, file.path.toByteArray())
+
+    /** Go on with one that was saved with the same artifact; the conversation stays as it was where that fails. */
+    fun restore(file: File) = Native.restore(session, file.path.toByteArray())
+
+    override fun close() = Native.close(session)
+
+    private fun promptOf(messages: List<Message>, tools: String?): IntArray {
+        val texts = messages.flatMap { message ->
+            listOf(message.role, message.content) + message.calls.flatMap { listOf(it.name, it.arguments) }
+        }
+        val calls = messages.map { it.calls.size }.toIntArray()
+        return Native.chat(model.id, tools?.toByteArray(), texts.utf8(), calls)
+    }
+
+    private fun generate(prompt: IntArray, settings: Settings, segments: Int, each: (String) -> Boolean): Stats {
+        val given = settings.over(model.recommended)
+        val generation = Native.generate(
+            model.id, session, prompt, given.numbers(), given.topK!!, given.speculate!!, given.seed, given.limit ?: -1,
+            given.stops.utf8(), given.biases.keys.toIntArray(), given.biases.values.toDoubleArray(), segments, given.constraint,
+        )
+        running = generation
+        var wanted = true
+        try {
+            while (true) {
+                val piece = Native.next(generation) ?: break
+                if (wanted && !each(String(piece))) {
+                    wanted = false
+                    Native.cancel(generation)
+                }
+            }
+            return statsOf(Native.stats(generation))
+        } finally {
+            running = 0
+            Native.close(generation)
+        }
+    }
+}
+
+private fun List<String>.utf8() = map { it.toByteArray() }.toTypedArray()
+
+private fun Settings.over(other: Settings) = copy(
+    temperature = temperature ?: other.temperature, topK = topK ?: other.topK, topP = topP ?: other.topP, minP = minP ?: other.minP,
+    repeatPenalty = repeatPenalty ?: other.repeatPenalty, presencePenalty = presencePenalty ?: other.presencePenalty,
+    frequencyPenalty = frequencyPenalty ?: other.frequencyPenalty, speculate = speculate ?: other.speculate,
+)
+
+private fun Settings.numbers() =
+    doubleArrayOf(temperature!!, topP!!, minP!!, repeatPenalty!!, presencePenalty!!, frequencyPenalty!!)
+
+private fun partOf(found: Array<ByteArray>): Part = when (found[0][0].toInt()) {
+    0 -> Part.Text(String(found[1]))
+    1 -> Part.Thinking(String(found[1]))
+    else -> Part.Call(String(found[1]), String(found[2]))
+}
+
+private fun statsOf(found: DoubleArray) = Stats(
+    end = End.values()[found[0].toInt()], promptTokens = found[1].toLong(), reusedTokens = found[2].toLong(),
+    newTokens = found[3].toLong(), prefillSeconds = found[4], decodeSeconds = found[5], draftedTokens = found[6].toLong(),
+    acceptedTokens = found[7].toLong(),
+)
