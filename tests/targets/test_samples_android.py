@@ -104,7 +104,7 @@ def test_every_option_can_be_set() -> None:
     lines = re.sub(r"//[^\n]*", "", body[1])
     members = {name for line in lines.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())}
     assert {"top_k", "temperature", "min_p", "stops", "constraint", "speculate"} <= members
-    assert [name for name in sorted(members) if f"options.{name} = " not in source] == []
+    assert [name for name in sorted(members) if name != "reserved" and f"options.{name} = " not in source] == []
     functions = set(re.findall(r"MOEC_APP_API [\w ]+\*? ?(moec_app_\w+)\(", header))
     # of the list: what Kotlin has in another form (run: a loop around next; chat: with no tools)
     assert functions - set(re.findall(r"moec_app_\w+", source)) == {
@@ -240,7 +240,13 @@ def test_native_functions_refuse_what_no_kotlin_passes(library: Path, talking: P
         *("true", "1a 🙂 20 b2", null, "MoecException: options", "IllegalArgumentException: a text holds a zero", null),
         *("MoecException: the text is not UTF-8", null, null, misfit, misfit, misfit, null, "MoecException: the p"),
         *(null, "IllegalArgumentException: numbers", null, "IllegalArgumentException: as many", "MoecException: 99 is"),
-        *("MoecException: position -1", "MoecException: 77 is no", "MoecException: ", "MoecException: -5 is"),
+        *(
+            "MoecException: position -1",
+            "MoecException: 77 is no",
+            "MoecException: ",
+            "MoecException: -5 is",
+            "MoecException: ",
+        ),
         *("MoecException: ", "MoecException: not 🙂 here/manifest.json: No such file"),
     ]
     assert len(found) == len(wanted), done.stderr
@@ -274,9 +280,13 @@ def test_kotlin_says_what_python_says(
             "answer": (asked, {"max_new_tokens": 30, "temperature": 0.9, "seed": 5}),
             "tools": (called, {"max_new_tokens": 8}),
         }
+        scored = session.generate(PROMPT, max_new_tokens=3, temperature=0.9, seed=7, top_scores=2)
+        assert "".join(scored)
         wanted = {name: "".join(session.generate(prompt, **given)) for name, (prompt, given) in runs.items()}
+    wanted["scores"] = str([[one.token, *(token for token, _ in one.top)] for one in scored.scores])
+    wanted["likely"] = " ".join(f"{one.log_probability:.9f}" for one in scored.scores)
     wanted = {name: text.replace("\n", "\\n") for name, text in wanted.items()}
-    same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts"), "true")
+    same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts", "scored"), "true")
     same |= {"given up": "CANCELLED1", "stopped": "CANCELLED", "told": "1", "stats": "[LENGTH, 3, true, false]"}
     same |= {"thrown": "IllegalStateException: mine", "constrained": "[COMPLETE, true, true]"}
     same |= {"constraint": "UnsupportedOperationException: mine too"}

@@ -70,6 +70,10 @@ fun main(arguments: Array<String>) {
     say("rewound", first.tokens.size == 2 && forked.tokens.size > 2)
     val stats = second.continueText(prompt, sampled.copy(limit = 3)) { true }
     say("stats", listOf(stats.end, stats.newTokens, stats.reusedTokens == stats.promptTokens - 1, stats.isWhole))
+    val scored = second.continueText(prompt, sampled.copy(limit = 3, topScores = 2)) { true }.scores
+    say("scores", scored.map { one -> listOf(one.taken, *one.likeliest.toTypedArray()).map { it.token } })
+    say("likely", scored.joinToString(" ") { "%.9f".format(java.util.Locale.ROOT, it.taken.logProbability) })
+    say("scored", scored.last().textBytes == scored.maxOf { it.textBytes } && stats.scores.isEmpty())
     val texts = arrayOfNulls<String>(3)
     listOf(first, second, forked).mapIndexed { i, each -> thread { texts[i] = text(each, prompt, sampled) } }.forEach { it.join() }
     say("threads", texts.all { it == whole })

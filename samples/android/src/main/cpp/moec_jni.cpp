@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -323,7 +324,8 @@ MOEC_NATIVE(void, restore, jlong session, jbyteArray path) {
 
 // numbers: temperature, top_p, min_p, and the penalties for repetition, presence and frequency. segments: flags of moec.h.
 MOEC_NATIVE(jlong, generate, jlong artifact, jlong session, jintArray prompt, jdoubleArray numbers, jint top_k, jboolean speculate,
-            jlong seed, jlong limit, jobjectArray stops, jintArray biased, jdoubleArray biases, jint segments, jobject constraint) {
+            jlong seed, jlong limit, jobjectArray stops, jintArray biased, jdoubleArray biases, jint segments, jint top_scores,
+            jobject constraint) {
   return guarded(env, [&]() -> jlong {
     moec_app_options options = {};
     options.size = sizeof options;
@@ -341,6 +343,7 @@ MOEC_NATIVE(jlong, generate, jlong artifact, jlong session, jintArray prompt, jd
     options.seed = static_cast<uint64_t>(seed);
     options.max_new_tokens = limit;
     options.segments = segments;
+    options.top_scores = top_scores;
     const std::vector<std::string> texts = texts_of(env, stops);
     std::vector<const char*> ends;
     for (const std::string& text : texts) ends.push_back(text.c_str());
@@ -390,6 +393,22 @@ MOEC_NATIVE(jdoubleArray, stats, jlong generation) {
     const auto count = [](int64_t given) { return static_cast<double>(given); };
     return doubles(env, {static_cast<double>(s.stopped), count(s.prompt_tokens), count(s.reused_tokens), count(s.new_tokens),
                          s.prefill_seconds, s.decode_seconds, count(s.drafted_tokens), count(s.accepted_tokens)});
+  });
+}
+
+MOEC_NATIVE(jdoubleArray, scores, jlong generation) {
+  return guarded(env, [&] {
+    const std::vector<moec_app_score> found = written<moec_app_score>(env, [&](moec_app_score* scores, int64_t capacity) {
+      return moec_app_scores(generation, 0, scores, capacity);
+    });
+    if (found.size() > INT32_MAX / 4) refuse(env, "more scores than an array holds");
+    std::vector<double> rows;
+    for (const moec_app_score& one : found) {
+      const double row[] = {static_cast<double>(one.token), static_cast<double>(one.rank), one.log_probability,
+                            static_cast<double>(one.text_bytes)};
+      rows.insert(rows.end(), std::begin(row), std::end(row));
+    }
+    return doubles(env, rows);
   });
 }
 

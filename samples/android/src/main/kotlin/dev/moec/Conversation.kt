@@ -30,6 +30,7 @@ data class Settings(
     val seed: Long = 0,
     val stops: List<String> = emptyList(), // texts that end the answer, which are not shown
     val speculate: Boolean? = null, // whether drafts of several tokens are checked at once; the text is the same
+    val topScores: Int? = null, // tells in Stats.scores how likely tokens were, and so many of the likeliest; null: nothing
     val constraint: Constraint? = null, // for one answer
 )
 
@@ -48,6 +49,12 @@ interface Constraint {
 /** Why an answer ended. */
 enum class End { RUNNING, STOP_TOKEN, STOP_STRING, LENGTH, CONTEXT, CANCELLED, FAILED, COMPLETE }
 
+/** The natural logarithm of the probability that the model gave a token, before settings changed it. */
+data class Score(val token: Int, val logProbability: Double)
+
+/** A token of an answer, with the likeliest ones at its place, best first. textBytes: of the answer's text, certain with it. */
+data class TokenScore(val taken: Score, val textBytes: Long, val likeliest: List<Score>)
+
 data class Stats(
     val end: End,
     val promptTokens: Long,
@@ -57,6 +64,7 @@ data class Stats(
     val decodeSeconds: Double,
     val draftedTokens: Long,
     val acceptedTokens: Long,
+    val scores: List<TokenScore>, // of each token of the answer where Settings.topScores asks for them
 ) {
     /** The model ended its answer itself, or the constraint lets nothing follow. */
     val isWhole get() = end == End.STOP_TOKEN || end == End.STOP_STRING || end == End.COMPLETE
@@ -139,7 +147,8 @@ class Conversation internal constructor(private val model: MoecModel, private va
         val given = settings.over(model.recommended)
         val generation = Native.generate(
             model.id, session, prompt, given.numbers(), given.topK!!, given.speculate!!, given.seed, given.limit ?: -1,
-            given.stops.utf8(), given.biases.keys.toIntArray(), given.biases.values.toDoubleArray(), segments, given.constraint,
+            given.stops.utf8(), given.biases.keys.toIntArray(), given.biases.values.toDoubleArray(), segments, given.topScores ?: -1,
+            given.constraint,
         )
         running = generation
         var wanted = true
@@ -151,7 +160,8 @@ class Conversation internal constructor(private val model: MoecModel, private va
                     Native.cancel(generation)
                 }
             }
-            return statsOf(Native.stats(generation))
+            val scores = if (given.topScores == null) DoubleArray(0) else Native.scores(generation)
+            return statsOf(Native.stats(generation), scoresOf(scores))
         } finally {
             running = 0
             Native.close(generation)
@@ -176,8 +186,20 @@ private fun partOf(found: Array<ByteArray>): Part = when (found[0][0].toInt()) {
     else -> Part.Call(String(found[1]), String(found[2]))
 }
 
-private fun statsOf(found: DoubleArray) = Stats(
+private fun statsOf(found: DoubleArray, scores: List<TokenScore>) = Stats(
     end = End.values()[found[0].toInt()], promptTokens = found[1].toLong(), reusedTokens = found[2].toLong(),
     newTokens = found[3].toLong(), prefillSeconds = found[4], decodeSeconds = found[5], draftedTokens = found[6].toLong(),
-    acceptedTokens = found[7].toLong(),
+    acceptedTokens = found[7].toLong(), scores = scores,
 )
+
+/** Rows of token, rank, logarithm and bytes: of rank 0 for each token that was taken, with the others of its place after it. */
+private fun scoresOf(found: DoubleArray): List<TokenScore> {
+    val rows = found.toList().chunked(4)
+    val taken = rows.indices.filter { rows[it][1] == 0.0 }
+    return taken.mapIndexed { i, at ->
+        val end = taken.getOrElse(i + 1) { rows.size }
+        TokenScore(scoreOf(rows[at]), rows[at][3].toLong(), rows.subList(at + 1, end).map(::scoreOf))
+    }
+}
+
+private fun scoreOf(row: List<Double>) = Score(row[0].toInt(), row[2])

@@ -45,7 +45,8 @@ internal object Native {
      */
     @JvmStatic external fun generate(
         artifact: Long, session: Long, prompt: IntArray, numbers: DoubleArray, topK: Int, speculate: Boolean, seed: Long,
-        limit: Long, stops: Array<ByteArray>, biased: IntArray, biases: DoubleArray, segments: Int, constraint: Constraint?,
+        limit: Long, stops: Array<ByteArray>, biased: IntArray, biases: DoubleArray, segments: Int, topScores: Int,
+        constraint: Constraint?,
     ): Long
 
     /** The next piece, whole characters; null at the end. */
@@ -54,6 +55,9 @@ internal object Native {
 
     /** The members of moec_app_stats, in their order. */
     @JvmStatic external fun stats(generation: Long): DoubleArray
+
+    /** The members of every moec_app_score, in their order. */
+    @JvmStatic external fun scores(generation: Long): DoubleArray
     @JvmStatic external fun splitter(artifact: Long, prompt: IntArray, segments: Int): Long
 
     /** piece null: the answer has ended. */
