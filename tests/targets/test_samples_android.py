@@ -238,7 +238,17 @@ def test_native_functions_refuse_what_no_kotlin_passes(library: Path, talking: P
     null, misfit = "NullPointerException: an argument is null", "IllegalArgumentException: texts and calls do not fit"
     wanted = [
         *("true", "1a 🙂 20 b2", null, "MoecException: options", "IllegalArgumentException: a text holds a zero", null),
-        *("MoecException: the text is not UTF-8", null, null, misfit, misfit, misfit, null, "MoecException: the p"),
+        *(
+            "MoecException: the text is not UTF-8",
+            null,
+            null,
+            misfit,
+            misfit,
+            misfit,
+            null,
+            misfit[:24],
+            "MoecException: the p",
+        ),
         *(null, "IllegalArgumentException: numbers", null, "IllegalArgumentException: as many", "MoecException: 99 is"),
         *(
             "MoecException: position -1",
@@ -289,6 +299,7 @@ def test_kotlin_says_what_python_says(
     same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts", "scored"), "true")
     same |= {"given up": "CANCELLED1", "stopped": "CANCELLED", "told": "1", "stats": "[LENGTH, 3, true, false]"}
     same |= {"thrown": "IllegalStateException: mine", "constrained": "[COMPLETE, true, true]"}
+    same |= {"fit": "[4, true]", "endless": "[true, true, true]"}
     same |= {"constraint": "UnsupportedOperationException: mine too"}
     same |= {
         "recommended": "[0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0]",
@@ -301,6 +312,7 @@ def test_kotlin_says_what_python_says(
             ("role", "must alternate"),
             ("top p", "top_p"),
             ("not a number", "temperature"),
+            ("too long", "context"),
         ),
         *(("bias", "100000000"), ("definitions", "tools: is not JSON, at byte 3"), ("closed", "is no open session")),
         *(("folder", "not 🙂 here/manifest.json: No such file"), ("closed model", "is no open artifact")),

@@ -20,7 +20,7 @@ public class Check {
   }
 
   static long generate(long model, long session, int[] prompt, double[] numbers, byte[][] stops, int[] biased) {
-    return Native.generate(model, session, prompt, numbers, 0, true, 0, 10, stops, biased, new double[1], 0, -1, null);
+    return Native.generate(model, session, prompt, numbers, 0, true, 0, 10, stops, biased, new double[1], 0, -1, 0, 0, null);
   }
 
   // Thinking begins within the prompt and ends within the answer, whose pieces are these.
@@ -53,11 +53,12 @@ public class Check {
     refused(() -> Native.tokenize(model, null, 0));
     refused(() -> Native.tokenize(model, new byte[] {(byte) 0xff}, 0));
     refused(() -> Native.detokenize(model, null, 0));
-    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), null}, new int[] {0}));
-    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {Integer.MAX_VALUE}));
-    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {-1}));
-    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi"), bytes("f")}, new int[] {0}));
-    refused(() -> Native.chat(model, null, none, null));
+    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), null}, new int[] {0}, -1, null));
+    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {Integer.MAX_VALUE}, -1, null));
+    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {-1}, -1, null));
+    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi"), bytes("f")}, new int[] {0}, -1, null));
+    refused(() -> Native.chat(model, null, none, null, -1, null));
+    refused(() -> Native.chat(model, null, new byte[][] {bytes("user"), bytes("Hi")}, new int[] {0}, -1, new long[0]));
     refused(() -> generate(model, session, new int[0], numbers, none, new int[1]));
     refused(() -> generate(model, session, null, numbers, none, new int[1]));
     refused(() -> generate(model, session, prompt, new double[5], none, new int[1]));

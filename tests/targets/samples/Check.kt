@@ -6,6 +6,7 @@ import dev.moec.Conversation
 import dev.moec.Message
 import dev.moec.MoecException
 import dev.moec.MoecModel
+import dev.moec.OnFull
 import dev.moec.Part
 import dev.moec.Settings
 import java.io.File
@@ -122,6 +123,16 @@ fun main(arguments: Array<String>) {
     val long = StringBuilder()
     first.answerInParts(calls, tools, Settings(limit = 8)) { long.append(if (it is Part.Text) it.text else it.toString()); true }
     say("tools", long)
+
+    // a full context
+    val question = Message("user", "Name a city. ".repeat(150))
+    val many = listOf(messages[0], question, Message("assistant", "Rome."), question, Message("assistant", "Ulm."), messages[1])
+    refused("too long") { first.answer(many) { true } }
+    val fitting = StringBuilder()
+    val fitted = first.answer(many, Settings(limit = 30, temperature = 0.9, seed = 5, fit = true)) { fitting.append(it); true }
+    say("fit", listOf(fitted.droppedMessages, fitting.toString() == spoken.toString()))
+    val endless = first.continueText(prompt, Settings(limit = 600, onFull = OnFull.DROP_OLDEST, keepFirst = 5)) { true }
+    say("endless", listOf(endless.newTokens > 500L || endless.isWhole, endless.droppedTokens > 200L, first.tokens.size <= 512))
 
     // faults
     refused("zero") { first.answer(listOf(Message("user", "a\u0000b"))) { true } }

@@ -271,7 +271,8 @@ MOEC_NATIVE(jbyteArray, detokenize, jlong artifact, jintArray given, jint flags)
 }
 
 // texts: of each message its role, its content, and name and arguments of its calls, whose number is in calls. tools: null for none.
-MOEC_NATIVE(jintArray, chat, jlong artifact, jbyteArray tools, jobjectArray texts, jintArray calls) {
+// dropped: null, or one number, which becomes that of the messages that were left out so that the others and `room` tokens fit.
+MOEC_NATIVE(jintArray, chat, jlong artifact, jbyteArray tools, jobjectArray texts, jintArray calls, jlong room, jlongArray dropped) {
   return guarded(env, [&] {
     const std::vector<std::string> given = texts_of(env, texts);
     const std::string definitions = tools == nullptr ? "" : whole_text_of(env, tools);
@@ -288,10 +289,17 @@ MOEC_NATIVE(jintArray, chat, jlong artifact, jbyteArray tools, jobjectArray text
       turns.push_back({sizeof(moec_app_turn), 0, role, content, called[i].data(), counts[i]});
     }
     if (at != given.size()) refuse(env, "texts and calls do not fit");
-    return ints(env, written<int32_t>(env, [&](int32_t* ids, int64_t capacity) {
-      return moec_app_chat_with_tools(artifact, tools == nullptr ? nullptr : definitions.c_str(), turns.data(),
-                                      static_cast<int64_t>(turns.size()), ids, capacity);
-    }));
+    if (dropped != nullptr && env->GetArrayLength(dropped) != 1) refuse(env, "dropped has one number");
+    const char* known = tools == nullptr ? nullptr : definitions.c_str();
+    const auto turn_count = static_cast<int64_t>(turns.size());
+    int64_t left_out = 0;
+    const std::vector<int32_t> found = written<int32_t>(env, [&](int32_t* ids, int64_t capacity) {
+      return dropped == nullptr ? moec_app_chat_with_tools(artifact, known, turns.data(), turn_count, ids, capacity)
+                                : moec_app_fitting_chat(artifact, known, turns.data(), turn_count, room, ids, capacity, &left_out);
+    });
+    const jlong told = left_out;
+    if (dropped != nullptr) env->SetLongArrayRegion(dropped, 0, 1, &told);
+    return ints(env, found);
   });
 }
 
@@ -325,7 +333,7 @@ MOEC_NATIVE(void, restore, jlong session, jbyteArray path) {
 // numbers: temperature, top_p, min_p, and the penalties for repetition, presence and frequency. segments: flags of moec.h.
 MOEC_NATIVE(jlong, generate, jlong artifact, jlong session, jintArray prompt, jdoubleArray numbers, jint top_k, jboolean speculate,
             jlong seed, jlong limit, jobjectArray stops, jintArray biased, jdoubleArray biases, jint segments, jint top_scores,
-            jobject constraint) {
+            jint on_full, jlong keep_first, jobject constraint) {
   return guarded(env, [&]() -> jlong {
     moec_app_options options = {};
     options.size = sizeof options;
@@ -344,6 +352,8 @@ MOEC_NATIVE(jlong, generate, jlong artifact, jlong session, jintArray prompt, jd
     options.max_new_tokens = limit;
     options.segments = segments;
     options.top_scores = top_scores;
+    options.on_full = on_full;
+    options.keep_first = keep_first;
     const std::vector<std::string> texts = texts_of(env, stops);
     std::vector<const char*> ends;
     for (const std::string& text : texts) ends.push_back(text.c_str());
@@ -392,7 +402,8 @@ MOEC_NATIVE(jdoubleArray, stats, jlong generation) {
     checked(env, moec_app_stats_of(generation, &s));
     const auto count = [](int64_t given) { return static_cast<double>(given); };
     return doubles(env, {static_cast<double>(s.stopped), count(s.prompt_tokens), count(s.reused_tokens), count(s.new_tokens),
-                         s.prefill_seconds, s.decode_seconds, count(s.drafted_tokens), count(s.accepted_tokens)});
+                         s.prefill_seconds, s.decode_seconds, count(s.drafted_tokens), count(s.accepted_tokens),
+                         count(s.dropped_tokens)});
   });
 }
 

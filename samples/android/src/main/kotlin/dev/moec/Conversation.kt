@@ -32,7 +32,13 @@ data class Settings(
     val speculate: Boolean? = null, // whether drafts of several tokens are checked at once; the text is the same
     val topScores: Int? = null, // tells in Stats.scores how likely tokens were, and so many of the likeliest; null: nothing
     val constraint: Constraint? = null, // for one answer
+    val onFull: OnFull = OnFull.STOP,
+    val keepFirst: Long = 0, // tokens at the beginning that OnFull.DROP_OLDEST leaves: those of a system prompt
+    val fit: Boolean = false, // leaves the oldest questions of messages out, each with all up to the next, until they and `limit` fit
 )
+
+/** What happens when the context is full: the answer ends, or goes on without the oldest half of the tokens, until `limit`. */
+enum class OnFull { STOP, DROP_OLDEST }
 
 /**
  * What an answer may be, token by token. It is called by the thread that asked for the answer, between two tokens, and must not use
@@ -64,6 +70,8 @@ data class Stats(
     val decodeSeconds: Double,
     val draftedTokens: Long,
     val acceptedTokens: Long,
+    val droppedTokens: Long, // by OnFull.DROP_OLDEST
+    val droppedMessages: Int, // by Settings.fit: the first ones behind the system prompt. Leave them out next time
     val scores: List<TokenScore>, // of each token of the answer where Settings.topScores asks for them
 ) {
     /** The model ended its answer itself, or the constraint lets nothing follow. */
@@ -81,7 +89,7 @@ class Conversation internal constructor(private val model: MoecModel, private va
      * conversation is computed.
      */
     fun answer(messages: List<Message>, settings: Settings = Settings(), each: (String) -> Boolean): Stats =
-        generate(promptOf(messages, null), settings, 0, each)
+        with(promptOf(messages, null, settings)) { generate(ids, settings, 0, each).copy(droppedMessages = dropped) }
 
     /**
      * As `answer`, with thinking told from text and calls in the model's own form. tools: definitions in OpenAI's form as JSON, the
@@ -90,7 +98,7 @@ class Conversation internal constructor(private val model: MoecModel, private va
     fun answerInParts(
         messages: List<Message>, tools: String? = null, settings: Settings = Settings(), each: (Part) -> Boolean,
     ): Stats {
-        val prompt = promptOf(messages, tools)
+        val (prompt, dropped) = promptOf(messages, tools, settings)
         val flags = if (tools != null) Native.SEGMENTS or Native.TOOLS else Native.SEGMENTS
         val splitter = Native.splitter(model.id, prompt, flags)
         var wanted = true
@@ -105,7 +113,7 @@ class Conversation internal constructor(private val model: MoecModel, private va
             }
             Native.split(splitter, null)
             tell()
-            return stats
+            return stats.copy(droppedMessages = dropped)
         } finally {
             Native.close(splitter)
         }
@@ -135,12 +143,14 @@ class Conversation internal constructor(private val model: MoecModel, private va
 
     override fun close() = Native.close(session)
 
-    private fun promptOf(messages: List<Message>, tools: String?): IntArray {
+    private fun promptOf(messages: List<Message>, tools: String?, settings: Settings): Prompt {
         val texts = messages.flatMap { message ->
             listOf(message.role, message.content) + message.calls.flatMap { listOf(it.name, it.arguments) }
         }
         val calls = messages.map { it.calls.size }.toIntArray()
-        return Native.chat(model.id, tools?.toByteArray(), texts.utf8(), calls)
+        val dropped = if (settings.fit) LongArray(1) else null
+        val ids = Native.chat(model.id, tools?.toByteArray(), texts.utf8(), calls, settings.limit ?: -1, dropped)
+        return Prompt(ids, dropped?.first()?.toInt() ?: 0)
     }
 
     private fun generate(prompt: IntArray, settings: Settings, segments: Int, each: (String) -> Boolean): Stats {
@@ -148,7 +158,7 @@ class Conversation internal constructor(private val model: MoecModel, private va
         val generation = Native.generate(
             model.id, session, prompt, given.numbers(), given.topK!!, given.speculate!!, given.seed, given.limit ?: -1,
             given.stops.utf8(), given.biases.keys.toIntArray(), given.biases.values.toDoubleArray(), segments, given.topScores ?: -1,
-            given.constraint,
+            given.onFull.ordinal, given.keepFirst, given.constraint,
         )
         running = generation
         var wanted = true
@@ -167,6 +177,11 @@ class Conversation internal constructor(private val model: MoecModel, private va
             Native.close(generation)
         }
     }
+}
+
+private class Prompt(val ids: IntArray, val dropped: Int) {
+    operator fun component1() = ids
+    operator fun component2() = dropped
 }
 
 private fun List<String>.utf8() = map { it.toByteArray() }.toTypedArray()
@@ -189,7 +204,7 @@ private fun partOf(found: Array<ByteArray>): Part = when (found[0][0].toInt()) {
 private fun statsOf(found: DoubleArray, scores: List<TokenScore>) = Stats(
     end = End.values()[found[0].toInt()], promptTokens = found[1].toLong(), reusedTokens = found[2].toLong(),
     newTokens = found[3].toLong(), prefillSeconds = found[4], decodeSeconds = found[5], draftedTokens = found[6].toLong(),
-    acceptedTokens = found[7].toLong(), scores = scores,
+    acceptedTokens = found[7].toLong(), droppedTokens = found[8].toLong(), droppedMessages = 0, scores = scores,
 )
 
 /** Rows of token, rank, logarithm and bytes: of rank 0 for each token that was taken, with the others of its place after it. */

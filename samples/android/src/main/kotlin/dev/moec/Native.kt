@@ -30,8 +30,13 @@ internal object Native {
     @JvmStatic external fun tokenize(artifact: Long, text: ByteArray, flags: Int): IntArray
     @JvmStatic external fun detokenize(artifact: Long, ids: IntArray, flags: Int): ByteArray
 
-    /** texts: of each message its role, its content, and name and arguments of its calls, whose number is in `calls`. */
-    @JvmStatic external fun chat(artifact: Long, tools: ByteArray?, texts: Array<ByteArray>, calls: IntArray): IntArray
+    /**
+     * texts: of each message its role, its content, and name and arguments of its calls, whose number is in `calls`. dropped: null,
+     * or one number, which becomes that of the messages that were left out so that the others and `room` tokens fit.
+     */
+    @JvmStatic external fun chat(
+        artifact: Long, tools: ByteArray?, texts: Array<ByteArray>, calls: IntArray, room: Long, dropped: LongArray?,
+    ): IntArray
     @JvmStatic external fun session(artifact: Long): Long
     @JvmStatic external fun fork(session: Long): Long
     @JvmStatic external fun tokens(session: Long): IntArray
@@ -46,7 +51,7 @@ internal object Native {
     @JvmStatic external fun generate(
         artifact: Long, session: Long, prompt: IntArray, numbers: DoubleArray, topK: Int, speculate: Boolean, seed: Long,
         limit: Long, stops: Array<ByteArray>, biased: IntArray, biases: DoubleArray, segments: Int, topScores: Int,
-        constraint: Constraint?,
+        onFull: Int, keepFirst: Long, constraint: Constraint?,
     ): Long
 
     /** The next piece, whole characters; null at the end. */
