@@ -14,14 +14,7 @@ Arena::~Arena() {
   if (data_) munmap(data_, size_);
 }
 
-void Arena::forget() {
-#ifdef __linux__
-  madvise(data_, size_, MADV_DONTNEED);
-#else
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-  if (mmap(data_, size_, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) std::memset(data_, 0, size_);
-#endif
-}
+void Arena::forget() { forget_pages(data_, size_); }
 
 namespace {
 
@@ -37,6 +30,15 @@ bool move_pages(void* from, void* to, size_t size) {
 }
 
 }  // namespace
+
+void Caches::swap(Caches& other) {
+  parked.swap(other.parked);
+  std::swap(reached, other.reached);
+  base.swap(other.base);
+  shared.swap(other.shared);
+  std::swap(intact, other.intact);
+  std::swap(damaged, other.damaged);
+}
 
 void Seats::set(std::vector<Arena>* arenas, size_t first, std::vector<StatePart> parts) {
   arenas_ = arenas;
@@ -61,19 +63,34 @@ bool Seats::reserve(Caches* caches) const {
   return true;
 }
 
-void Seats::move(Arena& from, Arena& to, size_t arena, int64_t position) const {
-  if (move_pages(from.data(), to.data(), from.size())) return;
-  for (const StatePart& part : parts_)
-    if (part.arena == arena) std::memcpy(to.data() + part.offset, from.data() + part.offset, part.bytes_at(position));
-  from.forget();
+void Seats::move_range(Caches& caches, Arena& from, Arena& to, size_t arena, size_t begin, size_t end,
+                       bool shared) const {
+  if (begin == end) return;
+  const bool moved = move_pages(from.data() + begin, to.data() + begin, end - begin);
+  for (const StatePart& part : parts_) {
+    const size_t first = std::max(part.offset, begin), last = std::min(part.offset + part.bytes_at(caches.reached), end);
+    if (!moved && part.arena == arena && first < last) std::memcpy(to.data() + first, from.data() + first, last - first);
+  }
+  if (!moved || shared) forget_pages(from.data() + begin, end - begin);  // what stays behind of a file is mapped again else
+}
+
+void Seats::move(Caches& caches, Arena& from, Arena& to, size_t arena) const {
+  size_t at = 0;
+  for (const SharedRange& range : caches.shared) {
+    if (range.arena != arena) continue;
+    move_range(caches, from, to, arena, at, range.begin, false);
+    move_range(caches, from, to, arena, range.begin, range.end, true);
+    at = range.end;
+  }
+  move_range(caches, from, to, arena, at, from.size(), false);
 }
 
 bool Seats::seat(Caches* caches) {
   if (seated_ == caches) return true;
   if ((seated_ && !reserve(seated_)) || !reserve(caches)) return false;
   for (size_t i = first_; i < arenas_->size(); ++i) {
-    if (seated_) move((*arenas_)[i], seated_->parked[i - first_], i, seated_->reached);
-    move(caches->parked[i - first_], (*arenas_)[i], i, caches->reached);
+    if (seated_) move(*seated_, (*arenas_)[i], seated_->parked[i - first_], i);
+    move(*caches, caches->parked[i - first_], (*arenas_)[i], i);
   }
   seated_ = caches;
   return true;
@@ -81,8 +98,12 @@ bool Seats::seat(Caches* caches) {
 
 void Seats::leave(Caches* caches) {
   if (seated_ != caches) return;
+  clear(caches);
   seated_ = nullptr;
-  for (size_t i = first_; i < arenas_->size(); ++i) (*arenas_)[i].forget();
+}
+
+Arena& Seats::arena_of(Caches& caches, size_t arena) const {
+  return seated_ == &caches ? (*arenas_)[arena] : caches.parked[arena - first_];
 }
 
 uint8_t* Seats::at(const Caches& caches, const StatePart& part) const {
@@ -90,7 +111,71 @@ uint8_t* Seats::at(const Caches& caches, const StatePart& part) const {
   return arena.data() + part.offset;
 }
 
-void Seats::copy(const Caches& from, Caches* to, int64_t position) const {
-  for (const StatePart& part : parts_) std::memcpy(at(*to, part), at(from, part), part.bytes_at(position));
+std::vector<SessionBytes> Seats::bytes_of(const Caches& caches, int64_t position) const {
+  std::vector<SessionBytes> found;
+  for (const StatePart& part : parts_) found.push_back({at(caches, part), part.bytes_at(position), part.offset});
+  return found;
+}
+
+Seats::Mapped Seats::map(Caches* caches, std::shared_ptr<SharedPages> pages, int64_t position) const {
+  Mapped mapped;
+  std::vector<SharedRange> shared;
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    const StatePart& part = parts_[i];
+    const bool rows = part.row > 0;  // a state that every token replaces is nobody else's
+    mapped.push_back(rows ? pages->map(i, at(*caches, part), part.bytes_at(position)) : std::make_pair(size_t{0}, size_t{0}));
+    const auto [first, last] = mapped.back();
+    if (first < last) shared.push_back({part.arena, part.offset + first, part.offset + last});
+  }
+  std::sort(shared.begin(), shared.end(), [](const SharedRange& a, const SharedRange& b) { return a.begin < b.begin; });
+  caches->base = shared.empty() ? nullptr : std::move(pages);
+  caches->intact = shared.empty() ? 0 : position;
+  caches->shared.swap(shared);
+  return mapped;
+}
+
+void Seats::fork(Caches* from, Caches* to, int64_t position) const {
+  const std::vector<SessionBytes> parts = bytes_of(*from, position), copies = bytes_of(*to, position);
+  Mapped mapped(parts.size());
+  // what has come since `from` got its shared pages is copied while it is little
+  const int64_t common = from->base ? std::min(from->intact, position) : 0;
+  const bool large = std::any_of(parts_.begin(), parts_.end(), [&](const StatePart& part) { return part.row > 0 && part.bytes_at(position) >= kLeastMapped; });
+  if (large && (position - common) * 4 <= position) {
+    mapped = map(to, from->base, common);
+  } else if (std::shared_ptr<SharedPages> pages = large ? SharedPages::of(parts) : nullptr) {
+    map(from, pages, position);
+    mapped = map(to, std::move(pages), position);
+  }
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const auto [first, last] = mapped[i];
+    std::memcpy(copies[i].data, parts[i].data, first);
+    std::memcpy(copies[i].data + last, parts[i].data + last, parts[i].size - last);
+  }
   to->reached = std::max(to->reached, position);
+}
+
+void Seats::write(Caches* caches, int64_t position) const {
+  caches->intact = std::min(caches->intact, position);
+  if (caches->base && position == 0) clear(caches);
+}
+
+void Seats::clear(Caches* caches) const {
+  for (size_t i = first_; i < arenas_->size(); ++i)
+    if (seated_ == caches || !caches->parked.empty()) arena_of(*caches, i).forget();
+  caches->base.reset();
+  caches->shared.clear();
+  caches->reached = caches->intact = 0;
+  caches->damaged = false;
+}
+
+SharedUse::SharedUse(const Seats& seats, Caches& caches) {
+  if (!caches.base || !caches.base->of_file()) return;
+  for (size_t i = seats.first_; i < seats.arenas_->size(); ++i) {
+    const Arena& arena = seats.arena_of(caches, i);
+    guards_.emplace_back(arena.data(), arena.size(), true);
+  }
+}
+
+bool SharedUse::lost() const {
+  return std::any_of(guards_.begin(), guards_.end(), [](const GuardedMemory& guard) { return guard.lost(); });
 }

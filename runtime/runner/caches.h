@@ -5,8 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "mapped_file.h"
+#include "shared_pages.h"
 
 // Anonymous pages that cost nothing until they are touched: an unused part of a context, or the logits of forward_all in a
 // session that never asks for them, takes no memory.
@@ -31,10 +36,22 @@ struct StatePart {
   size_t bytes_at(int64_t position) const { return row ? row * static_cast<size_t>(position) : bytes; }
 };
 
+// Pages of an arena that are mapped from `Caches::base`.
+struct SharedRange {
+  size_t arena, begin, end;
+};
+
 // The caches of one sequence. Empty where they have never been parked.
 struct Caches {
   std::vector<Arena> parked;
   int64_t reached = 0;  // positions that hold something: as far as a switch must carry them
+  // what the sequence begins with where others have it, too
+  std::shared_ptr<SharedPages> base;
+  std::vector<SharedRange> shared;  // in the order of their addresses
+  int64_t intact = 0;               // positions at the beginning that are those of `base`, since nothing has replaced them
+  bool damaged = false;             // pages of a file were missing
+
+  void swap(Caches& other);
 };
 
 class Seats {
@@ -53,16 +70,40 @@ class Seats {
   void leave(Caches* caches);
   // Where a part is now; the caches must be reserved or seated.
   uint8_t* at(const Caches& caches, const StatePart& part) const;
-  // The first `position` positions of one sequence into another.
-  void copy(const Caches& from, Caches* to, int64_t position) const;
+  // The memory of the states that is in use at `position`.
+  std::vector<SessionBytes> bytes_of(const Caches& caches, int64_t position) const;
+  // Maps what can be mapped of the first `position` positions, which are those of `pages`; for each part the range of its bytes that
+  // is there then. The others are the caller's business.
+  using Mapped = std::vector<std::pair<size_t, size_t>>;
+  Mapped map(Caches* caches, std::shared_ptr<SharedPages> pages, int64_t position) const;
+  // The first `position` positions of one sequence into another that has none: shared where that saves something, else copied.
+  void fork(Caches* from, Caches* to, int64_t position) const;
+  // The sequence is about to be written from `position` on.
+  void write(Caches* caches, int64_t position) const;
+  // Gives back all pages of a sequence, shared or not; what is read next is zero.
+  void clear(Caches* caches) const;
+
 
  private:
-  void move(Arena& from, Arena& to, size_t arena, int64_t position) const;
+  friend class SharedUse;
+  Arena& arena_of(Caches& caches, size_t arena) const;
+  void move(Caches& caches, Arena& from, Arena& to, size_t arena) const;
+  void move_range(Caches& caches, Arena& from, Arena& to, size_t arena, size_t begin, size_t end, bool shared) const;
 
   std::vector<Arena>* arenas_ = nullptr;
   size_t first_ = 0;  // arenas before it hold activations
   std::vector<StatePart> parts_;
   Caches* seated_ = nullptr;
+};
+
+// While it exists a missing page of the file that a sequence shares is no signal; lost() then says so.
+class SharedUse {
+ public:
+  SharedUse(const Seats& seats, Caches& caches);
+  bool lost() const;
+
+ private:
+  std::deque<GuardedMemory> guards_;
 };
 
 #endif  // MOEC_CACHES_H_

@@ -17,10 +17,10 @@ namespace {
 
 struct Guarded {
   std::atomic<uintptr_t> begin{0}, end{0};
-  std::atomic<bool> used{false}, lost{false};
+  std::atomic<bool> used{false}, writable{false}, lost{false};
 };
-constexpr int kMostFiles = 64;
-Guarded guarded[kMostFiles];
+constexpr int kMost = 256;
+Guarded guarded[kMost];
 struct sigaction previous = {};
 uintptr_t page_bytes = 4096;
 
@@ -31,7 +31,8 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
     if (!file.used.load(std::memory_order_acquire) || address < file.begin.load() || address >= file.end.load()) continue;
     const int error = errno;
     void* page = reinterpret_cast<void*>(address / page_bytes * page_bytes);
-    const bool replaced = mmap(page, page_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+    const int access = file.writable.load() ? PROT_READ | PROT_WRITE : PROT_READ;
+    const bool replaced = mmap(page, page_bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
     file.lost.store(true, std::memory_order_release);
     errno = error;
     if (replaced) return;
@@ -53,12 +54,13 @@ void install() {
   });
 }
 
-int guard(const void* data, uint64_t size) {
+int guard(const void* data, uint64_t size, bool writable) {
   install();
-  for (int i = 0; i < kMostFiles; ++i) {
+  for (int i = 0; i < kMost; ++i) {
     bool free = false;
     if (!guarded[i].used.compare_exchange_strong(free, true)) continue;
     guarded[i].lost.store(false);
+    guarded[i].writable.store(writable);
     guarded[i].begin.store(reinterpret_cast<uintptr_t>(data));
     guarded[i].end.store(reinterpret_cast<uintptr_t>(data) + size);
     return i;
@@ -67,6 +69,17 @@ int guard(const void* data, uint64_t size) {
 }
 
 }  // namespace
+
+GuardedMemory::GuardedMemory(const void* data, uint64_t size, bool writable) : slot_(guard(data, size, writable)) {}
+
+GuardedMemory::~GuardedMemory() {
+  if (slot_ < 0) return;
+  guarded[slot_].begin.store(0);
+  guarded[slot_].end.store(0);
+  guarded[slot_].used.store(false, std::memory_order_release);
+}
+
+bool GuardedMemory::lost() const { return slot_ >= 0 && guarded[slot_].lost.load(std::memory_order_acquire); }
 
 std::unique_ptr<MappedFile> MappedFile::open(const std::string& path, std::string* fault) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep us waiting
@@ -89,18 +102,13 @@ std::unique_ptr<MappedFile> MappedFile::open(const std::string& path, std::strin
     return nullptr;
   }
   std::unique_ptr<MappedFile> file(new MappedFile(descriptor, static_cast<const uint8_t*>(data), size));
-  file->slot_ = guard(data, size);
-  if (file->slot_ >= 0) return file;
-  *fault = "64 models are open in this process";
+  if (file->guard_->held()) return file;
+  *fault = "too many models are open in this process";
   return nullptr;
 }
 
 MappedFile::~MappedFile() {
-  if (slot_ >= 0) {
-    guarded[slot_].begin.store(0);
-    guarded[slot_].end.store(0);
-    guarded[slot_].used.store(false, std::memory_order_release);
-  }
+  guard_.reset();
   munmap(const_cast<uint8_t*>(data_), size_);
   close(descriptor_);
 }
@@ -129,6 +137,6 @@ bool MappedFile::read(uint64_t offset, uint64_t size, void* out) const {
 
 bool MappedFile::truncated() const {
   struct stat status = {};
-  return guarded[slot_].lost.load(std::memory_order_acquire) || fstat(descriptor_, &status) != 0 ||
+  return guard_->lost() || fstat(descriptor_, &status) != 0 ||
          static_cast<uint64_t>(status.st_size) < size_;
 }

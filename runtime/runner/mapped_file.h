@@ -1,13 +1,29 @@
-// A file mapped for reading that may be truncated while it is in use: the missing pages then read as zeros and `truncated()`
-// is true, instead of a SIGBUS that ends the process.
+// Files that may be truncated while they are mapped: missing pages then read as zeros, and the owner learns of it, instead of a
+// SIGBUS that ends the process.
 #ifndef MOEC_MAPPED_FILE_H_
 #define MOEC_MAPPED_FILE_H_
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
+// Memory in which pages of files may be missing, while this exists.
+class GuardedMemory {
+ public:
+  GuardedMemory(const void* data, uint64_t size, bool writable);
+  ~GuardedMemory();
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
+  bool held() const { return slot_ >= 0; }  // false where too many are guarded: a missing page ends the process
+  bool lost() const;                        // whether a page was missing
+
+ private:
+  int slot_;
+};
+
+// A file mapped for reading.
 class MappedFile {
  public:
   static std::unique_ptr<MappedFile> open(const std::string& path, std::string* fault);
@@ -26,12 +42,13 @@ class MappedFile {
   bool truncated() const;
 
  private:
-  MappedFile(int descriptor, const uint8_t* data, uint64_t size) : descriptor_(descriptor), data_(data), size_(size) {}
+  MappedFile(int descriptor, const uint8_t* data, uint64_t size)
+      : descriptor_(descriptor), data_(data), size_(size), guard_(std::in_place, data, size, false) {}
 
   int descriptor_;
   const uint8_t* data_;
   uint64_t size_;
-  int slot_ = -1;  // in the table of the signal handler
+  std::optional<GuardedMemory> guard_;  // ends before the mapping does
 };
 
 #endif  // MOEC_MAPPED_FILE_H_

@@ -328,7 +328,9 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   const std::string name = all ? "forward_all" : "forward";
   const int64_t wanted = (all ? n : 1) * info.vocab_size;
   if (!seats.seat(caches)) return fail("no address space for the caches of another session");
+  seats.write(caches, start);
   caches->reached = std::max(caches->reached, start + n);
+  const SharedUse use(seats, *caches);
   // never written: ExecuTorch's tensors just have no const form
   auto tokens = executorch::extension::from_blob(const_cast<int64_t*>(ids), {1, static_cast<int32_t>(n)}, ScalarType::Long);
   auto position = executorch::extension::from_blob(&start, {1}, ScalarType::Long);
@@ -336,6 +338,7 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   const FloatActivations arithmetic(float_activations);
   const UsedExperts lent(experts.get());
   const auto result = module->execute(name, {EValue(tokens), EValue(position)});
+  if ((caches->damaged = use.lost())) return fail("pages of a session's file are missing");
   if (!result.ok() && experts && !experts->fault().empty()) return fail(experts->fault());
   if (!result.ok()) return fail(name.c_str(), result.error(), watch);
   const auto& output = (*result)[0].toTensor();

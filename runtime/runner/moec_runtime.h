@@ -61,7 +61,8 @@ MOEC_RUNTIME_API int32_t moec_model_forward(moec_model* model, const int64_t* id
 // program reads them: where the system can move pages (Linux since 5.7) switching sessions costs microseconds, elsewhere
 // a copy of both. A session keeps its model open. When a call fails the session is as it was, except that a
 // moec_session_forward that fails while it computes keeps only the tokens before `start`, and none where
-// moec_model_info.rewinds is 0: states that cannot go back may have gone on.
+// moec_model_info.rewinds is 0: states that cannot go back may have gone on; and that a session has none whose file was changed
+// (moec_session_restore).
 typedef struct moec_session moec_session;
 
 // Never NULL, except when memory is out; open if moec_session_error() is empty. Calls of one that is not open fail.
@@ -78,14 +79,16 @@ MOEC_RUNTIME_API int32_t moec_session_forward(moec_session* session, const int64
                                               float* logits, int64_t capacity);
 // Forgets the tokens from `position` on.
 MOEC_RUNTIME_API int32_t moec_session_rewind(moec_session* session, int64_t position);
-// Another session with the same tokens and a copy of their caches; as moec_session_open.
+// Another session with the same tokens; as moec_session_open. Where the system can (Linux since 5.14), both use the same pages of
+// their caches until one of them writes; elsewhere, and for short sessions, they are copied.
 MOEC_RUNTIME_API moec_session* moec_session_fork(moec_session* session);
 
 // Writes tokens and caches to a file under a temporary name, then renames it; only a session file is replaced. `artifact`:
 // identifies the model, at most 64 bytes; restoring compares it. The reason of a failure is about the file, without its name.
 MOEC_RUNTIME_API int32_t moec_session_save(moec_session* session, const char* path, const char* artifact);
 // Replaces tokens and caches by those of a file. The file is not trusted: sizes, ids and digests are checked before
-// the session changes.
+// the session changes. Where the system can, the session then uses the pages of the file until it writes them: the file may be
+// removed or replaced, but if it is written or cut in place, the session's next call fails and it holds no tokens any more.
 MOEC_RUNTIME_API int32_t moec_session_restore(moec_session* session, const char* path, const char* artifact);
 
 // As moec_set_trace of moec_kernel.h, for callers that only loaded this library.
@@ -174,7 +177,8 @@ typedef struct moec_memory {
   int64_t weights;      // pages of the model's file that this process has touched
   int64_t anonymous;    // heap, stacks and arenas
   int64_t libraries;    // pages of all other files
-  int64_t caches;       // of `anonymous`: the arenas that keep their contents between calls (KV cache)
+  int64_t caches;       // of `anonymous`: the arenas that keep their contents between calls (KV cache); pages of them that a
+                        // session shares with a fork or a saved file are of `libraries`
   int64_t activations;  // of `anonymous`: the arena of activations
   int64_t file_cached;  // pages of the model's file in the system's page cache: what was touched, and what was read ahead
 } moec_memory;

@@ -31,14 +31,6 @@ namespace {
 
 int64_t position_of(const moec_session& session) { return static_cast<int64_t>(session.tokens.size()); }
 
-// The memory of the states that is in use at `position`.
-std::vector<SessionBytes> parts_of(const moec_session& session, const Caches& caches, int64_t position) {
-  const Seats& seats = session.model->seats;
-  std::vector<SessionBytes> found;
-  for (const StatePart& part : seats.parts()) found.push_back({seats.at(caches, part), part.bytes_at(position)});
-  return found;
-}
-
 // Runs `body` alone on the model; its failure becomes the session's. opening: of a session that is not open yet.
 template <typename Body>
 int32_t alone(moec_session* session, Body body, bool opening = false) {
@@ -50,6 +42,17 @@ int32_t alone(moec_session* session, Body body, bool opening = false) {
   const bool ok = guarded(model, [&] { return opening || session->counted ? body() : model->fail("the session is not open"); });
   session->error = model->error;
   return ok ? 0 : -1;
+}
+
+// Whether the file whose pages the session uses is as it was; else the session holds no tokens any more.
+bool whole(moec_session* session) {
+  Caches& caches = session->caches;
+  if (!caches.damaged && !(caches.base && caches.base->changed())) return true;
+  const bool none = session->tokens.empty();
+  session->tokens.clear();
+  session->model->seats.clear(&caches);
+  return none ||
+         session->model->fail("the file that the session was restored from was changed while it is in use, and its tokens are lost");
 }
 
 bool can_start(const moec_session& session, int64_t start) {
@@ -72,11 +75,7 @@ bool restore(moec_session* session, const char* path, const char* artifact) {
   const int64_t position = static_cast<int64_t>(state.tokens.size());
   if (state.context != model->info.context || reader.state_bytes() != model->seats.bytes_at(position))
     return model->fail("damaged: its states are not those of this model");
-  if (session->tokens.empty()) {  // it may have held some before
-    model->seats.leave(&session->caches);
-    for (Arena& arena : session->caches.parked) arena.forget();
-    session->caches.reached = 0;
-  }
+  if (session->tokens.empty()) model->seats.clear(&session->caches);  // it may have held some before
   std::shared_lock<std::shared_mutex> keep(pools);  // as in a forward: the file is read by the model's threads
   struct Beside {  // the file's states, beside the session's own
     moec_model* model;
@@ -88,11 +87,17 @@ bool restore(moec_session* session, const char* path, const char* artifact) {
                        "when all of the file is read: restore into a new session or one that was reset");
   Caches fresh;  // the session stays as it was until all of it is there
   if (!model->seats.reserve(&fresh)) return model->fail("no address space for the caches");
-  fault = reader.read(state, parts_of(*session, fresh, position));
+  const std::vector<SessionBytes> parts = model->seats.bytes_of(fresh, position);
+  fault = reader.place(parts);
   if (!fault.empty()) return model->fail(fault);
+  Seats::Mapped mapped(parts.size());
+  if (auto pages = reader.pages(state, parts)) mapped = model->seats.map(&fresh, std::move(pages), position);
+  const SharedUse use(model->seats, fresh);
+  fault = reader.read(state, parts, mapped);
+  if (!fault.empty() || use.lost()) return model->fail(fault.empty() ? "truncated while it was read" : fault);
+  fresh.reached = position;
   model->seats.leave(&session->caches);
-  session->caches.parked.swap(fresh.parked);
-  session->caches.reached = position;
+  session->caches.swap(fresh);
   session->tokens.swap(state.tokens);
   return true;
 }
@@ -145,10 +150,11 @@ int32_t moec_session_forward(moec_session* session, const int64_t* ids, int64_t 
     std::shared_lock<std::shared_mutex> keep(pools);
     if (!ids || (capacity != 0 && !logits)) return model->fail("no buffer");
     Watch watch;
-    if (!can_start(*session, start) || !model->ready(ids, n, start, all != 0, capacity)) return false;
+    if (!whole(session) || !can_start(*session, start) || !model->ready(ids, n, start, all != 0, capacity)) return false;
     session->tokens.reserve(static_cast<size_t>(start + n));
     session->tokens.resize(static_cast<size_t>(start));  // also where the call then fails: it may have written behind them
     if (!model->forward(&session->caches, ids, n, start, all != 0, logits, capacity)) {
+      if (session->caches.damaged) return whole(session);
       if (!model->info.rewinds) session->tokens.clear();  // states may have gone on: they are those of no tokens
       return false;
     }
@@ -171,7 +177,12 @@ moec_session* moec_session_fork(moec_session* session) {
   if (!fork || !fork->error.empty()) return fork;
   alone(fork, [&] {
     if (!session->counted) return fork->model->fail("the session is not open");
-    fork->model->seats.copy(session->caches, &fork->caches, position_of(*session));
+    std::shared_lock<std::shared_mutex> keep(pools);  // the model's threads copy
+    if (!whole(session)) return false;
+    const SharedUse use(fork->model->seats, session->caches);
+    fork->model->seats.fork(&session->caches, &fork->caches, position_of(*session));
+    session->caches.damaged |= use.lost();
+    if (!whole(session)) return false;
     fork->tokens = session->tokens;
     return true;
   });
@@ -187,7 +198,9 @@ int32_t moec_session_save(moec_session* session, const char* path, const char* a
     state.context = model->info.context;
     state.tokens = session->tokens;
     std::shared_lock<std::shared_mutex> keep(pools);
-    const std::string fault = write_session(path, state, parts_of(*session, session->caches, position_of(*session)));
+    if (!whole(session)) return false;
+    const SharedUse use(model->seats, session->caches);
+    const std::string fault = write_session(path, state, model->seats.bytes_of(session->caches, position_of(*session)));
     return fault.empty() ? true : model->fail(fault);
   });
 }

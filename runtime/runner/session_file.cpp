@@ -19,7 +19,7 @@
 namespace {
 
 constexpr char kMagic[] = "moecsess";
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3, kUnplaced = 2;  // of the file; of one whose parts follow each other
 constexpr size_t kPiece = size_t{1} << 16;  // of the states, digested by itself: stays in a processor's cache
 
 struct Header {
@@ -52,13 +52,14 @@ uint64_t header_digest(const Header& header) {
 
 std::string system_fault(const char* what) { return std::string(what) + ": " + std::strerror(errno); }
 
-bool write_all(int descriptor, const void* data, size_t size) {
+bool write_all(int descriptor, const void* data, size_t size, uint64_t offset) {
   const auto* at = static_cast<const uint8_t*>(data);
   while (size > 0) {
-    const ssize_t done = write(descriptor, at, std::min<size_t>(size, size_t{1} << 30));
+    const ssize_t done = pwrite(descriptor, at, std::min<size_t>(size, size_t{1} << 30), static_cast<off_t>(offset));
     if (done < 0 && errno == EINTR) continue;
     if (done <= 0) return false;
     at += done;
+    offset += static_cast<uint64_t>(done);
     size -= static_cast<size_t>(done);
   }
   return true;
@@ -88,8 +89,8 @@ class Pieces {
   }
   uint64_t bytes() const { return bytes_; }
   size_t count() const { return static_cast<size_t>((bytes_ + kPiece - 1) / kPiece); }
-  // The digest of piece `number`, behind use(data, size, where it begins among all states) of each range of memory that it
-  // covers; nothing more is read once `use` is false.
+  // The digest of piece `number` of the memory that use(part, from, to) gives for each range of a part's bytes that it covers;
+  // nothing more is read once that is nullptr.
   template <typename Use>
   uint64_t digest(size_t number, Use use) const {
     uint64_t at = uint64_t{number} * kPiece;
@@ -100,8 +101,9 @@ class Pieces {
       const uint64_t within = at - begins_[i];
       const size_t size = static_cast<size_t>(std::min<uint64_t>(parts_[i].size - within, end - at));
       if (size == 0) continue;
-      if (!use(parts_[i].data + within, size, at)) break;
-      hash.add(parts_[i].data + within, size);
+      const uint8_t* const data = use(i, static_cast<size_t>(within), static_cast<size_t>(within) + size);
+      if (!data) break;
+      hash.add(data, size);
       at += size;
     }
     return hash.digest();
@@ -113,10 +115,17 @@ class Pieces {
   uint64_t bytes_ = 0;
 };
 
-uint64_t digest_of(const std::vector<int32_t>& tokens, const std::vector<uint64_t>& pieces) {
+// The digest of tokens and states, by all workers; memory(worker, part, from, to) as above.
+template <typename Memory>
+uint64_t digest_of(const std::vector<int32_t>& tokens, const Pieces& pieces, Memory memory) {
+  std::vector<uint64_t> digests(pieces.count());
+  moec::for_each_unit(moec::workers(), static_cast<int64_t>(digests.size()), [&](int32_t worker, int64_t i) {
+    digests[static_cast<size_t>(i)] = pieces.digest(
+        static_cast<size_t>(i), [&](size_t part, size_t from, size_t to) { return memory(worker, part, from, to); });
+  });
   Xxh64 hash;
   hash.add(tokens.data(), tokens.size() * sizeof(int32_t));
-  hash.add(pieces.data(), pieces.size() * sizeof(uint64_t));
+  hash.add(digests.data(), digests.size() * sizeof(uint64_t));
   return hash.digest();
 }
 
@@ -241,12 +250,8 @@ std::string write_session(const std::string& path, const SessionState& state, co
   header.tokens = state.tokens.size();
   const size_t token_bytes = state.tokens.size() * sizeof(int32_t);
   const Pieces pieces(parts);
-  std::vector<uint64_t> digests(pieces.count());
-  moec::for_each_unit(moec::workers(), static_cast<int64_t>(digests.size()), [&](int32_t, int64_t i) {
-    digests[static_cast<size_t>(i)] = pieces.digest(static_cast<size_t>(i), [](auto...) { return true; });
-  });
   header.state_bytes = pieces.bytes();
-  header.digest = digest_of(state.tokens, digests);
+  header.digest = digest_of(state.tokens, pieces, [&](int32_t, size_t part, size_t from, size_t) { return parts[part].data + from; });
   header.header_digest = header_digest(header);
   remove_abandoned(path);
   char suffix[16];
@@ -255,8 +260,10 @@ std::string write_session(const std::string& path, const SessionState& state, co
   const std::string fresh = path + kUnfinished + suffix;
   const int descriptor = ::open(fresh.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (descriptor < 0) return system_fault("cannot be written");
-  bool ok = write_all(descriptor, &header, sizeof header) && write_all(descriptor, state.tokens.data(), token_bytes);
-  for (const SessionBytes& part : parts) ok = ok && write_all(descriptor, part.data, part.size);
+  const std::vector<uint64_t> places = places_of(parts, sizeof header + token_bytes);
+  bool ok = ftruncate(descriptor, static_cast<off_t>(places.back())) == 0 && write_all(descriptor, &header, sizeof header, 0) &&
+            write_all(descriptor, state.tokens.data(), token_bytes, sizeof header);
+  for (size_t i = 0; i < parts.size(); ++i) ok = ok && write_all(descriptor, parts[i].data, parts[i].size, places[i]);
   ok = ok && fsync(descriptor) == 0;
   std::string fault = ok ? "" : system_fault("cannot be written");
   if (close(descriptor) != 0 && ok) fault = system_fault("cannot be written");
@@ -268,6 +275,12 @@ std::string write_session(const std::string& path, const SessionState& state, co
   flush_folder(path);
   return "";
 }
+
+namespace {
+
+std::string wrong_length(uint64_t length) { return "damaged: " + std::to_string(length) + " bytes are not what its header announces"; }
+
+}  // namespace
 
 SessionReader::~SessionReader() {
   if (descriptor_ >= 0) close(descriptor_);
@@ -282,34 +295,62 @@ std::string SessionReader::open(const std::string& path, int64_t most, SessionSt
   Header header;
   if (!read_all(descriptor_, &header, sizeof header, 0) || std::memcmp(header.magic, kMagic, sizeof header.magic) != 0)
     return "is not a session that moec saved";
-  if (header.version != kVersion) return "was saved by another version of moec (format " + std::to_string(header.version) + ")";
+  if (header.version != kVersion && header.version != kUnplaced)
+    return "was saved by another version of moec (format " + std::to_string(header.version) + ")";
   if (header.header_digest != header_digest(header)) return "damaged: its header differs from its digest";
   if (header.tokens > static_cast<uint64_t>(most) || header.context > INT64_MAX)
     return "holds " + std::to_string(header.tokens) + " tokens; the context holds " + std::to_string(most);
-  const uint64_t before = sizeof header + header.tokens * sizeof(int32_t), length = static_cast<uint64_t>(status.st_size);
-  if (length < before || length - before != header.state_bytes)
-    return "damaged: " + std::to_string(length) + " bytes are not what its header announces";
+  states_at_ = sizeof header + header.tokens * sizeof(int32_t);
+  length_ = static_cast<uint64_t>(status.st_size);
+  if (length_ < states_at_ || length_ - states_at_ < header.state_bytes) return wrong_length(length_);
   state->artifact.assign(header.artifact, strnlen(header.artifact, sizeof header.artifact));
   state->context = static_cast<int64_t>(header.context);
   state->tokens.resize(header.tokens);
   if (!read_all(descriptor_, state->tokens.data(), header.tokens * sizeof(int32_t), sizeof header)) return "truncated while it was read";
-  states_at_ = before;
+  version_ = header.version;
   state_bytes_ = header.state_bytes;
   digest_ = header.digest;
   return "";
 }
 
-std::string SessionReader::read(const SessionState& state, const std::vector<SessionBytes>& parts) {
-  const Pieces pieces(parts);
-  std::vector<uint64_t> digests(pieces.count());
-  std::atomic<bool> whole{true};
-  moec::for_each_unit(moec::workers(), static_cast<int64_t>(digests.size()), [&](int32_t, int64_t i) {
-    digests[static_cast<size_t>(i)] = pieces.digest(static_cast<size_t>(i), [&](uint8_t* data, size_t size, uint64_t at) {
-      populate(data, size);
-      if (!read_all(descriptor_, data, size, states_at_ + at)) whole = false;
-      return whole.load(std::memory_order_relaxed);
+std::string SessionReader::place(const std::vector<SessionBytes>& parts) {
+  if (version_ == kVersion) {
+    places_ = places_of(parts, states_at_);
+  } else {
+    places_.assign(1, states_at_);
+    for (const SessionBytes& part : parts) places_.push_back(places_.back() + part.size);
+  }
+  return places_.back() == length_ ? "" : wrong_length(length_);
+}
+
+std::shared_ptr<SharedPages> SessionReader::pages(const SessionState& state, const std::vector<SessionBytes>& parts) const {
+  const int descriptor = fcntl(descriptor_, F_DUPFD_CLOEXEC, 0);
+  if (descriptor < 0) return nullptr;
+  const auto matches = [digest = digest_, tokens = state.tokens, parts, places = places_](int file) {
+    const Pieces pieces(parts);
+    std::vector<std::vector<uint8_t>> buffers(static_cast<size_t>(moec::workers()), std::vector<uint8_t>(kPiece));
+    return digest == digest_of(tokens, pieces, [&](int32_t worker, size_t part, size_t from, size_t to) -> const uint8_t* {
+      uint8_t* const buffer = buffers[static_cast<size_t>(worker)].data();
+      return read_all(file, buffer, to - from, places[part] + from) ? buffer : nullptr;
     });
+  };
+  return std::make_shared<SharedPages>(descriptor, places_, matches);
+}
+
+std::string SessionReader::read(const SessionState& state, const std::vector<SessionBytes>& parts,
+                                const std::vector<std::pair<size_t, size_t>>& mapped) const {
+  const Pieces pieces(parts);
+  std::atomic<bool> whole{true};
+  const auto fetch = [&](size_t part, size_t from, size_t to) {
+    if (from >= to) return;
+    populate(parts[part].data + from, to - from);
+    if (!read_all(descriptor_, parts[part].data + from, to - from, places_[part] + from)) whole = false;
+  };
+  const uint64_t digest = digest_of(state.tokens, pieces, [&](int32_t, size_t part, size_t from, size_t to) -> const uint8_t* {
+    fetch(part, from, std::min(to, mapped[part].first));
+    fetch(part, std::max(from, mapped[part].second), to);
+    return whole.load(std::memory_order_relaxed) ? parts[part].data + from : nullptr;
   });
   if (!whole) return "truncated while it was read";
-  return digest_of(state.tokens, digests) == digest_ ? "" : "damaged: its contents differ from its digest";
+  return digest == digest_ ? "" : "damaged: its contents differ from its digest";
 }

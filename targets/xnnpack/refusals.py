@@ -18,6 +18,7 @@ _REMEDIES = (
     ("memory budget", "give a larger --memory-mb"),
     ("threads that read experts", "allow the process more threads, or run it without a memory budget"),
     ("the system does not allow", "give fewer --threads"),
+    ("was restored from was changed", "prefill its tokens again"),
 )
 _NO_ROOM = ("has no room", "leaves no room")
 _OUT_OF_MEMORY = ("no address space", "out of memory", os.strerror(errno.ENOMEM))

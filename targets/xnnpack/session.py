@@ -241,14 +241,19 @@ class CpuSession(SessionBase):
             raise opening_error(error, self._model)
 
     def fork(self) -> CpuSession:
-        """Another session with the same tokens over the same weights and a copy of the caches; RunError when closed."""
+        """Another session with the same tokens over the same weights; pages of the caches are copied when one of them
+        writes there, where the system can (docs/sessions.md). RunError when closed."""
         with self._busy:
             self._check_open()
             fork = copy(self)
             fork._handle, fork._busy = None, threading.RLock()
             fork._ids, fork._traces, fork._tracing = list(self._ids), [], False
             fork._prepare_traces()
-            fork._hold(_runtime().moec_session_fork(self._handle))
+            try:
+                fork._hold(_runtime().moec_session_fork(self._handle))
+            except RunError:
+                self._follow()
+                raise
         return fork
 
     def rewind(self, position: int) -> None:
@@ -264,7 +269,10 @@ class CpuSession(SessionBase):
 
     def save(self, path: str | Path) -> None:
         with self._busy:
-            self._done(_runtime().moec_session_save(self._handle, *self._file(path)), Path(path))
+            status = _runtime().moec_session_save(self._handle, *self._file(path))
+            if status:
+                self._follow()
+            self._done(status, Path(path))
 
     def restore(self, path: str | Path) -> None:
         with self._busy:
@@ -351,13 +359,18 @@ class CpuSession(SessionBase):
             if self._tracing:
                 runtime.moec_model_trace(_TRACE(), None)
         fault, self._trace_fault = self._trace_fault, None
-        if status:  # states that cannot go back may have gone on in the call: the native session then holds nothing
-            held = runtime.moec_session_tokens(self._handle, None, 0)
-            self.position = min(self.position, held)
-            del self._ids[self.position :]
+        if status:
+            self._follow()
         if fault is not None:
             raise fault
         self._done(status)
+
+    def _follow(self) -> None:
+        """Forget the tokens that the native session lost in a call that failed: states that cannot go back may have
+        gone on, or the file whose pages it uses was changed."""
+        held = _runtime().moec_session_tokens(self._handle, None, 0)
+        self.position = min(self.position, held)
+        del self._ids[self.position :]
 
     def _on_moe(self, user: Any, t: int, d: int, k: int, x: Any, indices: Any, weights: Any, y: Any) -> None:
         try:

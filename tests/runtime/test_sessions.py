@@ -20,6 +20,8 @@ from tests.runtime import runtime_model as m
 from tests.variants import quick
 
 HEADER, PIECE = 120, 1 << 16  # bytes, session_file.h
+LEAST_MAPPED, PAGE = 32 << 10, 16 << 10  # bytes, shared_pages.h
+PART = m.S * m.KV * m.HEAD * 4  # bytes of one of the two caches of the model with fp32 caches
 
 
 @pytest.fixture(scope="module", params=quick(["f32", "int8", "window", "int8-window"], ("f32", "int8-window")))
@@ -247,11 +249,25 @@ def xxh64(data: bytes | bytearray) -> int:
     return h ^ h >> 32
 
 
-def file_digest(data: bytes | bytearray) -> int:
-    """Of a saved session's tokens and states, as session_file.h describes it."""
-    states = HEADER + 4 * struct.unpack_from("<Q", data, 88)[0]
-    pieces = (xxh64(data[at : at + PIECE]) for at in range(states, len(data), PIECE))
-    return xxh64(data[HEADER:states] + b"".join(struct.pack("<Q", piece) for piece in pieces))
+def states_of(data: bytes | bytearray, parts: int) -> list[slice]:
+    """Where the states of a saved session lie whose `parts` are of one size, as session_file.h and shared_pages.h
+    describe it; the tests' models have caches whose sizes are multiples of a page in one arena."""
+    tokens, total = struct.unpack_from("<2Q", data, 88)
+    size, at, found = total // parts, HEADER + 4 * tokens, []
+    for part in range(parts):
+        if size >= LEAST_MAPPED:
+            at += (part * PART - at) % PAGE
+        found.append(slice(at, at + size))
+        at += size
+    return found
+
+
+def file_digest(data: bytes | bytearray, parts: int = 2) -> int:
+    """Of a saved session's tokens and states."""
+    states = b"".join(data[place] for place in states_of(data, parts))
+    pieces = (xxh64(states[at : at + PIECE]) for at in range(0, len(states), PIECE))
+    tokens = data[HEADER : HEADER + 4 * struct.unpack_from("<Q", data, 88)[0]]
+    return xxh64(tokens + b"".join(struct.pack("<Q", piece) for piece in pieces))
 
 
 def test_the_digests_are_xxh64(session: CpuSession, tmp_path: Path) -> None:
@@ -271,10 +287,12 @@ def test_damage_is_found_in_every_piece(session: CpuSession, tmp_path: Path, byt
     session.prefill(_ids(251))
     session.save(tmp_path / "s")
     data = bytearray((tmp_path / "s").read_bytes())
-    states = memoryview(data)[HEADER + 4 * 251 :]
-    assert len(states) > PIECE
+    places = states_of(data, 2)
+    where = [at for place in places for at in range(place.start, place.stop)]
+    assert len(where) > PIECE
+    assert places[-1].stop == len(data)
     assert struct.unpack_from("<Q", data, 104)[0] == file_digest(data)
-    states[byte] ^= 1
+    data[where[byte]] ^= 1
     (tmp_path / "s").write_bytes(data)
     with pytest.raises(RunError, match="damaged: its contents differ from its digest"):
         session.restore(tmp_path / "s")
