@@ -3,34 +3,24 @@ virtual machine where a JDK and a Kotlin compiler are installed, linked with thi
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-import moec
-from moec.assistant.native_text import FILE as TEXT
-from moec.assistant.native_text import tables
-from moec.assistant.role_form import FILE as ROLES
-from moec.assistant.role_form import role_form
-from moec.compiler.tokenizer import load_tokenizer
 from moec.runtime.native import runtime_library
-from tests.assistant.conversations import template
-from tests.runtime import app
-from tests.tiny import TinyModels, tiny_text
+from tests.targets.samples.said import SPEC, said_by_python, talking_artifact
+from tests.tiny import TinyModels
 
 ROOT = Path(__file__).parents[2]
 MODULE = ROOT / "samples" / "android"
 KOTLIN = MODULE / "src" / "main" / "kotlin" / "dev" / "moec"
 NATIVE = MODULE / "src" / "main" / "cpp"
 CHECKS = Path(__file__).parent / "samples"
-SPEC = tiny_text(context=512)
 PROMPT = "Once upon a 🙂 time"
 # of a type of Kotlin: Java's and JNI's
 TYPES = {
@@ -194,14 +184,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def talking(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact with a chat template that knows tools."""
-    folder = tmp_path_factory.mktemp("talking") / "artifact"
-    shutil.copytree(tiny(SPEC) / "artifact", folder)
-    hermes = template("hermes")
-    (folder / "chat_template.jinja").write_text(hermes.text, "utf-8")
-    (folder / ROLES).write_text(role_form(hermes).json(), "utf-8")
-    (folder / TEXT).write_bytes(tables(folder, load_tokenizer(folder / "tokenizer.json")))
-    return folder
+    return talking_artifact(tiny, tmp_path_factory.mktemp("talking") / "artifact")
 
 
 def java(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -275,27 +258,7 @@ def test_kotlin_says_what_python_says(
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "WARNING in native" not in done.stdout
     found = dict(line.split("\t", 1) for line in done.stderr.splitlines())
-    every = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "repeat_penalty": 1.1}
-    every |= {"presence_penalty": 0.2, "frequency_penalty": 0.1, "seed": 2**64 - 3}
-    opened = app.open_artifact(talking)
-    tools = [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"n": 1.5}}}]
-    turns = [app.turn("user", "Hi"), app.turn("assistant", "", [("f", '{"n": 2}')]), app.turn("tool", "two")]
-    called = app.chat_with_tools(opened, json.dumps(tools), turns)
-    asked = app.chat(opened, [("system", "Be brief."), ("user", "Name a 🙂 city.")])
-    app.call("close", opened)
-    with moec.load(tiny(SPEC) / "artifact") as session:  # type: ignore[attr-defined]
-        runs: dict[str, tuple[Any, dict[str, Any]]] = {
-            "all": (PROMPT, {"max_new_tokens": 40, "logit_bias": {5: 2.0, 7: -float("inf")}, **every}),
-            "sampled": (PROMPT, {"max_new_tokens": 40, "temperature": 0.9, "seed": 7}),
-            "answer": (asked, {"max_new_tokens": 30, "temperature": 0.9, "seed": 5}),
-            "tools": (called, {"max_new_tokens": 8}),
-        }
-        scored = session.generate(PROMPT, max_new_tokens=3, temperature=0.9, seed=7, top_scores=2)
-        assert "".join(scored)
-        wanted = {name: "".join(session.generate(prompt, **given)) for name, (prompt, given) in runs.items()}
-    wanted["scores"] = str([[one.token, *(token for token, _ in one.top)] for one in scored.scores])
-    wanted["likely"] = " ".join(f"{one.log_probability:.9f}" for one in scored.scores)
-    wanted = {name: text.replace("\n", "\\n") for name, text in wanted.items()}
+    wanted = said_by_python(tiny(SPEC) / "artifact", talking, PROMPT)
     same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts", "scored"), "true")
     same |= {"given up": "CANCELLED1", "stopped": "CANCELLED", "told": "1", "stats": "[LENGTH, 3, true, false]"}
     same |= {"thrown": "IllegalStateException: mine", "constrained": "[COMPLETE, true, true]"}

@@ -1,10 +1,12 @@
 // swift-tools-version:5.9
 // A package around one artifact: MoecModel for the GPU (moec compile --target metal), MoecApp for the CPU (--target xnnpack).
-// Link one from an app target.
+// It lies here so that an application can add it by the repository's address; its sources are in samples/ios.
 import PackageDescription
 
+let sources = "samples/ios/Sources"
+
 let package = Package(
-  name: "MoecModel",
+  name: "moec",
   platforms: [.iOS(.v17), .macOS(.v14)],
   products: ["MoecModel", "MoecApp", "MoecSchema"].map { Product.library(name: $0, targets: [$0]) },
   dependencies: [
@@ -13,24 +15,23 @@ let package = Package(
   ],
   targets: [
     // The header of the C library of applications; an application builds the library and links it.
-    .systemLibrary(name: "CMoec", path: "Sources/CMoec"),
+    .systemLibrary(name: "CMoec", path: "runtime/include"),
     .target(
       name: "MoecApp",
       dependencies: ["CMoec"],
-      path: "Sources/MoecApp",
+      path: "\(sources)/MoecApp",
       linkerSettings: [.linkedLibrary("moec_runtime")]),
     // Structured output, with llguidance's header and C library, which an application builds as well.
-    .systemLibrary(name: "CMoecSchema", path: "Sources/CMoecSchema"),
+    .systemLibrary(name: "CMoecSchema", path: "\(sources)/CMoecSchema"),
     .target(
       name: "MoecSchema",
       dependencies: ["CMoec", "CMoecSchema", "MoecApp"],
-      path: "Sources/MoecSchema",
+      path: "\(sources)/MoecSchema",
       linkerSettings: [.linkedLibrary("llguidance")]),
     // The structure checks of the native runtime, compiled from its sources; they need neither ExecuTorch nor kernels.
-    .target(
-      name: "MoecCheck",
-      path: "Sources/MoecCheck",
-      cxxSettings: [.unsafeFlags(["-std=c++17"])]),
+    .target(name: "MoecCheck", path: "\(sources)/MoecCheck"),
+    // The backend registers itself when it is loaded, and nothing refers to a symbol of it: the application links with
+    // -all_load. A package that sets such flags itself cannot be added by its address.
     .target(
       name: "MoecModel",
       dependencies: [
@@ -38,9 +39,7 @@ let package = Package(
         .product(name: "executorch", package: "executorch"),
         .product(name: "backend_mlx", package: "executorch"),
       ],
-      linkerSettings: [
-        // The backend registers itself when it is loaded; nothing refers to a symbol of it.
-        .unsafeFlags(["-Wl,-all_load"])
-      ])
-  ]
+      path: "\(sources)/MoecModel"),
+  ],
+  cxxLanguageStandard: .cxx17
 )

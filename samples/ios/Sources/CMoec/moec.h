@@ -1,1 +1,0 @@
-../../../../runtime/include/moec.h

@@ -1,1 +1,0 @@
-../../../../runtime/include/moec_llguidance.h
