@@ -4,6 +4,7 @@
 #include <chrono>
 #include <utility>
 
+#include "prefixes.h"
 #include "scores.h"
 
 namespace {
@@ -69,13 +70,13 @@ bool Generation::next() {
 bool Generation::prefill() {
   const moec_model_info& info = session_->artifact().info();
   const std::vector<int32_t> held = session_->tokens();
+  const size_t useful = most_ == 0 ? tokens_.size() : tokens_.size() - 1;  // logits behind the last token are needed for another one
   size_t same = 0;
-  while (same < std::min(held.size(), tokens_.size() - 1) && held[same] == tokens_[same]) ++same;
+  while (same < std::min(held.size(), useful) && held[same] == tokens_[same]) ++same;
   if (same < held.size() && !info.rewinds) same = 0;
-  if (same < held.size()) {
-    session_->rewind(static_cast<int64_t>(same));
-    turn_ = session_->turn;
-  }
+  if (const auto prefixes = session_->artifact().prefixes()) same = prefixes->restore(session_.get(), tokens_, same, useful);
+  if (static_cast<int64_t>(same) < session_->position()) session_->rewind(static_cast<int64_t>(same));
+  turn_ = session_->turn;
   stats_.reused_tokens = static_cast<int64_t>(same);
   return compute(same);
 }

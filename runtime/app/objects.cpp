@@ -10,6 +10,7 @@
 
 #include "../runner/session_file.h"
 #include "file_bytes.h"
+#include "prefixes.h"
 
 namespace {
 
@@ -156,6 +157,60 @@ std::vector<int32_t> OpenArtifact::chat(std::string_view tools, const std::vecto
   return encoded(tables.tools->render(definitions, turns));
 }
 
+std::vector<int32_t> OpenArtifact::system_prompt(std::string_view tools, std::string_view system) const {
+  // what questions of all kinds have in common, of any first question, with and without turns behind it
+  std::vector<std::string> questions = {"a", "", "\n", "\n\n", "  ", "\t", "\xC3\xA9", "\xCC\x81", "\xE6\x97\xA5", "\xF0\x9F\x99\x82"};
+  for (char c = ' '; c < 127; ++c) questions.emplace_back(1, c);
+  std::vector<ChatTurn> turns;
+  if (!system.empty()) turns.push_back({"system", system, {}});
+  turns.push_back({"user", questions[0], {}});
+  const size_t asked = turns.size() - 1;
+  std::vector<int32_t> found = chat(tools, turns);
+  const auto shorten = [&] {
+    std::vector<int32_t> other;
+    try {
+      other = chat(tools, turns);
+    } catch (const Fault&) {
+      return;  // no conversation of this model
+    }
+    const auto same = std::mismatch(found.begin(), found.end(), other.begin(), other.end()).first;
+    found.erase(same, found.end());
+  };
+  for (const std::string& question : questions) {
+    turns[asked].content = question;
+    shorten();
+  }
+  turns.push_back({"assistant", "b", {}});
+  turns.push_back({"user", "c", {}});
+  shorten();
+  const std::vector<Json> definitions = tools.empty() ? std::vector<Json>() : tool_definitions(tools);
+  if (!definitions.empty()) {
+    turns.resize(asked + 1);
+    turns.push_back({"assistant", "", {{definitions[0].find("function")->find("name")->text, "{}"}}});
+    turns.push_back({"tool", "d", {}});
+    shorten();
+  }
+  // text before a special token is encoded by itself, whatever follows; a text that goes on may be cut into other tokens
+  constexpr size_t kMostGivenUp = 16;
+  for (size_t given_up = 0; given_up <= std::min(kMostGivenUp, found.size()); ++given_up) {
+    const size_t end = found.size() - given_up;
+    if (end == 0 || !tokenizer_->is_special(found[end - 1])) continue;
+    found.resize(end);
+    break;
+  }
+  return found;
+}
+
+std::shared_ptr<PrefixFolder> OpenArtifact::prefixes() const {
+  const std::lock_guard<std::mutex> lock(setting_);
+  return prefixes_;
+}
+
+void OpenArtifact::set_prefixes(std::shared_ptr<PrefixFolder> folder) {
+  const std::lock_guard<std::mutex> lock(setting_);
+  prefixes_ = std::move(folder);
+}
+
 std::vector<int32_t> OpenArtifact::encoded(const std::vector<ChatPart>& parts) const {
   // special tokens that are spelled out in a content are text: each is encoded by itself
   std::vector<ChatPart> pieces = {{"", false}};
@@ -264,9 +319,20 @@ void OpenSession::save(const std::string& path) {
 }
 
 void OpenSession::restore(const std::string& path) {
+  const std::string fault = restored(path);
+  if (!fault.empty()) throw Fault(path + ": " + fault);
+}
+
+std::string OpenSession::restored(const std::string& path) {
   settle();
-  if (moec_session_restore(session_.get(), path.c_str(), artifact_->identity().c_str()) != 0) throw Fault(path + ": " + error());
+  if (moec_session_restore(session_.get(), path.c_str(), artifact_->identity().c_str()) != 0) return error();
   ++turn;
+  return "";
+}
+
+bool OpenSession::holds(const std::vector<int32_t>& ids, size_t count) {
+  const std::vector<int32_t> held = tokens();
+  return held.size() == count && std::equal(held.begin(), held.end(), ids.begin());
 }
 
 void OpenSession::forward(const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits) {

@@ -15,6 +15,8 @@
 #include "tokenizer.h"
 #include "utf8.h"
 
+class PrefixFolder;
+
 struct Object {
   virtual ~Object() = default;
 };
@@ -35,10 +37,15 @@ class OpenArtifact : public Object {
   std::vector<int32_t> chat(const std::vector<ChatMessage>& messages) const;
   // With definitions of tools as JSON, or none; turns may call tools where there are some.
   std::vector<int32_t> chat(std::string_view tools, const std::vector<ChatTurn>& turns) const;
+  // What every conversation with this system prompt ("": none) and these tools begins with.
+  std::vector<int32_t> system_prompt(std::string_view tools, std::string_view system) const;
   // Special tokens that mark segments of an answer; whether a prompt ends inside a thinking segment.
   std::vector<int32_t> markers(int32_t flags) const;
   bool opens_thinking(const std::vector<int32_t>& prompt) const;
   std::string detokenize(const std::vector<int32_t>& ids, bool special) const;
+  // Where beginnings of prompts are kept; nullptr: nowhere.
+  std::shared_ptr<PrefixFolder> prefixes() const;
+  void set_prefixes(std::shared_ptr<PrefixFolder> folder);
 
  private:
   struct Close {
@@ -52,6 +59,8 @@ class OpenArtifact : public Object {
   moec_model_info info_ = {};
   std::vector<int64_t> eos_ids_;
   std::string identity_;
+  mutable std::mutex setting_;
+  std::shared_ptr<PrefixFolder> prefixes_;
 };
 
 // Takes an answer apart.
@@ -81,6 +90,8 @@ class OpenSession : public Object {
   void rewind(int64_t position);
   void save(const std::string& path);
   void restore(const std::string& path);
+  std::string restored(const std::string& path);  // the same: "" or why not, without the path
+  bool holds(const std::vector<int32_t>& ids, size_t count);  // just the first `count` of these
   std::string error() const { return moec_session_error(session_.get()); }
 
   std::mutex busy;      // held by every use of the session

@@ -122,6 +122,31 @@ MOEC_APP_API int32_t moec_app_rewind(int64_t session, int64_t position);
 MOEC_APP_API int32_t moec_app_save(int64_t session, const char* path);
 MOEC_APP_API int32_t moec_app_restore(int64_t session, const char* path);
 
+// ------------------------------------------------------------------------------------------------------------ prefixes
+//
+// Beginnings of prompts that are computed once for an installation: sessions saved in a folder of the application. Where
+// moec_app_generate finds one that is longer than what its session holds of the prompt, it restores the session from it, with the same
+// bits; moec_app_stats.reused_tokens tells. A file that is damaged, or holds something else than its name says, is removed; one that
+// cannot be used for another reason stays. The tokens are then computed, and moec_app_prefix_warning has the reason. Several artifacts
+// and processes may share a folder.
+
+// Where the prefixes of an artifact's sessions are, from the next moec_app_generate on; created if it is missing. NULL: nowhere.
+MOEC_APP_API int32_t moec_app_prefix_folder(int64_t artifact, const char* folder);
+// Keeps the tokens of a session, unless they are kept already. name: 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'; a name has one prefix,
+// and other tokens replace it. NULL: no name; of such prefixes the 64 that were used last stay, while those with names stay until
+// they are forgotten. -1 if they cannot be saved.
+MOEC_APP_API int32_t moec_app_keep_prefix(int64_t session, const char* name);
+// 1, 0 if no prefix has this name, or -1.
+MOEC_APP_API int32_t moec_app_forget_prefix(int64_t artifact, const char* name);
+// How many tokens the prefix of a name has; 0 if there is none. Which ones is not told: moec_app_generate finds a prefix by its tokens.
+MOEC_APP_API int64_t moec_app_prefix_tokens(int64_t artifact, const char* name);
+// Writes why a prefix was not used, the latest one; as moec_app_detokenize. Empty if all were.
+MOEC_APP_API int64_t moec_app_prefix_warning(int64_t artifact, char* text, int64_t capacity);
+// Ids that every conversation with this system prompt and these tools begins with, both as for moec_app_chat_with_tools (NULL: none);
+// returns as moec_app_tokenize. To compute them once for an installation, generate for them with max_new_tokens 0, which restores them
+// where they are known, and keep the session under a name. 0 ids where conversations have nothing in common.
+MOEC_APP_API int64_t moec_app_system_prompt(int64_t artifact, const char* tools, const char* system, int32_t* ids, int64_t capacity);
+
 // ---------------------------------------------------------------------------------------------------------- generation
 
 typedef struct moec_app_bias {

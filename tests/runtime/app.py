@@ -112,6 +112,12 @@ def library() -> ctypes.CDLL:
         "rewind": (I32, [I64, I64]),
         "save": (I32, [I64, TEXT]),
         "restore": (I32, [I64, TEXT]),
+        "prefix_folder": (I32, [I64, TEXT]),
+        "keep_prefix": (I32, [I64, TEXT]),
+        "forget_prefix": (I32, [I64, TEXT]),
+        "prefix_tokens": (I64, [I64, TEXT]),
+        "prefix_warning": (I64, [I64, ctypes.c_char_p, I64]),
+        "system_prompt": (I64, [I64, TEXT, TEXT, ids, I64]),
         "defaults": (I32, [I64, ctypes.c_void_p]),
         "generate": (I64, [I64, ids, I64, ctypes.c_void_p]),
         "next": (I32, [I64, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(I64)]),
@@ -187,6 +193,13 @@ def fitting_chat(artifact: int, tools: str | None, turns: Sequence[Turn], room: 
     ids = (I32 * max(count, 1))()
     assert call("fitting_chat", *asked, ids, count, ctypes.byref(dropped)) == count
     return ids[:count], dropped.value
+
+
+def prefix_warning(artifact: int) -> str:
+    count = call("prefix_warning", artifact, None, 0)
+    out = ctypes.create_string_buffer(count + 1)
+    assert call("prefix_warning", artifact, out, count) == count
+    return out.raw[:count].decode()
 
 
 def options(
