@@ -1,11 +1,12 @@
 """The element formats of a GGUF file: codes that are carried as they are, floats, and formats that are dequantized.
 
-Those that are carried are symmetric codes in blocks of 32 along the input, as ours: a float16 scale of either sign,
-then
+Those that are carried are symmetric codes in blocks of 32 along the input, as ours: a float16 scale of either sign
+(MXFP4: a byte, of a power of two), then
 - Q4_0: 16 bytes, byte i with element i in its low nibble and element i + 16 in its high one, w = scale * (nibble - 8);
 - Q8_0: 32 signed bytes, w = scale * byte;
 - Q5_0: 32 bits, the fifth of each element, then nibbles as Q4_0, w = scale * (nibble + 16 * bit - 16); INT8 here;
-- IQ4_NL: nibbles as Q4_0, each the number of a level, w = scale * level.
+- IQ4_NL and MXFP4: nibbles as Q4_0, each the number of a level, w = scale * level; MXFP4's levels are twice those of
+  the format, and its scale half of what the byte says (`checkpoints/mxfp4.py`).
 Every other quantized type has a minimum beside the scale, groups of 16, or scales that are products which float16
 cannot hold exactly; those are dequantized by the library gguf, in float32.
 
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 
 from moec.checkpoints.gguf_file import TYPES
+from moec.checkpoints.mxfp4 import FORMAT as MXFP4
+from moec.checkpoints.mxfp4 import scales_of
 from moec.compiler.errors import CheckpointError
 from moec.compiler.extras import require
 from moec.compiler.quant import QuantizedTensor
@@ -32,9 +35,10 @@ CARRIED: Mapping[str, CodeFormat] = {
     "Q8_0": CodeFormat(8, BLOCK),
     "Q5_0": CodeFormat(8, BLOCK),
     "IQ4_NL": CodeFormat(4, BLOCK, levels="iq4_nl"),
+    "MXFP4": MXFP4,
 }
 #: Those of them whose codes are ours in another order; the others become codes of more bits and of the same values.
-BIT_FOR_BIT = frozenset({"Q4_0", "Q8_0", "IQ4_NL"})
+BIT_FOR_BIT = frozenset({"Q4_0", "Q8_0", "IQ4_NL", "MXFP4"})
 FLOATS = ("F32", "F16", "BF16", "F64")
 _AT_ONCE = 1 << 22  # elements that are dequantized at once: the library's temporaries are several times as large
 
@@ -53,11 +57,15 @@ def bits_per_weight(kind: str) -> float:
 def carried_codes(kind: str, blocks_RB: np.ndarray, name: str, place: str) -> QuantizedTensor:
     """Codes [R, K] and scales [R, K/32] of the bytes of a tensor of a `CARRIED` type, uint8 [R, B * bytes of a block].
 
-    CheckpointError for scales that are not finite.
+    CheckpointError for scales that are not finite, and powers of two that float16 does not represent.
     """
     size = next(size for known, _, size in TYPES.values() if known == kind)
     rows = blocks_RB.shape[0]
     whole = blocks_RB.reshape(rows, -1, size)
+    if kind == "MXFP4":
+        body = _repacked(torch.from_numpy(np.ascontiguousarray(whole[..., 1:])))
+        scales = scales_of(torch.from_numpy(np.ascontiguousarray(whole[..., 0])), body, name, place)
+        return QuantizedTensor(body.reshape(rows, -1), scales, MXFP4.bits, BLOCK, levels=MXFP4.levels)
     scales = torch.from_numpy(np.ascontiguousarray(whole[..., :2])).view(torch.float16).reshape(rows, -1)
     if not torch.isfinite(scales).all():
         raise CheckpointError(f"tensor {name} has scales that are not finite", place=place, remedy="use another file")

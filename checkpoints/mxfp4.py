@@ -56,22 +56,9 @@ class Mxfp4Entry(CodedEntry):
         codes = torch.empty((experts, outputs, inputs // 2), dtype=torch.uint8)
         scales = torch.empty((experts, outputs, inputs // FORMAT.group_size), dtype=torch.float16)
         for expert, (blocks, bytes_NG) in enumerate(zip(self._blocks().tensor(), self.scales.tensor(), strict=True)):
-            exponents = bytes_NG.to(torch.int16) - _SCALE_BIAS
-            held = exponents.clamp(_SMALLEST, _LARGEST)
-            outside = (exponents != held) & ((blocks & 0x77) != 0).any(-1)  # but for the sign, a code of zero is 0
-            if bool(outside.any()):
-                raise self._unheld(int(bytes_NG[outside][0]))
+            scales[expert] = scales_of(bytes_NG, blocks, self.scales.name, str(self.file))
             codes[expert] = blocks.flatten(-2)
-            scales[expert] = torch.exp2(held.float())
         return QuantizedTensor(codes, scales, FORMAT.bits, FORMAT.group_size, levels=FORMAT.levels)
-
-    def _unheld(self, byte: int) -> CheckpointError:
-        what = "is NaN" if byte == 255 else f"is 2^{byte - 127}, outside the range of float16 scales"
-        return CheckpointError(
-            f"a scale of {shown(self.scales.name)} {what}",
-            place=str(self.file),
-            remedy="give the BF16 checkpoint that it was made from",
-        )
 
     def tensor(self) -> Tensor:
         """float32 [E, K, N], the values of the codes."""
@@ -81,6 +68,23 @@ class Mxfp4Entry(CodedEntry):
         experts, inputs, outputs = self.shape
         shape = (experts, outputs, inputs // FORMAT.group_size, FORMAT.group_size // 2)
         return Entry(f"{self.name}_blocks", "U8", shape, self.file, self.begin, self.end, self.file_size)
+
+
+def scales_of(bytes_NG: Tensor, blocks: Tensor, name: str, place: str) -> Tensor:
+    """float16 scales [.., N, G] of scale bytes, for codes that number twice their values: uint8 [.., N, G, 16].
+
+    CheckpointError, about the tensor `name`, for a scale that float16 does not represent, unless all its codes are 0.
+    """
+    exponents = bytes_NG.to(torch.int16) - _SCALE_BIAS
+    held = exponents.clamp(_SMALLEST, _LARGEST)
+    outside = (exponents != held) & ((blocks & 0x77) != 0).any(-1)  # but for the sign, a code of zero is 0
+    if bool(outside.any()):
+        byte = int(bytes_NG[outside][0])
+        what = "is NaN" if byte == 255 else f"is 2^{byte - 127}, outside the range of float16 scales"
+        raise CheckpointError(
+            f"a scale of {shown(name)} {what}", place=place, remedy="give the BF16 checkpoint that it was made from"
+        )
+    return torch.exp2(held.float()).to(torch.float16)
 
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:

@@ -43,8 +43,8 @@ def compile_spec(
     """Compile a spec into an artifact folder that `moec run` and ExecuTorch apps load.
 
     A checkpoint folder in place of a spec is compiled by the spec that its config.json implies (INT4 in groups of 32,
-    or the codes that it holds), which is printed; a GGUF file by one that keeps its codes (Q4_0, Q8_0, Q5_0, IQ4_NL).
-    Codes of other types are quantized anew if --dequantize names them.
+    or the codes that it holds), which is printed; a GGUF file by one that keeps its codes (Q4_0, Q8_0, Q5_0, IQ4_NL,
+    MXFP4). Codes of other types are quantized anew if --dequantize names them.
 
     An artifact that exists at --out is replaced only when the new one is complete.
 

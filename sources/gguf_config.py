@@ -38,7 +38,8 @@ class Family:
     dense, mixture: its `model_type` without and with experts, None if it has none. permuted: whether rows of queries
     and keys lie in the order of interleaved rotation. head_dim: whether the config takes one. expert_width, experts:
     the config's keys. fixed: keys that follow from the architecture. scales: keys of the metadata below the
-    architecture -> the config's.
+    architecture -> the config's. windowed: some layers attend to a window, in an order that follows from the
+    architecture. gating: numbers of the router's function. yarn: what of YaRN follows from the architecture.
     """
 
     dense: str | None
@@ -49,6 +50,9 @@ class Family:
     experts: str = "num_experts"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
+    windowed: bool = False
+    gating: tuple[int, ...] = (0, 1)
+    yarn: Mapping[str, Any] = field(default_factory=dict)
 
 
 _GRANITE = {
@@ -74,9 +78,14 @@ FAMILIES: Mapping[str, Family] = {
         None, "granitemoe", permuted=True, head_dim=False, expert_width="intermediate_size",
         experts="num_local_experts", scales=_GRANITE,
     ),
+    "gpt-oss": Family(
+        None, "gpt_oss", expert_width="intermediate_size", experts="num_local_experts", windowed=True,
+        gating=(0, 1, 3), yarn={"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},  # 3: softmax of the chosen
+    ),
     "smollm3": Family("smollm3", permuted=True, head_dim=False, fixed={"no_rope_layer_interval": 4}),
 }  # fmt: skip
 
+_BETAS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 # Keys below the architecture that are read here, or that change nothing: sizes that the tensors tell as well.
 _READ = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
@@ -86,7 +95,7 @@ _READ = {
     "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_weights_norm",
     "expert_weights_scale", "expert_gating_func", "attention.sliding_window", "attention.causal",
     "leading_dense_block_count", "expert_shared_count", "tensor_data_layout", "expert_group_count",
-    "expert_group_used_count", "interleave_moe_layer_step",
+    "expert_group_used_count", "interleave_moe_layer_step", *_BETAS,
 }  # fmt: skip
 
 
@@ -167,7 +176,9 @@ class _Maker:
         if "blk.0.ffn_gate.bias" in self._file.tensors:
             config["mlp_bias"] = True
         window = self._scalar("attention.sliding_window")
-        if window:
+        if family.windowed:
+            config["sliding_window"] = self._count("attention.sliding_window", _MOST_CONTEXT)
+        elif window:
             raise self._fault(f"it attends to the last {shown(window)} positions only, which is not read from GGUF")
         layout = self._scalar("tensor_data_layout", _INTERLEAVED)
         if layout != _INTERLEAVED:
@@ -209,7 +220,7 @@ class _Maker:
             raise self._fault(f"its metadata speaks of {experts} experts, its tensors are of {held}")
         self._expect("expert_feed_forward_length", width)
         gating = self._scalar("expert_gating_func", 1)
-        if gating not in (0, 1):
+        if gating not in family.gating:
             raise self._fault(f"its router's function is number {shown(gating)}, known is softmax")
         if self._scalar("expert_weights_scale", 0) not in (0, 1):
             raise self._fault("it scales what its experts give, which no known model of the kind does")
@@ -253,7 +264,8 @@ class _Maker:
         }
         if kind == "yarn":
             original = self._count("rope.scaling.original_context_length", _MOST_CONTEXT)
-            scaling["original_max_position_embeddings"] = original
+            scaling |= {"original_max_position_embeddings": original, **self._family.yarn}
+            scaling |= {name: self._positive(key) for key, name in _BETAS.items() if key in self._metadata}
         return scaling
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:

@@ -33,31 +33,10 @@ from moec.compiler.source import Checkpoint
 from moec.compiler.spec.quantization import Quantization
 from moec.compiler.weights import CodeFormat, Provenance, StoredCodes, joined_codes, stacked_codes
 from moec.sources.gguf_config import config_of
+from moec.sources.gguf_names import Place, place_of
 from moec.sources.gguf_tokenizer import companions_of, end_ids, tokenizer_notes
 from moec.sources.transformers_config import build_model, config_from_keys
 
-# The model's names -> the file's, of a whole model and below a layer. Several are joined along their rows.
-_WHOLE: Mapping[str, tuple[str, ...]] = {
-    "model.embed_tokens.weight": ("token_embd.weight",),
-    "model.norm.weight": ("output_norm.weight",),
-    "lm_head.weight": ("output.weight",),
-}
-_BELOW: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"input_layernorm\.weight", ("attn_norm.weight",)),
-    (r"post_attention_layernorm\.weight", ("ffn_norm.weight",)),
-    (r"self_attn\.([qkv])_proj\.(weight|bias)", (r"attn_\1.\2",)),
-    (r"self_attn\.o_proj\.(weight|bias)", (r"attn_output.\1",)),
-    (r"self_attn\.([qk])_norm\.weight", (r"attn_\1_norm.weight",)),
-    (r"mlp\.(gate|up|down)_proj\.(weight|bias)", (r"ffn_\1.\2",)),
-    (r"(?:mlp\.gate|block_sparse_moe\.router)\.weight", ("ffn_gate_inp.weight",)),
-    (r"(?:mlp|block_sparse_moe)\.experts\.gate_up_proj", ("ffn_gate_exps.weight", "ffn_up_exps.weight")),
-    (r"(?:mlp|block_sparse_moe)\.experts\.down_proj", ("ffn_down_exps.weight",)),
-    (r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", (r"ffn_\1_shexp.weight",)),
-    (r"mlp\.shared_expert_gate\.weight", ("ffn_gate_inp_shexp.weight",)),
-    (r"shared_mlp\.input_linear\.weight", ("ffn_gate_shexp.weight", "ffn_up_shexp.weight")),
-    (r"shared_mlp\.output_linear\.weight", ("ffn_down_shexp.weight",)),
-)
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _OWN = {"rope_freqs.weight"}  # read where the config is made
 _SAMPLE = 64  # bytes of each tensor that the digest takes
 
@@ -92,14 +71,37 @@ class GgufStore(Checkpoint):
     def weight(self, name: str, shape: tuple[int, ...]) -> LazyWeight:
         if self.names.get(name) != shape:
             raise CheckpointError(f"the model needs tensor {name} {list(shape)}", place=str(self.folder))
-        parts = [self._joined_experts(source) for source in self._sources(name)]
-        if len(parts) == 1:
-            only = parts[0]
+        place = self._place(name)
+        parts = [self._joined_experts(source) for source in place.sources]
+        only = parts[0]
+        if len(parts) == 1 and not place.transposed and not place.of_rows:
             if only.shape == shape:
                 return only
             return LazyWeight(shape, only.dtype, lambda: only.load().reshape(shape))  # [K] of a single row [1, K]
-        codes = joined_codes(parts, -2, name)
-        return LazyWeight(shape, torch.float32, lambda: torch.cat([part.load() for part in parts], -2), codes)
+
+        def load() -> Tensor:
+            return place.in_model(place.joined([place.rows(part.load()) for part in parts]))
+
+        return LazyWeight(shape, torch.float32, load, self._joined_codes(parts, place, name))
+
+    def _joined_codes(self, parts: list[LazyWeight], place: Place, name: str) -> StoredCodes | None:
+        if place.of_rows:
+            return None
+        if not place.alternating:
+            codes = joined_codes(parts, -2, name) if len(parts) > 1 else parts[0].stored
+            return codes if codes is None else replace(codes, transposed=place.transposed)
+        joined_codes(parts, -2, name)  # refuses what does not belong together
+        stored = [part.stored for part in parts]
+        first = stored[0]
+        if first is None:
+            return None
+
+        def load() -> QuantizedTensor:
+            codes = [part.load() for part in stored if part is not None]
+            joined = place.joined([c.codes for c in codes]), place.joined([c.scales for c in codes])
+            return replace(codes[0], codes=joined[0], scales=joined[1])
+
+        return StoredCodes(first.format, load, first.provenance, transposed=place.transposed)
 
     def digest(self) -> str:
         """SHA-256 over header, metadata and the first bytes of every tensor; the weights themselves are not read."""
@@ -119,20 +121,12 @@ class GgufStore(Checkpoint):
 
     # --- names ---------------------------------------------------------------------------------------------------
 
-    def _sources(self, name: str) -> tuple[str, ...]:
-        """The tensors of the file that `name` is made of, joined along rows. A stack of experts has a name of its own,
-        also where the file holds a tensor for each."""
-        name = self._tied.get(name, name)
-        if name in _WHOLE:
-            return _WHOLE[name]
-        layer = _LAYER.fullmatch(name)
-        if layer is None:
+    def _place(self, name: str) -> Place:
+        """Where the model's tensor `name` lies in the file."""
+        found = place_of(self._tied.get(name, name), self.config.model_type)
+        if found is None:
             raise CheckpointError(f"the model's tensor {name} has no name in GGUF", place=str(self.folder))
-        for pattern, sources in _BELOW:
-            found = re.fullmatch(pattern, layer[2])
-            if found is not None:
-                return tuple(f"blk.{layer[1]}.{found.expand(source)}" for source in sources)
-        raise CheckpointError(f"the model's tensor {name} has no name in GGUF", place=str(self.folder))
+        return found
 
     def _held(self, source: str) -> list[GgufTensor]:
         """The tensor `source`, or those of its experts in order; none when the file lacks it."""
@@ -153,27 +147,30 @@ class GgufStore(Checkpoint):
         for name, shape in self.names.items():
             if name in self._tied:
                 continue
+            place = self._place(name)
+            own, shape = shape, place.rows_shape(shape)
             rows, rest, heights = 0, shape[-1:], set()
-            for source in self._sources(name):
+            for source in place.sources:
                 held = self._held(source)
                 if not held:
                     missing.append(source)
                     continue
                 used |= {tensor.name for tensor in held}
                 found = held[0].shape if len(held) == 1 and held[0].name == source else (len(held), *held[0].shape)
+                found = (*found, 1) if place.of_rows else found
                 if (
                     len({tensor.shape for tensor in held}) > 1
                     or found[-1:] != rest
                     or len(found) not in (len(shape), 1)
                 ):
-                    raise self._unlike(held[0], name, shape)
+                    raise self._unlike(held[0], name, own)
                 if len(found) == 3 and found[0] != shape[0]:
-                    raise self._unlike(held[0], name, shape)
+                    raise self._unlike(held[0], name, own)
                 rows += found[-2] if len(found) > 1 else 1
                 heights.add(found[-2] if len(found) > 1 else 1)
             alike = len(heights) <= 1  # a gate and an up projection: halves, not what adds up to the whole
             if len(shape) > 1 and (rows != shape[-2] or not alike) and not missing:
-                raise self._unlike(self._held(self._sources(name)[0])[0], name, shape)
+                raise self._unlike(self._held(place.sources[0])[0], name, own)
         if missing:
             many = f"{len(missing)} tensors" if len(missing) > 1 else "a tensor"
             raise CheckpointError(

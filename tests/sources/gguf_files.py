@@ -63,6 +63,16 @@ FAMILIES: Mapping[str, Family] = {
         "qwen3moe", "qwen3_moe", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True, "num_hidden_layers": 2}
     ),
     "olmoe": Family("olmoe", "olmoe", {**MIXTURE, "intermediate_size": 32}),
+    "gpt-oss": Family(
+        "gpt-oss", "gpt_oss",
+        {
+            **LOCAL, "head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8, "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 16,
+                "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            },
+        },
+    ),
     "granitemoe": Family(
         "granitemoe", "granitemoe",
         {**LOCAL, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
@@ -115,9 +125,10 @@ def write(
     stored: dict[str, tuple[str, np.ndarray]] = {}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        parts = _split(name, torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        columns = config.model_type == "gpt_oss" and parameter.dim() == 3  # its experts are [E, K, N]
+        parts = _split(name, torch.randn_like(parameter) / parameter.shape[-1] ** 0.5, columns)
         if parameter.dim() == 1:
-            parts = {name: 1 + 0.2 * torch.randn_like(parameter)}
+            parts = {key: 1 + 0.2 * torch.randn_like(parameter) for key in parts}
         if name.endswith((".gate.weight", "router.weight")):
             parts = {key: 3 * value for key, value in parts.items()}  # experts are told apart
         kept = []
@@ -135,7 +146,7 @@ def write(
                 stored[key] = (kind, raw)
             kept.append(_halves(part, torch.from_numpy(back), config, family))
         with torch.no_grad():
-            parameter.copy_(torch.cat(kept, -2) if len(kept) > 1 else kept[0])
+            parameter.copy_(_whole(name, kept, columns))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -150,7 +161,7 @@ def _architecture(name: str) -> Any:
 
 
 def _kind(name: str, value: torch.Tensor, kinds: Mapping[str, str] | str) -> str:
-    if value.dim() == 1 or "ffn_gate_inp" in name:
+    if value.dim() == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
         return "F32"
     if isinstance(kinds, str):
         return kinds
@@ -182,8 +193,22 @@ def _random_k_quants(rows: np.ndarray, number: Any) -> np.ndarray:
     return raw.reshape(*rows.shape[:-1], -1)
 
 
-def _split(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+def _split(name: str, value: torch.Tensor, columns: bool) -> dict[str, torch.Tensor]:
     """A parameter as the converter's tensors, under names that the library knows."""
+    if name.endswith("self_attn.sinks"):
+        return {f"{name}.weight": value}
+    if name.endswith("_proj_bias"):  # of gpt-oss's experts
+        stem = name.removesuffix("_bias")
+        if not stem.endswith("gate_up_proj"):
+            return {f"{stem}.bias": value}
+        stem = stem.removesuffix("gate_up_proj")
+        return {f"{stem}gate_proj.bias": value[..., ::2], f"{stem}up_proj.bias": value[..., 1::2]}
+    if columns:
+        rows = value.transpose(-1, -2)
+        if name.endswith("down_proj"):
+            return {f"{name}.weight": rows}
+        stem = name.removesuffix("gate_up_proj")
+        return {f"{stem}gate_proj.weight": rows[:, ::2], f"{stem}up_proj.weight": rows[:, 1::2]}
     if name.endswith("experts.gate_up_proj"):
         stem = name.removesuffix("gate_up_proj").replace("block_sparse_moe", "mlp")
         gate, up = value.chunk(2, -2)
@@ -199,6 +224,15 @@ def _split(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     if name.endswith("experts.down_proj"):
         return {f"{name}.weight".replace("block_sparse_moe", "mlp"): value}
     return {name: value}
+
+
+def _whole(name: str, parts: list[torch.Tensor], columns: bool) -> torch.Tensor:
+    """The inverse of `_split`."""
+    if name.endswith("gate_up_proj_bias"):
+        return torch.stack(parts, -1).flatten(-2)
+    if columns:
+        return torch.stack(parts, -2).flatten(-3, -2).transpose(-1, -2)
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
 
 def _heads(name: str, config: Any, family: Family) -> int:
@@ -226,6 +260,8 @@ def _halves(name: str, value: torch.Tensor, config: Any, family: Family) -> torc
 
 
 def _metadata(writer: Any, config: Any, family: Family) -> None:
+    from gguf import RopeScalingType
+
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -237,6 +273,13 @@ def _metadata(writer: Any, config: Any, family: Family) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
+    if config.rope_parameters["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+    if family.architecture == "gpt-oss":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if experts:
         writer.add_expert_count(experts)

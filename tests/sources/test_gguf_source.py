@@ -37,7 +37,7 @@ ATOL, RTOL = 1e-5, 1e-4
 KINDS_OF_K = {"attn": "IQ4_NL", "ffn": "Q4_K", "output": "Q6_K"}
 MIXED = {"attn": "Q4_0", "exps": "Q4_0", "output": "Q8_0"}
 FLOAT = "activations: fp32, kv_cache: fp32"
-MIXTURES = ("mixtral", "qwen2moe", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared")
+MIXTURES = ("gpt-oss", "mixtral", "qwen2moe", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared")
 
 
 def spec_of(file: Path, dequantize: tuple[str, ...] = (), *, rounded: bool = False) -> Any:
@@ -56,14 +56,18 @@ def ids_of(count: int) -> list[int]:
 
 def integers(kind: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes [R, K] and scales [R, B] as the specification of a type says, an element at a time."""
-    size = {"Q4_0": 18, "Q8_0": 34, "Q5_0": 22, "IQ4_NL": 18}[kind]
+    size = {"Q4_0": 18, "Q8_0": 34, "Q5_0": 22, "IQ4_NL": 18, "MXFP4": 17}[kind]
     rows = blocks.reshape(-1, blocks.shape[-1])
     codes = np.zeros((len(rows), rows.shape[1] // size * 32), np.int32)
     scales = np.zeros((len(rows), rows.shape[1] // size), np.uint16)
+    powers = (0, 1, 2, 3, 4, 6, 8, 12)  # MXFP4's levels, twice their values
+    doubled = (*powers, *(-power for power in powers))
     table = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
     for row, block in itertools.product(range(len(rows)), range(scales.shape[1])):
         raw = rows[row, block * size : (block + 1) * size].tobytes()
         scales[row, block] = int.from_bytes(raw[:2], "little")
+        if kind == "MXFP4":
+            scales[row, block] = np.float16(2.0 ** (raw[0] - 128)).view(np.uint16)
         for element in range(32):
             if kind == "Q8_0":
                 code = int.from_bytes(raw[2 + element : 3 + element], "little", signed=True)
@@ -71,7 +75,12 @@ def integers(kind: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 byte = raw[len(raw) - 16 + element % 16]
                 nibble = byte & 15 if element < 16 else byte >> 4
                 fifth = (int.from_bytes(raw[2:6], "little") >> element) & 1
-                code = {"Q4_0": nibble - 8, "Q5_0": nibble + 16 * fifth - 16, "IQ4_NL": table[nibble]}[kind]
+                code = {
+                    "Q4_0": nibble - 8,
+                    "Q5_0": nibble + 16 * fifth - 16,
+                    "IQ4_NL": table[nibble],
+                    "MXFP4": doubled[nibble],
+                }[kind]
             codes[row, block * 32 + element] = code
     return codes, scales
 
@@ -79,7 +88,7 @@ def integers(kind: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- codes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_0", "IQ4_NL"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_0", "IQ4_NL", "MXFP4"])
 def test_codes_are_those_of_the_format(kind: str) -> None:
     """Every nibble and bit at its place, scales of either sign bit for bit, values those of the library."""
     from moec.checkpoints.gguf_codes import carried_codes
@@ -89,6 +98,8 @@ def test_codes_are_those_of_the_format(kind: str) -> None:
     for rows, blocks in ((1, 1), (7, 3), (64, 2)):
         raw = generator.integers(0, 256, (rows, blocks, gguf.GGML_QUANT_SIZES[number][1]), np.uint8)
         raw[..., :2] = generator.normal(size=(rows, blocks)).astype(np.float16)[..., None].view(np.uint8)
+        if kind == "MXFP4":
+            raw[..., 0] = generator.integers(104, 144, (rows, blocks))
         raw = raw.reshape(rows, -1)
         found = carried_codes(kind, raw, "w", "here")
         codes, scales = integers(kind, raw)
@@ -105,6 +116,21 @@ def test_scales_that_are_not_finite(bad: float) -> None:
     raw[1, 18:20] = np.array([bad], np.float16).view(np.uint8)
     with pytest.raises(CheckpointError, match="tensor w has scales that are not finite"):
         carried_codes("Q4_0", raw, "w", "here")
+
+
+@pytest.mark.parametrize(("byte", "says"), [(255, "is NaN"), (90, r"is 2\^-37, outside"), (160, r"is 2\^33, outside")])
+def test_powers_of_two_that_no_scale_holds(byte: int, says: str) -> None:
+    """Unless all codes of the block are zero, of either sign."""
+    from moec.checkpoints.gguf_codes import carried_codes
+
+    raw = np.full((2, 34), 120, np.uint8)
+    raw[1, 17] = byte
+    with pytest.raises(CheckpointError, match=f"a scale of w {says}"):
+        carried_codes("MXFP4", raw, "w", "here")
+    raw[1, 18:] = 0x80
+    found = carried_codes("MXFP4", raw, "w", "here")
+    assert torch.isfinite(found.scales).all()
+    assert (found.dequantize()[1, 32:] == 0).all()
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -149,6 +175,38 @@ def test_artifact(experts: int, chosen: int, tmp_path: Path, moec: Moec) -> None
         session.close()
     wanted = expected(written, ids).numpy()
     np.testing.assert_allclose(np.concatenate(found), wanted, rtol=RTOL, atol=ATOL * 4)  # sums of 64 in three stages
+
+
+@pytest.mark.parametrize("rows", ["MXFP4", "Q8_0"])
+def test_gpt_oss_as_it_is_released(rows: str, tmp_path: Path, moec: Moec) -> None:
+    """Experts whose gate and up projections are apart in the file, alternate in the model, and are one node here."""
+    family = FAMILIES["gpt-oss"]
+    written = gguf_files.write(tmp_path / "oss.gguf", family, {"exps": rows})
+    text = tmp_path / "float.yaml"
+    text.write_text(spec_from_gguf(written.file).replace("group_size: 32", f"group_size: 32, {FLOAT}"))
+    status, out, err = moec("compile", text, "--out", tmp_path / "art")
+    assert status == 0, err
+    layers = family.config["num_hidden_layers"]
+    held = {"MXFP4": f"{3 * layers} MXFP4, {4 * layers + 2} Q8_0", "Q8_0": f"{7 * layers + 2} Q8_0"}[rows]
+    assert f"GGUF tensors carried bit for bit: {held}" in out
+    artifact = Artifact.open(tmp_path / "art")
+    assert {"fuse_moe": layers}.items() <= {p.name: p.changed for p in artifact.manifest.passes}.items()
+    ids = ids_of(30)  # beyond the window of every other layer
+    with build.load(artifact) as session:
+        found = [session.prefill(ids[:17], logits="all"), *(session.decode(i)[None] for i in ids[17:])]
+    wanted = expected(written, ids).numpy()
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=RTOL, atol=ATOL * 4)
+
+
+def test_gpt_oss_without_a_window(tmp_path: Path) -> None:
+    """The window is no guess: a file that does not state it is refused."""
+    written = gguf_files.write(tmp_path / "oss.gguf", FAMILIES["gpt-oss"], {"exps": "MXFP4"})
+    data = written.file.read_bytes()
+    key = b"gpt-oss.attention.sliding_window"
+    assert data.count(key) == 1
+    written.file.write_bytes(data.replace(key, b"gpt-oss.attention.causal_windows"[: len(key)]))
+    with pytest.raises(CheckpointError, match=r"gpt-oss\.attention\.causal_windows, not known"):
+        open_gguf(written.file, None, ())
 
 
 def test_the_file_alone_is_a_spec(tmp_path: Path, moec: Moec) -> None:
