@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from moec.assistant.generate import Stats, Text
 from moec.assistant.sampling import MAX_TOP, Sampling, TokenScore
@@ -16,6 +16,8 @@ from moec.compiler.errors import RunError
 if TYPE_CHECKING:
     from moec.compiler.target import Session
 
+ContextFull = Literal["error", "drop_oldest"]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -23,7 +25,11 @@ class Limits:
 
     top_scores: None, or the number of likeliest tokens whose log-probabilities are reported beside each taken one.
     draft: a session of a small model with the same tokenizer that drafts tokens, where that changes no bit; None:
-    drafts are looked up in the text so far (`assistant/speculate.py`). RunError for values out of range.
+    drafts are looked up in the text so far (`assistant/speculate.py`).
+    context_full: what happens where the context is full. "error": a prompt that is too long is a RunError, and an
+    answer ends. "drop_oldest": the first `keep_first` tokens stay, the older half of the others is dropped, and the
+    answer goes on (`Generation`); max_new_tokens None is then as many as the context holds. keep_first None: of a
+    conversation, the system prompt with its tools; of a text, 0. RunError for values out of range.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -31,13 +37,29 @@ class Limits:
     stop: Sequence[str] = ()
     top_scores: int | None = None
     draft: Session | None = None
+    context_full: ContextFull = "error"
+    keep_first: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
         if self.top_scores is not None and not 0 <= self.top_scores <= MAX_TOP:
             raise RunError(f"log-probabilities of {self.top_scores} tokens", remedy=f"use 0 to {MAX_TOP}")
+        if self.context_full not in get_args(ContextFull):
+            raise RunError(f"context_full {self.context_full!r}"[:60], remedy="use error or drop_oldest")
+        if self.keep_first is not None and self.context_full == "error":
+            raise RunError("nothing is dropped", place="keep_first", remedy="say context_full drop_oldest, too")
+        if self.keep_first is not None and self.keep_first < 0:
+            raise RunError(f"{self.keep_first} tokens", place="keep_first", remedy="keep 0 or more")
         StopStrings(self.stop)
+
+    @property
+    def drops(self) -> bool:
+        return self.context_full == "drop_oldest"
+
+    def kept(self, shared: int) -> int:
+        """How many of the first tokens are never dropped; `shared` if nothing else was said."""
+        return shared if self.keep_first is None else self.keep_first
 
 
 @dataclass(frozen=True)

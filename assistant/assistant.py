@@ -6,11 +6,13 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moec.assistant.answer import Answer, Limits
+from moec.assistant.answer import Answer, ContextFull, Limits
+from moec.assistant.beginnings import Beginnings
+from moec.assistant.conversation import fitting
 from moec.assistant.generate import AfterThinking, Constraint, Generation, Text
 from moec.assistant.messages import calls_as_content, checked_messages, checked_tools, first_rendered
 from moec.assistant.prefixes import PrefixCache, shared_length
@@ -30,7 +32,7 @@ from moec.assistant.template import ChatTemplate
 from moec.assistant.tool_choice import call_format
 from moec.assistant.tool_formats import call_markers, tool_format
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import ArtifactError, RunError, UserError
+from moec.compiler.errors import ArtifactError, RunError
 from moec.compiler.files import read_text
 from moec.compiler.source import GENERATION, TOKENIZER
 from moec.compiler.target import Session
@@ -49,6 +51,7 @@ class Prompt:
     tools: list[dict[str, Any]] | None = None  # that may be called
     shared: int = 0  # ids that other prompts are likely to begin with: what a `PrefixCache` keeps
     one_call: bool = False  # whether the answer ends behind its first call of a tool
+    dropped: int = 0  # messages that it does not contain, since there was no room
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Assistant:
     prefixes: PrefixCache | None = None  # beginnings of prompts that were computed before
     _special: dict[int, str] = field(default_factory=dict)
     _formats: Formats | None = None
+    _beginnings: Beginnings = field(default_factory=Beginnings)
 
     @staticmethod
     def of(artifact: Artifact, *, tokenizer: Path | None = None, chat_template: Path | None = None) -> Assistant:
@@ -87,8 +91,18 @@ class Assistant:
         ids = encode_prompt(self.tokenizer, text, place)
         return Prompt(ids, shared=len(ids) - 1)
 
-    def chat_prompt(self, messages: Any, *, tools: Any = None, variables: Mapping[str, Any] | None = None) -> Prompt:
+    def chat_prompt(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        shared: bool = False,
+    ) -> Prompt:
         """A conversation in the model's own form, up to where its answer begins.
+
+        shared: tell how many ids all conversations with its system prompt and tools begin with, which a prefix cache
+        asks for anyway.
 
         The ids are those of transformers' `apply_chat_template`, except that special tokens that are written in a
         message are text. RunError: no template, what `checked_messages` refuses, tools where the template reads none.
@@ -101,8 +115,21 @@ class Assistant:
         if tools and "tools" not in template.variables:
             raise RunError("the chat template reads no tools", place=template.place, remedy="leave them out")
         text, ids = self._encoded(template, messages, tools, variables)
-        shared = self._shared(ids, template, messages, tools, variables) if self.prefixes is not None else 0
-        return Prompt(ids, messages, opens_thinking(text), tools, shared=shared)
+        count = 0
+        if shared or self.prefixes is not None:
+            count = self._shared(ids, template, messages, tools, variables)
+        return Prompt(ids, messages, opens_thinking(text), tools, shared=count)
+
+    def fitting_prompt(
+        self, messages: Any, context: int, *, tools: Any = None, variables: Mapping[str, Any] | None = None
+    ) -> Prompt:
+        """As `chat_prompt`, of a conversation without its oldest questions where it does not fit (`fitting`)."""
+
+        def render(given: Any) -> Prompt:
+            return self.chat_prompt(given, tools=tools, variables=variables, shared=True)
+
+        prompt, kept = fitting(render, messages, context, drop_oldest=True)
+        return replace(prompt, dropped=len(messages) - len(kept))
 
     def reads(self, variable: str) -> bool:
         """Whether the chat template reads a variable, such as `reasoning_effort`. RunError without a template."""
@@ -113,14 +140,12 @@ class Assistant:
         first = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), None)
         if first is None:
             return 0
-        found = len(ids)
-        for question in ("a", "1"):
-            asked = [*messages[:first], {"role": "user", "content": question}]
-            try:
-                found = min(found, shared_length(ids, self._encoded(template, asked, tools, variables)[1]))
-            except UserError:  # a template that refuses so short a conversation
-                return 0
-        return found
+        begin = messages[:first]
+
+        def asked(question: str) -> list[int]:
+            return self._encoded(template, [*begin, {"role": "user", "content": question}], tools, variables)[1]
+
+        return shared_length(ids, self._beginnings.of((template.text, begin, tools, variables), asked))
 
     def _template(self) -> ChatTemplate:
         if self.template is None:
@@ -202,10 +227,13 @@ class Assistant:
                 what = "moec does not know how a model of this chat template writes calls of tools"
                 raise RunError(what, place=self.template.place, remedy="leave the tools out")
         constraint = None if format is None else self._constraint(session, prompt, format)
+        most = limits.max_new_tokens
+        if most is None:  # an answer that may go on behind the end of the context has no end of its own
+            most = session.context if limits.drops else sys.maxsize
         generation = Generation(
             session,
             prompt.ids,
-            sys.maxsize if limits.max_new_tokens is None else limits.max_new_tokens,
+            most,
             limits.sampling,
             self.eos_ids,
             place=self.place,
@@ -215,7 +243,10 @@ class Assistant:
             drafter=PromptLookup() if limits.draft is None else ModelDrafter(limits.draft, session),
             prefixes=self.prefixes,
             shared=prompt.shared,
+            drop_oldest=limits.drops,
+            keep_first=limits.kept(prompt.shared if prompt.messages is not None else 0),
         )
+        generation.stats.dropped_messages = prompt.dropped
         if prompt.messages is None or self.template is None:
             return Answer(Text(generation, self.tokenizer.decode, limits.stop), Segments())
         text = self.template.text
@@ -262,6 +293,8 @@ class Assistant:
         regex: str | None = None,
         grammar: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        context_full: ContextFull = "error",
+        keep_first: int | None = None,
     ) -> Answer:
         """The answer to a text, a conversation or ids, computed as it is iterated (`moec.assistant.answer.Answer`).
 
@@ -269,7 +302,9 @@ class Assistant:
         `Sampling`, stop and top_scores those of `Limits`; max_new_tokens None: to the end of the context. tools: of a
         conversation, in OpenAI's form; calls are in the answer's `calls`. tool_choice: auto, required (the answer is
         a call), or the name of the tool that it calls. json_schema, regex, grammar: what the answer
-        must be. variables: what the chat template may read, such as `enable_thinking`. RunError for what is wrong.
+        must be. variables: what the chat template may read, such as `enable_thinking`. context_full, keep_first:
+        whether a full context is an error, or the oldest tokens are dropped (`Limits`), and of a conversation that is
+        too long the oldest questions before its answer begins (`fitting`). RunError for what is wrong.
         """
         sampling = self.sampling.given(
             temperature=temperature,
@@ -282,19 +317,23 @@ class Assistant:
             logit_bias=logit_bias,
             seed=seed,
         )
-        limits = Limits(sampling, max_new_tokens, (stop,) if isinstance(stop, str) else stop, top_scores)
+        stops = (stop,) if isinstance(stop, str) else stop
+        limits = Limits(sampling, max_new_tokens, stops, top_scores, context_full=context_full, keep_first=keep_first)
         format = Format.of(json_schema=json_schema, regex=regex, grammar=grammar)
-        given = self._prompt(prompt, tools, variables)
+        given = self._prompt(prompt, tools, variables, session.context if limits.drops else None)
         if tool_choice != "auto":
             if format is not None:
                 raise RunError("a tool's call and another format at once", place="tool_choice", remedy="give one")
             format = self.must_call(given, None if tool_choice == "required" else tool_choice)
         return self.answer(session, given, limits, format)
 
-    def _prompt(self, prompt: Any, tools: Any, variables: Any) -> Prompt:
+    def _prompt(self, prompt: Any, tools: Any, variables: Any, within: int | None) -> Prompt:
+        """within: the tokens that a conversation must fit in, by leaving out its oldest questions."""
         chat = not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
         if (tools or variables) and not chat:
             raise RunError("tools and variables are for conversations", remedy="give messages")
+        if chat and within is not None:
+            return self.fitting_prompt(list(prompt), within, tools=tools, variables=variables)
         if chat:
             return self.chat_prompt(prompt, tools=tools, variables=variables)
         return self.text_prompt(prompt, "the prompt") if isinstance(prompt, str) else Prompt(list(prompt))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moec.assistant.answer import Answer, Limits
-from moec.assistant.assistant import Assistant, Prompt
 from moec.assistant.messages import checked_messages
-from moec.assistant.structured import Format
 from moec.compiler.errors import RunError, UserError
 from moec.compiler.files import read_text
-from moec.compiler.target import Session
+
+if TYPE_CHECKING:
+    from moec.assistant.answer import Answer, Limits
+    from moec.assistant.assistant import Assistant, Prompt
+    from moec.assistant.structured import Format
+    from moec.compiler.target import Session
+
+Message = dict[str, Any]
 
 MAX_BYTES = 64 << 20  # of a saved conversation
-_ROOM = 64  # tokens that dropping the oldest turns leaves for an answer, if it leaves any turn at all
+_ROOM = 64  # tokens that dropping the oldest turns leaves for an answer, if the last question does
 
 
 class Conversation:
@@ -55,9 +61,15 @@ class Conversation:
     def ask(self, text: str, limits: Limits, format: Format | None = None) -> Answer:
         """The answer to a question, which is computed as it is iterated; `keep` it afterwards."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt, messages = self._fitting(messages)
-        answer = self._assistant.answer(self._session, prompt, limits, format)
-        self.dropped = len(self.messages) + 1 - len(messages)
+        prompt, kept = fitting(
+            lambda given: self._assistant.chat_prompt(given, shared=limits.drops),
+            messages,
+            self._session.context,
+            drop_oldest=self._drop_oldest,
+        )
+        self.dropped = len(messages) - len(kept)
+        answer = self._assistant.answer(self._session, replace(prompt, dropped=self.dropped), limits, format)
+        messages = kept
         self.messages = messages
         return answer
 
@@ -87,28 +99,46 @@ class Conversation:
     def _has_system(self) -> bool:
         return bool(self.messages) and self.messages[0]["role"] == "system"
 
-    def _fitting(self, messages: list[dict[str, Any]]) -> tuple[Prompt, list[dict[str, Any]]]:
-        context = self._session.context
-        while True:
-            prompt = self._assistant.chat_prompt(messages)
-            room = context - len(prompt.ids)
-            if room >= (min(_ROOM, context // 4) if self._drop_oldest else 1):
-                return prompt, messages
-            shorter = _without_oldest(messages) if self._drop_oldest else None
-            if shorter is None:
-                if room > 0:
-                    return prompt, messages
-                raise RunError(
-                    f"no room for an answer: the conversation has {len(prompt.ids)} tokens, the context {context}",
-                    place="messages",
-                    remedy="begin a new one, or drop its oldest turns",
-                )
-            messages = shorter
+
+def fitting(
+    render: Callable[[list[Message]], Prompt], messages: list[Message], context: int, *, drop_oldest: bool
+) -> tuple[Prompt, list[Message]]:
+    """The prompt of a conversation that leaves room for an answer, and the messages that it contains.
+
+    drop_oldest: so many of the oldest questions are left out, each with what answers it, its calls and their results,
+    that 64 tokens of an answer fit, or a quarter of a context below 256; never the system prompt, and never the last
+    question. RunError where no token fits then.
+    """
+    prompt = render(messages)
+    least = min(_ROOM, context // 4) if drop_oldest else 1
+    if context - len(prompt.ids) >= least:
+        return prompt, messages
+    questions = _questions(messages) if drop_oldest else []
+    few, all_but_last = 1, len(questions) - 1
+    if all_but_last > 0:
+        # the least number that suffices: a conversation of thousands of turns is rendered a dozen times
+        while few < all_but_last:
+            middle = (few + all_but_last) // 2
+            if context - len(render(_without_oldest(messages, middle)).ids) >= least:
+                all_but_last = middle
+            else:
+                few = middle + 1
+        messages = _without_oldest(messages, few)
+        prompt = render(messages)
+    if len(prompt.ids) >= context:
+        raise RunError(
+            f"no room for an answer: the conversation has {len(prompt.ids)} tokens, the context {context}",
+            place="messages",
+            remedy="begin a new one, or drop its oldest turns",
+        )
+    return prompt, messages
 
 
-def _without_oldest(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """Without the oldest question and all that answers it; None where only the last question is left."""
-    questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if len(questions) < 2:
-        return None
-    return [*messages[: questions[0]], *messages[questions[1] :]]
+def _questions(messages: Sequence[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "user"]
+
+
+def _without_oldest(messages: list[Message], count: int = 1) -> list[Message]:
+    """Without the oldest questions and all that answers them."""
+    questions = _questions(messages)
+    return [*messages[: questions[0]], *messages[questions[count] :]]

@@ -139,7 +139,9 @@ class Stats:
     stopped: "stop token", "stop string", "length", "context", "cancelled", or "complete" where a constraint lets
     nothing follow, or the only call of a tool was made. reused_tokens: those of the prompt that the session already
     held. drafted_tokens: guesses that were checked (`assistant/speculate.py`), accepted_tokens: those of them that the
-    model said itself.
+    model said itself. dropped_tokens: of prompt and answer, where the context was full; prompt_tokens counts the whole
+    prompt, with those of it that were dropped before anything was computed (cut_tokens). dropped_messages: the oldest
+    ones of a conversation, which its prompt does not contain.
     """
 
     prompt_tokens: int = 0
@@ -150,11 +152,14 @@ class Stats:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    dropped_tokens: int = 0
+    cut_tokens: int = 0
+    dropped_messages: int = 0
 
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens per second, without those that were there."""
-        computed = self.prompt_tokens - self.reused_tokens
+        computed = self.prompt_tokens - self.cut_tokens - self.reused_tokens
         return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
@@ -213,6 +218,11 @@ class Generation:
 
     RunError where another answer was begun on the session, or it was changed, before this one has ended.
 
+    drop_oldest: where the context is full the first `keep_first` tokens stay, and of the other context - keep_first the
+    oldest half, rounded up, is dropped; those that stay are computed anew, and the answer goes on. A prompt that is
+    longer than the context is cut in the same way, as often as needed. Penalties count dropped tokens, too. Without it
+    such a prompt is a RunError, and the answer ends.
+
     drafter: guesses tokens where that changes no bit (`assistant/speculate.py`); None: nobody does.
     top_scores: None, or how many of the likeliest tokens are told beside each taken one, in `scores`. cancelled: set it
     from another thread, and the iteration ends before the next token.
@@ -232,6 +242,13 @@ class Generation:
     drafter: Drafter | None = field(default_factory=PromptLookup)
     prefixes: PrefixCache | None = None
     shared: int = 0  # ids of the prompt that others begin with as well
+    drop_oldest: bool = False
+    keep_first: int = 0
+
+    def __post_init__(self) -> None:
+        if self.drop_oldest and not 0 <= self.keep_first < self.session.context:
+            what = f"{self.keep_first} tokens leave nothing to drop: the context holds {self.session.context}"
+            raise RunError(what, place="keep_first", remedy=f"keep 0 to {self.session.context - 1}")
 
     def __iter__(self) -> Iterator[int]:
         if not len(self.prompt):
@@ -239,10 +256,16 @@ class Generation:
         if self.max_new_tokens < 0:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
         sampler = Sampler(self.sampling, self.place, self.prompt)
+        prompt, shared = list(self.prompt), self.shared
+        while self.drop_oldest and len(prompt) > self.session.context:
+            del prompt[self.keep_first : self.keep_first + self._half]
+            self.stats.dropped_tokens += self._half
+            shared = min(shared, self.keep_first)
+        self.stats.cut_tokens = self.stats.dropped_tokens
         self.session.turn += 1  # an earlier answer that is not at its end cannot go on
         started = time.perf_counter()
         logits, self.stats.reused_tokens = bring(
-            self.session, self.prompt, self.cancelled, self.place, self.prefixes, self.shared
+            self.session, prompt, self.cancelled, self.place, self.prefixes, shared
         )
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prefill_seconds = time.perf_counter() - started
@@ -274,9 +297,19 @@ class Generation:
                 return
             if self.stats.new_tokens == self.max_new_tokens:
                 return
-            if steps.position >= self.session.context:
+            full = steps.position >= self.session.context
+            if full and not self.drop_oldest:
                 self.stats.stopped = "context"
                 return
             started = time.perf_counter()
+            if full and not steps.drop(self.keep_first, self._half, self.cancelled):
+                self.stats.stopped = "cancelled"
+                return
+            self.stats.dropped_tokens += self._half if full else 0
             logits = steps.next(token)
             self.stats.decode_seconds += time.perf_counter() - started
+
+    @property
+    def _half(self) -> int:
+        """How many tokens of a full context are dropped."""
+        return -(-(self.session.context - self.keep_first) // 2)

@@ -9,6 +9,7 @@ V is the vocabulary.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -214,9 +215,7 @@ class Steps:
     def next(self, token: int) -> np.ndarray:
         """Append a token; the logits after it, float32 [V]. RunError as `Session.decode`, and where the session holds
         something else than these steps have appended."""
-        if not self._ours():
-            what = "another answer has begun on this session, or it was changed, since the last token"
-            raise RunError(what, remedy="end an answer before the next, or give each a session with fork()")
+        self._check_ours()
         if self._ahead and self._ahead[0][0] == token:
             self._tokens.append(token)
             self.speculation.kept += 1
@@ -256,10 +255,37 @@ class Steps:
         self.speculation.calls += 1
         return np.asarray(rows[0])
 
+    def _check_ours(self) -> None:
+        if not self._ours():
+            what = "another answer has begun on this session, or it was changed, since the last token"
+            raise RunError(what, remedy="end an answer before the next, or give each a session with fork()")
+
     def _ours(self) -> bool:
         """Whether the session holds the tokens that were taken and those ahead, and no other answer has begun."""
         held = len(self._tokens) + len(self._ahead)
         return self._session.turn == self._turn and self._session.position == held
+
+    def drop(self, first: int, count: int, cancelled: threading.Event) -> bool:
+        """Drop `count` tokens behind the first `first`, and compute those that stay anew, with the bits that they have
+        in a session that never held others. False where `cancelled` was set meanwhile; RunError as `next`.
+        """
+        self._check_ours()
+        self._settle()
+        session = self._session
+        tokens = self._tokens[:first] + self._tokens[first + count :]
+        able = getattr(session, "exact_calls", False) and getattr(session, "rewinds", False)
+        held = first if able else 0  # of calls that are cut otherwise the last bits may differ
+        session.rewind(held)
+        self._tokens = tokens[:held]
+        if isinstance(self._drafter, PromptLookup):  # what it knows are positions of the former text
+            self._drafter = PromptLookup()
+        step = getattr(session, "max_tokens", len(tokens))
+        for begin in range(held, len(tokens), step):
+            if cancelled.is_set():
+                return False
+            session.prefill(tokens[begin : min(begin + step, len(tokens))], logits="last")
+            self._tokens = tokens[: begin + step]
+        return True
 
     def close(self) -> None:
         """Leave the session with the tokens that were taken; one that went on with something else, as it is."""

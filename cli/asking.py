@@ -14,6 +14,8 @@ from moec.compiler.files import read_text
 from moec.compiler.units import printable
 
 if TYPE_CHECKING:
+    from moec.assistant.answer import ContextFull
+    from moec.assistant.generate import Stats
     from moec.assistant.prefixes import PrefixCache
     from moec.assistant.structured import Format
     from moec.compiler.artifact import Artifact
@@ -40,6 +42,24 @@ PrefixFolder = Annotated[
         help="Keep system prompts (run: prompts) computed in this folder, and begin with what is there.",
     ),
 ]
+ContextFullOption = Annotated[
+    str,
+    typer.Option(
+        "--context-full",
+        metavar="error|drop-oldest",
+        help="When the context is full: an error (an answer ends there), or drop the oldest and go on.",
+    ),
+]
+KeepFirst = Annotated[
+    int | None,
+    typer.Option(
+        "--keep-first",
+        min=0,
+        metavar="N",
+        help="With --context-full drop-oldest: never drop the first N tokens. Default: a conversation's system prompt "
+        "and tools, nothing of a text.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=256, help="Default: what the spec says, else one per fast core.")
 ]
@@ -59,6 +79,23 @@ def format_of(json_schema: Path | None, regex: str | None, grammar: Path | None)
         raise UserError(error.message, place=place, remedy=error.remedy) from None
     file = json_schema or grammar
     return found if found is None or file is None else replace(found, place=str(file))
+
+
+def context_full_of(given: str, keep_first: int | None = None) -> ContextFull:
+    """The policy for a full context; UserError for another word, and for tokens to keep where none are dropped."""
+    policies: dict[str, ContextFull] = {"error": "error", "drop-oldest": "drop_oldest"}
+    if given not in policies:
+        raise UserError(f"--context-full {given[:40]!r}", remedy="use error or drop-oldest")
+    if keep_first is not None and given == "error":
+        raise UserError("--keep-first is for a context that drops tokens", remedy="add --context-full drop-oldest")
+    return policies[given]
+
+
+def told_of_dropping(stats: Stats) -> str | None:
+    """What was dropped since the context was full; None if nothing was."""
+    if not stats.dropped_tokens:
+        return None
+    return f"the context was full: the oldest {stats.dropped_tokens} tokens were dropped"
 
 
 def prefixes_in(folder: Path | None, artifact: Artifact) -> PrefixCache | None:

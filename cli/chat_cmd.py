@@ -16,15 +16,19 @@ import typer
 
 from moec.cli.asking import (
     ChatTemplateFile,
+    ContextFullOption,
     Draft,
     Grammar,
     JsonSchema,
+    KeepFirst,
     PrefixFolder,
     Regex,
     Threads,
+    context_full_of,
     format_of,
     prefixes_in,
     show,
+    told_of_dropping,
 )
 from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.sampling import (
@@ -65,14 +69,21 @@ def chat(
     system: Annotated[str | None, typer.Option(help="The system prompt; default: the template's own.")] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop an answer after this many tokens; default: when the context is full."),
+        typer.Option(
+            min=1,
+            help="Stop an answer after this many tokens; default: when the context is full, "
+            "or after as many as it holds.",
+        ),
     ] = None,
     load_file: Annotated[
         Path | None, typer.Option("--load", metavar="FILE", help="Continue a conversation that /save wrote.")
     ] = None,
     drop_oldest: Annotated[
-        bool, typer.Option("--drop-oldest", help="When the context is full, drop the oldest turns; default: an error.")
+        bool,
+        typer.Option("--drop-oldest", help="Drop the oldest turns for a question without room; default: an error."),
     ] = False,
+    context_full: ContextFullOption = "error",
+    keep_first: KeepFirst = None,
     json_schema: JsonSchema = None,
     regex: Regex = None,
     grammar: Grammar = None,
@@ -115,7 +126,8 @@ def chat(
         logit_bias=logit_bias,
         seed=seed,
     )
-    limits = Limits(sampling, max_new_tokens, stop or ())
+    policy = context_full_of(context_full, keep_first)
+    limits = Limits(sampling, max_new_tokens, stop or (), context_full=policy, keep_first=keep_first)
     format = format_of(json_schema, regex, grammar)
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
     warn_of_preference(opened)
@@ -129,7 +141,7 @@ def chat(
         if draft is not None:
             helper = load_draft(draft, opened, session, trust=trust)
             limits = replace(limits, draft=helper)
-        conversation = Conversation(assistant, session, system=system, drop_oldest=drop_oldest)
+        conversation = Conversation(assistant, session, system=system, drop_oldest=drop_oldest or limits.drops)
         if load_file is not None:
             conversation.load(load_file)
         terminal = sys.stdin.isatty()
@@ -201,6 +213,8 @@ class _Talk:
             self._conversation.messages = before
             raise
         self._last = answer
+        if told := told_of_dropping(answer.stats):
+            _say(told)
         if answer.stats.stopped not in ("stop token", "stop string", "complete"):
             _say(f"stopped by {answer.stats.stopped}")
         answer.check_finished()

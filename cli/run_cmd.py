@@ -12,15 +12,19 @@ import typer
 
 from moec.cli.asking import (
     ChatTemplateFile,
+    ContextFullOption,
     Draft,
     Grammar,
     JsonSchema,
+    KeepFirst,
     PrefixFolder,
     Regex,
     Threads,
+    context_full_of,
     format_of,
     prefixes_in,
     show,
+    told_of_dropping,
 )
 from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.sampling import (
@@ -40,6 +44,7 @@ from moec.compiler.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from moec.assistant.answer import Answer, Limits
+    from moec.assistant.generate import Stats
     from moec.compiler.artifact import Artifact
 
 _MAX_TOOLS_BYTES = 4 << 20
@@ -62,6 +67,8 @@ def run_artifact(
         Path | None, typer.Option(metavar="FILE", help="With --chat: tools that may be called, as OpenAI's JSON.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Stop after this many tokens.")] = 128,
+    context_full: ContextFullOption = "error",
+    keep_first: KeepFirst = None,
     json_schema: JsonSchema = None,
     regex: Regex = None,
     grammar: Grammar = None,
@@ -130,7 +137,8 @@ def run_artifact(
         logit_bias=logit_bias,
         seed=seed,
     )
-    limits = Limits(sampling, max_new_tokens, stop or (), logprobs)
+    policy = context_full_of(context_full, keep_first)
+    limits = Limits(sampling, max_new_tokens, stop or (), logprobs, context_full=policy, keep_first=keep_first)
     format = format_of(json_schema, regex, grammar)
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
     warn_of_preference(opened)
@@ -147,7 +155,8 @@ def run_artifact(
     if chat:
         question = [{"role": "user", "content": text}]
         messages = question if system is None else [{"role": "system", "content": system}, *question]
-        given_prompt = assistant.chat_prompt(messages, tools=None if tools is None else _tools(tools))
+        given_tools = None if tools is None else _tools(tools)
+        given_prompt = assistant.chat_prompt(messages, tools=given_tools, shared=limits.drops)
     else:
         given_prompt = assistant.text_prompt(text)
     session = load_session(opened)
@@ -206,6 +215,8 @@ def _run_ids(opened: Artifact, prompt_ids: list[int], limits: Limits, *, as_json
             stops,
             place=str(opened.folder),
             top_scores=limits.top_scores,
+            drop_oldest=limits.drops,
+            keep_first=limits.kept(0),
         )
         for token in generation:
             if not as_json:
@@ -229,7 +240,9 @@ def _print_json(
     emit_json(found if logprobs is None else {**found, "logprobs": [vars(score) for score in source.scores]})
 
 
-def _print_stats(stats: Any, limits: Limits) -> None:
+def _print_stats(stats: Stats, limits: Limits) -> None:
+    if told := told_of_dropping(stats):
+        print(told, file=sys.stderr)
     print(
         f"prefill {stats.prompt_tokens} tokens, {stats.prefill_rate:.1f} tok/s; "
         f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} tok/s{_guesses(stats)}; {limits.sampling.words()}; "
@@ -238,7 +251,7 @@ def _print_stats(stats: Any, limits: Limits) -> None:
     )
 
 
-def _guesses(stats: Any) -> str:
+def _guesses(stats: Stats) -> str:
     if not stats.drafted_tokens:
         return ""
     return f", {stats.accepted_tokens} of {stats.drafted_tokens} guesses right"

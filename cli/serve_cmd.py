@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.cli.asking import ChatTemplateFile, PrefixFolder, Threads, prefixes_in
+from moec.cli.asking import (
+    ChatTemplateFile,
+    ContextFullOption,
+    PrefixFolder,
+    Threads,
+    context_full_of,
+    prefixes_in,
+)
 from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.trust import Trust
 from moec.compiler.errors import UserError
@@ -39,6 +46,7 @@ def serve(
             min=1, max=64, help="Conversations whose caches are kept; default: 4, or 1 within a memory budget."
         ),
     ] = None,
+    context_full: ContextFullOption = "error",
     prefix_cache: PrefixFolder = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
@@ -53,6 +61,7 @@ def serve(
     """
     from moec.compiler.extras import require
 
+    policy = context_full_of(context_full)
     for module in ("starlette", "uvicorn"):
         require(module, "serve", "moec serve")
     token = token if token is not None else os.environ.get("MOEC_TOKEN")
@@ -76,7 +85,9 @@ def serve(
     session = load_session(opened)
     created = int((opened.folder / "manifest.json").stat().st_mtime)
     kept = conversations if conversations is not None else 1 if getattr(opened.options(), "memory_mb", None) else 4
-    settings = Settings(name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept, host)
+    settings = Settings(
+        name or opened.manifest.name, token, queue, max_body_mb << 20, created, kept, host, context_full=policy
+    )
     server = Server(assistant, session, settings)
     config = uvicorn.Config(
         server.app,

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from moec.assistant.answer import Answer, Step
+from moec.assistant.answer import Answer, ContextFull, Limits, Step
 from moec.assistant.assistant import Assistant, Prompt
 from moec.assistant.sampling import TokenScore
 from moec.assistant.server.connections import AtMost
@@ -59,7 +59,7 @@ _BODY_SECONDS = 120.0  # for a body to arrive
 class Settings:
     """token: what clients must send; None only on a loopback address. most_bytes: of a body. created: Unix time of the
     model's entry. conversations: how many keep their caches. host: the address that the server listens at, which the
-    Host header may name."""
+    Host header may name. context_full: of requests that say nothing of it (`Limits`)."""
 
     model: str
     token: str | None = None
@@ -68,6 +68,7 @@ class Settings:
     created: int = 0
     conversations: int = 1
     host: str = "127.0.0.1"
+    context_full: ContextFull = "error"
 
 
 class Server:
@@ -217,12 +218,16 @@ class Server:
 
         def prepared() -> tuple[ChatBody, Any]:
             body = parsed(raw, ChatBody, self.settings.model)
-            limits = body.limits(self.assistant.sampling, body.most, body.top_scores)
+            limits = body.limits(self.assistant.sampling, body.most, body.top_scores, self.settings.context_full)
             format = body.format()
             must_call, only = body.must_call()
             if body.reasoning_effort is not None and not self.assistant.reads("reasoning_effort"):
                 raise BadRequest("the model's chat template reads no reasoning_effort", param="reasoning_effort")
-            prompt = self.assistant.chat_prompt(body.messages, tools=body.offered_tools(), variables=body.variables())
+            given: dict[str, Any] = {"tools": body.offered_tools(), "variables": body.variables()}
+            if limits.drops:
+                prompt = self.assistant.fitting_prompt(body.messages, self.engine.context, **given)
+            else:
+                prompt = self.assistant.chat_prompt(body.messages, **given)
             prompt = replace(prompt, one_call=body.parallel_tool_calls is False)
             if must_call:
                 format = self.assistant.must_call(prompt, only, several=not prompt.one_call)
@@ -257,7 +262,7 @@ class Server:
                 raise BadRequest(f"{len(body.prompts)} prompts; give 1 to {_MOST_PROMPTS}", param="prompt")
             if body.stream and (len(body.prompts) > 1 or body.echo):
                 raise BadRequest("a stream takes one prompt and no echo", param="stream")
-            limits = body.limits(self.assistant.sampling, body.most, body.logprobs)
+            limits = body.limits(self.assistant.sampling, body.most, body.logprobs, self.settings.context_full)
             format = body.format()
             top = body.logprobs if body.echo and body.logprobs is not None else None
             jobs = []
@@ -306,9 +311,9 @@ class Server:
         except UserError as error:  # the chat template fails on these messages
             raise BadRequest(error.message, status=500, code="model_error") from None
 
-    def _job(self, prompt: Prompt, limits: Any, format: Any, score_prompt: int | None = None) -> Job:
+    def _job(self, prompt: Prompt, limits: Limits, format: Any, score_prompt: int | None = None) -> Job:
         context = self.engine.context
-        if len(prompt.ids) > context:
+        if len(prompt.ids) > context and (not limits.drops or score_prompt is not None):
             what = f"the prompt has {len(prompt.ids)} tokens, the context holds {context}"
             raise BadRequest(what, code="context_length_exceeded")
         if not prompt.ids:

@@ -38,6 +38,8 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
         "completion_tokens": new,
         "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": reused},
+        "dropped_tokens": sum(answer.stats.dropped_tokens for answer in answers),
+        "dropped_messages": sum(answer.stats.dropped_messages for answer in answers),
     }
 
 

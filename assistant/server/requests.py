@@ -1,6 +1,7 @@
 """Bodies of /v1/chat/completions and /v1/completions, checked.
 
-Fields are OpenAI's, and `top_k`, `min_p`, `repetition_penalty`, `regex`, `grammar`, `chat_template_kwargs`.
+Fields are OpenAI's, and `top_k`, `min_p`, `repetition_penalty`, `regex`, `grammar`, `chat_template_kwargs`,
+`context_full`, `keep_first`.
 An unknown field is refused, so that no request is silently ignored in part.
 """
 
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moec.assistant.answer import Limits
+from moec.assistant.answer import ContextFull, Limits
 from moec.assistant.sampling import Sampling
 from moec.assistant.structured import Format
 from moec.compiler.errors import RunError
@@ -58,6 +59,8 @@ class _Body(BaseModel):
     max_tokens: _Tokens | None = None
     regex: str | None = None
     grammar: str | None = None
+    context_full: ContextFull | None = None
+    keep_first: _Tokens | None = None
     # accepted without effect: they choose among services or what a service stores
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -66,8 +69,12 @@ class _Body(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def limits(self, default: Sampling, most: int | None, top_scores: int | None) -> Limits:
+    def limits(
+        self, default: Sampling, most: int | None, top_scores: int | None, context_full: ContextFull = "error"
+    ) -> Limits:
         """The limits of the answer: what the body omits is as the model recommends, an omitted seed is random.
+
+        context_full: where the body does not say it.
 
         BadRequest, or RunError for values out of range.
         """
@@ -92,7 +99,8 @@ class _Body(BaseModel):
             seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 64),
         )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Limits(sampling, most, stop, top_scores)
+        policy = self.context_full or context_full
+        return Limits(sampling, most, stop, top_scores, context_full=policy, keep_first=self.keep_first)
 
     @property
     def include_usage(self) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import moec
+from moec.assistant.beginnings import Beginnings
 from moec.assistant.generate import Generation
 from moec.assistant.prefixes import MOST_FILES, PrefixCache, shared_length
 from moec.assistant.server.conversations import Conversations
+from moec.assistant.template import ChatTemplate
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import NoRoomError, RunError, UserError
+from moec.compiler.errors import ArtifactError, NoRoomError, RunError, UserError
 from moec.compiler.target import Session
 from moec.targets.xnnpack.session import CpuSession
 from tests.assistant.speaking import Speaking, assistant
@@ -178,6 +182,76 @@ def test_the_system_prompt_is_what_is_kept(tmp_path: Path) -> None:
     assert len({tuple(p.ids[: p.shared]) for p in prompts}) == 1
     kept = speaks.tokenizer.decode(prompts[0].ids[: prompts[0].shared], skip_special_tokens=False)
     assert kept == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+
+
+def test_a_turn_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shares with others is found once for a system prompt, its tools and variables, and for a day."""
+    speaks, rendered = assistant(tmp_path, "hermes"), []
+    speaks.prefixes = PrefixCache(tmp_path / "kept", "0" * 64)
+    render = ChatTemplate.render
+
+    def counting(self: ChatTemplate, messages: Any, **given: Any) -> str:
+        rendered.append(len(messages))
+        return render(self, messages, **given)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    turns: list[Any] = [{"role": "user", "content": "Hi"}]
+    kinds = [
+        {"messages": turns},
+        {"messages": [{"role": "system", "content": "Be brief."}, *turns]},
+        {"messages": turns, "tools": [tool]},
+        {"messages": turns, "variables": {"enable_thinking": False}},
+    ]
+    for kind in kinds:
+        before, shared = len(rendered), speaks.chat_prompt(**kind).shared
+        assert (len(rendered) - before, shared > 4) == (3, True)
+        for _ in range(3):
+            longer = [*kind["messages"], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "No."}]
+            before = len(rendered)
+            assert speaks.chat_prompt(**{**kind, "messages": longer}).shared == shared
+            assert len(rendered) - before == 1
+    for number in range(20):  # no more than some are remembered
+        speaks.chat_prompt([{"role": "system", "content": f"{number}"}, *turns])
+    assert len(speaks._beginnings._known) <= 16
+    before = len(rendered)
+    speaks.chat_prompt(**kinds[0])
+    assert len(rendered) - before == 3
+
+
+def test_what_is_shared_follows_the_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the time of day, which two turns have not in common, is not shared."""
+    today = datetime.date.today()
+
+    class Date(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return today + datetime.timedelta(days=len(asked))
+
+    asked: list[str] = []
+    monkeypatch.setattr("moec.assistant.beginnings.datetime.date", Date)
+    found, beginnings = [], Beginnings()
+    for day in ("Mon", "Tue"):
+        for _ in range(2):
+            found.append(beginnings.of(["x"], lambda question, day=day: [ord(c) for c in f"{day}:{question}"]))
+        asked.append(day)
+    assert ["".join(map(chr, ids)) for ids in found] == ["Mon:", "Mon:", "Tue:", "Tue:"]
+
+
+def test_a_template_that_refuses_shares_nothing() -> None:
+    beginnings, calls = Beginnings(), []
+
+    def refusing(fault: type[UserError]) -> Callable[[str], list[int]]:
+        def asked(_: str) -> list[int]:
+            calls.append(fault)
+            raise fault("no")
+
+        return asked
+
+    for _ in range(2):
+        assert beginnings.of("refused", refusing(RunError)) == []
+        assert beginnings.of("failed", refusing(ArtifactError)) == []  # which it may not do again
+    assert (calls.count(RunError), calls.count(ArtifactError)) == (1, 2)
 
 
 def test_conversations_by_turns_compute_what_is_new(artifact: Artifact, session: Session) -> None:

@@ -518,3 +518,40 @@ def test_the_page_runs_what_it_brings_and_nothing_else(small: Running) -> None:
     # nothing from elsewhere, no handler in an attribute, no text as markup
     assert not re.search(r"(src|href)\s*=|https?:|//[a-z]|\bon\w+=|innerHTML|insertAdjacentHTML|eval\(", reply.text)
     assert httpx.get(small.url + "/").text != reply.text  # a nonce is used once
+
+
+def test_a_full_context(tmp_path: Path) -> None:
+    """An error, unless the server or the request says otherwise; what was dropped is in `usage`."""
+    row = np.zeros(VOCABULARY, np.float32)
+    row[40] = 9
+    long = [{"role": "user", "content": "x" * 120}, {"role": "assistant", "content": "y"}, *ASK]
+    for default in ("error", "drop_oldest"):
+        session = Speaking(likes=lambda _: row, context=150)
+        with running(tmp_path, session, context_full=default) as at:
+            said: dict[str, Any] = {} if default == "drop_oldest" else {"context_full": "drop_oldest"}
+            reply = post(at, {"messages": long, "max_tokens": 400, **said}).json()
+            usage = reply["usage"]
+            assert (usage["completion_tokens"], usage["dropped_messages"]) == (400, 2)
+            assert usage["dropped_tokens"] > 200
+            assert reply["choices"][0]["finish_reason"] == "length"
+            endless = post(at, {"messages": ASK, **said}).json()["usage"]  # as many tokens as the context holds
+            assert endless["completion_tokens"] == 150
+            text = httpx.post(f"{at.url}/v1/completions", json={"prompt": "x" * 400, "max_tokens": 3, **said}).json()
+            assert (text["usage"]["prompt_tokens"], text["usage"]["dropped_tokens"]) == (400, 300)
+            kept = {"prompt": "x" * 400, "max_tokens": 3, "keep_first": 100, **said}
+            assert httpx.post(f"{at.url}/v1/completions", json=kept).json()["usage"]["dropped_tokens"] == 275
+            assert session.tokens[:3] == tokenizer().encode("xxx").ids
+            reply = post(at, {"messages": ASK, "context_full": "error"}).json()
+            assert reply["usage"]["dropped_tokens"] == 0
+            for body, word in (
+                ({"messages": long, "context_full": "error"}, "the context holds 150"),
+                ({"messages": ASK, "context_full": "forget"}, "context_full"),
+                ({"messages": ASK, "context_full": "error", "keep_first": 2}, "keep_first: nothing is dropped"),
+                ({"messages": ASK, "keep_first": 150, **said}, "keep_first: 150 tokens leave nothing to drop"),
+                ({"messages": [{"role": "user", "content": "x" * 200}], **said}, "no room for an answer"),
+            ):
+                found = post(at, body)
+                assert found.status_code == 400, body
+                assert word in found.text
+            echo = {"prompt": "x" * 400, "echo": True, "logprobs": 1, **said}
+            assert httpx.post(f"{at.url}/v1/completions", json=echo).status_code == 400
