@@ -29,6 +29,7 @@ Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t
     throw Fault(std::to_string(tokens_.size()) + " tokens do not fit: the context holds " + std::to_string(info.context));
   for (const int32_t id : tokens_)
     if (id < 0 || id >= info.vocab_size) throw Fault("token " + std::to_string(id) + " is not in the vocabulary");
+  if (options.draft) draft_ = std::make_unique<ModelDraft>(std::move(options.draft), *session_);
   const std::lock_guard<std::mutex> lock(session_->busy);
   turn_ = ++session_->turn;
   stats_.prompt_tokens = static_cast<int64_t>(tokens_.size());
@@ -140,13 +141,14 @@ bool Generation::check_guesses() {
   const int64_t room = std::min(info.context - session_->position(), info.max_tokens) - 1;
   if (room < 1) return false;
   const double began = seconds();
-  ahead_ = lookup_.draft(tokens_, std::min(length_.value(), static_cast<size_t>(room)));
-  if (ahead_.empty()) return false;
-  std::vector<int32_t> call = {tokens_.back()};
-  call.insert(call.end(), ahead_.begin(), ahead_.end());
+  const size_t most = std::min(length_.value(), static_cast<size_t>(room));
   try {
+    ahead_ = draft_ ? draft_->draft(tokens_, most, cancelled_) : lookup_.draft(tokens_, most);
+    if (ahead_.empty()) return false;
+    std::vector<int32_t> call = {tokens_.back()};
+    call.insert(call.end(), ahead_.begin(), ahead_.end());
     session_->forward(call.data(), call.size(), OpenSession::Rows::kAll, &rows_);
-  } catch (const Fault&) {  // as of logits that are no numbers behind a wrong draft; what is wrong with the token itself comes next
+  } catch (const Fault&) {  // of the small model, or logits that are no numbers behind a wrong draft; what is wrong with the token comes next
     ahead_.clear();
     speculate_ = false;
     return false;

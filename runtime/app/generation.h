@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "model_draft.h"
 #include "objects.h"
 #include "sampler.h"
 #include "speculation.h"
@@ -23,6 +24,7 @@ struct GenerationOptions {
   int32_t top_scores = -1;  // -1: no log-probabilities
   bool drop_oldest = false;  // where the context is full
   int64_t keep_first = 0;    // of the tokens, which are never dropped
+  std::shared_ptr<OpenSession> draft;  // of a model that drafts; nullptr: drafts are looked up in the text
   std::optional<moec_app_constraint> constraint;
   std::vector<int32_t> kept;  // special tokens that are written out
 };
@@ -76,6 +78,7 @@ class Generation : public Object {
   // speculation
   bool speculate_;
   PromptLookup lookup_;
+  std::unique_ptr<ModelDraft> draft_;  // instead of it
   Pays pays_;
   DraftLength length_;
   std::vector<int32_t> ahead_;  // drafted tokens; the session holds those that are not taken, session_->guessed

@@ -55,6 +55,14 @@ std::vector<std::string> stops_of(const moec_app_options& options) {
   return found;
 }
 
+// A session of the model that drafts: the one of an id, or a new one of an artifact; nullptr for 0.
+std::shared_ptr<OpenSession> draft_of(int64_t id) {
+  if (id == 0) return nullptr;
+  if (const auto artifact = std::dynamic_pointer_cast<OpenArtifact>(registered(id)))
+    return std::make_shared<OpenSession>(artifact, moec_session_open(artifact->model()));
+  return named<OpenSession>(id, "artifact or session that drafts");
+}
+
 }  // namespace
 
 const char* moec_app_error(void) { return kept_error(); }
@@ -170,6 +178,8 @@ int64_t moec_app_generate(int64_t session, const int32_t* prompt, int64_t count,
     wanted.max_new_tokens = given.max_new_tokens;
     if (given.speculate != 0 && given.speculate != 1) throw Fault("speculate: 0 or 1");
     wanted.speculate = given.speculate == 1;
+    if (given.draft != 0 && !wanted.speculate) throw Fault("draft: drafts need speculate = 1");
+    wanted.draft = draft_of(given.draft);
     if (given.top_scores < -1 || given.top_scores > kMostTopScores) throw Fault("top_scores: -1 (none) to 100");
     wanted.top_scores = given.top_scores;
     if (given.on_full != MOEC_APP_STOP && given.on_full != MOEC_APP_DROP_OLDEST)

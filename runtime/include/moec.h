@@ -198,6 +198,8 @@ typedef struct moec_app_options {
   int32_t top_scores;  // for moec_app_scores: -1: nothing; 0 to 100: each token's log-probability and those of so many likeliest ones
   int32_t on_full;     // what happens when the context is full: MOEC_APP_STOP, or MOEC_APP_DROP_OLDEST
   int64_t keep_first;  // tokens at the beginning that are never dropped, below the context's length: a system prompt
+  int64_t draft;  // a small model of the same tokenizer that drafts instead of the text so far: the id of a session, which this generation
+                  // then uses, or of an artifact; 0: none. It needs `speculate`
 } moec_app_options;
 
 // What the model recommends (its generation_config.json), else greedy; with speculation, without scores. Set `size` first.

@@ -62,7 +62,7 @@ class Options(ctypes.Structure):
         *[("repeat_penalty", F64), ("presence_penalty", F64), ("frequency_penalty", F64), ("seed", ctypes.c_uint64)],
         *[("max_new_tokens", I64), ("stops", ctypes.POINTER(TEXT)), ("stop_count", I64)],
         *[("biases", ctypes.POINTER(Bias)), ("bias_count", I64), ("speculate", I32), ("segments", I32)],
-        *[("constraint", ctypes.c_void_p), ("top_scores", I32), ("on_full", I32), ("keep_first", I64)],
+        *[("constraint", ctypes.c_void_p), ("top_scores", I32), ("on_full", I32), ("keep_first", I64), ("draft", I64)],
     ]
 
 
