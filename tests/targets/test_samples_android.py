@@ -240,7 +240,14 @@ def test_native_functions_refuse_what_no_kotlin_passes(library: Path, talking: P
             "MoecException: -5 is",
             "MoecException: ",
         ),
-        *("MoecException: ", "MoecException: not 🙂 here/manifest.json: No such file"),
+        *(
+            "MoecException: folder: empty",
+            "MoecException: the artifact has no folder",
+            null,
+            "MoecException: the artifact",
+        ),
+        *("MoecException: tools: is not JSON", "MoecException: "),
+        "MoecException: not 🙂 here/manifest.json: No such file",
     ]
     assert len(found) == len(wanted), done.stderr
     for line, words in zip(found, wanted, strict=True):
@@ -262,7 +269,8 @@ def test_kotlin_says_what_python_says(
     same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts", "scored"), "true")
     same |= {"given up": "CANCELLED1", "stopped": "CANCELLED", "told": "1", "stats": "[LENGTH, 3, true, false]"}
     same |= {"thrown": "IllegalStateException: mine", "constrained": "[COMPLETE, true, true]"}
-    same |= {"fit": "[4, true]", "endless": "[true, true, true]"}
+    same |= {"fit": "[4, true]", "endless": "[true, true, true]", "begun": "true", "draft": "true"}
+    same |= {"prepared": "[true, true, true, true]", "forgotten": "[true, false]"}
     same |= {"constraint": "UnsupportedOperationException: mine too"}
     same |= {
         "recommended": "[0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0]",
@@ -278,6 +286,7 @@ def test_kotlin_says_what_python_says(
             ("too long", "context"),
         ),
         *(("bias", "100000000"), ("definitions", "tools: is not JSON, at byte 3"), ("closed", "is no open session")),
+        ("name", "name: 1 to 64 of"),
         *(("folder", "not 🙂 here/manifest.json: No such file"), ("closed model", "is no open artifact")),
     ):
         assert found[name].startswith("MoecException: "), found[name]

@@ -321,6 +321,8 @@ def test_swift_says_what_python_says(application: App, tiny: TinyModels, talking
     wanted = said_by_python(tiny(SPEC) / "artifact", talking, PROMPT)
     same = dict.fromkeys(("stops", "kept", "rewound", "goes on", "parts"), "true")
     same |= {"given up": "cancelled 1", "stopped": "cancelled", "endless": "[true, true]", "told": "1", "fit": "4 true"}
+    same |= {"prepared": "[true, true, true, true]", "forgotten": "[true, false]", "begun": "true"}
+    same |= {"draft": "[true, true]"}
     same |= {"thrown": "Mine: Mine()", "constrained": "[true, true, true]", "stats": "length 3 true false"}
     same |= {"recommended": "[0.0, 0.0, 1.0, 0.0, 1.0]", "zero": "MoecError: a text holds a zero byte; leave it out"}
     same |= {"no file": "MoecError: https://example.com/a is no file; give the URL of one"}
@@ -328,6 +330,7 @@ def test_swift_says_what_python_says(application: App, tiny: TinyModels, talking
     for name, words in (
         *(("nothing allowed", "the constraint: failed"), ("role", "must alternate"), ("top p", "top_p")),
         *(("not a number", "temperature"), ("too long", "context"), ("bias", "100000000")),
+        ("name", "name: 1 to 64 of"),
         *(("definitions", "tools: is not JSON, at byte 3"), ("folder", "not 🙂 here/manifest.json: No such file")),
     ):
         assert found[name].startswith("MoecError: "), found[name]

@@ -20,7 +20,7 @@ public class Check {
   }
 
   static long generate(long model, long session, int[] prompt, double[] numbers, byte[][] stops, int[] biased) {
-    return Native.generate(model, session, prompt, numbers, 0, true, 0, 10, stops, biased, new double[1], 0, -1, 0, 0, null);
+    return Native.generate(model, session, prompt, numbers, 0, true, 0, 10, stops, biased, new double[1], 0, -1, 0, 0, 0, null);
   }
 
   // Thinking begins within the prompt and ends within the answer, whose pieces are these.
@@ -70,6 +70,11 @@ public class Check {
     refused(() -> Native.stats(session));
     refused(() -> Native.next(-5));
     refused(() -> Native.scores(one));
+    refused(() -> Native.prefixFolder(model, new byte[0]));
+    refused(() -> Native.keepPrefix(session, null));
+    refused(() -> Native.forgetPrefix(model, null));
+    refused(() -> Native.prefixTokens(model, bytes("a")));
+    refused(() -> Native.systemPrompt(model, bytes("x"), null));
     Native.close(0);
     Native.cancel(-1);
     Native.close(session);

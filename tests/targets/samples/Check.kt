@@ -134,6 +134,19 @@ fun main(arguments: Array<String>) {
     val endless = first.continueText(prompt, Settings(limit = 600, onFull = OnFull.DROP_OLDEST, keepFirst = 5)) { true }
     say("endless", listOf(endless.newTokens > 500L || endless.isWhole, endless.droppedTokens > 200L, first.tokens.size <= 512))
 
+    // beginnings that are kept, and drafts
+    model.keepPrefixesIn(File("$kept.prefixes"))
+    val begun = listOf(1, 2).map { model.conversation().use { it.prepare("start", "Be brief.", tools).reusedTokens } }
+    say("prepared", listOf(begun[0] == 0L, begun[1] == model.prefixTokens("start"), begun[1] > 20L, model.prefixWarning.isEmpty()))
+    val begins = listOf(messages[0]) + calls
+    say("begun", model.conversation().use { it.answerInParts(begins, tools, Settings(limit = 8)) { true }.reusedTokens } == begun[1])
+    refused("name") { first.keepPrefix("a/b") }
+    say("forgotten", listOf(model.forgetPrefix("start"), model.forgetPrefix("start")))
+    model.keepPrefixesIn(null)
+    val drafting = model.conversation()
+    say("draft", text(first, prompt, sampled.copy(draft = drafting)) == whole && drafting.tokens.isNotEmpty())
+    drafting.close()
+
     // faults
     refused("zero") { first.answer(listOf(Message("user", "a\u0000b"))) { true } }
     refused("role") { first.answer(listOf(Message("nobody", "Hi"))) { true } }

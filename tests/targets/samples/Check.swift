@@ -165,6 +165,20 @@ func check(_ folder: String, _ kept: String, _ prompt: String) throws {
   }
   say("fit", "\(fitted.droppedMessages) \(fitting == spoken)")
 
+  // beginnings that are kept, and drafts
+  try model.keepPrefixes(in: URL(fileURLWithPath: kept + ".prefixes"))
+  let begun = try [1, 2].map { _ in try model.conversation().prepare("start", system: "Be brief.", tools: tools).reusedTokens }
+  let known = try model.prefixTokens("start")
+  say("prepared", [begun[0] == 0, begun[1] == known, known > 20, try model.prefixWarning.isEmpty])
+  let next = try model.conversation().answerInParts(
+    [messages[0]] + calls, tools: tools, settings: with(Settings()) { $0.limit = 8 }) { _ in true }
+  say("begun", next.reusedTokens == known)
+  refused("name") { try first.keepPrefix("a/b") }
+  say("forgotten", [try model.forgetPrefix("start"), try model.forgetPrefix("start")])
+  try model.keepPrefixes(in: nil)
+  let drafting = try model.conversation()
+  say("draft", [try text(first, prompt, with(sampled) { $0.draft = drafting }) == whole, try !drafting.tokens.isEmpty])
+
   // faults
   refused("too long") { try first.answer(many) { _ in true } }
   refused("zero") { try first.answer([Message(role: "user", content: "a\0b")]) { _ in true } }

@@ -5,7 +5,7 @@ import Foundation
 /// A conversation with a model; one answer at a time. `stop` may be called from any thread.
 public final class Conversation: @unchecked Sendable {
   private let model: MoecModel
-  private let session: Int64
+  let session: Int64
   private let lock = NSLock()
   private var running: Int64 = 0  // the generation, 0 for none; under the lock
 
@@ -80,6 +80,24 @@ public final class Conversation: @unchecked Sendable {
   /// Go on with one that was saved with the same artifact; the conversation stays as it was where that fails.
   public func restore(from file: URL) throws { _ = try checked(moec_app_restore(session, try path(file))) }
 
+  /// Compute what every conversation with this system prompt and these tools begins with, or read it where it was kept before,
+  /// and keep it under a name: do so when the application starts. MoecModel.keepPrefixes(in:) comes first.
+  @discardableResult
+  public func prepare(_ name: String, system: String?, tools: String? = nil) throws -> Stats {
+    var settings = Settings()
+    settings.limit = 0
+    let stats = try generate(try model.systemPrompt(system, tools: tools), settings, segments: 0, 0) { _ in true }
+    try keepPrefix(name)
+    return stats
+  }
+
+  /// Keep the tokens that it holds in the folder of MoecModel.keepPrefixes(in:), under a name in place of what had it.
+  public func keepPrefix(_ name: String? = nil) throws {
+    let texts = Texts()
+    let given = try name.map { try texts.add($0) }
+    _ = try withExtendedLifetime(texts) { try checked(moec_app_keep_prefix(session, given)) }
+  }
+
   private func prompt(of messages: [Message], tools: String?, _ settings: Settings) throws -> (ids: [Int32], dropped: Int64) {
     let texts = Texts()
     let given = try tools.map { try texts.add($0) }
@@ -123,6 +141,7 @@ public final class Conversation: @unchecked Sendable {
     options.top_scores = settings.topScores.map { Int32(clamping: $0) } ?? -1
     options.on_full = settings.onFull.rawValue
     options.keep_first = Int64(settings.keepFirst)
+    options.draft = settings.draft?.session ?? 0
     let texts = Texts()
     let stops = try settings.stops.map { Optional(try texts.add($0)) }
     let biases = settings.biases.map { moec_app_bias(token: $0.key, reserved: 0, bias: $0.value) }

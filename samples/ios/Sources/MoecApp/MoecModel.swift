@@ -67,6 +67,41 @@ public final class MoecModel: Sendable {
     Conversation(model: self, session: try checked(moec_app_session(artifact)))
   }
 
+  /// Where beginnings of prompts are kept, and found by every answer; nil: nowhere. The folder is created if it is missing.
+  public func keepPrefixes(in folder: URL?) throws {
+    _ = try checked(folder.map { moec_app_prefix_folder(artifact, try path($0)) } ?? moec_app_prefix_folder(artifact, nil))
+  }
+
+  /// Whether there was a prefix of this name.
+  public func forgetPrefix(_ name: String) throws -> Bool {
+    let texts = Texts()
+    let given = try texts.add(name)
+    return try withExtendedLifetime(texts) { try checked(moec_app_forget_prefix(artifact, given)) == 1 }
+  }
+
+  /// How many tokens the prefix of a name has; 0 if there is none.
+  public func prefixTokens(_ name: String) throws -> Int {
+    let texts = Texts()
+    let given = try texts.add(name)
+    return try withExtendedLifetime(texts) { Int(try checked(moec_app_prefix_tokens(artifact, given))) }
+  }
+
+  /// Why a prefix was not used, the latest one; empty if all were.
+  public var prefixWarning: String {
+    get throws {
+      let bytes = try written(CChar(0)) { moec_app_prefix_warning(artifact, $0, $1) }
+      return String(decoding: bytes.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    }
+  }
+
+  /// What every conversation with this system prompt and these tools begins with.
+  public func systemPrompt(_ system: String?, tools: String? = nil) throws -> [Int32] {
+    let texts = Texts()
+    let given = try tools.map { try texts.add($0) }
+    let said = try system.map { try texts.add($0) }
+    return try withExtendedLifetime(texts) { try written(0) { moec_app_system_prompt(artifact, given, said, $0, $1) } }
+  }
+
   /// plain: without the tokens that the tokenizer puts around every text; asText: special tokens in the text are text.
   public func tokenize(_ text: String, plain: Bool = false, asText: Bool = false) throws -> [Int32] {
     let flags = Int32((plain ? MOEC_APP_PLAIN : 0) | (asText ? MOEC_APP_AS_TEXT : 0))

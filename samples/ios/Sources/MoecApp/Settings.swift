@@ -52,6 +52,7 @@ public struct Settings {
   public var constraint: MoecConstraint?  // for one answer
   public var onFull = OnFull.stop
   public var keepFirst = 0  // tokens at the beginning that OnFull.dropOldest leaves: those of a system prompt
+  public var draft: Conversation?  // over a small model of the same tokenizer, which drafts; the text is the same. Use it for nothing else
   /// Leaves the oldest questions of messages out, each with all up to the next, until they and `limit` fit.
   public var fit = false
 

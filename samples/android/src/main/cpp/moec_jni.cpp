@@ -330,10 +330,56 @@ MOEC_NATIVE(void, restore, jlong session, jbyteArray path) {
   guarded(env, [&] { checked(env, moec_app_restore(session, whole_text_of(env, path).c_str())); });
 }
 
+// folder: null for none.
+MOEC_NATIVE(void, prefixFolder, jlong artifact, jbyteArray folder) {
+  guarded(env, [&] {
+    const std::string given = folder == nullptr ? "" : whole_text_of(env, folder);
+    checked(env, moec_app_prefix_folder(artifact, folder == nullptr ? nullptr : given.c_str()));
+  });
+}
+
+// name: null for none.
+MOEC_NATIVE(void, keepPrefix, jlong session, jbyteArray name) {
+  guarded(env, [&] {
+    const std::string given = name == nullptr ? "" : whole_text_of(env, name);
+    checked(env, moec_app_keep_prefix(session, name == nullptr ? nullptr : given.c_str()));
+  });
+}
+
+MOEC_NATIVE(jboolean, forgetPrefix, jlong artifact, jbyteArray name) {
+  return guarded(env, [&]() -> jboolean {
+    return checked(env, moec_app_forget_prefix(artifact, whole_text_of(env, name).c_str())) == 1 ? JNI_TRUE : JNI_FALSE;
+  });
+}
+
+MOEC_NATIVE(jlong, prefixTokens, jlong artifact, jbyteArray name) {
+  return guarded(env, [&]() -> jlong { return checked(env, moec_app_prefix_tokens(artifact, whole_text_of(env, name).c_str())); });
+}
+
+MOEC_NATIVE(jbyteArray, prefixWarning, jlong artifact) {
+  return guarded(env, [&] {
+    const std::vector<char> text = written<char>(
+        env, [&](char* bytes, int64_t capacity) { return moec_app_prefix_warning(artifact, bytes, capacity); });
+    return bytes_of(env, text.data(), static_cast<int64_t>(text.size()));
+  });
+}
+
+// tools, system: null for none.
+MOEC_NATIVE(jintArray, systemPrompt, jlong artifact, jbyteArray tools, jbyteArray system) {
+  return guarded(env, [&] {
+    const std::string definitions = tools == nullptr ? "" : whole_text_of(env, tools);
+    const std::string text = system == nullptr ? "" : whole_text_of(env, system);
+    const char *known = tools == nullptr ? nullptr : definitions.c_str(), *said = system == nullptr ? nullptr : text.c_str();
+    return ints(env, written<int32_t>(env, [&](int32_t* ids, int64_t capacity) {
+      return moec_app_system_prompt(artifact, known, said, ids, capacity);
+    }));
+  });
+}
+
 // numbers: temperature, top_p, min_p, and the penalties for repetition, presence and frequency. segments: flags of moec.h.
 MOEC_NATIVE(jlong, generate, jlong artifact, jlong session, jintArray prompt, jdoubleArray numbers, jint top_k, jboolean speculate,
             jlong seed, jlong limit, jobjectArray stops, jintArray biased, jdoubleArray biases, jint segments, jint top_scores,
-            jint on_full, jlong keep_first, jobject constraint) {
+            jint on_full, jlong keep_first, jlong draft, jobject constraint) {
   return guarded(env, [&]() -> jlong {
     moec_app_options options = {};
     options.size = sizeof options;
@@ -354,6 +400,7 @@ MOEC_NATIVE(jlong, generate, jlong artifact, jlong session, jintArray prompt, jd
     options.top_scores = top_scores;
     options.on_full = on_full;
     options.keep_first = keep_first;
+    options.draft = draft;
     const std::vector<std::string> texts = texts_of(env, stops);
     std::vector<const char*> ends;
     for (const std::string& text : texts) ends.push_back(text.c_str());

@@ -34,6 +34,7 @@ data class Settings(
     val constraint: Constraint? = null, // for one answer
     val onFull: OnFull = OnFull.STOP,
     val keepFirst: Long = 0, // tokens at the beginning that OnFull.DROP_OLDEST leaves: those of a system prompt
+    val draft: Conversation? = null, // over a small model of the same tokenizer, which drafts; the text is the same. Use it for nothing else
     val fit: Boolean = false, // leaves the oldest questions of messages out, each with all up to the next, until they and `limit` fit
 )
 
@@ -81,7 +82,7 @@ data class Stats(
 /**
  * Tokens with their caches: text in, text out. A conversation has one answer at a time. `stop` may be called from any thread.
  */
-class Conversation internal constructor(private val model: MoecModel, private val session: Long) : Closeable {
+class Conversation internal constructor(private val model: MoecModel, internal val session: Long) : Closeable {
     @Volatile private var running = 0L
 
     /**
@@ -141,6 +142,19 @@ class Conversation internal constructor(private val model: MoecModel, private va
     /** Go on with one that was saved with the same artifact; the conversation stays as it was where that fails. */
     fun restore(file: File) = Native.restore(session, file.path.toByteArray())
 
+    /**
+     * Compute what every conversation with this system prompt and these tools begins with, or read it where it was kept before, and
+     * keep it under a name: do so when the application starts. MoecModel.keepPrefixesIn comes first.
+     */
+    fun prepare(name: String, system: String?, tools: String? = null): Stats {
+        val stats = generate(model.systemPrompt(system, tools), Settings(limit = 0), 0) { true }
+        keepPrefix(name)
+        return stats
+    }
+
+    /** Keep the tokens that it holds in the folder of MoecModel.keepPrefixesIn, under a name in place of what had it. */
+    fun keepPrefix(name: String? = null) = Native.keepPrefix(session, name?.toByteArray())
+
     override fun close() = Native.close(session)
 
     private fun promptOf(messages: List<Message>, tools: String?, settings: Settings): Prompt {
@@ -158,7 +172,7 @@ class Conversation internal constructor(private val model: MoecModel, private va
         val generation = Native.generate(
             model.id, session, prompt, given.numbers(), given.topK!!, given.speculate!!, given.seed, given.limit ?: -1,
             given.stops.utf8(), given.biases.keys.toIntArray(), given.biases.values.toDoubleArray(), segments, given.topScores ?: -1,
-            given.onFull.ordinal, given.keepFirst, given.constraint,
+            given.onFull.ordinal, given.keepFirst, given.draft?.session ?: 0, given.constraint,
         )
         running = generation
         var wanted = true

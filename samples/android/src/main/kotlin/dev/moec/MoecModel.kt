@@ -59,5 +59,20 @@ class MoecModel(artifact: File, memoryBytes: Long = 0, threads: Int = 0) : Close
     /** special: special tokens are written out. */
     fun textOf(ids: IntArray, special: Boolean = false): String = String(Native.detokenize(id, ids, if (special) Native.SPECIAL else 0))
 
+    /** Where beginnings of prompts are kept, and found by every answer; null: nowhere. The folder is created if it is missing. */
+    fun keepPrefixesIn(folder: File?) = Native.prefixFolder(id, folder?.path?.toByteArray())
+
+    /** Whether there was a prefix of this name. */
+    fun forgetPrefix(name: String): Boolean = Native.forgetPrefix(id, name.toByteArray())
+
+    /** How many tokens the prefix of a name has; 0 if there is none. */
+    fun prefixTokens(name: String): Long = Native.prefixTokens(id, name.toByteArray())
+
+    /** Why a prefix was not used, the latest one; empty if all were. */
+    val prefixWarning: String get() = String(Native.prefixWarning(id))
+
+    /** What every conversation with this system prompt and these tools begins with. */
+    fun systemPrompt(system: String?, tools: String? = null): IntArray = Native.systemPrompt(id, tools?.toByteArray(), system?.toByteArray())
+
     override fun close() = Native.close(id)
 }

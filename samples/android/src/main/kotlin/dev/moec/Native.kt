@@ -44,6 +44,14 @@ internal object Native {
     @JvmStatic external fun save(session: Long, path: ByteArray)
     @JvmStatic external fun restore(session: Long, path: ByteArray)
 
+    /** folder, name, tools, system: null for none. */
+    @JvmStatic external fun prefixFolder(artifact: Long, folder: ByteArray?)
+    @JvmStatic external fun keepPrefix(session: Long, name: ByteArray?)
+    @JvmStatic external fun forgetPrefix(artifact: Long, name: ByteArray): Boolean
+    @JvmStatic external fun prefixTokens(artifact: Long, name: ByteArray): Long
+    @JvmStatic external fun prefixWarning(artifact: Long): ByteArray
+    @JvmStatic external fun systemPrompt(artifact: Long, tools: ByteArray?, system: ByteArray?): IntArray
+
     /**
      * numbers: temperature, top_p, min_p, and the penalties for repetition, presence and frequency. biases: those of the
      * tokens at the same places of `biased`.
@@ -51,7 +59,7 @@ internal object Native {
     @JvmStatic external fun generate(
         artifact: Long, session: Long, prompt: IntArray, numbers: DoubleArray, topK: Int, speculate: Boolean, seed: Long,
         limit: Long, stops: Array<ByteArray>, biased: IntArray, biases: DoubleArray, segments: Int, topScores: Int,
-        onFull: Int, keepFirst: Long, constraint: Constraint?,
+        onFull: Int, keepFirst: Long, draft: Long, constraint: Constraint?,
     ): Long
 
     /** The next piece, whole characters; null at the end. */
