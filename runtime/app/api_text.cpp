@@ -22,14 +22,19 @@ class GivenTurns {
     for (int64_t i = 0; i < count; ++i) add(given[i], "turns[" + std::to_string(i) + "]");
   }
 
-  // Without the oldest question and all that answers it; false where only the last question is left.
-  bool drop_oldest() {
-    const auto asks = [](const ChatTurn& turn) { return turn.role == "user"; };
-    const auto first = std::find_if(turns.begin(), turns.end(), asks);
-    const auto second = first == turns.end() ? first : std::find_if(first + 1, turns.end(), asks);
-    if (second == turns.end()) return false;
-    turns.erase(first, second);
-    return true;
+  // Places of the questions.
+  std::vector<size_t> questions() const {
+    std::vector<size_t> found;
+    for (size_t i = 0; i < turns.size(); ++i)
+      if (turns[i].role == "user") found.push_back(i);
+    return found;
+  }
+
+  // Without the turns from one place on to another.
+  std::vector<ChatTurn> without(size_t begin, size_t end) const {
+    std::vector<ChatTurn> left(turns.begin(), turns.begin() + static_cast<std::ptrdiff_t>(begin));
+    left.insert(left.end(), turns.begin() + static_cast<std::ptrdiff_t>(end), turns.end());
+    return left;
   }
 
  private:
@@ -105,18 +110,32 @@ int64_t moec_app_fitting_chat(int64_t artifact, const char* tools, const moec_ap
     const int64_t context = found->info().context, wanted = room < 0 ? std::min<int64_t>(64, context / 4) : room;
     if (room < -1 || room >= context)
       throw Fault("room: -1, or 0 to " + std::to_string(context - 1) + ": the context holds " + std::to_string(context));
-    GivenTurns given(tools, turns, count);
-    for (;;) {
-      const std::vector<int32_t> prompt = found->chat(given.tools, given.turns);
-      const int64_t left = context - static_cast<int64_t>(prompt.size());
-      const bool fits = left >= std::max<int64_t>(wanted, 1);
-      if (!fits && given.drop_oldest()) continue;
-      if (left <= 0)
-        throw Fault("no room for an answer: the last question and the system prompt have " + std::to_string(prompt.size()) +
-                    " tokens, the context " + std::to_string(context));
-      if (dropped) *dropped = count - static_cast<int64_t>(given.turns.size());
-      return written(prompt, ids, capacity);
+    const GivenTurns given(tools, turns, count);
+    const std::vector<size_t> questions = given.questions();
+    std::vector<int32_t> prompt;
+    const auto fits = [&](size_t without) {  // so many of the oldest questions
+      const auto left = without == 0 ? given.turns : given.without(questions[0], questions[without]);
+      prompt = found->chat(given.tools, left);
+      return context - static_cast<int64_t>(prompt.size()) >= std::max<int64_t>(wanted, 1);
+    };
+    size_t few = 0;
+    if (!fits(0) && questions.size() > 1) {
+      few = 1;  // the least number that suffices: a conversation of thousands of turns is rendered a dozen times
+      for (size_t most = questions.size() - 1; few < most;) {
+        const size_t middle = (few + most) / 2;
+        if (fits(middle)) {
+          most = middle;
+        } else {
+          few = middle + 1;
+        }
+      }
+      fits(few);
     }
+    if (static_cast<int64_t>(prompt.size()) >= context)
+      throw Fault("no room for an answer: the last question and the system prompt have " + std::to_string(prompt.size()) +
+                  " tokens, the context " + std::to_string(context));
+    if (dropped) *dropped = few == 0 ? 0 : static_cast<int64_t>(questions[few] - questions[0]);
+    return written(prompt, ids, capacity);
   });
 }
 

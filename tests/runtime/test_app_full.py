@@ -4,11 +4,12 @@ conversations without their oldest questions against `assistant/conversation.py`
 from __future__ import annotations
 
 import ctypes
-import inspect
 import json
 import random
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 
 import moec
-from moec.assistant.assistant import Assistant
-from moec.assistant.conversation import _without_oldest
+from moec.assistant.assistant import Prompt
+from moec.assistant.conversation import _without_oldest, fitting
 from moec.assistant.sampling import Sampler, Sampling
 from moec.compiler.target import Session
 from moec.targets.xnnpack.session import CpuSession
@@ -148,9 +149,6 @@ def test_states_that_do_not_go_back_are_computed_anew(folder: Path, tmp_path: Pa
         app.call("close", id_)
 
 
-@pytest.mark.skipif(
-    "context_full" not in inspect.signature(Assistant.generate).parameters, reason="Python has no such policy yet"
-)
 @pytest.mark.parametrize("speculate", [1, 0])
 def test_the_text_is_pythons(opened: int, session: int, python: Any, speculate: int) -> None:
     drawn = random.Random(3)
@@ -256,6 +254,10 @@ def turns_of(messages: Sequence[dict[str, Any]]) -> list[app.Turn]:
     ]
 
 
+def rendered(artifact: int, tools: str | None, messages: Sequence[dict[str, Any]]) -> Prompt:
+    return Prompt(app.chat_with_tools(artifact, tools, turns_of(messages)))
+
+
 @pytest.mark.parametrize("with_tools", [True, False])
 def test_the_oldest_questions_are_left_out(talking: int, with_tools: bool) -> None:
     """Those that Python's rule leaves out, one after the other, until the rest fits."""
@@ -276,10 +278,22 @@ def test_the_oldest_questions_are_left_out(talking: int, with_tools: bool) -> No
                 break
             left = shorter
         ids, dropped = app.fitting_chat(talking, tools, turns_of(messages), room)
+        if room == -1:  # Python's
+            _, chosen = fitting(partial(rendered, talking, tools), messages, TALK, drop_oldest=True)
+            assert chosen == left
         assert ids == app.chat_with_tools(talking, tools, turns_of(left))
         assert dropped == len(messages) - len(left)
         counts.add(dropped)
     assert len(counts) > 5
+
+
+def test_a_long_conversation_is_rendered_a_few_times(talking: int) -> None:
+    turns = [app.turn(("user", "assistant")[i % 2], f"turn {i}") for i in range(9_999)]
+    began = time.process_time()
+    ids, dropped = app.fitting_chat(talking, None, turns, 500)
+    assert time.process_time() - began < 20  # a second here; a rendering for each of 5,000 questions takes an hour
+    assert ids == app.chat_with_tools(talking, None, turns[dropped:])
+    assert len(ids) <= TALK - 500 < len(app.chat_with_tools(talking, None, turns[dropped - 2 :]))
 
 
 def test_the_last_question_stays(talking: int) -> None:
