@@ -51,7 +51,7 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow test-sanitize fuzz soak lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
-  bench-quality bench-questions bench-speculation bench-flash replayed-routing bench-roles bench-passes bench-training gpu-check \
+  bench-quality bench-questions bench-speculation bench-assistant bench-flash replayed-routing bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
 
@@ -184,6 +184,9 @@ bench-questions: setup ## twenty chat questions to the float model and to artifa
 
 bench-speculation: setup ## what prompt lookup gains on real text: BENCH_ARGS=ARTIFACT
 	$(BIN)/python -W ignore bench/bench_speculation.py $(BENCH_ARGS)
+
+bench-assistant: setup ## first token behind a saved prefix, memory of a server, masks of JSON Schema: BENCH_ARGS="prefix ARTIFACT"
+	$(BIN)/python -W ignore bench/bench_assistant.py $(BENCH_ARGS)
 
 bench-flash: setup ## an artifact under budgets of memory: BENCH_ARGS="ARTIFACT --ids FILE"
 	$(BIN)/python -W ignore bench/bench_flash.py $(BENCH_ARGS)

@@ -48,7 +48,7 @@ function fetch(address, options) {
     }});
   });
 }
-const document = {getElementById: element, createElement: () => element(Symbol())};
+const document = {scrollingElement: {}, getElementById: element, createElement: () => element(Symbol())};
 const context = vm.createContext({document, fetch, AbortController, TextDecoderStream: class {}, console});
 vm.runInContext(/<script[^>]*>([^]*?)<\\/script>/.exec(page)[1], context);
 const tick = () => new Promise(resolve => setTimeout(resolve, 5));
@@ -115,8 +115,21 @@ async def talk(debugging: str, url: str) -> list[str]:
             await ask("more")
             await tab.until(said, ["<img src=x onerror=alert(1)> & more", "Second."])
             await tab.until("document.getElementById('send').hidden", False)
+            # in a low window: the answer is followed as it grows, above the form, unless the reader scrolled up
+            await tab.call(
+                "Emulation.setDeviceMetricsOverride", width=400, height=300, deviceScaleFactor=1, mobile=False
+            )
             await ask("long")
             await tab.until(f"({said}).length", 3)
+            await tab.until("[...document.querySelectorAll('.assistant')].at(-1).textContent.length > 100", True)
+            assert await tab.value(
+                "[...document.querySelectorAll('.assistant')].at(-1).getBoundingClientRect().bottom"
+                " <= document.getElementById('form').getBoundingClientRect().top + 1"
+            )
+            assert await tab.value("page.scrollTop") > 0
+            await tab.value("page.scrollTop = 0; said = document.querySelectorAll('.assistant')[2].textContent.length")
+            await tab.until("document.querySelectorAll('.assistant')[2].textContent.length > said + 20", True)
+            assert await tab.value("page.scrollTop") == 0
             await tab.value("document.getElementById('stop').click()")
             await tab.until("document.getElementById('send').hidden", False)
             await tab.value("document.getElementById('clear').click()")
