@@ -150,16 +150,22 @@ def restores(side: str, artifact: Path, file: Path, threads: int, warm: bool) ->
 
 def path_of_moec() -> dict[str, str]:
     """The environment in which a child imports this checkout."""
-    folders = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    folders = [str(ROOT), str(ROOT / "src"), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def child(*arguments: object) -> Any:
     """A function of this file in a process of its own: what it found."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__)), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **path_of_moec()})
+    command = [sys.executable, "-W", "ignore", "-c", "import saved_prefix; saved_prefix.run_child()"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **path_of_moec()},
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
+        raise SystemExit(f"a child failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -211,7 +217,7 @@ def tell(found: dict[str, Any]) -> None:
     table("a new process behind a saved prefix, medians", columns, rows, right=(3, 5, 6))
 
 
-if __name__ == "__main__":  # a child
+def run_child() -> None:
     name, side, artifact, file, *numbers = sys.argv[1:]
     run: Callable[..., Any] = {"saves": saves, "restores": restores}[name]
     print(json.dumps(run(side, Path(artifact), Path(file), *map(int, numbers))))
