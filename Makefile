@@ -30,6 +30,12 @@ SECONDS := $(if $(filter command line,$(origin SECONDS)),$(SECONDS),60)
 NAME ?=
 BASE ?=
 
+# tests that want what no extra brings: a JDK, kotlinc, a Swift toolchain, grammars, a browser, node, clang, qemu, real weights
+RELEASE_TESTS := tests/targets/test_samples_android.py tests/targets/test_samples_ios.py tests/targets/test_samples_cpp.py \
+  tests/assistant/server/test_page.py tests/analysis/profile/test_report.py tests/runtime/test_app_header.py \
+  tests/runtime/test_app_formats.py tests/runtime/test_attention_kernel.py tests/runtime/test_core_model.py \
+  tests/fuzz/test_fuzz.py tests/test_wheel.py tests/test_real_model.py tests/sources/test_gguf_real_model.py
+
 VENV := .venv
 BIN := $(VENV)/bin
 MOEC := $(BIN)/moec
@@ -50,7 +56,7 @@ $(BIN)/python tools/locked.py select $(1) > $(VENV)/selected.txt
 $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/selected.txt
 endef
 
-.PHONY: help setup demo test test-slow test-sanitize fuzz soak lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
+.PHONY: help setup demo test test-slow release-check test-sanitize fuzz soak lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
   bench-quality bench-questions bench-speculation bench-assistant bench-flash replayed-routing bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
@@ -104,6 +110,10 @@ test: setup $(TESTABLE) ## the tests that take seconds, on all cores
 
 test-slow: setup $(TESTABLE) ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow --timeout=5400 $(PYTEST_ARGS)
+
+# everything that `make test` may skip in silence; what is missing is listed at the end
+release-check: setup $(TESTABLE) ## the tests that want other tools (a JDK, Swift, a browser, qemu ..), where a skip is a failure
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --no-skips --timeout=5400 $(RELEASE_TESTS) $(PYTEST_ARGS)
 
 # the kernel library under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer
 test-sanitize: $(INSTALLED) ## the kernels' own tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer

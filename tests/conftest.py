@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import no_skips
 from tests.tiny import TinyModels
 
 # how long an example takes says how busy the machine is
@@ -17,6 +18,12 @@ hypothesis.settings.register_profile("moec", deadline=None, suppress_health_chec
 hypothesis.settings.load_profile("moec")
 
 gc.set_threshold(50_000, 20, 20)  # as the command line does: a test that compiles makes millions of objects that stay
+
+# --no-skips
+pytest_addoption, pytest_configure = no_skips.pytest_addoption, no_skips.pytest_configure
+pytest_runtest_makereport = no_skips.pytest_runtest_makereport
+pytest_make_collect_report = no_skips.pytest_make_collect_report
+pytest_terminal_summary = no_skips.pytest_terminal_summary
 
 Moec = Callable[..., tuple[int, str, str]]
 
