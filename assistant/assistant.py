@@ -13,9 +13,9 @@ from typing import Any
 from moec.assistant.answer import Answer, ContextFull, Limits
 from moec.assistant.beginnings import Beginnings
 from moec.assistant.conversation import fitting
-from moec.assistant.generate import AfterThinking, Constraint, Generation, Text
+from moec.assistant.generate import AfterThinking, Constraint, Generation, Text, bring
 from moec.assistant.messages import calls_as_content, checked_messages, checked_tools, first_rendered
-from moec.assistant.prefixes import PrefixCache, shared_length
+from moec.assistant.prefixes import PrefixCache, checked_name, shared_length
 from moec.assistant.sampling import Sampling, recommended
 from moec.assistant.segments import (
     CHANNEL_MARKERS,
@@ -216,8 +216,11 @@ class Assistant:
         limits: Limits,
         format: Format | None = None,
         cancelled: threading.Event | None = None,
+        prefix: str | None = None,
     ) -> Answer:
         """The answer to a prompt, which is computed as it is iterated.
+
+        prefix: the name under which the prefix cache keeps what the prompt shares with others.
 
         RunError for a format that cannot be met, and for tools where it is not known how the model writes calls.
         """
@@ -243,6 +246,7 @@ class Assistant:
             drafter=PromptLookup() if limits.draft is None else ModelDrafter(limits.draft, session),
             prefixes=self.prefixes,
             shared=prompt.shared,
+            prefix_name=self._named(prefix),
             drop_oldest=limits.drops,
             keep_first=limits.kept(prompt.shared if prompt.messages is not None else 0),
         )
@@ -295,6 +299,7 @@ class Assistant:
         variables: Mapping[str, Any] | None = None,
         context_full: ContextFull = "error",
         keep_first: int | None = None,
+        prefix: str | None = None,
     ) -> Answer:
         """The answer to a text, a conversation or ids, computed as it is iterated (`moec.assistant.answer.Answer`).
 
@@ -304,7 +309,9 @@ class Assistant:
         a call), or the name of the tool that it calls. json_schema, regex, grammar: what the answer
         must be. variables: what the chat template may read, such as `enable_thinking`. context_full, keep_first:
         whether a full context is an error, or the oldest tokens are dropped (`Limits`), and of a conversation that is
-        too long the oldest questions before its answer begins (`fitting`). RunError for what is wrong.
+        too long the oldest questions before its answer begins (`fitting`). prefix: the name under which the beginning
+        is kept in the folder that `moec.load(..., prefix_cache=DIR)` named: of a conversation the system prompt with
+        its tools, of a text all but its last token. RunError for what is wrong, UserError for what is no name.
         """
         sampling = self.sampling.given(
             temperature=temperature,
@@ -325,7 +332,47 @@ class Assistant:
             if format is not None:
                 raise RunError("a tool's call and another format at once", place="tool_choice", remedy="give one")
             format = self.must_call(given, None if tool_choice == "required" else tool_choice)
-        return self.answer(session, given, limits, format)
+        return self.answer(session, given, limits, format, prefix=prefix)
+
+    def keep_prefix(self, session: Session, name: str) -> None:
+        """Keep what a session holds under a name (`SessionBase.keep_prefix`)."""
+        self._named(name)
+        assert self.prefixes is not None
+        if not session.position:
+            raise RunError("the session holds no tokens", place="prefix", remedy="prefill them first")
+        try:
+            self.prefixes.save(session, name)
+        except OSError as error:
+            raise RunError(f"cannot be kept: {error.strerror}", place="prefix", remedy="free the folder") from None
+
+    def keep_beginning(
+        self, session: Session, name: str, *, system: str | None = None, tools: Any = None
+    ) -> tuple[int, int]:
+        """Keep what conversations with a system prompt and tools begin with, computed or restored now.
+
+        Returns its number of tokens, and how many of them were known. RunError where the template begins conversations
+        in no common way, and as `keep_prefix`; the session then holds that beginning, or that of a question.
+        """
+        name = self._named(name) or name
+        asked = [{"role": "user", "content": "?"}]
+        begin = [] if system is None else [{"role": "system", "content": system}]
+        prompt = self.chat_prompt([*begin, *asked], tools=tools, shared=True)
+        if not prompt.shared:
+            what = "conversations do not begin alike with this chat template"
+            raise RunError(what, place="prefix", remedy="leave the name out")
+        _, known = bring(session, prompt.ids, threading.Event(), self.place, self.prefixes, prompt.shared, name)
+        if getattr(session, "rewinds", False):
+            session.rewind(prompt.shared)
+        return prompt.shared, min(known, prompt.shared)
+
+    def _named(self, name: str | None) -> str | None:
+        """A checked name; RunError where there is no folder for it."""
+        if name is None:
+            return None
+        if self.prefixes is None:
+            what = "no folder was named in which prefixes are kept"
+            raise RunError(what, place="prefix", remedy="load the artifact with prefix_cache=DIR")
+        return checked_name(name)
 
     def _prompt(self, prompt: Any, tools: Any, variables: Any, within: int | None) -> Prompt:
         """within: the tokens that a conversation must fit in, by leaving out its oldest questions."""

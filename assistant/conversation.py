@@ -26,15 +26,21 @@ _ROOM = 64  # tokens that dropping the oldest turns leaves for an answer, if the
 
 class Conversation:
     """`messages` in OpenAI's form, the system prompt first. drop_oldest: when the context is full, drop the oldest
-    turns.
+    turns. prefix: the name under which the prefix cache keeps the system prompt.
 
     Without it a question that does not fit is a RunError, and the conversation is as it was.
     """
 
     def __init__(
-        self, assistant: Assistant, session: Session, *, system: str | None = None, drop_oldest: bool = False
+        self,
+        assistant: Assistant,
+        session: Session,
+        *,
+        system: str | None = None,
+        drop_oldest: bool = False,
+        prefix: str | None = None,
     ) -> None:
-        self._assistant, self._session, self._drop_oldest = assistant, session, drop_oldest
+        self._assistant, self._session, self._drop_oldest, self._prefix = assistant, session, drop_oldest, prefix
         self.messages: list[dict[str, Any]] = []
         self.dropped = 0  # messages dropped for the last question
         if system is not None:
@@ -68,7 +74,8 @@ class Conversation:
             drop_oldest=self._drop_oldest,
         )
         self.dropped = len(messages) - len(kept)
-        answer = self._assistant.answer(self._session, replace(prompt, dropped=self.dropped), limits, format)
+        prompt = replace(prompt, dropped=self.dropped)
+        answer = self._assistant.answer(self._session, prompt, limits, format, prefix=self._prefix)
         messages = kept
         self.messages = messages
         return answer

@@ -175,10 +175,12 @@ def bring(
     place: str | None = None,
     prefixes: PrefixCache | None = None,
     shared: int = 0,
+    name: str | None = None,
 ) -> tuple[np.ndarray | None, int]:
     """Make a session hold exactly `ids`: logits behind the last, float32 [V], and how many of them were there.
 
-    prefixes: where beginnings of prompts are found, and the first `shared` ids of this one are kept.
+    prefixes: where beginnings of prompts are found, and the first `shared` ids of this one are kept, under a name if
+    one is given.
     What the session holds is computed again from where it differs only. None where `cancelled` was set meanwhile.
     RunError at `place` as `Session.prefill`; then the session is as it was.
     """
@@ -197,18 +199,25 @@ def bring(
     if prefixes is not None:
         same = prefixes.restore(session, ids, same)
         held = session.tokens
+    keep = prefixes is not None and 0 < shared < len(ids)
+    if keep and prefixes is not None and same >= shared:
+        keep = name is not None and not prefixes.has(name, ids[:shared])
+        if keep:
+            same = shared if same == len(held) == shared or getattr(session, "rewinds", False) else 0
     if same < len(held):
         session.rewind(same)
+    if keep and prefixes is not None and same == shared:
+        prefixes.keep(session, name)
+        keep = False
     logits = None
     step = getattr(session, "max_tokens", len(ids))  # a call takes no more, and is not interrupted
-    keep = prefixes is not None and same < shared < len(ids)
     for first, last in ((same, shared), (shared, len(ids))) if keep else ((same, len(ids)),):
         for begin in range(first, last, step):
             if cancelled.is_set():
                 return None, same
             logits = session.prefill(list(ids[begin : min(begin + step, last)]), logits="last")
-        if prefixes is not None and last == shared:
-            prefixes.keep(session)
+        if prefixes is not None and keep and last == shared:
+            prefixes.keep(session, name)
     return np.asarray(logits).reshape(-1), same
 
 
@@ -242,6 +251,7 @@ class Generation:
     drafter: Drafter | None = field(default_factory=PromptLookup)
     prefixes: PrefixCache | None = None
     shared: int = 0  # ids of the prompt that others begin with as well
+    prefix_name: str | None = None  # under which these are kept
     drop_oldest: bool = False
     keep_first: int = 0
 
@@ -265,7 +275,7 @@ class Generation:
         self.session.turn += 1  # an earlier answer that is not at its end cannot go on
         started = time.perf_counter()
         logits, self.stats.reused_tokens = bring(
-            self.session, prompt, self.cancelled, self.place, self.prefixes, shared
+            self.session, prompt, self.cancelled, self.place, self.prefixes, shared, self.prefix_name
         )
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prefill_seconds = time.perf_counter() - started

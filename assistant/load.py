@@ -8,12 +8,16 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moec.compiler.artifact import Artifact, file_digest
-from moec.compiler.errors import ArtifactError, RunError
+from moec.compiler.errors import ArtifactError, RunError, UserError
 from moec.compiler.session import SessionBase, Writer
 from moec.compiler.source import TOKENIZER
 from moec.compiler.target import Session, target_of
+
+if TYPE_CHECKING:
+    from moec.assistant.prefixes import PrefixCache
 from moec.compiler.trust import trusting
 
 
@@ -23,12 +27,14 @@ def load(
     trust: bool = False,
     memory_mb: int | None = None,
     cache_aware: float | None = None,
+    prefix_cache: str | Path | None = None,
 ) -> Session:
     """Open an artifact (its folder is checked first) and load it with its target's runtime.
 
     memory_mb: the most memory of this process, in 10^6 bytes: routed experts are read as tokens choose them (xnnpack).
     cache_aware: with such a budget, how much the router of a token that is run alone prefers experts in memory, as a
     share (0 to 1) of the range of what it selects by: results then depend on what was decoded before.
+    prefix_cache: a folder in which beginnings of prompts are kept and found (`assistant/prefixes.py`; xnnpack).
     With a budget the tokenizer and chat template are read first, so that it counts them, else when text is first asked
     for. An MLIR artifact is code: TrustError unless `trust`. RunError for a budget that is too small, with the least.
     """
@@ -38,8 +44,11 @@ def load(
     def writer() -> Writer:
         from moec.assistant.assistant import Assistant
 
-        return Assistant.of(opened)
+        made = Assistant.of(opened)
+        made.prefixes = prefixes
+        return made
 
+    prefixes = prefixes_of(prefix_cache, opened)
     if getattr(opened.options(), "memory_mb", None) is not None:
         with suppress(ArtifactError):  # ids need none; asking for text raises it again
             writer()
@@ -47,6 +56,18 @@ def load(
     if isinstance(session, SessionBase):
         session.writer = writer
     return session
+
+
+def prefixes_of(folder: str | Path | None, artifact: Artifact, place: str = "prefix_cache") -> PrefixCache | None:
+    """The prefixes of an artifact in a folder; UserError where it cannot be used, or sessions cannot be saved."""
+    from moec.assistant.prefixes import PrefixCache
+
+    if folder is None:
+        return None
+    if not target_of(artifact).saves_sessions:
+        what = f"sessions of {artifact.manifest.target} artifacts cannot be saved"
+        raise UserError(what, place=place, remedy="leave it out, or compile for xnnpack")
+    return PrefixCache(Path(folder), artifact.manifest.contents)
 
 
 def load_session(artifact: Artifact, *, trust: bool = False) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moec.compiler.artifact import Artifact
 
 MAX_FORMAT_BYTES = 1 << 20
+MAX_TOOLS_BYTES = 4 << 20
 
 JsonSchema = Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON Schema that the answer must satisfy.")]
 Regex = Annotated[str | None, typer.Option(help="A regular expression that the whole answer must match.")]
@@ -40,6 +42,15 @@ PrefixFolder = Annotated[
         "--prefix-cache",
         metavar="DIR",
         help="Keep system prompts (run: prompts) computed in this folder, and begin with what is there.",
+    ),
+]
+PrefixName = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix",
+        metavar="NAME",
+        help="With --prefix-cache: keep the system prompt with its tools (run: the prompt) under this name, until "
+        "another one has it or `moec prefixes DIR --remove NAME`.",
     ),
 ]
 ContextFullOption = Annotated[
@@ -98,17 +109,25 @@ def told_of_dropping(stats: Stats) -> str | None:
     return f"the context was full: the oldest {stats.dropped_tokens} tokens were dropped"
 
 
-def prefixes_in(folder: Path | None, artifact: Artifact) -> PrefixCache | None:
-    """The prefixes of an artifact in a folder; UserError where it cannot be used, or sessions cannot be saved."""
-    from moec.assistant.prefixes import PrefixCache
-    from moec.compiler.target import target_of
+def prefixes_in(folder: Path | None, artifact: Artifact, name: str | None = None) -> PrefixCache | None:
+    """The prefixes of an artifact in a folder; UserError where it cannot be used, sessions cannot be saved, or a name
+    is none or has no folder."""
+    from moec.assistant.load import prefixes_of
+    from moec.assistant.prefixes import checked_name
 
-    if folder is None:
-        return None
-    if not target_of(artifact).saves_sessions:
-        what = f"sessions of {artifact.manifest.target} artifacts cannot be saved"
-        raise UserError(what, place="--prefix-cache", remedy="leave it out, or compile for xnnpack")
-    return PrefixCache(folder, artifact.manifest.contents)
+    if name is not None:
+        checked_name(name, "--prefix")
+        if folder is None:
+            raise UserError("--prefix is the name of a prefix in a folder", remedy="add --prefix-cache DIR")
+    return prefixes_of(folder, artifact, "--prefix-cache")
+
+
+def tools_in(file: Path) -> Any:
+    """The JSON of a file with tools; UserError."""
+    try:
+        return json.loads(read_text(file, limit=MAX_TOOLS_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {str(error).splitlines()[0]}", place=str(file)) from None
 
 
 def show(text: str, stream: Any = None) -> None:

@@ -22,6 +22,7 @@ from moec.cli.asking import (
     JsonSchema,
     KeepFirst,
     PrefixFolder,
+    PrefixName,
     Regex,
     Threads,
     context_full_of,
@@ -101,6 +102,7 @@ def chat(
     cache_aware: CacheAware = None,
     draft: Draft = None,
     prefix_cache: PrefixFolder = None,
+    prefix: PrefixName = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     trust: Trust = False,
@@ -134,14 +136,15 @@ def chat(
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
     # a template that is missing or faulty fails now, not at the first question
     assistant.chat_prompt([{"role": "user", "content": "?"}])
-    assistant.prefixes = prefixes_in(prefix_cache, opened)
+    assistant.prefixes = prefixes_in(prefix_cache, opened, prefix)
     session = load_session(opened)
     helper = None
     try:
         if draft is not None:
             helper = load_draft(draft, opened, session, trust=trust)
             limits = replace(limits, draft=helper)
-        conversation = Conversation(assistant, session, system=system, drop_oldest=drop_oldest or limits.drops)
+        drops = drop_oldest or limits.drops
+        conversation = Conversation(assistant, session, system=system, drop_oldest=drops, prefix=prefix)
         if load_file is not None:
             conversation.load(load_file)
         terminal = sys.stdin.isatty()

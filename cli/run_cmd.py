@@ -18,6 +18,7 @@ from moec.cli.asking import (
     JsonSchema,
     KeepFirst,
     PrefixFolder,
+    PrefixName,
     Regex,
     Threads,
     context_full_of,
@@ -25,6 +26,7 @@ from moec.cli.asking import (
     prefixes_in,
     show,
     told_of_dropping,
+    tools_in,
 )
 from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.sampling import (
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from moec.assistant.generate import Stats
     from moec.compiler.artifact import Artifact
 
-_MAX_TOOLS_BYTES = 4 << 20
 _MAX_PIPED = 64 << 20  # characters of a prompt on stdin: more than the longest context holds
 
 
@@ -92,6 +93,7 @@ def run_artifact(
     cache_aware: CacheAware = None,
     draft: Draft = None,
     prefix_cache: PrefixFolder = None,
+    prefix: PrefixName = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default: the artifact's.")] = None,
     chat_template: ChatTemplateFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ids, text and rates as JSON at the end.")] = False,
@@ -117,6 +119,7 @@ def run_artifact(
         ("--grammar", grammar),
         ("--draft", draft),
         ("--prefix-cache", prefix_cache),
+        ("--prefix", prefix),
     ):
         if ids is not None and (given or chat):
             raise UserError(f"{'--chat' if chat else name} is for text", remedy="give --prompt instead of --ids")
@@ -151,11 +154,11 @@ def run_artifact(
     text = _piped() if prompt == "-" else prompt
     assert text is not None
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
-    assistant.prefixes = prefixes_in(prefix_cache, opened)
+    assistant.prefixes = prefixes_in(prefix_cache, opened, prefix)
     if chat:
         question = [{"role": "user", "content": text}]
         messages = question if system is None else [{"role": "system", "content": system}, *question]
-        given_tools = None if tools is None else _tools(tools)
+        given_tools = None if tools is None else tools_in(tools)
         given_prompt = assistant.chat_prompt(messages, tools=given_tools, shared=limits.drops)
     else:
         given_prompt = assistant.text_prompt(text)
@@ -165,7 +168,7 @@ def run_artifact(
         if draft is not None:
             helper = load_draft(draft, opened, session, trust=trust)
             limits = replace(limits, draft=helper)
-        answer = assistant.answer(session, given_prompt, limits, format)
+        answer = assistant.answer(session, given_prompt, limits, format, prefix=prefix)
         _print_answer(answer, show_text=not as_json)
     finally:
         session.close()
@@ -263,15 +266,6 @@ def _piped() -> str:
     if len(text) > _MAX_PIPED:
         raise RunError(f"a prompt of more than {_MAX_PIPED} characters", place="stdin")
     return text
-
-
-def _tools(file: Path) -> Any:
-    from moec.compiler.files import read_text
-
-    try:
-        return json.loads(read_text(file, limit=_MAX_TOOLS_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {str(error).splitlines()[0]}", place=str(file)) from None
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -15,9 +15,11 @@ from moec.cli.asking import (
     ChatTemplateFile,
     ContextFullOption,
     PrefixFolder,
+    PrefixName,
     Threads,
     context_full_of,
     prefixes_in,
+    tools_in,
 )
 from moec.cli.memory import CacheAware, MemoryMb, warn_of_preference
 from moec.cli.trust import Trust
@@ -48,6 +50,13 @@ def serve(
     ] = None,
     context_full: ContextFullOption = "error",
     prefix_cache: PrefixFolder = None,
+    prefix: PrefixName = None,
+    system: Annotated[
+        str | None, typer.Option(help="With --prefix: the clients' system prompt, computed or restored at the start.")
+    ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --prefix: the clients' tools, as OpenAI's JSON.")
+    ] = None,
     threads: Threads = None,
     memory_mb: MemoryMb = None,
     cache_aware: CacheAware = None,
@@ -62,6 +71,8 @@ def serve(
     from moec.compiler.extras import require
 
     policy = context_full_of(context_full)
+    if prefix is None and not (system is None and tools is None):
+        raise UserError("--system and --tools tell what --prefix keeps", remedy="add --prefix-cache DIR --prefix NAME")
     for module in ("starlette", "uvicorn"):
         require(module, "serve", "moec serve")
     token = token if token is not None else os.environ.get("MOEC_TOKEN")
@@ -81,8 +92,16 @@ def serve(
     opened = Artifact.open(artifact).with_threads(threads).within(memory_mb, cache_aware)
     warn_of_preference(opened)
     assistant = Assistant.of(opened, tokenizer=tokenizer, chat_template=chat_template)
-    assistant.prefixes = prefixes_in(prefix_cache, opened)
+    assistant.prefixes = prefixes_in(prefix_cache, opened, prefix)
     session = load_session(opened)
+    if prefix is not None:
+        try:
+            given_tools = None if tools is None else tools_in(tools)
+            count, known = assistant.keep_beginning(session, prefix, system=system, tools=given_tools)
+        except BaseException:
+            session.close()
+            raise
+        print(f"prefix {prefix}: {count} tokens, {known} of them known", file=sys.stderr)
     created = int((opened.folder / "manifest.json").stat().st_mtime)
     kept = conversations if conversations is not None else 1 if getattr(opened.options(), "memory_mb", None) else 4
     settings = Settings(

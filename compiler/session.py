@@ -22,6 +22,7 @@ class Writer(Protocol):
 
     @property
     def generate(self) -> Callable[..., Iterator[str]]: ...
+    def keep_prefix(self, session: Session, name: str) -> None: ...
 
 
 class SessionBase(ABC):
@@ -168,10 +169,22 @@ class SessionBase(ABC):
         tokenizer or chat template, a prompt that does not fit, options out of range. A session has one answer at a
         time: going on with one behind which another was begun is a RunError (`fork` gives each a session).
         """
+        return self._writer().generate(self, prompt, **options)
+
+    def keep_prefix(self, name: str) -> None:
+        """Keep the tokens and caches of this session under a name, in the folder of `moec.load(..., prefix_cache=DIR)`:
+        prompts that begin so are computed from there on, also in another process, with the same bits.
+
+        Other tokens that had the name are forgotten. UserError for what is no name (1 to 64 of A-Z, a-z, 0-9, ".", "_",
+        "-"); RunError: no folder was named, the session holds no tokens, or it cannot be saved.
+        """
+        self._writer().keep_prefix(self, name)
+
+    def _writer(self) -> Writer:
         if self.writer is None:
             what = "a program that was opened without its artifact has no tokenizer"
             raise RunError(what, place=self._place, remedy="open the artifact with moec.load")
-        return self.writer().generate(self, prompt, **options)
+        return self.writer()
 
     def trace(self, enabled: bool) -> None:
         """Record every MoE layer of the calls that follow; `take_traces` collects them."""

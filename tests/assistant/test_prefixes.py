@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_is_no_damaged_prefix(artifact: Artifact, ses
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with file.open("rb") as opened:
         least = opened.fileno()
-    files = [(len(SYSTEM), file)]
+    files = prefixes._files()
     prefixes._files = lambda: files  # type: ignore[method-assign]
     resource.setrlimit(resource.RLIMIT_NOFILE, (least, before[1]))
     try:

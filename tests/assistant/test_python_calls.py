@@ -52,8 +52,9 @@ def test_nothing_is_read_otherwise_than_python_reads_it(pieces: list[str]) -> No
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes that Python does not know either
-        wanted = ast.literal_eval(text.strip())
-    assert repr(found) == repr([("f", {"x": wanted})])
+        called = ast.parse(f"f(x={text})", mode="eval").body
+    assert isinstance(called, ast.Call)
+    assert repr(found) == repr([("f", {"x": ast.literal_eval(called.keywords[0].value)})])
 
 
 @pytest.mark.parametrize(

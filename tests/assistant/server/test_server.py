@@ -480,7 +480,7 @@ def test_texts_take_no_place_in_the_prefix_cache(tmp_path: Path) -> None:
         def restore(self, session: Speaking, ids: list[int], same: int) -> int:
             return same
 
-        def keep(self, session: Speaking) -> None:
+        def keep(self, session: Speaking, name: str | None = None) -> None:
             kept.append(session.position)
 
     speaks = assistant(tmp_path)
