@@ -158,12 +158,9 @@ std::vector<int32_t> OpenArtifact::chat(std::string_view tools, const std::vecto
 }
 
 std::vector<int32_t> OpenArtifact::system_prompt(std::string_view tools, std::string_view system) const {
-  // what questions of all kinds have in common, of any first question, with and without turns behind it
-  std::vector<std::string> questions = {"a", "", "\n", "\n\n", "  ", "\t", "\xC3\xA9", "\xCC\x81", "\xE6\x97\xA5", "\xF0\x9F\x99\x82"};
-  for (char c = ' '; c < 127; ++c) questions.emplace_back(1, c);
   std::vector<ChatTurn> turns;
   if (!system.empty()) turns.push_back({"system", system, {}});
-  turns.push_back({"user", questions[0], {}});
+  turns.push_back({"user", "a", {}});
   const size_t asked = turns.size() - 1;
   std::vector<int32_t> found = chat(tools, turns);
   const auto shorten = [&] {
@@ -173,13 +170,11 @@ std::vector<int32_t> OpenArtifact::system_prompt(std::string_view tools, std::st
     } catch (const Fault&) {
       return;  // no conversation of this model
     }
-    const auto same = std::mismatch(found.begin(), found.end(), other.begin(), other.end()).first;
-    found.erase(same, found.end());
+    found.erase(std::mismatch(found.begin(), found.end(), other.begin(), other.end()).first, found.end());
   };
-  for (const std::string& question : questions) {
-    turns[asked].content = question;
-    shorten();
-  }
+  // what conversations of all kinds have in common: another question, more turns, calls
+  turns[asked].content = "1";
+  shorten();
   turns.push_back({"assistant", "b", {}});
   turns.push_back({"user", "c", {}});
   shorten();
@@ -190,13 +185,20 @@ std::vector<int32_t> OpenArtifact::system_prompt(std::string_view tools, std::st
     turns.push_back({"tool", "d", {}});
     shorten();
   }
-  // text before a special token is encoded by itself, whatever follows; a text that goes on may be cut into other tokens
+  // text before a special token is encoded by itself, whatever follows
   constexpr size_t kMostGivenUp = 16;
-  for (size_t given_up = 0; given_up <= std::min(kMostGivenUp, found.size()); ++given_up) {
-    const size_t end = found.size() - given_up;
-    if (end == 0 || !tokenizer_->is_special(found[end - 1])) continue;
+  for (size_t end = found.size(); end > 0 && end + kMostGivenUp >= found.size(); --end) {
+    if (!tokenizer_->is_special(found[end - 1])) continue;
     found.resize(end);
-    break;
+    return found;
+  }
+  // other text may be cut into tokens that reach into the question, each kind of which is tried
+  std::vector<std::string> questions = {"", "\n", "\n\n", "  ", "\t", "\xC3\xA9", "\xCC\x81", "\xE6\x97\xA5", "\xF0\x9F\x99\x82"};
+  for (char c = ' '; c < 127; ++c) questions.emplace_back(1, c);
+  turns.resize(asked + 1);
+  for (const std::string& question : questions) {
+    turns[asked].content = question;
+    shorten();
   }
   return found;
 }
