@@ -22,7 +22,8 @@ def register(app: typer.Typer) -> None:
 def prefixes(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What --prefix-cache names.")],
     artifact: Annotated[
-        Path | None, typer.Option(metavar="ARTIFACT", help="Only those of this artifact; default: of all.")
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="Only this artifact's, without those of applications; default: all."),
     ] = None,
     remove: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Forget what was kept under a name; may be repeated.")
@@ -45,8 +46,8 @@ def prefixes(
         found = kept_in(folder)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", place=str(folder)) from None
-    if contents is not None:  # applications shorten the digest at its other end
-        found = [one for one in found if one.artifact in (contents[:16], contents[-16:])]
+    if contents is not None:  # applications have another digest of an artifact
+        found = [one for one in found if one.artifact == contents[:16]]
     if remove:
         _remove(found, remove, folder)
         return

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from moec.assistant.native_text import FILE, tables
+from moec.assistant.prefixes import kept_in
 from moec.assistant.role_form import FILE as ROLES
 from moec.assistant.role_form import RoleForm, role_form
 from moec.compiler.tokenizer import load_tokenizer
@@ -126,6 +127,10 @@ def test_a_name_has_one_prefix(opened: int, kept: Path) -> None:
     assert app.call("prefix_tokens", opened, b"a") == 0
     assert app.call("prefix_tokens", opened, b"..") == 30
     assert len(list(kept.iterdir())) == 5
+    listed = kept_in(kept)  # what `moec prefixes` tells
+    assert {one.name for one in listed} == {None, "A.b_c-9", "..", "session", "x" * 64}
+    assert {(one.name, one.tokens) for one in listed if one.tokens != 30} == {(None, 40)}
+    assert len({one.artifact for one in listed}) == 1
 
 
 @pytest.mark.parametrize(
