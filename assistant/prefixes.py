@@ -161,8 +161,12 @@ class PrefixCache:
         return self._file(ids, name).exists()
 
     def _files(self) -> list[Kept]:
-        """The artifact's prefixes, the longest first."""
-        return [kept for kept in kept_in(self._folder) if kept.artifact == self._artifact]
+        """The artifact's prefixes, the longest first; none where the folder cannot be read any more."""
+        try:
+            return [kept for kept in kept_in(self._folder) if kept.artifact == self._artifact]
+        except OSError as error:
+            log.warning("%s: prefixes are not used: %s", self._folder, error.strerror)
+            return []
 
     def _file(self, ids: Sequence[int], name: str | None = None) -> Path:
         ending = "" if name is None else f".{checked_name(name)}"

@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.assistant.conversations import FOLDER
-from tests.assistant.speaking import Speaking, tokenizer
+from tests.assistant.speaking import VOCABULARY, Speaking, tokenizer
 from tests.conftest import Moec, refused
 
 
@@ -102,6 +103,30 @@ def test_a_template_that_does_not_end_is_one_line(
     file = tmp_path / "endless.jinja"
     file.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     refused(moec("run", artifact, "--chat", "--prompt", "x", "--chat-template", file), str(file), "does not end")
+
+
+def test_what_is_dropped_is_said(artifact: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moec.assistant import load
+
+    row = np.zeros(VOCABULARY, np.float32)
+    row[40] = 9
+    monkeypatch.setattr(load, "load_session", lambda *_: Speaking(likes=lambda _: row, context=200))
+    policy = ("--context-full", "drop-oldest")
+    typed(monkeypatch, "Hi", "And?")
+    status, out, err = moec("chat", artifact, *policy, "--max-new-tokens", 500, "--system", "S.")
+    assert (status, [len(line) for line in out.splitlines()]) == (0, [500, 500])
+    assert err.count("the context was full: the oldest ") == 2
+    assert "the context is full: the oldest 2 messages were dropped\n" in err
+    assert err.count("stopped by length\n") == 2
+    typed(monkeypatch, "Hi")
+    status, out, err = moec("chat", artifact, *policy)  # as many tokens as the context holds
+    assert (len(out), "stopped by length" in err) == (201, True)
+    typed(monkeypatch, "Hi")
+    status, out, err = moec("chat", artifact, "--drop-oldest")  # turns only: an answer ends where the context does
+    assert (len(out) < 200, "stopped by context" in err) == (True, True)
+    typed(monkeypatch, "Hi")
+    status, out, err = moec("chat", artifact, *policy, "--keep-first", 200)
+    assert (status, out, "keep_first: 200 tokens leave nothing to drop" in err) == (0, "", True)
 
 
 def test_a_full_context_is_said_and_it_goes_on(artifact: Path, moec: Moec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,11 @@ from moec.assistant.speculate import Drafter, ModelDrafter, PromptLookup
 from moec.compiler.artifact import Artifact
 from moec.compiler.errors import RunError
 from moec.compiler.target import Session
+from moec.targets.xnnpack.session import CpuSession
 from tests.assistant.conversations import template
 from tests.assistant.speaking import Speaking, assistant, tokenizer
 from tests.conftest import Moec, refused
+from tests.runtime.carried_model import carried_program
 from tests.tiny import TinyModels, tiny_text
 
 CONTEXT = 64
@@ -118,6 +120,21 @@ def test_what_follows_has_the_bits_of_a_fresh_session(
     assert (stats.dropped_tokens, stats.prompt_tokens, stats.new_tokens) == (dropped, length, 150)
     assert (stats.stopped, stats.cut_tokens > 0) == ("length", length > CONTEXT)
     assert dropped > 0
+
+
+def test_of_a_model_with_a_recurrence(tmp_path: Path) -> None:
+    """Its state does not go back: each drop begins anew."""
+    file = tmp_path / "model.pte"
+    file.write_bytes(carried_program(50, CONTEXT, known=50))
+    prompt = [3 + i % 41 for i in range(150)]
+    with CpuSession(file, threads=1) as fresh, CpuSession(file, threads=1) as session:
+        assert not session.rewinds
+        for sampling in (Sampling(), Sampling(temperature=1.0, seed=2)):
+            said, _, held, dropped = by_the_rule(fresh, prompt, 200, sampling, 4)
+            session.reset()
+            generation = Generation(session, prompt, 200, sampling, drop_oldest=True, keep_first=4)
+            assert list(generation) == said
+            assert (session.tokens, generation.stats.dropped_tokens) == (held, dropped)
 
 
 @pytest.mark.parametrize("which", ["lookup", "model"])

@@ -132,6 +132,21 @@ def test_a_damaged_one_is_computed_again(
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_a_folder_that_went_away_is_said(
+    artifact: Artifact, session: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefixes = PrefixCache(tmp_path / "kept", artifact.manifest.contents)
+    (tmp_path / "kept").rmdir()
+    with caplog.at_level(logging.WARNING):
+        assert reused(session, prefixes, [*SYSTEM, 5], 80, "a") == 0
+    assert "prefixes are not used: No such file" in caplog.text
+    assert "the prefix is not kept" in caplog.text
+    session.reset()
+    session.prefill(SYSTEM)
+    with pytest.raises(RunError):
+        prefixes.save(session, "a")
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b", "é", "x" * 65, "a\n", "\0"])
 def test_names_that_are_none(artifact: Artifact, session: Any, tmp_path: Path, name: str) -> None:
     prefixes = PrefixCache(tmp_path, artifact.manifest.contents)

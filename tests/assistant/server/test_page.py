@@ -41,7 +41,9 @@ function fetch(address, options) {
     const gone = () => reject(Object.assign(new Error("gone"), {name: "AbortError"}));
     options.signal.addEventListener("abort", gone);
     replies.push({body: JSON.parse(options.body), say(text) {
-      const line = "data: " + JSON.stringify({choices: [{delta: {content: text}}]}) + "\\n";
+      const usage = {choices: [], usage: {dropped_messages: 2, dropped_tokens: 0}};
+      const events = [{choices: [{delta: {content: text}}]}, usage];
+      const line = events.map(e => "data: " + JSON.stringify(e) + "\\n").join("");
       const parts = [{value: line, done: false}, {value: undefined, done: true}];
       const reader = {read: async () => parts.shift()};
       resolve({ok: true, body: {pipeThrough: () => ({getReader: () => reader})}});
@@ -59,6 +61,7 @@ const ask = text => { element("text").value = text; listeners["form submit"]({pr
   replies[1].say("New."); await tick();
   console.log(vm.runInContext("JSON.stringify([messages.map(m => m.content), running])", context), replies.length,
               JSON.stringify(replies[1].body.messages), element("send").hidden);
+  console.log(Object.getOwnPropertySymbols(made).map(s => made[s].textContent).at(-1));
 })();
 """
 
@@ -151,11 +154,13 @@ async def talk(debugging: str, url: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's script: install node")
-def test_new_forgets_an_answer_that_still_comes() -> None:
+def test_new_forgets_an_answer_that_still_comes_and_what_was_dropped_is_said() -> None:
     page = Path(__file__).parents[3] / "assistant" / "server" / "page.html"
     found = subprocess.run(["node", "-e", SCRIPT, str(page)], capture_output=True, text=True, timeout=60, check=True)
     asked = json.dumps([{"role": "user", "content": "new"}], separators=(",", ":"))
-    assert found.stdout == f'[["new","New."],null] 2 {asked} false\n'
+    log, dropped, _ = found.stdout.split("\n")
+    assert log == f'[["new","New."],null] 2 {asked} false'
+    assert dropped == "The context was full: the oldest 2 messages were dropped."
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: install chromium")
