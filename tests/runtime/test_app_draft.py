@@ -61,7 +61,7 @@ def test_the_text_is_the_models(opened: int, session: int, small: int, values: d
         assert (text, found) == (wanted, scores)
         assert stats.drafted_tokens > 0
         if draft in (itself, opened) and not values.get("temperature"):
-            assert stats.accepted_tokens == stats.drafted_tokens
+            assert stats.drafted_tokens - stats.accepted_tokens < 16  # but for what the last draft has beyond the end
     assert 0 < len(app.many("tokens", drafts)) <= 128
     for id_ in (drafts, itself):
         app.call("close", id_)
