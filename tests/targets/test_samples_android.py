@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from moec.runtime.native import runtime_library
+from moec.runtime.native import executorch_folder, runtime_library
 from tests.targets.samples.said import SPEC, said_by_python, talking_artifact
 from tests.tiny import TinyModels
 
@@ -195,25 +196,32 @@ def java(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@needs_jdk
-@pytest.mark.slow
-def test_native_functions_refuse_what_no_kotlin_passes(library: Path, talking: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def native_check(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Check.java and Native.java, whose functions are those that Native.kt declares, compiled."""
+    folder = tmp_path_factory.mktemp("java")
     lines = ["package dev.moec;", "class Native {"]
     for name, (result, parameters) in declared().items():
         given = ", ".join(f"{TYPES[kind][0]} {parameter}" for parameter, kind in parameters)
         lines.append(f"  static native {TYPES[result][0]} {name}({given});")
-    (tmp_path / "Native.java").write_text("\n".join([*lines, "}"]), "utf-8")
-    (tmp_path / "MoecException.java").write_text(
+    (folder / "Native.java").write_text("\n".join([*lines, "}"]), "utf-8")
+    (folder / "MoecException.java").write_text(
         "package dev.moec;\nclass MoecException extends RuntimeException {\n"
         "  MoecException(byte[] utf8) { super(new String(utf8, java.nio.charset.StandardCharsets.UTF_8)); }\n}",
         "utf-8",
     )
-    (tmp_path / "Constraint.java").write_text(
+    (folder / "Constraint.java").write_text(
         "package dev.moec;\ninterface Constraint { void allowed(int[] mask); boolean take(int token); }", "utf-8"
     )
-    sources = [*tmp_path.glob("*.java"), CHECKS / "Check.java"]
-    subprocess.run(["javac", "-encoding", "UTF-8", "-d", str(tmp_path), *map(str, sources)], check=True, timeout=120)
-    done = java("-cp", tmp_path, "dev.moec.Check", library, talking, PROMPT)
+    sources = [*folder.glob("*.java"), CHECKS / "Check.java"]
+    subprocess.run(["javac", "-encoding", "UTF-8", "-d", str(folder), *map(str, sources)], check=True, timeout=120)
+    return folder
+
+
+@needs_jdk
+@pytest.mark.slow
+def test_native_functions_refuse_what_no_kotlin_passes(library: Path, talking: Path, native_check: Path) -> None:
+    done = java("-cp", native_check, "dev.moec.Check", library, talking, PROMPT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING in native" not in done.stdout
     assert "not refused" not in done.stderr
@@ -292,3 +300,53 @@ def test_kotlin_says_what_python_says(
         assert found[name].startswith("MoecException: "), found[name]
         assert words in found[name]
     assert found["info"].endswith("512, 1, true, true]")
+
+
+# the names of an ExecuTorch that is installed for Android, for the shared libraries of this machine's wheel
+INSTALLED = """
+include({folder}/share/cmake/executorch-config.cmake)
+foreach(pair executorch=runtime optimized_native_cpu_ops_lib=kernels_optimized xnnpack_backend=backend_xnnpack
+             extension_threadpool=threadpool)
+  string(REPLACE "=" ";" pair ${{pair}})
+  list(GET pair 0 here)
+  list(GET pair 1 there)
+  add_library(${{here}} INTERFACE IMPORTED)
+  target_link_libraries(${{here}} INTERFACE -Wl,--no-as-needed executorch::${{there}})
+endforeach()
+foreach(name extension_module_static extension_tensor extension_data_loader log)
+  add_library(${{name}} INTERFACE IMPORTED)
+endforeach()
+"""
+
+
+@needs_jdk
+@pytest.mark.slow
+def test_the_modules_own_project_makes_a_library_that_does_the_same(
+    library: Path, talking: Path, native_check: Path, tmp_path: Path
+) -> None:
+    """CMakeLists.txt of the module as Gradle calls it, but for this machine, all in one library."""
+    jdk = Path(shutil.which("javac") or "").resolve().parents[1]
+    (tmp_path / "executorch-config.cmake").write_text(INSTALLED.format(folder=executorch_folder()))
+    headers = f"-isystem {jdk / 'include'} -isystem {jdk / 'include' / 'linux'}"
+    tools = Path(sys.executable).parent  # installed by pip, beside python
+    for command in (
+        [
+            *("cmake", "-S", str(NATIVE), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            *(
+                f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+                f"-Dexecutorch_DIR={tmp_path}",
+                f"-DCMAKE_CXX_FLAGS={headers}",
+            ),
+        ],
+        ["cmake", "--build", str(tmp_path / "build"), "--target", "moec_jni"],
+    ):
+        done = subprocess.run(
+            [str(tools / command[0]), *command[1:]], capture_output=True, text=True, timeout=3000, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = [
+        java("-cp", native_check, "dev.moec.Check", made, talking, PROMPT)
+        for made in (library, tmp_path / "build" / "libmoec_jni.so")
+    ]
+    assert [one.returncode for one in said] == [0, 0], said[1].stderr[-3000:]
+    assert said[1].stderr == said[0].stderr
