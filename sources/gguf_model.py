@@ -80,28 +80,22 @@ class GgufStore(Checkpoint):
             return LazyWeight(shape, only.dtype, lambda: only.load().reshape(shape))  # [K] of a single row [1, K]
 
         def load() -> Tensor:
-            return place.in_model(place.joined([place.rows(part.load()) for part in parts]))
+            return place.in_model(place.in_order(torch.cat([place.rows(part.load()) for part in parts], -2)))
 
         return LazyWeight(shape, torch.float32, load, self._joined_codes(parts, place, name))
 
     def _joined_codes(self, parts: list[LazyWeight], place: Place, name: str) -> StoredCodes | None:
         if place.of_rows:
             return None
-        if not place.alternating:
-            codes = joined_codes(parts, -2, name) if len(parts) > 1 else parts[0].stored
-            return codes if codes is None else replace(codes, transposed=place.transposed)
-        joined_codes(parts, -2, name)  # refuses what does not belong together
-        stored = [part.stored for part in parts]
-        first = stored[0]
-        if first is None:
+        codes = joined_codes(parts, -2, name) if len(parts) > 1 else parts[0].stored
+        if codes is None:
             return None
 
-        def load() -> QuantizedTensor:
-            codes = [part.load() for part in stored if part is not None]
-            joined = place.joined([c.codes for c in codes]), place.joined([c.scales for c in codes])
-            return replace(codes[0], codes=joined[0], scales=joined[1])
+        def load(joined: Callable[[], QuantizedTensor] = codes.load) -> QuantizedTensor:
+            found = joined()
+            return replace(found, codes=place.in_order(found.codes), scales=place.in_order(found.scales))
 
-        return StoredCodes(first.format, load, first.provenance, transposed=place.transposed)
+        return replace(codes, load=load, transposed=place.transposed)
 
     def digest(self) -> str:
         """SHA-256 over header, metadata and the first bytes of every tensor; the weights themselves are not read."""

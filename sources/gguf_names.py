@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # The model's names -> the file's, of a whole model and below a layer.
@@ -43,11 +42,11 @@ class Place:
         """A tensor of the file as rows [.., N, K]."""
         return part[..., None] if self.of_rows else part
 
-    def joined(self, parts: list[Tensor]) -> Tensor:
-        """[.., N, K] of parts [.., n, K] of the file: values, or what lies in rows as they do (codes, scales)."""
-        if len(parts) == 1:
-            return parts[0]
-        return torch.stack(parts, -2).flatten(-3, -2) if self.alternating else torch.cat(parts, -2)
+    def in_order(self, rows: Tensor) -> Tensor:
+        """Rows [.., N, K] of one part after the other in the model's order; codes and scales lie as values do."""
+        if not self.alternating:
+            return rows
+        return rows.unflatten(-2, (len(self.sources), -1)).transpose(-3, -2).flatten(-3, -2)
 
     def in_model(self, rows: Tensor) -> Tensor:
         """What was joined, [.., N, K], as the model holds it."""

@@ -36,9 +36,9 @@ struct StatePart {
   size_t bytes_at(int64_t position) const { return row ? row * static_cast<size_t>(position) : bytes; }
 };
 
-// Pages of an arena that are mapped from `Caches::base`.
+// Pages of an arena, among those of a part of the states, that are mapped from `Caches::base`.
 struct SharedRange {
-  size_t arena, begin, end;
+  size_t part, arena, begin, end;
 };
 
 // The caches of one sequence. Empty where they have never been parked.
@@ -48,7 +48,7 @@ struct Caches {
   // what the sequence begins with where others have it, too
   std::shared_ptr<SharedPages> base;
   std::vector<SharedRange> shared;  // in the order of their addresses
-  int64_t intact = 0;               // positions at the beginning that are those of `base`, since nothing has replaced them
+  int64_t intact = 0;               // positions at the beginning that are those of `base`
   bool damaged = false;             // pages of a file were missing
 
   void swap(Caches& other);
@@ -72,13 +72,14 @@ class Seats {
   uint8_t* at(const Caches& caches, const StatePart& part) const;
   // The memory of the states that is in use at `position`.
   std::vector<SessionBytes> bytes_of(const Caches& caches, int64_t position) const;
-  // Maps what can be mapped of the first `position` positions, which are those of `pages`; for each part the range of its bytes that
-  // is there then. The others are the caller's business.
+  // Maps what can be mapped of the first `position` positions, which are those of `pages`, into a sequence that shares no more than
+  // these with others; for each part the range of its bytes that is there then. The others are the caller's business.
   using Mapped = std::vector<std::pair<size_t, size_t>>;
   Mapped map(Caches* caches, std::shared_ptr<SharedPages> pages, int64_t position) const;
-  // The first `position` positions of one sequence into another that has none: shared where that saves something, else copied.
-  void fork(Caches* from, Caches* to, int64_t position) const;
-  // The sequence is about to be written from `position` on.
+  // The first `position` positions of one sequence into another that has none: shared where that saves something and `share` allows it,
+  // else copied.
+  void fork(Caches* from, Caches* to, int64_t position, bool share) const;
+  // The sequence is about to be written from `position` on: pages there become its own.
   void write(Caches* caches, int64_t position) const;
   // Gives back all pages of a sequence, shared or not; what is read next is zero.
   void clear(Caches* caches) const;
@@ -87,6 +88,7 @@ class Seats {
  private:
   friend class SharedUse;
   Arena& arena_of(Caches& caches, size_t arena) const;
+  void own(Caches* caches, int64_t position, int64_t kept) const;
   void move(Caches& caches, Arena& from, Arena& to, size_t arena) const;
   void move_range(Caches& caches, Arena& from, Arena& to, size_t arena, size_t begin, size_t end, bool shared) const;
 
@@ -100,6 +102,7 @@ class Seats {
 class SharedUse {
  public:
   SharedUse(const Seats& seats, Caches& caches);
+  bool held() const;  // false where too many are in use at once
   bool lost() const;
 
  private:

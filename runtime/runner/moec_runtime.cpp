@@ -221,13 +221,15 @@ bool moec_model::find_states() {
   // memory that methods share and no named state explains is carried as it is
   std::sort(covered.begin(), covered.end());
   size_t end = arenas.empty() ? 0 : begins[1], gap = 0;
+  bool overlap = false;  // in a program that somebody forged
   constexpr size_t kAlignment = 256;  // of a plan's tensors, at most
   for (const auto& [from, to] : covered) {
     if (from > end) gap = std::max(gap, from - end);
+    overlap |= from < end;
     end = std::max(end, to);
   }
   gap = std::max(gap, begins.back() - std::min(end, begins.back()));
-  if (gap >= kAlignment) {
+  if (gap >= kAlignment || overlap) {
     parts.clear();
     for (size_t i = 1; i < arenas.size(); ++i) parts.push_back({i, 0, arenas[i].size(), 0});
   }
@@ -328,9 +330,11 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   const std::string name = all ? "forward_all" : "forward";
   const int64_t wanted = (all ? n : 1) * info.vocab_size;
   if (!seats.seat(caches)) return fail("no address space for the caches of another session");
+  if (caches->damaged) return fail("pages of a session's file are missing");
+  const SharedUse use(seats, *caches);
+  if (!use.held()) return fail("too many sessions use files of saved ones at once");
   seats.write(caches, start);
   caches->reached = std::max(caches->reached, start + n);
-  const SharedUse use(seats, *caches);
   // never written: ExecuTorch's tensors just have no const form
   auto tokens = executorch::extension::from_blob(const_cast<int64_t*>(ids), {1, static_cast<int32_t>(n)}, ScalarType::Long);
   auto position = executorch::extension::from_blob(&start, {1}, ScalarType::Long);
@@ -338,7 +342,7 @@ bool moec_model::forward(Caches* caches, const int64_t* ids, int64_t n, int64_t 
   const FloatActivations arithmetic(float_activations);
   const UsedExperts lent(experts.get());
   const auto result = module->execute(name, {EValue(tokens), EValue(position)});
-  if ((caches->damaged = use.lost())) return fail("pages of a session's file are missing");
+  if ((caches->damaged |= use.lost())) return fail("pages of a session's file are missing");
   if (!result.ok() && experts && !experts->fault().empty()) return fail(experts->fault());
   if (!result.ok()) return fail(name.c_str(), result.error(), watch);
   const auto& output = (*result)[0].toTensor();

@@ -80,7 +80,7 @@ MOEC_RUNTIME_API int32_t moec_session_forward(moec_session* session, const int64
 // Forgets the tokens from `position` on.
 MOEC_RUNTIME_API int32_t moec_session_rewind(moec_session* session, int64_t position);
 // Another session with the same tokens; as moec_session_open. Where the system can (Linux since 5.14), both use the same pages of
-// their caches until one of them writes; elsewhere, and for short sessions, they are copied.
+// their caches until one of them writes there; elsewhere, for short sessions and within a memory budget, they are copied.
 MOEC_RUNTIME_API moec_session* moec_session_fork(moec_session* session);
 
 // Writes tokens and caches to a file under a temporary name, then renames it; only a session file is replaced. `artifact`:
@@ -88,7 +88,8 @@ MOEC_RUNTIME_API moec_session* moec_session_fork(moec_session* session);
 MOEC_RUNTIME_API int32_t moec_session_save(moec_session* session, const char* path, const char* artifact);
 // Replaces tokens and caches by those of a file. The file is not trusted: sizes, ids and digests are checked before
 // the session changes. Where the system can, the session then uses the pages of the file until it writes them: the file may be
-// removed or replaced, but if it is written or cut in place, the session's next call fails and it holds no tokens any more.
+// removed or replaced, but if it is written or cut in place, the session's next forward, fork or save fails, and it holds no tokens any
+// more.
 MOEC_RUNTIME_API int32_t moec_session_restore(moec_session* session, const char* path, const char* artifact);
 
 // As moec_set_trace of moec_kernel.h, for callers that only loaded this library.

@@ -159,7 +159,7 @@ int32_t moec_session_forward(moec_session* session, const int64_t* ids, int64_t 
       return false;
     }
     for (int64_t i = 0; i < n; ++i) session->tokens.push_back(static_cast<int32_t>(ids[i]));
-    return true;
+    return whole(session);  // what was written to the file meanwhile was read
   });
 }
 
@@ -180,7 +180,8 @@ moec_session* moec_session_fork(moec_session* session) {
     std::shared_lock<std::shared_mutex> keep(pools);  // the model's threads copy
     if (!whole(session)) return false;
     const SharedUse use(fork->model->seats, session->caches);
-    fork->model->seats.fork(&session->caches, &fork->caches, position_of(*session));
+    // a budget counts the caches of each session whole
+    fork->model->seats.fork(&session->caches, &fork->caches, position_of(*session), !fork->model->experts);
     session->caches.damaged |= use.lost();
     if (!whole(session)) return false;
     fork->tokens = session->tokens;
@@ -200,8 +201,13 @@ int32_t moec_session_save(moec_session* session, const char* path, const char* a
     std::shared_lock<std::shared_mutex> keep(pools);
     if (!whole(session)) return false;
     const SharedUse use(model->seats, session->caches);
-    const std::string fault = write_session(path, state, model->seats.bytes_of(session->caches, position_of(*session)));
-    return fault.empty() ? true : model->fail(fault);
+    const auto read = [&] {
+      session->caches.damaged |= use.lost();
+      return whole(session);
+    };
+    const std::string fault = write_session(path, state, model->seats.bytes_of(session->caches, position_of(*session)), read);
+    if (!model->error.empty() || fault.empty()) return model->error.empty();
+    return read() && model->fail(fault);  // what the system says of memory that it cannot read is no reason
   });
 }
 

@@ -240,7 +240,8 @@ uint64_t Xxh64::digest() const {
   return hash ^ hash >> 32;
 }
 
-std::string write_session(const std::string& path, const SessionState& state, const std::vector<SessionBytes>& parts) {
+std::string write_session(const std::string& path, const SessionState& state, const std::vector<SessionBytes>& parts,
+                          const std::function<bool()>& read) {
   if (const std::string fault = foreign(path); !fault.empty()) return fault;
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof header.magic);
@@ -267,6 +268,7 @@ std::string write_session(const std::string& path, const SessionState& state, co
   ok = ok && fsync(descriptor) == 0;
   std::string fault = ok ? "" : system_fault("cannot be written");
   if (close(descriptor) != 0 && ok) fault = system_fault("cannot be written");
+  if (fault.empty() && !read()) fault = "was not read whole";
   if (fault.empty() && std::rename(fresh.c_str(), path.c_str()) != 0) fault = system_fault("cannot be written");
   if (!fault.empty()) {
     unlink(fresh.c_str());

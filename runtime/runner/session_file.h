@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -26,8 +27,10 @@ struct SessionState {
   std::vector<int32_t> tokens;
 };
 
-// "" or the reason, without the path. The file appears whole or not at all.
-std::string write_session(const std::string& path, const SessionState& state, const std::vector<SessionBytes>& parts);
+// "" or the reason, without the path. The file appears whole or not at all. read: whether what was written is what the parts held;
+// asked before it appears.
+std::string write_session(const std::string& path, const SessionState& state, const std::vector<SessionBytes>& parts,
+                          const std::function<bool()>& read);
 
 class SessionReader {
  public:

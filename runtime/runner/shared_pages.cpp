@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 
 #include "core/parallel.h"
@@ -20,7 +21,7 @@ constexpr size_t kPiece = size_t{1} << 20;  // that one worker writes at once
 
 #if defined(__linux__)
 #ifndef MADV_POPULATE_READ
-constexpr int MADV_POPULATE_READ = 22;
+#define MADV_POPULATE_READ 22
 #endif
 
 int anonymous_file() {
@@ -75,14 +76,31 @@ std::vector<uint64_t> places_of(const std::vector<SessionBytes>& parts, uint64_t
 
 SharedPages::SharedPages(int descriptor, std::vector<uint64_t> places, std::function<bool(int)> matches)
     : descriptor_(descriptor), places_(std::move(places)), matches_(std::move(matches)) {
+  stamp();
+}
+
+timespec SharedPages::written(const struct stat& status) {
+#if defined(__APPLE__)
+  return status.st_mtimespec;
+#else
+  return status.st_mtim;
+#endif
+}
+
+void SharedPages::stamp() {
   fstat(descriptor_, &status_);
+  // systems count this time in steps: what is written soon after may get the same
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  const auto then = std::chrono::seconds(written(status_).tv_sec) + std::chrono::nanoseconds(written(status_).tv_nsec);
+  certain_ = now - then > std::chrono::milliseconds(20);
 }
 
 SharedPages::~SharedPages() { close(descriptor_); }
 
 std::shared_ptr<SharedPages> SharedPages::of(const std::vector<SessionBytes>& parts) {
 #if defined(__linux__)
-  const int descriptor = maps_files() ? anonymous_file() : -1;
+  const bool able = maps_files() && static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) <= kPage;
+  const int descriptor = able ? anonymous_file() : -1;
   if (descriptor < 0) return nullptr;
   auto pages = std::make_shared<SharedPages>(descriptor, places_of(parts, 0), nullptr);
   if (ftruncate(descriptor, static_cast<off_t>(pages->places_.back())) != 0) return nullptr;
@@ -113,16 +131,33 @@ std::pair<size_t, size_t> SharedPages::map(size_t part, uint8_t* data, size_t si
   const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
   const uint64_t place = places_[part] + (first - begin);
   if (size < kLeastMapped || first >= last || place % page != 0 || !maps_files()) return {0, 0};
+  const size_t length = last - first;
+  // elsewhere first: where it fails, some systems leave a hole in place of what was there
+  void* const fresh = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, descriptor_, static_cast<off_t>(place));
+  if (fresh == MAP_FAILED) return {0, 0};
   void* const at = reinterpret_cast<void*>(first);
-  const int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
-  if (mmap(at, last - first, PROT_READ | PROT_WRITE, flags, descriptor_, static_cast<off_t>(place)) != at) return {0, 0};
   // all pages at once; of a file that cannot be read it gives an error instead of a signal
-  if (madvise(at, last - first, MADV_POPULATE_READ) == 0 || !of_file()) return {first - begin, last - begin};
-  forget_pages(data + (first - begin), last - first);
+  if (madvise(fresh, length, MADV_POPULATE_READ) == 0 && mremap(fresh, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at)
+    return {first - begin, last - begin};
+  munmap(fresh, length);
+  forget_pages(data + (first - begin), length);
 #else
   (void)part, (void)data, (void)size;
 #endif
   return {0, 0};
+}
+
+bool SharedPages::read(size_t part, uint8_t* data, size_t size) const {
+  uint64_t place = places_[part];
+  while (size > 0) {
+    const ssize_t done = pread(descriptor_, data, size, static_cast<off_t>(place));
+    if (done < 0 && errno == EINTR) continue;
+    if (done <= 0) return false;
+    data += done;
+    place += static_cast<uint64_t>(done);
+    size -= static_cast<size_t>(done);
+  }
+  return true;
 }
 
 void forget_pages(uint8_t* data, size_t size) {
@@ -134,13 +169,8 @@ bool SharedPages::changed() {
   struct stat now = {};
   if (!matches_) return false;
   if (fstat(descriptor_, &now) != 0 || now.st_size != status_.st_size) return true;
-#if defined(__APPLE__)
-  const timespec &then = status_.st_mtimespec, &since = now.st_mtimespec;
-#else
-  const timespec &then = status_.st_mtim, &since = now.st_mtim;
-#endif
-  if (then.tv_sec == since.tv_sec && then.tv_nsec == since.tv_nsec) return false;
-  if (!matches_(descriptor_)) return true;
-  status_ = now;  // touched only
-  return false;
+  const timespec then = written(status_), since = written(now);
+  if (certain_ && then.tv_sec == since.tv_sec && then.tv_nsec == since.tv_nsec) return false;
+  stamp();  // before the contents are read
+  return !matches_(descriptor_);
 }

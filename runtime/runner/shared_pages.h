@@ -1,9 +1,11 @@
-// Pages that sequences begin with and of which each has its own copy only where it writes: the states of a saved session's file,
-// or memory in which a fork leaves them to its origin and to itself.
+// Pages that sequences begin with, until they write there: the states of a saved session's file, or memory in which a fork leaves them
+// to its origin and to itself. A sequence copies a page before it writes it (Seats::write), so that no mapped page ever differs from
+// the file's: the system would drop such a page when the file is cut.
 #ifndef MOEC_SHARED_PAGES_H_
 #define MOEC_SHARED_PAGES_H_
 
 #include <sys/stat.h>
+#include <time.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -39,19 +41,25 @@ class SharedPages {
   // A copy of the parts in memory of its own, by all workers; nullptr where the system has none of this kind.
   static std::shared_ptr<SharedPages> of(const std::vector<SessionBytes>& parts);
 
-  // Maps the whole pages among the first `size` bytes of a part over those at `data`: [first, last) of the part's bytes. Empty where
-  // they are too few, or the system cannot; the memory is as it was then, or zero if a file cannot be read.
+  // Maps the whole pages among the first `size` bytes of a part over those at `data`: [first, last) of the part's bytes. Nobody may
+  // write there. Empty where they are too few, or the system cannot; the memory may read as zero then.
   std::pair<size_t, size_t> map(size_t part, uint8_t* data, size_t size) const;
+  // The first `size` bytes of a part into memory; false where they cannot be read.
+  bool read(size_t part, uint8_t* data, size_t size) const;
   // Whether somebody else can cut the file, so that reading mapped pages may fail.
   bool of_file() const { return matches_ != nullptr; }
   // Whether the file was cut, or has other contents than it had.
   bool changed();
 
  private:
+  static timespec written(const struct stat& status);
+  void stamp();
+
   int descriptor_;
   std::vector<uint64_t> places_;
   std::function<bool(int)> matches_;  // none: memory that nobody else can write
   struct stat status_ = {};
+  bool certain_ = false;  // whether another time of change would tell that the file was written since
 };
 
 #endif  // MOEC_SHARED_PAGES_H_

@@ -145,6 +145,37 @@ def test_a_restored_session_uses_the_pages_of_its_file(model: Path, session: Cpu
     assert _mapped(str(tmp_path / "s")) == 0
 
 
+@pytest.mark.parametrize("kept", [1, 100, 1300, 2999])
+def test_what_is_written_is_no_shared_page_any_more(
+    model: Path, session: CpuSession, tmp_path: Path, kept: int
+) -> None:
+    """Pages that a session wrote are its own: neither forks nor the file's fate change them, and no page of the file
+    stays mapped that it does not use."""
+    prefix, other, rest = _ids(3000), _ids(1500, 1), _ids(4, 2)
+    session.prefill(prefix)
+    session.save(tmp_path / "s")
+    session.restore(tmp_path / "s")
+    session.rewind(kept)
+    session.prefill(other[: CONTEXT - kept - 20])
+    assert _mapped(str(tmp_path / "s")) <= kept * POSITION_BYTES
+    data = (tmp_path / "s").read_bytes()
+    (tmp_path / "s").write_bytes(data)  # in place: for a moment the file had no pages
+    with _unbroken(model, prefix, kept, other[: CONTEXT - kept - 20]) as twin, session.fork() as fork:
+        expected = _decoded(twin, rest)
+        np.testing.assert_array_equal(_decoded(session, rest), expected)
+        np.testing.assert_array_equal(_decoded(fork, rest), expected)
+        assert _mapped(str(tmp_path / "s")) == 0  # the fork has made other pages of all of it
+        with session.fork() as second:
+            fork.rewind(kept)
+            fork.prefill(rest)
+            np.testing.assert_array_equal(_decoded(second, rest), _decoded(session, rest))
+    mapped = _mapped("moec-session")
+    session.rewind(1)
+    session.prefill(rest)
+    assert mapped > 0
+    assert _mapped("moec-session") == 0  # memory that hardly anything of is used
+
+
 def _cut(file: Path) -> None:
     os.truncate(file, 5000)
 
@@ -236,16 +267,30 @@ with CpuSession(model, threads=2) as session:
         try:
             for i in range(40):
                 assert session.decode(i).tobytes() == expected[i], (round, i)
+                if i % 4 == round // 2 % 4:
+                    with session.fork() as fork:
+                        fork.save(folder / "again")
+                    session.save(folder / "again")
+                    with CpuSession(model, threads=2) as again:
+                        again.restore(folder / "again")
+                        if i < 39:
+                            assert again.decode(i + 1).tobytes() == expected[i + 1], (round, i)
         except RunError as error:
             assert "was changed while it is in use" in str(error), error
             lost += 1
+            if session.position:  # a fork was the first to see it
+                try:
+                    session.decode(0)
+                    sys.exit("decoded")
+                except RunError:
+                    pass
             assert session.position == 0
     print(lost)
 """
 
 
 def test_a_file_that_is_cut_while_its_pages_are_read(model: Path, tmp_path: Path) -> None:
-    """No signal ends the process, and no logits are made of missing pages."""
+    """No signal ends the process, and neither logits nor files nor forks are made of missing pages."""
     done = subprocess.run(
         [sys.executable, "-c", CUT_WHILE_READ, str(model), str(tmp_path), "1"],
         capture_output=True,

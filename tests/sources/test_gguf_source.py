@@ -17,7 +17,7 @@ import torch
 from moec.checkpoints.spec_from_gguf import spec_from_gguf
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import CheckpointError, SpecError
+from moec.compiler.errors import CheckpointError, CompileError, SpecError
 from moec.compiler.ops import fused_moe_q
 from moec.compiler.pipeline import run_passes
 from moec.compiler.spec.loader import parse_spec
@@ -196,6 +196,24 @@ def test_gpt_oss_as_it_is_released(rows: str, tmp_path: Path, moec: Moec) -> Non
         found = [session.prefill(ids[:17], logits="all"), *(session.decode(i)[None] for i in ids[17:])]
     wanted = expected(written, ids).numpy()
     np.testing.assert_allclose(np.concatenate(found), wanted, rtol=RTOL, atol=ATOL * 4)
+
+
+@pytest.mark.parametrize("others", ["F16", "Q4_0"])
+@pytest.mark.parametrize("first", ["gate", "up"])
+def test_projections_that_are_stored_differently(first: str, others: str, tmp_path: Path) -> None:
+    """They are one tensor of the model, whose codes nobody rounds anew."""
+    kinds = {f"ffn_{first}_exps": "MXFP4", "exps": others}
+    written = gguf_files.write(tmp_path / "oss.gguf", FAMILIES["gpt-oss"], kinds)
+    text = spec_from_gguf(written.file).replace("weights: int8", "weights: int8, experts: fp4")
+    if others == "F16":
+        store = open_gguf(written.file, parse_spec(text).quantization, ())
+        weight = store.weight(name := "model.layers.0.mlp.experts.gate_up_proj", store.names[name])
+        assert weight.stored is not None
+        with pytest.raises(CompileError, match="stored differently: only one of them is stored as codes"):
+            weight.stored.load()
+    else:
+        with pytest.raises(CheckpointError, match="is Q4_0, INT4 codes in groups of 32 along in; the spec stores"):
+            open_gguf(written.file, parse_spec(text).quantization, ())
 
 
 def test_gpt_oss_without_a_window(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,16 +151,18 @@ def test_a_budget_counts_what_makes_text(artifact: Artifact, tmp_path: Path, mon
         done.append("model")
         return opening(self, of)
 
-    def made(of: Artifact) -> str:
+    assistant = SimpleNamespace(prefixes=None)
+
+    def made(of: Artifact) -> SimpleNamespace:
         done.append("text")
-        return "the assistant"
+        return assistant
 
     monkeypatch.setattr(target, "load", opened)
     monkeypatch.setattr(Assistant, "of", made)
     for within in (artifact.within(AMPLE_MB), bringing(artifact, tmp_path / "a", AMPLE_MB)):
         with load(within) as session:
             assert done == ["text", "model"]
-            assert session.writer() == "the assistant"  # type: ignore[attr-defined]
+            assert session.writer() is assistant  # type: ignore[attr-defined]
             assert done == ["text", "model"]  # once
         done.clear()
     with load(artifact):
