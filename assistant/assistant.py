@@ -361,6 +361,11 @@ class Assistant:
             what = "conversations do not begin alike with this chat template"
             raise RunError(what, place="prefix", remedy="leave the name out")
         _, known = bring(session, prompt.ids, threading.Event(), self.place, self.prefixes, prompt.shared, name)
+        assert self.prefixes is not None
+        if not self.prefixes.has(name, prompt.ids[: prompt.shared]):  # a warning says why
+            raise RunError(
+                "the prefix was not kept", place="prefix", remedy="name a folder with room that can be written"
+            )
         if getattr(session, "rewinds", False):
             session.rewind(prompt.shared)
         return prompt.shared, min(known, prompt.shared)

@@ -27,7 +27,7 @@ class Beginnings:
         kind: a value of JSON that tells it. Empty where the template refuses so short a conversation. It holds for a
         day, since templates may write the date.
         """
-        key = json.dumps([datetime.date.today().isoformat(), kind])
+        key = json.dumps([datetime.date.today().isoformat(), kind], default=repr)
         with self._lock:
             found = self._known.pop(key, None)
             if found is not None:

@@ -267,9 +267,11 @@ class Generation:
             raise RunError(f"{self.max_new_tokens} new tokens", remedy="use 0 or above")
         sampler = Sampler(self.sampling, self.place, self.prompt)
         prompt, shared = list(self.prompt), self.shared
-        while self.drop_oldest and len(prompt) > self.session.context:
-            del prompt[self.keep_first : self.keep_first + self._half]
-            self.stats.dropped_tokens += self._half
+        over = len(prompt) - self.session.context
+        if self.drop_oldest and over > 0:
+            dropped = -(-over // self._half) * self._half
+            del prompt[self.keep_first : self.keep_first + dropped]
+            self.stats.dropped_tokens += dropped
             shared = min(shared, self.keep_first)
         self.stats.cut_tokens = self.stats.dropped_tokens
         self.session.turn += 1  # an earlier answer that is not at its end cannot go on

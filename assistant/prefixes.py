@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Kept:
     def used(self) -> float:
         """When it was written or restored last, in seconds since 1970; 0 where the system does not tell."""
         try:
-            return self.file.stat().st_mtime
+            return self.file.stat().st_atime
         except OSError:
             return 0.0
 
@@ -116,8 +117,9 @@ class PrefixCache:
                 self._remove(file, f"{file}: holds other tokens than its name says")
                 session.reset()
                 return 0
-            with contextlib.suppress(OSError):  # the folder may be read-only
-                os.utime(file)
+            # the folder may be read-only; of the time of writing sessions learn that their file was changed
+            with contextlib.suppress(OSError):
+                os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
             return count
         return held
 

@@ -33,7 +33,7 @@ Generation::Generation(std::shared_ptr<OpenSession> session, std::vector<int32_t
   const std::lock_guard<std::mutex> lock(session_->busy);
   turn_ = ++session_->turn;
   stats_.prompt_tokens = static_cast<int64_t>(tokens_.size());
-  while (static_cast<int64_t>(tokens_.size()) > info.context) forget_oldest();
+  forget_oldest();
 }
 
 moec_app_stats Generation::stats() {
@@ -89,14 +89,17 @@ bool Generation::compute(size_t held) {
     if (cancelled_) return false;
     const size_t count = std::min(most, tokens_.size() - begin);
     const bool last = begin + count == tokens_.size();
-    session_->forward(tokens_.data() + begin, count, last ? OpenSession::Rows::kLast : OpenSession::Rows::kNone, &logits_);
+    session_->forward(begin, tokens_.data() + begin, count, last ? OpenSession::Rows::kLast : OpenSession::Rows::kNone, &logits_);
   }
   return true;
 }
 
-// Drops the older half of the tokens that a full context has behind the first ones.
-void Generation::forget_oldest() {
-  const int64_t left = session_->artifact().info().context - keep_first_, dropped = left - left / 2;
+// Drops the older half of the tokens that a full context has behind the first ones, as often as it takes for the others to fit.
+void Generation::forget_oldest(int64_t room) {
+  const int64_t context = session_->artifact().info().context, left = context - keep_first_, half = left - left / 2;
+  const int64_t over = static_cast<int64_t>(tokens_.size()) + room - context;
+  if (over <= 0) return;
+  const int64_t dropped = (over + half - 1) / half * half;
   const auto begin = tokens_.begin() + keep_first_;
   tokens_.erase(begin, begin + dropped);
   stats_.dropped_tokens += dropped;
@@ -107,7 +110,7 @@ void Generation::forget_oldest() {
 bool Generation::make_room() {
   const moec_model_info& info = session_->artifact().info();
   settle();
-  forget_oldest();
+  forget_oldest(1);
   lookup_ = PromptLookup();
   const int64_t held = info.exact && info.rewinds ? keep_first_ : 0;
   session_->rewind(held);
@@ -130,7 +133,7 @@ void Generation::advance(int32_t token) {
   tokens_.push_back(token);
   if (check_guesses()) return;
   const double began = seconds();
-  session_->forward(&token, 1, OpenSession::Rows::kLast, &logits_);
+  session_->forward(tokens_.size() - 1, &token, 1, OpenSession::Rows::kLast, &logits_);
   pays_.stepped(seconds() - began);
 }
 
@@ -147,8 +150,9 @@ bool Generation::check_guesses() {
     if (ahead_.empty()) return false;
     std::vector<int32_t> call = {tokens_.back()};
     call.insert(call.end(), ahead_.begin(), ahead_.end());
-    session_->forward(call.data(), call.size(), OpenSession::Rows::kAll, &rows_);
+    session_->forward(tokens_.size() - 1, call.data(), call.size(), OpenSession::Rows::kAll, &rows_);
   } catch (const Fault&) {  // of the small model, or logits that are no numbers behind a wrong draft; what is wrong with the token comes next
+    if (session_->position() != static_cast<int64_t>(tokens_.size()) - 1) throw;  // the tokens before it are lost
     ahead_.clear();
     speculate_ = false;
     return false;

@@ -42,7 +42,7 @@ class Generation : public Object {
  private:
   bool prefill();
   bool compute(size_t held);
-  void forget_oldest();
+  void forget_oldest(int64_t room = 0);
   bool make_room();
   void advance(int32_t token);
   bool check_guesses();

@@ -21,7 +21,8 @@ bool read_double(const std::string& text, double* value) {
   std::istringstream in(text);
   in.imbue(std::locale::classic());
   in >> *value;
-  return !in.fail() && std::isfinite(*value);
+  // some libraries call what is too small for a double a failure
+  return std::isfinite(*value) && (!in.fail() || std::abs(*value) < 1);
 }
 
 // Digits and exponent of a finite positive number: value = d.ddd x 10^exponent.

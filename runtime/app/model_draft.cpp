@@ -27,12 +27,12 @@ std::vector<int32_t> ModelDraft::draft(const std::vector<int32_t>& tokens, size_
     if (cancelled) return {};
     const size_t count = std::min(step, tokens.size() - begin);
     const bool last = begin + count == tokens.size();
-    session_->forward(tokens.data() + begin, count, last ? OpenSession::Rows::kLast : OpenSession::Rows::kNone, &logits);
+    session_->forward(begin, tokens.data() + begin, count, last ? OpenSession::Rows::kLast : OpenSession::Rows::kNone, &logits);
   }
   std::vector<int32_t> found;
   for (;;) {
     found.push_back(static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
     if (found.size() == most) return found;
-    session_->forward(&found.back(), 1, OpenSession::Rows::kLast, &logits);
+    session_->forward(tokens.size() + found.size() - 1, &found.back(), 1, OpenSession::Rows::kLast, &logits);
   }
 }

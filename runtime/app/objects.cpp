@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../runner/session_file.h"
@@ -291,8 +292,8 @@ OpenSession::OpenSession(std::shared_ptr<OpenArtifact> artifact, moec_session* s
 }
 
 void OpenSession::settle() {
-  if (guessed > 0 && moec_session_rewind(session_.get(), position() - guessed) != 0) throw Fault(error());
-  guessed = 0;
+  const int64_t kept = position() - std::exchange(guessed, 0);  // negative: its tokens are lost, as its next call will say
+  if (kept >= 0 && kept < position() && moec_session_rewind(session_.get(), kept) != 0) throw Fault(error());
 }
 
 std::shared_ptr<OpenSession> OpenSession::fork() {
@@ -337,11 +338,11 @@ bool OpenSession::holds(const std::vector<int32_t>& ids, size_t count) {
   return held.size() == count && std::equal(held.begin(), held.end(), ids.begin());
 }
 
-void OpenSession::forward(const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits) {
+void OpenSession::forward(size_t start, const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits) {
   const std::vector<int64_t> part(ids, ids + count);
   const size_t wanted = rows == Rows::kNone ? 0 : rows == Rows::kLast ? 1 : count;
   if (wanted > 0) logits->resize(wanted * static_cast<size_t>(artifact_->info().vocab_size));
-  if (moec_session_forward(session_.get(), part.data(), static_cast<int64_t>(count), position(), rows == Rows::kAll,
+  if (moec_session_forward(session_.get(), part.data(), static_cast<int64_t>(count), static_cast<int64_t>(start), rows == Rows::kAll,
                            wanted > 0 ? logits->data() : nullptr, wanted > 0 ? static_cast<int64_t>(logits->size()) : 0) != 0)
     throw Fault(error());
 }

@@ -100,8 +100,9 @@ class OpenSession : public Object {
   void settle();        // forgets those
   int64_t position();
   enum class Rows { kNone, kLast, kAll };
-  // Appends tokens; their logits are written one row after the other.
-  void forward(const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits);
+  // Appends tokens to the first `start`, which are all that it holds; their logits are written one row after the other. A fault where
+  // it has lost tokens since (moec_session_restore).
+  void forward(size_t start, const int32_t* ids, size_t count, Rows rows, std::vector<float>* logits);
 
  private:
   struct Close {

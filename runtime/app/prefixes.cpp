@@ -1,8 +1,8 @@
 #include "prefixes.h"
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -46,7 +46,7 @@ bool is_name(std::string_view name) {
 
 // Whether a file that gives this reason when it is restored will never be of use.
 bool is_damage(const std::string& reason) {
-  for (const std::string_view words : {"damaged", "truncated", "is not a", "was saved ", "holds "})
+  for (const std::string_view words : {"damaged", "truncated", "is not a", "was saved with another", "holds "})
     if (begins(reason, words)) return true;
   return false;
 }
@@ -55,15 +55,25 @@ bool is_no_room(const std::string& reason) {
   return reason.find("has no room") != std::string::npos || reason.find("leaves no room") != std::string::npos;
 }
 
-// When a file was written, or last used; 0 where the system does not tell.
-std::pair<int64_t, int64_t> time_of(const std::string& path) {
+// When a file was written, and when it was last used; 0 where the system does not tell.
+struct Times {
+  std::pair<int64_t, int64_t> written, used;
+};
+Times times_of(const std::string& path) {
   struct stat status;
-  if (lstat(path.c_str(), &status) != 0) return {0, 0};
+  if (lstat(path.c_str(), &status) != 0) return {};
 #ifdef __APPLE__
-  return {status.st_mtimespec.tv_sec, status.st_mtimespec.tv_nsec};
+  const timespec &written = status.st_mtimespec, &used = status.st_atimespec;
 #else
-  return {status.st_mtim.tv_sec, status.st_mtim.tv_nsec};
+  const timespec &written = status.st_mtim, &used = status.st_atim;
 #endif
+  return {{written.tv_sec, written.tv_nsec}, {used.tv_sec, used.tv_nsec}};
+}
+
+// The time of writing stays: sessions learn from it that their file was changed. The folder may be read-only.
+void mark_used(const std::string& path) {
+  const timespec times[2] = {{0, UTIME_NOW}, {0, UTIME_OMIT}};
+  utimensat(AT_FDCWD, path.c_str(), times, 0);
 }
 
 void make_folders(const std::string& folder) {
@@ -100,7 +110,7 @@ size_t PrefixFolder::restore(OpenSession* session, const std::vector<int32_t>& i
       reason = session->restored(path);
     }
     if (reason.empty() && session->holds(ids, count)) {
-      if (file.name.empty()) utimes(path.c_str(), nullptr);  // the folder may be read-only
+      if (file.name.empty()) mark_used(path);
       return count;
     }
     if (reason.empty()) {
@@ -125,7 +135,7 @@ void PrefixFolder::keep(OpenSession* session, const std::string& name) {
   if (access(path_of(file).c_str(), F_OK) != 0) {
     session->save(path_of(file));
   } else if (name.empty()) {
-    utimes(path_of(file).c_str(), nullptr);
+    mark_used(path_of(file));
   }
   if (name.empty()) return remove_oldest();
   for (const File& old : files())
@@ -148,7 +158,7 @@ int64_t PrefixFolder::tokens_of(const std::string& name) {
   const File* newest = nullptr;
   const std::vector<File> all = files();
   for (const File& file : all)  // one, unless a process ended while it replaced it
-    if (file.name == name && (!newest || time_of(path_of(file.file)) > time_of(path_of(newest->file)))) newest = &file;
+    if (file.name == name && (!newest || times_of(path_of(file.file)).written > times_of(path_of(newest->file)).written)) newest = &file;
   return newest ? newest->count : 0;
 }
 
@@ -201,7 +211,7 @@ void PrefixFolder::remove(const File& file, const std::string& why) {
 void PrefixFolder::remove_oldest() const {
   std::vector<std::pair<std::pair<int64_t, int64_t>, std::string>> unnamed;
   for (const File& file : files())
-    if (file.name.empty()) unnamed.emplace_back(time_of(path_of(file.file)), file.file);
+    if (file.name.empty()) unnamed.emplace_back(times_of(path_of(file.file)).used, file.file);
   std::sort(unnamed.begin(), unnamed.end());
   for (size_t i = 0; i + kMostUnnamed < unnamed.size(); ++i) unlink(path_of(unnamed[i].second).c_str());
 }

@@ -104,7 +104,7 @@ MOEC_APP_API int64_t moec_app_chat_with_tools(int64_t artifact, const char* tool
 // fit (-1: 64, or a quarter of a context that is shorter than 256), the oldest question is left out with everything up to the next
 // one: its answer, calls and what tools said. The system prompt stays, as do the last question and what follows it: if they leave less
 // than `room` but something, that is what the answer gets; if nothing, it is an error. `dropped`, which may be NULL, becomes the number
-// of turns that were left out, all of them the first ones behind the system prompt.
+// of turns that were left out, all of them in a row that begins with the first question.
 MOEC_APP_API int64_t moec_app_fitting_chat(int64_t artifact, const char* tools, const moec_app_turn* turns, int64_t count,
                                            int64_t room, int32_t* ids, int64_t capacity, int64_t* dropped);
 
@@ -118,7 +118,9 @@ MOEC_APP_API int64_t moec_app_fork(int64_t session);
 MOEC_APP_API int64_t moec_app_tokens(int64_t session, int32_t* ids, int64_t capacity);
 // Forgets the tokens from `position` on.
 MOEC_APP_API int32_t moec_app_rewind(int64_t session, int64_t position);
-// Writes a session to a file, and reads it back. A damaged file, or one of another artifact, leaves the session as it was.
+// Writes a session to a file, and reads it back. A damaged file, or one of another artifact, leaves the session as it was. On Linux and
+// Android a restored session goes on using the file, as does one that a prefix was found for: it may be removed or replaced, but where
+// something writes into it, or cuts it, the session's next use is an error and the session has lost its tokens: generate again.
 MOEC_APP_API int32_t moec_app_save(int64_t session, const char* path);
 MOEC_APP_API int32_t moec_app_restore(int64_t session, const char* path);
 
