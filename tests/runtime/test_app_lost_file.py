@@ -1,4 +1,4 @@
-"""The file of a restored session is overwritten while an application uses it: an error, never an answer from nothing."""
+"""The file of a restored session is overwritten while an application uses it: an error, no answer from nothing."""
 
 from __future__ import annotations
 
