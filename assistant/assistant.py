@@ -111,7 +111,7 @@ class Assistant:
         messages = checked_messages(messages)
         if any(m["role"] == "developer" for m in messages) and "developer" not in template.text:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        tools = checked_tools(tools) if tools else None
+        tools = None if tools is None else checked_tools(tools) or None
         if tools and "tools" not in template.variables:
             raise RunError("the chat template reads no tools", place=template.place, remedy="leave them out")
         text, ids = self._encoded(template, messages, tools, variables)
@@ -305,9 +305,9 @@ class Assistant:
 
         What is None is what the model's generation_config.json recommends, else greedy. Numbers are those of
         `Sampling`, stop and top_scores those of `Limits`; max_new_tokens None: to the end of the context. tools: of a
-        conversation, in OpenAI's form; calls are in the answer's `calls`. tool_choice: auto, required (the answer is
-        a call), or the name of the tool that it calls. json_schema, regex, grammar: what the answer
-        must be. variables: what the chat template may read, such as `enable_thinking`. context_full, keep_first:
+        conversation, in OpenAI's form; calls are in the answer's `calls`. tool_choice: auto, none (as without tools),
+        required (the answer is a call), or the name of the tool that it calls. json_schema, regex, grammar: what the
+        answer must be. variables: what the chat template may read, such as `enable_thinking`. context_full, keep_first:
         whether a full context is an error, or the oldest tokens are dropped (`Limits`), and of a conversation that is
         too long the oldest questions before its answer begins (`fitting`). prefix: the name under which the beginning
         is kept in the folder that `moec.load(..., prefix_cache=DIR)` named: of a conversation the system prompt with
@@ -327,8 +327,9 @@ class Assistant:
         stops = (stop,) if isinstance(stop, str) else stop
         limits = Limits(sampling, max_new_tokens, stops, top_scores, context_full=context_full, keep_first=keep_first)
         format = Format.of(json_schema=json_schema, regex=regex, grammar=grammar)
-        given = self._prompt(prompt, tools, variables, session.context if limits.drops else None)
-        if tool_choice != "auto":
+        called = None if tool_choice == "none" else tools
+        given = self._prompt(prompt, called, variables, session.context if limits.drops else None)
+        if tool_choice not in ("auto", "none"):
             if format is not None:
                 raise RunError("a tool's call and another format at once", place="tool_choice", remedy="give one")
             format = self.must_call(given, None if tool_choice == "required" else tool_choice)

@@ -5,6 +5,7 @@ Works on any `Session`. V is the vocabulary.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from moec.compiler.errors import RunError
 if TYPE_CHECKING:
     from moec.assistant.prefixes import PrefixCache
     from moec.compiler.target import Session
+
+log = logging.getLogger("moec.prefixes")
 
 
 class TextStream:
@@ -207,7 +210,7 @@ def bring(
     if same < len(held):
         session.rewind(same)
     if keep and prefixes is not None and same == shared:
-        prefixes.keep(session, name)
+        _keep(prefixes, session, name, place)
         keep = False
     logits = None
     step = getattr(session, "max_tokens", len(ids))  # a call takes no more, and is not interrupted
@@ -217,8 +220,16 @@ def bring(
                 return None, same
             logits = session.prefill(list(ids[begin : min(begin + step, last)]), logits="last")
         if prefixes is not None and keep and last == shared:
-            prefixes.keep(session, name)
+            _keep(prefixes, session, name, place)
     return np.asarray(logits).reshape(-1), same
+
+
+def _keep(prefixes: PrefixCache, session: Session, name: str | None, place: str | None) -> None:
+    """RunError where the session lost its tokens with a file that it used, which `PrefixCache.keep` only warns of."""
+    count = session.position
+    prefixes.keep(session, name)
+    if session.position != count:
+        raise RunError("the session has lost its tokens", place=place, remedy="ask again")
 
 
 @dataclass
@@ -273,12 +284,16 @@ class Generation:
             del prompt[self.keep_first : self.keep_first + dropped]
             self.stats.dropped_tokens += dropped
             shared = min(shared, self.keep_first)
+        name = self.prefix_name if shared == self.shared else None  # what was cut is not what the name stands for
         self.stats.cut_tokens = self.stats.dropped_tokens
         self.session.turn += 1  # an earlier answer that is not at its end cannot go on
         started = time.perf_counter()
         logits, self.stats.reused_tokens = bring(
-            self.session, prompt, self.cancelled, self.place, self.prefixes, shared, self.prefix_name
+            self.session, prompt, self.cancelled, self.place, self.prefixes, shared, name
         )
+        if self.prefix_name is not None and (name is None or not 0 < shared < len(prompt)):
+            why = "the prompt does not fit the context" if name is None else "prompts have no beginning in common"
+            log.warning("nothing is kept as prefix %s: %s", self.prefix_name, why)
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prefill_seconds = time.perf_counter() - started
         steps = Steps(self.session, self.drafter)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +33,10 @@ _FILE = re.compile(r"([0-9a-f]{16})-([0-9]{1,9})-([0-9a-f]{32}|[0-9a-f]{16})(?:\
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def checked_name(name: str, place: str = "prefix") -> str:
+def checked_name(name: Any, place: str = "prefix") -> str:
     """A name for a prefix; UserError for what is none."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        name = str(name)
         what = f"no name of a prefix: {''.join(c if c.isprintable() else '?' for c in name[:40])!r}"
         raise UserError(what, place=place, remedy="use 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'")
     return name

@@ -82,8 +82,9 @@ def _keyword_rules(index: int, function: Mapping[str, Any], ids: Mapping[str, in
     """
     schema = function.get("parameters") or {}
     properties, needed = schema.get("properties") or {}, schema.get("required") or []
-    lists = isinstance(properties, Mapping) and isinstance(needed, list)
-    wrong = sorted(schema.keys() - _SINGLY) + [key for key in properties if lists and not KEY.fullmatch(str(key))]
+    lists = isinstance(properties, Mapping) and isinstance(needed, list) and all(isinstance(key, str) for key in needed)
+    keys = list(properties) if lists else []
+    wrong = sorted(schema.keys() - _SINGLY) + [key for key in keys if not KEY.fullmatch(str(key))]
     if wrong or not lists or not all(key in properties for key in needed):
         what = f"the arguments of {function['name']} cannot be forced in this model's form of calls"
         raise RunError(f"{what}{f': {wrong[0]}' if wrong else ''}", place=PLACE, remedy="use auto or none")

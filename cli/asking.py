@@ -125,9 +125,12 @@ def prefixes_in(folder: Path | None, artifact: Artifact, name: str | None = None
 def tools_in(file: Path) -> Any:
     """The JSON of a file with tools; UserError."""
     try:
-        return json.loads(read_text(file, limit=MAX_TOOLS_BYTES))
+        found = json.loads(read_text(file, limit=MAX_TOOLS_BYTES))
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {str(error).splitlines()[0]}", place=str(file)) from None
+    if not isinstance(found, list):
+        raise UserError("holds no list of tools", place=str(file), remedy="write definitions as OpenAI does, in a list")
+    return found
 
 
 def show(text: str, stream: Any = None) -> None:

@@ -39,13 +39,16 @@ def prefixes(
     from moec.compiler.artifact import Artifact
     from moec.compiler.units import size
 
+    if remove and as_json:
+        raise UserError("--json is of the list", remedy="leave --json or --remove out")
     for name in remove or ():
         checked_name(name, "--remove")
     contents = None if artifact is None else Artifact.open(artifact).manifest.contents
     try:
         found = kept_in(folder)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", place=str(folder)) from None
+        remedy = "name the folder that --prefix-cache names"
+        raise UserError(f"cannot be read: {error.strerror}", place=str(folder), remedy=remedy) from None
     if contents is not None:  # applications have another digest of an artifact
         found = [one for one in found if one.artifact == contents[:16]]
     if remove:
@@ -60,17 +63,20 @@ def prefixes(
 
 
 def _remove(found: list[Kept], names: list[str], folder: Path) -> None:
-    for name in names:
-        named = [one for one in found if one.name == name]
-        if not named:
-            known = ", ".join(sorted({one.name for one in found if one.name})) or "none"
-            raise UserError(f"no prefix is named {name}", place=str(folder), remedy=f"known: {known}")
-        for one in named:
-            try:
-                one.file.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot be removed: {error.strerror}", place=str(one.file)) from None
-            print(f"{one.file}: removed", file=sys.stderr)
+    known = sorted({one.name for one in found if one.name})
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        what = f"no prefix is named {unknown}"
+        raise UserError(what, place=str(folder), remedy=f"known: {', '.join(known) or 'none'}")
+    for one in found:
+        if one.name not in names:
+            continue
+        try:
+            one.file.unlink(missing_ok=True)
+        except OSError as error:
+            what = f"cannot be removed: {error.strerror}"
+            raise UserError(what, place=str(one.file), remedy="let this user write the folder") from None
+        print(f"{one.file}: removed", file=sys.stderr)
 
 
 def _day(used: float) -> str:

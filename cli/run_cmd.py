@@ -159,7 +159,11 @@ def run_artifact(
         question = [{"role": "user", "content": text}]
         messages = question if system is None else [{"role": "system", "content": system}, *question]
         given_tools = None if tools is None else tools_in(tools)
-        given_prompt = assistant.chat_prompt(messages, tools=given_tools, shared=limits.drops)
+        if limits.drops:  # the question stays whole: what does not fit beside it is an error
+            context = opened.manifest.model.context
+            given_prompt = assistant.fitting_prompt(messages, context, tools=given_tools)
+        else:
+            given_prompt = assistant.chat_prompt(messages, tools=given_tools)
     else:
         given_prompt = assistant.text_prompt(text)
     session = load_session(opened)

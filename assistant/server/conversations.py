@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from moec.assistant.prefixes import shared_length
-from moec.compiler.errors import RunError
+from moec.compiler.errors import LostFileError, RunError
 from moec.compiler.target import Session
 
 log = logging.getLogger("moec.server")
@@ -50,7 +50,7 @@ class Conversations:
         on: if that is `best`, it is given itself.
         """
         made = self._forked(best) if self._room or len(self._sessions) < self._most else None
-        if made is None and self._sessions[0] is not best:
+        if made is None and not self._room and self._sessions[0] is not best:
             self._sessions.pop(0).close()
             made = self._forked(best)
         if made is None:
@@ -66,8 +66,11 @@ class Conversations:
     def _forked(self, session: Session) -> Session | None:
         try:
             return session.fork()
-        except RunError as error:
+        except LostFileError as error:  # the session has lost its tokens: it may be used itself
+            log.warning("a conversation is computed again: %s", error.message)
+            return None
+        except (RunError, MemoryError) as error:
             self._room, self._most = False, len(self._sessions)
             what = "one conversation is" if self._most == 1 else f"{self._most} conversations are"
-            log.warning("%s kept: %s", what, error.message)
+            log.warning("%s kept: %s", what, getattr(error, "message", error))
             return None

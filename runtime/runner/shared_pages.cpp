@@ -89,10 +89,11 @@ timespec SharedPages::written(const struct stat& status) {
 
 void SharedPages::stamp() {
   fstat(descriptor_, &status_);
-  // systems count this time in steps: what is written soon after may get the same
+  // systems count this time in steps, some of two seconds: what is written soon after may get the same
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   const auto then = std::chrono::seconds(written(status_).tv_sec) + std::chrono::nanoseconds(written(status_).tv_nsec);
-  certain_ = now - then > std::chrono::milliseconds(20);
+  const auto step = std::chrono::milliseconds(2100);
+  certain_ = now - then > step || then - now > step;
 }
 
 SharedPages::~SharedPages() { close(descriptor_); }
@@ -167,10 +168,10 @@ void forget_pages(uint8_t* data, size_t size) {
 
 bool SharedPages::changed() {
   struct stat now = {};
-  if (!matches_) return false;
-  if (fstat(descriptor_, &now) != 0 || now.st_size != status_.st_size) return true;
+  if (!matches_ || changed_) return changed_;
+  changed_ = fstat(descriptor_, &now) != 0 || now.st_size != status_.st_size;
   const timespec then = written(status_), since = written(now);
-  if (certain_ && then.tv_sec == since.tv_sec && then.tv_nsec == since.tv_nsec) return false;
+  if (changed_ || (certain_ && then.tv_sec == since.tv_sec && then.tv_nsec == since.tv_nsec)) return changed_;
   stamp();  // before the contents are read
-  return !matches_(descriptor_);
+  return changed_ = !matches_(descriptor_);
 }

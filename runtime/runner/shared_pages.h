@@ -60,6 +60,7 @@ class SharedPages {
   std::function<bool(int)> matches_;  // none: memory that nobody else can write
   struct stat status_ = {};
   bool certain_ = false;  // whether another time of change would tell that the file was written since
+  bool changed_ = false;  // for all sequences that share it, whichever saw it first
 };
 
 #endif  // MOEC_SHARED_PAGES_H_

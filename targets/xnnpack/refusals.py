@@ -18,11 +18,15 @@ _REMEDIES = (
     ("memory budget", "give a larger --memory-mb"),
     ("threads that read experts", "allow the process more threads, or run it without a memory budget"),
     ("the system does not allow", "give fewer --threads"),
-    ("was restored from was changed", "prefill its tokens again"),
 )
 _NO_ROOM = ("has no room", "leaves no room")
 _OUT_OF_MEMORY = ("no address space", "out of memory", os.strerror(errno.ENOMEM))
-_LOST = ("truncated while it is in use", "an expert cannot be read")
+# what became of a file that is in use, and what helps
+_LOST = {
+    "truncated while it is in use": "load the artifact again when its file is whole",
+    "an expert cannot be read": "load the artifact again when its file is whole",
+    "was restored from was changed": "prefill its tokens again",
+}
 # reasons of the system for which a file cannot be opened or read, and what helps
 _SYSTEM = {
     os.strerror(errno.EACCES): "let this user read the file",
@@ -41,6 +45,8 @@ def remedy_for(reason: str) -> str | None:
 
 def opening_error(reason: str, model: Path) -> Exception:
     """Of a model that was not opened, a budget that was not set, or a session that was not opened or forked."""
+    if lost := _lost(reason, str(model)):
+        return lost
     if any(words in reason for words in _OUT_OF_MEMORY):
         return MemoryError(f"{model}: {reason}")
     remedy = remedy_for(reason)
@@ -51,13 +57,15 @@ def opening_error(reason: str, model: Path) -> Exception:
 
 def call_error(reason: str, place: str) -> RunError:
     """Of a call of an open session."""
-    if any(words in reason for words in _LOST):
-        return LostFileError(reason, place=place, remedy="load the artifact again when its file is whole")
+    if lost := _lost(reason, place):
+        return lost
     return _kind(reason)(reason, place=place, remedy=remedy_for(reason))
 
 
 def session_file_error(reason: str, file: Path) -> RunError:
     """Of saving or restoring a session."""
+    if lost := _lost(reason, str(file)):
+        return lost
     if "exists and" in reason or "cannot be written" in reason:
         return RunError(reason, place=str(file), remedy="name another file")
     if any(words in reason for words in _NO_ROOM):  # the reason says what helps
@@ -77,6 +85,12 @@ def reason_in(text: str) -> str:
     """The reason in what the runner or adb wrote: its first line that begins with "error: ", else the last."""
     lines = text.strip().splitlines() or [""]
     return next((line for line in lines if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+
+
+def _lost(reason: str, place: str) -> LostFileError | None:
+    """Of a file that was cut, changed or cannot be read any more while it is in use; None for another reason."""
+    remedy = next((remedy for words, remedy in _LOST.items() if words in reason), None)
+    return None if remedy is None else LostFileError(reason, place=place, remedy=remedy)
 
 
 def _kind(reason: str) -> type[RunError]:

@@ -344,6 +344,23 @@ def test_what_the_commands_say(folder: Path, moec: Moec) -> None:
     )
 
 
+def test_the_question_of_a_command_stays_whole(folder: Path, moec: Moec, tmp_path: Path) -> None:
+    """What does not fit beside it is an error, as in a conversation."""
+    (tmp_path / "chat.jinja").write_text(template("hermes").text)
+    chat = ["run", folder, "--chat", "--chat-template", tmp_path / "chat.jinja", "--context-full", "drop-oldest"]
+    refused(moec(*chat, "--prompt", "word " * 80), "no room for an answer", "the context 64")
+    refused(moec(*chat, "--prompt", "Hi", "--system", "word " * 80), "no room for an answer", "the context 64")
+    status, _, err = moec(*chat, "--prompt", "Hi", "--max-new-tokens", 3)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("text", ["{}", "0", '""', "null"])
+def test_a_file_that_holds_no_tools(folder: Path, moec: Moec, tmp_path: Path, text: str) -> None:
+    (tmp_path / "tools.json").write_text(text)
+    command = ["run", folder, "--chat", "--prompt", "Hi", "--tools", tmp_path / "tools.json"]
+    refused(moec(*command), "tools.json: holds no list of tools")
+
+
 def test_a_thread_may_cancel_an_answer_without_end(session: Any) -> None:
     answer = session.generate([5, 6, 7], context_full="drop_oldest", max_new_tokens=10**9, logit_bias={2: -1e6})
     timer = threading.Timer(0.3, answer.cancel)

@@ -212,6 +212,37 @@ def test_beginnings_that_differ_are_refused(tmp_path: Path) -> None:
         speaks.keep_beginning(Speaking(), "a")
 
 
+def test_what_is_not_kept_is_said(
+    artifact: Artifact, session: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt that was cut does not take the name from the prefix that has it."""
+    prefixes = PrefixCache(tmp_path, artifact.manifest.contents)
+    reused(session, prefixes, [*SYSTEM, 5], 80, "assistant")
+    assert "nothing is kept" not in caplog.text
+    long = [7 + i % 50 for i in range(600)]
+    session.reset()
+    policy = {"drop_oldest": True, "keep_first": 4}
+    list(Generation(session, long, 1, prefixes=prefixes, shared=599, prefix_name="assistant", **policy))  # type: ignore[arg-type]
+    assert "nothing is kept as prefix assistant: the prompt does not fit the context" in caplog.text
+    list(Generation(session, [5], 1, prefixes=prefixes, shared=0, prefix_name="assistant"))
+    assert "nothing is kept as prefix assistant: prompts have no beginning in common" in caplog.text
+    assert told(tmp_path) == [("assistant", 80)]
+
+
+def test_a_session_that_loses_its_tokens_while_they_are_kept(
+    artifact: Artifact, session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer would begin with the rest of the prompt alone."""
+
+    def lost(path: Path) -> None:
+        session.reset()
+        raise RunError("its file was changed")
+
+    monkeypatch.setattr(session, "save", lost)
+    with pytest.raises(RunError, match="the session has lost its tokens"):
+        reused(session, PrefixCache(tmp_path, artifact.manifest.contents), [*SYSTEM, 5], 80)
+
+
 def test_the_commands(artifact: Artifact, moec: Moec, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     run = ["run", artifact.folder, "--prompt", "Once upon a time there was a king", "--max-new-tokens", 3, "--json"]
@@ -227,6 +258,9 @@ def test_the_commands(artifact: Artifact, moec: Moec, tmp_path: Path) -> None:
     assert found["bytes"] == Path(found["file"]).stat().st_size > 0
     refused(moec("prefixes", kept, "--remove", "tale"), str(kept), "no prefix is named tale", "known: story")
     refused(moec("prefixes", kept, "--remove", "a/b"), "--remove: no name of a prefix")
+    refused(moec("prefixes", kept, "--remove", "story", "--remove", "tale"), "no prefix is named tale")
+    refused(moec("prefixes", kept, "--remove", "story", "--json"), "--json is of the list")
+    assert [one.name for one in kept_in(kept)] == ["story"]
     refused(moec("prefixes", tmp_path / "absent"), str(tmp_path / "absent"), "cannot be read")
     status, out, err = moec("prefixes", kept, "--remove", "story")
     assert (status, out, err) == (0, "", f"{found['file']}: removed\n")

@@ -19,7 +19,7 @@ from moec.assistant.prefixes import MOST_FILES, PrefixCache, shared_length
 from moec.assistant.server.conversations import Conversations
 from moec.assistant.template import ChatTemplate
 from moec.compiler.artifact import Artifact
-from moec.compiler.errors import ArtifactError, NoRoomError, RunError, UserError
+from moec.compiler.errors import ArtifactError, LostFileError, NoRoomError, RunError, UserError
 from moec.compiler.target import Session
 from moec.targets.xnnpack.session import CpuSession
 from tests.assistant.speaking import Speaking, assistant
@@ -314,6 +314,32 @@ def test_without_room_for_one_more_the_oldest_goes(
         assert answer(kept.take(prompts[1]), prompts[1])[1] == 99
         assert answer(kept.take(prompts[0]), prompts[0])[1] == 0
         assert caplog.text.count("2 conversations are kept: no room") == 1
+        kept.close()
+
+
+def test_a_session_that_lost_its_tokens_costs_no_other(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is used itself; the next conversations have sessions of their own as before."""
+    fork, losing = CpuSession.fork, [True]
+
+    def lost(self: CpuSession) -> CpuSession:
+        if losing.pop() if losing else False:
+            self.reset()
+            raise LostFileError("its file was changed")
+        return fork(self)
+
+    monkeypatch.setattr(CpuSession, "fork", lost)
+    with moec.load(artifact) as fresh:  # type: ignore[attr-defined]
+        kept = Conversations(fresh, 3)
+        prompts = [[1000 + i] * 100 for i in range(3)]
+        for prompt in prompts:
+            session = kept.take(prompt)
+            session.rewind(0)
+            session.prefill(prompt)
+        assert "a conversation is computed again" in caplog.text
+        assert "kept" not in caplog.text
+        assert [s.tokens[0] for s in kept._sessions] == [1001, 1002]
         kept.close()
 
 

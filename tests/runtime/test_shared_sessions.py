@@ -220,6 +220,26 @@ def test_a_file_that_was_changed_while_it_is_in_use(
     np.testing.assert_array_equal(_decoded(session, rest), expected)
 
 
+@pytest.mark.parametrize("change", [_cut, _overwritten])
+@pytest.mark.parametrize("first", ["the origin", "the fork"])
+def test_all_that_share_a_file_learn_of_its_change(
+    model: Path, session: CpuSession, tmp_path: Path, change: Callable[[Path], None], first: str
+) -> None:
+    """Not only whoever computes first."""
+    session.prefill(_ids(2000))
+    session.save(tmp_path / "s")
+    os.utime(tmp_path / "s", (1e9, 1e9))  # long ago: its time of change tells
+    session.restore(tmp_path / "s")
+    with session.fork() as fork, CpuSession(model, threads=2) as other:
+        other.restore(tmp_path / "s")
+        change(tmp_path / "s")
+        sessions = [session, fork, other] if first == "the origin" else [fork, other, session]
+        for one in sessions:
+            with pytest.raises(RunError, match="was changed while it is in use"):
+                one.decode(1)
+            assert one.position == 0
+
+
 def _touched(file: Path) -> None:
     os.utime(file)
 
