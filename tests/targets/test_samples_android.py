@@ -120,6 +120,8 @@ def test_the_module_is_whole() -> None:
     ):
         assert line in guide
         assert line in build
+    for plugin in re.findall(r'(?:\bid\(|\bplugin = )"([^"]*)"', build):  # the root project has them
+        assert re.search(rf'id\("{re.escape(plugin)}"\) version "[^"]*" apply false', guide), plugin
     source = (NATIVE / "CMakeLists.txt").read_text("utf-8")
     checkout = re.search(r"\$\{CMAKE_CURRENT_SOURCE_DIR\}/([./]*) ABSOLUTE", source)
     assert checkout
@@ -276,6 +278,8 @@ def test_kotlin_says_what_python_says(
     wanted = said_by_python(tiny(SPEC) / "artifact", talking, PROMPT)
     same = dict.fromkeys(("stops", "kept", "rewound", "threads", "goes on", "parts", "scored"), "true")
     same |= {"given up": "CANCELLED1", "stopped": "CANCELLED", "told": "1", "stats": "[LENGTH, 3, true, false]"}
+    same |= {"stopped early": "[CANCELLED0, CANCELLED0, CANCELLED0]", "stopped prefix": "[CANCELLED, 0, LENGTH]"}
+    same |= {"stopped before": "[LENGTH, LENGTH, LENGTH]"}
     same |= {"thrown": "IllegalStateException: mine", "constrained": "[COMPLETE, true, true]"}
     same |= {"fit": "[4, true]", "endless": "[true, true, true]", "begun": "true", "draft": "true"}
     same |= {"prepared": "[true, true, true, true]", "forgotten": "[true, false]"}

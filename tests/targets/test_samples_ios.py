@@ -323,6 +323,8 @@ def test_swift_says_what_python_says(application: App, tiny: TinyModels, talking
     same |= {"given up": "cancelled 1", "stopped": "cancelled", "endless": "[true, true]", "told": "1", "fit": "4 true"}
     same |= {"prepared": "[true, true, true, true]", "forgotten": "[true, false]", "begun": "true"}
     same |= {"draft": "[true, true]"}
+    same |= {"stopped early": str(["cancelled 0"] * 3).replace("'", '"'), "stopped prefix": "cancelled 0 length"}
+    same |= {"stopped before": '["length", "length", "length"]'}
     same |= {"thrown": "Mine: Mine()", "constrained": "[true, true, true]", "stats": "length 3 true false"}
     same |= {"recommended": "[0.0, 0.0, 1.0, 0.0, 1.0]", "zero": "MoecError: a text holds a zero byte; leave it out"}
     same |= {"no file": "MoecError: https://example.com/a is no file; give the URL of one"}

@@ -3,6 +3,7 @@ package check
 
 import dev.moec.Constraint
 import dev.moec.Conversation
+import dev.moec.End
 import dev.moec.Message
 import dev.moec.MoecException
 import dev.moec.MoecModel
@@ -10,6 +11,7 @@ import dev.moec.OnFull
 import dev.moec.Part
 import dev.moec.Settings
 import java.io.File
+import java.util.concurrent.atomic.AtomicBoolean
 import kotlin.concurrent.thread
 
 fun say(name: String, found: Any?) = System.err.println("$name\t$found".replace("\n", "\\n"))
@@ -41,6 +43,12 @@ class Only(private val tokens: List<Int>) : Constraint {
         at += 1
         return at == tokens.size
     }
+}
+
+/** Calls `read` whenever it is read, which answers do before there is a generation. */
+class Watched<T>(private val items: List<T>, private val read: () -> Unit) : AbstractList<T>() {
+    override val size get() = items.size
+    override fun get(index: Int): T = items[index].also { read() }
 }
 
 fun main(arguments: Array<String>) {
@@ -84,6 +92,21 @@ fun main(arguments: Array<String>) {
     say("given up", first.continueText(prompt, sampled) { pieces += 1; false }.end.toString() + pieces)
     val stopper = thread(start = false) { Thread.sleep(20); first.stop() }
     say("stopped", first.continueText(prompt, Settings(limit = 100_000)) { if (!stopper.isAlive) runCatching { stopper.start() }; true }.end)
+    val stopElsewhere = { thread { first.stop() }.join() }
+    val unending = Settings(onFull = OnFull.DROP_OLDEST, fit = true)
+    val hello = listOf(Message("user", "Hi"))
+    val stoppedEarly = listOf(
+        first.answer(Watched(hello, stopElsewhere), unending) { false },
+        first.answerInParts(Watched(hello, stopElsewhere), null, unending) { false },
+        first.continueText(prompt, unending.copy(stops = Watched(listOf("never"), stopElsewhere))) { false },
+    )
+    say("stopped early", stoppedEarly.map { "${it.end}${it.newTokens}" })
+    val afterStops = listOf<() -> End>(
+        { first.answer(hello, Settings(limit = 1)) { true }.end },
+        { first.answerInParts(hello, null, Settings(limit = 1)) { true }.end },
+        { first.continueText(prompt, Settings(limit = 1)) { true }.end },
+    )
+    say("stopped before", afterStops.map { first.stop(); it() })
     refused("thrown") { first.continueText(prompt, sampled) { throw IllegalStateException("mine") } }
     say("goes on", text(first, prompt, sampled) == whole)
 
@@ -142,6 +165,18 @@ fun main(arguments: Array<String>) {
     say("begun", model.conversation().use { it.answerInParts(begins, tools, Settings(limit = 8)) { true }.reusedTokens } == begun[1])
     refused("name") { first.keepPrefix("a/b") }
     say("forgotten", listOf(model.forgetPrefix("start"), model.forgetPrefix("start")))
+    val done = AtomicBoolean()
+    val stops = thread { while (!done.get()) first.stop() }
+    var cut: End
+    var tries = 0
+    do { // until the other thread was as fast
+        model.forgetPrefix("start")
+        first.rewind(0)
+        cut = first.prepare("start", "Be brief.", tools).end
+    } while (cut != End.CANCELLED && ++tries < 300)
+    done.set(true)
+    stops.join()
+    say("stopped prefix", listOf(cut, model.prefixTokens("start"), first.prepare("start", "Be brief.", tools).end))
     model.keepPrefixesIn(null)
     val drafting = model.conversation()
     say("draft", text(first, prompt, sampled.copy(draft = drafting)) == whole && drafting.tokens.isNotEmpty())

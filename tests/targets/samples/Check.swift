@@ -34,13 +34,35 @@ func with(_ settings: Settings, _ change: (inout Settings) -> Void) -> Settings 
 
 struct Mine: Error {}
 
+/// Calls something on another thread, again and again until it is told to end.
+final class Repeating: @unchecked Sendable {
+  private let lock = NSLock()
+  private let ended = DispatchSemaphore(value: 0)
+  private var over = false
+
+  init(_ call: @escaping @Sendable () -> Void) {
+    Thread.detachNewThread {
+      while !self.lock.withLock({ self.over }) { call() }
+      self.ended.signal()
+    }
+  }
+
+  func end() {
+    lock.withLock { over = true }
+    ended.wait()
+  }
+}
+
 /// Only these tokens, one after the other.
 final class Only: MoecConstraint {
   private var tokens: ArraySlice<Int32>
+  private let asked: () -> Void
 
-  init(_ tokens: [Int32]) { self.tokens = tokens[...] }
+  /// asked: called when an answer takes the constraint, which it does before there is a generation.
+  init(_ tokens: [Int32], asked: @escaping () -> Void = {}) { (self.tokens, self.asked) = (tokens[...], asked) }
 
   var constraint: moec_app_constraint {
+    asked()
     var made = moec_app_constraint()
     made.size = UInt32(MemoryLayout<moec_app_constraint>.stride)
     made.user = Unmanaged.passUnretained(self).toOpaque()
@@ -120,6 +142,35 @@ func check(_ folder: String, _ kept: String, _ prompt: String) throws {
     return true
   }
   say("constrained", [followed.end == .complete, followed.isWhole, answer == (try model.text(of: wanted))])
+  func early() -> Settings {
+    let constraint = Only(wanted) {
+      let stopped = DispatchSemaphore(value: 0)
+      Thread.detachNewThread {
+        first.stop()
+        stopped.signal()
+      }
+      stopped.wait()
+    }
+    return with(sampled) { ($0.constraint, $0.fit) = (constraint, true) }
+  }
+  let hello = [Message(role: "user", content: "Hi")]
+  let stoppedEarly = [
+    try first.answer(hello, settings: early()) { _ in true },
+    try first.answerInParts(hello, settings: early()) { _ in true },
+    try first.continueText(prompt, settings: early()) { _ in true },
+  ]
+  say("stopped early", stoppedEarly.map { "\($0.end) \($0.newTokens)" })
+  let one = with(Settings()) { $0.limit = 1 }
+  let afterStops: [() throws -> Stats] = [
+    { try first.answer(hello, settings: one) { _ in true } },
+    { try first.answerInParts(hello, settings: one) { _ in true } },
+    { try first.continueText(prompt, settings: one) { _ in true } },
+  ]
+  let ends = try afterStops.map { answer in
+    first.stop()
+    return try answer().end
+  }
+  say("stopped before", ends.map { "\($0)" })
   refused("nothing allowed") { _ = try text(first, prompt, with(sampled) { $0.constraint = Only([]) }) }
 
   // parts
@@ -175,6 +226,18 @@ func check(_ folder: String, _ kept: String, _ prompt: String) throws {
   say("begun", next.reusedTokens == known)
   refused("name") { try first.keepPrefix("a/b") }
   say("forgotten", [try model.forgetPrefix("start"), try model.forgetPrefix("start")])
+  let stops = Repeating { first.stop() }
+  var prepared: Stats
+  var tries = 0
+  repeat {  // until the other thread was as fast
+    _ = try model.forgetPrefix("start")
+    try first.rewind(to: 0)
+    tries += 1
+    prepared = try first.prepare("start", system: "Be brief.", tools: tools)
+  } while prepared.end != .cancelled && tries < 300
+  stops.end()
+  let unkept = try model.prefixTokens("start")
+  say("stopped prefix", "\(prepared.end) \(unkept) \(try first.prepare("start", system: "Be brief.", tools: tools).end)")
   try model.keepPrefixes(in: nil)
   let drafting = try model.conversation()
   say("draft", [try text(first, prompt, with(sampled) { $0.draft = drafting }) == whole, try !drafting.tokens.isEmpty])

@@ -8,6 +8,8 @@ public final class Conversation: @unchecked Sendable {
   let session: Int64
   private let lock = NSLock()
   private var running: Int64 = 0  // the generation, 0 for none; under the lock
+  // Since the answer began: a prompt is rendered before there is a generation to cancel. Under the lock.
+  private var stopping = false
 
   init(model: MoecModel, session: Int64) {
     self.model = model
@@ -20,6 +22,7 @@ public final class Conversation: @unchecked Sendable {
   /// conversation is computed.
   @discardableResult
   public func answer(_ messages: [Message], settings: Settings = Settings(), each: (String) throws -> Bool) throws -> Stats {
+    begin()
     let (ids, dropped) = try prompt(of: messages, tools: nil, settings)
     return try generate(ids, settings, segments: 0, dropped, each: each)
   }
@@ -30,6 +33,7 @@ public final class Conversation: @unchecked Sendable {
   public func answerInParts(
     _ messages: [Message], tools: String? = nil, settings: Settings = Settings(), each: (Part) throws -> Bool
   ) throws -> Stats {
+    begin()
     let (ids, dropped) = try prompt(of: messages, tools: tools, settings)
     let flags = Int32(tools == nil ? MOEC_APP_SEGMENTS : MOEC_APP_SEGMENTS | MOEC_APP_TOOLS)
     let splitter = try checked(moec_app_splitter(model.artifact, ids, Int64(ids.count), flags))
@@ -53,13 +57,15 @@ public final class Conversation: @unchecked Sendable {
   /// Continue a text instead.
   @discardableResult
   public func continueText(_ text: String, settings: Settings = Settings(), each: (String) throws -> Bool) throws -> Stats {
-    try generate(try model.tokenize(text), settings, segments: 0, 0, each: each)
+    begin()
+    return try generate(try model.tokenize(text), settings, segments: 0, 0, each: each)
   }
 
-  /// End the answer that runs, from any thread.
+  /// End the answer that runs, from any thread, also while its prompt is rendered; one that is asked for later is not ended.
   public func stop() {
     lock.lock()
     defer { lock.unlock() }
+    stopping = true
     if running != 0 { _ = moec_app_cancel(running) }
   }
 
@@ -81,13 +87,15 @@ public final class Conversation: @unchecked Sendable {
   public func restore(from file: URL) throws { _ = try checked(moec_app_restore(session, try path(file))) }
 
   /// Compute what every conversation with this system prompt and these tools begins with, or read it where it was kept before,
-  /// and keep it under a name: do so when the application starts. MoecModel.keepPrefixes(in:) comes first.
+  /// and keep it under a name: do so when the application starts. MoecModel.keepPrefixes(in:) comes first. `stop` ends it, too,
+  /// with End.cancelled: then nothing is kept.
   @discardableResult
   public func prepare(_ name: String, system: String?, tools: String? = nil) throws -> Stats {
+    begin()
     var settings = Settings()
     settings.limit = 0
     let stats = try generate(try model.systemPrompt(system, tools: tools), settings, segments: 0, 0) { _ in true }
-    try keepPrefix(name)
+    if stats.end != .cancelled { try keepPrefix(name) }
     return stats
   }
 
@@ -179,10 +187,17 @@ public final class Conversation: @unchecked Sendable {
     }
   }
 
+  private func begin() {
+    lock.lock()
+    stopping = false
+    lock.unlock()
+  }
+
   private func hold(_ generation: Int64) {
     lock.lock()
+    defer { lock.unlock() }
     running = generation
-    lock.unlock()
+    if stopping && generation != 0 { _ = moec_app_cancel(generation) }
   }
 }
 

@@ -83,14 +83,18 @@ data class Stats(
  * Tokens with their caches: text in, text out. A conversation has one answer at a time. `stop` may be called from any thread.
  */
 class Conversation internal constructor(private val model: MoecModel, internal val session: Long) : Closeable {
-    @Volatile private var running = 0L
+    @Volatile private var running = 0L // the generation, 0 for none
+    @Volatile private var stopping = false // since the answer began: a prompt is rendered before there is a generation to cancel
 
     /**
      * Answer a conversation; `each` gets every piece of the answer and ends it by returning false. Only what is new in the
      * conversation is computed.
      */
-    fun answer(messages: List<Message>, settings: Settings = Settings(), each: (String) -> Boolean): Stats =
-        with(promptOf(messages, null, settings)) { generate(ids, settings, 0, each).copy(droppedMessages = dropped) }
+    fun answer(messages: List<Message>, settings: Settings = Settings(), each: (String) -> Boolean): Stats {
+        stopping = false
+        val (prompt, dropped) = promptOf(messages, null, settings)
+        return generate(prompt, settings, 0, each).copy(droppedMessages = dropped)
+    }
 
     /**
      * As `answer`, with thinking told from text and calls in the model's own form. tools: definitions in OpenAI's form as JSON, the
@@ -99,6 +103,7 @@ class Conversation internal constructor(private val model: MoecModel, internal v
     fun answerInParts(
         messages: List<Message>, tools: String? = null, settings: Settings = Settings(), each: (Part) -> Boolean,
     ): Stats {
+        stopping = false
         val (prompt, dropped) = promptOf(messages, tools, settings)
         val flags = if (tools != null) Native.SEGMENTS or Native.TOOLS else Native.SEGMENTS
         val splitter = Native.splitter(model.id, prompt, flags)
@@ -121,11 +126,16 @@ class Conversation internal constructor(private val model: MoecModel, internal v
     }
 
     /** Continue a text instead. */
-    fun continueText(text: String, settings: Settings = Settings(), each: (String) -> Boolean): Stats =
-        generate(model.tokenize(text), settings, 0, each)
+    fun continueText(text: String, settings: Settings = Settings(), each: (String) -> Boolean): Stats {
+        stopping = false
+        return generate(model.tokenize(text), settings, 0, each)
+    }
 
-    /** End the answer that runs, from any thread. */
-    fun stop() = Native.cancel(running)
+    /** End the answer that runs, from any thread, also while its prompt is rendered; one that is asked for later is not ended. */
+    fun stop() {
+        stopping = true // before `running` is read: `generate` reads it after it has set that
+        Native.cancel(running)
+    }
 
     /** Another conversation that goes on from here by itself. Close it, too. */
     fun fork(): Conversation = Conversation(model, Native.fork(session))
@@ -144,11 +154,13 @@ class Conversation internal constructor(private val model: MoecModel, internal v
 
     /**
      * Compute what every conversation with this system prompt and these tools begins with, or read it where it was kept before, and
-     * keep it under a name: do so when the application starts. MoecModel.keepPrefixesIn comes first.
+     * keep it under a name: do so when the application starts. MoecModel.keepPrefixesIn comes first. `stop` ends it, too, with
+     * End.CANCELLED: then nothing is kept.
      */
     fun prepare(name: String, system: String?, tools: String? = null): Stats {
+        stopping = false
         val stats = generate(model.systemPrompt(system, tools), Settings(limit = 0), 0) { true }
-        keepPrefix(name)
+        if (stats.end != End.CANCELLED) keepPrefix(name)
         return stats
     }
 
@@ -177,6 +189,7 @@ class Conversation internal constructor(private val model: MoecModel, internal v
         running = generation
         var wanted = true
         try {
+            if (stopping) Native.cancel(generation)
             while (true) {
                 val piece = Native.next(generation) ?: break
                 if (wanted && !each(String(piece))) {
