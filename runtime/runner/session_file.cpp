@@ -15,6 +15,7 @@
 #include <random>
 
 #include "core/parallel.h"
+#include "file_io.h"
 
 namespace {
 
@@ -51,32 +52,6 @@ uint64_t header_digest(const Header& header) {
 }
 
 std::string system_fault(const char* what) { return std::string(what) + ": " + std::strerror(errno); }
-
-bool write_all(int descriptor, const void* data, size_t size, uint64_t offset) {
-  const auto* at = static_cast<const uint8_t*>(data);
-  while (size > 0) {
-    const ssize_t done = pwrite(descriptor, at, std::min<size_t>(size, size_t{1} << 30), static_cast<off_t>(offset));
-    if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return false;
-    at += done;
-    offset += static_cast<uint64_t>(done);
-    size -= static_cast<size_t>(done);
-  }
-  return true;
-}
-
-bool read_all(int descriptor, void* data, size_t size, uint64_t offset) {
-  auto* at = static_cast<uint8_t*>(data);
-  while (size > 0) {
-    const ssize_t done = pread(descriptor, at, std::min<size_t>(size, size_t{1} << 30), static_cast<off_t>(offset));
-    if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return false;
-    at += done;
-    offset += static_cast<uint64_t>(done);
-    size -= static_cast<size_t>(done);
-  }
-  return true;
-}
 
 // The states one after another, cut into pieces.
 class Pieces {

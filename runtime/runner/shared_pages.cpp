@@ -9,11 +9,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cstring>
 
 #include "core/parallel.h"
+#include "file_io.h"
 namespace {
 
 constexpr uint64_t kPage = uint64_t{16} << 10;
@@ -47,18 +47,6 @@ bool maps_files() {
 #else
   return false;
 #endif
-}
-
-bool write_at(int descriptor, const uint8_t* data, size_t size, uint64_t place) {
-  while (size > 0) {
-    const ssize_t done = pwrite(descriptor, data, size, static_cast<off_t>(place));
-    if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return false;
-    data += done;
-    place += static_cast<uint64_t>(done);
-    size -= static_cast<size_t>(done);
-  }
-  return true;
 }
 
 }  // namespace
@@ -117,7 +105,7 @@ std::shared_ptr<SharedPages> SharedPages::of(const std::vector<SessionBytes>& pa
   std::atomic<bool> written{true};
   moec::for_each_unit(moec::workers(), static_cast<int64_t>(pieces.size()), [&](int32_t, int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
-    if (!write_at(descriptor, piece.data, piece.size, piece.place)) written = false;
+    if (!write_all(descriptor, piece.data, piece.size, piece.place)) written = false;
   });
   return written ? pages : nullptr;
 #else
@@ -148,18 +136,7 @@ std::pair<size_t, size_t> SharedPages::map(size_t part, uint8_t* data, size_t si
   return {0, 0};
 }
 
-bool SharedPages::read(size_t part, uint8_t* data, size_t size) const {
-  uint64_t place = places_[part];
-  while (size > 0) {
-    const ssize_t done = pread(descriptor_, data, size, static_cast<off_t>(place));
-    if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return false;
-    data += done;
-    place += static_cast<uint64_t>(done);
-    size -= static_cast<size_t>(done);
-  }
-  return true;
-}
+bool SharedPages::read(size_t part, uint8_t* data, size_t size) const { return read_all(descriptor_, data, size, places_[part]); }
 
 void forget_pages(uint8_t* data, size_t size) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;

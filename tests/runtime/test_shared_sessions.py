@@ -176,6 +176,15 @@ def test_what_is_written_is_no_shared_page_any_more(
     assert _mapped("moec-session") == 0  # memory that hardly anything of is used
 
 
+def _restored(session: CpuSession, file: Path, prefix: list[int], rest: list[int]) -> np.ndarray:
+    """The logits that follow a prefix whose caches the session then has from a file."""
+    session.prefill(prefix)
+    session.save(file)
+    expected = _decoded(session, rest)
+    session.restore(file)
+    return expected
+
+
 def _cut(file: Path) -> None:
     os.truncate(file, 5000)
 
@@ -206,10 +215,7 @@ def test_a_file_that_was_changed_while_it_is_in_use(
 ) -> None:
     """The session says so, holds nothing, and takes its tokens again."""
     prefix, rest = _ids(2000), _ids(4, 1)
-    session.prefill(prefix)
-    session.save(tmp_path / "s")
-    expected = _decoded(session, rest)
-    session.restore(tmp_path / "s")
+    expected = _restored(session, tmp_path / "s", prefix, rest)
     change(tmp_path / "s")
     with pytest.raises(RunError, match="was restored from was changed while it is in use") as raised:
         CALLS[call](session, tmp_path)
@@ -258,10 +264,7 @@ def test_a_file_whose_contents_stay(
     model: Path, session: CpuSession, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     prefix, rest = _ids(2000), _ids(4, 1)
-    session.prefill(prefix)
-    session.save(tmp_path / "s")
-    expected = _decoded(session, rest)
-    session.restore(tmp_path / "s")
+    expected = _restored(session, tmp_path / "s", prefix, rest)
     change(tmp_path / "s")
     np.testing.assert_array_equal(_decoded(session, rest), expected)
 
