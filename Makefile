@@ -244,7 +244,8 @@ new-rule: $(INSTALLED) ## a pass and its test to start from: NAME=verb_what
 	@test -n "$(NAME)" || { echo "give NAME=verb_what, e.g. make new-rule NAME=fuse_norms" >&2; exit 2; }
 	@$(BIN)/python -m moec.compiler.new_rule $(NAME)
 
-# planned beside measured memory and speed: `make plan-accuracy PLAN_ARGS="--artifact DIR ..."`; alone on the machine
+# planned beside measured memory and speed: `make plan-accuracy PLAN_ARGS="--families"`, or `--families lfm2-moe,gpt-oss`,
+# or `--artifact DIR ...`; alone on the machine
 plan-accuracy: setup ## planned beside measured memory and speed
 	$(BIN)/python bench/plan_accuracy.py $(PLAN_ARGS)
 

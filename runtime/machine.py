@@ -14,7 +14,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -282,11 +282,23 @@ def _attention(t: int, total: int, heads: int = 16, d: int = 64) -> tuple[float,
     return 2.0 * 2 * heads * d * seen, runs
 
 
-def run_model(model: Path, *, prompt: int, decode: int, threads: int, repeats: int) -> dict[str, Any]:
-    """One process of the runner over a `.pte`: its JSON report. UserError when it refuses."""
-    command = [str(native.runner_binary()), str(model), "--json", "--prompt-length", str(prompt)]
-    command += ["--decode", str(decode), "--threads", str(threads), "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def run_model(
+    model: Path, *, prompt: int, decode: int, threads: int, repeats: int, ids: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """One process of the runner over a `.pte`: its JSON report. UserError when it refuses.
+
+    `ids`: prompt + decode of them, whose last are decoded; default: ids spread over the vocabulary, behind which the
+    model's own choices are decoded.
+    """
+    command = [str(native.runner_binary()), str(model), "--json", "--decode", str(decode)]
+    command += ["--threads", str(threads), "--repeats", str(repeats)]
+    if ids is None:
+        command += ["--prompt-length", str(prompt)]
+    else:
+        assert len(ids) == prompt + decode, "ids of the prompt, and those that follow it"
+        command += ["--tokens", "-", "--follow"]
+    given = None if ids is None else " ".join(map(str, ids))
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, input=given)
     if done.returncode:
         raise UserError(f"the runner failed: {done.stderr.strip()[:300]}", place=str(model))
     return dict(json.loads(done.stdout))

@@ -24,11 +24,19 @@ SELECTION_SPREAD = 0.2  # of the bias that only shifts which experts are chosen;
 
 
 def save_random(
-    folder: Path, out: Path, *, seed: int = 0, changes: Mapping[str, Any] | None = None, spread: float = SPREAD
+    folder: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
+    spread: float = SPREAD,
+    table_spread: float | None = None,
 ) -> Path:
     """Write config.json and safetensors of the model in `folder` (or its config.json) with random weights to `out`.
 
     `spread`: their standard deviation; with inputs^-0.5 a layer amplifies neither its input nor its rounding.
+    `table_spread`: that of tables of embeddings, default `spread`; where it is much larger, tokens stay apart through
+    all layers and reach all experts, as those of a trained model do.
 
     MissingExtra without transformers; CheckpointError or CompileError for a config that it does not know.
     """
@@ -45,10 +53,12 @@ def save_random(
         setattr(owner, names[-1], value)
     torch.manual_seed(seed)
     model = random_model(config, folder)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and parameter.dim() == 1 else 0.0
-            parameter.copy_(torch.randn_like(parameter) * spread + centre)
+            deviation = spread if table_spread is None or id(parameter) not in tables else table_spread
+            parameter.copy_(torch.randn_like(parameter) * deviation + centre)
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.copy_(torch.randn_like(buffer) * SELECTION_SPREAD)

@@ -67,7 +67,7 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         experts=None
         if down is None
         else Experts(
-            sum(1 for w in weights if w.role == "router" and w.columns > 1) or layers,
+            sum(1 for w in weights if w.role == "router" and w.columns > 1 and w.rows == experts) or layers,
             int(experts or 0),
             int(chosen or 1),
             down.rows if down.columns == width else down.columns,
@@ -121,6 +121,10 @@ def _weights(model: nn.Module, experts: int | None, chosen: int | None) -> Itera
             yield Weight(role, name, 1, shape[0], shape[1], used=0 if role == "embedding" else None)
         else:
             yield Weight("norm" if role != "router" else role, name, 1, parameter.numel(), 1)
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in stored and experts and tuple(buffer.shape) == (experts,):  # the bias that balances selection
+            yield Weight("router", f"{EXPORTED}.{name}", 1, experts, 1, counted=False)
 
 
 def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool) -> str:
@@ -131,6 +135,8 @@ def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool)
         return "head"
     if experts and len(shape) == 2 and shape[0] == experts and re.search(r"(gate|router)\.(weight|\w+)$", name):
         return "router"
+    if re.search(r"shared_expert_gate\b", name):
+        return "router"  # one row, which is never quantized
     if re.search(r"shared_expert", name):
         return "shared"
     if len(shape) != 2:
