@@ -56,7 +56,7 @@ def save_random(
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name and parameter.dim() == 1 else 0.0
+            centre = 1.0 if "norm" in name and parameter.dim() == 1 and not name.endswith("bias") else 0.0
             deviation = spread if table_spread is None or id(parameter) not in tables else table_spread
             parameter.copy_(torch.randn_like(parameter) * deviation + centre)
         for name, buffer in model.named_buffers():

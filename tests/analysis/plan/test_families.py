@@ -90,7 +90,7 @@ def test_weights_are_those_of_the_graph(family: str, folder: Path) -> None:
     stored = stored_bytes(program)
     assert weight_bytes(model) == sum(size for role, size in stored.items() if role not in BESIDE)
     planned = {r.role: r.bytes for r in roles(model)}
-    # a graph calls the linears of gated attention, and of a shared expert beside the block, those of a feed-forward block
+    # a graph calls linears of gated attention, and a shared expert beside the block, those of a feed-forward block
     for alike in (("embedding",), ("head",), ("shared", "attention", "ffn")):
         assert sum(planned.get(r, 0) for r in alike) == sum(stored.get(r, 0) for r in alike), alike
     assert model.cache_bytes(model.architecture.context) == stored["cache"]
