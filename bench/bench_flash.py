@@ -33,7 +33,7 @@ import numpy as np
 import policies
 from flash_runs import SLACK, Machine, Sample, Setting, least_budget, middle
 from limits import forget_pages, limited
-from peers import llama_cpp
+from peers import gguf_models, llama_cpp
 from replayed_routing import Recorded, make, mapped
 
 from moec.analysis.plan.devices import load_device
@@ -113,10 +113,10 @@ def prepare(options: Any) -> int:
     spec = SPECS / f"{options.model}.yaml"
     print(make(spec, options.trace, folder, options.tokens, options.ahead, progress))
     if options.peer:
-        gguf = folder / llama_cpp.GGUF
+        gguf = folder / gguf_models.FILE
         if not gguf.exists():
             with progress.stage(f"write {gguf.name}"):
-                llama_cpp.write_gguf(decoder_of(load_spec(spec), "a peer's"), gguf.with_suffix(".part"))
+                gguf_models.write_gguf(decoder_of(load_spec(spec), "a peer's"), gguf.with_suffix(".part"))
                 gguf.with_suffix(".part").rename(gguf)
         print(gguf, llama_cpp.build(options.out / "llama.cpp", progress))
     return 0
@@ -293,7 +293,7 @@ class Bench:
     def beside_llama_cpp(self, first: int, count: int) -> list[dict[str, Any]]:
         """Both with random routing, in turn. The ids from `first` on, `count` of them, are routed at random."""
         folder, o = self.options.out / self.options.model, self.options
-        binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / llama_cpp.GGUF
+        binary, gguf = llama_cpp.build(o.out / "llama.cpp", Progress()), folder / gguf_models.FILE
         # both decode behind a prompt, with as many experts in memory as there is room for
         prompt = min(o.prompt, count // 4)
         decode = min(count - prompt, o.peer_decode)

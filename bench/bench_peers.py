@@ -1,8 +1,9 @@
 """Whole models against llama.cpp: prefill, decode by context length, memory, file size, load time. `make bench-peers`.
 
-Both sides run as processes of their own, in turn, round after round, on random 4-bit weights of the same shape;
-medians and the lowest and highest round are reported. Results: build/bench/peers.json, and peers.png where matplotlib
-is installed. bench/README.md says how to read them.
+Models are shipped specs (specs/models) and shapes that people carry (bench/shapes). Both sides run as processes of
+their own, in turn, round after round, on random 4-bit weights of the same shape; medians and the lowest and highest
+round are reported. Results: build/bench/peers.json, and peers.png where matplotlib is installed. bench/README.md says
+how to read them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peers import llama_cpp
+import numpy as np
+from peers import gguf_models, llama_cpp
 
+from moec.assistant.load import load
 from moec.checkpoints import synthesize
 from moec.compiler import build
 from moec.compiler.artifact import Artifact
@@ -29,9 +34,13 @@ from moec.compiler.progress import Progress
 from moec.compiler.spec import load_spec
 from moec.compiler.timing import BenchPlan
 from moec.sources.decoder.config import DecoderConfig
+from moec.sources.random_checkpoint import stream_random
+from moec.sources.transformers_config import read_config
+from moec.sources.transformers_source import TransformersModel
 from moec.targets.xnnpack.bench import bench
 
-SPECS = Path(__file__).parent.parent / "specs" / "models"
+SPECS, SHAPES = Path(__file__).parent.parent / "specs" / "models", Path(__file__).parent / "shapes"
+ROUTED = 512  # random tokens whose experts are counted
 OURS, PEER = "moec", "llama.cpp"
 
 
@@ -63,7 +72,8 @@ class Pair:
     name: str
     artifact: Artifact
     gguf: Path
-    window: int | None  # of the model's local attention; llama.cpp's has none
+    window: int | None  # of the model's local attention, where llama.cpp's has none
+    long: bool  # a prompt takes seconds
 
 
 @dataclass(frozen=True)
@@ -73,23 +83,57 @@ class Sample:
 
 
 def prepare(name: str, folder: Path, progress: Progress) -> Pair:
-    """Checkpoint, artifact and GGUF of a shipped spec, made once."""
-    spec = load_spec(SPECS / f"{name}.yaml")
-    if not isinstance(spec.model, DecoderConfig):
-        raise UserError("only models of our own have a counterpart in llama.cpp", place=name)
+    """Checkpoint, artifact and GGUF of a shipped spec or a shape, made once."""
+    shape = SHAPES / f"{name}.yaml"
+    spec = load_spec(shape if shape.exists() else SPECS / f"{name}.yaml")
     checkpoint, artifact = folder / f"{name}-checkpoint", folder / f"{name}-artifact"
-    gguf = folder / f"{name}-{llama_cpp.GGUF}"
+    gguf = folder / f"{name}-{gguf_models.FILE}"
+    config: Any = spec.model
+    if isinstance(spec.model, TransformersModel):
+        config = read_config(spec.model.transformers)
+    elif not isinstance(spec.model, DecoderConfig):
+        raise UserError("only models of ours and of transformers have a counterpart in llama.cpp", place=name)
     if not artifact.exists():
-        if not checkpoint.exists():
+        if isinstance(spec.model, TransformersModel):
+            stream_random(spec.model.transformers, checkpoint, progress=progress)
+        elif not checkpoint.exists():
             synthesize(spec, checkpoint, seed=0, qat=True, progress=progress)
         build.compile(spec, target="xnnpack", checkpoint=checkpoint, out=artifact, progress=progress)
+        if isinstance(spec.model, TransformersModel):
+            shutil.rmtree(checkpoint)  # gigabytes, which the artifact now holds
     if not gguf.exists():
         with progress.stage(f"writing {gguf.name}"):
             part = gguf.with_suffix(".part")
-            llama_cpp.write_gguf(spec.model, part)
+            gguf_models.write_gguf(config, part)
             part.rename(gguf)
-    window = spec.model.attention_window
-    return Pair(name, Artifact.open(artifact), gguf, window.size if window else None)
+    window = config.attention_window if isinstance(config, DecoderConfig) else None
+    return Pair(name, Artifact.open(artifact), gguf, window.size if window else None, shape.exists())
+
+
+def routing(pair: Pair, counter: Path) -> dict[str, float]:
+    """Share of the experts in use on each side, mean of the layers: exp(entropy of how often each is selected) over
+    their number; 1 where all are equally busy.
+
+    Both sides see `ROUTED` random tokens. A model without experts has none.
+    """
+    ids = np.random.default_rng(1).integers(0, pair.artifact.manifest.model.vocab_size, ROUTED).tolist()
+    with load(pair.artifact) as session:
+        session.trace(True)
+        session.prefill(ids)
+        traces = session.take_traces()
+    peer = [np.asarray(row) for row in llama_cpp.routing(counter, pair.gguf, ROUTED)]
+    if not peer and not traces:
+        return {}
+    # a long prompt may be cut into calls, each of which goes through all layers
+    joined = [np.concatenate([t.indices_TK.ravel() for t in traces[at :: len(peer)]]) for at in range(len(peer))]
+    ours = [np.bincount(chosen) for chosen in joined]
+    count = max(len(row) for row in (*ours, *peer))
+    return {side: float(np.mean([_in_use(row, count) for row in rows])) for side, rows in ((OURS, ours), (PEER, peer))}
+
+
+def _in_use(counts: np.ndarray, experts: int) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()) / experts)
 
 
 def run_ours(pair: Pair, test: Test, threads: int) -> Sample:
@@ -111,10 +155,10 @@ def repeats(test: Test) -> int:
     return 1 if test.context else 3
 
 
-def turns(test: Test) -> int:
-    """Pairs of processes in a round: short tests take a fraction of a second, which other load on the machine
-    disturbs."""
-    return 1 if test.context else 3
+def turns(pair: Pair, test: Test) -> int:
+    """Pairs of processes in a round: short tests of small models take a fraction of a second, which other load on the
+    machine disturbs."""
+    return 1 if test.context or pair.long else 3
 
 
 def start_ours(pair: Pair, threads: int) -> float:
@@ -146,20 +190,33 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def one_round(
+    pair: Pair, binary: Path, tests: list[Test], threads: int, step: Callable[[str], None]
+) -> tuple[dict[str, float], dict[tuple[str, str], list[Sample]]]:
+    """Seconds of a start by side, and the samples by side and test."""
+    starts = {OURS: start_ours(pair, threads), PEER: start_peer(binary, pair, threads)}
+    samples: dict[tuple[str, str], list[Sample]] = {}
+    for test in (each for each in tests for _ in range(turns(pair, each))):
+        samples.setdefault((OURS, test.name), []).append(run_ours(pair, test, threads))
+        step(f"{OURS} {test.name}")
+        samples.setdefault((PEER, test.name), []).append(run_peer(binary, pair, test, threads))
+        step(f"{PEER} {test.name}")
+    return starts, samples
+
+
 def measure(
     pair: Pair, binary: Path, tests: list[Test], threads: int, rounds: int, progress: Progress
 ) -> dict[str, Any]:
     samples: dict[tuple[str, str], list[Sample]] = {}
     starts: dict[str, list[float]] = {OURS: [], PEER: []}
-    with progress.stage(f"{pair.name}, {threads} threads", rounds * sum(map(turns, tests)) * 2) as step:
+    steps = rounds * sum(turns(pair, test) for test in tests) * 2
+    with progress.stage(f"{pair.name}, {threads} threads", steps) as step:
         for _ in range(rounds):
-            starts[OURS].append(start_ours(pair, threads))
-            starts[PEER].append(start_peer(binary, pair, threads))
-            for test in (each for each in tests for _ in range(turns(each))):
-                samples.setdefault((OURS, test.name), []).append(run_ours(pair, test, threads))
-                step(f"{OURS} {test.name}")
-                samples.setdefault((PEER, test.name), []).append(run_peer(binary, pair, test, threads))
-                step(f"{PEER} {test.name}")
+            started, found = one_round(pair, binary, tests, threads, step)
+            for side, seconds in started.items():
+                starts[side].append(seconds)
+            for key, values in found.items():
+                samples.setdefault(key, []).extend(values)
     rows = []
     for test in tests:
         ours, peer = samples[OURS, test.name], samples[PEER, test.name]
@@ -184,6 +241,7 @@ def measure(
         "threads": threads,
         "rounds": rounds,
         "file_bytes": {OURS: pair.artifact.path("model.pte").stat().st_size, PEER: pair.gguf.stat().st_size},
+        "experts_in_use": routing(pair, llama_cpp.routing_counter(binary)),
         "start_s": {side: spread(found) for side, found in starts.items()},
         "tests": rows,
     }
@@ -195,6 +253,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"  file: {OURS} {files[OURS] / 1e6:.0f} MB, {PEER} {files[PEER] / 1e6:.0f} MB")
     starts = {side: f"{v['median']:.2f} s ({v['low']:.2f}-{v['high']:.2f})" for side, v in result["start_s"].items()}
     print(f"  start, load and one token: {OURS} {starts[OURS]}, {PEER} {starts[PEER]}")
+    if result["experts_in_use"]:
+        shares = ", ".join(f"{side} {share:.0%}" for side, share in result["experts_in_use"].items())
+        print(f"  experts in use by {ROUTED} tokens: {shares}")
     print(f"  {'test':<14} {'moec tok/s':>22} {'llama.cpp tok/s':>22} {'ratio':>18} {'peak RSS MB':>14}")
     for row in result["tests"]:
         cells = [
@@ -249,7 +310,9 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where results, models and llama.cpp go")
-    parser.add_argument("--models", default="mobilemoe-s,mobilellm-pro", help="shipped specs, separated by commas")
+    parser.add_argument(
+        "--models", default="mobilemoe-s,mobilellm-pro", help="shipped specs and bench/shapes, separated by commas"
+    )
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tests", default="", help="names such as pp512,tg64; default: all")
