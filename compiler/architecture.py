@@ -72,6 +72,19 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """A layer's convolution or recurrence, in the place of attention or of the whole layer.
+
+    kind: `short_conv`, `gated_delta` or `selective_scan`. inputs: features that its linears make of the layer's input;
+    channels: those of its convolution.
+    """
+
+    kind: str
+    inputs: int
+    channels: int
+
+
+@dataclass(frozen=True)
 class Experts:
     """The routed experts of every MoE layer; `shared_width` 0 means no shared expert."""
 
@@ -97,7 +110,7 @@ class Architecture:
     feed-forward in every layer); for other models they estimate from `caches` and `weights`. ffn_width: of the dense
     feed-forward blocks, 0 if there are none. qk_norm: whether queries and keys are normalised. fixed: states of
     convolutions and recurrences, whose size does not depend on the context; every token reads and writes all of them.
-    caches: of the layers with attention.
+    mixers: of the layers that have such states. caches: of the layers with attention.
     """
 
     name: str
@@ -114,6 +127,7 @@ class Architecture:
     qk_norm: bool = False
     own: bool = True
     fixed: tuple[State, ...] = ()
+    mixers: tuple[Mixer, ...] = ()
 
     @cached_property
     def alike(self) -> tuple[tuple[Cache, int], ...]:

@@ -11,6 +11,9 @@ from moec.compiler.spec.device import Device, KernelRates
 
 #: Compute peak of float activations over INT8: FP32 lanes are a quarter as many and FMA counts two operations.
 FP32_OVER_INT8 = 0.25
+#: What recurrences reached on a machine with AVX2, for device files without a measurement: a share of DRAM bandwidth at
+#: one token, where each element of a state is read and written, and of the float peak in a prompt.
+STATE_DRAM, STATE_PEAK = 0.47, 0.33
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Rates:
     attention_row: float  # seconds of one key/value row apart from its operations, from a cache
     attention_operation: float  # seconds of one operation, from a cache
     attention_prefill: float
+    state_decode: float  # operations/s of recurrences, three multiply-accumulates of an element of a state and token
+    state_prefill: float
     instruction: float
     last_cache: float
 
@@ -65,6 +70,16 @@ def _measured(device: Device, k: KernelRates, memory: float, compute: float, bas
         attention_row=row / compute,
         attention_operation=operation / compute,
         attention_prefill=k.attention_prefill_gop_per_s.number * 1e9 * compute,
+        state_decode=(
+            STATE_DRAM * device.dram_gb_per_s.number * 1e9 * 6 / 8  # six operations on four bytes, moved twice
+            if k.state_decode_gop_per_s is None
+            else k.state_decode_gop_per_s.number * 1e9 * memory
+        ),
+        state_prefill=(
+            STATE_PEAK * cpu_peak(device, integer=False)
+            if k.state_prefill_gop_per_s is None
+            else k.state_prefill_gop_per_s.number * 1e9 * compute
+        ),
         instruction=k.instruction_us.number * 1e-6 / min(1.0, compute),
         last_cache=device.last_cache_mb.number * 1e6 if device.last_cache_mb else 0.0,
     )

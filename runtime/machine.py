@@ -165,6 +165,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield "attention_cached", lambda: _attention(1, 0)
     yield "attention_narrow", lambda: _attention(1, 0, heads=8, d=32)
     yield "attention_prefill", lambda: _attention(128, 0)
+    yield "state_decode", lambda: _recurrence(1, beyond_cache)
+    yield "state_prefill", lambda: _recurrence(128, 0)
 
 
 def _seconds(runs: list[Callable[[], object]], budget: float = 0.1) -> float:
@@ -280,6 +282,44 @@ def _attention(t: int, total: int, heads: int = 16, d: int = 64) -> tuple[float,
         runs.append(call(codes, np.full((2, positions, kv), 0.01, np.float32)))
     seen = sum(range(positions - t + 1, positions + 1))
     return 2.0 * 2 * heads * d * seen, runs
+
+
+DELTA_BUFFERS = ("q", "k", "v", "decay", "beta", "state", "out")
+
+
+class DeltaArgs(ctypes.Structure):
+    """moec_gated_delta_args of kernels/recurrent.h."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("tokens", "key_heads", "heads", "key_dim", "value_dim", "start_pos")),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        *((n, kernel_api._Buffer) for n in DELTA_BUFFERS),
+    )
+
+
+def _recurrence(t: int, total: int, heads: int = 32, d: int = 128) -> tuple[float, list[Callable[[], object]]]:
+    """The gated delta rule of `heads` states of d x d that hold `total` bytes together. Work: operations, three
+    multiply-accumulates of an element and token."""
+    rng = np.random.default_rng(5)
+    q, k, v, out = (rng.standard_normal((t, heads, d), dtype=np.float32) for _ in range(4))
+    decay, beta = np.full((t, heads), -0.1, np.float32), np.full((t, heads), 0.5, np.float32)
+    function = kernel_api.library().moec_gated_delta
+
+    def call(state: np.ndarray) -> Callable[[], object]:
+        arrays = (q, k, v, decay, beta, state, out)
+        args = DeltaArgs(t, heads, heads, d, d, 1, d**-0.5, 1e-6)
+        for name, array in zip(DELTA_BUFFERS, arrays, strict=True):
+            setattr(args, name, kernel_api._buffer(array))
+        pointer = ctypes.pointer(args)
+
+        def run(keep: tuple[Any, ...] = arrays) -> object:
+            return function(pointer)
+
+        return run
+
+    states = max(1, total // (4 * heads * d * d))
+    return 6.0 * heads * d * d * t, [call(np.full((heads, d, d), 0.01, np.float32)) for _ in range(states)]
 
 
 def run_model(

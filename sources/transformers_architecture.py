@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from moec.compiler.architecture import Architecture, Cache, Experts, Weight
+from moec.compiler.architecture import Architecture, Cache, Experts, Mixer, Weight
 from moec.compiler.errors import UserError
 from moec.compiler.states import Replaced, State
 from moec.sources.transformers_config import read_config
@@ -52,7 +52,8 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         )
     attends, fixed = _kept(model, text, layers, length)
     down = min(stacks, key=lambda w: w.rows * w.columns) if stacks else None
-    shared = [w for w in weights if w.role == "shared" and w.columns > 1]
+    mixers = dict(_mixers(model, {s.layer for s in fixed if _is_recurrent(s)}, width)) if fixed else {}
+    within = tuple(f"{EXPORTED}.{name}." for name in mixers)
     return Architecture(
         name=name,
         layers=layers,
@@ -64,6 +65,7 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
         weights=tuple(weights),
         caches=tuple(c for n, c in enumerate(_caches(text, layers, heads, width)) if n in attends),
         fixed=fixed,
+        mixers=tuple(mixers.values()),
         experts=None
         if down is None
         else Experts(
@@ -71,9 +73,9 @@ def architecture_of_config(config: Any, folder: Path, name: str, context: int | 
             int(experts or 0),
             int(chosen or 1),
             down.rows if down.columns == width else down.columns,
-            max((w.rows for w in shared), default=0),
+            max((w.columns for w in weights if w.role == "shared" and w.rows == width), default=0),  # the way down
         ),
-        ffn_width=max((w.rows for w in weights if w.role == "ffn"), default=0),
+        ffn_width=max((w.rows for w in weights if w.role == "ffn" and not w.name.startswith(within)), default=0),
         own=False,
     )
 
@@ -89,6 +91,25 @@ def _kept(model: nn.Module, text: Any, layers: int, length: int) -> tuple[set[in
     attends = {int(name.removeprefix("cache_k_")) for name in held if name.startswith("cache_k_")}
     fixed = {n: s for n, s in held.items() if not n.startswith(("cache_k_", "cache_v_"))}
     return attends, tuple(State(n, s, Replaced(), layer=n.split("_")[2]) for n, s in fixed.items())
+
+
+def _is_recurrent(state: State) -> bool:
+    return len(state.shape) == 4  # [1, heads, d, e]; a convolution's is [1, channels, taps - 1]
+
+
+def _mixers(model: nn.Module, recurrent: set[str], width: int) -> Iterator[tuple[str, Mixer]]:
+    """Name and kind of every module that has a convolution: alone, or in front of a recurrence."""
+    for name, module in model.named_modules():
+        convolution = next((m for m in module.children() if isinstance(m, nn.Conv1d)), None)
+        layer = next((part for part in name.split(".") if part.isdigit()), None)
+        if convolution is None or layer is None:
+            continue
+        kind = "short_conv"
+        if layer in recurrent:
+            kind = "gated_delta" if "Delta" in type(module).__name__ else "selective_scan"
+        linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear) and m.in_features == width}
+        made = sum(m.out_features for n, m in linears.items() if not n.startswith("out"))
+        yield name, Mixer(kind, made, convolution.out_channels)
 
 
 def _required(config: Any, key: str, folder: Path) -> int:

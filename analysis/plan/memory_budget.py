@@ -68,13 +68,25 @@ def has_budget(model: Model) -> bool:
     return model.architecture.experts is not None and "memory_mb" in type(model.options).model_fields
 
 
-def apart(model: Model) -> int:
-    """Bytes of routed experts that need not be in memory: all but those of one token."""
+def least_experts(model: Model, device: Device | None = None) -> int:
+    """Experts of all layers that must be in memory: those of one token, or one for each thread if these are more.
+
+    Threads are those of the target's options, else those that the device's file assumes.
+    """
+    moe = model.architecture.experts
+    if moe is None:
+        return 0
+    threads = getattr(model.options, "threads", None) or (1 if device is None else device.cores.threads)
+    return min(max(moe.layers * moe.top_k, threads), moe.layers * moe.experts)
+
+
+def apart(model: Model, device: Device | None = None) -> int:
+    """Bytes of routed experts that need not be in memory: all but the `least_experts`."""
     moe = model.architecture.experts
     if moe is None:
         return 0
     stored = sum(model.stored(w) for w in model.architecture.weights if w.role == "expert")
-    return stored - moe.layers * moe.top_k * (stored // (moe.layers * moe.experts))
+    return stored - least_experts(model, device) * (stored // (moe.layers * moe.experts))
 
 
 def streamed(
@@ -95,12 +107,13 @@ def streamed(
     count = moe.layers * moe.experts
     expert = stored // count
     peak = memory(model, context).peak
-    fixed, least = peak - stored, peak - apart(model)
+    fixed, least = peak - stored, peak - apart(model, device)
     if budget < least:
+        needed = least_experts(model, device)
+        whose = "of one token" if needed == moe.layers * moe.top_k else "that a token or the threads need"
         raise BudgetTooSmall(
             f"a memory budget of {budget // 1_000_000} MB is less than {-(-least // 1_000_000)} MB: "
-            f"{-(-fixed // 1_000_000)} for all but the routed experts, and the {moe.layers * moe.top_k} experts of one "
-            "token",
+            f"{-(-fixed // 1_000_000)} for all but the routed experts, and the {needed} experts {whose}",
             place=name,
             remedy="give a larger one, or a shorter context",
         )

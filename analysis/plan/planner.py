@@ -137,7 +137,7 @@ def _longest(model: Model, device: Device, within: Streamed | None) -> int:
     """The most positions that fit the device, experts read from the file where a budget fits it."""
     if within is None or within.budget > device.budget:
         return longest_context(model, device.budget)
-    return longest_context(model, within.budget, apart(model))
+    return longest_context(model, within.budget, apart(model, device))
 
 
 def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moec.analysis.plan.memory import Model
-from moec.compiler.architecture import Weight
+from moec.compiler.architecture import Architecture, Weight
 from moec.compiler.rates import Rates
 from moec.compiler.spec.device import Device
 
@@ -65,13 +65,22 @@ def _decode_parts(model: Model, rates: Rates, read: float, position: int) -> Ite
         seconds = model.read_per_token(weight) / table[_kind(model, weight)]
         by_role[weight.role] = by_role.get(weight.role, 0.0) + seconds
     yield from by_role.items()
-    reading = model.cache_read(position) / table["dense"]
+    reading = (model.cache_read(position) - 2 * a.fixed_bytes) / table["dense"]
     rows = sum(n * c.kv_heads * c.seen(position) for c, n in a.alike)
     attending = rows * rates.attention_row + 2 * a.attention_macs(position) * rates.attention_operation
     if not hot:  # from DRAM, slower by what the measured shape was
         attending *= max(1.0, rates.attention_cached / rates.attention_decode)
     yield "attention over the cache", max(reading, attending)
+    if a.fixed:
+        yield "states", _state_seconds(a, rates)
     yield "instructions", model.footprint.instructions(a) * rates.instruction
+
+
+def _state_seconds(a: Architecture, rates: Rates) -> float:
+    """One token of all recurrences: as measured from DRAM; states that stay in the last cache move through that."""
+    if a.fixed_bytes > CACHED_SHARE * rates.last_cache:
+        return 2 * a.state_macs / rates.state_decode
+    return 2 * a.state_macs / rates.state_prefill + 2 * a.fixed_bytes / rates.cached["dense"]
 
 
 def prefill(model: Model, device: Device, rates: Rates | None, tokens: int) -> Step:
@@ -103,6 +112,8 @@ def _prefill_parts(model: Model, rates: Rates, tokens: int, chunk: int, chunks: 
     yield from by_role.items()
     pairs = sum(model.architecture.attention_macs(p) for p in range(tokens))
     yield "attention over the cache", 2 * pairs / rates.attention_prefill
+    if model.architecture.fixed:
+        yield "states", 2 * tokens * model.architecture.state_macs / rates.state_prefill
     yield "instructions", chunks * model.footprint.instructions(model.architecture) * rates.instruction
 
 

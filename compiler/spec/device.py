@@ -86,8 +86,9 @@ class KernelRates(Section):
     either dimension. `stream` is packed weights read from DRAM at one token, `cached` the same from the last cache,
     GB/s; `prefill` is at 128 tokens, GOP/s. `attention_decode` and `attention_cached`: one token over 2048 positions of
     INT8 keys and values, from DRAM and from a cache (`attention_narrow`: heads half as wide, two a key/value head);
-    `attention_prefill`: 128 tokens. `instruction_us`: one instruction of a program whose tensors are small, the fixed
-    costs of its kernels included.
+    `attention_prefill`: 128 tokens. `state_decode` and `state_prefill`: the recurrence of 32 heads of 128 x 128 at one
+    token, states from DRAM, and at 128; without them the shares of its peaks that another machine reached.
+    `instruction_us`: one instruction of a program whose tensors are small, the fixed costs of its kernels included.
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)]
@@ -105,6 +106,8 @@ class KernelRates(Section):
     attention_cached_gop_per_s: Figure
     attention_narrow_gop_per_s: Figure
     attention_prefill_gop_per_s: Figure
+    state_decode_gop_per_s: Figure | None = None
+    state_prefill_gop_per_s: Figure | None = None
     instruction_us: Figure
 
     @classmethod

@@ -25,6 +25,8 @@ _PROGRAM_SPARSE, _PROGRAM_DENSE = 310, 300
 # Linux as the peak of small models less what this file computes; `moec device measure` measures it anew.
 _RUNTIME = 7_200_000
 _TILE_BYTES, _MOST_TILE = 3 << 20, 48  # kernels/core/moe_run.cpp: kTileBytes, kMostTile
+# Instructions of a layer's mixer beside attention: of the artifacts of six families, which differ by a tenth.
+_MIXERS = {"short_conv": 5, "gated_delta": 53, "selective_scan": 28}
 _THREADS = 4  # each holds one tile: what is assumed where the spec names no number
 
 
@@ -79,12 +81,14 @@ class XnnpackFootprint(Footprint):
 
         Arena, floats a token: the residual, and the larger of attention (q, k, v twice, rotated q, with norms of q
         and k rotated k) and a dense feed-forward block (its input, activated gate times up); the logits of one token
-        share its space.
+        share its space. A convolution or recurrence: what its linears make, the same in parts, and what the convolution
+        makes of it.
         """
         d, cache = architecture.d_model, architecture.caches[0] if architecture.caches else Cache(1, 0, 0)
         q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
         attention = 2 * (q + 2 * kv) + q + (kv if architecture.qk_norm else 0)
-        arena = 4 * tokens * (d + max(attention, d + architecture.ffn_width) + cache.key_width)
+        mixing = max((2 * m.inputs + m.channels for m in architecture.mixers), default=0)
+        arena = 4 * tokens * (d + max(attention, mixing, d + architecture.ffn_width) + cache.key_width)
         logits = 4 * architecture.vocab_size
         threads = (options.threads if isinstance(options, Options) else None) or _THREADS
         return max(arena, logits) + logits + self._scratch(architecture, tokens, threads)
@@ -108,12 +112,18 @@ class XnnpackFootprint(Footprint):
     def instructions(self, architecture: Architecture) -> int:
         """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around.
 
-        Models of other sources have some 12 more, 33 in a layer of latents.
+        Models of other sources have some 12 more, 33 in a layer of latents, and those of their mixers in the place of
+        the 10 of attention. A layer is a mixer and a block, or only one of them where there are fewer mixers than
+        layers.
         """
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0
         foreign = 0 if architecture.own else 12 + sum(33 * c.latent for c in architecture.caches)
-        return 10 + 18 * sparse + 17 * (architecture.layers - sparse) + norms + foreign
+        attending, mixing = len(architecture.caches), len(architecture.mixers)
+        alone = architecture.layers - attending - mixing if mixing else 0
+        dense = architecture.layers - sparse - (attending + mixing if alone else 0)
+        mixers = 10 * (attending if mixing else architecture.layers) + sum(_MIXERS[m.kind] for m in architecture.mixers)
+        return 10 + mixers + 8 * sparse + 7 * dense + norms + foreign
 
     def rates(self, device: Device, reference: Device | None) -> Rates | None:
         return kernel_rates(device, reference)

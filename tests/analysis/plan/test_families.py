@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from moec.analysis.plan.devices import reference
 from moec.analysis.plan.memory import roles, weight_bytes
 from moec.analysis.plan.planner import model_of
+from moec.analysis.plan.roofline import decode, prefill
 from moec.compiler import build
-from moec.compiler.architecture import Architecture
+from moec.compiler.architecture import Architecture, Mixer
 from moec.compiler.pipeline import run_passes
 from moec.compiler.program import Program
 from moec.compiler.spec import Spec, load_spec
@@ -94,6 +97,53 @@ def test_weights_are_those_of_the_graph(family: str, folder: Path) -> None:
     for alike in (("embedding",), ("head",), ("shared", "attention", "ffn")):
         assert sum(planned.get(r, 0) for r in alike) == sum(stored.get(r, 0) for r in alike), alike
     assert model.cache_bytes(model.architecture.context) == stored["cache"]
+
+
+@pytest.mark.parametrize(
+    ("family", "mixers", "ffn_width", "shared_width"),
+    [
+        ("lfm2-moe", [Mixer("short_conv", 3 * 1024, 1024)] * 4, 3584, 0),
+        ("qwen3-next", [Mixer("gated_delta", 6144 + 32, 4096)] * 3, 0, 256),
+        ("qwen3-5-moe", [Mixer("gated_delta", 6144 + 32, 4096)] * 3, 0, 256),
+        ("granite-4-h", [Mixer("selective_scan", 2 * 3072 + 2 * 128 + 48, 3072 + 2 * 128)] * 3, 2048, 0),
+        ("nemotron-h", [Mixer("selective_scan", 2 * 1536 + 2 * 3 * 128 + 24, 1536 + 2 * 3 * 128)] * 3, 0, 1408),
+        ("qwen2-moe", [], 2816, 2816),
+    ],
+)
+def test_mixers_and_widths(family: str, mixers: list[Mixer], ffn_width: int, shared_width: int, folder: Path) -> None:
+    """What the sizes of activations rest on; by hand, from the equations of the families."""
+    a = counted(shaped(family, folder))
+    assert list(a.mixers) == mixers
+    assert a.ffn_width == ffn_width
+    assert a.experts is not None
+    assert a.experts.shared_width == shared_width
+
+
+def test_states_take_their_own_time(folder: Path) -> None:
+    """At one token from DRAM, or through the last cache if they stay there; in a prompt by operations alone."""
+    spec = shaped("qwen3-next", folder)
+    model, device = model_of(spec, "xnnpack", spec.targets["xnnpack"]), reference()
+    assert device is not None
+    assert device.kernels is not None
+    rates = model.footprint.rates(device, None)
+    assert rates is not None
+    elements = 3 * (16 * 128 * 128 + 3 * 4096)  # of three layers: states, and the last inputs of convolutions
+    operations = 6 * elements
+    assert model.architecture.fixed_bytes == 4 * elements
+    moved = 2 * 4 * elements / rates.cached["dense"]
+    kept = decode(model, device, rates, 100).parts["states"]
+    assert kept == pytest.approx(operations / rates.state_prefill + moved)
+    small = replace(rates, last_cache=1e6)
+    assert decode(model, device, small, 100).parts["states"] == pytest.approx(operations / rates.state_decode)
+    prompt = prefill(model, device, rates, 300).parts["states"]
+    assert prompt == pytest.approx(300 * operations / rates.state_prefill)
+
+    figure = device.kernels.attention_prefill_gop_per_s
+    timed = {"state_decode_gop_per_s": figure, "state_prefill_gop_per_s": figure}
+    measured = device.model_copy(update={"kernels": device.kernels.model_copy(update=timed)})
+    own = model.footprint.rates(measured, None)
+    assert own is not None
+    assert own.state_decode == own.state_prefill == own.attention_prefill != rates.state_prefill
 
 
 def stored_bytes(program: Program) -> dict[str, int]:

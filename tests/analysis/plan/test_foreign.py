@@ -30,9 +30,12 @@ def spec_of(family: str, folder: Path, **changes: object) -> Spec:
     return spec.model_copy(update={"model": TransformersModel(transformers=folder)})
 
 
-@pytest.mark.parametrize("family", quick(["qwen3-moe", "deepseek-v3", "gpt-oss"], ("gpt-oss",)))
+STATES = ["lfm2-moe", "qwen3-next", "qwen3-5-moe", "granite-4-h", "nemotron-h"]
+
+
+@pytest.mark.parametrize("family", quick(["qwen3-moe", "deepseek-v3", "gpt-oss", *STATES], ("gpt-oss", "nemotron-h")))
 def test_memory_is_the_artifacts(family: str, tmp_path: Path) -> None:
-    """Caches exactly: INT8 rows, keys and values of different widths with latent attention."""
+    """Caches exactly: INT8 rows, keys and values of different widths with latent attention, states of fixed size."""
     spec = spec_of(family, tmp_path / "model")
     build.compile(spec, "xnnpack", tmp_path / "model", tmp_path / "artifact")
     manifest = read_manifest(tmp_path / "artifact")

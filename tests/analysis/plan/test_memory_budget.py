@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moec.analysis.plan.devices import load_device
 from moec.analysis.plan.memory import memory
-from moec.analysis.plan.memory_budget import Streamed
+from moec.analysis.plan.memory_budget import Streamed, least_experts
 from moec.analysis.plan.planner import check_fits, plan_spec
 from moec.compiler.errors import CompileError, UserError
 from moec.compiler.spec import Spec, load_spec, parse_spec
@@ -19,6 +20,7 @@ from tests.conftest import Moec, refused
 
 L = Path(__file__).parents[3] / "specs" / "models" / "mobilemoe-l.yaml"
 DENSE = L.with_name("mobilellm-pro.yaml")
+TINY = L.with_name("mobilemoe-tiny.yaml")
 
 
 def planned(memory_mb: int, hits: float | None = None, device: str | None = "galaxy-s25") -> Streamed:
@@ -73,6 +75,30 @@ def test_a_budget_below_one_token_is_refused_with_the_least() -> None:
     assert planned(least).held >= 32 * 4
     with pytest.raises(UserError, match="is less than"):
         planned(least - 1)
+
+
+def test_every_thread_has_an_expert() -> None:
+    """As the runtime counts (expert_cache.cpp, least_slots): of a token, or one for each thread, at most all."""
+    spec = load_spec(TINY)
+    plan = plan_spec(spec, None)
+    moe = plan.model.architecture.experts
+    assert moe is not None
+    of_a_token, everything = moe.layers * moe.top_k, moe.layers * moe.experts
+
+    def least(threads: int) -> int:
+        options = plan.model.options.model_copy(update={"threads": threads})
+        return least_experts(replace(plan.model, options=options))
+
+    assert [least(n) for n in (1, of_a_token, of_a_token + 1, 256)] == [
+        of_a_token,
+        of_a_token,
+        of_a_token + 1,
+        min(256, everything),
+    ]
+    options = plan.model.options.model_copy(update={"threads": of_a_token + 3})
+    threaded = spec.model_copy(update={"targets": {"xnnpack": options}})
+    with pytest.raises(UserError, match=rf"the {of_a_token + 3} experts that a token or the threads need"):
+        plan_spec(threaded, None, memory_mb=1)
 
 
 def test_without_a_device_nothing_is_said_of_speed() -> None:
