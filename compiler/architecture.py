@@ -7,7 +7,7 @@ d head width, F expert width, S shared width, E experts, K experts a token, V vo
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moec.compiler.states import Codes, State, key_value_states
@@ -45,17 +45,37 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """What the keys and values of latent attention are expanded from: `rank` numbers, and `rotated` ones of the key
+    itself. absorbed: the cache holds these."""
+
+    rank: int
+    rotated: int
+    absorbed: bool = False
+
+
+@dataclass(frozen=True)
 class Cache:
     """One layer's keys and values: `kv_heads` rows of both widths per position; `window` 0 means all positions.
 
-    latent: keys and values are made of a latent row by operators of their own, once for each token.
+    Of an absorbed latent: one row for all heads, the latent and the rotated part of the key.
     """
 
     kv_heads: int
     key_width: int
     value_width: int
     window: int = 0
-    latent: bool = False
+    latent: Latent | None = None
+
+    def absorbed(self, multiple: int) -> Cache:
+        """The cache of the same layer where latents are cached; itself where they are not: widths that are no multiple
+        of `multiple`, or latents that are no smaller than keys and values."""
+        latent = self.latent
+        if latent is None or latent.rank % multiple or latent.rotated % multiple:
+            return self
+        if latent.rank + latent.rotated >= self.kv_heads * (self.key_width + self.value_width):
+            return self
+        return Cache(1, latent.rank, latent.rotated, self.window, replace(latent, absorbed=True))
 
     def seen(self, position: int) -> int:
         """Positions that a token at `position` (from 0) attends to, itself included."""
@@ -68,7 +88,8 @@ class Cache:
 
     def macs(self, heads: int, position: int) -> int:
         """Multiply-accumulates of `heads` query heads of the token at `position`: scores and weighted values."""
-        return heads * (self.key_width + self.value_width) * self.seen(position)
+        again = self.key_width if self.latent is not None and self.latent.absorbed else 0  # latents are the values, too
+        return heads * (self.key_width + self.value_width + again) * self.seen(position)
 
 
 @dataclass(frozen=True)

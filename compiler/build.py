@@ -165,7 +165,11 @@ def program_and_passes(
     max_tokens = getattr(options, "max_tokens", MAX_TOKENS)
     program = source_of(spec.model).export(spec, weights, max_tokens=max_tokens)
     calibrate = _calibration(spec, weights, progress or Progress(quiet=True))
-    return program, [*pipeline(spec.quantization, calibrate), *find_target(name).legalize(options)]
+    found = find_target(name)
+    return program, [
+        *pipeline(spec.quantization, calibrate, latents=found.latent_attention),
+        *found.legalize(options),
+    ]
 
 
 def _calibration(spec: Spec, weights: Weights | None, progress: Progress) -> Pass | None:

@@ -35,6 +35,10 @@ class Footprint(ABC):
     def copied_bytes(self, weight: Weight, scheme: WeightScheme | None, options: Any) -> int:
         """Bytes that the runtime keeps beside the stored weight, such as a repacked copy."""
 
+    def cached(self, cache: Cache) -> Cache:
+        """One layer's cache as this target has it, which may cache latents in place of keys and values."""
+        return cache
+
     @abstractmethod
     def cache_bytes(self, cache: Cache, codes: Codes | None, positions: int) -> int:
         """States of `positions` positions of one layer, in `codes` or as floats of the target's own type."""

@@ -104,6 +104,8 @@ class Target(ABC):
     #: (compiler/ops/attention_codes.py); else in floats. Verification compares with the same. No entry of the manifest:
     #: it is that of the engine here, which also runs what earlier versions compiled.
     integer_attention: ClassVar[bool] = False
+    #: Whether it has `latent_attention` and `head_linear`: latent attention then caches latents.
+    latent_attention: ClassVar[bool] = False
 
     @abstractmethod
     def legalize(self, options: TargetOptions) -> list[Pass]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moec.compiler.pipeline import Pass
 from moec.compiler.plugins import installed_rules
 from moec.compiler.spec.quantization import Quantization
+from moec.passes.absorb_latents import absorb_latents
 from moec.passes.canonicalize import canonicalize
 from moec.passes.check_router import check_router
 from moec.passes.drop_empty import drop_empty
@@ -43,11 +44,13 @@ def fusion() -> list[Pass]:
     ]
 
 
-def pipeline(quantization: Quantization | None, calibrate: Pass | None = None) -> list[Pass]:
+def pipeline(quantization: Quantization | None, calibrate: Pass | None = None, *, latents: bool = False) -> list[Pass]:
     """EXPORTED -> FUSED for `quantization: none`, EXPORTED -> QUANTIZED otherwise.
 
-    calibrate: the pass of a method that observes inputs (analysis/calibration/calibrate.py).
+    calibrate: the pass of a method that observes inputs (analysis/calibration/calibrate.py). latents: whether the
+    target has `latent_attention` (`Target.latent_attention`).
     """
+    absorb = [absorb_latents()] if latents else []
     if quantization is None:
-        return fusion()
-    return [*fusion(), *([] if calibrate is None else [calibrate]), quantize_weights(quantization)]
+        return [*fusion(), *absorb]
+    return [*fusion(), *([] if calibrate is None else [calibrate]), quantize_weights(quantization), *absorb]

@@ -222,6 +222,14 @@ def linear(
     return y
 
 
+def head_linear(x: F32, w: NDArray[np.uint8], n: int, fmt: WeightFormat) -> F32:
+    """float32 [T, H, N] from x [T, H, K]: each head times its own packed matrix of w."""
+    t, heads, k = x.shape
+    y = np.empty((t, heads, n), np.float32)
+    _check(library().moec_head_linear(t, heads, n, k, fmt.encode(), _buffer(x), _buffer(w), _buffer(y)))
+    return y
+
+
 def gated_linear(x: F32, w: NDArray[np.uint8], f: int, fmt: WeightFormat, activation: int) -> F32:
     """float32 [T, F]: activation(gate) * up, where [gate, up] = x [T, K] times the packed matrix [2F, K]."""
     t, k = x.shape

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from moec.compiler.architecture import Architecture, Cache, Experts, Mixer, Weight
+from moec.compiler.architecture import Architecture, Cache, Experts, Latent, Mixer, Weight
 from moec.compiler.errors import UserError
 from moec.compiler.states import Replaced, State
 from moec.sources.transformers_config import read_config
@@ -166,15 +166,13 @@ def _role(name: str, shape: tuple[int, ...], experts: int | None, attends: bool)
 
 
 def _caches(config: Any, layers: int, heads: int, width: int) -> Iterator[Cache]:
-    """Keys and values as the exported program caches them.
-
-    Latent attention (DeepSeek) caches what attention reads, every head's key and
-    value, and not the latents that they are expanded from.
-    """
+    """Keys and values as the exported program caches them: of latent attention (DeepSeek), those of every head. A
+    target that caches latents says so (`Footprint.cached`)."""
     if getattr(config, "kv_lora_rank", None):
         rope, nope, value = (int(getattr(config, k)) for k in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
         for layer in range(layers):
-            yield Cache(heads, nope + rope, value, _window(config, layer), latent=True)
+            latent = Latent(int(config.kv_lora_rank), rope)
+            yield Cache(heads, nope + rope, value, _window(config, layer), latent)
         return
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
     head = int(getattr(config, "head_dim", None) or width // heads)

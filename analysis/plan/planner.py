@@ -158,7 +158,9 @@ def _target(spec: Spec, device: Device | None, target: str | None) -> tuple[str,
 
 def model_of(spec: Spec, target: str, options: Any) -> Model:
     """What the planner counts. UserError for a target without sizes or a model without shapes."""
-    return Model(architecture_of_spec(spec), spec.quantization, footprint_of(target, spec.name), options)
+    architecture, footprint = architecture_of_spec(spec), footprint_of(target, spec.name)
+    caches = tuple(footprint.cached(c) for c in architecture.caches)
+    return Model(replace(architecture, caches=caches), spec.quantization, footprint, options)
 
 
 def footprint_of(target: str, place: str | None = None) -> Footprint:

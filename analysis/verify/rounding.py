@@ -95,39 +95,53 @@ def unrounded_operators() -> dict[Any, Override]:
     """The quantized operators with the same codes, in fp32 arithmetic: no rounding of activations or of the cache."""
     caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def float_caches(start_pos: torch.Tensor, *coded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The float caches in the place of two of codes."""
+        place = id(coded[0])
+        if int(start_pos) == 0 or place not in caches:
+            first, second = (torch.zeros(cache.shape, dtype=torch.float32) for cache in coded)
+            caches[place] = (first, second)
+        return caches[place]
+
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         call = ops.CachedAttention[torch.Tensor](*args, **kwargs)
         if not call.coded:
             return call.eager()
-
-        def empty(cache: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(cache.shape, dtype=torch.float32)
-
-        place = id(call.k_cache)
-        if int(call.start_pos) == 0 or place not in caches:
-            caches[place] = (empty(call.k_cache), empty(call.v_cache))
-        keys, values = caches[place]
+        keys, values = float_caches(call.start_pos, call.k_cache, call.v_cache)
         return replace(call, k_cache=keys, v_cache=values, k_scale=None, v_scale=None).eager()
 
-    return {ops.cached_attention: attention, **float_products()}
+    def latent(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call = ops.LatentAttention[torch.Tensor](*args, **kwargs)
+        if not call.coded:
+            return call.eager()
+        latents, rope = float_caches(call.start_pos, call.latent_cache, call.rope_cache)
+        return replace(call, latent_cache=latents, rope_cache=rope, latent_scale=None, rope_scale=None).eager()
+
+    return {ops.cached_attention: attention, ops.latent_attention: latent, **float_products()}
 
 
 def attention_of(target: Target) -> dict[Any, Override]:
     """Attention as `target` computes it; empty where that is what the operator says."""
-    return {ops.cached_attention: _integer_attention} if target.integer_attention else {}
+    if not target.integer_attention:
+        return {}
+    return {form.op: _IntegerAttention(form) for form in (ops.CachedAttention, ops.LatentAttention)}
 
 
-def _integer_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return ops.CachedAttention[torch.Tensor](*args, **kwargs).in_integers()
+class _IntegerAttention:
+    def __init__(self, form: type[ops.CachedAttention[Any]] | type[ops.LatentAttention[Any]]) -> None:
+        self._form = form
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._form(*args, **kwargs).in_integers()
 
 
 def float_products() -> dict[Any, Override]:
     """The quantized products with the same codes, in fp32 arithmetic: activations are not rounded, the cache is."""
-    return {form.op: _FloatProduct(form) for form in (ops.FusedMoeQ, ops.LinearQ)}
+    return {form.op: _FloatProduct(form) for form in (ops.FusedMoeQ, ops.LinearQ, ops.HeadLinear)}
 
 
 class _FloatProduct:
-    def __init__(self, form: type[ops.FusedMoeQ[Any]] | type[ops.LinearQ[Any]]) -> None:
+    def __init__(self, form: type[ops.FusedMoeQ[Any]] | type[ops.LinearQ[Any]] | type[ops.HeadLinear[Any]]) -> None:
         self._form = form
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,8 @@ from moec.compiler.ops.embedding_q import EmbeddingQ, embedding_q
 from moec.compiler.ops.fused_moe import FusedMoe, fused_moe
 from moec.compiler.ops.fused_moe_q import FusedMoeQ, fused_moe_q
 from moec.compiler.ops.gated_delta import GatedDelta, gated_delta
+from moec.compiler.ops.head_linear import HeadLinear, head_linear
+from moec.compiler.ops.latent_attention import LatentAttention, latent_attention
 from moec.compiler.ops.linear_q import LinearQ, linear_q
 from moec.compiler.ops.moe_call import MoeCall, MoeSizes, RoutedMoe
 from moec.compiler.ops.rms_norm import RmsNorm, rms_norm
@@ -26,6 +28,8 @@ __all__ = [
     "FusedMoe",
     "FusedMoeQ",
     "GatedDelta",
+    "HeadLinear",
+    "LatentAttention",
     "LinearQ",
     "MoeCall",
     "MoeSizes",
@@ -41,6 +45,8 @@ __all__ = [
     "fused_moe",
     "fused_moe_q",
     "gated_delta",
+    "head_linear",
+    "latent_attention",
     "linear_q",
     "rms_norm",
     "rope",

@@ -1,7 +1,7 @@
 """Attention over INT8 caches as the kernels compute it: products of codes, whose sums are exact.
 
     query   c = rint(q * m / max|q|) per token and head, m = min(32512, (2^31 - 1) / (128 d)); its step is max|q| / m
-    score   s = (sum of c * key codes) * scale * key scale * step
+    score   s = (sum of c * key codes) * scale * key scale * step; of keys in parts, the sum of that over the parts
     weight  w = exp(s - largest s of the chunk) * value scale, rounded to rint(w * 32512 / max w), step max w / 32512
     chunk   y = (sum of rounded w * value codes) * step, with the sum of exp beside it
 
@@ -23,37 +23,43 @@ _CHUNK = 256
 _MOST = 127 * 256  # two signed bytes
 _TINY = 1e-30
 
+Coded = tuple[Tensor, Tensor]  # codes int8 [1, S, G, width] and their scales float32 [1, S, G]
+Keys = tuple[Coded, ...]  # one part after the other along the head width, each with scales of its own
+
 
 def attend_codes(
     q_1THd: Tensor,
-    keys: tuple[Tensor, Tensor],
-    values: tuple[Tensor, Tensor],
+    keys: Keys,
+    values: Coded,
     positions_T: Tensor,
     scale: float,
     window: int,
     sinks_H: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """[1, T, H * e] float32. keys, values: codes int8 [1, S, G, d or e] and their scales float32 [1, S, G], up to the
-    last position that a token sees; positions int64 [T]. window, sinks, softcap: as in `cached_attention`."""
+    """[1, T, H * e] float32. keys, values: up to the last position that a token sees; positions int64 [T]. window,
+    sinks, softcap: as in `cached_attention`."""
     _, tokens, heads, width = q_1THd.shape
-    groups, e = keys[0].shape[2], values[0].shape[3]
+    groups, e = values[0].shape[2:]
+    widths = [codes.shape[3] for codes, _ in keys]
     q_GTPd = q_1THd[0].float().unflatten(1, (groups, heads // groups)).transpose(0, 1)
     codes_GTPd, step_GTP1 = _rounded(q_GTPd, max(1, min(_MOST, 0x7FFFFFFF // (128 * width))))
     top = q_GTPd.new_full(step_GTP1.shape, -torch.inf)
     total, acc = torch.zeros_like(top), q_GTPd.new_zeros((*top.shape[:-1], e))
     first = int(positions_T[0]) - window + 1 if window > 0 else 0
-    for begin in range(max(first, 0) // _CHUNK * _CHUNK, keys[0].shape[1], _CHUNK):
+    for begin in range(max(first, 0) // _CHUNK * _CHUNK, values[0].shape[1], _CHUNK):
         part = slice(begin, begin + _CHUNK)
-        k_GCd, k_G11C = _part(*keys, part)
         v_GCe, v_G11C = _part(*values, part)
-        at_C = torch.arange(begin, begin + k_GCd.shape[1], device=q_1THd.device)
+        at_C = torch.arange(begin, begin + v_GCe.shape[1], device=q_1THd.device)
         seen_TC = at_C <= positions_T[:, None]
         if window > 0:
             seen_TC &= positions_T[:, None] - at_C < window
-        # sums below 2^31 are exact in float64
-        dot_GTPC = torch.einsum("gtpd,gcd->gtpc", codes_GTPd, k_GCd.double()).float()
-        s_GTPC = dot_GTPC * (scale * k_G11C) * step_GTP1
+        s_GTPC = torch.zeros((), device=q_1THd.device)
+        for c_GTPd, (k_GCd, k_G11C) in zip(codes_GTPd.split(widths, -1), (_part(*k, part) for k in keys), strict=True):
+            # sums below 2^31 are exact in float64
+            dot_GTPC = torch.einsum("gtpd,gcd->gtpc", c_GTPd, k_GCd.double()).float()
+            s_GTPC = s_GTPC + dot_GTPC * (scale * k_G11C)
+        s_GTPC = s_GTPC * step_GTP1
         if softcap > 0:
             s_GTPC = softcap * torch.tanh(s_GTPC / softcap)
         s_GTPC = s_GTPC.masked_fill(~seen_TC[None, :, None], -torch.inf)

@@ -105,7 +105,7 @@ class CachedAttention(Call[V]):
         positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.k_cache.shape[1])
         # what lies behind the last written position is masked: leaving it out makes a short context cheap
         end = int(positions[-1]) + 1
-        keys, values = (_dequantized(*_extended(*part, positions, end)) for part in self.parts())
+        keys, values = (dequantized(*extended(*part, positions, end)) for part in self.parts())
         return attend(self.q, keys, values, positions, self.scale, self.window, self.sinks, self.softcap)
 
     def in_integers(self: CachedAttention[Tensor]) -> Tensor:
@@ -115,11 +115,11 @@ class CachedAttention(Call[V]):
             return self.eager()
         positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.k_cache.shape[1])
         end = int(positions[-1]) + 1
-        (k, k_scale), (v, v_scale) = (_extended(*part, positions, end) for part in self.parts())
+        (k, k_scale), (v, v_scale) = (extended(*part, positions, end) for part in self.parts())
         assert k_scale is not None
         assert v_scale is not None
         rest = positions, self.scale, self.window, self.sinks, self.softcap
-        return attend_codes(self.q, (k, k_scale), (v, v_scale), *rest)
+        return attend_codes(self.q, ((k, k_scale),), (v, v_scale), *rest)
 
     def fake(self: CachedAttention[Tensor]) -> Tensor:
         """[1, T, H*e] without values; ValueError for shapes that are not those of the module's docstring."""
@@ -148,7 +148,7 @@ class CachedAttention(Call[V]):
         return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * v.shape[3]))
 
 
-def _extended(
+def extended(
     rows: Tensor, cache: Tensor, scales: Tensor | None, positions: Tensor, end: int
 ) -> tuple[Tensor, Tensor | None]:
     """Write `rows` [1, T, KV, d] at `positions`; the first `end` positions of the cache and of its scales."""
@@ -161,7 +161,8 @@ def _extended(
     return cache[:, :end], scales[:, :end]
 
 
-def _dequantized(cache: Tensor, scales: Tensor | None) -> Tensor:
+def dequantized(cache: Tensor, scales: Tensor | None) -> Tensor:
+    """The values of a cache that `extended` returned."""
     return cache if scales is None else cache.to(torch.float32) * scales[..., None]
 
 

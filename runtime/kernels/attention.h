@@ -38,6 +38,29 @@ typedef struct moec_attention_args {
 // that is not finite becomes NaN.
 MOEC_API int32_t moec_cached_attention(const moec_attention_args* args);
 
+typedef struct moec_latent_args {
+  int64_t tokens;  // T, may be 0
+  int64_t heads;
+  int64_t rank, rope_dim;  // R, P: multiples of 16
+  int64_t capacity;        // S
+  int64_t start_pos;       // as above
+  int64_t window;
+  float scale;
+  moec_in q;               // f32 [T, H, R]
+  moec_in q_rope;          // f32 [T, H, P]
+  moec_in latents;         // f32 [T, R]
+  moec_in rope;            // f32 [T, P]
+  moec_out latent_cache;   // f32 or int8 [S, R]; rows start_pos .. start_pos+T-1 are written, then attended
+  moec_out rope_cache;     // f32 or int8 [S, P]
+  moec_out latent_scale;   // f32 [S] for int8 caches; absent for f32 caches
+  moec_out rope_scale;
+  moec_out out;            // f32 [T, H, R]
+} moec_latent_args;
+
+// Latent attention in its absorbed form (compiler/ops/latent_attention.py): as moec_cached_attention with one key/value head,
+// whose key at j is latent_cache[j] beside rope_cache[j] and whose value is latent_cache[j].
+MOEC_API int32_t moec_latent_attention(const moec_latent_args* args);
+
 // y[i] = x[i] / sqrt(mean(x[i]^2) + eps) (* weight), rows of n values. weight f32 [n] or absent. y may be x.
 MOEC_API int32_t moec_rms_norm(int64_t rows, int64_t n, float eps, moec_in x, moec_in weight, moec_out y);
 

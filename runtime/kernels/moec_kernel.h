@@ -123,6 +123,10 @@ MOEC_API int32_t moec_linear(int64_t t, int64_t n, int64_t k, int32_t format, mo
 MOEC_API int32_t moec_gated_linear(int64_t t, int64_t f, int64_t k, int32_t format, int32_t activation, moec_in x, moec_in w,
                                    moec_out y);
 
+// y [T, H, N] f32: y[t, h] = w_h x[t, h] of x [T, H, K] f32. w: H packed matrices of N outputs and K inputs.
+MOEC_API int32_t moec_head_linear(int64_t t, int64_t heads, int64_t n, int64_t k, int32_t format, moec_in x, moec_in w,
+                                  moec_out y);
+
 // y [T, K] f32 = row ids[t] (int64 [T], 0 <= id < N) of the packed matrix w, dequantized.
 MOEC_API int32_t moec_embedding(int64_t t, int64_t n, int64_t k, int32_t format, moec_in ids, moec_in w, moec_out y);
 

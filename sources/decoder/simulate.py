@@ -301,7 +301,7 @@ class AttentionReference:
         positions_T = torch.arange(tokens)
         if reference._int8_cache and reference._integer_attention:
             keys, values = _cache_of(k_TGd), _cache_of(v_TGd)
-            y_1TD = attend_codes(q_THd[None], keys, values, positions_T, config.head_dim**-0.5, self._window)
+            y_1TD = attend_codes(q_THd[None], (keys,), values, positions_T, config.head_dim**-0.5, self._window)
             return self._o(y_1TD[0])
         if reference._int8_cache:
             k_TGd, v_TGd = fake_quantize_rows(k_TGd), fake_quantize_rows(v_TGd)

@@ -85,6 +85,31 @@ gated_linear_packed = register("gated_linear_packed", GatedLinearPacked)
 
 
 @dataclass(frozen=True)
+class HeadLinearPacked(Call[V]):
+    """x float32 [1, T, H, K], w uint8 [bytes] of H matrices -> float32 [1, T, H, N]; `format` as of LinearPacked."""
+
+    x: V
+    w: V
+    heads: int
+    n: int
+    k: int
+    format: int
+
+    def eager(self: HeadLinearPacked[Tensor]) -> Tensor:
+        _check_packed("head_linear_packed", self.x, self.w, self.k)
+        y = kernel_api.head_linear(_array(self.x)[0], _array(self.w), self.n, WeightFormat.decode(self.format))
+        return torch.from_numpy(y)[None]
+
+    def fake(self: HeadLinearPacked[Tensor]) -> Tensor:
+        _check_packed("head_linear_packed", self.x, self.w, self.k)
+        require(self.x.dim() == 4 and self.x.shape[2] == self.heads, "head_linear_packed", "x must be [1, T, H, K]")
+        return self.x.new_empty((*self.x.shape[:3], self.n))
+
+
+head_linear_packed = register("head_linear_packed", HeadLinearPacked)
+
+
+@dataclass(frozen=True)
 class EmbeddingPacked(Call[V]):
     """ids int64 [...], w uint8 [bytes] of a table [N, K] -> float32 [..., K]."""
 
@@ -189,11 +214,13 @@ OUT_FORMS = {
         "rms_norm": "out",
         "rope": "out",
         "cached_attention": "softcap_out",  # earlier forms: kernels/registration/old_operators.cpp
+        "latent_attention": "out",
         "short_conv": "out",
         "gated_delta": "out",
         "selective_scan": "out",
         "linear_packed": "out",
         "gated_linear_packed": "out",
+        "head_linear_packed": "out",
         "embedding_packed": "out",
         "fused_moe_packed": "out",
     }.items()

@@ -27,6 +27,7 @@ _RUNTIME = 7_200_000
 _TILE_BYTES, _MOST_TILE = 3 << 20, 48  # kernels/core/moe_run.cpp: kTileBytes, kMostTile
 # Instructions of a layer's mixer beside attention: of the artifacts of six families, which differ by a tenth.
 _MIXERS = {"short_conv": 5, "gated_delta": 53, "selective_scan": 28}
+_LATENT_LANES = 16  # passes/absorb_latents.py
 _THREADS = 4  # each holds one tile: what is assumed where the spec names no number
 
 
@@ -65,6 +66,9 @@ class XnnpackFootprint(Footprint):
         chosen = getattr(kernels, section)
         return chosen == "xnnpack" or (chosen == "auto" and scheme is None and section != "head")
 
+    def cached(self, cache: Cache) -> Cache:
+        return cache.absorbed(_LATENT_LANES)
+
     def cache_bytes(self, cache: Cache, codes: Codes | None, positions: int) -> int:
         return sum(state.bytes(positions) for state in cache.states(codes))
 
@@ -87,6 +91,8 @@ class XnnpackFootprint(Footprint):
         d, cache = architecture.d_model, architecture.caches[0] if architecture.caches else Cache(1, 0, 0)
         q, kv = architecture.heads * cache.key_width, cache.kv_heads * cache.key_width
         attention = 2 * (q + 2 * kv) + q + (kv if architecture.qk_norm else 0)
+        if cache.latent is not None and cache.latent.absorbed:  # queries and results of every head in terms of latents
+            attention = architecture.heads * (2 * cache.key_width + cache.value_width)
         mixing = max((2 * m.inputs + m.channels for m in architecture.mixers), default=0)
         arena = 4 * tokens * (d + max(attention, mixing, d + architecture.ffn_width) + cache.key_width)
         logits = 4 * architecture.vocab_size
@@ -112,13 +118,13 @@ class XnnpackFootprint(Footprint):
     def instructions(self, architecture: Architecture) -> int:
         """Of `forward`: 18 a layer with fused experts, 17 with a dense block, 2 for norms of q and k; 10 around.
 
-        Models of other sources have some 12 more, 33 in a layer of latents, and those of their mixers in the place of
+        Models of other sources have some 12 more, 28 in a layer of latents, and those of their mixers in the place of
         the 10 of attention. A layer is a mixer and a block, or only one of them where there are fewer mixers than
         layers.
         """
         sparse = architecture.experts.layers if architecture.experts else 0
         norms = 2 * architecture.layers if architecture.qk_norm else 0
-        foreign = 0 if architecture.own else 12 + sum(33 * c.latent for c in architecture.caches)
+        foreign = 0 if architecture.own else 12 + sum(28 for c in architecture.caches if c.latent is not None)
         attending, mixing = len(architecture.caches), len(architecture.mixers)
         alone = architecture.layers - attending - mixing if mixing else 0
         dense = architecture.layers - sparse - (attending + mixing if alone else 0)

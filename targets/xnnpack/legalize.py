@@ -14,6 +14,7 @@ from moec.passes.last_token import ROW_WISE, last_token
 from moec.targets.xnnpack.cpu_ops import OUT_FORMS, linear_packed
 from moec.targets.xnnpack.legalize_delegate import delegate_linears
 from moec.targets.xnnpack.legalize_gated import fuse_gated_linears
+from moec.targets.xnnpack.legalize_latent import pack_head_linears
 from moec.targets.xnnpack.legalize_linear import pack_embeddings, pack_linears
 from moec.targets.xnnpack.legalize_moe import pack_moe
 from moec.targets.xnnpack.options import Options
@@ -37,6 +38,7 @@ def legalize_passes(options: Options) -> list[Pass]:
         pack_moe(),
         pack_linears(options),
         fuse_gated_linears(),
+        pack_head_linears(),
         pack_embeddings(),
         delegate_linears(),
         legal_for(LEGAL),

@@ -65,25 +65,47 @@ def float_source(weight: Node) -> Source:
     return Source(weight, None, WeightFormat())
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows [begin, end) of each head, of a weight whose rows lie head after head."""
+
+    heads: int
+    begin: int
+    end: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[heads, end - begin, columns] of [heads * rows, columns]."""
+        return tensor.unflatten(0, (self.heads, -1))[:, self.begin : self.end]
+
+
 def pack_into(
-    editor: Editor, sources: Sequence[Source], *, count: int, n: int, k: int, transposed: bool = False
+    editor: Editor,
+    sources: Sequence[Source],
+    *,
+    count: int,
+    n: int,
+    k: int,
+    transposed: bool = False,
+    rows: HeadRows | None = None,
 ) -> Node:
     """The placeholder of one blob of `count` matrices of n outputs and k inputs.
 
     Several sources (each [n_i, k]) are stacked along their outputs; all must have the same format. `transposed`: a
-    float source is stored [count, k, n].
+    float source is stored [count, k, n]. rows: these of the weight alone, a matrix for each head.
     """
     if any(s.format != sources[0].format for s in sources):
         raise AssertionError("only weights of one format can be stacked")
     # the layout does not depend on how activations are treated: an embedding and a head can share it
     layout = replace(sources[0].format, int8_activations=False, block_activations=False)
     name = _blob_name([_weight_name(editor, s.weight) for s in sources], transposed)
+    if rows is not None:
+        name += f".{rows.begin}-{rows.end}"
     existing = editor.placeholder_of(name)
     if existing is not None:
         return existing
     loaders = [[editor.weights[_weight_name(editor, node)] for node in source.nodes] for source in sources]
     size = count * packing.packed_bytes(n, k, layout)
-    weight = LazyWeight((size,), torch.uint8, _packer(loaders, layout, count, n, k, transposed))
+    weight = LazyWeight((size,), torch.uint8, _packer(loaders, layout, count, n, k, transposed, rows))
     return editor.add_weight(name, weight, editor.roles[_weight_name(editor, sources[0].weight)])
 
 
@@ -106,10 +128,18 @@ def _blob_name(weights: Sequence[str], transposed: bool) -> str:
 
 
 def _packer(
-    loaders: Sequence[Sequence[LazyWeight]], layout: WeightFormat, count: int, n: int, k: int, transposed: bool
+    loaders: Sequence[Sequence[LazyWeight]],
+    layout: WeightFormat,
+    count: int,
+    n: int,
+    k: int,
+    transposed: bool,
+    rows: HeadRows | None,
 ) -> Callable[[], Tensor]:
     def load() -> Tensor:
         parts = [[weight.load() for weight in source] for source in loaders]
+        if rows is not None:
+            parts = [[rows.of(tensor) for tensor in source] for source in parts]
         joined = [torch.cat(list(column)) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
         del parts
         if layout.kind == Kind.F32:

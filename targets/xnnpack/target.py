@@ -37,6 +37,7 @@ class XnnpackTarget(Target):
     facts_class = XnnpackFacts
     saves_sessions = True
     integer_attention = True
+    latent_attention = True
 
     def legalize(self, options: TargetOptions) -> list[Pass]:
         from moec.targets.xnnpack.legalize import legalize_passes

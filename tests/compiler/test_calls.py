@@ -37,6 +37,12 @@ SCHEMAS = {
     "float scale, float eps) -> Tensor",
     "selective_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor(a!) state, "
     "Tensor start_pos) -> Tensor",
+    "head_linear": "(Tensor x, Tensor weight, Tensor? scales, int heads, int begin, int end, bool transposed, "
+    'int bits=0, int group_size=0, bool int8_activations=False, int activation_block=0, str levels="") -> Tensor',
+    "latent_attention": "(Tensor q, Tensor q_rope, Tensor latents, Tensor rope, Tensor(a!) latent_cache, "
+    "Tensor(b!) rope_cache, Tensor start_pos, float scale, int window, Tensor(c!)? latent_scale=None, "
+    "Tensor(d!)? rope_scale=None) -> Tensor",
+    "head_linear_packed": "(Tensor x, Tensor w, int heads, int n, int k, int format) -> Tensor",
     "linear_packed": "(Tensor x, Tensor w, Tensor? bias, int n, int k, int format) -> Tensor",
     "gated_linear_packed": "(Tensor x, Tensor w, int f, int k, int format, int activation) -> Tensor",
     "embedding_packed": "(Tensor ids, Tensor w, int n, int k, int format) -> Tensor",

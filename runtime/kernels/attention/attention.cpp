@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "attention_kernels.h"
+#include "attention_run.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/status.h"
@@ -20,7 +20,6 @@
 namespace moec {
 namespace {
 
-constexpr int64_t kMaxCapacity = int64_t{1} << 24;  // positions are compared as floats
 constexpr int64_t kTileRows = 96;     // (token, head) rows that share one pass over the keys of a KV head
 constexpr int64_t kEnoughItems = 16;  // below this, chunks are items of their own: eight threads stay busy
 constexpr int64_t kAlign = 16;           // keys: a multiple of every instruction set's lanes
@@ -29,7 +28,7 @@ constexpr int64_t kParallelElements = 1 << 15;  // smaller norms and rotations a
 
 float* scratch_floats(int64_t count) { return reinterpret_cast<float*>(scratch(static_cast<size_t>(count) * sizeof(float))); }
 
-int32_t no_memory() { return fail(MOEC_OUT_OF_MEMORY, "cached_attention: no memory for scratch"); }
+int32_t no_memory(const char* op) { return fail(MOEC_OUT_OF_MEMORY, "%s: no memory for scratch", op); }
 
 // [a, b, c] elements of `size` bytes
 int32_t check_shape(const char* name, const void* data, uint64_t bytes, int64_t a, int64_t b, int64_t c, int64_t size) {
@@ -39,18 +38,9 @@ int32_t check_shape(const char* name, const void* data, uint64_t bytes, int64_t 
   return check_buffer(name, data, bytes, static_cast<int64_t>(rows), c, size);
 }
 
-int32_t check_in(const char* name, const moec_in& x, int64_t a, int64_t b, int64_t c) {
-  return check_shape(name, x.data, x.bytes, a, b, c, sizeof(float));
-}
-
-int32_t check_out(const char* name, const moec_out& x, int64_t a, int64_t b, int64_t c, int64_t size = sizeof(float)) {
-  return check_shape(name, x.data, x.bytes, a, b, c, size);
-}
-
 int32_t check(const moec_attention_args& a) {
-  constexpr int64_t large = int64_t{1} << 20;
-  if (a.tokens < 0 || a.heads < 1 || a.heads > large || a.kv_heads < 1 || a.head_dim < 1 || a.head_dim > large ||
-      a.value_dim < 1 || a.value_dim > large)
+  if (a.tokens < 0 || a.heads < 1 || a.heads > kMostWidth || a.kv_heads < 1 || a.head_dim < 1 || a.head_dim > kMostWidth ||
+      a.value_dim < 1 || a.value_dim > kMostWidth)
     return fail(MOEC_INVALID_ARGUMENT,
                 "cached_attention: impossible sizes: %" PRId64 " tokens, %" PRId64 " heads, %" PRId64
                 " key/value heads, head size %" PRId64 ", value size %" PRId64,
@@ -58,16 +48,9 @@ int32_t check(const moec_attention_args& a) {
   if (a.heads % a.kv_heads != 0)
     return fail(MOEC_INVALID_ARGUMENT,
                 "cached_attention: %" PRId64 " heads are not a multiple of %" PRId64 " key/value heads", a.heads, a.kv_heads);
-  if (a.capacity < 0 || a.capacity > kMaxCapacity)
-    return fail(MOEC_INVALID_ARGUMENT, "cached_attention: a cache of %" PRId64 " positions, the limit is %" PRId64,
-                a.capacity, kMaxCapacity);
   if (!(a.softcap >= 0.0f && a.softcap <= 3.402823466e38f))
     return fail(MOEC_INVALID_ARGUMENT, "cached_attention: softcap %g is negative or not finite", static_cast<double>(a.softcap));
-  if (a.window < 0) return fail(MOEC_INVALID_ARGUMENT, "cached_attention: window %" PRId64 " is negative", a.window);
-  if (a.start_pos < 0 || a.tokens > a.capacity || a.start_pos > a.capacity - a.tokens)
-    return fail(MOEC_INVALID_ARGUMENT,
-                "cached_attention: %" PRId64 " tokens at position %" PRId64 " do not fit a cache of %" PRId64, a.tokens,
-                a.start_pos, a.capacity);
+  MOEC_RETURN_IF_ERROR(check_positions("cached_attention", a.tokens, a.start_pos, a.window, a.capacity));
   const bool quantized = a.k_scale.data != nullptr || a.v_scale.data != nullptr;
   const int64_t size = quantized ? sizeof(int8_t) : sizeof(float);
   MOEC_RETURN_IF_ERROR(check_in("cached_attention: q", a.q, a.tokens, a.heads, a.head_dim));
@@ -83,26 +66,16 @@ int32_t check(const moec_attention_args& a) {
   return check_out("cached_attention: out", a.out, a.tokens, a.heads, a.value_dim);
 }
 
-void write_rows(const AttentionKernels& isa, const moec_in& from, const moec_out& cache, const moec_out& scales, int64_t kv,
-                int64_t width, int64_t start, int64_t begin, int64_t end) {
-  const float* x = static_cast<const float*>(from.data) + begin * kv * width;
-  const int64_t row = (start + begin) * kv, rows = (end - begin) * kv;
-  if (!scales.data) {
-    memcpy(static_cast<float*>(cache.data) + row * width, x, static_cast<size_t>(rows * width) * sizeof(float));
+void write_rows(const AttentionKernels& isa, const CacheRows& c, int64_t start, int64_t begin, int64_t end) {
+  const int64_t width = c.width, row = (start + begin) * c.heads, rows = (end - begin) * c.heads;
+  const float* x = static_cast<const float*>(c.rows.data) + begin * c.heads * width;
+  if (!c.scales.data) {
+    memcpy(static_cast<float*>(c.cache.data) + row * width, x, static_cast<size_t>(rows * width) * sizeof(float));
     return;
   }
-  int8_t* codes = static_cast<int8_t*>(cache.data) + row * width;
-  float* scale = static_cast<float*>(scales.data) + row;
+  int8_t* codes = static_cast<int8_t*>(c.cache.data) + row * width;
+  float* scale = static_cast<float*>(c.scales.data) + row;
   for (int64_t i = 0; i < rows; ++i) isa.quantize_row(x + i * width, width, codes + i * width, scale + i);
-}
-
-void write_caches(const AttentionKernels& isa, const moec_attention_args& a) {
-  const int64_t blocks = (a.tokens + kRowBlock - 1) / kRowBlock;
-  for_each_unit(workers(), blocks, [&](int32_t, int64_t block) {
-    const int64_t begin = block * kRowBlock, end = std::min(begin + kRowBlock, a.tokens);
-    write_rows(isa, a.k, a.k_cache, a.k_scale, a.kv_heads, a.head_dim, a.start_pos, begin, end);
-    write_rows(isa, a.v, a.v_cache, a.v_scale, a.kv_heads, a.value_dim, a.start_pos, begin, end);
-  });
 }
 
 // Unnormalised results of some rows over the keys so far: acc [rows, e], max [rows], sum [rows], one after the other.
@@ -141,14 +114,14 @@ AttentionItem chunk_item(const AttentionCall& call, int64_t begin, int64_t end, 
           partial.acc, partial.top, partial.sum};
 }
 
-int32_t decode_one(const AttentionKernels& isa, const AttentionCall& call) {
+int32_t decode_one(const AttentionKernels& isa, const AttentionCall& call, const char* op) {
   const int64_t h = call.heads, e = call.value_dim, kv = call.kv_heads;
   const int64_t first = call.first_key(0) / kKeyChunk, chunks = call.start / kKeyChunk + 1 - first;
   const int64_t groups = std::clamp((kEnoughItems / 2 + chunks - 1) / chunks, int64_t{1}, kv);  // of heads, in a short context
   const int32_t threads = workers();
-  const int64_t part = Partial::floats(h, e), own = decode_scratch(isa.lanes, h, call.head_dim, kKeyChunk);
+  const int64_t part = Partial::floats(h, e), own = decode_scratch(isa.lanes, call, kKeyChunk);
   float* scratch = scratch_floats((chunks + 1) * part + threads * own);
-  if (!scratch) return no_memory();
+  if (!scratch) return no_memory(op);
   for_each_unit(threads, chunks * groups, [&](int32_t worker, int64_t i) {
     const int64_t chunk = i / groups, group = i % groups;
     AttentionItem item = chunk_item(call, 0, 1, first + chunk, Partial::at(scratch + (1 + chunk) * part, h, e));
@@ -196,7 +169,7 @@ void write_rows_of(const AttentionKernels& isa, const AttentionCall& call, const
   }
 }
 
-int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
+int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call, const char* op) {
   const int64_t per = call.heads / call.kv_heads, e = call.value_dim;
   const int64_t most = std::max(kTileRows / per, int64_t{1}), parts = (call.tokens + most - 1) / most;
   const int64_t tile = (call.tokens + parts - 1) / parts, tiles = (call.tokens + tile - 1) / tile;  // of nearly equal size
@@ -207,9 +180,9 @@ int32_t many_tokens(const AttentionKernels& isa, const AttentionCall& call) {
   const bool split = groups < kEnoughItems && chunks > 1;
   const int64_t wave = split ? std::min(chunks, kEnoughItems / groups) : 0;  // chunks of a group whose results wait
   const int64_t part = Partial::floats(rows, e), waiting = split ? groups * (1 + wave) * part : 0;
-  const int64_t own = tile_scratch(isa.lanes, rows, call.head_dim, e) + (split ? 0 : 2 * part);
+  const int64_t own = tile_scratch(isa.lanes, rows, call.width(), e) + (split ? 0 : 2 * part);
   float* scratch = scratch_floats(waiting + threads * own);
-  if (!scratch) return no_memory();
+  if (!scratch) return no_memory(op);
   float* const workers_own = scratch + waiting;
   const auto run = [&](const Group& g, int64_t chunk, const Partial& to, float* space, bool first) {
     AttentionItem item = chunk_item(call, g.begin, g.end, chunk, to);
@@ -256,6 +229,40 @@ int64_t rows_per_unit(int64_t rows, int64_t width) {
 }
 
 }  // namespace
+
+int32_t check_in(const char* name, const moec_in& x, int64_t a, int64_t b, int64_t c) {
+  return check_shape(name, x.data, x.bytes, a, b, c, sizeof(float));
+}
+
+int32_t check_out(const char* name, const moec_out& x, int64_t a, int64_t b, int64_t c, int64_t size) {
+  return check_shape(name, x.data, x.bytes, a, b, c, size);
+}
+
+int32_t check_positions(const char* op, int64_t tokens, int64_t start_pos, int64_t window, int64_t capacity) {
+  if (capacity < 0 || capacity > kMaxCapacity)
+    return fail(MOEC_INVALID_ARGUMENT, "%s: a cache of %" PRId64 " positions, the limit is %" PRId64, op, capacity, kMaxCapacity);
+  if (window < 0) return fail(MOEC_INVALID_ARGUMENT, "%s: window %" PRId64 " is negative", op, window);
+  if (start_pos < 0 || tokens > capacity || start_pos > capacity - tokens)
+    return fail(MOEC_INVALID_ARGUMENT, "%s: %" PRId64 " tokens at position %" PRId64 " do not fit a cache of %" PRId64, op, tokens,
+                start_pos, capacity);
+  return MOEC_OK;
+}
+
+void write_caches(const AttentionKernels& isa, const CacheRows (&caches)[2], int64_t tokens, int64_t start) {
+  const int64_t blocks = (tokens + kRowBlock - 1) / kRowBlock;
+  for_each_unit(workers(), blocks, [&](int32_t, int64_t block) {
+    const int64_t begin = block * kRowBlock, end = std::min(begin + kRowBlock, tokens);
+    for (const CacheRows& cache : caches) write_rows(isa, cache, start, begin, end);
+  });
+}
+
+int32_t attend(const AttentionKernels& isa, const AttentionCall& call, const char* op) {
+  const int64_t multiple = call.k_scale ? isa.code_lanes : isa.lanes;
+  const bool whole = call.head_dim % multiple == 0 && call.rest_dim % multiple == 0 && call.value_dim % isa.lanes == 0;
+  const bool alone = call.tokens == 1 && whole && (call.k_scale || !call.rest_dim);
+  return alone ? decode_one(isa, call, op) : many_tokens(isa, call, op);
+}
+
 }  // namespace moec
 
 using namespace moec;
@@ -267,7 +274,8 @@ int32_t moec_cached_attention(const moec_attention_args* args) {
   const int32_t status = check(a);
   if (status != MOEC_OK || a.tokens == 0) return status;
   const AttentionKernels& chosen = isa().attention;
-  write_caches(chosen, a);
+  write_caches(chosen, {{a.k, a.k_cache, a.k_scale, a.kv_heads, a.head_dim}, {a.v, a.v_cache, a.v_scale, a.kv_heads, a.value_dim}},
+               a.tokens, a.start_pos);
   AttentionCall call = {};
   call.tokens = a.tokens;
   call.heads = a.heads;
@@ -286,8 +294,7 @@ int32_t moec_cached_attention(const moec_attention_args* args) {
   call.v_scale = static_cast<const float*>(a.v_scale.data);
   call.sinks = static_cast<const float*>(a.sinks.data);
   call.out = static_cast<float*>(a.out.data);
-  const bool whole = a.head_dim % (call.k_scale ? chosen.code_lanes : chosen.lanes) == 0 && a.value_dim % chosen.lanes == 0;
-  return a.tokens == 1 && whole ? decode_one(chosen, call) : many_tokens(chosen, call);
+  return attend(chosen, call, "cached_attention");
 }
 
 int32_t moec_rms_norm(int64_t rows, int64_t n, float eps, moec_in x, moec_in weight, moec_out y) {

@@ -60,25 +60,37 @@ inline uint32_t packed_word(const int32_t* q, int plane) {
 
 inline int64_t words_of(int64_t n) { return (n + kPack - 1) / kPack; }
 
+// The parts of a query of `call`, one after the other: its own place if there is one part, else `joined`.
+inline const float* whole_query(const AttentionCall& call, int64_t place, float* joined) {
+  const float* q = call.q + place * call.head_dim;
+  if (!call.rest_dim) return q;
+  const float* rest = call.q_rest + place * call.rest_dim;
+  for (int64_t j = 0; j < call.head_dim; ++j) joined[j] = q[j];
+  for (int64_t j = 0; j < call.rest_dim; ++j) joined[call.head_dim + j] = rest[j];
+  return joined;
+}
+
 // Queries of an item as words [group of kPack elements][plane][rows_padded], and their steps [rows_padded].
 inline void prepare_codes(const AttentionCall& call, const AttentionItem& item, const TileScratch& s) {
-  const int64_t d = call.head_dim, per = call.heads / call.kv_heads, rows = (item.token_end - item.token_begin) * per;
+  const int64_t d = call.width(), per = call.heads / call.kv_heads, rows = (item.token_end - item.token_begin) * per;
   const int64_t rows_padded = s.rows_padded, groups = words_of(d);
   uint32_t* words = reinterpret_cast<uint32_t*>(s.q_t);
   int32_t* q = reinterpret_cast<int32_t*>(s.block);  // [groups * kPack]
+  float* joined = s.block + groups * kPack;           // [d]
   for (int64_t j = d; j < groups * kPack; ++j) q[j] = 0;
   for (int64_t r = 0; r < rows_padded; ++r) {
     const int64_t place = (item.token_begin + r / per) * call.heads + item.kv_begin * per + r % per;
-    s.step[r] = r < rows ? round_query(call.q + place * d, d, q) : 1.0f;
+    s.step[r] = r < rows ? round_query(whole_query(call, place, joined), d, q) : 1.0f;
     for (int64_t g = 0; g < groups; ++g)
       for (int plane = 0; plane < kPlanes; ++plane)
         words[(g * kPlanes + plane) * rows_padded + r] = r < rows ? packed_word(q + g * kPack, plane) : 0;
   }
 }
 
-// scores[key][row] = factor[key] * (q_row . key) of Keys keys and Cols * kLanes rows. keys [Keys][groups] words.
+// scores[key][row] (+)= factor[key] * (q_row . key) of Keys keys and Cols * kLanes rows. keys: `groups` words, `stride` apart.
 template <int Keys, int Cols>
-inline void score_codes(int64_t groups, const uint32_t* keys, const float* factor, const uint32_t* q, int64_t rows, float* scores) {
+inline void score_codes(int64_t groups, const uint32_t* keys, int64_t stride, const float* factor, const uint32_t* q, int64_t rows,
+                        float* scores, bool more) {
   I sum[kPlanes][Keys][Cols];
   for (int p = 0; p < kPlanes; ++p)
     for (int i = 0; i < Keys; ++i)
@@ -88,7 +100,7 @@ inline void score_codes(int64_t groups, const uint32_t* keys, const float* facto
     for (int p = 0; p < kPlanes; ++p)
       for (int j = 0; j < Cols; ++j) right[p][j] = iload(q + (g * kPlanes + p) * rows + j * kLanes);
     for (int i = 0; i < Keys; ++i) {
-      const I left = broadcast(keys + i * groups + g);
+      const I left = broadcast(keys + i * stride + g);
       for (int p = 0; p < kPlanes; ++p)
         for (int j = 0; j < Cols; ++j) sum[p][i][j] = dot(sum[p][i][j], right[p][j], left);
     }
@@ -96,17 +108,40 @@ inline void score_codes(int64_t groups, const uint32_t* keys, const float* facto
   for (int i = 0; i < Keys; ++i)
     for (int j = 0; j < Cols; ++j) {
       const I total = kPlanes == 1 ? sum[0][i][j] : combine(sum[0][i][j], sum[kPlanes - 1][i][j]);
-      store(scores + i * rows + j * kLanes, mul(to_float(total), set1(factor[i])));
+      float* at = scores + i * rows + j * kLanes;
+      store(at, more ? fma(to_float(total), set1(factor[i]), load(at)) : mul(to_float(total), set1(factor[i])));
     }
 }
 
 template <int Cols>
-inline void score_code_columns(int64_t count, int64_t groups, const uint32_t* keys, const float* factor, const uint32_t* q,
-                               int64_t rows, float* scores) {
+inline void score_code_columns(int64_t count, int64_t groups, const uint32_t* keys, int64_t stride, const float* factor,
+                               const uint32_t* q, int64_t rows, float* scores, bool more) {
   int64_t i = 0;
   for (; i + kCodeKeys <= count; i += kCodeKeys)
-    score_codes<kCodeKeys, Cols>(groups, keys + i * groups, factor + i, q, rows, scores + i * rows);
-  for (; i < count; ++i) score_codes<1, Cols>(groups, keys + i * groups, factor + i, q, rows, scores + i * rows);
+    score_codes<kCodeKeys, Cols>(groups, keys + i * stride, stride, factor + i, q, rows, scores + i * rows, more);
+  for (; i < count; ++i)
+    score_codes<1, Cols>(groups, keys + i * stride, stride, factor + i, q, rows, scores + i * rows, more);
+}
+
+// Scores of `count` keys with all rows, of one part of the keys.
+inline void score_part(int64_t count, int64_t groups, const uint32_t* keys, int64_t stride, const float* factor, const uint32_t* q,
+                       int64_t rows, float* scores, bool more) {
+  int64_t j = 0;
+  for (; j + kCodeCols * kLanes <= rows; j += kCodeCols * kLanes)
+    score_code_columns<kCodeCols>(count, groups, keys, stride, factor, q + j, rows, scores + j, more);
+  for (; j < rows; j += kLanes) score_code_columns<1>(count, groups, keys, stride, factor, q + j, rows, scores + j, more);
+}
+
+// Rows of d codes, `from_stride` apart, widened to words; zero behind d up to a whole word.
+inline void widen_rows(const int8_t* from, int64_t from_stride, int64_t count, int64_t d, uint32_t* to, int64_t to_stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int8_t* x = from + i * from_stride;
+    Code* y = reinterpret_cast<Code*>(to + i * to_stride);
+    int64_t j = 0;
+    for (; j + kLanes * kPack <= d; j += kLanes * kPack) widen(x + j, y + j);
+    for (; j < d; ++j) y[j] = x[j];
+    for (; j < words_of(d) * kPack; ++j) y[j] = 0;
+  }
 }
 
 // c[row][Cols * kLanes] (+)= sum over groups of keys of weight words times value words.
@@ -192,7 +227,7 @@ void tile_codes(const AttentionCall& call, const AttentionItem& item, float* scr
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv, head = item.kv_begin;
   const int64_t rows = (item.token_end - item.token_begin) * per, count = item.key_end - item.key_begin;
   const TileScratch s = tile_scratch_of(call, item, scratch);
-  const int64_t groups = words_of(d), width = s.rows_padded;
+  const int64_t first_groups = words_of(d), groups = words_of(call.width()), width = s.rows_padded;
   const uint32_t* q = reinterpret_cast<const uint32_t*>(s.q_t);
   uint32_t* block = reinterpret_cast<uint32_t*>(s.block);
   see_keys(call, item, s);
@@ -202,19 +237,17 @@ void tile_codes(const AttentionCall& call, const AttentionItem& item, float* scr
   const int8_t* v_cache = static_cast<const int8_t*>(call.v_cache) + (item.key_begin * kv + head) * e;
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    for (int64_t i = 0; i < n; ++i) {
-      const int8_t* x = k_cache + (begin + i) * kv * d;
-      Code* y = reinterpret_cast<Code*>(block + i * groups);
-      int64_t j = 0;
-      for (; j + kLanes * kPack <= d; j += kLanes * kPack) widen(x + j, y + j);
-      for (; j < d; ++j) y[j] = x[j];
-      for (; j < groups * kPack; ++j) y[j] = 0;
-    }
     float* scores = s.scores + begin * width;
-    int64_t j = 0;
-    for (; j + kCodeCols * kLanes <= width; j += kCodeCols * kLanes)
-      score_code_columns<kCodeCols>(n, groups, block, s.k_factor + begin, q + j, width, scores + j);
-    for (; j < width; j += kLanes) score_code_columns<1>(n, groups, block, s.k_factor + begin, q + j, width, scores + j);
+    widen_rows(k_cache + begin * kv * d, kv * d, n, d, block, groups);
+    score_part(n, first_groups, block, groups, s.k_factor + begin, q, width, scores, false);
+    if (call.rest_dim) {
+      const int64_t rest = call.rest_dim, place = (item.key_begin + begin) * kv + head;
+      float rest_factor[kKeyBlock];
+      gather_factors(call.k_rest_scale + place, kv, call.scale, n, n, rest_factor);
+      widen_rows(static_cast<const int8_t*>(call.k_rest) + place * rest, kv * rest, n, rest, block + first_groups, groups);
+      score_part(n, groups - first_groups, block + first_groups, groups, rest_factor, q + first_groups * kPlanes * width, width,
+                 scores, true);
+    }
     if (call.softcap > 0.0f) {
       for (int64_t i = 0; i < n; ++i)
         for (int64_t r = 0; r < width; r += kLanes) store(scores + i * width + r, mul(load(scores + i * width + r), load(s.step + r)));
@@ -332,11 +365,38 @@ inline void add_code_columns(int64_t n, const uint32_t* w, int64_t stride, const
   for (; j < e; j += kLanes) add_code_values<Rows, 1>(n, w, stride, values + j, value_stride, e, acc + j, first);
 }
 
-// Scores of one head become words of weights, in place; its step.
-inline float weigh_code_keys(float* s, int64_t skip, int64_t count, int64_t stride, const float* k_factor, const float* v_factor,
-                             float step, float softcap, float* row_max, float* row_sum) {
+inline void dot_code_keys_of(int64_t queries, const Code* q, int64_t d, const int8_t* keys, int64_t key_stride, int64_t count,
+                             float* scores, int64_t score_stride) {
+  while (queries > 0) {
+    const int64_t parts = (queries + 3) / 4, now = (queries + parts - 1) / parts;
+    switch (now) {
+      case 1: dot_code_keys<1>(q, d, keys, key_stride, count, scores, score_stride); break;
+      case 2: dot_code_keys<2>(q, d, keys, key_stride, count, scores, score_stride); break;
+      case 3: dot_code_keys<3>(q, d, keys, key_stride, count, scores, score_stride); break;
+      default: dot_code_keys<4>(q, d, keys, key_stride, count, scores, score_stride); break;
+    }
+    queries -= now;
+    q += now * kPlanes * d;
+    scores += now * score_stride;
+  }
+}
+
+// Codes of one part of a query, planes [kPlanes][d].
+inline void pack_query(const int32_t* codes, int64_t d, Code* planes) {
+  for (int p = 0; p < kPlanes; ++p)
+    for (int64_t j = 0; j < d; j += kPack) {
+      const uint32_t word = packed_word(codes + j, p);
+      __builtin_memcpy(planes + p * d + j, &word, sizeof word);
+    }
+}
+
+// Scores of one head become words of weights, in place; its step. rest: scores with a second part of the keys, or null.
+inline float weigh_code_keys(float* s, int64_t skip, int64_t count, int64_t stride, const float* k_factor, const float* rest,
+                             const float* rest_factor, const float* v_factor, float step, float softcap, float* row_max,
+                             float* row_sum) {
   float unit = step;
   for (int64_t i = 0; i < count; i += kLanes) store(s + i, mul(load(s + i), load(k_factor + i)));
+  for (int64_t i = 0; rest && i < count; i += kLanes) store(s + i, fma(load(rest + i), load(rest_factor + i), load(s + i)));
   if (softcap > 0.0f) {
     for (int64_t i = 0; i < count; i += kLanes) store(s + i, mul(load(s + i), set1(step)));
     cap_scores(s, padded(count, kLanes), softcap);
@@ -359,15 +419,17 @@ void decode_codes(const AttentionCall& call, const AttentionItem& item, float* s
   float* k_factor = scores + call.heads * stride;  // [stride], of one KV head
   float* v_factor = k_factor + stride;
   float* step = v_factor + stride;  // [H]
-  int32_t* one = reinterpret_cast<int32_t*>(step + call.heads);  // [d]
-  Code* q = reinterpret_cast<Code*>(one + d);                    // [H][kPlanes][d]
+  int32_t* one = reinterpret_cast<int32_t*>(step + call.heads);  // [width]
+  Code* q = reinterpret_cast<Code*>(one + call.width());         // [H][kPlanes][d], then the second parts likewise
+  const int64_t rest = call.rest_dim;
+  Code* q_rest = q + call.heads * kPlanes * d;
+  // [H][stride], [stride] and [width], where keys have a second part
+  float* rest_scores = reinterpret_cast<float*>(one + (call.heads + 1) * call.width());
+  float* rest_factor = rest_scores + call.heads * stride;
   for (int64_t h = item.kv_begin * per; h < item.kv_end * per; ++h) {
-    step[h] = round_query(call.q + h * d, d, one);
-    for (int p = 0; p < kPlanes; ++p)
-      for (int64_t j = 0; j < d; j += kPack) {
-        const uint32_t word = packed_word(one + j, p);
-        __builtin_memcpy(q + (h * kPlanes + p) * d + j, &word, sizeof word);
-      }
+    step[h] = round_query(whole_query(call, h, rest_factor + stride), call.width(), one);
+    pack_query(one, d, q + h * kPlanes * d);
+    pack_query(one + d, rest, q_rest + h * kPlanes * rest);
   }
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
@@ -378,28 +440,22 @@ void decode_codes(const AttentionCall& call, const AttentionItem& item, float* s
       else
         prefetch(v_cache + g * kKeyBlock * e, kKeyBlock * e);
       const int8_t* keys = k_cache + (begin * kv + g) * d;
-      for (int64_t h = g * per; h < (g + 1) * per;) {
-        const int64_t left = (g + 1) * per - h, parts = (left + 3) / 4, now = (left + parts - 1) / parts;
-        const Code* from = q + h * kPlanes * d;
-        float* to = scores + h * stride + begin;
-        switch (now) {
-          case 1: dot_code_keys<1>(from, d, keys, kv * d, n, to, stride); break;
-          case 2: dot_code_keys<2>(from, d, keys, kv * d, n, to, stride); break;
-          case 3: dot_code_keys<3>(from, d, keys, kv * d, n, to, stride); break;
-          default: dot_code_keys<4>(from, d, keys, kv * d, n, to, stride); break;
-        }
-        h += now;
-      }
+      dot_code_keys_of(per, q + g * per * kPlanes * d, d, keys, kv * d, n, scores + g * per * stride + begin, stride);
+      if (!rest) continue;
+      const int8_t* second = static_cast<const int8_t*>(call.k_rest) + ((item.key_begin + begin) * kv + g) * rest;
+      dot_code_keys_of(per, q_rest + g * per * kPlanes * rest, rest, second, kv * rest, n,
+                       rest_scores + g * per * stride + begin, stride);
     }
   }
   for (int64_t g = item.kv_begin; g < item.kv_end; ++g) {
     gather_factors(call.k_scale + item.key_begin * kv + g, kv, call.scale, count, stride, k_factor);
     gather_factors(call.v_scale + item.key_begin * kv + g, kv, 1.0f, count, stride, v_factor);
+    if (rest) gather_factors(call.k_rest_scale + item.key_begin * kv + g, kv, call.scale, count, stride, rest_factor);
     for (int64_t i = 0; i < skip; ++i) v_factor[i] = 0.0f;  // not seen: nor may they spoil the row
     const bool sound = only_scales(v_factor, count);
     for (int64_t h = g * per; h < (g + 1) * per; ++h) {
-      step[h] = weigh_code_keys(scores + h * stride, skip, count, stride, k_factor, v_factor, step[h], call.softcap,
-                                item.partial_max + h, item.partial_sum + h);
+      step[h] = weigh_code_keys(scores + h * stride, skip, count, stride, k_factor, rest ? rest_scores + h * stride : nullptr,
+                                rest_factor, v_factor, step[h], call.softcap, item.partial_max + h, item.partial_sum + h);
       if (!sound) step[h] = __builtin_nanf("");
     }
   }

@@ -12,6 +12,7 @@ namespace moec {
 // One call of cached attention, already checked. Strides follow from the sizes: everything is contiguous.
 struct AttentionCall {
   int64_t tokens, heads, kv_heads, head_dim, value_dim, capacity, start;
+  int64_t rest_dim;  // of the second part of every key and query, 0: they have one. Multiples of 16 then, as is head_dim
   int64_t window;  // 0 or >= capacity: every earlier position; else the last `window` positions, its own included
   float scale;
   float softcap;        // 0: scores are not capped
@@ -20,8 +21,13 @@ struct AttentionCall {
   const void* v_cache;  // [S, KV, e]
   const float* k_scale;  // [S, KV], null for an f32 cache
   const float* v_scale;
+  const float* q_rest;  // [T, H, rest_dim], and so on; all null without a second part
+  const void* k_rest;
+  const float* k_rest_scale;
   const float* sinks;  // [H], or null
   float* out;          // [T, H, e]
+
+  int64_t width() const { return head_dim + rest_dim; }  // of a whole key
 
   int64_t first_key(int64_t token) const {
     const int64_t position = start + token;
@@ -55,7 +61,7 @@ struct AttentionKernels {
   int64_t lanes;       // floats of one vector register
   int64_t code_lanes;  // codes of a key in one
   // One token: reads the caches once, in order. value_dim must be a multiple of `lanes`, head_dim too, or of `code_lanes` where
-  // the caches hold codes.
+  // the caches hold codes. A second part of the keys is taken in codes only, and of the same multiple.
   void (*decode)(const AttentionCall&, const AttentionItem&, float* scratch);
   // What all `tile`s of the same tokens and KV head find in their scratch: the queries, as they want them.
   void (*prepare)(const AttentionCall&, const AttentionItem&, float* scratch);
@@ -70,14 +76,15 @@ struct AttentionKernels {
   void (*rope_row)(const float* x, const float* cos, const float* sin, int64_t n, bool interleaved, float* y);
 };
 
-// Floats of scratch that one `tile` or `decode` needs.
+// Floats of scratch that one `tile` (head_dim: of a whole key) or `decode` needs.
 inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
 inline int64_t tile_scratch(int64_t lanes, int64_t rows, int64_t head_dim, int64_t value_dim) {
   const int64_t r = padded(rows, lanes), d = padded(head_dim, lanes), e = padded(value_dim, lanes);
   return r * (d + kKeyChunk + e + 3) + kKeyBlock * (d + e) + 2 * kKeyChunk;
 }
-inline int64_t decode_scratch(int64_t lanes, int64_t heads, int64_t head_dim, int64_t keys) {
-  return (heads + 2) * padded(keys, lanes) + heads + (heads + 1) * head_dim;
+inline int64_t decode_scratch(int64_t lanes, const AttentionCall& call, int64_t keys) {
+  const int64_t second = call.rest_dim ? (call.heads + 1) * padded(keys, lanes) + call.width() : 0;
+  return (call.heads + 2) * padded(keys, lanes) + call.heads + (call.heads + 1) * call.width() + second;
 }
 
 }  // namespace moec

@@ -1,5 +1,6 @@
 // The reference: the equations, one value at a time. The vector files are tested against it.
 #include <math.h>
+#include <string.h>
 
 #include "attention_kernels.h"
 
@@ -26,24 +27,31 @@ float largest(const float* x, int64_t n, float* fault) {
 void attend_codes(const AttentionCall& call, const AttentionItem& item, int64_t token, int64_t head, float* scratch, float* acc,
                   float* row_max, float* row_sum) {
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, g = head / (call.heads / kv);
-  const float* q = call.q + (token * call.heads + head) * d;
+  const int64_t rest = call.rest_dim, width = call.width();
   const int8_t* k_codes = static_cast<const int8_t*>(call.k_cache);
+  const int8_t* rest_codes = static_cast<const int8_t*>(call.k_rest);
   const int8_t* v_codes = static_cast<const int8_t*>(call.v_cache);
   int64_t first = call.first_key(token), last = call.start + token + 1;
   if (first < item.key_begin) first = item.key_begin;
   if (last > item.key_end) last = item.key_end;
-  const int64_t limit = 0x7fffffff / (128 * d), top_code = limit < 1 ? 1 : limit;
+  const int64_t limit = 0x7fffffff / (128 * width), top_code = limit < 1 ? 1 : limit;
   const float most = static_cast<float>(top_code < kMostCode ? top_code : kMostCode);
   float fault = 0.0f;
-  const float highest = largest(q, d, &fault), inverse = highest > 1e-30f ? most / highest : 0.0f;
+  float* codes = scratch + kKeyChunk;  // [width]
+  memcpy(codes, call.q + (token * call.heads + head) * d, static_cast<size_t>(d) * sizeof(float));
+  if (rest) memcpy(codes + d, call.q_rest + (token * call.heads + head) * rest, static_cast<size_t>(rest) * sizeof(float));
+  const float highest = largest(codes, width, &fault), inverse = highest > 1e-30f ? most / highest : 0.0f;
   const float step = (highest > 1e-30f ? highest / most : 1.0f) + fault;
-  float* codes = scratch + kKeyChunk;  // [d]
-  for (int64_t i = 0; i < d; ++i) codes[i] = code_of(q[i], inverse, most);
+  for (int64_t i = 0; i < width; ++i) codes[i] = code_of(codes[i], inverse, most);
   float top = -3.402823466e38f, sum = 0.0f, heaviest = 0.0f, wrong = 0.0f;
   for (int64_t j = first; j < last; ++j) {
     int64_t dot = 0;
     for (int64_t i = 0; i < d; ++i) dot += static_cast<int64_t>(codes[i]) * k_codes[(j * kv + g) * d + i];
-    float score = static_cast<float>(dot) * (call.scale * call.k_scale[j * kv + g]) * step;
+    int64_t dot_rest = 0;
+    for (int64_t i = 0; i < rest; ++i) dot_rest += static_cast<int64_t>(codes[d + i]) * rest_codes[(j * kv + g) * rest + i];
+    float score = static_cast<float>(dot) * (call.scale * call.k_scale[j * kv + g]);
+    if (rest) score += static_cast<float>(dot_rest) * (call.scale * call.k_rest_scale[j * kv + g]);
+    score *= step;
     if (call.softcap > 0.0f) score = call.softcap * tanhf(score / call.softcap);
     scratch[j - first] = score;
     if (!(score <= top)) top = score;
@@ -81,6 +89,8 @@ void attend(const AttentionCall& call, const AttentionItem& item, int64_t token,
   for (int64_t j = first; j < last; ++j) {
     float dot = 0.0f;
     for (int64_t i = 0; i < d; ++i) dot += q[i] * at(call.k_cache, j * kv + g, d, i);
+    for (int64_t i = 0; i < call.rest_dim; ++i)
+      dot += call.q_rest[(token * call.heads + head) * call.rest_dim + i] * at(call.k_rest, j * kv + g, call.rest_dim, i);
     scratch[j - first] = dot * call.scale;
     if (call.softcap > 0.0f) scratch[j - first] = call.softcap * tanhf(scratch[j - first] / call.softcap);
     if (!(scratch[j - first] <= top)) top = scratch[j - first];

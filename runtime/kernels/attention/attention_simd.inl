@@ -205,11 +205,12 @@ inline void gather_factors(const float* from, int64_t step, float scale, int64_t
 // Scores are kept transposed, [key][row]: the product K Q^T then reads keys as the broadcast operand, straight from the
 // cache, no key is ever transposed, and the softmax works on `kLanes` rows at a time without horizontal sums.
 
+// Rows of d floats to rows of `width`, zero behind d; those of `out` are `stride` apart.
 inline void copy_rows(const float* cache, int64_t first, int64_t count, int64_t kv_heads, int64_t head, int64_t d, int64_t width,
-                       float* out) {
+                      float* out, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) {
     const float* x = cache + ((first + i) * kv_heads + head) * d;
-    float* y = out + i * width;
+    float* y = out + i * stride;
     int64_t j = 0;
     for (; j + kLanes <= d; j += kLanes) store(y + j, load(x + j));
     for (; j < d; ++j) y[j] = x[j];
@@ -233,7 +234,7 @@ struct TileScratch {
 
 inline TileScratch tile_scratch_of(const AttentionCall& call, const AttentionItem& item, float* scratch) {
   TileScratch s;
-  const int64_t rows = (item.token_end - item.token_begin) * (call.heads / call.kv_heads), d_padded = padded(call.head_dim, kLanes);
+  const int64_t rows = (item.token_end - item.token_begin) * (call.heads / call.kv_heads), d_padded = padded(call.width(), kLanes);
   s.rows_padded = padded(rows, kLanes);
   s.e_padded = padded(call.value_dim, kLanes);
   s.q_t = scratch;
@@ -316,8 +317,11 @@ inline void prepare_floats(const AttentionCall& call, const AttentionItem& item,
   const int64_t d = call.head_dim, per = call.heads / call.kv_heads, rows = (item.token_end - item.token_begin) * per;
   for (int64_t r = 0; r < s.rows_padded; ++r) {
     const int64_t token = r < rows ? item.token_begin + r / per : item.token_begin;
-    const float* q = call.q + (token * call.heads + item.kv_begin * per + r % per) * d;
+    const int64_t place = token * call.heads + item.kv_begin * per + r % per;
+    const float* q = call.q + place * d;
+    const float* rest = call.rest_dim ? call.q_rest + place * call.rest_dim : nullptr;
     for (int64_t j = 0; j < padded(d, kLanes); ++j) s.q_t[j * s.rows_padded + r] = r < rows && j < d ? q[j] : 0.0f;
+    for (int64_t j = 0; j < call.rest_dim; ++j) s.q_t[(d + j) * s.rows_padded + r] = r < rows ? rest[j] : 0.0f;
   }
 }
 
@@ -325,7 +329,7 @@ void tile_floats(const AttentionCall& call, const AttentionItem& item, float* sc
   const int64_t d = call.head_dim, e = call.value_dim, kv = call.kv_heads, per = call.heads / kv, g = item.kv_begin;
   const int64_t rows = (item.token_end - item.token_begin) * per, count = item.key_end - item.key_begin;
   const TileScratch s = tile_scratch_of(call, item, scratch);
-  const int64_t d_padded = padded(d, kLanes), width = s.rows_padded;
+  const int64_t d_padded = padded(call.width(), kLanes), first_part = d_padded - call.rest_dim, width = s.rows_padded;
   see_keys(call, item, s);
   gather_factors(nullptr, kv, call.scale, count, count, s.k_factor);
   gather_factors(nullptr, kv, 1.0f, count, count, s.v_factor);
@@ -333,7 +337,10 @@ void tile_floats(const AttentionCall& call, const AttentionItem& item, float* sc
   const float* v_cache = static_cast<const float*>(call.v_cache);
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    copy_rows(k_cache, item.key_begin + begin, n, kv, g, d, d_padded, s.block);
+    copy_rows(k_cache, item.key_begin + begin, n, kv, g, d, first_part, s.block, d_padded);
+    if (call.rest_dim)
+      copy_rows(static_cast<const float*>(call.k_rest), item.key_begin + begin, n, kv, g, call.rest_dim, call.rest_dim,
+                s.block + first_part, d_padded);
     score_all(n, d_padded, s.block, s.k_factor + begin, s.q_t, width, s.scores + begin * width);
     if (call.softcap > 0.0f) cap_scores(s.scores + begin * width, n * width, call.softcap);
   }
@@ -341,7 +348,7 @@ void tile_floats(const AttentionCall& call, const AttentionItem& item, float* sc
   take_sums(item, rows, s);
   for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
     const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-    copy_rows(v_cache, item.key_begin + begin, n, kv, g, e, s.e_padded, s.block);
+    copy_rows(v_cache, item.key_begin + begin, n, kv, g, e, s.e_padded, s.block, s.e_padded);
     multiply_all(rows, s.e_padded, n, s.scores + begin * width, 1, width, s.block, s.e_padded, s.acc, s.e_padded, begin > 0);
   }
   for (int64_t r = 0; r < rows; ++r)
