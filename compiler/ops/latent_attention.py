@@ -75,7 +75,9 @@ class LatentAttention(Call[V]):
         """Positions of the call; both caches and their scales up to the last of them, written."""
         positions = write_positions(_OP, self.start_pos, self.q.shape[1], self.latent_cache.shape[1])
         end = int(positions[-1]) + 1
-        return positions, [extended(rows[:, :, None], *cache, positions, end) for rows, *cache in self.parts()]
+        return positions, [
+            extended(rows[:, :, None], cache, scales, positions, end) for rows, cache, scales in self.parts()
+        ]
 
     def fake(self: LatentAttention[Tensor]) -> Tensor:
         """[1, T, H, R] without values; ValueError for shapes that are not those of the module's docstring."""

@@ -195,7 +195,7 @@ def _computed(self: Attention, latents: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a bias": ({"heads": _biased}, "has a bias"),
     "a computed weight": ({"form": Expanded, "heads": _computed}, "no weight"),
-    "sinks": ({"attend": _with_sink}, "sinks"),
+    "sinks": ({"form": Expanded, "attend": _with_sink}, "sinks"),
     "a rank that fills no register": ({"latent": 24}, "multiples of 16"),
     "a rotated part that fills none": ({"rotated": 8}, "multiples of 16"),
     "latents larger than what they make": ({"latent": 112}, "no smaller"),
