@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from moec.analysis.bits.choose import Chosen
+from moec.analysis.verify.foreign import before_target
 from moec.analysis.verify.prompts import TextEncoder
 from moec.analysis.verify.quality.divergence import Divergence, Rows, compare
 from moec.analysis.verify.quality.fidelity import FloatModel, TokenizerEncoder
 from moec.analysis.verify.quality.streamed import stream_logits
 from moec.analysis.verify.quality.texts import LENGTH, held_out
 from moec.compiler import build
-from moec.compiler.pipeline import run_passes
 from moec.compiler.progress import Progress
 from moec.compiler.source import CHAT_TEMPLATE, TOKENIZER, Checkpoint
 from moec.compiler.spec import Spec, parse_spec
@@ -64,15 +64,13 @@ def divergence(spec: Spec, store: Checkpoint, target: str, tokens: int, progress
     """The chosen spec's graph, its rounding of activations and cache included, against the float model on held-out
     text. Nothing is compiled; an artifact's kernels compute the same up to rounding in the last place."""
     model = FloatModel(spec, store)
-    program, passes = build.program_and_passes(spec, store, target, progress)
-    end = [p.name for p in passes].index("quantize_weights") + 1
-    coded = run_passes(program, passes[:end])
+    coded = before_target(*build.program_and_passes(spec, store, target, progress))
     files = store.companions()
     template = files[CHAT_TEMPLATE].decode("utf-8") if CHAT_TEMPLATE in files else None
-    encoder: TextEncoder = WordHashEncoder(program.info.vocab_size)
+    encoder: TextEncoder = WordHashEncoder(coded.info.vocab_size)
     if TOKENIZER in files and files[TOKENIZER].strip() != b"{}":
         encoder = TokenizerEncoder(TextTokenizer(files[TOKENIZER], TOKENIZER))
-    longest = min(LENGTH, model.longest, program.info.max_tokens)
+    longest = min(LENGTH, model.longest, coded.info.max_tokens)
     chunks = held_out(encoder, template=template, tokens=tokens, longest=longest)
     rows: list[Rows] = []
     count = sum(len(c.ids) for c in chunks)

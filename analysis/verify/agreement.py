@@ -41,7 +41,7 @@ from moec.analysis.verify.artifact import (
     spec_of,
 )
 from moec.analysis.verify.compare import DECODE_STEPS
-from moec.analysis.verify.foreign import GraphReference, before_target
+from moec.analysis.verify.foreign import GraphReference, as_compiled, before_target
 from moec.analysis.verify.interpret import WeightCache
 from moec.analysis.verify.prompts import prompt_ids
 from moec.analysis.verify.replay import bounds, joined_traces
@@ -306,9 +306,10 @@ def _add_arithmetic(
         key = template.key if reference is not None else artifact.manifest.target
         if key not in made:
             if reference is None:
-                program = build.program_and_passes(spec, store, artifact.manifest.target)
+                program, passes = build.program_and_passes(spec, store, artifact.manifest.target)
                 attention = attention_of(target_of(artifact))
-                reference = GraphReference(before_target(*program), WeightCache(), attention)
+                rounded = before_target(program, as_compiled(artifact, passes))
+                reference = GraphReference(rounded, WeightCache(), attention)
             with progress.stage(f"run {EAGER} as {member.name} rounds"):
                 run, ties = _eager_run(reference, prompts)
             made[key] = Arithmetic(key, template.rounds, template.quantized, reference, run, ties, prompts)

@@ -15,7 +15,7 @@ import torch
 from moec.analysis.calibration.calibrate import needs_calibration
 from moec.analysis.verify.budget import compare_with_memory, sessions_of
 from moec.analysis.verify.compare import Comparison, compare
-from moec.analysis.verify.foreign import before_target, compare_foreign
+from moec.analysis.verify.foreign import as_compiled, before_target, compare_foreign
 from moec.analysis.verify.prompts import TextEncoder, WordHashEncoder, prompt_ids
 from moec.analysis.verify.quality.fidelity import Fidelity, fidelity_of
 from moec.analysis.verify.report import Check, Report
@@ -173,7 +173,7 @@ def _compare_foreign(
     return compare_foreign(
         session,
         exported,
-        before_target(exported, passes),
+        before_target(exported, as_compiled(artifact, passes)),
         prompts,
         target=target_of(artifact),
         quantized=scheme is not None,

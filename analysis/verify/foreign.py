@@ -36,12 +36,21 @@ from moec.analysis.verify.rounding import (
     with_weights_of,
 )
 from moec.analysis.verify.structure import has_target_operators
+from moec.compiler.artifact import Artifact
 from moec.compiler.errors import ArtifactError
 from moec.compiler.pipeline import Pass, steps
 from moec.compiler.program import Program
 from moec.compiler.progress import Progress
 from moec.compiler.reference import NOISE, OnLayer, Prompts, Replay, Routed, Selections
 from moec.compiler.target import Session, Target
+from moec.passes.absorb_latents import RULE as ABSORB
+
+
+def as_compiled(artifact: Artifact, passes: Sequence[Pass]) -> list[Pass]:
+    """The passes without those that change what is computed and that came after the artifact was compiled: keys and
+    values of an older one are rounded where this version rounds latents."""
+    known = {p.name for p in artifact.manifest.passes}
+    return [p for p in passes if p.name != ABSORB or ABSORB in known]
 
 
 def before_target(program: Program, passes: Sequence[Pass]) -> Program:

@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def _saved(kind: str, changes: dict[str, Any], folder: Path) -> Path:
+def saved(kind: str, changes: dict[str, Any], folder: Path) -> Path:
     common = {} if "text_config" in changes else COMMON
     transformers.AutoConfig.for_model(kind, **{**common, **changes}).save_pretrained(folder / "config")
     return save_random(folder / "config", folder / "model", seed=3)
@@ -178,7 +178,7 @@ def check_logits(program: Program, folder: Path) -> None:
 @pytest.mark.parametrize("name", EQUAL)
 def test_fused_and_equal(name: str, tmp_path: Path) -> None:
     kind, changes, layers = EQUAL[name]
-    folder = _saved(kind, changes, tmp_path)
+    folder = saved(kind, changes, tmp_path)
     exported = export_transformers(folder, "other", weights=TransformersStore(folder), max_tokens=16)
     program = run_passes(exported, fusion())
     assert sum(n.target is fused_moe for n in program.graph.nodes) == layers
@@ -196,7 +196,7 @@ def test_scales_of_experts(tmp_path: Path) -> None:
         "global_head_dim": 16, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": 96,
     }  # fmt: skip
-    folder = _saved("gemma4_text", changes, tmp_path)
+    folder = saved("gemma4_text", changes, tmp_path)
     exported = export_transformers(folder, "other", weights=TransformersStore(folder), max_tokens=16)
     program = run_passes(exported, fusion())
     assert sum(n.target is fused_moe for n in program.graph.nodes) == 2
@@ -210,7 +210,7 @@ def test_scales_of_experts(tmp_path: Path) -> None:
 def test_capped_scores(tmp_path: Path) -> None:
     """Gemma 2: tanh bounds the scores of windowed and whole layers, at a size where it changes every one of them."""
     changes = {"intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 0.25}
-    folder = _saved("gemma2", {**changes, "query_pre_attn_scalar": 1}, tmp_path)
+    folder = saved("gemma2", {**changes, "query_pre_attn_scalar": 1}, tmp_path)
     exported = export_transformers(folder, "capped", weights=TransformersStore(folder), max_tokens=16)
     program = run_passes(exported, fusion())
     calls = [c for n in program.graph.nodes if (c := CachedAttention.find(n)) is not None]
@@ -223,7 +223,7 @@ def test_capped_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_by_name(kind: str, tmp_path: Path) -> None:
     changes, reason = REFUSED[kind]
-    folder = _saved(kind, changes, tmp_path)
+    folder = saved(kind, changes, tmp_path)
     with pytest.raises(CompileError, match=reason) as caught:
         run_passes(export_transformers(folder, "other", max_tokens=16), fusion())
     assert "\n" not in str(caught.value)
@@ -233,7 +233,7 @@ def test_refused_by_name(kind: str, tmp_path: Path) -> None:
 def test_a_bias_that_fits_no_cache_is_refused_in_one_line(tmp_path: Path) -> None:
     """Falcon with ALiBi. In a process of its own: importing torch undoes what silences its log."""
     config = {"alibi": True, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 96}
-    folder = _saved("falcon", {"text_config": None, **config}, tmp_path)
+    folder = saved("falcon", {"text_config": None, **config}, tmp_path)
     text = f"name: f\nmodel: {{transformers: {folder}, context: 64}}\nquantization: {{weights: int4, group_size: 32}}\n"
     (tmp_path / "f.yaml").write_text(text + "targets: {xnnpack: {max_tokens: 16}}\n")
     command = [sys.executable, "-m", "moec", "explain", str(tmp_path / "f.yaml")]
