@@ -333,7 +333,13 @@ def _manifest(
         sizes_by_role=dict(lowered.sizes_by_role),
         details=lowered.facts.model_dump(mode="json", exclude_unset=True),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in _VERSIONED}},
-        notes=(*store.notes, *unfused_attention(log), *rounded_to_nearest(program), *lowered.notes),
+        notes=(
+            *store.notes,
+            *unfused_attention(log),
+            *expanded_latents(log),
+            *rounded_to_nearest(program),
+            *lowered.notes,
+        ),
         codes=_codes(program),
         calibration=None if program.calibration is None else dict(program.calibration()),
         states=_states(program),
@@ -342,15 +348,29 @@ def _manifest(
 
 def unfused_attention(log: PipelineLog) -> list[str]:
     """A note for each reason for which attention stays in single operators, which a fused program does without."""
-    reasons: dict[str, list[str]] = {}
-    for record in log.records:
-        for refusal in record.refusals if record.name == "fuse_attention" else ():
-            reasons.setdefault(refusal.reason, []).append(refusal.where or refusal.node)
     return [
         f"attention is not fused in {len(places)} layers, of which the first is {places[0]}: {reason}. It is computed "
         "over the whole context at every call, with a cache in float32: set no more context than is needed"
-        for reason, places in reasons.items()
+        for reason, places in _refused(log, "fuse_attention").items()
     ]
+
+
+def expanded_latents(log: PipelineLog) -> list[str]:
+    """A note for each reason for which latent attention caches the keys and values of every head."""
+    return [
+        f"latents are not cached in {len(places)} layers, of which the first is {places[0]}: {reason}. The keys and "
+        "values of every head are, which takes more memory"
+        for reason, places in _refused(log, "absorb_latents").items()
+    ]
+
+
+def _refused(log: PipelineLog, rule: str) -> dict[str, list[str]]:
+    """The places where a rule refused, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for record in log.records:
+        for refusal in record.refusals if record.name == rule else ():
+            reasons.setdefault(refusal.reason, []).append(refusal.where or refusal.node)
+    return reasons
 
 
 def rounded_to_nearest(program: Program) -> list[str]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from moec.compiler import build
 from moec.compiler.ops import CachedAttention, LatentAttention
-from moec.compiler.pipeline import run_passes
+from moec.compiler.pipeline import PipelineLog, run_passes
+from moec.compiler.spec import load_spec
 from moec.passes.absorb_latents import absorb_latents
 from moec.passes.pipelines import fusion
 from moec.sources.transformers_model import TransformersStore, export_transformers
@@ -38,3 +40,18 @@ def test_latents_are_cached(kind: str, tmp_path: Path) -> None:
     rank, rotated = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]
     assert sorted(s.shape[2:] for s in program.states.values()) == sorted([(1, rank), (1, rotated)] * layers)
     check_logits(program, folder)
+
+
+def test_what_is_not_cached_as_latents_is_said(tmp_path: Path) -> None:
+    """A rank of 24 fills no whole registers: keys and values of all heads are cached, and a note says so."""
+    folder = saved("deepseek_v3", {**MODELS["deepseek_v3"][0], "kv_lora_rank": 24}, tmp_path)
+    text = f"name: odd\nmodel: {{transformers: {folder}, context: 32}}\nquantization: none\n"
+    (tmp_path / "odd.yaml").write_text(text + "targets: {xnnpack: {max_tokens: 16}}\n")
+    spec = load_spec(tmp_path / "odd.yaml")
+    log = PipelineLog()
+    program, passes = build.program_and_passes(spec, None, "xnnpack")
+    done = build.run_all(program, passes, log=log)
+    (note,) = build.expanded_latents(log)
+    assert "2 layers, of which the first is" in note
+    assert "multiples of 16" in note
+    assert [s.shape[2:] for s in done.states.values()] == [(4, 32), (4, 16)] * 2

@@ -154,6 +154,7 @@ def mlir_fault(artifact: Path, folder: Path) -> Path:
     manifest = Artifact.open(artifact).manifest
     files = tuple(record_file(folder / r.name) for r in manifest.files)
     write_manifest(folder, manifest.model_copy(update={"files": files}))
+    shutil.copy(f"{artifact}.build.json", f"{folder}.build.json")  # says where the checkpoint is
     return folder
 
 
