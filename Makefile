@@ -57,7 +57,7 @@ $(PIP_INSTALL) --no-deps --require-hashes --no-build-isolation -r $(VENV)/select
 endef
 
 .PHONY: help setup demo test test-slow release-check test-sanitize fuzz soak lint format lock wheel wheel-arm sbom new-rule bench-kernel bench-peers bench-arm \
-  bench-quality bench-questions bench-speculation bench-assistant bench-flash replayed-routing bench-roles bench-passes bench-training gpu-check \
+  bench-quality bench-questions bench-speculation bench-assistant bench-flash bench-sinks replayed-routing bench-roles bench-passes bench-training gpu-check \
   replay kernel-revisions plan-accuracy paper-tables train-report \
   quality-extra real-model clean distclean
 
@@ -200,6 +200,9 @@ bench-assistant: setup ## first token behind a saved prefix, memory of a server,
 
 bench-flash: setup ## an artifact under budgets of memory: BENCH_ARGS="ARTIFACT --ids FILE"
 	$(BIN)/python -W ignore bench/bench_flash.py $(BENCH_ARGS)
+
+bench-sinks: setup ## what sinks and windows of gpt-oss cost at one token behind 32K
+	$(BIN)/python -W ignore bench/bench_sinks.py --out $(BUILD)/bench/sinks $(BENCH_ARGS)
 
 replayed-routing: setup ## which experts an artifact's tokens select, for bench-flash
 	$(BIN)/python -W ignore bench/replayed_routing.py $(BENCH_ARGS)

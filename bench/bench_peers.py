@@ -142,7 +142,7 @@ def run_ours(pair: Pair, test: Test, threads: int) -> Sample:
         decode=test.decode or 1,
         contexts=(test.context,) if test.context else (),
         threads=threads,
-        repeats=1 + repeats(test),
+        repeats=1 + repeats(pair, test),
     )
     report = bench(pair.artifact.path("model.pte"), plan, Progress(quiet=True))
     taken = report["prefill_s"] if test.prefill else report["contexts"][0]["decode_s"]
@@ -150,9 +150,9 @@ def run_ours(pair: Pair, test: Test, threads: int) -> Sample:
     return Sample((test.prefill or test.decode) / statistics.median(taken[1:]), report["peak_rss_mb"])
 
 
-def repeats(test: Test) -> int:
+def repeats(pair: Pair, test: Test) -> int:
     """Timed runs of a process, after its warm-up: llama-bench fills a long context again for each."""
-    return 1 if test.context else 3
+    return 1 if test.context or pair.long else 3
 
 
 def turns(pair: Pair, test: Test) -> int:
@@ -181,7 +181,7 @@ def run_peer(binary: Path, pair: Pair, test: Test, threads: int) -> Sample:
         decode=test.decode,
         context=test.context,
         threads=threads,
-        repeats=repeats(test),
+        repeats=repeats(pair, test),
     )
     return Sample(run.tokens_per_s, run.peak_rss_mb)
 
