@@ -41,12 +41,15 @@ def save_random(
     changes: Mapping[str, Any] | None = None,
     spread: float = SPREAD,
     table_spread: float | None = None,
+    selection_spread: float = SELECTION_SPREAD,
 ) -> Path:
     """Write config.json and safetensors of the model in `folder` (or its config.json) with random weights to `out`.
 
     `spread`: their standard deviation; with inputs^-0.5 a layer amplifies neither its input nor its rounding.
     `table_spread`: that of tables of embeddings, default `spread`; where it is much larger, tokens stay apart through
     all layers and reach all experts, as those of a trained model do.
+    `selection_spread`: that of biases which only shift which experts are chosen; a score is at most 1, so that a large
+    one keeps some experts from ever being chosen.
 
     MissingExtra without transformers; CheckpointError or CompileError for a config that it does not know.
     """
@@ -63,7 +66,7 @@ def save_random(
             parameter.copy_(torch.randn_like(parameter) * deviation + centre)
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
-                buffer.copy_(torch.randn_like(buffer) * SELECTION_SPREAD)
+                buffer.copy_(torch.randn_like(buffer) * selection_spread)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     return out

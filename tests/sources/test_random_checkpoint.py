@@ -56,6 +56,24 @@ def test_every_tensor_is_drawn(file: Path, tmp_path: Path, monkeypatch: pytest.M
             assert abs(found.mean()) < 0.5 * spread, name
 
 
+def test_spreads_of_tables_and_of_selection(tmp_path: Path) -> None:
+    """Each by its own; norms have weights around one, and biases around zero."""
+    config = _config(FAMILIES[0].with_name("deepseek-v3.yaml"))
+    save_random(config, tmp_path / "one", seed=1, spread=0.1, table_spread=1.0, selection_spread=0.01)
+    store = TransformersStore(tmp_path / "one")
+
+    def drawn(name: str, *shape: int) -> torch.Tensor:
+        return store.reader(name, shape)()
+
+    assert 0.9 < drawn("model.embed_tokens.weight", 96, 64).std() < 1.1
+    assert 0.09 < drawn("lm_head.weight", 96, 64).std() < 0.11
+    assert 0 < drawn("model.layers.1.mlp.gate.e_score_correction_bias", 8).abs().max() < 0.05
+    save_random(_config(FAMILIES[0].with_name("phi-moe.yaml")), tmp_path / "two", seed=1, spread=0.1)
+    store = TransformersStore(tmp_path / "two")
+    assert abs(drawn("model.norm.weight", 64).mean() - 1) < 0.1
+    assert abs(drawn("model.norm.bias", 64).mean()) < 0.1
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     config = _config(FAMILIES[0].with_name("lfm2-moe.yaml"))
     files = [stream_random(config, tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
