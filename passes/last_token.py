@@ -22,6 +22,8 @@ from moec.compiler.program import Editor, Program, Stage, writes
 aten = torch.ops.aten
 # each computes a row of its result from that row of its first operand; the other operands are weights or numbers
 ROW_WISE = frozenset({rms_norm, linear_q, aten.linear.default, aten.rms_norm.default})
+# element by element, where what else they take is a number: logits divided by one (Granite) or capped (Gemma 2)
+POINTWISE = frozenset({aten.div.Tensor, aten.mul.Tensor, aten.tanh.default})
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,17 @@ class _Rewrite:
                 new.name = old.name
         return PassResult(replace(program, last_token=edit.done()), 1)
 
+    def _by_row(self, node: Node) -> bool:
+        """Whether a row of the result needs that row of the first operand, and no other operand has rows."""
+        others = (*node.args[1:], *node.kwargs.values())
+        alone = node.target in POINTWISE and not any(isinstance(other, Node) for other in others)
+        return node.target in self.row_wise or alone
+
     def _last(self, edit: Editor, node: Node, known: dict[Node, Node]) -> Node:
         """The last row of `node`, recomputed from the last row of its operands where that is enough."""
         if node in known:
             return known[node]
-        if node.op == "call_function" and node.target in self.row_wise and _is_computed(edit, node.args[0]):
+        if node.op == "call_function" and self._by_row(node) and _is_computed(edit, node.args[0]):
             args = (self._last(edit, node.args[0], known), *node.args[1:])  # type: ignore[arg-type]
             known[node] = edit.call(node.target, *args, like=node, **node.kwargs)
         elif node.op == "call_function" and node.target in self.every_operand and _is_computed(edit, node.args[0]):

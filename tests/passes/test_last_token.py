@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,13 +53,19 @@ def test_equals_the_last_row(head: bool, keep_dim: bool) -> None:
     assert after.last_token is not None
     assert after.digest() == before.digest(), "the program for every token stays"
     assert "last token of" in after.text()
+    check_last_row(after)
+    assert run(last_token(), after).changed == 0
+
+
+def check_last_row(after: Program) -> None:
+    """The method for the last token gives the last row of what the program gives."""
+    assert after.last_token is not None
     every, last = Interpreter(after), Interpreter(after.last_token)
     for count, start in CALLS:
         ids = torch.randint(0, VOCABULARY, (1, count), generator=torch.Generator().manual_seed(count))
         at = torch.tensor([start])
         # the same operators on one row: only torch's own product may sum in another order
         torch.testing.assert_close(last(ids, at), every(ids, at)[:, -1], atol=1e-6, rtol=1e-6)
-    assert run(last_token(), after).changed == 0
 
 
 def shapes(program: Program | None, op: object) -> list[tuple[int, ...]]:
@@ -70,6 +78,48 @@ def test_norm_and_head_see_one_row() -> None:
     assert shapes(after.last_token, aten.linear.default) == [(1, 1, VOCABULARY)]
     assert shapes(after.last_token, torch.ops.moec.rms_norm.default) == [(1, 1, D)]
     assert shapes(after.last_token, aten.slice.Tensor) == [(1, 1, D)]
+
+
+def _divided(logits: Tensor) -> Tensor:
+    return logits / 8.0  # as Granite
+
+
+def _capped(logits: Tensor) -> Tensor:
+    return torch.tanh(logits / 30.0) * 30.0  # as Gemma 2
+
+
+def _squared(logits: Tensor) -> Tensor:
+    return logits * logits
+
+
+def _beside(logits: Tensor) -> Tensor:
+    return logits * logits.tanh()
+
+
+class Scaled(Toy):
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(head=True)
+        self.scale = scale
+
+    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        return self.scale(super().forward(tokens, start_pos))
+
+
+@pytest.mark.parametrize("scale", [_divided, _capped])
+def test_logits_may_be_scaled_by_numbers(scale: Callable[[Tensor], Tensor]) -> None:
+    before = run_passes(export_toy(lambda: Scaled(scale)), [fuse_rms_norm(), check_router(), legal_for(ANY)])
+    after = run_passes(before, [last_token()])
+    assert shapes(after.last_token, aten.linear.default) == [(1, 1, VOCABULARY)]
+    check_last_row(after)
+
+
+@pytest.mark.parametrize("scale", [_squared, _beside])
+def test_two_values_with_rows_are_not_carried_through(scale: Callable[[Tensor], Tensor]) -> None:
+    before = run_passes(export_toy(lambda: Scaled(scale)), [fuse_rms_norm(), check_router(), legal_for(ANY)])
+    after = run_passes(before, [last_token()])
+    (head,) = shapes(after.last_token, aten.linear.default)
+    assert head[1] != 1
+    check_last_row(after)
 
 
 def test_only_what_is_named_row_wise_is_carried_through() -> None:
