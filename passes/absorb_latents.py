@@ -136,20 +136,19 @@ class _Latent:
             raise Stuck(self.linear, "what expands latents is computed, and no weight")
         if any(states[str(self.edit.weight_of(c))].readers for c in (call.k_cache, call.v_cache)):
             raise Stuck(self.node, "layers share the cache of latent attention")
-        heads, rank_, rotated = int(shape(call.q)[2]), int(shape(self.latents)[-1]), int(shape(self.rotated)[-1])
-        if rank_ % LANES or rotated % LANES:
-            raise Stuck(self.linear, f"latents of {rank_} beside {rotated}: widths must be multiples of {LANES}")
-        if rank_ + rotated >= heads * int(shape(call.k)[3] + shape(call.v)[3]):
-            raise Stuck(self.linear, f"latents of {rank_} beside {rotated} are no smaller than the keys and values")
+        heads, latent, rotated = int(shape(call.q)[2]), int(shape(self.latents)[-1]), int(shape(self.rotated)[-1])
+        if latent % LANES or rotated % LANES:
+            raise Stuck(self.linear, f"latents of {latent} beside {rotated}: widths must be multiples of {LANES}")
+        if latent + rotated >= heads * int(shape(call.k)[3] + shape(call.v)[3]):
+            raise Stuck(self.linear, f"latents of {latent} beside {rotated} are no smaller than the keys and values")
 
     def rewrite(self) -> None:
         edit, call = self.edit, self.call
-        width = self.keys.width
-        rotated = int(shape(self.rotated)[-1])
-        first = rotated if self.rotated_first else 0
+        width, rotated = self.keys.width, int(shape(self.rotated)[-1])
+        part_at, rotated_at = (rotated, 0) if self.rotated_first else (0, width)
         with edit.graph.inserting_before(self.node):
-            q = _queries(edit, call.q, first, first + width)
-            q_rope = _queries(edit, call.q, 0 if self.rotated_first else width, rotated if self.rotated_first else None)
+            q = _queries(edit, call.q, part_at, part_at + width)
+            q_rope = _queries(edit, call.q, rotated_at, rotated_at + rotated)
             (c_cache, c_scale), (r_cache, r_scale) = self._caches()
             attended = LatentAttention(
                 q=edit.emit(self._product(q, self.keys, transposed=True), like=self.node),
@@ -278,17 +277,16 @@ def _long(node: Node) -> list[Any]:
     return [s for s in shape(node) if static(s) != 1]
 
 
-def _queries(edit: Editor, q: Node, begin: int, end: int | None) -> Node:
+def _queries(edit: Editor, q: Node, begin: int, end: int) -> Node:
     """q[..., begin:end] of [1, T, H, width]: the value that it is joined from where there is one."""
-    stop = int(shape(q)[-1]) if end is None else end
     below: Any = q.args[0] if is_op(q, aten.transpose.int) and {int(d) % 4 for d in q.args[1:3]} == {1, 2} else q  # type: ignore[call-overload]
     if is_op(below, aten.cat.default) and dim_of(below, 1, "dim", 4, 0) == 3:
         at = 0
         for part in below.args[0]:
-            if (at, at + int(shape(part)[-1])) == (begin, stop):
+            if (at, at + int(shape(part)[-1])) == (begin, end):
                 return part if below is q else edit.call(aten.transpose.int, part, 1, 2, like=part)
             at += int(shape(part)[-1])
-    return edit.call(aten.slice.Tensor, q, 3, begin, stop, like=q)
+    return edit.call(aten.slice.Tensor, q, 3, begin, end, like=q)
 
 
 def _rows(edit: Editor, node: Node) -> Node:

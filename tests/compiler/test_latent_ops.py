@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moec.compiler.ops import CachedAttention, HeadLinear, LatentAttention
 from moec.compiler.quant import quantize_rows, quantize_weight
+from moec.runtime.moe_config import Kind, WeightFormat
 from moec.targets.xnnpack.cpu_ops import HeadLinearPacked
 from moec.targets.xnnpack.packed import HeadRows
 from moec.targets.xnnpack.packing import pack
@@ -124,15 +125,12 @@ def test_a_sequence_may_be_cut_anywhere() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole.eager(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("levels", ["", "iq4_nl"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "levels"), [(4, ""), (4, "iq4_nl"), (8, "")])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("rounded", [None, 0, 32])
 def test_head_linear_over_codes(rounded: int | None, transposed: bool, bits: int, levels: str) -> None:
     """Codes of all heads, of which each product reads its rows: as dequantized, INT8 activations within 2%; and the
     packed operator of the same rows gives the same."""
-    if levels and bits == 8:
-        pytest.skip("levels number codes of 4 bits")
     w = weight()
     held = quantize_weight(w, bits=bits, group_size=32, levels=levels)
     begin, end = (0, PART) if transposed else (PART, PART + VALUE)
@@ -152,9 +150,7 @@ def test_head_linear_over_codes(rounded: int | None, transposed: bool, bits: int
     torch.testing.assert_close(packed, got, atol=1e-5 if rounded is None else limit / 8, rtol=0)
 
 
-def _format(bits: int, levels: str, transposed: bool, rounded: int | None) -> Any:
-    from moec.runtime.moe_config import Kind, WeightFormat
-
+def _format(bits: int, levels: str, transposed: bool, rounded: int | None) -> WeightFormat:
     kind = Kind[levels.upper()] if levels else Kind[f"INT{bits}"]
     return WeightFormat(
         kind, 32, axis_out=transposed, int8_activations=rounded is not None, block_activations=rounded == 32
